@@ -1,0 +1,45 @@
+"""Engines: ways of running a backbone's weights over the visible patches of an image. They own no parameters."""
+
+from typing import Protocol
+
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+
+from fcmae.engines.convnext import check_backbone, total_stride
+from fcmae.engines.masked import masked
+from fcmae.engines.packed import packed
+
+GRN_SCOPES = ("image", "batch")
+
+
+class Engine(Protocol):
+    """Runs a backbone over visible patches; every engine computes the same function.
+
+    Args:
+        backbone: a timm ConvNeXt that passed :func:`check_backbone`; its weights are used in place.
+        imgs: ``[N, C, H, W]``, sides multiples of ``patch_size``.
+        mask: bool ``[N, L]``, True = masked, ``keep`` visible patches in every row.
+        keep: V, the visible patches of an image.
+        patch_size: pixels a side of a mask patch, a multiple of the backbone's total stride.
+        grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
+
+    Returns:
+        ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites a side.
+    """
+
+    def __call__(
+        self, backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+    ) -> Tensor: ...
+
+
+ENGINES: dict[str, Engine] = {"packed": packed, "masked": masked}
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of that name. Raises ValueError naming the engines there are."""
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}; allowed is one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+__all__ = ["ENGINES", "GRN_SCOPES", "Engine", "check_backbone", "get_engine", "total_stride"]

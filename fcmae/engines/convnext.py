@@ -1,0 +1,66 @@
+"""What an engine may assume of a timm ConvNeXt, checked in one place.
+
+A patch may be processed apart from its neighbours only if nothing but the depthwise convolutions looks across its
+border: the stem and the downsampling layers must be convolutions whose kernel equals their stride.
+"""
+
+from collections.abc import Iterator
+
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
+from torch import nn
+
+PATCHWISE_CONV = "a convolution whose kernel equals its stride, without padding or dilation"
+
+
+def stages(backbone: ConvNeXt) -> Iterator[ConvNeXtStage]:
+    """The four stages."""
+    for stage in backbone.stages:
+        assert isinstance(stage, ConvNeXtStage)
+        yield stage
+
+
+def blocks(stage: ConvNeXtStage) -> Iterator[ConvNeXtBlock]:
+    """The residual blocks of a stage."""
+    for block in stage.blocks:
+        assert isinstance(block, ConvNeXtBlock)
+        yield block
+
+
+def downsampling(backbone: ConvNeXt) -> Iterator[nn.Conv2d]:
+    """The stem convolution and every convolution between stages, in order."""
+    yield backbone.stem[0]
+    for stage in stages(backbone):
+        if isinstance(stage.downsample, nn.Sequential):
+            yield stage.downsample[1]
+
+
+def total_stride(backbone: ConvNeXt) -> int:
+    """Pixels a side of what one site of the last stage stands for: 32 for the published models."""
+    stride = 1
+    for conv in downsampling(backbone):
+        stride *= conv.stride[0]
+    return stride
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Raises ValueError, naming the layer, unless the engines can run ``backbone`` over visible patches."""
+    if not isinstance(backbone, ConvNeXt):
+        raise ValueError(f"backbone is a {type(backbone).__name__}; allowed is a ConvNeXt of timm (V1 or V2)")
+    if len(backbone.stem) != 2:
+        raise ValueError("backbone.stem overlaps patches (timm's stem_type 'overlap*'); allowed is stem_type='patch'")
+    norms = {"stem.1": backbone.stem[1]}
+    for name, module in backbone.named_modules():
+        if isinstance(module, ConvNeXtStage) and isinstance(module.downsample, nn.Sequential):
+            norms[f"{name}.downsample.0"] = module.downsample[0]
+        if isinstance(module, ConvNeXtBlock):
+            norms[f"{name}.norm"] = module.norm
+            conv = module.conv_dw
+            if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.kernel_size[0] % 2 == 0:
+                raise ValueError(f"backbone.{name}.conv_dw is {conv}; allowed is an odd kernel, stride 1, no dilation")
+    for conv in downsampling(backbone):
+        plain = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        if not plain or conv.stride[0] != conv.stride[1]:
+            raise ValueError(f"backbone has {conv} between stages; allowed is {PATCHWISE_CONV}")
+    for name, norm in norms.items():
+        if not isinstance(norm, nn.LayerNorm):
+            raise ValueError(f"backbone.{name} is {type(norm).__name__}; allowed is LayerNorm")

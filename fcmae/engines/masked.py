@@ -1,0 +1,48 @@
+"""The masked engine: dense layers with masks around the depthwise convolution. Slow and plain; the oracle for others."""
+
+import torch
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from torch import Tensor, nn
+
+from fcmae.engines import convnext
+from fcmae.kernels import gather_patches
+from fcmae.masking import grid_size, upsample_mask, visible_indices
+
+
+def masked(
+    backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+) -> Tensor:
+    """Runs ``backbone`` over whole images, masked. See :data:`fcmae.engines.Engine` for the contract."""
+    rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
+    x = backbone.stem(imgs)
+    for stage in convnext.stages(backbone):
+        x = stage.downsample(x)
+        visible = ~upsample_mask(mask, rows, cols, x.shape[-1] // cols).unsqueeze(1)
+        for block in convnext.blocks(stage):
+            x = _block(block, x, visible, grn_scope)
+    x = backbone.norm_pre(x)
+    return gather_patches(x, visible_indices(mask, keep), rows, cols)
+
+
+def _block(block: ConvNeXtBlock, x: Tensor, visible: Tensor, grn_scope: str) -> Tensor:
+    """A ConvNeXt block on a map ``[N, C, H, W]`` whose masked sites (``visible`` False) must not be felt elsewhere."""
+    h = torch.where(visible, block.conv_dw(torch.where(visible, x, 0)), 0)
+    last = not block.use_conv_mlp  # the MLP works on [N, H, W, C], else on [N, C, H, W]
+    h = block.mlp.act(block.mlp.fc1(block.norm(h.permute(0, 2, 3, 1) if last else h)))
+    if hasattr(block.mlp, "grn"):
+        h = _grn(h, block.mlp.grn, visible.permute(0, 2, 3, 1) if last else visible, grn_scope)
+    h = block.mlp.fc2(h)
+    h = h.permute(0, 3, 1, 2) if last else h
+    if block.gamma is not None:
+        h = h * block.gamma.view(1, -1, 1, 1)
+    return x + h
+
+
+def _grn(x: Tensor, grn: nn.Module, visible: Tensor, scope: str) -> Tensor:
+    """GRN whose statistics come from visible sites, of each image or of the whole batch."""
+    channels = grn.channel_dim % 4
+    sites = tuple(d for d in range(0 if scope == "batch" else 1, 4) if d != channels)
+    norm = torch.linalg.vector_norm(torch.where(visible, x, 0), dim=sites, keepdim=True, dtype=torch.float32)
+    response = (norm / (norm.mean(dim=channels, keepdim=True) + grn.eps)).to(x.dtype)
+    weight, bias = (p.view(grn.wb_shape).to(x.dtype) for p in (grn.weight, grn.bias))
+    return x + torch.addcmul(bias, weight, x * response)

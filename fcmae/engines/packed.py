@@ -1,0 +1,76 @@
+"""The packed engine: only visible patches exist.
+
+Every image keeps the same number of patches, so the visible part of a batch is a dense array ``[N, V, S, S, C]``
+with a static shape. All layers but the depthwise convolution work per site, or (GRN) per image.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from torch import Tensor, nn
+
+from fcmae.engines import convnext
+from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise
+from fcmae.masking import grid_size, visible_indices
+
+
+def packed(
+    backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+) -> Tensor:
+    """Runs ``backbone`` over the visible patches alone. See :data:`fcmae.engines.Engine` for the contract."""
+    rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
+    index = visible_indices(mask, keep)
+    where = neighbors(index, rows, cols)
+    x = gather_patches(imgs, index, rows, cols)
+    x = _layer_norm(_patchwise_conv(x, backbone.stem[0]), backbone.stem[1])
+    for stage in convnext.stages(backbone):
+        if isinstance(stage.downsample, nn.Sequential):
+            norm, conv = stage.downsample
+            x = _patchwise_conv(_layer_norm(x, norm), conv)
+        for block in convnext.blocks(stage):
+            x = _block(block, x, where, grn_scope)
+    if isinstance(backbone.norm_pre, nn.LayerNorm):
+        x = _layer_norm(x, backbone.norm_pre)
+    return x
+
+
+def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) -> Tensor:
+    """A ConvNeXt block over packed sites, without drop path (off in pretraining)."""
+    h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
+    h = _layer_norm(h, block.norm)
+    h = block.mlp.act(_linear(h, block.mlp.fc1))
+    if hasattr(block.mlp, "grn"):
+        h = _grn(h, block.mlp.grn, grn_scope)
+    h = _linear(h, block.mlp.fc2)
+    if block.gamma is not None:
+        h = h * block.gamma
+    return x + h
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer or 1 x 1 convolution (timm's conv_mlp) over the last dimension."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def _patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution whose kernel k equals its stride: ``[N, V, S, S, C]`` to ``[N, V, S / k, S / k, D]``."""
+    n, v, size, _, c = x.shape
+    k = conv.stride[0]
+    x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
+    return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
+def _grn(x: Tensor, grn: nn.Module, scope: str) -> Tensor:
+    """Global response normalisation over the visible sites of an image, or of the whole batch (arXiv 2301.00808, 3.2).
+
+    The norm is float32 under autocast: it overflows in float16. ``vector_norm`` has gradient 0 at an all-zero
+    channel, where the square root of a sum of squares has NaN.
+    """
+    sites = (1, 2, 3) if scope == "image" else (0, 1, 2, 3)
+    norm = torch.linalg.vector_norm(x, dim=sites, keepdim=True, dtype=torch.float32)
+    response = (norm / (norm.mean(dim=-1, keepdim=True) + grn.eps)).to(x.dtype)
+    return x + torch.addcmul(grn.bias.to(x.dtype), grn.weight.to(x.dtype), x * response)

@@ -1,0 +1,34 @@
+"""The reconstruction target and loss of FCMAE as pure tensor functions (ConvNeXt V2, arXiv 2301.00808, section 3.1)."""
+
+import torch
+from torch import Tensor
+
+from fcmae.masking import patchify
+
+
+def patch_target(imgs: Tensor, patch_size: int, norm_pix: bool = True, eps: float = 1e-6) -> Tensor:
+    """The pixels to predict, float32 ``[N, L, P]``.
+
+    With ``norm_pix`` every patch is normalised over its P = patch_size**2 * C values (MAE, arXiv 2111.06377,
+    section 3; unbiased variance and eps inside the square root, as the official code).
+    """
+    target = patchify(imgs, patch_size).float()
+    if norm_pix:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) * (var + eps).rsqrt()
+    return target
+
+
+def masked_pixel_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over a masked patch's pixels, then over the masked patches of the batch.
+
+    Args:
+        pred, target: ``[N, L, P]``.
+        mask: bool ``[N, L]``, True = masked.
+
+    Returns:
+        A float32 scalar; 0 if nothing is masked.
+    """
+    per_patch = (pred.float() - target.float()).square().mean(dim=-1)
+    # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
+    return torch.where(mask, per_patch, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,45 @@
+"""The light decoder: mask tokens in the gaps, ConvNeXt V2 blocks, a linear prediction (arXiv 2301.00808, section 3.1)."""
+
+import torch
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from fcmae.kernels import scatter_patches
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels behind every site of the encoder's last stage from the visible sites.
+
+    Args:
+        in_dim: D, the encoder's width.
+        embed_dim: the decoder's width (512 in the paper).
+        depth: the number of blocks (1 in the paper).
+        out_dim: P, predicted values a site: total stride squared times the image's channels.
+    """
+
+    def __init__(self, in_dim: int, embed_dim: int, depth: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+        self.blocks = nn.Sequential(
+            *(ConvNeXtBlock(embed_dim, use_grn=True, ls_init_value=None) for _ in range(depth))
+        )
+        self.pred = nn.Linear(embed_dim, out_dim)
+
+    def forward(self, visible: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+        """Predicts every site of the grid.
+
+        Args:
+            visible: ``[N, V, s, s, D]``, the encoder's output.
+            mask: bool ``[N, rows * s, cols * s]``, True = masked, on the grid of sites.
+            index: int64 ``[N, V]``, the positions of the visible patches on the grid of rows x cols patches.
+
+        Returns:
+            ``[N, L, P]``, L = rows * s * cols * s sites in row-major order.
+        """
+        x = self.proj(visible)
+        s = x.shape[2]
+        x = scatter_patches(x, index, mask.shape[1] // s, mask.shape[2] // s)
+        x = torch.where(mask.unsqueeze(1), self.mask_token.to(x.dtype).view(1, -1, 1, 1), x)
+        x = self.blocks(x)
+        return self.pred(x.flatten(2).transpose(1, 2))

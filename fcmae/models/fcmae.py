@@ -1,0 +1,154 @@
+"""Fully convolutional masked autoencoder (FCMAE; ConvNeXt V2, arXiv 2301.00808, section 3)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+
+from fcmae.engines import GRN_SCOPES, check_backbone, get_engine, total_stride
+from fcmae.loss import masked_pixel_loss, patch_target
+from fcmae.masking import grid_size, len_keep, random_mask, upsample_mask, visible_indices
+from fcmae.models.backbone import create_backbone
+from fcmae.models.decoder import Decoder
+
+INITS = ("timm", "official")
+
+
+class FCMAEOutput(NamedTuple):
+    """``loss``: float32 scalar. ``pred``: ``[N, L, P]``, in the target's (normalised) scale. ``mask``: bool ``[N, L]``."""
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class FCMAE(nn.Module):
+    """A ConvNeXt encoder over visible patches and a light decoder that predicts the masked pixels.
+
+    Args:
+        backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining.
+        in_chans: image channels, when ``backbone`` is a name.
+        mask_ratio: share of the patches that is masked, in [0, 1).
+        mask_patch_size: pixels a side of a mask patch; a multiple of the total stride, which is the default.
+        norm_pix_loss: normalise the target within each patch.
+        decoder_embed_dim, decoder_depth: the decoder's width and number of blocks.
+        engine: how the backbone runs over the visible patches, see :mod:`fcmae.engines`.
+        grn_scope: ``image``, or ``batch`` for parity with the official code.
+        init: ``timm`` (std 0.02 everywhere), or ``official``: std 1 in the encoder's depthwise and linear layers, the
+            stem and the decoder's convolutions, as the official code has it by an omitted argument.
+        backbone_kwargs: passed to :func:`fcmae.models.create_backbone`, when ``backbone`` is a name.
+
+    The predicted patch is the total stride (32 px), whatever the mask patch: so L counts patches of ``patch_size`` in
+    ``pred`` and of ``mask_patch_size`` in ``mask``, which are the same by default.
+    """
+
+    def __init__(
+        self,
+        backbone: str | ConvNeXt = "convnextv2_atto",
+        *,
+        in_chans: int = 3,
+        mask_ratio: float = 0.6,
+        mask_patch_size: int | None = None,
+        norm_pix_loss: bool = True,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 1,
+        engine: str = "packed",
+        grn_scope: str = "image",
+        init: str = "timm",
+        backbone_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, in_chans=in_chans, **(backbone_kwargs or {}))
+        check_backbone(backbone)
+        for name, value, allowed in (("grn_scope", grn_scope, GRN_SCOPES), ("init", init, INITS)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {mask_ratio}; allowed is a number in [0, 1)")
+        self.patch_size = total_stride(backbone)
+        self.mask_patch_size = mask_patch_size or self.patch_size
+        if self.mask_patch_size % self.patch_size:
+            raise ValueError(
+                f"mask_patch_size is {mask_patch_size}; allowed is a multiple of the backbone's total stride, "
+                f"{self.patch_size}"
+            )
+        self.engine = get_engine(engine)
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.grn_scope = grn_scope
+        self.backbone = backbone
+        self.backbone.head.requires_grad_(False)
+        pixels = self.patch_size**2 * backbone.in_chans
+        self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, pixels)
+        _init_decoder(self.decoder)
+        if init == "official":
+            _init_official(self)
+
+    def forward(self, imgs: Tensor, mask: Tensor | None = None, keep: int | None = None) -> FCMAEOutput:
+        """Reconstructs the masked patches of normalised images.
+
+        Args:
+            imgs: ``[N, C, H, W]``, sides multiples of ``mask_patch_size``.
+            mask: bool ``[N, L]``, True = masked, equally many visible patches in every row; random if None.
+            keep: the visible patches in a row of ``mask``. Without it the mask is counted and checked, for which the
+                host waits for the device.
+        """
+        if mask is None:
+            mask, keep = self.random_mask(imgs)
+        elif keep is None:
+            keep = self._count_visible(mask, imgs)
+        visible = self.engine(
+            self.backbone, imgs, mask, keep=keep, patch_size=self.mask_patch_size, grn_scope=self.grn_scope
+        )
+        rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
+        sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
+        pred = self.decoder(visible, sites, visible_indices(mask, keep))
+        target = patch_target(imgs, self.patch_size, self.norm_pix_loss)
+        return FCMAEOutput(masked_pixel_loss(pred, target, sites.flatten(1)), pred, mask)
+
+    def len_keep(self, height: int, width: int) -> int:
+        """Visible patches of an image of that size."""
+        rows, cols = grid_size(height, width, self.mask_patch_size)
+        return len_keep(rows * cols, self.mask_ratio)
+
+    def random_mask(self, imgs: Tensor) -> tuple[Tensor, int]:
+        """A random mask for ``imgs`` from the device's generator, and its number of visible patches."""
+        rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
+        keep = len_keep(rows * cols, self.mask_ratio)
+        return random_mask(torch.rand(imgs.shape[0], rows * cols, device=imgs.device), keep), keep
+
+    def _count_visible(self, mask: Tensor, imgs: Tensor) -> int:
+        rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
+        if mask.dtype != torch.bool or mask.shape != (imgs.shape[0], rows * cols):
+            raise ValueError(
+                f"mask is {mask.dtype} {list(mask.shape)}; allowed is torch.bool {[imgs.shape[0], rows * cols]}"
+            )
+        counts = set((~mask).sum(dim=1).tolist())
+        if len(counts) != 1 or counts == {0}:
+            raise ValueError(
+                f"mask leaves {sorted(counts)} patches visible; allowed is one number, at least 1, for all images"
+            )
+        return counts.pop()
+
+
+def _init_decoder(decoder: Decoder) -> None:
+    """Truncated normal of std 0.02 and zero biases, as timm initialises the encoder."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(decoder.mask_token, std=0.02)
+
+
+def _init_official(model: FCMAE) -> None:
+    """The official code's initialisation, which calls ``trunc_normal_`` without a std and so gets 1."""
+    for name, module in model.named_modules():
+        if name.startswith("decoder.blocks") and isinstance(module, nn.Linear):
+            module.reset_parameters()  # never touched by the official init
+        elif name.startswith("backbone.head") or "downsample" in name:
+            continue  # the only convolutions for which the official code does pass std 0.02
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            trunc_normal_(module.weight)
