@@ -1,0 +1,183 @@
+"""The command line. ``pretrain finetune evaluate knn`` are Hydra commands, the others take plain flags.
+
+Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, UsageError
+
+COMMANDS = {
+    "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
+    "finetune": "train a classifier from pretrained or random weights: init_from=RUN [overrides]",
+    "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
+    "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
+    "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
+    "doctor": "check the installation and the engines against each other and golden files",
+    "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else EXIT_USAGE
+    if args[0] == "--version":
+        from fcmae import __version__
+
+        print(f"fcmae {__version__}")
+        return 0
+    command, *rest = args
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
+        return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
+    except FCMAEError as error:
+        print(f"fcmae {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"fcmae {command}: interrupted", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"usage: fcmae COMMAND ...\n\n{lines}\n\n"
+        "Hydra commands (pretrain, finetune, evaluate, knn): KEY=VALUE overrides; `--cfg job` prints the config."
+    )
+
+
+def _hydra(command: str, overrides: list[str]) -> int:
+    """Composes the command's config with Hydra and runs it on the typed result."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    from fcmae import config
+
+    # Hydra would print errors itself, in several lines, and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    config.register_schemas()
+    OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
+
+    failures: list[FCMAEError] = []
+
+    @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        try:
+            typed = config.to_typed(composed, config.COMMANDS[command])
+            _HYDRA[command](typed, Path(HydraConfig.get().runtime.output_dir))
+        except FCMAEError as error:
+            if HydraConfig.get().mode != RunMode.RUN:
+                raise  # a sweep's launcher collects it, perhaps from another machine
+            failures.append(error)  # raised here, Hydra would print a line of its own
+
+    program = sys.argv
+    sys.argv = [f"fcmae {command}", *overrides]
+    try:
+        job()
+    except HydraException as error:
+        raise config.ConfigError(config.explain(error)) from error
+    finally:
+        sys.argv = program
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _start_time() -> str:
+    from fcmae.training.distributed import start_time
+
+    return start_time()
+
+
+def _pretrain(cfg: Any, run_dir: Path) -> None:
+    from fcmae.training.run import pretrain
+
+    print(pretrain(cfg, run_dir))
+
+
+def _finetune(cfg: Any, run_dir: Path) -> None:
+    from fcmae.training.run import finetune
+
+    print(finetune(cfg, run_dir))
+
+
+def _evaluate(cfg: Any, _: Path) -> None:
+    from fcmae.evaluation.run import evaluate
+
+    _report(evaluate(cfg), cfg.out)
+
+
+def _knn(cfg: Any, _: Path) -> None:
+    from fcmae.evaluation.run import knn
+
+    _report(knn(cfg), cfg.out)
+
+
+def _report(result: dict[str, float], out: str | None) -> None:
+    line = json.dumps(result)
+    print(line)
+    if out is not None:
+        Path(out).write_text(line + "\n")
+
+
+def _reconstruct(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae reconstruct", description=COMMANDS["reconstruct"])
+    parser.add_argument("checkpoint", help="a pretraining run's directory or checkpoint")
+    parser.add_argument("images", nargs="+", help="image files or folders")
+    parser.add_argument("--out", default="reconstruction.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")
+    parser.add_argument("--mask-ratio", type=float, help="instead of the checkpoint's")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    given = parser.parse_args(args)
+    from fcmae.evaluation.run import reconstruct
+
+    picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
+    picture.save(given.out)
+    print(given.out)
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
+    parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
+    given = parser.parse_args(args)
+    from fcmae.doctor import run
+
+    return run([Path(file) for file in given.golden])
+
+
+def _demo(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae demo", description=COMMANDS["demo"])
+    parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
+    parser.add_argument("--data", help="a folder with Fashion-MNIST's four .gz files")
+    given = parser.parse_args(args)
+    from fcmae.demo import run
+
+    run(Path(given.out), given.data)
+    return 0
+
+
+_HYDRA: dict[str, Callable[[Any, Path], None]] = {
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "knn": _knn,
+}
+_TOOLS: dict[str, Callable[[list[str]], int]] = {"reconstruct": _reconstruct, "doctor": _doctor, "demo": _demo}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Errors that are the user's to mend, and how commands end."""
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_RESUMABLE = 75
+
+
+class FCMAEError(Exception):
+    """Something went wrong that one line explains; the command prints it without a traceback."""
+
+    exit_code = EXIT_ERROR
+
+
+class UsageError(FCMAEError):
+    """A mistake in what was asked for: an argument, a missing file, images that do not fit."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError, ValueError):
+    """A config key that is unknown, of the wrong type or out of range; the message names the full key."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be read or does not belong to what was asked for."""
+
+
+class NonFiniteLossError(FCMAEError):
+    """The loss or gradient became infinite or NaN; the weights are those before that step."""
+
+
+class Interrupted(FCMAEError):
+    """The run stopped early, saved, and can be resumed."""
+
+    exit_code = EXIT_RESUMABLE

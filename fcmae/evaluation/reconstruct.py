@@ -1,0 +1,70 @@
+"""Pictures of what a pretrained model sees and what it makes of it."""
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import make_grid
+
+from fcmae.config import DataConfig
+from fcmae.data.transforms import denormalize
+from fcmae.masking import grid_size, patchify, unpatchify, upsample_mask
+from fcmae.models import FCMAE
+
+COLUMNS = ("original", "masked", "reconstruction", "pasted")
+GREY = 0.5
+MIN_TILE = 96
+"""Smaller images are enlarged to this many pixels, so that the captions fit."""
+
+
+@torch.no_grad()
+def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The model's prediction in the scale of ``imgs``.
+
+    With a normalised target (norm_pix_loss) the prediction has no brightness or contrast of its own: each patch takes
+    the mean and deviation of the true one.
+
+    Args:
+        imgs: normalised ``[N, C, H, W]``.
+        mask: bool ``[N, L]``, or None for a random one.
+
+    Returns:
+        The prediction for every patch ``[N, C, H, W]`` and the mask, bool ``[N, 1, H, W]``, True = masked.
+    """
+    height, width = imgs.shape[-2:]
+    _, pred, mask = model(imgs, mask)
+    pred = pred.float()
+    if model.norm_pix_loss:
+        target = patchify(imgs, model.patch_size).float()
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    rows, cols = grid_size(height, width, model.mask_patch_size)
+    pixels = upsample_mask(mask, rows, cols, model.mask_patch_size).unsqueeze(1)
+    return unpatchify(pred, model.patch_size, height, width), pixels
+
+
+def reconstruction_picture(model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None) -> Image.Image:
+    """A row for every image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+
+    Args:
+        imgs: normalised ``[N, C, H, W]``; of more than three channels the first three are shown.
+    """
+    pred, hidden = reconstruct(model, imgs, mask)
+    original, pred = (denormalize(x.float(), data.mean, data.std) for x in (imgs, pred))
+    tiles = torch.stack(
+        [original, torch.where(hidden, GREY, original), pred, torch.where(hidden, pred, original)], dim=1
+    ).flatten(0, 1)
+    tiles = tiles[:, :3] if tiles.shape[1] >= 3 else tiles[:, :1].expand(-1, 3, -1, -1)
+    scale = -(-MIN_TILE // max(tiles.shape[-2:]))
+    tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    return _with_captions(F.to_pil_image(make_grid(tiles.cpu(), nrow=len(COLUMNS), padding=4, pad_value=1.0)))
+
+
+def _with_captions(grid: Image.Image) -> Image.Image:
+    height = 16
+    picture = Image.new("RGB", (grid.width, grid.height + height), "white")
+    picture.paste(grid, (0, height))
+    draw = ImageDraw.Draw(picture)
+    for column, caption in enumerate(COLUMNS):
+        draw.text((column * grid.width / len(COLUMNS) + 4, 2), caption, fill="black")
+    return picture

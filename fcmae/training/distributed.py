@@ -1,0 +1,110 @@
+"""The processes of a run: who they are, where they meet, and what they agree on. Knows torchrun and a single process."""
+
+import datetime
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcmae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """A process's place among the ranks of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of ``value`` over the ranks."""
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest ``value`` of the ranks."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def _reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value, op)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched_size() -> int:
+    """The number of ranks that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@functools.cache
+def _store() -> tuple[dist.Store, int, int]:
+    """The store through which the ranks find each other, the rank and the number of ranks."""
+    return next(dist.rendezvous("env://"))
+
+
+@functools.cache
+def start_time() -> str:
+    """When the run started, the same for all ranks, as year-month-day_hour-minute-second.
+
+    The processes of a launch would each read their own clock, and their run directories would differ.
+    """
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if launched_size() == 1:
+        return now
+    store, rank, _ = _store()
+    if rank == 0:
+        store.set("fcmae/start_time", now)
+    return store.get("fcmae/start_time").decode()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device named ``auto``, ``cpu`` or ``cuda``. Raises UsageError if it isn't there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(f"trainer.device is {name!r}, but torch {torch.__version__} sees no CUDA device")
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(f"rank {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} seen")
+    return torch.device("cuda", local_rank)
+
+
+def connect(device: str) -> World:
+    """Joins the other ranks, over NCCL on GPUs and gloo on CPUs. Call once, and :func:`disconnect` at the end."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    picked = pick_device(device, local_rank)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    size = launched_size()
+    if size == 1:
+        return World(0, 1, 0, 1, picked)
+    store, rank, size = _store()
+    if not dist.is_initialized():
+        backend = "nccl" if picked.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, device_id=picked if picked.type == "cuda" else None
+        )
+    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), picked)
+
+
+def disconnect() -> None:
+    """Leaves the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

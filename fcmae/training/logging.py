@@ -1,0 +1,146 @@
+"""What a run tells: metrics.jsonl always, a progress bar or lines, TensorBoard and wandb by config."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fcmae.config import LoggerConfig
+from fcmae.errors import UsageError
+
+
+class Sink(Protocol):
+    """Somewhere metrics and pictures go."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with its ``step``; pictures in reconstructions/."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self.run_dir = run_dir
+        path = run_dir / "metrics.jsonl"
+        kept = _lines_up_to(path, start_step) if path.is_file() else []
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        folder = self.run_dir / "reconstructions"
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{name}_{step:08d}.png")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The lines of a metrics file that a run resumed at ``step`` will not write again."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # cut off when the run was killed
+    return kept
+
+
+class TensorBoard:
+    """TensorBoard event files in the run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError("logger.tensorboard needs the package tensorboard: pip install tensorboard") from error
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Progress:
+    """A progress bar on a terminal, a line for every log elsewhere."""
+
+    def __init__(self, label: str, start_step: int, stop_step: int, enabled: bool) -> None:
+        self.label = label
+        self.stop_step = stop_step
+        self.enabled = enabled
+        terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(
+            initial=start_step, total=stop_step, desc=label, unit="step", disable=not terminal, dynamic_ncols=True
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name: f"{metrics[name]:.4g}" for name in ("loss", "top1", "images_per_second") if name in metrics}
+        self.bar.set_postfix(shown)
+        if self.enabled and self.bar.disable:
+            left = metrics.get("seconds_left")
+            end = f", {left:.0f} s left" if left is not None else ""
+            values = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.label} step {step}/{self.stop_step} {values}{end}", file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        pass
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class RunLogger:
+    """Passes metrics and pictures to every sink; on ranks other than the first there are none."""
+
+    def __init__(self, sinks: list[Sink], progress: Progress) -> None:
+        self.sinks = [*sinks, progress]
+        self.progress = progress
+
+    @classmethod
+    def create(
+        cls, cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: Path, steps: tuple[int, int], main: bool
+    ) -> "RunLogger":
+        """The sinks that the config asks for. ``steps``: the first and the last step of this process."""
+        sinks: list[Sink] = []
+        if main:
+            sinks.append(MetricsFile(run_dir, steps[0]))
+            if cfg.tensorboard:
+                sinks.append(TensorBoard(run_dir))
+            if cfg.wandb != "disabled":
+                from fcmae.training.wandb_logger import WandbLogger
+
+                sinks.append(WandbLogger(cfg.wandb, cfg.project, name, run_dir, config))
+        return cls(sinks, Progress(name, *steps, enabled=main and cfg.progress))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        for sink in self.sinks:
+            sink.picture(step, name, image)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,305 @@
+"""The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcmae.config import TrainerConfig, to_dict
+from fcmae.data.loader import BatchPlan, default_workers, train_loader
+from fcmae.errors import Interrupted, NonFiniteLossError
+from fcmae.evaluation.features import autocast
+from fcmae.randomness import seed_step
+from fcmae.training.build import load_state
+from fcmae.training.checkpoint import CheckpointDir, State
+from fcmae.training.distributed import World
+from fcmae.training.logging import RunLogger
+from fcmae.training.optim import create_optimizer, set_lr
+from fcmae.training.schedule import CosineSchedule
+from fcmae.training.tasks import Task
+
+
+@dataclass
+class TrainState:
+    """Everything that a resume needs: the number of optimizer steps done, and what they changed."""
+
+    step: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+
+    def state_dict(self) -> State:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+        }
+
+    def load_state_dict(self, state: State, path: Path) -> None:
+        self.step = state["step"]
+        load_state(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            load_state(self.ema.module, state["ema"] or state["model"], path)
+
+
+def train(task: Task, run_dir: Path, world: World) -> Path:
+    """Trains a task to the end of its schedule, continuing what ``run_dir`` holds.
+
+    Returns:
+        The last checkpoint.
+
+    Raises NonFiniteLossError, with the weights and checkpoints of before; Interrupted at ``trainer.max_steps``.
+    """
+    cfg = task.cfg
+    plan = BatchPlan.create(
+        len(task.source), cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.size, cfg.seed
+    )
+    task.prepare(plan)
+    schedule = CosineSchedule(
+        cfg.optim.peak_lr(plan.global_batch_size),
+        cfg.schedule.min_lr,
+        round(cfg.schedule.warmup_epochs * plan.steps_per_epoch),
+        max(1, round(cfg.schedule.epochs * plan.steps_per_epoch)),
+    )
+    checkpoints = CheckpointDir(run_dir, cfg.trainer.keep_checkpoints)
+    state = _create_state(task, world)
+    resumed = checkpoints.load_latest(_say, world.device) if cfg.trainer.resume else None
+    if resumed is not None:
+        state.load_state_dict(resumed, checkpoints.folder)
+    stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
+    config = to_dict(cfg)
+    if world.is_main:
+        _write_config(run_dir, config)
+        _say(_summary(task, plan, state, schedule.total_steps, world))
+    model = _wrap(task.model, cfg.trainer, world)
+    workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
+    loader = iter(
+        train_loader(
+            task.dataset(),
+            plan,
+            rank=world.rank,
+            start_step=state.step,
+            stop_step=stop_step,
+            workers=workers,
+            pin_memory=world.device.type == "cuda",
+        )
+    )
+    logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
+    meter = Meter(world, plan.global_batch_size)
+    guard = FiniteGuard(world.device)
+    saved: Path | None = None
+
+    def save() -> Path:
+        path = checkpoints.folder / f"step_{state.step:08d}.pt"
+        if world.is_main:
+            contents = {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()}
+            path = checkpoints.save(contents)
+        world.barrier()
+        return path
+
+    model.train()
+    with contextlib.closing(logger):
+        while state.step < stop_step:
+            step = state.step
+            lr = schedule(step)
+            set_lr(state.optimizer, lr)
+            loss = torch.zeros((), device=world.device)
+            for micro in range(plan.accum_steps):
+                batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
+                seed_step(cfg.seed, step, micro, world.rank, world.device)
+                last = micro == plan.accum_steps - 1
+                with _no_sync(model, last), autocast(world.device, cfg.trainer.precision):
+                    part_loss = task.loss(model, batch) / plan.accum_steps
+                    state.scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
+            grad_norm = _optimizer_step(state, guard, cfg.optim.clip_grad, step, loss)
+            state.step += 1
+            meter.add(loss, grad_norm)
+            logger.progress.advance()
+
+            done = state.step == stop_step
+            if done or state.step % cfg.trainer.log_every == 0:
+                metrics = meter.read()
+                _stop_if_not_finite(guard, task, plan, run_dir, world)
+                left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
+                epoch = state.step / plan.steps_per_epoch
+                logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
+            if done or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan):
+                _stop_if_not_finite(guard, task, plan, run_dir, world)
+                saved = save()
+            if done or _due(state.step, cfg.trainer.eval_every_epochs, plan):
+                task.evaluate(model, state.ema.module if state.ema is not None else None, state.step, logger, world)
+                meter.restart()
+        if stop_step < schedule.total_steps:
+            raise Interrupted(
+                f"stopped at trainer.max_steps={stop_step} of {schedule.total_steps}; the same command with "
+                f"hydra.run.dir={run_dir} and more steps goes on"
+            )
+    return saved or save()
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first step whose gradient was not finite; from then on no step changes anything.
+
+    The gradient is the mean over ranks, so all ranks agree, and asking costs no synchronisation with the device until
+    :meth:`first_bad_step` is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def check(self, finite: Tensor, step: int) -> Tensor:
+        """float32 1 if this or an earlier step was not finite, else 0."""
+        bad_now = ~finite & (self._step < 0)
+        self._step = torch.where(bad_now, step, self._step)
+        return (self._step >= 0).float()
+
+    def first_bad_step(self, world: World) -> int | None:
+        """The step, on every rank if it was seen on one; waits for the device."""
+        step = int(world.max(self._step))
+        return step if step >= 0 else None
+
+
+class Meter:
+    """Means over the steps since the last reading; only reading waits for the device."""
+
+    def __init__(self, world: World, images_per_step: int) -> None:
+        self.world = world
+        self.images_per_step = images_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts anew, after something that is not training."""
+        self.steps = 0
+        self.loss = torch.zeros((), device=self.world.device)
+        self.grad_norm = torch.zeros((), device=self.world.device)
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm = grad_norm
+
+    def read(self) -> dict[str, float]:
+        loss = self.world.mean(self.loss).item() / self.steps
+        grad_norm = self.grad_norm.item()
+        images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "images_per_second": images_per_second}
+        if self.world.device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.restart()
+        return metrics
+
+
+def _create_state(task: Task, world: World) -> TrainState:
+    cfg = task.cfg
+    if cfg.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+    task.model.to(world.device)
+    ema = None
+    if cfg.trainer.ema_decay is not None:
+        ema = ModelEmaV3(task.model, decay=cfg.trainer.ema_decay)
+    optimizer = create_optimizer(task.model, cfg.optim)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.trainer.precision == "fp16")
+    return TrainState(0, task.model, optimizer, scaler, ema)
+
+
+def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
+    """The model as the loop calls it: compiled and data-parallel as asked. Its parameters stay the same objects."""
+    if cfg.compile if cfg.compile is not None else world.device.type == "cuda":
+        model.compile()
+    if world.size > 1:
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return model
+
+
+def _no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Gradients are summed over ranks with the last micro-batch of a step only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def _optimizer_step(
+    state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor
+) -> Tensor:
+    """One optimizer step, which changes nothing if the gradient isn't finite. Returns the gradient's norm."""
+    state.scaler.unscale_(state.optimizer)
+    params = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm, foreach=True)
+    if state.scaler.is_enabled():
+        # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled.
+        guard.check(torch.isfinite(loss), step)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        # Fused AdamW leaves everything as it is where found_inf is 1, without the host having to know.
+        state.optimizer.found_inf = guard.check(torch.isfinite(norm), step)  # type: ignore[attr-defined]
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update(state.model)
+    return norm
+
+
+def _stop_if_not_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> None:
+    """Raises NonFiniteLossError if a step since the start was not finite, after listing that step's samples."""
+    step = guard.first_bad_step(world)
+    if step is None:
+        return
+    path = run_dir / f"nonfinite_step_{step:08d}.json"
+    if world.is_main:
+        samples = [
+            {"epoch": epoch, "index": index, "sample": task.source.describe(index)}
+            for epoch, index in plan.global_batch(step)
+        ]
+        path.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
+    raise NonFiniteLossError(
+        f"the loss or gradient of step {step} is not finite; the weights are those before it. Its samples: {path}"
+    )
+
+
+def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
+    """Whether another ``every_epochs`` epochs ended with this step."""
+    interval = max(1, round(every_epochs * plan.steps_per_epoch))
+    return step % interval == 0
+
+
+def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
+    params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
+    start = f"resumed at step {state.step}" if state.step else "from the start"
+    batch = f"{plan.global_batch_size} = {world.size} x {plan.micro_batch_size} x {plan.accum_steps}"
+    return (
+        f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {batch} "
+        f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""AdamW with the parameter groups of the paper: no decay on vectors, layer-wise learning rates."""
+
+import re
+from typing import Any
+
+import torch
+from timm.models.convnext import ConvNeXt
+from torch import nn
+
+from fcmae.config import OptimConfig
+from fcmae.engines.convnext import stages
+
+BLOCKS_PER_GROUP = 3
+"""Blocks of stage 3 that share a learning rate with ``group`` layer decay (official ``optim_factory.py``)."""
+
+
+def layer_index(name: str, depths: tuple[int, ...], kind: str) -> tuple[int, int]:
+    """How deep a backbone parameter lies, and how deep the head does.
+
+    Args:
+        name: as timm names it, e.g. ``stages.2.blocks.5.mlp.fc1.weight``.
+        depths: blocks in each stage.
+        kind: ``single``, every block a layer; or ``group``, every stage one, and every three blocks of stage 3 one.
+
+    Returns:
+        The parameter's layer counted from the input, and the head's.
+    """
+    group = kind == "group"
+    groups = -(-depths[2] // BLOCKS_PER_GROUP)
+    head = 4 + groups if group else sum(depths) + 1
+    if name.startswith(("head", "norm_pre")):
+        return head, head
+    if name.startswith("stem"):
+        return (0 if group else 1), head
+    match = re.match(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+    if match is None:
+        raise ValueError(f"{name!r} is not a parameter of a ConvNeXt backbone")
+    stage, block = int(match[1]), int(match[2] or 0)
+    if not group:
+        return sum(depths[:stage]) + block + 1, head
+    return (stage + 1, stage + 1, 3 + block // BLOCKS_PER_GROUP, 3 + groups)[stage], head
+
+
+def layer_scale(name: str, depths: tuple[int, ...], decay: float, kind: str) -> float:
+    """The factor on a backbone parameter's learning rate, ``decay ** (layers up to the head)``."""
+    index, head = layer_index(name, depths, kind)
+    return decay ** (head - index)
+
+
+def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of equal learning-rate scale and weight decay.
+
+    Vectors (biases, norms, GRN, layer scale, mask token) are not decayed. Layer decay needs a timm ConvNeXt.
+
+    Returns:
+        AdamW groups with ``params``, ``weight_decay``, ``lr_scale`` and ``names``.
+    """
+    depths: tuple[int, ...] = ()
+    if cfg.layer_decay is not None:
+        if not isinstance(model, ConvNeXt):
+            raise ValueError(f"optim.layer_decay is {cfg.layer_decay}; in pretraining allowed is null")
+        depths = tuple(len(stage.blocks) for stage in stages(model))
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        decay = cfg.weight_decay if param.ndim > 1 else 0.0
+        scale = 1.0
+        if cfg.layer_decay is not None:
+            scale = layer_scale(name, depths, cfg.layer_decay, cfg.layer_decay_type)
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        )
+        group["params"].append(param)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over :func:`param_groups`; the loop sets the learning rates."""
+    betas = (cfg.betas[0], cfg.betas[1])
+    return torch.optim.AdamW(param_groups(model, cfg), lr=0.0, betas=betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group ``lr`` times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,31 @@
+"""The commands ``pretrain`` and ``finetune`` as functions of a typed config and a run directory."""
+
+from pathlib import Path
+
+import torch
+
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.training import distributed
+from fcmae.training.loop import train
+from fcmae.training.tasks import Finetuning, Pretraining, Task
+
+
+def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
+    """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
+    return _run(cfg, run_dir)
+
+
+def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
+    """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
+    return _run(cfg, run_dir)
+
+
+def _run(cfg: RunConfig, run_dir: Path) -> Path:
+    task: Task = Pretraining(cfg) if isinstance(cfg, PretrainConfig) else Finetuning(cfg)  # type: ignore[arg-type]
+    world = distributed.connect(cfg.trainer.device)
+    torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
+    torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
+    try:
+        return train(task, run_dir, world)
+    finally:
+        distributed.disconnect()

@@ -1,0 +1,164 @@
+"""The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fcmae.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.data.loader import BatchPlan, LabelledImages, MaskedImages
+from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
+from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.errors import UsageError
+from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.reconstruct import reconstruction_picture
+from fcmae.masking import grid_size, random_mask
+from fcmae.models import FCMAE
+from fcmae.randomness import Stream, generator
+from fcmae.training import checkpoint
+from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
+from fcmae.training.distributed import World
+from fcmae.training.logging import RunLogger
+
+
+class Task(Protocol):
+    """What the training loop asks of a task."""
+
+    name: str
+    cfg: RunConfig
+    source: Source
+    model: nn.Module
+
+    def dataset(self) -> Dataset:
+        """Training samples by (epoch, index)."""
+        ...
+
+    def prepare(self, plan: BatchPlan) -> None:
+        """Checks what depends on the sizes of batches, before the first is read."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
+        ...
+
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
+        """Evaluates and logs."""
+        ...
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beyond the loop's own."""
+        ...
+
+
+class Pretraining:
+    """FCMAE pretraining (ConvNeXt V2, arXiv 2301.00808, section 3)."""
+
+    name = "pretrain"
+    PICTURES = 8
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        self.cfg = cfg
+        self.model: FCMAE = build_fcmae(cfg)
+        self.source = train_source(cfg.data)
+        rows, cols = grid_size(*cfg.data.image_size, self.model.mask_patch_size)
+        self.num_patches = rows * cols
+        self.keep = self.model.len_keep(*cfg.data.image_size)
+
+    def dataset(self) -> Dataset:
+        return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
+
+    def prepare(self, plan: BatchPlan) -> None:
+        pass
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        imgs, noise = batch
+        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
+        return model(imgs, random_mask(noise, self.keep), self.keep).loss
+
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
+        if world.is_main:
+            logger.picture(step, "reconstruction", self.picture(world.device))
+
+    @torch.no_grad()
+    def picture(self, device: torch.device) -> Any:
+        """The first images of a fixed random order, with fixed masks, reconstructed."""
+        transform = eval_transform(self.cfg.data)
+        rng = generator(self.cfg.seed, Stream.SUBSET)
+        chosen = torch.randperm(len(self.source), generator=rng)[: self.PICTURES].tolist()
+        imgs = torch.stack([transform(self.source[index].image) for index in chosen]).to(device)
+        mask = random_mask(torch.rand(len(chosen), self.num_patches, generator=rng), self.keep).to(device)
+        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
+        was_training = self.model.training
+        picture = reconstruction_picture(self.model.eval(), imgs, self.cfg.data, mask)
+        self.model.train(was_training)
+        return picture
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+
+class Finetuning:
+    """Supervised training of the dense classifier, from pretrained or random weights."""
+
+    name = "finetune"
+
+    def __init__(self, cfg: FinetuneConfig) -> None:
+        self.cfg = cfg
+        self.source = train_source(cfg.data)
+        self.val_source = val_source(cfg.data)
+        self.classes = require_labels(self.source, "data.path")
+        if require_labels(self.val_source, "data.val_path") != self.classes:
+            raise UsageError("data.path and data.val_path have different classes")
+        if cfg.model.num_classes not in (None, len(self.classes)):
+            raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
+        if cfg.data.labels_per_class is not None:
+            self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
+        self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
+        if cfg.init_from is not None:
+            path = checkpoint.resolve(cfg.init_from)
+            load_state(self.model, backbone_weights(checkpoint.read(path)), path, except_prefix="head.fc.")
+        self.mixup: Mixup | None = None
+        if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=cfg.augment.mixup,
+                cutmix_alpha=cfg.augment.cutmix,
+                label_smoothing=cfg.augment.label_smoothing,
+                num_classes=len(self.classes),
+            )
+
+    def dataset(self) -> Dataset:
+        return LabelledImages(self.source, finetune_transform(self.cfg.data, self.cfg.augment), self.cfg.seed)
+
+    def prepare(self, plan: BatchPlan) -> None:
+        if self.mixup is not None and plan.micro_batch_size % 2:
+            raise ConfigError(
+                f"trainer.micro_batch_size is {plan.micro_batch_size}; allowed with augment.mixup or augment.cutmix is "
+                "an even number (images are mixed in pairs)"
+            )
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        imgs, labels = batch
+        if self.mixup is None:
+            return F.cross_entropy(model(imgs), labels, label_smoothing=self.cfg.augment.label_smoothing)
+        imgs, targets = self.mixup(imgs, labels)
+        return F.cross_entropy(model(imgs), targets)
+
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
+        metrics = {}
+        for prefix, network in (("", self.model), ("ema_", ema)):
+            if network is None:
+                continue
+            was_training = network.training
+            trainer = self.cfg.trainer
+            batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
+            result = accuracy(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world)
+            metrics |= {f"{prefix}{name}": result[name] for name in ("top1", "top5")}
+            network.train(was_training)
+        logger.log(step, metrics)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"classes": self.classes}

@@ -1,0 +1,49 @@
+"""Weights & Biases; the only file that imports wandb."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fcmae.errors import UsageError
+
+
+class WandbLogger:
+    """A wandb run that continues when its run directory does.
+
+    Args:
+        mode: ``auto`` (online with an API key, else offline), ``online`` or ``offline``.
+        run_dir: wandb's files go to ``run_dir/wandb``; the run's id is kept there.
+    """
+
+    def __init__(self, mode: str, project: str, name: str, run_dir: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("logger.wandb needs the package wandb; install it or set logger.wandb=disabled") from error
+        self._image = wandb.Image
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(wandb.util.generate_id())
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=id_file.read_text(),
+            resume="allow" if mode == "online" else None,
+            dir=run_dir,
+            config=config,
+            mode="offline" if mode == "offline" else "online",
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        self._run.log({name: self._image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
