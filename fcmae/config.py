@@ -139,6 +139,8 @@ class DataConfig:
     """Pixels added on each side before anything else."""
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     """Share of the area that a training crop covers."""
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Aspect ratio (width / height) of a training crop before it is resized."""
     hflip: float = 0.5
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
@@ -163,6 +165,8 @@ class DataConfig:
             check(f"data.{name}", value, ok, f"{self.in_chans} numbers, one a channel (data.in_chans)")
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
+        ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]
+        check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
         _check_ratio("data.hflip", self.hflip)
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         for name in ("pad", "workers"):

@@ -72,6 +72,7 @@ def _crop(cfg: DataConfig) -> Callable:
     return v2.RandomResizedCrop(
         list(cfg.image_size),
         scale=(cfg.crop_scale[0], cfg.crop_scale[1]),
+        ratio=(cfg.crop_ratio[0], cfg.crop_ratio[1]),
         interpolation=v2.InterpolationMode.BICUBIC,
         antialias=True,
     )

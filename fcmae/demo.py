@@ -1,0 +1,153 @@
+"""``fcmae demo``: the whole purpose of the project in a few minutes, on Fashion-MNIST and the hardware at hand."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcmae.config import DataConfig, FinetuneConfig, PretrainConfig, compose
+from fcmae.data.sources import train_source
+from fcmae.errors import Interrupted, UsageError
+from fcmae.evaluation.knn import knn_accuracy
+from fcmae.models import FCMAE
+from fcmae.training.build import build_fcmae, load
+from fcmae.training.distributed import World, pick_device, start_time
+from fcmae.training.run import finetune, pretrain
+from fcmae.training.tasks import Pretraining
+
+GALLERY, QUERIES = 10_000, 2_000
+GPU_SECONDS = 200
+"""Pretraining time aimed at on a GPU; the number of epochs follows from its measured speed."""
+GPU_EPOCHS = (2, 60)
+
+
+def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
+    """Runs the demo into folder ``out`` and returns what it writes to summary.json.
+
+    Raises UsageError, before anything is trained, if the data or matplotlib (for loss.png) is missing.
+    """
+    _need_matplotlib()
+    began = time.perf_counter()
+    device = pick_device("auto")
+    runs = out / "runs" / start_time()
+    data = [f"data.path={data_folder}"] if data_folder else []
+    gpu = device.type == "cuda"
+    experiments = ("fashion_mnist/pretrain", "fashion_mnist/finetune_100") if gpu else ("demo/pretrain", "demo/finetune")
+    pretraining = [f"experiment={experiments[0]}", "logger=quiet", *data]
+    finetuning = [f"experiment={experiments[1]}", "logger=quiet", *data]
+    cfg: PretrainConfig = compose("pretrain", pretraining)
+    train_source(cfg.data)
+    if gpu:
+        cfg = compose("pretrain", [*pretraining, f"schedule.epochs={_affordable_epochs(pretraining, runs)}"])
+
+    _step(1, f"k-NN accuracy of random weights ({GALLERY} gallery, {QUERIES} test images)")
+    before = _knn(build_fcmae(cfg), cfg.data, device)
+
+    _step(2, f"pretraining without labels, {cfg.schedule.epochs:g} epochs")
+    pretrained = pretrain(cfg, runs / "pretrain")
+    images_per_second = _images_per_second(runs / "pretrain")
+
+    _step(3, "k-NN accuracy of the pretrained encoder")
+    model = load(pretrained)
+    assert isinstance(model, FCMAE)
+    after = _knn(model, cfg.data, device)
+    task = Pretraining(cfg)
+    task.model = model
+    task.picture(device).save(out / "reconstruction.png")
+    _plot_loss(runs / "pretrain" / "metrics.jsonl", out / "loss.png")
+
+    few: FinetuneConfig = compose("finetune", [*finetuning, f"init_from={pretrained}"])
+    labels = 10 * (few.data.labels_per_class or 0)
+    _step(4, f"fine-tuning with {labels} labels, from the pretrained weights")
+    from_pretrained = _top1(finetune(few, runs / "finetune").parent.parent)
+
+    _step(5, f"the same with {labels} labels from random weights")
+    from_scratch = _top1(finetune(compose("finetune", finetuning), runs / "scratch").parent.parent)
+
+    summary = {
+        "knn_before": before,
+        "knn_after": after,
+        "finetune_pretrained": from_pretrained,
+        "finetune_scratch": from_scratch,
+        "seconds": time.perf_counter() - began,
+        "images_per_second": images_per_second,
+    }
+    summary = {name: round(value, 2) for name, value in summary.items()}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(_table(summary, labels, out))
+    return summary
+
+
+def _table(summary: dict[str, float], labels: int, out: Path) -> str:
+    few = f"fine-tuned with {labels} labels, top-1"
+    return f"""
+{"Fashion-MNIST":36}{"random weights":>16}{"pretrained":>12}
+{"10-NN accuracy of frozen features":36}{summary["knn_before"]:>15.1f}%{summary["knn_after"]:>11.1f}%
+{few:36}{summary["finetune_scratch"]:>15.1f}%{summary["finetune_pretrained"]:>11.1f}%
+
+{summary["seconds"]:.0f} s in all, {summary["images_per_second"]:.0f} images/s in pretraining
+pictures: {out / "reconstruction.png"} {out / "loss.png"}
+summary:  {out / "summary.json"}"""
+
+
+def _step(number: int, what: str) -> None:
+    print(f"\n[{number}/5] {what}", flush=True)
+
+
+def _knn(model: FCMAE, data: DataConfig, device: torch.device) -> float:
+    accuracy = knn_accuracy(
+        model.backbone.to(device), data, gallery=GALLERY, queries=QUERIES, world=World(0, 1, 0, 1, device)
+    )
+    print(f"{accuracy:.1f}%", flush=True)
+    return accuracy
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _images_per_second(run_dir: Path) -> float:
+    """The median speed of the second half of a run."""
+    speeds = [line["images_per_second"] for line in _metrics(run_dir / "metrics.jsonl") if "images_per_second" in line]
+    return float(torch.tensor(speeds[len(speeds) // 2 :]).median())
+
+
+def _affordable_epochs(overrides: list[str], runs: Path) -> int:
+    """Epochs that fit into GPU_SECONDS, by the speed of a few steps."""
+    cfg: PretrainConfig = compose("pretrain", [*overrides, "trainer.max_steps=60", "trainer.log_every=20"])
+    try:
+        pretrain(cfg, runs / "speed")
+    except Interrupted:
+        pass  # as asked
+    epochs = GPU_SECONDS * _images_per_second(runs / "speed") / len(train_source(cfg.data))
+    return int(min(max(epochs, GPU_EPOCHS[0]), GPU_EPOCHS[1]))
+
+
+def _top1(run_dir: Path) -> float:
+    top1 = [line["top1"] for line in _metrics(run_dir / "metrics.jsonl") if "top1" in line][-1]
+    print(f"{top1:.1f}%", flush=True)
+    return top1
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the demo plots its loss with matplotlib: pip install 'fcmae[demo]'") from error
+
+
+def _plot_loss(metrics: Path, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in _metrics(metrics) if "loss" in line]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+    axes.set(xlabel="step", ylabel="loss on masked patches", title="FCMAE pretraining on Fashion-MNIST")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,109 @@
+import pytest
+import timm
+import torch
+
+from fcmae.masking import random_mask
+from fcmae.models import FCMAE, create_backbone
+
+SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])
+def test_a_gradient_for_every_trained_parameter(name):
+    model = FCMAE(name, decoder_embed_dim=16, decoder_depth=2)
+    out = model(torch.randn(2, 3, 64, 64))
+    out.loss.backward()
+    assert out.pred.shape == (2, 4, 3072)
+    assert out.mask.shape == (2, 4)
+    for param_name, param in model.named_parameters():
+        if param_name.startswith("backbone.head"):
+            assert not param.requires_grad
+        else:
+            assert param.grad is not None, param_name
+
+
+@pytest.mark.parametrize(("init", "low", "high"), [("timm", 0.95, 1.1), ("official", 15, 18)])
+def test_first_loss(init, low, high):
+    """Std 0.02 starts at the variance of the target; the official code's std 1 at 16.5."""
+    model = FCMAE("convnextv2_atto", init=init)
+    assert low < model(torch.randn(2, 3, 224, 224)).loss.item() < high
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_sizes_by_their_timm_names(size):
+    with torch.device("meta"):
+        model = FCMAE(f"convnextv2_{size}")
+    assert model.patch_size == 32
+    names = {n.removeprefix("backbone.") for n in model.state_dict() if n.startswith("backbone.")}
+    with torch.device("meta"):
+        assert names == set(timm.create_model(f"convnextv2_{size}", num_classes=0).state_dict())
+
+
+def test_a_backbone_object_is_used_as_it_is():
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1))
+    model = FCMAE(backbone)
+    assert model.backbone is backbone
+
+
+def test_a_given_mask_is_used():
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=16)
+    imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
+    out = model(imgs, mask)
+    assert torch.equal(out.mask, mask)
+    assert torch.equal(out.loss, model(imgs, mask, 2).loss)
+
+
+def test_mask_patch_of_two_strides():
+    model = FCMAE("convnextv2_atto", mask_patch_size=64, mask_ratio=0.5, decoder_embed_dim=16)
+    out = model(torch.randn(2, 3, 128, 128))
+    assert out.mask.shape == (2, 4)
+    assert out.pred.shape == (2, 16, 3072)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 4), "mask is torch.float32"),
+        (torch.zeros(2, 5, dtype=torch.bool), r"allowed is torch.bool \[2, 4\]"),
+        (torch.tensor([[True] * 4] * 2), "at least 1"),
+        (torch.tensor([[True, True, True, False], [True, False, True, False]]), r"leaves \[1, 2\]"),
+    ],
+)
+def test_a_wrong_mask_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        FCMAE("convnextv2_atto", decoder_embed_dim=16)(torch.randn(2, 3, 64, 64), mask)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
+        ({"mask_patch_size": 48}, "mask_patch_size is 48; allowed is a multiple .* 32"),
+        ({"grn_scope": "gpu"}, "grn_scope is 'gpu'; allowed is one of image, batch"),
+        ({"init": "zero"}, "init is 'zero'"),
+        ({"engine": "sparse"}, "engine is 'sparse'"),
+        ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
+        ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
+    ],
+)
+def test_a_wrong_argument_is_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        FCMAE(**kwargs)
+
+
+def test_an_image_that_does_not_fit_names_what_does():
+    with pytest.raises(ValueError, match="224 and 256"):
+        FCMAE("convnextv2_atto")(torch.zeros(1, 3, 230, 224))
+
+
+def test_compiled_equals_eager_and_compiles_once():
+    """In one graph, and no step compiles again."""
+    import torch._dynamo.testing
+
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
+        torch.testing.assert_close(compiled(imgs, mask, 2).loss, model(imgs, mask, 2).loss)
+    assert counter.frame_count == 1
