@@ -77,7 +77,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
     @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
     def job(composed: DictConfig) -> None:
         try:
-            typed = config.to_typed(composed, config.COMMANDS[command])
+            typed: Any = config.to_typed(composed, config.COMMANDS[command])
             _HYDRA[command](typed, Path(HydraConfig.get().runtime.output_dir))
         except FCMAEError as error:
             if HydraConfig.get().mode != RunMode.RUN:

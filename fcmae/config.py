@@ -174,6 +174,12 @@ class DataConfig:
         for name in ("labels_per_class", "length"):
             _check_positive(f"data.{name}", getattr(self, name))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        height, width = self.image_size
+        return height, width
+
 
 @dataclass
 class AugmentConfig:
@@ -357,7 +363,7 @@ class EvaluateConfig:
 
     def merge_data(self, own: DataConfig) -> DataConfig:
         """The checkpoint's data config with what was given on the command line."""
-        given = {k: v for k, v in dataclasses.asdict(self.data).items() if v is not None}  # type: ignore[call-overload]
+        given = {k: v for k, v in dataclasses.asdict(self.data).items() if v is not None}
         return from_dict(DataConfig, {**dataclasses.asdict(own), **given}, prefix="data")
 
 
@@ -407,7 +413,9 @@ def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A typed config as a nested dict of plain values, for config.yaml and checkpoints."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
+    values = OmegaConf.to_container(OmegaConf.structured(cfg))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def describe(error: Exception, prefix: str = "") -> str:
@@ -442,6 +450,7 @@ def compose(command: str, overrides: list[str] | None = None) -> Any:
     """The typed config of a command, as the command line would get it. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
+
     register_schemas()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -1,5 +1,6 @@
 """``fcmae demo``: the whole purpose of the project in a few minutes, on Fashion-MNIST and the hardware at hand."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -34,9 +35,8 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
     runs = out / "runs" / start_time()
     data = [f"data.path={data_folder}"] if data_folder else []
     gpu = device.type == "cuda"
-    experiments = ("fashion_mnist/pretrain", "fashion_mnist/finetune_100") if gpu else ("demo/pretrain", "demo/finetune")
-    pretraining = [f"experiment={experiments[0]}", "logger=quiet", *data]
-    finetuning = [f"experiment={experiments[1]}", "logger=quiet", *data]
+    pretraining = [f"experiment={'fashion_mnist/pretrain' if gpu else 'demo/pretrain'}", "logger=quiet", *data]
+    finetuning = [f"experiment={'fashion_mnist/finetune_100' if gpu else 'demo/finetune'}", "logger=quiet", *data]
     cfg: PretrainConfig = compose("pretrain", pretraining)
     train_source(cfg.data)
     if gpu:
@@ -117,10 +117,8 @@ def _images_per_second(run_dir: Path) -> float:
 def _affordable_epochs(overrides: list[str], runs: Path) -> int:
     """Epochs that fit into GPU_SECONDS, by the speed of a few steps."""
     cfg: PretrainConfig = compose("pretrain", [*overrides, "trainer.max_steps=60", "trainer.log_every=20"])
-    try:
+    with contextlib.suppress(Interrupted):
         pretrain(cfg, runs / "speed")
-    except Interrupted:
-        pass  # as asked
     epochs = GPU_SECONDS * _images_per_second(runs / "speed") / len(train_source(cfg.data))
     return int(min(max(epochs, GPU_EPOCHS[0]), GPU_EPOCHS[1]))
 

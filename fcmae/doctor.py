@@ -51,7 +51,7 @@ def run(golden: list[Path]) -> int:
         for file in golden:
             for label, error in _golden_errors(file, device):
                 failed += _line(f"{device} {file.name} {label}", error)
-    print("everything agrees" if not failed else f"{failed} of the checks above failed (relative error > {TOLERANCE:g})")
+    print(f"{failed} checks failed: relative error > {TOLERANCE:g}" if failed else "everything agrees")
     return 1 if failed else 0
 
 

@@ -65,7 +65,7 @@ def visible_indices(mask: Tensor, keep: int) -> Tensor:
 
 
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, L, P]`` with P = patch_size**2 * C, the channel running fastest (as the official code)."""
+    """``[N, C, H, W]`` to ``[N, L, P]`` with P = patch_size**2 * C, the channel fastest as in the official code."""
     n, c, height, width = imgs.shape
     rows, cols = grid_size(height, width, patch_size)
     x = imgs.reshape(n, c, rows, patch_size, cols, patch_size)

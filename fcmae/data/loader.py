@@ -163,9 +163,7 @@ def eval_loader(
     dataset: EvaluationImages, batch_size: int, *, rank: int, world_size: int, workers: int, pin_memory: bool
 ) -> DataLoader:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
-    return _loader(
-        dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size)
-    )
+    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))
 
 
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

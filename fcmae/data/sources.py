@@ -224,7 +224,7 @@ def train_source(cfg: DataConfig) -> Source:
     if cfg.name == "fashion_mnist":
         return FashionMNIST(cfg.path, train=True)
     if cfg.name == "synthetic":
-        return Synthetic(cfg.length, cfg.in_chans, cfg.image_size)
+        return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.path is None:
         raise UsageError("data.path is not set; give the folder of training images, data.path=FOLDER")
     return ImageFolder(cfg.path, cfg.in_chans)
@@ -235,7 +235,7 @@ def val_source(cfg: DataConfig) -> Source:
     if cfg.name == "fashion_mnist":
         return FashionMNIST(cfg.path, train=False)
     if cfg.name == "synthetic":
-        return Synthetic(cfg.length, cfg.in_chans, cfg.image_size)
+        return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.val_path is None:
         raise UsageError("data.val_path is not set; give the folder of validation images, data.val_path=FOLDER")
     return ImageFolder(cfg.val_path, cfg.in_chans)

@@ -38,7 +38,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
 
 def eval_transform(cfg: DataConfig) -> Transform:
     """Resize and centre crop below 384 px, resize to the exact size from there on: uint8 to uint8."""
-    size = list(cfg.image_size)
+    size = list(cfg.size)
     if max(size) >= WARP_FROM:
         steps = [v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)]
     else:
@@ -70,7 +70,7 @@ def _pad(cfg: DataConfig) -> list[Callable]:
 
 def _crop(cfg: DataConfig) -> Callable:
     return v2.RandomResizedCrop(
-        list(cfg.image_size),
+        list(cfg.size),
         scale=(cfg.crop_scale[0], cfg.crop_scale[1]),
         ratio=(cfg.crop_ratio[0], cfg.crop_ratio[1]),
         interpolation=v2.InterpolationMode.BICUBIC,
@@ -82,10 +82,12 @@ def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
     if cfg.in_chans != 3:
         raise ConfigError(f"augment.auto_augment is {policy!r}; allowed with data.in_chans={cfg.in_chans} is null")
     fill = tuple(round(255 * m) for m in cfg.mean)
-    params = {"translate_const": int(min(cfg.image_size) * 0.45), "img_mean": fill}
+    params = {"translate_const": int(min(cfg.size) * 0.45), "img_mean": fill}
     kind = policy.split("-")[0]
     makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
         return makers.get(kind, auto_augment_transform)(policy, params)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"augment.auto_augment is {policy!r}; allowed is a policy of timm, e.g. rand-m9-mstd0.5-inc1") from error
+        raise ConfigError(
+            f"augment.auto_augment is {policy!r}; allowed is a policy of timm, e.g. rand-m9-mstd0.5-inc1"
+        ) from error

@@ -6,6 +6,7 @@ border: the stem and the downsampling layers must be convolutions whose kernel e
 
 from collections.abc import Iterator
 
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
@@ -26,12 +27,33 @@ def blocks(stage: ConvNeXtStage) -> Iterator[ConvNeXtBlock]:
         yield block
 
 
+def stem(backbone: ConvNeXt) -> tuple[nn.Conv2d, nn.LayerNorm]:
+    """The first convolution and its norm."""
+    conv, norm = backbone.stem
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.LayerNorm)
+    return conv, norm
+
+
+def downsample(layers: nn.Sequential) -> tuple[nn.LayerNorm, nn.Conv2d]:
+    """The norm and the convolution before a stage."""
+    norm, conv = layers
+    assert isinstance(norm, nn.LayerNorm)
+    assert isinstance(conv, nn.Conv2d)
+    return norm, conv
+
+
+def grn(block: ConvNeXtBlock) -> GlobalResponseNorm | None:
+    """The global response normalisation of a V2 block; V1 has none."""
+    return getattr(block.mlp, "grn", None)
+
+
 def downsampling(backbone: ConvNeXt) -> Iterator[nn.Conv2d]:
     """The stem convolution and every convolution between stages, in order."""
-    yield backbone.stem[0]
-    for stage in stages(backbone):
-        if isinstance(stage.downsample, nn.Sequential):
-            yield stage.downsample[1]
+    for layers in (backbone.stem, *(stage.downsample for stage in stages(backbone))):
+        for layer in layers.children():
+            if isinstance(layer, nn.Conv2d):
+                yield layer
 
 
 def total_stride(backbone: ConvNeXt) -> int:

@@ -1,8 +1,9 @@
-"""The masked engine: dense layers with masks around the depthwise convolution. Slow and plain; the oracle for others."""
+"""The masked engine: dense layers with masks around the depthwise convolution. Slow, plain, the oracle for others."""
 
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcmae.engines import convnext
 from fcmae.kernels import gather_patches
@@ -29,8 +30,9 @@ def _block(block: ConvNeXtBlock, x: Tensor, visible: Tensor, grn_scope: str) -> 
     h = torch.where(visible, block.conv_dw(torch.where(visible, x, 0)), 0)
     last = not block.use_conv_mlp  # the MLP works on [N, H, W, C], else on [N, C, H, W]
     h = block.mlp.act(block.mlp.fc1(block.norm(h.permute(0, 2, 3, 1) if last else h)))
-    if hasattr(block.mlp, "grn"):
-        h = _grn(h, block.mlp.grn, visible.permute(0, 2, 3, 1) if last else visible, grn_scope)
+    grn = convnext.grn(block)
+    if grn is not None:
+        h = _grn(h, grn, visible.permute(0, 2, 3, 1) if last else visible, grn_scope)
     h = block.mlp.fc2(h)
     h = h.permute(0, 3, 1, 2) if last else h
     if block.gamma is not None:
@@ -38,7 +40,7 @@ def _block(block: ConvNeXtBlock, x: Tensor, visible: Tensor, grn_scope: str) -> 
     return x + h
 
 
-def _grn(x: Tensor, grn: nn.Module, visible: Tensor, scope: str) -> Tensor:
+def _grn(x: Tensor, grn: GlobalResponseNorm, visible: Tensor, scope: str) -> Tensor:
     """GRN whose statistics come from visible sites, of each image or of the whole batch."""
     channels = grn.channel_dim % 4
     sites = tuple(d for d in range(0 if scope == "batch" else 1, 4) if d != channels)

@@ -6,6 +6,7 @@ with a static shape. All layers but the depthwise convolution work per site, or 
 
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
@@ -22,10 +23,11 @@ def packed(
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
     x = gather_patches(imgs, index, rows, cols)
-    x = _layer_norm(_patchwise_conv(x, backbone.stem[0]), backbone.stem[1])
+    conv, norm = convnext.stem(backbone)
+    x = _layer_norm(_patchwise_conv(x, conv), norm)
     for stage in convnext.stages(backbone):
         if isinstance(stage.downsample, nn.Sequential):
-            norm, conv = stage.downsample
+            norm, conv = convnext.downsample(stage.downsample)
             x = _patchwise_conv(_layer_norm(x, norm), conv)
         for block in convnext.blocks(stage):
             x = _block(block, x, where, grn_scope)
@@ -39,8 +41,9 @@ def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) ->
     h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
     h = _layer_norm(h, block.norm)
     h = block.mlp.act(_linear(h, block.mlp.fc1))
-    if hasattr(block.mlp, "grn"):
-        h = _grn(h, block.mlp.grn, grn_scope)
+    grn = convnext.grn(block)
+    if grn is not None:
+        h = _grn(h, grn, grn_scope)
     h = _linear(h, block.mlp.fc2)
     if block.gamma is not None:
         h = h * block.gamma
@@ -64,7 +67,7 @@ def _patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
-def _grn(x: Tensor, grn: nn.Module, scope: str) -> Tensor:
+def _grn(x: Tensor, grn: GlobalResponseNorm, scope: str) -> Tensor:
     """Global response normalisation over the visible sites of an image, or of the whole batch (arXiv 2301.00808, 3.2).
 
     The norm is float32 under autocast: it overflows in float16. ``vector_norm`` has gradient 0 at an all-zero

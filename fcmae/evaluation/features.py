@@ -24,7 +24,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the source: (normalised images, labels or -1) on the device; every sample once over ranks."""
+    """This rank's share of the source, on the device: normalised images, and labels or -1. Ranks share no sample."""
     workers = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
     loader = eval_loader(
         EvaluationImages(source, eval_transform(cfg)),

@@ -44,7 +44,7 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
 
 
 def reconstruction_picture(model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None) -> Image.Image:
-    """A row for every image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+    """A row an image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
 
     Args:
         imgs: normalised ``[N, C, H, W]``; of more than three channels the first three are shown.

@@ -39,7 +39,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
         for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
             model = model_of(state, file, ema)
             if isinstance(model, FCMAE):
-                raise CheckpointError(f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn")
+                raise CheckpointError(
+                    f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn"
+                )
             source = val_source(data)
             if require_labels(source, "data.val_path") != state["classes"]:
                 raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
@@ -68,9 +70,7 @@ def knn(cfg: KnnConfig) -> dict[str, float]:
     return {"knn": accuracy_percent, "k": cfg.k}
 
 
-def reconstruct(
-    path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int
-) -> Image.Image:
+def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int) -> Image.Image:
     """A picture of the reconstructions of image files, or of the images in folders, by a pretraining checkpoint."""
     model, data = _load(path)
     if not isinstance(model, FCMAE):
@@ -83,6 +83,6 @@ def reconstruct(
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
     raw = torch.stack([transform(read_image(file, data.in_chans)) for file in files[:max_images]])
     imgs = normalize(raw, data.mean, data.std)
-    rows, cols = grid_size(*data.image_size, model.mask_patch_size)
+    rows, cols = grid_size(*data.size, model.mask_patch_size)
     noise = torch.rand(len(imgs), rows * cols, generator=torch.Generator().manual_seed(seed))
-    return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.image_size)))
+    return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.size)))

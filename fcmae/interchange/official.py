@@ -128,8 +128,12 @@ def _translate(official: StateDict, like: StateDict, names: dict[str, str]) -> S
             f"the official state dict does not fit the model: missing {missing or 'none'}, "
             f"unexpected {unexpected or 'none'}"
         )
-    ours = {name: _from_official_value(official[names[name]], like[name]) if name in names else like[name] for name in like}
-    wrong = [f"{names[n]} {list(official[names[n]].shape)} for {list(like[n].shape)}" for n in names if ours[n].shape != like[n].shape]
+    ours = dict(like)
+    wrong = []
+    for name, theirs in names.items():
+        ours[name] = _from_official_value(official[theirs], like[name])
+        if ours[name].shape != like[name].shape:
+            wrong.append(f"{theirs} {list(official[theirs].shape)} for {list(like[name].shape)}")
     if wrong:
         raise ValueError(f"the official state dict has tensors of other shapes than the model: {', '.join(wrong)}")
     return ours

@@ -7,7 +7,6 @@ and outputs exist at visible sites only (the submanifold convolution of SparseCo
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,7 +43,7 @@ def packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, where: Neig
 
 
 def scatter_patches(x: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
-    """Packed ``[N, V, S, S, C]`` to a dense map ``[N, C, rows * S, cols * S]`` (channels last in memory), zero elsewhere."""
+    """Packed ``[N, V, S, S, C]`` to a dense map ``[N, C, rows * S, cols * S]``, channels last in memory, else zero."""
     n, v, s, _, c = x.shape
     dense = x.new_zeros(n, rows * cols, s * s * c)
     dense = dense.scatter(1, index[..., None].expand(-1, -1, s * s * c), x.reshape(n, v, s * s * c))
@@ -54,7 +53,7 @@ def scatter_patches(x: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
 
 def gather_patches(dense: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
     """The visible patches ``[N, V, S, S, C]`` of a dense map ``[N, C, rows * S, cols * S]``."""
-    n, c, height, width = dense.shape
+    n, c, height, _ = dense.shape
     s = height // rows
     x = dense.permute(0, 2, 3, 1).reshape(n, rows, s, cols, s, c).permute(0, 1, 3, 2, 4, 5)
     x = x.reshape(n, rows * cols, s * s * c)

@@ -30,4 +30,5 @@ def create_backbone(
         name, in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate, **kwargs
     )
     check_backbone(backbone)
+    assert isinstance(backbone, ConvNeXt)
     return backbone

@@ -1,4 +1,4 @@
-"""The light decoder: mask tokens in the gaps, ConvNeXt V2 blocks, a linear prediction (arXiv 2301.00808, section 3.1)."""
+"""The light decoder: mask tokens in the gaps, ConvNeXt V2 blocks, a linear prediction (arXiv 2301.00808, 3.1)."""
 
 import torch
 from timm.models.convnext import ConvNeXtBlock
@@ -21,9 +21,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.proj = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(embed_dim))
-        self.blocks = nn.Sequential(
-            *(ConvNeXtBlock(embed_dim, use_grn=True, ls_init_value=None) for _ in range(depth))
-        )
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(embed_dim, use_grn=True, ls_init_value=None) for _ in range(depth)))
         self.pred = nn.Linear(embed_dim, out_dim)
 
     def forward(self, visible: Tensor, mask: Tensor, index: Tensor) -> Tensor:

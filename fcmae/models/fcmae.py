@@ -17,7 +17,7 @@ INITS = ("timm", "official")
 
 
 class FCMAEOutput(NamedTuple):
-    """``loss``: float32 scalar. ``pred``: ``[N, L, P]``, in the target's (normalised) scale. ``mask``: bool ``[N, L]``."""
+    """``loss``: float32 scalar; ``pred``: ``[N, L, P]``, normalised as the target; ``mask``: bool ``[N, L]``."""
 
     loss: Tensor
     pred: Tensor
@@ -139,7 +139,8 @@ def _init_decoder(decoder: Decoder) -> None:
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.normal_(decoder.mask_token, std=0.02)
 
 

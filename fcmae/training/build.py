@@ -34,7 +34,7 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
             init=model.init,
             backbone_kwargs=model.backbone_kwargs(),
         )
-        fcmae.len_keep(*cfg.data.image_size)
+        fcmae.len_keep(*cfg.data.size)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return fcmae

@@ -23,7 +23,12 @@ def versions() -> dict[str, str]:
     """What wrote a checkpoint."""
     from fcmae import __version__
 
-    return {"fcmae": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}
+    return {
+        "fcmae": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 def write_atomically(path: Path, state: State) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, where they meet, and what they agree on. Knows torchrun and a single process."""
+"""The processes of a run: who they are, where they meet, what they agree on. Knows torchrun and a single process."""
 
 import datetime
 import functools

@@ -236,9 +236,7 @@ def _no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _optimizer_step(
-    state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor
-) -> Tensor:
+def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor) -> Tensor:
     """One optimizer step, which changes nothing if the gradient isn't finite. Returns the gradient's norm."""
     state.scaler.unscale_(state.optimizer)
     params = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]

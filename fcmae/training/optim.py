@@ -68,9 +68,7 @@ def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
         scale = 1.0
         if cfg.layer_decay is not None:
             scale = layer_scale(name, depths, cfg.layer_decay, cfg.layer_decay_type)
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-        )
+        group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(param)
         group["names"].append(name)
     return list(groups.values())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.training import distributed
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
@@ -12,16 +12,16 @@ from fcmae.training.tasks import Finetuning, Pretraining, Task
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir)
+    return _run(Pretraining(cfg), run_dir)
 
 
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir)
+    return _run(Finetuning(cfg), run_dir)
 
 
-def _run(cfg: RunConfig, run_dir: Path) -> Path:
-    task: Task = Pretraining(cfg) if isinstance(cfg, PretrainConfig) else Finetuning(cfg)  # type: ignore[arg-type]
+def _run(task: Task, run_dir: Path) -> Path:
+    cfg = task.cfg
     world = distributed.connect(cfg.trainer.device)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"

@@ -29,9 +29,13 @@ class Task(Protocol):
     """What the training loop asks of a task."""
 
     name: str
-    cfg: RunConfig
     source: Source
-    model: nn.Module
+
+    @property
+    def cfg(self) -> RunConfig: ...
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def dataset(self) -> Dataset:
         """Training samples by (epoch, index)."""
@@ -64,9 +68,9 @@ class Pretraining:
         self.cfg = cfg
         self.model: FCMAE = build_fcmae(cfg)
         self.source = train_source(cfg.data)
-        rows, cols = grid_size(*cfg.data.image_size, self.model.mask_patch_size)
+        rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols
-        self.keep = self.model.len_keep(*cfg.data.image_size)
+        self.keep = self.model.len_keep(*cfg.data.size)
 
     def dataset(self) -> Dataset:
         return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
@@ -148,7 +152,7 @@ class Finetuning:
         return F.cross_entropy(model(imgs), targets)
 
     def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
                 continue

@@ -1,6 +1,7 @@
 """Weights & Biases; the only file that imports wandb."""
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class WandbLogger:
         self._image = wandb.Image
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
         self._run = wandb.init(

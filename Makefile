@@ -1,0 +1,56 @@
+# make demo: pretrain, evaluate and fine-tune on Fashion-MNIST.   make test: the tests.   Both start from nothing.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+DATA ?=
+BIN := $(VENV)/bin
+# constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test test-slow test-gpu lint format demo-data clean
+
+demo: $(VENV)/.demo demo-data
+	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev demo-data
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
+demo-data:
+	@if [ -z "$(DATA)" ] && [ ! -d /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing Debian's package dataset-fashion-mnist"; \
+	    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq dataset-fashion-mnist) >/dev/null || true; \
+	fi
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed; name one with PYTHON=..., e.g. make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the package and its dependencies into $(VENV), a few minutes the first time"
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the package and the test tools into $(VENV), a few minutes the first time"
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

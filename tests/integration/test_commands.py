@@ -1,0 +1,253 @@
+"""The real commands, as a user runs them, on tiny data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fcmae as package
+from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
+
+
+def last_checkpoint(run_dir):
+    return torch.load(sorted((run_dir / "checkpoints").iterdir())[-1], weights_only=True)
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A finished pretraining run of 9 steps."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_python(folder, "-m", "fcmae.cli", *TINY_PRETRAIN, "hydra.run.dir=run")
+    return folder / "run"
+
+
+def test_a_run_directory_has_everything(pretrained):
+    assert [line["step"] for line in metrics(pretrained)] == list(range(1, 10))
+    assert metrics(pretrained)[-1]["loss"] < metrics(pretrained)[0]["loss"]
+    assert (pretrained / "config.yaml").read_text().startswith("name: pretrain\n")
+    assert len(list((pretrained / "checkpoints").iterdir())) == 2
+    pictures = sorted((pretrained / "reconstructions").iterdir())
+    assert [p.name for p in pictures] == [f"reconstruction_{step:08d}.png" for step in (3, 6, 9)]
+    assert {p.name for p in pretrained.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "reconstructions"}
+
+
+def test_load_rebuilds_the_model_from_the_checkpoint_alone(pretrained):
+    model = package.load(pretrained)
+    assert isinstance(model, package.FCMAE)
+    assert_same_weights(model.state_dict(), last_checkpoint(pretrained)["model"])
+
+
+def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
+    """In the middle of an epoch too: 3 steps an epoch, stopped after 4, 5 and 8."""
+    for steps in (4, 5, 8):
+        stopped = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", f"trainer.max_steps={steps}", check=75)
+        assert f"stopped at trainer.max_steps={steps} of 9" in stopped.stderr
+    # what a SIGKILL leaves: a checkpoint cut off, a line half written
+    torn = tmp_path / "run" / "checkpoints" / "step_00000099.pt"
+    torn.write_bytes(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1].read_bytes()[:5000])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')
+    done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run")
+    assert "step_00000099.pt cannot be read" in done.stderr
+    assert "trying the one before" in done.stderr
+    assert "resumed at step 8" in done.stderr
+    torn.unlink(missing_ok=True)
+    resumed, undisturbed = last_checkpoint(tmp_path / "run"), last_checkpoint(pretrained)
+    assert_same_weights(resumed["model"], undisturbed["model"])
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
+    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(pretrained)]
+
+
+@pytest.mark.parametrize("overrides", [("data.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
+def test_what_is_not_the_recipe_does_not_change_the_result(fcmae, pretrained, tmp_path, overrides):
+    fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", *overrides)
+    ours, expected = (last_checkpoint(run)["model"] for run in (tmp_path / "run", pretrained))
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_processes_equal_one(fcmae, pretrained, tmp_path):
+    fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", ranks=2)
+    losses = [m["loss"] for m in metrics(tmp_path / "run")]
+    assert losses == pytest.approx([m["loss"] for m in metrics(pretrained)], rel=1e-5)
+
+
+def test_ranks_share_one_run_directory(fcmae, tmp_path):
+    fcmae(*TINY_PRETRAIN, "trainer.max_steps=1", ranks=2, check=None)
+    assert len(list((tmp_path / "runs" / "pretrain").iterdir())) == 1
+
+
+def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
+    mixing = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.2")
+    fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "hydra.run.dir=fine", "trainer.ema_decay=0.5", *mixing)
+    run_dir = tmp_path / "fine"
+    state = last_checkpoint(run_dir)
+    assert state["classes"] == [str(i) for i in range(10)]
+    logged = [m for m in metrics(run_dir) if "top1" in m][-1]
+    assert logged.keys() == {"step", "top1", "top5", "ema_top1", "ema_top5"}
+    result = json.loads(fcmae("evaluate", "checkpoint=fine", "out=result.json", "batch_size=5").stdout)
+    assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    knn = json.loads(fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1").stdout)
+    assert knn["knn"] == 100.0  # gallery and test images are the same
+
+
+def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
+    common = (*TINY_FINETUNE, "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "augment.mixup=0.8")
+    fcmae(*common, "hydra.run.dir=whole")
+    fcmae(*common, "hydra.run.dir=parts", "trainer.max_steps=4", check=75)
+    fcmae(*common, "hydra.run.dir=parts")
+    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_weights(whole["model"], parts["model"])
+    assert_same_weights(whole["ema"], parts["ema"])
+
+
+def test_finetuning_starts_from_the_pretrained_encoder(fcmae, pretrained, tmp_path):
+    fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "optim.lr=1e-12", "schedule.min_lr=0", "hydra.run.dir=fine")
+    encoder = {
+        name.removeprefix("backbone."): value
+        for name, value in last_checkpoint(pretrained)["model"].items()
+        if name.startswith("backbone.stages")
+    }
+    tuned = last_checkpoint(tmp_path / "fine")["model"]
+    for name, value in encoder.items():
+        torch.testing.assert_close(tuned[name], value, rtol=0, atol=1e-9)
+
+
+def test_own_images_without_labels(fcmae, tmp_path):
+    """Grey pictures of another shape in a nested folder."""
+    folder = tmp_path / "pictures" / "microscope"
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 70), dtype=np.uint8)).save(folder / f"{i}.png")
+    own = ("data=imagefolder", "data.path=pictures", "data.in_chans=1", "data.mean=[0.5]", "data.std=[0.25]")
+    sizes = ("data.image_size=[32,48]", "trainer.global_batch_size=4", "schedule.warmup_epochs=0")
+    fcmae(*TINY_PRETRAIN, *own, *sizes, "hydra.run.dir=run")
+    fcmae("reconstruct", "run", "pictures", "--out", "grid.png", "--max-images", "3")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height > 3 * 32
+
+
+def test_loggers_write_where_they_should(fcmae, tmp_path):
+    pytest.importorskip("tensorboard")
+    overrides = ("logger.wandb=offline", "logger.tensorboard=true", "hydra.run.dir=run", "schedule.epochs=1")
+    fcmae(*TINY_PRETRAIN, *overrides)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_precisions(fcmae, tmp_path):
+    for precision in ("bf16", "fp16"):
+        fcmae(*TINY_PRETRAIN, f"trainer.precision={precision}", f"hydra.run.dir={precision}", "schedule.epochs=1.0")
+        assert metrics(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
+
+
+MISTAKES = {
+    "command": (("pretrian",), "unknown command 'pretrian'; allowed is one of pretrain"),
+    "key": (("pretrain", "optim.lrr=1"), "optim.lrr: unknown key"),
+    "range": (("pretrain", "model.mask_ratio=2"), "model.mask_ratio is 2.0; allowed is a number in [0, 1)"),
+    "no data": (("pretrain",), "data.path is not set"),
+    "folder": (("pretrain", "data.path=/nowhere"), "/nowhere is not a folder"),
+    "size": ((*TINY_PRETRAIN, "data.image_size=36"), "the nearest sizes that fit are 32 and 40"),
+    "backbone": ((*TINY_PRETRAIN, "model.backbone=convnextv2_ato"), "did you mean convnextv2_atto"),
+    "batch": ((*TINY_PRETRAIN, "trainer.global_batch_size=99"), "at most 24"),
+    "checkpoint": (("evaluate", "checkpoint=nowhere"), "no checkpoint or run directory nowhere"),
+    "init": ((*TINY_FINETUNE, "init_from=nowhere"), "no checkpoint or run directory nowhere"),
+    "mixup": ((*TINY_FINETUNE, "augment.mixup=1", "trainer.micro_batch_size=1"), "an even number"),
+    "golden": (("doctor", "--golden", "nowhere.safetensors"), "is not a golden file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(capfd, case):
+    from fcmae.cli import main
+
+    args, message = MISTAKES[case]
+    assert main(list(args)) == 2
+    err = capfd.readouterr().err.strip()
+    assert message in err
+    assert "\n" not in err
+    assert "Traceback" not in err
+
+
+def test_a_classifier_has_no_decoder_and_a_decoder_no_classifier(capsys, pretrained, tmp_path):
+    from fcmae.cli import main
+
+    assert main(["evaluate", f"checkpoint={pretrained}"]) == 2
+    assert "has no classifier" in capsys.readouterr().err
+    wrong = [*TINY_FINETUNE, "model.dims=[8,12,16,32]", f"init_from={pretrained}", f"hydra.run.dir={tmp_path}"]
+    assert main(wrong) == 2
+    error = capsys.readouterr().err
+    assert "do not fit the model" in error
+    assert "stages.3.blocks.0.conv_dw.weight [24, 1, 7, 7] for [32, 1, 7, 7]" in error
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(capsys, tmp_path):
+    from fcmae.cli import main
+
+    class Code:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"format": 1, "code": Code()}, tmp_path / "step_00000001.pt")
+    assert main(["evaluate", f"checkpoint={tmp_path}/step_00000001.pt"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_cfg_job_prints_the_composed_config(fcmae):
+    printed = fcmae("pretrain", "--cfg", "job", "experiment=fashion_mnist/pretrain").stdout
+    assert "global_batch_size: 1024" in printed
+    assert "image_size: 128" in printed
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2)])
+def test_a_non_finite_gradient_stops_before_the_step(fcmae, tmp_path, ranks, micro):
+    """A NaN in sample 5's image, whichever rank reads it."""
+    code = (
+        "import sys, torch, fcmae.data.sources as s\n"
+        "read = s.Synthetic.__getitem__\n"
+        "bad = lambda self, i: s.Sample(read(self, i).image.float() / (0 if i == 5 else 1), None)\n"
+        "s.Synthetic.__getitem__ = bad\n"
+        "from fcmae.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    script = tmp_path / "poisoned.py"
+    script.write_text(code)
+    overrides = ("trainer.log_every=100", "trainer.checkpoint_every_epochs=3", f"trainer.micro_batch_size={micro}")
+    done = run_python(tmp_path, str(script), *TINY_PRETRAIN, *overrides, "hydra.run.dir=run", ranks=ranks, check=1)
+    assert "is not finite; the weights are those before it" in done.stderr
+    report = json.loads(next((tmp_path / "run").glob("nonfinite_step_*.json")).read_text())
+    assert report["step"] < 3  # sample 5 is in the first epoch, seen at the end of it
+    assert "synthetic[5]" in [sample["sample"] for sample in report["samples"]]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_doctor_on_the_golden_files(fcmae):
+    done = fcmae("doctor", "--golden", *map(str, sorted(GOLDEN.glob("*.safetensors"))))
+    assert "everything agrees" in done.stdout
+
+
+def test_optional_packages_are_not_needed_to_train(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('wandb', 'MinkowskiEngine', 'matplotlib', 'tensorboard', 'triton'):\n"
+        "    sys.modules[name] = None  # importing it raises ImportError\n"
+        "from fcmae.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "blocked.py").write_text(code)
+    run_python(tmp_path, "blocked.py", *TINY_PRETRAIN, "schedule.epochs=1.0")

@@ -1,0 +1,76 @@
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from fcmae.config import COMMANDS, ConfigError, KnnConfig, PretrainConfig, compose, conf_dir, from_dict, to_dict
+
+BAD = {
+    "unknown key": ("optim.lrr=1", r"optim.lrr: unknown key; allowed is one of blr, lr"),
+    "unknown key at the top": ("foo=1", r"foo: unknown key; allowed is one of name, seed"),
+    "wrong type": ("optim.blr=fast", r"optim.blr: Value 'fast' of type 'str' could not be converted to Float"),
+    "wrong type of a flag": ("trainer.resume=maybe", r"trainer.resume: .*maybe.* not a valid bool"),
+    "unknown option": (
+        "model=resnet50",
+        r"Could not find 'model/resnet50' Available options in 'model':.*convnextv2_base",
+    ),
+    "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio is 1.0; allowed is a number in \[0, 1\)"),
+    "depths": ("model.depths=[1,2]", r"model.depths is \[1, 2\]; allowed is four positive integers"),
+    "image size": ("data.image_size=[224]", r"data.image_size is \[224\]; allowed is a positive integer"),
+    "mean": ("data.in_chans=1", r"data.mean is .*allowed is 1 numbers, one a channel"),
+    "crop": ("data.crop_scale=[0.5,0.2]", r"data.crop_scale is"),
+    "precision": (
+        "trainer.precision=int8",
+        r"trainer.precision is 'int8'; allowed is one of float32, tf32, bf16, fp16",
+    ),
+    "engine": ("engine.name=dense", r"engine.name is 'dense'; allowed is one of packed, masked"),
+    "warm-up": ("schedule.warmup_epochs=900", r"schedule.warmup_epochs is 900.*from 0 to schedule.epochs \(800\)"),
+    "seed": ("seed=-1", r"seed is -1"),
+    "betas": ("optim.betas=[0.9]", r"optim.betas is \[0.9\]"),
+    "syntax": ("optim blr", r"optim blr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_with_the_full_key(case):
+    override, message = BAD[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose("pretrain", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_typed_config_survives_a_checkpoint():
+    cfg = compose("pretrain", ["model=demo", "data=fashion_mnist", "data.image_size=[32,64]"])
+    assert cfg.data.image_size == (32, 64)
+    assert from_dict(PretrainConfig, to_dict(cfg)) == cfg
+
+
+def test_from_dict_names_the_full_key():
+    with pytest.raises(ConfigError, match=r"data.pth: unknown key|data.data.pth"):
+        from_dict(PretrainConfig, {"data": {"pth": "x"}})
+
+
+def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
+    own = compose("pretrain", ["data=fashion_mnist"]).data
+    cfg = compose("knn", ["checkpoint=x", "data.path=/y"])
+    assert isinstance(cfg, KnnConfig)
+    merged = cfg.merge_data(own)
+    assert (merged.path, merged.in_chans, merged.mean) == ("/y", 1, [0.25])
+    with pytest.raises(ConfigError, match=r"data.in_chans: Value 'many'"):
+        compose("knn", ["checkpoint=x", "data.in_chans=many"]).merge_data(own)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "knn"])
+def test_a_checkpoint_is_required(command):
+    with pytest.raises(ConfigError, match="checkpoint is ''; allowed is a run's directory"):
+        compose(command)
+
+
+def test_every_key_of_every_group_file_is_in_the_schema():
+    """A group option nobody composes must not rot."""
+    for group in ("model", "data", "optim", "schedule", "engine", "trainer", "logger", "augment"):
+        for file in (conf_dir() / group).glob("*.yaml"):
+            commands = ["finetune"] if group == "augment" else ["pretrain"]
+            for command in commands:
+                values = yaml.safe_load(file.read_text())
+                cfg = OmegaConf.merge(OmegaConf.structured(COMMANDS[command]), {group: values})
+                assert cfg is not None

@@ -1,0 +1,259 @@
+import gzip
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcmae.config import AugmentConfig, ConfigError, DataConfig
+from fcmae.data.loader import (
+    BatchPlan,
+    EvaluationImages,
+    LabelledImages,
+    MaskedImages,
+    MicroBatches,
+    eval_loader,
+    train_loader,
+)
+from fcmae.data.sources import (
+    FashionMNIST,
+    ImageFolder,
+    Synthetic,
+    few_labels,
+    read_image,
+    require_labels,
+    train_source,
+    val_source,
+)
+from fcmae.data.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.errors import UsageError
+
+
+def write_image(path, mode="RGB", size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode=None).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("cat/1.png", "cat/2.jpg", "dog/deep/3.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_imagefolder_has_a_class_for_each_folder(folder):
+    source = ImageFolder(folder, 3)
+    assert source.classes == ["cat", "dog"]
+    assert [source.label(i) for i in range(len(source))] == [0, 0, 1]
+    image, label = source[2]
+    assert (image.shape, image.dtype, label) == ((3, 30, 40), torch.uint8, 1)
+    assert source.describe(2).endswith("dog/deep/3.png")
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    write_image(tmp_path / "a.png", "L")
+    source = ImageFolder(tmp_path, 1)
+    assert source.classes is None
+    assert source[0].label is None
+    with pytest.raises(UsageError, match=r"data.path has no labels; sort"):
+        require_labels(source, "data.path")
+
+
+@pytest.mark.parametrize(("in_chans", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGB")])
+def test_images_are_converted_to_in_chans(tmp_path, in_chans, mode):
+    write_image(tmp_path / "a.png", mode)
+    assert read_image(tmp_path / "a.png", in_chans).shape == (in_chans, 30, 40)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(UsageError, match=r"cannot read the image .*a.jpg"):
+        read_image(tmp_path / "a.jpg", 3)
+    with pytest.raises(UsageError, match="data.in_chans is 7"):
+        read_image(tmp_path / "a.jpg", 7)
+    with pytest.raises(UsageError, match="is not a folder"):
+        ImageFolder(tmp_path / "nowhere", 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="has no images"):
+        ImageFolder(tmp_path / "empty", 3)
+    with pytest.raises(UsageError, match=r"data.path=FOLDER"):
+        train_source(DataConfig())
+    with pytest.raises(UsageError, match=r"data.val_path=FOLDER"):
+        val_source(DataConfig())
+
+
+def write_fashion_mnist(folder, count=20):
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            with gzip.open(folder / f"{split}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + values.tobytes())
+
+
+def test_fashion_mnist_from_a_folder(tmp_path):
+    write_fashion_mnist(tmp_path)
+    source = train_source(DataConfig(name="fashion_mnist", path=str(tmp_path), in_chans=1, mean=[0.5], std=[0.5]))
+    assert len(source) == 20
+    assert source[13].image.shape == (1, 28, 28)
+    assert source[13].label == 3
+    assert source.classes[9] == "Ankle boot"
+
+
+def test_fashion_mnist_missing_says_all_three_ways(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(FashionMNIST, "DEBIAN", tmp_path / "no")
+    monkeypatch.setattr(FashionMNIST, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.__init__", no_network)
+    with pytest.raises(UsageError, match=r"data.path=FOLDER.*dataset-fashion-mnist.*torchvision"):
+        FashionMNIST(None, train=True)
+    with pytest.raises(UsageError, match=r"data.path .* lacks train-images"):
+        FashionMNIST(tmp_path, train=True)
+
+
+def test_few_labels_are_balanced_and_chosen_by_the_seed():
+    source = Synthetic(200, 1, (8, 8))
+    few = few_labels(source, 3, seed=0)
+    assert sorted(few.label(i) for i in range(len(few))) == sorted(list(range(10)) * 3)
+    assert few.indices == few_labels(source, 3, seed=0).indices
+    assert few.indices != few_labels(source, 3, seed=1).indices
+    with pytest.raises(UsageError, match="labels_per_class is 21; class 0 has 20"):
+        few_labels(source, 21, seed=0)
+
+
+CFG = DataConfig(name="synthetic", image_size=32, length=50, in_chans=3)
+
+
+def test_pretraining_samples_are_raw_and_functions_of_seed_epoch_and_index():
+    source = Synthetic(50, 3, (40, 40))
+    dataset = MaskedImages(source, pretrain_transform(CFG), 16, seed=0)
+    image, noise = dataset[3, 7]
+    assert (image.shape, image.dtype, noise.shape) == ((3, 32, 32), torch.uint8, (16,))
+    torch.rand(5)  # whatever was drawn before
+    again = dataset[3, 7]
+    assert torch.equal(image, again[0])
+    assert torch.equal(noise, again[1])
+    for other in (dataset[4, 7], dataset[3, 8], MaskedImages(source, pretrain_transform(CFG), 16, seed=1)[3, 7]):
+        assert not torch.equal(noise, other[1])
+
+
+def test_finetuning_samples_are_normalised_and_deterministic():
+    augment = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=1.0)
+    dataset = LabelledImages(Synthetic(50, 3, (40, 40)), finetune_transform(CFG, augment), seed=0)
+    image, label = dataset[0, 13]
+    assert (image.dtype, image.shape, label) == (torch.float32, (3, 32, 32), 3)
+    assert torch.equal(image, dataset[0, 13][0])
+    assert not torch.equal(image, dataset[1, 13][0])
+
+
+def test_auto_augment_needs_three_channels_and_a_known_policy():
+    grey = DataConfig(in_chans=1, mean=[0.5], std=[0.5])
+    with pytest.raises(ConfigError, match="augment.auto_augment is 'rand-m9'; allowed with data.in_chans=1 is null"):
+        finetune_transform(grey, AugmentConfig(auto_augment="rand-m9"))
+    with pytest.raises(ConfigError, match="augment.auto_augment is 'strong'; allowed is a policy of timm"):
+        finetune_transform(CFG, AugmentConfig(auto_augment="strong"))
+
+
+def test_normalize_and_back():
+    raw = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    imgs = normalize(raw, CFG.mean, CFG.std)
+    expected = (raw / 255 - torch.tensor(CFG.mean).view(3, 1, 1)) / torch.tensor(CFG.std).view(3, 1, 1)
+    torch.testing.assert_close(imgs, expected)
+    torch.testing.assert_close(denormalize(imgs, CFG.mean, CFG.std), raw / 255)
+    assert normalize(imgs, CFG.mean, CFG.std) is imgs
+
+
+@pytest.mark.parametrize(("size", "raw"), [(32, (50, 80)), (384, (50, 80)), ([32, 64], (50, 80))])
+def test_evaluation_crops_below_384_and_warps_from_there_on(size, raw):
+    cfg = DataConfig(image_size=size)
+    gradient = torch.arange(raw[1], dtype=torch.uint8).expand(3, *raw)
+    out = eval_transform(cfg)(gradient)
+    assert out.shape == (3, *cfg.image_size)
+    width = out[0, 0, -1].int() - out[0, 0, 0].int()
+    if size == 384:
+        assert width >= raw[1] - 3  # the whole width is there
+    if size == 32:
+        assert width < 50 * 0.9  # the centre of the short side
+
+
+def test_a_plan_covers_each_sample_once_an_epoch():
+    plan = BatchPlan.create(103, 20, 5, 2, seed=0)
+    assert (plan.steps_per_epoch, plan.accum_steps) == (5, 2)
+    epoch = [key for step in range(5) for key in plan.global_batch(step)]
+    assert len(set(epoch)) == 100
+    assert {e for e, _ in epoch} == {0}
+    assert {e for e, _ in plan.global_batch(5)} == {1}
+    assert [i for _, i in plan.global_batch(0)] != [i for _, i in plan.global_batch(5)]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 20), (1, 5), (2, 10), (2, 5), (4, 5)])
+def test_the_samples_of_a_step_do_not_depend_on_ranks_or_micro_batches(ranks, micro):
+    plan = BatchPlan.create(103, 20, micro, ranks, seed=3)
+    streams = [list(MicroBatches(plan, rank, 2, 8)) for rank in range(ranks)]
+    assert {len(s) for s in streams} == {6 * plan.accum_steps} == {len(MicroBatches(plan, 0, 2, 8))}
+    for i, step in enumerate(range(2, 8)):
+        parts = slice(i * plan.accum_steps, (i + 1) * plan.accum_steps)
+        keys = sorted(key for stream in streams for part in stream[parts] for key in part)
+        assert keys == sorted(BatchPlan(103, 20, 20, 1, 3).global_batch(step))
+
+
+def test_starting_late_gives_the_same_batches():
+    plan = BatchPlan.create(50, 10, None, 1, seed=0)
+    assert list(MicroBatches(plan, 0, 0, 12))[7:] == list(MicroBatches(plan, 0, 7, 12))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((100, 10, None, 3), "global_batch_size is 10; with 3 ranks allowed is a multiple of 3"),
+        ((100, 12, 5, 1), "micro_batch_size is 5; allowed is a divisor of .* 12 .*such as 4"),
+        ((9, 10, None, 1), "global_batch_size is 10; allowed with 9 training images is at most 9"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(args, message):
+    with pytest.raises(UsageError, match=message):
+        BatchPlan.create(*args, seed=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_workers(workers):
+    plan = BatchPlan.create(50, 10, 5, 1, seed=0)
+    dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), 16, seed=0)
+
+    def read(count):
+        return list(train_loader(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
+
+    for ours, expected in zip(read(workers), read(0), strict=True):
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_reads_every_sample_once(world_size):
+    dataset = EvaluationImages(Synthetic(50, 3, (40, 40)), lambda image: image.float().mean())
+    seen = []
+    for rank in range(world_size):
+        loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=0, pin_memory=False)
+        seen += [value for values, _ in loader for value in values.tolist()]
+    assert sorted(seen) == sorted(dataset[i][0].item() for i in range(50))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="checks sched_getaffinity")
+def test_default_workers_fit_the_cores(monkeypatch):
+    from fcmae.data.loader import default_workers
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert default_workers(torch.device("cuda"), 1) == 15
+    assert default_workers(torch.device("cuda"), 8) == 1
+    assert default_workers(torch.device("cpu"), 1) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert default_workers(torch.device("cpu"), 1) == 0

@@ -1,0 +1,59 @@
+"""Who may import whom, by the syntax tree of every file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "fcmae"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# part of the package: what of the package it may import
+ALLOWED = {
+    "errors": set(),
+    "randomness": set(),
+    "masking": set(),
+    "loss": {"masking"},
+    "kernels": {"kernels"},
+    "engines": {"engines", "kernels", "masking"},
+    "models": {"models", "engines", "kernels", "masking", "loss"},
+    "interchange": {"interchange"},
+    "config": {"errors"},
+    "data": {"data", "config", "errors", "randomness"},
+}
+PURE = {"masking", "loss", "kernels"}
+ONLY_IN = {
+    "wandb": {"training/wandb_logger.py"},
+    "MinkowskiEngine": {"engines/minkowski.py"},
+    "triton": {"kernels", "bench"},
+    "hydra": {"config.py", "cli.py"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of all imported modules, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports(file):
+    relative = file.relative_to(PACKAGE)
+    part = relative.parts[0].removesuffix(".py")
+    modules = imports(file)
+    internal = {m.split(".")[1] for m in modules if m.startswith("fcmae.")}
+    external = {m.split(".")[0] for m in modules if not m.startswith("fcmae")}
+    assert "cli" not in internal or part == "cli"
+    if part in ALLOWED:
+        assert internal <= ALLOWED[part]
+    if part in PURE:
+        assert external <= {"torch", "triton", "typing", "collections", "os", "math", "functools", "dataclasses"}
+    for name, places in ONLY_IN.items():
+        if name in external:
+            assert str(relative) in places or relative.parts[0] in places
