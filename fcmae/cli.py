@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, UsageError
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, Interrupted, UsageError
 
 COMMANDS = {
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
         return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
-        print(f"fcmae {command}: {error}", file=sys.stderr)
+        if not isinstance(error, Interrupted) or os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            print(f"fcmae {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"fcmae {command}: interrupted", file=sys.stderr)

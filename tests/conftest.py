@@ -35,15 +35,16 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 Command = Callable[..., subprocess.CompletedProcess]
 
 
-def run_python(folder: Path, *args: str, ranks: int = 1, check: int | None = 0) -> subprocess.CompletedProcess:
-    """Runs ``python ARGS`` in ``folder``, under torchrun for several ranks, with one thread each: the number of threads
-    decides the order of summation."""
+def run_python(
+    folder: Path, *args: str, ranks: int = 1, check: int | None = 0, threads: int = 1, timeout: int = 240
+) -> subprocess.CompletedProcess:
+    """Runs ``python ARGS`` in ``folder``, under torchrun for several ranks. Threads decide the order of summation."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [*launcher, *args], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [*launcher, *args], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr

@@ -18,6 +18,9 @@ from fcmae.randomness import Stream, generator
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for a number of channels."""
 
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
+"""Pillow's modes whose conversion keeps the scale of brightness; it would clip 16-bit and float values."""
+
 
 class Sample(NamedTuple):
     """``image``: uint8 ``[C, H, W]``. ``label``: the class's index, or None."""
@@ -51,6 +54,8 @@ def read_image(path: str | Path, in_chans: int) -> Tensor:
         raise UsageError(f"data.in_chans is {in_chans}; image files can be read as {', '.join(map(str, IMAGE_MODES))}")
     try:
         with Image.open(path) as image:
+            if image.mode not in EIGHT_BIT_MODES:
+                raise UsageError(f"cannot read the image {path}: its pixels are {image.mode}, not 8 bits a channel")
             return F.pil_to_tensor(image.convert(IMAGE_MODES[in_chans]))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UsageError(f"cannot read the image {path}: {error}") from error

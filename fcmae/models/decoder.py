@@ -22,6 +22,8 @@ class Decoder(nn.Module):
         self.proj = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(embed_dim))
         self.blocks = nn.Sequential(*(ConvNeXtBlock(embed_dim, use_grn=True, ls_init_value=None) for _ in range(depth)))
+        # The map is channels last, and so is the gradient of a convolution's weight that data parallelism exchanges.
+        self.blocks.to(memory_format=torch.channels_last)
         self.pred = nn.Linear(embed_dim, out_dim)
 
     def forward(self, visible: Tensor, mask: Tensor, index: Tensor) -> Tensor:

@@ -223,9 +223,7 @@ def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
         model.compile()
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     return model
 
 

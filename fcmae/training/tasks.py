@@ -112,6 +112,7 @@ class Finetuning:
 
     def __init__(self, cfg: FinetuneConfig) -> None:
         self.cfg = cfg
+        self.transform = finetune_transform(cfg.data, cfg.augment)
         self.source = train_source(cfg.data)
         self.val_source = val_source(cfg.data)
         self.classes = require_labels(self.source, "data.path")
@@ -135,7 +136,7 @@ class Finetuning:
             )
 
     def dataset(self) -> Dataset:
-        return LabelledImages(self.source, finetune_transform(self.cfg.data, self.cfg.augment), self.cfg.seed)
+        return LabelledImages(self.source, self.transform, self.cfg.seed)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixup is not None and plan.micro_batch_size % 2:

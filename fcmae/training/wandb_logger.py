@@ -1,13 +1,26 @@
 """Weights & Biases; the only file that imports wandb."""
 
+import netrc
 import os
 import secrets
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from PIL import Image
 
 from fcmae.errors import UsageError
+
+
+def _has_key() -> bool:
+    """Whether there is an API key where ``wandb login`` or the user puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class WandbLogger:
@@ -28,7 +41,7 @@ class WandbLogger:
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4))
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+            mode = "online" if _has_key() else "offline"
         self._run = wandb.init(
             project=project,
             name=name,

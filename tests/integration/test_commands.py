@@ -79,7 +79,8 @@ def test_what_is_not_the_recipe_does_not_change_the_result(fcmae, pretrained, tm
 
 
 def test_two_processes_equal_one(fcmae, pretrained, tmp_path):
-    fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", ranks=2)
+    done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", ranks=2)
+    assert "Warning" not in done.stderr
     losses = [m["loss"] for m in metrics(tmp_path / "run")]
     assert losses == pytest.approx([m["loss"] for m in metrics(pretrained)], rel=1e-5)
 

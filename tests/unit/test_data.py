@@ -87,6 +87,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
         val_source(DataConfig())
 
 
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_pixels_that_would_be_clipped_are_refused(tmp_path, dtype, mode):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(UsageError, match=rf"cannot read the image .*a.tiff: its pixels are {mode}, not 8 bits"):
+        read_image(tmp_path / "a.tiff", 1)
+
+
 def write_fashion_mnist(folder, count=20):
     rng = np.random.default_rng(0)
     for split in ("train", "t10k"):

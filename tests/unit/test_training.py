@@ -1,0 +1,151 @@
+"""Schedule, parameter groups, checkpoints and the guard against non-finite gradients."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fcmae.config import OptimConfig
+from fcmae.errors import CheckpointError
+from fcmae.models import FCMAE, create_backbone
+from fcmae.training import checkpoint
+from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.distributed import World
+from fcmae.training.loop import FiniteGuard, Meter
+from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
+from fcmae.training.schedule import CosineSchedule
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def test_schedule_warms_up_linearly_and_ends_at_min_lr():
+    schedule = CosineSchedule(peak=1.0, min_lr=0.1, warmup_steps=10, total_steps=110)
+    assert schedule(0) == 0
+    assert schedule(5) == 0.5
+    assert schedule(10) == 1.0
+    assert schedule(60) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule(110) == pytest.approx(0.1)
+
+
+def test_lr_follows_the_global_batch():
+    assert OptimConfig(blr=1.5e-4).peak_lr(4096) == pytest.approx(2.4e-3)
+    assert OptimConfig(blr=1.5e-4, lr=1e-3).peak_lr(4096) == 1e-3
+
+
+def test_vectors_and_the_mask_token_are_not_decayed():
+    groups = param_groups(FCMAE("convnextv2_atto"), OptimConfig(weight_decay=0.05))
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    for name, value in decay.items():
+        vector = name.endswith(("bias", "mask_token")) or ".norm" in name or ".grn." in name or "stem.1" in name
+        assert value == (0.0 if vector or ".downsample.0." in name else 0.05), name
+    assert "decoder.mask_token" in decay
+    assert not any(name.startswith("backbone.head") for name in decay)
+
+
+def test_set_lr_scales_each_group():
+    model = create_backbone("convnextv2_atto", num_classes=10, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
+    set_lr(optimizer, 2.0)
+    lrs = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert lrs["head.fc.weight"] == 2.0
+    assert lrs["stages.3.blocks.0.mlp.fc1.weight"] == 1.0
+    assert lrs["stem.0.weight"] == lrs["stages.0.blocks.0.norm.bias"] == 2.0 * 0.5**4
+
+
+def test_layer_decay_is_for_backbones():
+    with pytest.raises(ValueError, match="optim.layer_decay is 0.9"):
+        param_groups(FCMAE("convnextv2_atto"), OptimConfig(layer_decay=0.9))
+    with pytest.raises(ValueError, match="'decoder.pred.bias' is not a parameter of a ConvNeXt"):
+        layer_scale("decoder.pred.bias", (1, 1, 1, 1), 0.9, "single")
+
+
+def save_three(tmp_path, keep=2):
+    checkpoints = CheckpointDir(tmp_path, keep)
+    for step in (1, 2, 3):
+        checkpoints.save({"task": "pretrain", "step": step, "model": {"w": torch.full((4,), float(step))}})
+    return checkpoints
+
+
+def test_checkpoints_keep_the_newest_and_leave_no_temporary_files(tmp_path):
+    checkpoints = save_three(tmp_path)
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
+    state = checkpoints.load_latest(pytest.fail)
+    assert state is not None
+    assert state["step"] == 3
+    assert state["versions"].keys() == {"fcmae", "torch", "timm", "python"}
+
+
+def test_a_cut_off_checkpoint_is_named_and_the_one_before_used(tmp_path):
+    checkpoints = save_three(tmp_path)
+    newest = checkpoints.paths()[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    said = []
+    state = checkpoints.load_latest(said.append)
+    assert state is not None
+    assert state["step"] == 2
+    assert len(said) == 1
+    assert "step_00000003.pt cannot be read" in said[0]
+    checkpoints.paths()[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        checkpoints.load_latest(said.append)
+
+
+def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    checkpoint.write_atomically(path, {"format": 1, "step": 1})
+
+    def disk_full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomically(path, {"format": 1, "step": 2})
+    assert checkpoint.read(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
+    checkpoints = save_three(tmp_path)
+    newest = checkpoints.paths()[-1]
+    for path in (tmp_path, checkpoints.folder, newest):
+        assert checkpoint.resolve(path) == newest
+    with pytest.raises(CheckpointError, match=r"has no checkpoint; looked for checkpoints/step_\*.pt"):
+        checkpoint.resolve(tmp_path.parent)
+
+
+def test_what_is_not_ours_is_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="is not a checkpoint of fcmae"):
+        checkpoint.read(tmp_path / "other.pt")
+
+
+def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stopped():
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    guard = FiniteGuard(torch.device("cpu"))
+    assert guard.first_bad_step(CPU) is None
+    weights = []
+    for step, gradient in enumerate((1.0, 1.0, float("nan"), 1.0)):
+        for param in layer.parameters():
+            param.grad = torch.full_like(param, gradient)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
+        optimizer.found_inf = guard.check(torch.isfinite(norm), step)
+        optimizer.step()
+        weights.append(layer.weight.detach().clone())
+    assert guard.first_bad_step(CPU) == 2
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[1], weights[3])
+
+
+def test_the_meter_averages_since_the_last_reading():
+    meter = Meter(CPU, images_per_step=8)
+    for loss in (1.0, 3.0):
+        meter.add(torch.tensor(loss), torch.tensor(5.0))
+    metrics = meter.read()
+    assert (metrics["loss"], metrics["grad_norm"]) == (2.0, 5.0)
+    meter.add(torch.tensor(7.0), torch.tensor(1.0))
+    assert meter.read()["loss"] == 7.0
