@@ -1,0 +1,58 @@
+"""GELU and global response normalisation (GRN) of packed visible sites, as one operation.
+
+GRN (ConvNeXt V2, arXiv 2301.00808, section 3.2) scales a channel by its norm over an image, relative to the mean norm
+of all channels. With g = GELU(x), over the R visible sites of an image and its D channels::
+
+    G_c = sqrt(sum_r g_rc^2)        n_c = G_c / (mean_c G_c + eps)        y_rc = g_rc + weight_c * g_rc * n_c + bias_c
+
+which is ``timm.layers.grn.GlobalResponseNorm`` after ``torch.nn.GELU`` if the sites are the image's positions. The
+official sparse code takes the norm over all images of the batch; pass ``x.view(1, N * R, D)`` for that.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from fcmae.kernels.grn_triton import gelu_grn_triton
+
+    HAS_TRITON = True
+except ModuleNotFoundError:
+    HAS_TRITON = False
+
+
+def gelu_grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, input_bias: Tensor | None = None) -> Tensor:
+    """GELU, then GRN over the sites of every image: fused on a GPU, plain torch elsewhere.
+
+    Args:
+        x: ``[N, R, D]``, N images of R sites with D channels. Statistics and arithmetic are float32 for 16-bit inputs.
+        weight: ``[D]``, GRN's scale.
+        bias: ``[D]``, GRN's shift.
+        eps: added to the mean norm.
+        input_bias: ``[D]``, added to ``x`` first. Leaving the bias of the linear layer that made ``x`` to this
+            operation saves a pass over the gradient of ``x``: its sum falls out of the pass that writes it.
+
+    Returns:
+        ``[N, R, D]`` in the dtype of ``x``. The gradient through the norm of an all-zero channel is zero.
+
+    Raises ValueError if the shapes do not fit.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {list(x.shape)}; expected [images, sites, channels]")
+    for name, parameter in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
+        if parameter is not None and parameter.shape != x.shape[2:]:
+            raise ValueError(f"{name} has shape {list(parameter.shape)}; x has {x.shape[2]} channels")
+    if HAS_TRITON and x.is_cuda and x.dtype != torch.float64:
+        return gelu_grn_triton(x, input_bias, weight, bias, eps)
+    return gelu_grn_torch(x, input_bias, weight, bias, eps)
+
+
+def gelu_grn_torch(x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """:func:`gelu_grn` in plain torch, the reference of the fused kernels."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    g = x.to(dtype) if input_bias is None else x + input_bias.to(dtype)
+    g = F.gelu(g)
+    # Unlike the root of a sum of squares, vector_norm has gradient 0 (not NaN) at an all-zero channel.
+    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    scale = 1 + weight * (norm / (norm.mean(dim=2, keepdim=True) + eps))
+    return torch.addcmul(bias.to(dtype), g, scale).to(x.dtype)

@@ -1,0 +1,354 @@
+"""The Triton kernels of :func:`fcmae.kernels.grn.gelu_grn`, and their torch operation.
+
+An image couples its channels by one number only: the mean norm, and in the backward pass the sum in its derivative.
+So a program owns some channels of one image: it reduces them over all sites, exchanges that number with the other
+programs of the image, and writes the result in the same launch. In between it holds its channels in registers
+(forward, up to 320 sites) or reads them again microseconds after the first time.
+
+The exchange needs the programs of an image to run at the same time. They are neighbours in the launch order, which is
+the order that devices start programs in, and never more than the device has multiprocessors; so the programs that wait
+always wait for ones that run or are next. Sums have a fixed order: the same input gives the same bits.
+
+At the speed of memory there are about 27 instructions an element (H200), and the erf of the maths library takes 25.
+Two measures make GELU cheap for 16-bit inputs:
+
+- With the Mills ratio m, the tail of the normal distribution is exp(-x^2 / 2) m(|x|) / sqrt(2 pi), and here m is a
+  polynomial in r = 1 / sqrt(1 + 0.55 |x|), fitted to a relative error of 5.5e-5 up to |x| = 6: a ninth of float16's
+  rounding, a thirtieth of bfloat16's. The exponential serves the derivative too. Float32 takes the library's erf.
+- The kernels work on u = ALPHA x with ALPHA^2 = log2(e) / 2, so that exp(-x^2 / 2) = exp2(-u^2), and on
+  2 ALPHA GELU(x) = u + |u| erf(|x| / sqrt(2)); the constant factors are folded into per-channel ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ALPHA = tl.constexpr(0.8493218002880191)
+"""sqrt(log2(e) / 2)"""
+
+
+@triton.jit
+def _erf_magnitude(u, gauss, EXACT: tl.constexpr):
+    """erf(|x| / sqrt(2)) at u = ALPHA x, with gauss = exp(-x^2 / 2)."""
+    if EXACT:
+        return tl.erf(tl.abs(u) * 0.8325546111576977)
+    r = tl.rsqrt(tl.abs(u) * 0.6475755124 + 1.0)
+    # tails * r = 2 m(|x|) / sqrt(2 pi)
+    tails = -1.682142756 * r + 4.614482
+    tails = tails * r - 3.45367596
+    tails = tails * r + 1.692081608
+    tails = tails * r - 0.170706725
+    return 1.0 - gauss * (tails * r)
+
+
+@triton.jit
+def _scaled_gelu(u, EXACT: tl.constexpr):
+    """2 ALPHA GELU(x) at u = ALPHA x."""
+    return u + tl.abs(u) * _erf_magnitude(u, tl.exp2(-(u * u)), EXACT)
+
+
+@triton.jit
+def _scaled_gelu_and_slope(u, EXACT: tl.constexpr):
+    """2 ALPHA GELU(x) and 2 GELU'(x) at u = ALPHA x."""
+    gauss = tl.exp2(-(u * u))
+    erf = _erf_magnitude(u, gauss, EXACT)
+    slope = 1.0 + tl.where(u >= 0, erf, -erf) + (0.9394372786996513 * u) * gauss
+    return u + tl.abs(u) * erf, slope
+
+
+@triton.jit
+def _load(pointer, inside, WHOLE: tl.constexpr):
+    value = tl.load(pointer) if WHOLE else tl.load(pointer, mask=inside, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, value, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointer, value.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _shift(input_bias, c, in_width, HAS_INPUT_BIAS: tl.constexpr):
+    """The input bias on the scale of u, ``[1, CHANNELS]``."""
+    bias = tl.load(input_bias + c, mask=in_width, other=0.0).to(tl.float32) if HAS_INPUT_BIAS else 0.0 * c
+    return ALPHA * bias[None, :]
+
+
+@triton.jit
+def _sum_over_image(value, mail, image, part, parts, PARTS: tl.constexpr):
+    """Adds up one float32 of every program of an image.
+
+    ``mail`` is int64 ``[N, parts]``, zero at first. A word carries a number in its low half and 1 in its high half, so
+    that a number and the sign that it has arrived are one access, which needs no memory fence.
+    """
+    if PARTS == 1:
+        return value
+    mail += image * parts
+    word = (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
+    tl.atomic_xchg(mail + part, word, sem="relaxed")
+    k = tl.arange(0, PARTS)
+    # volatile: past the multiprocessor's own cache, which would not see what the others write.
+    words = tl.load(mail + k, mask=k < parts, other=1 << 32, volatile=True)
+    while tl.min(words >> 32, 0) == 0:
+        words = tl.load(mail + k, mask=k < parts, other=1 << 32, volatile=True)
+    return tl.sum(words.to(tl.int32).to(tl.float32, bitcast=True), 0)
+
+
+@triton.jit
+def _forward(
+    x, input_bias, weight, bias, y, norms, means, mail, R, D, parts, eps,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_INPUT_BIAS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    c = part * CHANNELS + tl.arange(0, CHANNELS)
+    in_width = c < D
+    row = tl.arange(0, ROWS)
+    tile = row[:, None] * D + c[None, :]
+    x += image * R * D
+    y += image * R * D
+    shift = _shift(input_bias, c, in_width, HAS_INPUT_BIAS)
+
+    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
+    tiles = ()
+    for i in tl.static_range(HELD):
+        inside = (i * ROWS + row < R)[:, None] & in_width[None, :]
+        tiles += (_load(x + i * ROWS * D + tile, inside, WHOLE),)  # type: ignore[assignment]
+    held = ()
+    for i in tl.static_range(HELD):
+        h = _scaled_gelu(tiles[i] * ALPHA + shift, EXACT)
+        if not WHOLE:
+            h = tl.where((i * ROWS + row < R)[:, None], h, 0.0)
+        squares += h * h
+        held += (h,)  # type: ignore[assignment]
+    if HELD == 0:
+        for start in tl.range(0, R, ROWS, num_stages=STAGES):
+            inside = (start + row < R)[:, None] & in_width[None, :]
+            v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
+            h = _scaled_gelu(v * ALPHA + shift, EXACT)
+            if not WHOLE:
+                h = tl.where(inside, h, 0.0)
+            squares += h * h
+
+    norm = tl.sqrt(tl.sum(squares, 0)) * (0.5 / ALPHA)
+    norm = tl.where(in_width, norm, 0.0)
+    tl.store(norms + image * D + c, norm, mask=in_width)
+    mean = _sum_over_image(tl.sum(norm, 0), mail, image, part, parts, PARTS) / D
+    if part == 0:
+        tl.store(means + image, mean)
+    w = tl.load(weight + c, mask=in_width, other=0.0).to(tl.float32)
+    scale = ((1.0 + w * (norm / (mean + eps))) * (0.5 / ALPHA))[None, :]
+    b = tl.load(bias + c, mask=in_width, other=0.0).to(tl.float32)[None, :]
+
+    for i in tl.static_range(HELD):
+        inside = (i * ROWS + row < R)[:, None] & in_width[None, :]
+        _store(y + i * ROWS * D + tile, held[i] * scale + b, inside, WHOLE)
+    if HELD == 0:
+        steps = tl.cdiv(R, ROWS)
+        for i in tl.range(0, steps, num_stages=STAGES):
+            start = (steps - 1 - i) * ROWS  # last read first: the likeliest to be in the cache still
+            inside = (start + row < R)[:, None] & in_width[None, :]
+            v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
+            h = _scaled_gelu(v * ALPHA + shift, EXACT)
+            _store(y + tl.cast(start, tl.int64) * D + tile, h * scale + b, inside, WHOLE)
+
+
+@triton.jit
+def _backward(
+    dy, x, input_bias, weight, norms, means, dx, sums, mail, R, D, parts, eps,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_INPUT_BIAS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    c = part * CHANNELS + tl.arange(0, CHANNELS)
+    in_width = c < D
+    row = tl.arange(0, ROWS)
+    tile = row[:, None] * D + c[None, :]
+    x += image * R * D
+    dy += image * R * D
+    dx += image * R * D
+    sums += image * 3 * D
+    shift = _shift(input_bias, c, in_width, HAS_INPUT_BIAS)
+
+    dot = tl.zeros((ROWS, CHANNELS), tl.float32)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in tl.range(0, R, ROWS, num_stages=STAGES):
+        inside = (start + row < R)[:, None] & in_width[None, :]
+        offset = tl.cast(start, tl.int64) * D
+        v = _load(x + offset + tile, inside, WHOLE)
+        d = _load(dy + offset + tile, inside, WHOLE)
+        dot += d * _scaled_gelu(v * ALPHA + shift, EXACT)
+        total += d
+
+    # dL/dn_c = w_c dot_c with dot_c = sum_r dy_rc g_rc, and n_c = G_c / m with m = mean G + eps, so
+    # dL/dG_c = w_c dot_c / m - sum_k (w_k dot_k n_k) / (D m), which reaches g_rc as dL/dG_c g_rc / G_c.
+    norm = tl.load(norms + image * D + c, mask=in_width, other=0.0)
+    inverse = 1.0 / (tl.load(means + image) + eps)
+    w = tl.load(weight + c, mask=in_width, other=0.0).to(tl.float32)
+    dot_c = tl.sum(dot, 0) * (0.5 / ALPHA)
+    tl.store(sums + c, dot_c * norm * inverse, mask=in_width)
+    tl.store(sums + D + c, tl.sum(total, 0), mask=in_width)
+    coupled = _sum_over_image(tl.sum(w * dot_c * norm * inverse, 0), mail, image, part, parts, PARTS)
+    pull = (w * dot_c - coupled / D) * inverse / tl.where(norm > 0, norm, 1.0)
+    pull = (tl.where(norm > 0, pull, 0.0) * (0.25 / ALPHA))[None, :]
+    scale = (0.5 + 0.5 * w * norm * inverse)[None, :]
+
+    dx_total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    steps = tl.cdiv(R, ROWS)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        start = (steps - 1 - i) * ROWS
+        inside = (start + row < R)[:, None] & in_width[None, :]
+        offset = tl.cast(start, tl.int64) * D
+        v = _load(x + offset + tile, inside, WHOLE)
+        d = _load(dy + offset + tile, inside, WHOLE)
+        h, slope = _scaled_gelu_and_slope(v * ALPHA + shift, EXACT)
+        z = (d * scale + h * pull) * slope
+        _store(dx + offset + tile, z, inside, WHOLE)
+        if not WHOLE:
+            z = tl.where(inside, z, 0.0)
+        dx_total += z
+    tl.store(sums + 2 * D + c, tl.sum(dx_total, 0), mask=in_width)
+
+
+class Tiling(NamedTuple):
+    """A program owns ``channels`` of an image and takes ``rows`` sites at a time."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+# Chosen from about twenty measured for each of 19, 76, 304 and 1216 sites (rows 1, 4, 16 and streamed) on an H200.
+HELD_TILES = 20
+"""Tiles that the forward pass holds in registers at most: with 4 elements a thread and tile, 80 registers."""
+FORWARD_HELD = {
+    1: Tiling(1, 256, 2),
+    2: Tiling(2, 128, 2),
+    4: Tiling(4, 64, 2),
+    8: Tiling(8, 32, 2),
+    16: Tiling(16, 32, 4),
+}
+FORWARD_STREAMED, FORWARD_STAGES = Tiling(32, 64, 4), 3
+BACKWARD = {
+    1: Tiling(1, 512, 2),
+    2: Tiling(2, 256, 2),
+    4: Tiling(4, 128, 2),
+    8: Tiling(8, 64, 2),
+    16: Tiling(16, 64, 4),
+}
+BACKWARD_STAGES = 4
+
+
+def _rows(sites: int) -> int:
+    """Rows of a tile, a power of two, so that all sites make at most ``HELD_TILES`` tiles."""
+    return triton.next_power_of_2(triton.cdiv(sites, HELD_TILES))
+
+
+def _fit(tiling: Tiling, x: Tensor) -> tuple[Tiling, int]:
+    """The tiling adapted to the width of ``x``, and the programs an image takes."""
+    rows, channels, warps = tiling
+    width = x.shape[2]
+    while channels > 32 and width % channels:
+        rows, channels = 2 * rows, channels // 2
+    # Triton's interpreter runs programs one after another, so there an image is a single program.
+    most = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    while triton.cdiv(width, channels) > most:
+        channels, warps = 2 * channels, min(2 * warps, 16)
+    return Tiling(rows, channels, warps), triton.cdiv(width, channels)
+
+
+def _shape_constants(tiling: Tiling, parts: int, x: Tensor, input_bias: Tensor | None) -> dict:
+    return {
+        "ROWS": tiling.rows,
+        "CHANNELS": tiling.channels,
+        "PARTS": triton.next_power_of_2(parts),
+        "WHOLE": x.shape[1] % tiling.rows == 0 and x.shape[2] % tiling.channels == 0,
+        "HAS_INPUT_BIAS": input_bias is not None,
+        "num_warps": tiling.warps,
+    }
+
+
+@torch.library.custom_op("fcmae::gelu_grn", mutates_args=())
+def gelu_grn_forward(
+    x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, norms ``[N, D]`` and mean norms ``[N]``."""
+    n, r, d = x.shape
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    input_bias = None if input_bias is None else input_bias.contiguous()
+    y = torch.empty_like(x)
+    norms = torch.empty(n, d, dtype=torch.float32, device=x.device)
+    means = torch.empty(n, dtype=torch.float32, device=x.device)
+    tiling, parts = _fit(FORWARD_HELD.get(_rows(r), FORWARD_STREAMED), x)
+    held = triton.cdiv(r, tiling.rows) if _rows(r) in FORWARD_HELD else 0
+    mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
+    _forward[(n * parts,)](
+        x, input_bias, weight, bias, y, norms, means, mail, r, d, parts, eps,
+        HELD=held, STAGES=FORWARD_STAGES, **_shape_constants(tiling, parts, x, input_bias),
+    )  # fmt: skip
+    return y, norms, means
+
+
+@gelu_grn_forward.register_fake
+def _(x, input_bias, weight, bias, eps):
+    norms = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), norms, norms.new_empty(x.shape[0])
+
+
+@torch.library.custom_op("fcmae::gelu_grn_backward", mutates_args=())
+def gelu_grn_backward(
+    dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias."""
+    n, r, d = x.shape
+    x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
+    input_bias = None if input_bias is None else input_bias.contiguous()
+    dx = torch.empty_like(x)
+    sums = torch.empty(n, 3, d, dtype=torch.float32, device=x.device)
+    tiling, parts = _fit(BACKWARD[min(_rows(r), max(BACKWARD))], x)
+    mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
+    _backward[(n * parts,)](
+        dy, x, input_bias, weight, norms, means, dx, sums, mail, r, d, parts, eps,
+        STAGES=BACKWARD_STAGES, **_shape_constants(tiling, parts, x, input_bias),
+    )  # fmt: skip
+    return dx, sums
+
+
+@gelu_grn_backward.register_fake
+def _(dy, x, input_bias, weight, norms, means, eps):
+    sums = x.new_empty(x.shape[0], 3, x.shape[2], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), sums
+
+
+def _save(ctx, inputs, output):
+    x, input_bias, weight, bias, eps = inputs
+    _, norms, means = output
+    ctx.save_for_backward(x, input_bias, weight, norms, means)
+    ctx.eps, ctx.bias_dtype = eps, bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _norms, _means):
+    x, input_bias, weight, norms, means = ctx.saved_tensors
+    dx, sums = gelu_grn_backward(dy, x, input_bias, weight, norms, means, ctx.eps)
+    weight_grad, bias_grad, input_bias_grad = sums.sum(0).unbind(0)
+    input_bias_grad = None if input_bias is None else input_bias_grad.to(input_bias.dtype)
+    return dx, input_bias_grad, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), None
+
+
+gelu_grn_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def gelu_grn_triton(x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """:func:`fcmae.kernels.grn.gelu_grn` by the kernels above."""
+    return gelu_grn_forward(x, input_bias, weight, bias, eps)[0]
