@@ -4,14 +4,13 @@ Every image keeps the same number of patches, so the visible part of a batch is 
 with a static shape. All layers but the depthwise convolution work per site, or (GRN) per image.
 """
 
-import torch
 import torch.nn.functional as F
-from timm.layers.grn import GlobalResponseNorm
+from timm.layers import GELU
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise
+from fcmae.kernels import Neighbors, gather_patches, gelu_grn, grn, neighbors, packed_depthwise
 from fcmae.masking import grid_size, visible_indices
 
 
@@ -40,14 +39,27 @@ def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) ->
     """A ConvNeXt block over packed sites, without drop path (off in pretraining)."""
     h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
     h = _layer_norm(h, block.norm)
-    h = block.mlp.act(_linear(h, block.mlp.fc1))
-    grn = convnext.grn(block)
-    if grn is not None:
-        h = _grn(h, grn, grn_scope)
+    h = _activate(block, h, grn_scope)
     h = _linear(h, block.mlp.fc2)
     if block.gamma is not None:
         h = h * block.gamma
     return x + h
+
+
+def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
+    """The MLP's first half: linear layer, activation, and GRN over the sites of an image or of the whole batch."""
+    fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, convnext.grn(block)
+    if grn_layer is None:
+        return act(_linear(x, fc1))
+    fused = x.is_cuda and isinstance(act, GELU | nn.GELU)  # leaves fc1's bias to the kernel, see gelu_grn
+    h = F.linear(x, fc1.weight.flatten(1), None if fused else fc1.bias)
+    sites = h.flatten(1, 3) if grn_scope == "image" else h.flatten(0, 3).unsqueeze(0)
+    if isinstance(act, GELU | nn.GELU):
+        bias = fc1.bias if fused else None
+        sites = gelu_grn(sites, grn_layer.weight, grn_layer.bias, grn_layer.eps, input_bias=bias)
+    else:
+        sites = grn(act(sites), grn_layer.weight, grn_layer.bias, grn_layer.eps)
+    return sites.view_as(h)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -65,15 +77,3 @@ def _patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     k = conv.stride[0]
     x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
     return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-
-
-def _grn(x: Tensor, grn: GlobalResponseNorm, scope: str) -> Tensor:
-    """Global response normalisation over the visible sites of an image, or of the whole batch (arXiv 2301.00808, 3.2).
-
-    The norm is float32 under autocast: it overflows in float16. ``vector_norm`` has gradient 0 at an all-zero
-    channel, where the square root of a sum of squares has NaN.
-    """
-    sites = (1, 2, 3) if scope == "image" else (0, 1, 2, 3)
-    norm = torch.linalg.vector_norm(x, dim=sites, keepdim=True, dtype=torch.float32)
-    response = (norm / (norm.mean(dim=-1, keepdim=True) + grn.eps)).to(x.dtype)
-    return x + torch.addcmul(grn.bias.to(x.dtype), grn.weight.to(x.dtype), x * response)

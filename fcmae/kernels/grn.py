@@ -51,8 +51,13 @@ def gelu_grn_torch(x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: T
     """:func:`gelu_grn` in plain torch, the reference of the fused kernels."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     g = x.to(dtype) if input_bias is None else x + input_bias.to(dtype)
-    g = F.gelu(g)
+    return grn(F.gelu(g), weight, bias, eps).to(x.dtype)
+
+
+def grn(g: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """GRN over the sites of every image, for activations other than GELU: ``[N, R, D]`` to the same, float32 inside."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
     # Unlike the root of a sum of squares, vector_norm has gradient 0 (not NaN) at an all-zero channel.
-    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=dtype)
     scale = 1 + weight * (norm / (norm.mean(dim=2, keepdim=True) + eps))
-    return torch.addcmul(bias.to(dtype), g, scale).to(x.dtype)
+    return torch.addcmul(bias.to(dtype), g, scale).to(g.dtype)

@@ -27,6 +27,7 @@ CASES = {
     "one visible patch": ({"name": "convnextv2_atto"}, 3, (96, 96), 0.85, None),
     "nothing masked": ({"name": "convnextv2_atto"}, 3, (64, 64), 0.0, None),
     "mask patch of two strides": ({"name": "convnextv2_atto", "patch_size": 1}, 3, (64, 48), 0.5, 16),
+    "another activation": ({"name": "convnextv2_atto", "act_layer": "relu"}, 3, (96, 96), 0.6, None),
     "other kernels": ({"name": "convnextv2_atto", "kernel_sizes": (3, 5, 7, 9)}, 3, (96, 96), 0.6, None),
 }
 
