@@ -258,6 +258,8 @@ class TrainerConfig:
     precision: str = "float32"
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
+    cuda_graph: bool | None = None
+    """Replay pretraining steps from a CUDA graph; None = where it can be: one GPU, no accumulation, not fp16."""
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     deterministic: bool = False

@@ -8,6 +8,7 @@ from torch import Tensor
 from fcmae.engines.convnext import check_backbone, total_stride
 from fcmae.engines.masked import masked
 from fcmae.engines.packed import packed
+from fcmae.engines.regions import region
 
 GRN_SCOPES = ("image", "batch")
 
@@ -22,13 +23,22 @@ class Engine(Protocol):
         keep: V, the visible patches of an image.
         patch_size: pixels a side of a mask patch, a multiple of the backbone's total stride.
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
+        compiled: by torch.compile, region by region (:mod:`fcmae.engines.regions`).
 
     Returns:
         ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites a side.
     """
 
     def __call__(
-        self, backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+        self,
+        backbone: ConvNeXt,
+        imgs: Tensor,
+        mask: Tensor,
+        *,
+        keep: int,
+        patch_size: int,
+        grn_scope: str = "image",
+        compiled: bool = False,
     ) -> Tensor: ...
 
 
@@ -42,4 +52,4 @@ def get_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-__all__ = ["ENGINES", "GRN_SCOPES", "Engine", "check_backbone", "get_engine", "total_stride"]
+__all__ = ["ENGINES", "GRN_SCOPES", "Engine", "check_backbone", "get_engine", "region", "total_stride"]

@@ -3,26 +3,38 @@
 import torch
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcmae.engines import convnext
+from fcmae.engines.regions import region
 from fcmae.kernels import gather_patches
 from fcmae.masking import grid_size, upsample_mask, visible_indices
 
 
 def masked(
-    backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+    backbone: ConvNeXt,
+    imgs: Tensor,
+    mask: Tensor,
+    *,
+    keep: int,
+    patch_size: int,
+    grn_scope: str = "image",
+    compiled: bool = False,
 ) -> Tensor:
     """Runs ``backbone`` over whole images, masked. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
-    x = backbone.stem(imgs)
+    x = region(_apply, compiled)(backbone.stem, imgs)
     for stage in convnext.stages(backbone):
-        x = stage.downsample(x)
+        x = region(_apply, compiled)(stage.downsample, x)
         visible = ~upsample_mask(mask, rows, cols, x.shape[-1] // cols).unsqueeze(1)
         for block in convnext.blocks(stage):
-            x = _block(block, x, visible, grn_scope)
+            x = region(_block, compiled)(block, x, visible, grn_scope)
     x = backbone.norm_pre(x)
     return gather_patches(x, visible_indices(mask, keep), rows, cols)
+
+
+def _apply(layers: nn.Module, x: Tensor) -> Tensor:
+    return layers(x)
 
 
 def _block(block: ConvNeXtBlock, x: Tensor, visible: Tensor, grn_scope: str) -> Tensor:

@@ -10,29 +10,44 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
+from fcmae.engines.regions import region
 from fcmae.kernels import Neighbors, gather_patches, gelu_grn, grn, neighbors, packed_depthwise
 from fcmae.masking import grid_size, visible_indices
 
 
 def packed(
-    backbone: ConvNeXt, imgs: Tensor, mask: Tensor, *, keep: int, patch_size: int, grn_scope: str = "image"
+    backbone: ConvNeXt,
+    imgs: Tensor,
+    mask: Tensor,
+    *,
+    keep: int,
+    patch_size: int,
+    grn_scope: str = "image",
+    compiled: bool = False,
 ) -> Tensor:
     """Runs ``backbone`` over the visible patches alone. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
-    x = gather_patches(imgs, index, rows, cols)
-    conv, norm = convnext.stem(backbone)
-    x = _layer_norm(_patchwise_conv(x, conv), norm)
+    x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     for stage in convnext.stages(backbone):
         if isinstance(stage.downsample, nn.Sequential):
-            norm, conv = convnext.downsample(stage.downsample)
-            x = _patchwise_conv(_layer_norm(x, norm), conv)
+            x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
         for block in convnext.blocks(stage):
-            x = _block(block, x, where, grn_scope)
+            x = region(_block, compiled)(block, x, where, grn_scope)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
         x = _layer_norm(x, backbone.norm_pre)
     return x
+
+
+def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:
+    """The visible pixels of ``[N, C, H, W]``, and no others, to the first stage's sites ``[N, V, S, S, D]``."""
+    patches = gather_patches(imgs, where.index, where.rows, where.cols)
+    return _layer_norm(_patchwise_conv(patches, conv), norm)
+
+
+def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return _patchwise_conv(_layer_norm(x, norm), conv)
 
 
 def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) -> Tensor:

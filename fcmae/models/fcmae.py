@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.engines import GRN_SCOPES, check_backbone, get_engine, total_stride
+from fcmae.engines import GRN_SCOPES, check_backbone, get_engine, region, total_stride
 from fcmae.loss import masked_pixel_loss, patch_target
 from fcmae.masking import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone
@@ -76,6 +76,7 @@ class FCMAE(nn.Module):
                 f"{self.patch_size}"
             )
         self.engine = get_engine(engine)
+        self._compiled = False
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.grn_scope = grn_scope
@@ -100,14 +101,30 @@ class FCMAE(nn.Module):
             mask, keep = self.random_mask(imgs)
         elif keep is None:
             keep = self._count_visible(mask, imgs)
+        compiled = self._compiled and self.training
         visible = self.engine(
-            self.backbone, imgs, mask, keep=keep, patch_size=self.mask_patch_size, grn_scope=self.grn_scope
+            self.backbone,
+            imgs,
+            mask,
+            keep=keep,
+            patch_size=self.mask_patch_size,
+            grn_scope=self.grn_scope,
+            compiled=compiled,
         )
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
-        pred = self.decoder(visible, sites, visible_indices(mask, keep))
-        target = patch_target(imgs, self.patch_size, self.norm_pix_loss)
-        return FCMAEOutput(masked_pixel_loss(pred, target, sites.flatten(1)), pred, mask)
+        pred = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
+        loss = region(_loss, compiled)(imgs, pred, sites.flatten(1), self.patch_size, self.norm_pix_loss)
+        return FCMAEOutput(loss, pred, mask)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.
+
+        Takes no options. ``torch.compile(model)`` works too; it compiles one large graph, for minutes.
+        """
+        if args or kwargs:
+            raise ValueError("FCMAE.compile takes no arguments; torch.compile(model, ...) does")
+        self._compiled = True
 
     def len_keep(self, height: int, width: int) -> int:
         """Visible patches of an image of that size."""
@@ -132,6 +149,15 @@ class FCMAE(nn.Module):
                 f"mask leaves {sorted(counts)} patches visible; allowed is one number, at least 1, for all images"
             )
         return counts.pop()
+
+
+def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> Tensor:
+    return decoder(visible, sites, index)
+
+
+def _loss(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
+    """Target and loss in one region, so that the target need not be stored."""
+    return masked_pixel_loss(pred, patch_target(imgs, patch_size, norm_pix), mask)
 
 
 def _init_decoder(decoder: Decoder) -> None:

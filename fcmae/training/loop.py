@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fcmae.config import TrainerConfig, to_dict
+from fcmae.config import ConfigError, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.errors import Interrupted, NonFiniteLossError
 from fcmae.evaluation.features import autocast
@@ -21,6 +22,7 @@ from fcmae.randomness import seed_step
 from fcmae.training.build import load_state
 from fcmae.training.checkpoint import CheckpointDir, State
 from fcmae.training.distributed import World
+from fcmae.training.graphs import GraphedBackward
 from fcmae.training.logging import RunLogger
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.schedule import CosineSchedule
@@ -102,6 +104,16 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     guard = FiniteGuard(world.device)
     saved: Path | None = None
 
+    def backward(batch: Sequence[Tensor]) -> Tensor:
+        with autocast(world.device, cfg.trainer.precision):
+            loss = task.loss(model, batch) / plan.accum_steps
+        state.scaler.scale(loss).backward()
+        return loss.detach()
+
+    graphed = _use_cuda_graph(task, plan, world)
+    if graphed:
+        backward = GraphedBackward(backward, task.model)
+
     def save() -> Path:
         path = checkpoints.folder / f"step_{state.step:08d}.pt"
         if world.is_main:
@@ -120,12 +132,11 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             for micro in range(plan.accum_steps):
                 batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
                 seed_step(cfg.seed, step, micro, world.rank, world.device)
-                last = micro == plan.accum_steps - 1
-                with _no_sync(model, last), autocast(world.device, cfg.trainer.precision):
-                    part_loss = task.loss(model, batch) / plan.accum_steps
-                    state.scaler.scale(part_loss).backward()
-                loss += part_loss.detach()
+                with _no_sync(model, last=micro == plan.accum_steps - 1):
+                    loss += backward(batch)
             grad_norm = _optimizer_step(state, guard, cfg.optim.clip_grad, step, loss)
+            if not graphed:
+                state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             meter.add(loss, grad_norm)
             logger.progress.advance()
@@ -227,6 +238,22 @@ def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
     return model
 
 
+def _use_cuda_graph(task: Task, plan: BatchPlan, world: World) -> bool:
+    """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
+    trainer = task.cfg.trainer
+    obstacles = {
+        "a CPU": world.device.type != "cuda",
+        "several ranks": world.size > 1,
+        "gradient accumulation": plan.accum_steps > 1,
+        "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
+        "fine-tuning (drop path and mixup draw random numbers)": task.name != "pretrain",
+    }
+    found = [name for name, present in obstacles.items() if present]
+    if trainer.cuda_graph and found:
+        raise ConfigError(f"trainer.cuda_graph is True; allowed with {' and '.join(found)} is false or null")
+    return not found if trainer.cuda_graph is None else trainer.cuda_graph
+
+
 def _no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Gradients are summed over ranks with the last micro-batch of a step only."""
     if isinstance(model, DistributedDataParallel) and not last:
@@ -251,7 +278,6 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
         # Fused AdamW leaves everything as it is where found_inf is 1, without the host having to know.
         state.optimizer.found_inf = guard.check(torch.isfinite(norm), step)  # type: ignore[attr-defined]
         state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update(state.model)
     return norm

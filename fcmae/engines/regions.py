@@ -1,0 +1,25 @@
+"""torch.compile of the parts that a network repeats.
+
+Compiling a block once for each shape instead of the whole network takes seconds where that takes minutes, and all
+blocks of a stage share the result: their parameters are inputs of the compiled code.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    # Static shapes: each stage gets kernels of its own. A graph break is an error, not a slow surprise.
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def region(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
+    """``function``, compiled if asked."""
+    return _compiled(function) if compiled else function
