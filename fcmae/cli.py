@@ -20,6 +20,7 @@ COMMANDS = {
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "doctor": "check the installation and the engines against each other and golden files",
+    "bench": "measure speed: step | kernels [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -161,6 +162,23 @@ def _doctor(args: list[str]) -> int:
     return run([Path(file) for file in given.golden])
 
 
+def _bench(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
+    parser.add_argument("what", choices=["step", "kernels"], help="a training step, or the GPU kernels alone")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    given = parser.parse_args(args)
+    if given.what == "step":
+        from fcmae.bench import step
+
+        step.run(given.overrides, given.json)
+    else:
+        from fcmae.bench import kernels
+
+        kernels.run(given.overrides, given.json)
+    return 0
+
+
 def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae demo", description=COMMANDS["demo"])
     parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
@@ -178,7 +196,12 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
     "evaluate": _evaluate,
     "knn": _knn,
 }
-_TOOLS: dict[str, Callable[[list[str]], int]] = {"reconstruct": _reconstruct, "doctor": _doctor, "demo": _demo}
+_TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "reconstruct": _reconstruct,
+    "doctor": _doctor,
+    "bench": _bench,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

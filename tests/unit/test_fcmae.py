@@ -1,7 +1,11 @@
+import functools
+
 import pytest
 import timm
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from fcmae.engines import ENGINES, regions
 from fcmae.masking import random_mask
 from fcmae.models import FCMAE, create_backbone
 
@@ -96,14 +100,38 @@ def test_an_image_that_does_not_fit_names_what_does():
         FCMAE("convnextv2_atto")(torch.zeros(1, 3, 230, 224))
 
 
-def test_compiled_equals_eager_and_compiles_once():
-    """In one graph, and no step compiles again."""
-    import torch._dynamo.testing
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that are compiled, by a backend that costs no time."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = functools.cache(lambda f: torch.compile(f, backend=counter, dynamic=False, fullgraph=True))
+    monkeypatch.setattr(regions, "_compiled", compiled)
+    torch.compiler.reset()
+    return counter
 
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
+    """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again."""
+    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, backbone_kwargs={"depths": (3, 3, 9, 3)})
+    model.compile()
+    batches = [(torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)) for _ in range(3)]
+    losses = [model(imgs, mask, 2).loss for imgs, mask in batches[:1]]
+    compiled = graphs.frame_count
+    losses += [model(imgs, mask, 2).loss for imgs, mask in batches[1:]]
+    assert graphs.frame_count == compiled
+    # stem, three downsamplings, four blocks, decoder, loss; the masked engine's first downsampling is an identity
+    assert compiled == (10 if engine == "packed" else 11)
+    model.eval()
+    for (imgs, mask), loss in zip(batches, losses, strict=True):
+        torch.testing.assert_close(model(imgs, mask, 2).loss, loss)
+    assert graphs.frame_count == compiled  # evaluation runs as it is
+
+
+def test_the_whole_model_compiles_into_one_graph():
     model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for _ in range(3):
-        imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
-        torch.testing.assert_close(compiled(imgs, mask, 2).loss, model(imgs, mask, 2).loss)
+    imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
+    torch.testing.assert_close(compiled(imgs, mask, 2).loss, model(imgs, mask, 2).loss)
     assert counter.frame_count == 1

@@ -1,0 +1,79 @@
+"""What every benchmark needs: honest times, the machine's own ceilings, and which machine it was."""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+CACHE_BYTES = 2**28
+"""More than any L2 cache; writing as much empties it."""
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """The hardware and software that a result belongs to."""
+    info: dict[str, str | int] = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
+    if device.type == "cuda":
+        import triton
+
+        info |= {"gpu": torch.cuda.get_device_name(device), "triton": triton.__version__}
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def median_ms(call: Callable[[], object], device: torch.device, repeats: int = 20, warm_up: int = 3) -> float:
+    """Median time of a call in ms, its results ready.
+
+    On a GPU by events, from a cold L2 cache, and with the host far enough ahead that launch gaps don't count.
+    """
+    if device.type == "cpu":
+        times = []
+        for _ in range(warm_up + repeats):
+            began = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times[warm_up:])
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    events = []
+    for _ in range(warm_up + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(1_000_000)
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events[warm_up:])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read plus written, of a large copy: the ceiling of whatever is bound by memory."""
+    source = torch.randint(0, 100, (2**30 if device.type == "cuda" else 2**27,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), device) * 1e3
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product: the ceiling of linear layers."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / median_ms(lambda: F.linear(a, b), device) * 1e3

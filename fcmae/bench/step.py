@@ -1,0 +1,301 @@
+"""``fcmae bench step``: a whole training step (forward, backward, AdamW) of the engines, side by side in one run."""
+
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+
+from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak
+from fcmae.config import PRECISIONS, ConfigError, OptimConfig, check, from_dict
+from fcmae.engines import ENGINES, convnext, region
+from fcmae.errors import UsageError
+from fcmae.evaluation.features import DTYPES, autocast
+from fcmae.masking import grid_size, random_mask
+from fcmae.models import FCMAE, create_backbone
+from fcmae.training.distributed import pick_device
+from fcmae.training.graphs import GraphedBackward
+from fcmae.training.optim import create_optimizer
+
+SUPERVISED = "timm"
+"""The yardstick: timm's own forward over whole images with a classifier, no masking at all."""
+DISTINCT_BATCHES = 4
+"""Batches that take turns, so that no step finds its data in a cache."""
+
+
+@dataclass
+class StepConfig:
+    """What ``fcmae bench step`` measures: every engine, compiled and not, for every model."""
+
+    models: list[str] = field(default_factory=lambda: ["convnextv2_base"])
+    engines: list[str] = field(default_factory=lambda: ["packed", "masked", SUPERVISED])
+    compile: list[bool] | None = None
+    """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
+    cuda_graph: bool | None = None
+    """Replay from a CUDA graph; None = where compiled, on a GPU."""
+    batch_size: int = 256
+    """Halved for an engine until it fits into memory."""
+    image_size: int = 224
+    mask_ratio: float = 0.6
+    precision: str = "bf16"
+    device: str = "auto"
+    repeats: int = 20
+    warm_up: int = 5
+
+    def __post_init__(self) -> None:
+        for engine in self.engines:
+            allowed = (*ENGINES, SUPERVISED)
+            check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
+        check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        for name in ("batch_size", "image_size", "repeats", "warm_up"):
+            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+
+
+@dataclass
+class StepResult:
+    """One row. ``matmul_tflops``: of the linear layers over visible sites alone, whatever the engine computes."""
+
+    model: str
+    engine: str
+    compiled: bool
+    cuda_graph: bool
+    batch_size: int
+    images_per_second: float
+    ms: float
+    peak_gib: float | None
+    matmul_tflops: float
+    compile_seconds: float
+    """Time to the end of the first step."""
+
+
+def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
+    """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(given, dict)
+    cfg = from_dict(StepConfig, {str(key): value for key, value in given.items()})
+    device = pick_device(cfg.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
+    where = machine(device)
+    dtype = DTYPES.get(cfg.precision, torch.float32)
+    peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
+    print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
+          f"mask {cfg.mask_ratio}; matmul {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
+    print(f"{'model':17} {'engine':7} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
+          f"{'of peak':>7} {'start s':>7}")  # fmt: skip
+    results = []
+    for result in _measure_all(cfg, device):
+        results.append(result)
+        print(_row(result, peak), flush=True)
+    for line in _ratios(results):
+        print(line)
+    if json_file is not None:
+        report = {
+            "machine": where,
+            "matmul_tflops": peak / 1e12,
+            "copy_gb_per_second": bandwidth / 1e9,
+            "config": asdict(cfg),
+            "results": [asdict(result) for result in results],
+        }
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return results
+
+
+def _measure_all(cfg: StepConfig, device: torch.device) -> Iterator[StepResult]:
+    compile_modes = cfg.compile if cfg.compile is not None else [device.type == "cuda"]
+    for model in cfg.models:
+        for engine in cfg.engines:
+            for compiled in compile_modes:
+                batch_size = cfg.batch_size
+                while True:
+                    try:
+                        yield _measure(cfg, model, engine, compiled, batch_size, device)
+                        break
+                    except torch.OutOfMemoryError:
+                        if batch_size == 1:
+                            raise UsageError(f"{model} with engine {engine} does not fit into memory") from None
+                        batch_size //= 2
+
+
+def _measure(
+    cfg: StepConfig, name: str, engine: str, compiled: bool, batch_size: int, device: torch.device
+) -> StepResult:
+    torch.compiler.reset()
+    gc.collect()
+    graphed = device.type == "cuda" and (compiled if cfg.cuda_graph is None else cfg.cuda_graph)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
+    optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
+
+    def backward(batch: Sequence[Tensor]) -> Tensor:
+        with autocast(device, cfg.precision):
+            value = loss(*batch)
+        value.backward()
+        return value.detach()
+
+    call = GraphedBackward(backward, model) if graphed else backward
+
+    def step(i: int) -> None:
+        call(batches[i % len(batches)])
+        optimizer.step()
+        if not graphed:
+            optimizer.zero_grad(set_to_none=True)
+
+    began = time.perf_counter()
+    step(0)
+    _synchronize(device)
+    compile_seconds = time.perf_counter() - began
+    for i in range(cfg.warm_up):
+        step(i)
+    ms = _median_step_ms(step, cfg.repeats, device)
+    images_per_second = batch_size / ms * 1e3
+    return StepResult(
+        name,
+        engine,
+        compiled,
+        graphed,
+        batch_size,
+        images_per_second,
+        ms,
+        torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        flops * images_per_second / 1e12,
+        compile_seconds,
+    )
+
+
+def _median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
+    """Median time between the ends of consecutive steps, as training sees it: the host's launches count."""
+    _synchronize(device)
+    if device.type == "cpu":
+        ends = [time.perf_counter()]
+        for i in range(repeats):
+            step(i)
+            ends.append(time.perf_counter())
+        return 1e3 * _median(b - a for a, b in itertools.pairwise(ends))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for i in range(repeats):
+        step(i)
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return _median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def _median(values: Iterator[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _workload(
+    cfg: StepConfig, name: str, engine: str, compiled: bool, batch_size: int, device: torch.device
+) -> tuple[Callable[..., Tensor], nn.Module, list[list[Tensor]], float]:
+    """Loss function, trained model, batches, and floating-point operations an image of the visible linear layers."""
+    imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
+    try:
+        fcmae = FCMAE(name, mask_ratio=cfg.mask_ratio, engine=engine if engine in ENGINES else "packed")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
+    rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
+    flops = visible_matmul_flops(fcmae, keep, rows * cols)
+    batches: list[list[Tensor]] = []
+    if engine == SUPERVISED:
+        model = create_backbone(name, num_classes=1000).to(device).to(memory_format=torch.channels_last)
+        for _ in range(DISTINCT_BATCHES):
+            batches.append([imgs, torch.randint(0, 1000, (batch_size,), device=device)])
+
+        def supervised_loss(imgs: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(_supervised_forward(model, imgs, compiled), labels)
+
+        return supervised_loss, model, batches, flops
+    fcmae.to(device)
+    if compiled:
+        fcmae.compile()
+    for _ in range(DISTINCT_BATCHES):
+        batches.append([imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep)])
+    return lambda imgs, mask: fcmae(imgs, mask, keep).loss, fcmae, batches, flops
+
+
+def _supervised_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
+    apply = region(_apply, compiled)
+    x = apply(model.stem, imgs.contiguous(memory_format=torch.channels_last))
+    for stage in convnext.stages(model):
+        x = apply(stage.downsample, x)
+        for block in convnext.blocks(stage):
+            x = apply(block, x)
+    return apply(model.head, x)
+
+
+def _apply(layers: nn.Module, x: Tensor) -> Tensor:
+    return layers(x)
+
+
+def visible_matmul_flops(model: FCMAE, keep: int, num_patches: int) -> float:
+    """Floating-point operations of the linear layers in a step, an image, if only visible sites are computed.
+
+    A multiply-add is two; a forward pass costs one product, a backward pass two. The decoder works on all sites.
+    """
+    sites = keep * (model.mask_patch_size / convnext.stem(model.backbone)[0].stride[0]) ** 2
+    products = sites * convnext.stem(model.backbone)[0].weight.numel()
+    for stage in convnext.stages(model.backbone):
+        if isinstance(stage.downsample, nn.Sequential):
+            conv = convnext.downsample(stage.downsample)[1]
+            sites /= conv.stride[0] ** 2
+            products += sites * conv.weight.numel()
+        for block in convnext.blocks(stage):
+            products += sites * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+    products += sites * model.decoder.proj.weight.numel()
+    decoder_sites = num_patches * (model.mask_patch_size / model.patch_size) ** 2
+    linear = [m for m in model.decoder.blocks.modules() if isinstance(m, nn.Linear)] + [model.decoder.pred]
+    products += decoder_sites * sum(layer.weight.numel() for layer in linear)
+    return 3 * 2 * products
+
+
+def _row(result: StepResult, peak: float) -> str:
+    how = ("compiled" if result.compiled else "eager") + (" graph" if result.cuda_graph else "")
+    memory = f"{result.peak_gib:6.1f}" if result.peak_gib is not None else f"{'-':>6}"
+    return (
+        f"{result.model:17} {result.engine:7} {how:15} {result.batch_size:5} {result.images_per_second:8.1f} "
+        f"{result.ms:8.2f} {memory} {result.matmul_tflops:8.2f} {1e12 * result.matmul_tflops / peak:7.1%} "
+        f"{result.compile_seconds:7.1f}"
+    )
+
+
+def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
+    """Packed against the others, in the same run, at its best and theirs."""
+    for model in dict.fromkeys(result.model for result in results):
+        best: dict[str, StepResult] = {}
+        for result in results:
+            if result.model == model:
+                better = result.engine not in best
+                if better or result.images_per_second > best[result.engine].images_per_second:
+                    best[result.engine] = result
+        packed = best.pop("packed", None)
+        for other in best.values() if packed else ():
+            assert packed is not None
+            memory = ""
+            if packed.peak_gib and other.peak_gib:
+                share = (packed.peak_gib / packed.batch_size) / (other.peak_gib / other.batch_size)
+                memory = f", {share:.2f} of its memory an image"
+            speed = packed.images_per_second / other.images_per_second
+            yield f"{model}: packed is {speed:.2f} times {other.engine}{memory}"
