@@ -17,7 +17,7 @@ from torch import Tensor
 try:
     from fcmae.kernels import triton_depthwise
 except ImportError:  # Triton has no build for this platform
-    triton_depthwise = None
+    triton_depthwise = None  # type: ignore[assignment]  # a module or None
 
 HALO = 3
 """Empty cells around the grid of slots: a 7 x 7 kernel reaches three patches of one site."""
@@ -26,7 +26,7 @@ HALO = 3
 class Neighbors(NamedTuple):
     """Where the packed patches of a batch lie, on a grid of ``rows`` x ``cols`` patches."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which has no use here
     """int64 ``[N, V]``: the grid position (row-major) of every visible patch, ascending."""
     rows: int
     cols: int
@@ -132,9 +132,7 @@ def _use_triton(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _plain_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int
-) -> Tensor:
+def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int) -> Tensor:
     dense = scatter_patches(x, index, rows, cols)
     dense = F.conv2d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return gather_patches(dense, index, rows, cols)
@@ -154,7 +152,7 @@ def _plain_backward(
 
 
 def scatter_patches(x: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
-    """Packed ``[N, V, S, S, C]`` to a dense map ``[N, C, rows * S, cols * S]`` (channels last in memory), zero elsewhere."""
+    """Packed ``[N, V, S, S, C]`` to a dense map ``[N, C, rows * S, cols * S]``, channels last in memory, else zero."""
     n, _, s, _, c = x.shape
     dense = x.new_zeros(n * rows * s * cols, s * c)
     dense = dense.index_copy(0, _site_rows(index, s, rows, cols), x.reshape(-1, s * c))
@@ -170,7 +168,7 @@ def gather_patches(dense: Tensor, index: Tensor, rows: int, cols: int) -> Tensor
 
 
 def _site_rows(index: Tensor, s: int, rows: int, cols: int) -> Tensor:
-    """Where the S rows of every visible patch lie in a dense map ``[N * rows * S * cols, S * C]``: int64 ``[N * V * S]``.
+    """Where the rows of every visible patch lie in a dense map ``[N * rows * S * cols, S * C]``: int64 ``[N * V * S]``.
 
     A row of a patch is contiguous in a channels-last map, so that whole rows can be copied.
     """

@@ -11,6 +11,9 @@ There are no atomics: a program of the weight gradient writes its own partial su
 Only ``tl`` operations, so that ROCm's Triton compiles them too. Offsets of sites are 64 bit.
 """
 
+# In kernels, tuples of registers grow while loops are unrolled: their type is another at every turn.
+# mypy: disable-error-code="assignment"
+
 from typing import NamedTuple
 
 import torch
@@ -82,8 +85,19 @@ def _load_slots(slots, cells, tile, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def _load_group(x, table, tile, lane, valid, GROUP: tl.constexpr, C: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-                ROWS: tl.constexpr, TAIL: tl.constexpr):
+def _load_group(
+    x,
+    table,
+    tile,
+    lane,
+    valid,
+    GROUP: tl.constexpr,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Input sites of a group, a flat tuple for each neighbouring patch. Where there is none, any patch is read."""
     REACH: tl.constexpr = _reach(S, K // 2)
     if ROWS == S:
@@ -106,8 +120,18 @@ def _load_group(x, table, tile, lane, valid, GROUP: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
-def _convolve(sums, taps, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-              S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+def _convolve(
+    sums,
+    taps,
+    values,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Adds to the ROWS x S output sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
     inputs = ()
     for i in tl.static_range(HEIGHT * WIDTH):
@@ -126,8 +150,18 @@ def _convolve(sums, taps, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGHT:
 
 
 @triton.jit
-def _correlate(sums, grads, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-               S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+def _correlate(
+    sums,
+    grads,
+    values,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Adds to the K x K weight sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
     inputs = ()
     for i in tl.static_range(HEIGHT * WIDTH):
@@ -146,27 +180,69 @@ def _correlate(sums, grads, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGH
 
 
 @triton.jit
-def _accumulate(sums, factors, sites, table, GROUP: tl.constexpr, S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                WEIGHT_GRAD: tl.constexpr):
+def _accumulate(
+    sums,
+    factors,
+    sites,
+    table,
+    GROUP: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
     """Adds one group, skipping neighbours that are not visible."""
     REACH: tl.constexpr = _reach(S, K // 2)
     for offset in tl.static_range(-REACH, REACH + 1):
         if table[GROUP][offset + REACH] >= 0:
             if WEIGHT_GRAD:
-                sums = _correlate(sums, factors, sites[offset + REACH], _group_first(GROUP, ROWS, S, K // 2),
-                                  _first(offset, S, K // 2), _group_count(GROUP, ROWS, S, K // 2),
-                                  _count(offset, S, K // 2), S, K, ROWS)
+                sums = _correlate(
+                    sums,
+                    factors,
+                    sites[offset + REACH],
+                    _group_first(GROUP, ROWS, S, K // 2),
+                    _first(offset, S, K // 2),
+                    _group_count(GROUP, ROWS, S, K // 2),
+                    _count(offset, S, K // 2),
+                    S,
+                    K,
+                    ROWS,
+                )
             else:
-                sums = _convolve(sums, factors, sites[offset + REACH], _group_first(GROUP, ROWS, S, K // 2),
-                                 _first(offset, S, K // 2), _group_count(GROUP, ROWS, S, K // 2),
-                                 _count(offset, S, K // 2), S, K, ROWS)
+                sums = _convolve(
+                    sums,
+                    factors,
+                    sites[offset + REACH],
+                    _group_first(GROUP, ROWS, S, K // 2),
+                    _first(offset, S, K // 2),
+                    _group_count(GROUP, ROWS, S, K // 2),
+                    _count(offset, S, K // 2),
+                    S,
+                    K,
+                    ROWS,
+                )
     return sums
 
 
 @triton.jit
-def _add_tile(sums, factors, x, slots, cells, tile, lane, valid, C: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-              WIDTH: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, TAIL: tl.constexpr,
-              WEIGHT_GRAD: tl.constexpr):
+def _add_tile(
+    sums,
+    factors,
+    x,
+    slots,
+    cells,
+    tile,
+    lane,
+    valid,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
     """Adds the whole neighbourhood of a tile to the sums."""
     GROUPS: tl.constexpr = _groups(ROWS, S, K // 2)
     table = _load_slots(slots, cells, tile, S, K, WIDTH, ROWS)
@@ -180,9 +256,22 @@ def _add_tile(sums, factors, x, slots, cells, tile, lane, valid, C: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program"])
-def _forward_kernel(x, taps, y, slots, cells, tiles, tiles_per_program, C: tl.constexpr, S: tl.constexpr,
-                    K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-                    AHEAD: tl.constexpr):
+def _forward_kernel(
+    x,
+    taps,
+    y,
+    slots,
+    cells,
+    tiles,
+    tiles_per_program,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """The convolution; with the taps turned by 180 degrees, its input gradient.
 
     x, y: ``[N*V, S, S, C]``. taps: float32 ``[K*K + 1, C]``, the last row is the bias.
@@ -198,7 +287,7 @@ def _forward_kernel(x, taps, y, slots, cells, tiles, tiles_per_program, C: tl.co
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
         sums = ()
-        for i in tl.static_range(ROWS * S):
+        for _ in tl.static_range(ROWS * S):
             sums += (bias,)
         sums = _add_tile(sums, weights, x, slots, cells, tile, lane, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, False)
         target = y + tile * (ROWS * S * C) + lane
@@ -210,9 +299,22 @@ def _forward_kernel(x, taps, y, slots, cells, tiles, tiles_per_program, C: tl.co
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program"])
-def _weight_grad_kernel(x, grad, partial, slots, cells, tiles, tiles_per_program, C: tl.constexpr, S: tl.constexpr,
-                        K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-                        AHEAD: tl.constexpr):
+def _weight_grad_kernel(
+    x,
+    grad,
+    partial,
+    slots,
+    cells,
+    tiles,
+    tiles_per_program,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Sums of ``grad * x`` for every tap over the tiles of a program, and of ``grad`` (the bias gradient).
 
     x, grad: ``[N*V, S, S, C]``. partial: float32 ``[programs, K*K + 1, C]``, the last row is the bias gradient.
@@ -222,7 +324,7 @@ def _weight_grad_kernel(x, grad, partial, slots, cells, tiles, tiles_per_program
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = lane < C
     sums = ()
-    for t in tl.static_range(K * K):
+    for _ in tl.static_range(K * K):
         sums += (tl.zeros((CHANNELS,), tl.float32),)
     bias_sum = tl.zeros((CHANNELS,), tl.float32)
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
@@ -250,10 +352,12 @@ class _Plan(NamedTuple):
     """Programs a multiprocessor: what its registers hold at once."""
 
 
-# By patch side, measured on an H200 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton 3.6) as the fastest of
-# rows in {1, 2, 4}, ahead in {0, 1, 2, 4}, programs in {4, 8, 12, 24}, one or two channels a thread.
+# By patch side, the fastest measured on an H200 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton 3.6) with
+# rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs in {4, 8, 12, 24}. Slower or no faster: one channel a thread,
+# several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and loads that
+# run ahead into the next tile, which cost the registers of four resident warps.
 _FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 12)}
-_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 2, 8)}
+_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 2, 12)}
 
 _CHANNELS = 64
 """Channels a program: one warp with two channels, 4 bytes of bf16, a thread."""
@@ -292,7 +396,8 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
     )  # fmt: skip
     total = partial.sum(0)
-    return total[:-1].t().reshape(c, 1, k, k), total[-1]
+    # The outputs of a torch operator must not share memory.
+    return total[:-1].t().reshape(c, 1, k, k).contiguous(), total[-1].clone()
 
 
 def _launch_forward(x: Tensor, taps: Tensor, k: int, slots: Tensor, cells: Tensor) -> Tensor:
