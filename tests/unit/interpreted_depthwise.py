@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fcmae.kernels import triton_depthwise
+from fcmae.kernels import depthwise, triton_depthwise
 from fcmae.kernels.depthwise import neighbors, packed_depthwise
 
 ROWS, COLS = 2, 3
@@ -53,3 +53,17 @@ def test_without_bias():
     x, weight = torch.randn(1, 2, 2, 2, 4), torch.randn(4, 1, 7, 7)
     out = triton_depthwise.forward(x, weight, None, where.slots, where.cells)
     torch.testing.assert_close(out, packed_depthwise(x, weight, None, where), rtol=1e-4, atol=1e-4)
+
+
+def test_operator_with_triton_kernels(monkeypatch):
+    """Autograd through the operator, as on a GPU."""
+    torch.manual_seed(0)
+    where = neighbors(torch.tensor([[0, 2, 4], [1, 3, 5]]), ROWS, COLS)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 2, 2, 5), (5, 1, 7, 7), (5,))]
+    expected = packed_depthwise(*leaves, where)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    monkeypatch.setattr(depthwise, "_use_triton", lambda x, weight: True)
+    out = packed_depthwise(*leaves, where)
+    for actual, wanted in zip((out, *torch.autograd.grad(out, leaves, grad)), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
