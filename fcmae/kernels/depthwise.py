@@ -141,14 +141,23 @@ def _plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, index: Te
 def _plain_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c, pad = weight.shape[0], weight.shape[-1] // 2
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        scatter_patches(grad, index, rows, cols), scatter_patches(x, index, rows, cols), weight,
-        None, [1, 1], [pad, pad], [1, 1], False, [0, 0], c, [True, True, False],
-    )  # fmt: skip
+    c, _, k, _ = weight.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    grad_bias = grad.sum((0, 1, 2, 3), dtype=dtype)
-    return gather_patches(grad_x, index, rows, cols), grad_weight.to(dtype).contiguous(), grad_bias
+    dense_grad, dense = scatter_patches(grad, index, rows, cols), scatter_patches(x, index, rows, cols)
+    grad_dense = F.conv2d(dense_grad, weight.flip(2, 3), padding=k // 2, groups=c)
+    grad_x, grad_bias = gather_patches(grad_dense, index, rows, cols), grad.sum((0, 1, 2, 3), dtype=dtype)
+    if x.device.type != "cpu":
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            dense_grad, dense, weight, None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], c, [False, True, False]
+        )
+        return grad_x, grad_weight.to(dtype).contiguous(), grad_bias
+    # Every channel of every image as a group whose kernel is the map of its gradients: oneDNN's forward convolution
+    # does this 2 to 4 times as fast as its weight gradient.
+    n, _, height, width = dense.shape
+    maps = dense.to(dtype).permute(2, 3, 0, 1).reshape(1, height, width, n * c).permute(0, 3, 1, 2)
+    kernels = dense_grad.to(dtype).reshape(n * c, 1, height, width)
+    grad_weight = F.conv2d(maps, kernels, padding=k // 2, groups=n * c).view(n, c, 1, k, k).sum(0)
+    return grad_x, grad_weight.contiguous(), grad_bias
 
 
 def scatter_patches(x: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
