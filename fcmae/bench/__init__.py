@@ -1,1 +1,1 @@
-"""Measurements of speed and memory."""
+"""Measurements of kernels and training steps on the machine at hand."""
