@@ -71,7 +71,8 @@ def packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, where: Neig
     return _packed_depthwise(x, weight, bias, where.index, where.slots, where.cells, where.rows, where.cols)
 
 
-@torch.library.triton_op("fcmae::packed_depthwise", mutates_args=())
+# custom_op rather than triton_op: torch.compile would parse the unrolled kernels, which takes minutes.
+@torch.library.custom_op("fcmae::packed_depthwise", mutates_args=())
 def _packed_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> Tensor:
@@ -81,7 +82,7 @@ def _packed_depthwise(
     return _plain_convolution(x, weight.to(x.dtype), bias, index, rows, cols)
 
 
-@torch.library.triton_op("fcmae::packed_depthwise_backward", mutates_args=())
+@torch.library.custom_op("fcmae::packed_depthwise_backward", mutates_args=())
 def _packed_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor]:

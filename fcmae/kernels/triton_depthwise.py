@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 
 @triton.constexpr_function
@@ -391,7 +390,7 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
     plan = _plan(_WEIGHT_GRAD_PLANS, s)
     tiles, tiles_per_program, grid = _divide(x, plan)
     partial = x.new_empty(grid[1], k * k + 1, c, dtype=torch.float32)
-    _launch(_weight_grad_kernel, grid)(
+    _weight_grad_kernel[grid](
         x, grad, partial, slots, cells, tiles, tiles_per_program,
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
     )  # fmt: skip
@@ -406,7 +405,7 @@ def _launch_forward(x: Tensor, taps: Tensor, k: int, slots: Tensor, cells: Tenso
     plan = _plan(_FORWARD_PLANS, s)
     tiles, tiles_per_program, grid = _divide(x, plan)
     y = torch.empty_like(x)
-    _launch(_forward_kernel, grid)(
+    _forward_kernel[grid](
         x, taps, y, slots, cells, tiles, tiles_per_program,
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
     )  # fmt: skip
@@ -431,8 +430,3 @@ def _divide(x: Tensor, plan: _Plan) -> tuple[int, int, tuple[int, int]]:
     ranges = max(2, processors * plan.programs // blocks)
     tiles_per_program = -(-tiles // ranges)
     return tiles, tiles_per_program, (blocks, -(-tiles // tiles_per_program))
-
-
-def _launch(kernel, grid: tuple[int, int]):
-    """A launcher that torch.compile can trace; Triton's interpreter, which it does not know, is called directly."""
-    return (wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel)[grid]

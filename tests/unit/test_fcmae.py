@@ -110,6 +110,7 @@ def graphs(monkeypatch):
     return counter
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 @pytest.mark.parametrize("engine", ENGINES)
 def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
     """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again."""
