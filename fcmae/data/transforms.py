@@ -3,6 +3,7 @@
 A uint8 tensor holds raw pixels and is normalised on the device (:func:`normalize`); a float tensor already is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,16 +53,21 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     """Raw uint8 ``[..., C, H, W]`` to normalised float32; a float tensor is returned as it is."""
     if imgs.dtype != torch.uint8:
         return imgs
-    shift = torch.tensor(mean, device=imgs.device).view(-1, 1, 1) * 255
-    scale = torch.tensor(std, device=imgs.device).view(-1, 1, 1) * 255
-    return (imgs.float() - shift) / scale
+    shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
+    return (imgs.float() - 255 * shift) / (255 * scale)
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of :func:`normalize`: pixels in 0..1, clipped."""
-    shift = torch.tensor(mean, device=imgs.device).view(-1, 1, 1)
-    scale = torch.tensor(std, device=imgs.device).view(-1, 1, 1)
+    shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     return (imgs * scale + shift).clamp(0, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[C, 1, 1]``, copied to the device once: each copy would make the host wait for it."""
+    with torch.inference_mode(False):  # else those first made for an evaluation could not be used in training
+        return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
 
 
 def _pad(cfg: DataConfig) -> list[Callable]:
