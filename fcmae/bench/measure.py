@@ -5,13 +5,31 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fcmae.config import ConfigError, from_dict
 
 CACHE_BYTES = 2**28
 """More than any L2 cache; writing as much empties it."""
+
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], overrides: Sequence[str]) -> T:
+    """A benchmark's config from ``key=value`` arguments. Raises ConfigError naming the key."""
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(given, dict)
+    return from_dict(schema, {str(key): value for key, value in given.items()})
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak
-from fcmae.config import PRECISIONS, ConfigError, OptimConfig, check, from_dict
+from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak, parse
+from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.engines import ENGINES, convnext, region
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import DTYPES, autocast
@@ -79,12 +77,7 @@ class StepResult:
 
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
-    try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
-    assert isinstance(given, dict)
-    cfg = from_dict(StepConfig, {str(key): value for key, value in given.items()})
+    cfg = parse(StepConfig, overrides)
     device = pick_device(cfg.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
     where = machine(device)

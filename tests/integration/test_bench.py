@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from fcmae.cli import main
 
@@ -16,6 +17,12 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert all(row["images_per_second"] > 0 for row in report["results"])
     assert report["machine"]["torch"]
     assert report["config"]["batch_size"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_kernels_need_a_gpu(capsys):
+    assert main(["bench", "kernels"]) == 2
+    assert "bench kernels needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
