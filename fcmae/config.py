@@ -114,8 +114,12 @@ class EngineConfig:
     name: str = "packed"
     grn_scope: str = "image"
     """``batch`` is the official code's, for parity."""
+    recompute_stages: list[int] = field(default_factory=list)
+    """Stages, 1 to 4, whose activations are recomputed instead of kept; `fcmae bench step` prints the cost."""
 
     def __post_init__(self) -> None:
+        ok = set(self.recompute_stages) <= {1, 2, 3, 4}
+        check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4")
         _check_one_of("engine.name", self.name, ("packed", "masked"))
         _check_one_of("engine.grn_scope", self.grn_scope, ("image", "batch"))
 

@@ -38,6 +38,8 @@ class StepConfig:
     engines: list[str] = field(default_factory=lambda: ["packed", "masked", SUPERVISED])
     compile: list[bool] | None = None
     """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
+    recompute_stages: list[int] = field(default_factory=list)
+    """Stages, 1 to 4, whose activations packed and masked recompute instead of keeping them."""
     cuda_graph: bool | None = None
     """Replay from a CUDA graph; None = where compiled, on a GPU."""
     batch_size: int = 256
@@ -205,7 +207,12 @@ def _workload(
     """Loss function, trained model, batches, and floating-point operations an image of the visible linear layers."""
     imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
     try:
-        fcmae = FCMAE(name, mask_ratio=cfg.mask_ratio, engine=engine if engine in ENGINES else "packed")
+        fcmae = FCMAE(
+            name,
+            mask_ratio=cfg.mask_ratio,
+            engine=engine if engine in ENGINES else "packed",
+            recompute_stages=cfg.recompute_stages,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)

@@ -1,5 +1,6 @@
 """Engines: ways of running a backbone's weights over the visible patches of an image. They own no parameters."""
 
+from collections.abc import Collection
 from typing import Protocol
 
 from timm.models.convnext import ConvNeXt
@@ -24,6 +25,7 @@ class Engine(Protocol):
         patch_size: pixels a side of a mask patch, a multiple of the backbone's total stride.
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
         compiled: by torch.compile, region by region (:mod:`fcmae.engines.regions`).
+        recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
     Returns:
         ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites a side.
@@ -39,6 +41,7 @@ class Engine(Protocol):
         patch_size: int,
         grn_scope: str = "image",
         compiled: bool = False,
+        recompute_stages: Collection[int] = (),
     ) -> Tensor: ...
 
 

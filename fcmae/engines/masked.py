@@ -1,12 +1,14 @@
 """The masked engine: dense layers with masks around the depthwise convolution. Slow, plain, the oracle for others."""
 
+from collections.abc import Collection
+
 import torch
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import region
+from fcmae.engines.regions import recomputed, region
 from fcmae.kernels import gather_patches
 from fcmae.masking import grid_size, upsample_mask, visible_indices
 
@@ -20,15 +22,17 @@ def masked(
     patch_size: int,
     grn_scope: str = "image",
     compiled: bool = False,
+    recompute_stages: Collection[int] = (),
 ) -> Tensor:
     """Runs ``backbone`` over whole images, masked. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     x = region(_apply, compiled)(backbone.stem, imgs)
-    for stage in convnext.stages(backbone):
+    for number, stage in enumerate(convnext.stages(backbone), start=1):
+        run_block = recomputed(region(_block, compiled), number in recompute_stages)
         x = region(_apply, compiled)(stage.downsample, x)
         visible = ~upsample_mask(mask, rows, cols, x.shape[-1] // cols).unsqueeze(1)
         for block in convnext.blocks(stage):
-            x = region(_block, compiled)(block, x, visible, grn_scope)
+            x = run_block(block, x, visible, grn_scope)
     x = backbone.norm_pre(x)
     return gather_patches(x, visible_indices(mask, keep), rows, cols)
 

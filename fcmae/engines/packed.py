@@ -4,13 +4,15 @@ Every image keeps the same number of patches, so the visible part of a batch is 
 with a static shape. All layers but the depthwise convolution work per site, or (GRN) per image.
 """
 
+from collections.abc import Collection
+
 import torch.nn.functional as F
 from timm.layers import GELU
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import region
+from fcmae.engines.regions import recomputed, region
 from fcmae.kernels import Neighbors, gather_patches, gelu_grn, grn, neighbors, packed_depthwise
 from fcmae.masking import grid_size, visible_indices
 
@@ -24,17 +26,19 @@ def packed(
     patch_size: int,
     grn_scope: str = "image",
     compiled: bool = False,
+    recompute_stages: Collection[int] = (),
 ) -> Tensor:
     """Runs ``backbone`` over the visible patches alone. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
-    for stage in convnext.stages(backbone):
+    for number, stage in enumerate(convnext.stages(backbone), start=1):
+        run_block = recomputed(region(_block, compiled), number in recompute_stages)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
         for block in convnext.blocks(stage):
-            x = region(_block, compiled)(block, x, where, grn_scope)
+            x = run_block(block, x, where, grn_scope)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
         x = _layer_norm(x, backbone.norm_pre)
     return x

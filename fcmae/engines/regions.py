@@ -1,4 +1,4 @@
-"""torch.compile of the parts that a network repeats.
+"""torch.compile of the parts that a network repeats, and their recomputation.
 
 Compiling a block once for each shape instead of the whole network takes seconds where that takes minutes, and all
 blocks of a stage share the result: their parameters are inputs of the compiled code.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,6 +19,16 @@ R = TypeVar("R")
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     # Static shapes: each stage gets kernels of its own. A graph break is an error, not a slow surprise.
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
+    """``function``, which keeps its inputs only and is run again in the backward pass, if wanted.
+
+    Nothing random may happen in it: the generators are left alone, which also lets CUDA graphs record it.
+    """
+    if not wanted:
+        return function
+    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 def region(function: Callable[P, R], compiled: bool) -> Callable[P, R]:

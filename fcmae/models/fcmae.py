@@ -1,5 +1,6 @@
 """Fully convolutional masked autoencoder (FCMAE; ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class FCMAE(nn.Module):
         grn_scope: ``image``, or ``batch`` for parity with the official code.
         init: ``timm`` (std 0.02 everywhere), or ``official``: std 1 in the encoder's depthwise and linear layers, the
             stem and the decoder's convolutions, as the official code has it by an omitted argument.
+        recompute_stages: encoder stages, counted from 1, whose activations are recomputed in the backward pass, not
+            kept: less memory, more time.
         backbone_kwargs: passed to :func:`fcmae.models.create_backbone`, when ``backbone`` is a name.
 
     The predicted patch is the total stride (32 px), whatever the mask patch: so L counts patches of ``patch_size`` in
@@ -57,6 +60,7 @@ class FCMAE(nn.Module):
         engine: str = "packed",
         grn_scope: str = "image",
         init: str = "timm",
+        recompute_stages: Collection[int] = (),
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +84,9 @@ class FCMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.grn_scope = grn_scope
+        self.recompute_stages = tuple(recompute_stages)
+        if not set(self.recompute_stages) <= {1, 2, 3, 4}:
+            raise ValueError(f"recompute_stages is {list(self.recompute_stages)}; allowed are some of 1, 2, 3, 4")
         self.backbone = backbone
         self.backbone.head.requires_grad_(False)
         pixels = self.patch_size**2 * backbone.in_chans
@@ -110,6 +117,7 @@ class FCMAE(nn.Module):
             patch_size=self.mask_patch_size,
             grn_scope=self.grn_scope,
             compiled=compiled,
+            recompute_stages=self.recompute_stages if self.training else (),
         )
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)

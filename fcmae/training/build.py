@@ -32,6 +32,7 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
             engine=cfg.engine.name,
             grn_scope=cfg.engine.grn_scope,
             init=model.init,
+            recompute_stages=cfg.engine.recompute_stages,
             backbone_kwargs=model.backbone_kwargs(),
         )
         fcmae.len_keep(*cfg.data.size)

@@ -86,6 +86,7 @@ def test_a_wrong_mask_is_refused(mask, message):
         ({"grn_scope": "gpu"}, "grn_scope is 'gpu'; allowed is one of image, batch"),
         ({"init": "zero"}, "init is 'zero'"),
         ({"engine": "sparse"}, "engine is 'sparse'"),
+        ({"recompute_stages": [0]}, r"recompute_stages is \[0\]; allowed are some of 1, 2, 3, 4"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
     ],
@@ -98,6 +99,30 @@ def test_a_wrong_argument_is_named(kwargs, message):
 def test_an_image_that_does_not_fit_names_what_does():
     with pytest.raises(ValueError, match="224 and 256"):
         FCMAE("convnextv2_atto")(torch.zeros(1, 3, 230, 224))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_recomputing_stages_changes_no_bit(engine):
+    imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
+    results = []
+    for stages in ((), (1, 3)):
+        torch.manual_seed(0)
+        model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, recompute_stages=stages)
+        model(imgs, mask).loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name
+
+
+def test_recomputing_keeps_fewer_tensors():
+    def kept(stages):
+        sizes = []
+        model = FCMAE("convnextv2_atto", decoder_embed_dim=16, recompute_stages=stages)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(torch.randn(2, 3, 64, 64))
+        return sum(sizes)
+
+    assert kept((1, 2, 3, 4)) < 0.5 * kept(())
 
 
 @pytest.fixture
