@@ -20,8 +20,8 @@ from fcmae.errors import UsageError
 from fcmae.evaluation.features import DTYPES, autocast
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
+from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.distributed import pick_device
-from fcmae.training.graphs import GraphedBackward
 from fcmae.training.optim import create_optimizer
 
 SUPERVISED = "timm"
@@ -137,19 +137,18 @@ def _measure(
     loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
-    def backward(batch: Sequence[Tensor]) -> Tensor:
+    def run_pass(batch: Sequence[Tensor]) -> Tensor:
         with autocast(device, cfg.precision):
             value = loss(*batch)
         value.backward()
         return value.detach()
 
-    call = GraphedBackward(backward, model) if graphed else backward
+    backward = GraphedBackward(run_pass, model) if graphed else EagerBackward(run_pass, model)
 
     def step(i: int) -> None:
-        call(batches[i % len(batches)])
+        backward.start_step()
+        backward(batches[i % len(batches)])
         optimizer.step()
-        if not graphed:
-            optimizer.zero_grad(set_to_none=True)
 
     began = time.perf_counter()
     step(0)

@@ -95,4 +95,6 @@ def _patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     n, v, size, _, c = x.shape
     k = conv.stride[0]
     x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
-    return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    # Of a 1 x 1 kernel nothing is to be reordered, and the gradient would get other strides than the parameter.
+    weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
+    return F.linear(x, weight.flatten(1), conv.bias)

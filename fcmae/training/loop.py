@@ -19,10 +19,10 @@ from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.errors import Interrupted, NonFiniteLossError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
+from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.build import load_state
 from fcmae.training.checkpoint import CheckpointDir, State
 from fcmae.training.distributed import World
-from fcmae.training.graphs import GraphedBackward
 from fcmae.training.logging import RunLogger
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.schedule import CosineSchedule
@@ -104,15 +104,15 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     guard = FiniteGuard(world.device)
     saved: Path | None = None
 
-    def backward(batch: Sequence[Tensor]) -> Tensor:
+    def run(batch: Sequence[Tensor]) -> Tensor:
         with autocast(world.device, cfg.trainer.precision):
             loss = task.loss(model, batch) / plan.accum_steps
         state.scaler.scale(loss).backward()
         return loss.detach()
 
-    graphed = _use_cuda_graph(task, plan, world)
-    if graphed:
-        backward = GraphedBackward(backward, task.model)
+    graphed = _use_cuda_graph(task, world)
+    accumulate = plan.accum_steps > 1
+    backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
 
     def save() -> Path:
         path = checkpoints.folder / f"step_{state.step:08d}.pt"
@@ -128,6 +128,7 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             step = state.step
             lr = schedule(step)
             set_lr(state.optimizer, lr)
+            backward.start_step()
             loss = torch.zeros((), device=world.device)
             for micro in range(plan.accum_steps):
                 batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
@@ -135,8 +136,6 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
                 with _no_sync(model, last=micro == plan.accum_steps - 1):
                     loss += backward(batch)
             grad_norm = _optimizer_step(state, guard, cfg.optim.clip_grad, step, loss)
-            if not graphed:
-                state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             meter.add(loss, grad_norm)
             logger.progress.advance()
@@ -238,13 +237,12 @@ def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
     return model
 
 
-def _use_cuda_graph(task: Task, plan: BatchPlan, world: World) -> bool:
+def _use_cuda_graph(task: Task, world: World) -> bool:
     """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
     trainer = task.cfg.trainer
     obstacles = {
         "a CPU": world.device.type != "cuda",
         "several ranks": world.size > 1,
-        "gradient accumulation": plan.accum_steps > 1,
         "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
         "fine-tuning (drop path and mixup draw random numbers)": task.name != "pretrain",
     }
