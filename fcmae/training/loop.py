@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -207,11 +208,21 @@ class Meter:
         loss = self.world.mean(self.loss).item() / self.steps
         grad_norm = self.grad_norm.item()
         images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "images_per_second": images_per_second}
-        if self.world.device.type == "cuda":
-            metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.restart()
-        return metrics
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "images_per_second": images_per_second,
+            "memory_gib": _peak_memory(self.world.device) / 2**30,
+        }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _create_state(task: Task, world: World) -> TrainState:

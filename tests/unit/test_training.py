@@ -147,5 +147,6 @@ def test_the_meter_averages_since_the_last_reading():
         meter.add(torch.tensor(loss), torch.tensor(5.0))
     metrics = meter.read()
     assert (metrics["loss"], metrics["grad_norm"]) == (2.0, 5.0)
+    assert 0.05 < metrics["memory_gib"] < 100
     meter.add(torch.tensor(7.0), torch.tensor(1.0))
     assert meter.read()["loss"] == 7.0
