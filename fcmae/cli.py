@@ -19,6 +19,8 @@ COMMANDS = {
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
+    "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
+    "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
     "bench": "measure speed: step | kernels [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
@@ -153,6 +155,63 @@ def _reconstruct(args: list[str]) -> int:
     return 0
 
 
+def _export(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae export", description=COMMANDS["export"])
+    parser.add_argument("checkpoint", help="a run's directory or a checkpoint: of pretraining the backbone is exported")
+    parser.add_argument("--to", required=True, choices=["timm", "transformers", "official", "onnx"])
+    parser.add_argument("--out", required=True, help="the directory to make")
+    parser.add_argument("--no-check", action="store_true", help="do not load it with the other library and compare")
+    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their average")
+    parser.add_argument("--license", metavar="TEXT", help="for the model card")
+    parser.add_argument("--half", action="store_true", help="onnx: float16")
+    parser.add_argument("--dynamic-size", action="store_true", help="onnx: any height and width")
+    given = parser.parse_args(args)
+    onnx_options = {name: True for name in ("half", "dynamic_size") if getattr(given, name)}
+    if onnx_options and given.to != "onnx":
+        raise UsageError("--half and --dynamic-size go with --to onnx only")
+    from fcmae.interchange.convert import export
+
+    result = export(
+        given.checkpoint,
+        given.to,
+        given.out,
+        check=not given.no_check,
+        ema=not given.no_ema,
+        license_name=given.license,
+        onnx_options=onnx_options,
+    )
+    print(f"{given.out}: {result}")
+    return 0
+
+
+def _import(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae import", description=COMMANDS["import"])
+    parser.add_argument("path", help="a file of the official code, or a directory of timm or Transformers")
+    parser.add_argument("--from", dest="library", required=True, choices=["official", "timm", "transformers"])
+    parser.add_argument("--out", required=True, help="the checkpoint to write")
+    parser.add_argument("--classes", metavar="FILE", help="class names, one a line, if the files do not hold them")
+    parser.add_argument("--mean", type=float, nargs="+", help="of pixel values in 0..1, a number a channel")
+    parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument("--image-size", type=int, help="pixels a side")
+    given = parser.parse_args(args)
+    from fcmae.interchange.convert import import_weights
+    from fcmae.interchange.network import Given
+
+    classes = None if given.classes is None else _lines(Path(given.classes))
+    said = Given(classes, given.mean, given.std, given.image_size)
+    for note in import_weights(given.path, given.library, given.out, said):
+        print(note, file=sys.stderr)
+    print(given.out)
+    return 0
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"--classes {file} cannot be read: {error}") from error
+
+
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
@@ -198,6 +257,8 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
 }
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": _reconstruct,
+    "export": _export,
+    "import": _import,
     "doctor": _doctor,
     "bench": _bench,
     "demo": _demo,

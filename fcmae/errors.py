@@ -25,6 +25,14 @@ class CheckpointError(UsageError):
     """A checkpoint that cannot be read or does not belong to what was asked for."""
 
 
+class WeightsError(CheckpointError, ValueError):
+    """Weights of another library that do not fit, or a model that another library cannot hold; names what."""
+
+
+class ExportError(FCMAEError):
+    """What was exported does not give our outputs in the other library."""
+
+
 class NonFiniteLossError(FCMAEError):
     """The loss or gradient became infinite or NaN; the weights are those before that step."""
 

@@ -5,10 +5,47 @@ layers, and ``dense``, the published ``*_fcmae.pt`` files and classifiers. Both 
 """
 
 import re
+from pathlib import Path
+from typing import Any
 
+import timm
+import torch
+from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor
 
-StateDict = dict[str, Tensor]
+from fcmae.config import (
+    ClassifierConfig,
+    DataConfig,
+    EngineConfig,
+    FCMAEConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    from_dict,
+    to_dict,
+)
+from fcmae.errors import WeightsError
+from fcmae.interchange.network import (
+    Check,
+    Given,
+    Imported,
+    Network,
+    Structure,
+    difference,
+    empty_classifier,
+    empty_fcmae,
+)
+from fcmae.interchange.weights import (
+    HEAD_NORM,
+    StateDict,
+    as_float32,
+    read,
+    same_values,
+    translate,
+    without_head_norm,
+)
+
+STEM_STRIDE = 4
+"""The only one that the official code has."""
 
 # (ours, official) for the names within a backbone; the first match wins.
 _NAMES = (
@@ -62,7 +99,7 @@ def _from_official_value(official: Tensor, like: Tensor) -> Tensor:
         # depthwise [k*k, C] has one input channel for each output
         kernel = official.view(k, k, 1, -1) if official.ndim == 2 else official.view(k, k, *official.shape[1:])
         return kernel.permute(3, 2, 1, 0).contiguous()
-    return official.reshape(like.shape) if official.numel() == like.numel() else official
+    return same_values(official, like)
 
 
 def _to_official_value(name: str, value: Tensor) -> Tensor:
@@ -102,9 +139,9 @@ def from_pretraining(official: StateDict, like: StateDict) -> StateDict:
         official: ``encoder.*``, ``decoder.*``, ``proj.*``, ``mask_token``, ``pred.*``.
         like: the state dict of the FCMAE to load into; gives names, shapes and the head, which is kept.
 
-    Raises ValueError naming the keys that are missing, left over, or of another shape.
+    Raises WeightsError, a ValueError, naming the keys that are missing, left over, or of another shape.
     """
-    return _translate(official, like, pretraining_names(like))
+    return translate(official, like, pretraining_names(like), "official", _from_official_value)
 
 
 def to_pretraining(ours: StateDict) -> StateDict:
@@ -113,27 +150,162 @@ def to_pretraining(ours: StateDict) -> StateDict:
 
 
 def from_classifier(official: StateDict, like: StateDict) -> StateDict:
-    """An official dense classifier, or ``*_fcmae.pt`` if ``like`` has no head, as a timm ConvNeXt's state dict.
+    """An official dense classifier, or ``*_fcmae.pt`` if it has no head, as a timm ConvNeXt's state dict.
 
-    Raises ValueError naming the keys that are missing, left over, or of another shape.
+    ``*_fcmae.pt`` has no final norm; a ``like`` without classifier keeps its own then.
+
+    Raises WeightsError, a ValueError, naming the keys that are missing, left over, or of another shape.
     """
-    return _translate(official, like, {name: dense_name(name) for name in like})
+    headless = "head.fc.weight" not in like and "norm.weight" not in official
+    names = {name: dense_name(name) for name in like if not (headless and name in HEAD_NORM)}
+    return translate(official, like, names, "official", _from_official_value)
 
 
-def _translate(official: StateDict, like: StateDict, names: dict[str, str]) -> StateDict:
-    missing = sorted(set(names.values()) - set(official))
-    unexpected = sorted(set(official) - set(names.values()))
-    if missing or unexpected:
-        raise ValueError(
-            f"the official state dict does not fit the model: missing {missing or 'none'}, "
-            f"unexpected {unexpected or 'none'}"
+def to_classifier(ours: StateDict) -> StateDict:
+    """A timm ConvNeXt's state dict in the official dense layout; without a classifier that of ``*_fcmae.pt``.
+
+    Raises WeightsError for a backbone whose final norm was trained, which ``*_fcmae.pt`` cannot hold.
+    """
+    if "head.fc.weight" not in ours:
+        ours = without_head_norm(ours)
+    return {dense_name(name): _to_official_value(dense_name(name), value) for name, value in ours.items()}
+
+
+def sparse_file(network: Network) -> str:
+    """The name the official scripts give a pretraining checkpoint."""
+    return f"checkpoint-{network.state['step']}.pth"
+
+
+def dense_file(network: Network) -> str:
+    """The name of a dense file, as the published ones are called."""
+    return f"{network.backbone_config.backbone}_{'ft' if network.classes else 'fcmae'}.pt"
+
+
+def export(network: Network, folder: Path) -> None:
+    """Writes the dense file and, of a pretraining checkpoint of a V2, the sparse one with the decoder.
+
+    Each is a torch file ``{"model": state dict, "fcmae": what else our checkpoint says}``.
+
+    Raises WeightsError if the official code has no such network.
+    """
+    structure = Structure.of(network.model)
+    if structure.stem_stride != STEM_STRIDE:
+        raise WeightsError(
+            f"the official code has a stem of stride {STEM_STRIDE} only; {network.path} has {structure.stem_stride}"
         )
-    ours = dict(like)
-    wrong = []
-    for name, theirs in names.items():
-        ours[name] = _from_official_value(official[theirs], like[name])
-        if ours[name].shape != like[name].shape:
-            wrong.append(f"{theirs} {list(official[theirs].shape)} for {list(like[name].shape)}")
-    if wrong:
-        raise ValueError(f"the official state dict has tensors of other shapes than the model: {', '.join(wrong)}")
-    return ours
+    ours = _description(network)
+    torch.save({"model": to_classifier(network.weights), "fcmae": ours}, folder / dense_file(network))
+    if network.fcmae is not None and structure.version == 2:
+        sparse = to_pretraining(network.fcmae.state_dict())
+        torch.save({"model": sparse, "fcmae": ours}, folder / sparse_file(network))
+
+
+def _description(network: Network) -> dict[str, Any]:
+    """What an official file cannot say, in plain values: task, config without paths, class names."""
+    config = to_dict(network.cfg)
+    config["data"] |= {"path": None, "val_path": None}
+    if "init_from" in config:
+        config["init_from"] = None
+    return {"task": network.state["task"], "config": config, "classes": network.classes}
+
+
+def check(network: Network, folder: Path) -> Check:
+    """Loads the dense file by timm's reader of official files and compares outputs; reads the sparse file back."""
+    model = timm.create_model(
+        network.backbone_config.backbone,
+        num_classes=len(network.classes),
+        in_chans=network.model.in_chans,
+        **network.backbone_config.backbone_kwargs(),
+    ).eval()
+    weights = checkpoint_filter_fn(read(folder / dense_file(network)), model)
+    absent = set() if network.classes else set(HEAD_NORM)
+    translate(weights, model.state_dict(), {name: name for name in model.state_dict() if name not in absent}, "timm")
+    model.load_state_dict(weights, strict=False)
+    imgs = network.fixed_input()
+    ours, theirs = network.outputs(imgs), network.outputs(imgs, model)
+    _check_sparse(network, folder / sparse_file(network))
+    reader = f"timm {timm.__version__}'s reader of official files"
+    return Check(reader, difference((theirs[name], ours[name]) for name in ours))
+
+
+def _check_sparse(network: Network, file: Path) -> None:
+    if network.fcmae is None or not file.exists():
+        return
+    ours = network.fcmae.state_dict()
+    back = from_pretraining(as_float32(read(file)["model"], file), ours)
+    assert all(torch.equal(back[name], value) for name, value in ours.items())
+
+
+def load(path: Path, given: Given) -> Imported:
+    """An official file: sparse pretraining checkpoint, ``*_fcmae.pt`` or classifier. Raises WeightsError."""
+    content = read(path)
+    weights = as_float32(content.get("model", content), path)
+    description = content.get("fcmae", {})
+    if "mask_token" in weights:
+        return _load_sparse(weights, description, given)
+    structure = _structure(weights)
+    cfg = FinetuneConfig(data=_data(structure, description, given), model=_classifier_config(structure, description))
+    converted = from_classifier(weights, empty_classifier(cfg, structure.num_classes))
+    classes = given.names(structure.num_classes, description.get("classes"))
+    return Imported(cfg, converted, classes)
+
+
+def _load_sparse(weights: StateDict, description: dict[str, Any], given: Given) -> Imported:
+    structure = _structure(weights, "encoder.", "kernel")
+    if description:
+        cfg = from_dict(PretrainConfig, description["config"])
+    else:
+        decoder: dict[str, Any] = {
+            "decoder_depth": _count(weights, r"decoder\.(\d+)\."),
+            "decoder_embed_dim": _get(weights, "proj.weight").shape[0],
+        }
+        model = FCMAEConfig(**structure.backbone_config(), **decoder)
+        cfg = PretrainConfig(data=given.data(structure.in_chans), model=model, engine=EngineConfig(grn_scope="batch"))
+    return Imported(cfg, from_pretraining(weights, empty_fcmae(cfg)))
+
+
+def _classifier_config(structure: Structure, description: dict[str, Any]) -> ClassifierConfig:
+    """Group ``model``: from the tensors, with the timm model named that was exported."""
+    name = description["config"]["model"]["backbone"] if description else None
+    return ClassifierConfig(**structure.backbone_config(name))
+
+
+def _data(structure: Structure, description: dict[str, Any], given: Given) -> DataConfig:
+    """Group ``data``: what was exported, else what the user gave."""
+    if not description:
+        return given.data(structure.in_chans)
+    return given.data(structure.in_chans, {**description["config"]["data"]})
+
+
+def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> Structure:
+    """The structure, from the tensors of the dense or sparse layout. Raises WeightsError naming a key that is missing.
+
+    Args:
+        prefix: of the encoder's keys.
+        kernel: what the depthwise convolution's is called, ``weight`` ``[C, 1, 7, 7]`` or ``kernel`` ``[49, C]``.
+    """
+    stem_weight = _get(weights, f"{prefix}downsample_layers.0.0.weight")
+    if stem_weight.shape[2:] != (STEM_STRIDE, STEM_STRIDE):
+        raise WeightsError(
+            f"{prefix}downsample_layers.0.0.weight is {list(stem_weight.shape)}; allowed is [C, C, 4, 4]"
+        )
+    depthwise = [_get(weights, f"{prefix}stages.{stage}.0.dwconv.{kernel}") for stage in range(4)]
+    return Structure(
+        version=2 if any(".grn." in name for name in weights) else 1,
+        in_chans=stem_weight.shape[1],
+        stem_stride=STEM_STRIDE,
+        depths=tuple(_count(weights, rf"{prefix}stages\.{stage}\.(\d+)\.") for stage in range(4)),
+        dims=tuple(weight.shape[1 if kernel == "kernel" else 0] for weight in depthwise),
+        num_classes=len(weights.get("head.weight", ())),
+    )
+
+
+def _get(weights: StateDict, name: str) -> Tensor:
+    if name not in weights:
+        raise WeightsError(f"not weights of an official ConvNeXt: missing {name}")
+    return weights[name]
+
+
+def _count(weights: StateDict, pattern: str) -> int:
+    """How many different numbers the group in ``pattern`` matches in the keys."""
+    return len({match[1] for match in (re.match(pattern, name) for name in weights) if match})

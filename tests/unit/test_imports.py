@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "engines": {"engines", "kernels", "masking"},
     "models": {"models", "engines", "kernels", "masking", "loss"},
-    "interchange": {"interchange", "config", "errors"},
+    "interchange": {"interchange", "config", "data", "engines", "errors", "models", "training"},
     "config": {"errors"},
     "data": {"data", "config", "errors", "randomness"},
 }
@@ -28,6 +28,7 @@ ONLY_IN = {
     "triton": {"kernels", "bench"},
     "hydra": {"config.py", "cli.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
+    "transformers": {"interchange/transformers_format.py"},
 }
 
 

@@ -1,0 +1,106 @@
+"""``fcmae export`` and ``fcmae import`` as functions: checkpoints of ours to and from other libraries' files."""
+
+import contextlib
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from fcmae.errors import ExportError, UsageError
+from fcmae.interchange import model_card, official, timm_format, transformers_format
+from fcmae.interchange.network import Check, Given, Network
+
+IMPORTS: dict[str, ModuleType] = {
+    "official": official,
+    "timm": timm_format,
+    "transformers": transformers_format,
+}
+EXPORTS = (*IMPORTS, "onnx")
+TOLERANCE = 1e-5
+"""Largest difference of an export, as a share of the output's magnitude; ONNX has its own."""
+
+
+def export(
+    checkpoint: str | Path,
+    to: str,
+    folder: str | Path,
+    *,
+    check: bool = True,
+    ema: bool = True,
+    license_name: str | None = None,
+    onnx_options: dict[str, bool] | None = None,
+) -> Check:
+    """Writes a directory for another library, whole or not at all, with a model card.
+
+    Args:
+        checkpoint: a checkpoint or a run's directory; of pretraining the backbone is exported, else the classifier.
+        to: ``official``, ``timm``, ``transformers`` or ``onnx``.
+        folder: made; if it is there it must be empty.
+        check: load what was written with the other library, where it is installed, and compare outputs.
+        ema: the averaged weights, where the run kept some.
+        license_name: for the model card.
+        onnx_options: passed to the ONNX export: ``half``, ``dynamic_size``.
+
+    Raises UsageError for a network that the format cannot hold; ExportError if the outputs differ.
+    """
+    if to not in EXPORTS:
+        raise UsageError(f"--to is {to!r}; allowed is one of {', '.join(EXPORTS)}")
+    network = Network.read(checkpoint, ema)
+    with _new_folder(Path(folder)) as temporary:
+        if to == "onnx":
+            result = _export_onnx(network, temporary, check, onnx_options or {})
+        else:
+            IMPORTS[to].export(network, temporary)
+            result = IMPORTS[to].check(network, temporary) if check else Check("--no-check", None)
+            if result.error is not None and not result.error <= TOLERANCE:
+                raise ExportError(f"{result}; allowed is {TOLERANCE:g}")
+        model_card.write(network, temporary, to, result, license_name)
+    return result
+
+
+def import_weights(path: str | Path, library: str, out: str | Path, given: Given | None = None) -> list[str]:
+    """Writes a checkpoint of ours from another library's file or directory.
+
+    ``fcmae.load`` reads it and ``fcmae finetune init_from=`` starts from it.
+
+    Args:
+        path: a file of the ``official`` code; a directory of ``timm``'s or ``transformers``'.
+        out: the checkpoint's path.
+        given: class names and normalisation, for files that do not hold them.
+
+    Returns:
+        What differs in the other library or could not be known, a line each.
+
+    Raises WeightsError naming the keys that are missing, left over, or of another shape.
+    """
+    if library not in IMPORTS:
+        raise UsageError(f"--from is {library!r}; allowed is one of {', '.join(IMPORTS)}")
+    imported = IMPORTS[library].load(Path(path), given or Given())
+    imported.write(Path(out), library)
+    return imported.notes
+
+
+def _export_onnx(network: Network, folder: Path, check: bool, options: dict[str, bool]) -> Check:
+    try:
+        onnx_format = importlib.import_module("fcmae.interchange.onnx_format")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--to onnx is not available: {error}") from error
+    difference = onnx_format.export(network.model, network.cfg.data, folder, check=check, **options)
+    return Check("onnxruntime" if difference is not None else "onnxruntime did not run", difference)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary directory that becomes ``folder`` at the end, or is removed after an error."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder} exists; name a directory that is new or empty")
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise

@@ -1,0 +1,148 @@
+"""The model card ``README.md`` of an export: data, recipe, steps, metrics, licence, how to load it, versions."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import fcmae
+from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
+from fcmae.interchange.network import Check, Network
+
+LIBRARY_NAMES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "official": "pytorch"}
+CURVES = ("loss", "top1", "top5", "ema_top1", "ema_top5")
+"""The metrics of metrics.jsonl that a card reports."""
+
+
+def write(network: Network, folder: Path, to: str, check: Check, license_name: str | None) -> None:
+    """Writes ``folder/README.md``. ``license_name`` goes into the field that the hub reads, ``unknown`` if None."""
+    sections = [
+        _front_matter(network, to, license_name or "unknown"),
+        _title(network),
+        _table("Network", _network(network)),
+        _table("Data", _data(network.cfg.data)),
+        _table("Recipe", _recipe(network)),
+        _metrics(network.path),
+        f"## How to load it\n\n```python\n{_how_to_load(network, to)}\n```",
+        _table("Versions", {**_versions(network), "export": f"{to}, {check}"}),
+        f"## Licence\n\n{license_name or 'Not stated. `fcmae export --license TEXT` fills this in.'}",
+    ]
+    (folder / "README.md").write_text("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _front_matter(network: Network, to: str, license_name: str) -> str:
+    """The metadata the hub reads (its documentation, "Model Cards")."""
+    pipeline = "image-classification" if network.classes else "image-feature-extraction"
+    tags = ["fcmae", "convnext", *(["timm"] if to == "timm" else [])]
+    fields = {"license": license_name, "library_name": LIBRARY_NAMES[to], "pipeline_tag": pipeline, "tags": tags}
+    return "---\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "\n---"
+
+
+def _title(network: Network) -> str:
+    what = f"classifier of {len(network.classes)} classes" if network.classes else "pretrained backbone"
+    method = "masked autoencoding (FCMAE, ConvNeXt V2, arXiv 2301.00808)"
+    how = f"Pretrained by {method} with" if network.fcmae is not None else "Exported by"
+    return f"# {network.backbone_config.backbone}, {what}\n\n{how} fcmae {fcmae.__version__}."
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+
+
+def _network(network: Network) -> dict[str, Any]:
+    model = network.backbone_config
+    return {
+        "timm model": model.backbone,
+        "parameters": f"{sum(value.numel() for value in network.weights.values()):,}",
+        "channels": network.model.in_chans,
+        "depths": model.depths,
+        "dims": model.dims,
+        "stem stride": model.stem_stride,
+        "classes": ", ".join(network.classes[:20]) + (", ..." if len(network.classes) > 20 else "") or None,
+    }
+
+
+def _data(data: DataConfig) -> dict[str, Any]:
+    """The data without where they were on the machine that trained."""
+    return {
+        "source": data.name,
+        "size (height, width)": f"{data.size[0]}, {data.size[1]}",
+        "mean": data.mean,
+        "std": data.std,
+        "padding": data.pad or None,
+        "evaluation crop": data.crop_pct,
+        "labelled images of a class": data.labels_per_class,
+    }
+
+
+def _recipe(network: Network) -> dict[str, Any]:
+    if "imported_from" in network.state:
+        return {"weights imported from": f"{network.state['imported_from']} files; trained elsewhere"}
+    cfg: RunConfig = network.cfg
+    optim: OptimConfig = cfg.optim
+    return {
+        "task": network.state["task"],
+        "steps": network.state["step"],
+        "epochs of the schedule": cfg.schedule.epochs,
+        "global batch size": cfg.trainer.global_batch_size,
+        "peak learning rate": f"{optim.peak_lr(cfg.trainer.global_batch_size):g}",
+        "weight decay": optim.weight_decay,
+        "layer decay": optim.layer_decay,
+        "precision": cfg.trainer.precision,
+        "seed": cfg.seed,
+        **_task_recipe(cfg),
+    }
+
+
+def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
+    """What only one of the tasks has."""
+    if isinstance(cfg, PretrainConfig):
+        return {"mask ratio": cfg.model.mask_ratio, "targets normalised by patch": cfg.model.norm_pix_loss}
+    assert isinstance(cfg, FinetuneConfig)
+    return {
+        "initial weights": "pretrained" if cfg.init_from else "random",
+        "drop path": cfg.model.drop_path_rate,
+        "EMA decay": cfg.trainer.ema_decay,
+        **{name.replace("_", " "): value or None for name, value in dataclasses.asdict(cfg.augment).items()},
+    }
+
+
+def _metrics(checkpoint: Path) -> str:
+    """The last value of each metric in the run's metrics.jsonl, if it lies where the run wrote it."""
+    file = checkpoint.parent.parent / "metrics.jsonl"
+    if checkpoint.parent.name != "checkpoints" or not file.is_file():
+        return ""
+    last: dict[str, str] = {}
+    for line in file.read_text().splitlines():
+        values = json.loads(line)
+        last |= {name: f"{values[name]:.4g} (step {values['step']})" for name in CURVES if name in values}
+    return _table("Metrics", last)
+
+
+def _versions(network: Network) -> dict[str, str]:
+    return {f"trained with {name}": version for name, version in network.state["versions"].items()}
+
+
+def _how_to_load(network: Network, to: str) -> str:
+    """Python code, with DIR for the directory or its name on the hub."""
+    if to == "onnx":
+        return 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("DIR/model.onnx")'
+    if to == "timm":
+        return (
+            "import timm\n\n"
+            'model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # from the hub: "hf-hub:OWNER/NAME"\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        )
+    if to == "transformers":
+        kind = "AutoModelForImageClassification" if network.classes else "AutoModel"
+        return (
+            f"from transformers import AutoImageProcessor, {kind}\n\n"
+            'processor = AutoImageProcessor.from_pretrained("DIR")\n'
+            f'model = {kind}.from_pretrained("DIR").eval()'
+        )
+    return (
+        "import torch\n\n"
+        'weights = torch.load("DIR/FILE", weights_only=True)["model"]  # for the official ConvNeXt V2 code\n'
+        "# fcmae import DIR/FILE --from official --out checkpoint.pt"
+    )

@@ -1,0 +1,121 @@
+"""A directory for the hub that timm reads: ``timm.create_model("local-dir:DIR", pretrained=True)``.
+
+It holds ``model.safetensors`` and ``config.json`` with what timm calls pretrained_cfg (timm ``models/_hub.py``).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+
+from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from fcmae.data.transforms import WARP_FROM
+from fcmae.errors import WeightsError
+from fcmae.interchange.network import Check, Given, Imported, Network, difference, empty_classifier
+from fcmae.interchange.weights import HEAD_NORM, read_folder, translate
+
+MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
+"""The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
+
+
+def export(network: Network, folder: Path) -> None:
+    """Writes ``model.safetensors`` and ``config.json`` into ``folder``."""
+    weights = {name: value.contiguous() for name, value in network.weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_config(network), indent=2) + "\n")
+
+
+def _config(network: Network) -> dict[str, Any]:
+    num_classes = len(network.classes)
+    config: dict[str, Any] = {
+        "architecture": network.backbone_config.backbone,
+        "num_classes": num_classes,
+        "num_features": network.model.num_features,
+        "global_pool": "avg",
+    }
+    if network.classes:
+        config["label_names"] = network.classes
+    args = {"in_chans": network.model.in_chans, **network.backbone_config.backbone_kwargs()}
+    return {**config, "model_args": args, "pretrained_cfg": _pretrained_cfg(network.cfg.data, num_classes)}
+
+
+def _pretrained_cfg(data: DataConfig, num_classes: int) -> dict[str, Any]:
+    """The data config in timm's words; "squash" resizes both sides as :func:`fcmae.data.transforms.eval_transform`."""
+    warp = max(data.size) >= WARP_FROM
+    return {
+        "input_size": [data.in_chans, *data.size],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if warp else data.crop_pct,
+        "crop_mode": "squash" if warp or data.size[0] != data.size[1] else "center",
+        "mean": data.mean,
+        "std": data.std,
+        "num_classes": num_classes,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+    }
+
+
+def check(network: Network, folder: Path) -> Check:
+    """Loads ``folder`` with timm and compares its outputs with ours."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    imgs = network.fixed_input()
+    ours, theirs = network.outputs(imgs), network.outputs(imgs, model)
+    return Check(f"timm {timm.__version__}", difference((theirs[name], ours[name]) for name in ours))
+
+
+def load(folder: Path, given: Given) -> Imported:
+    """A directory of timm's, ours or one downloaded from the hub. Raises WeightsError."""
+    config = _read_config(folder)
+    pretrained = config.get("pretrained_cfg", {})
+    args = config.get("model_args") or {}
+    unknown = sorted(args.keys() - MODEL_ARGS)
+    if unknown:
+        raise WeightsError(
+            f"{folder}/config.json has model_args {', '.join(unknown)}; known are {', '.join(MODEL_ARGS)}"
+        )
+    weights = read_folder(folder)
+    num_classes = config.get("num_classes", pretrained.get("num_classes", 0)) if "head.fc.weight" in weights else 0
+    in_chans = args.get("in_chans", pretrained.get("input_size", [3])[0])
+    cfg = FinetuneConfig(
+        data=given.data(in_chans, _data(pretrained)),
+        model=ClassifierConfig(
+            backbone=config["architecture"].split(".")[0],
+            depths=_list(args.get("depths")),
+            dims=_list(args.get("dims")),
+            stem_stride=args.get("patch_size", 4),
+        ),
+    )
+    like = empty_classifier(cfg, num_classes)
+    headless = num_classes == 0 and not HEAD_NORM.keys() & weights.keys()
+    names = {name: name for name in like if not (headless and name in HEAD_NORM)}
+    known = config.get("label_names") or pretrained.get("label_names")
+    return Imported(
+        cfg, translate(weights, like, names, "timm"), given.names(num_classes, known if num_classes else [])
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder}/config.json cannot be read: {error}") from error
+    if "architecture" not in config:
+        raise WeightsError(f"{folder}/config.json has no architecture; it is not a directory of timm's")
+    return config
+
+
+def _data(pretrained: dict[str, Any]) -> dict[str, Any]:
+    """timm's pretrained_cfg as values of a DataConfig."""
+    values: dict[str, Any] = {name: _list(pretrained[name]) for name in ("mean", "std") if name in pretrained}
+    if "input_size" in pretrained:
+        values["image_size"] = list(pretrained["input_size"][1:])
+    if "crop_pct" in pretrained:
+        values["crop_pct"] = pretrained["crop_pct"]
+    return values
+
+
+def _list(values: Any) -> list | None:
+    return None if values is None else list(values)

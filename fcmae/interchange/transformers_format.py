@@ -1,0 +1,230 @@
+"""A directory that Transformers reads with ``from_pretrained``: ConvNextV2 classes, of a V1 the ConvNext classes.
+
+It is written without Transformers: ``config.json``, ``model.safetensors``, ``preprocessor_config.json``. Names and
+values follow ``models/convnextv2`` of Transformers 4 and 5, which agree. TensorFlow's classes, in Transformers 4, read
+the same files.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from fcmae.data.transforms import WARP_FROM
+from fcmae.errors import WeightsError
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, difference, empty_classifier
+from fcmae.interchange.weights import StateDict, read_folder, translate
+
+MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
+CLASSES = {1: "ConvNext", 2: "ConvNextV2"}
+EPS = 1e-6
+"""Of the final norm, which Transformers takes from the config; that of the other norms is fixed there, and the same."""
+BICUBIC = 3  # Pillow's number
+
+# (ours, theirs) for the names within a backbone; the first match wins.
+_NAMES = (
+    (r"stem\.0\.", r"embeddings.patch_embeddings."),
+    (r"stem\.1\.", r"embeddings.layernorm."),
+    (r"stages\.(\d+)\.downsample\.(\d)\.", r"encoder.stages.\1.downsampling_layer.\2."),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"encoder.stages.\1.layers.\2.dwconv."),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.norm\.", r"encoder.stages.\1.layers.\2.layernorm."),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"encoder.stages.\1.layers.\2.pwconv\3."),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.", r"encoder.stages.\1.layers.\2.grn."),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.gamma$", r"encoder.stages.\1.layers.\2.layer_scale_parameter"),
+    (r"head\.norm\.", r"layernorm."),
+)
+
+
+def names(ours: StateDict, version: int) -> dict[str, str]:
+    """Our names of a backbone's or a classifier's parameters to theirs."""
+    prefix = f"{MODEL_TYPES[version]}." if "head.fc.weight" in ours else ""
+    return {name: _name(name, prefix) for name in ours}
+
+
+def _name(name: str, prefix: str) -> str:
+    if name.startswith("head.fc."):
+        return name.replace("head.fc.", "classifier.")
+    for ours, theirs in _NAMES:
+        renamed, matched = re.subn(f"^{ours}", theirs, name)
+        if matched:
+            return prefix + renamed
+    raise WeightsError(f"{name!r} is not a parameter that Transformers has")
+
+
+def to_transformers(ours: StateDict, version: int) -> StateDict:
+    """A timm ConvNeXt's state dict under their names and in their shapes."""
+    return {theirs: _to_their_value(name, ours[name]) for name, theirs in names(ours, version).items()}
+
+
+def _to_their_value(name: str, value: Tensor) -> Tensor:
+    """GRN's parameters are ``[1, 1, 1, C]`` there; timm's small models have 1 x 1 convolutions for linear layers."""
+    if ".grn." in name:
+        return value.view(1, 1, 1, -1)
+    return (value.flatten(1) if re.search(r"mlp\.fc\d\.weight", name) else value).contiguous()
+
+
+def export(network: Network, folder: Path) -> None:
+    """Writes the directory. Raises WeightsError if Transformers has no such network."""
+    structure = Structure.of(network.model)
+    if structure.stem_stride == 2:
+        raise WeightsError(
+            f"{network.path} has stem stride 2, after which timm downsamples before the first stage too; Transformers "
+            "has no layer there: export it to timm or onnx"
+        )
+    weights = to_transformers(network.weights, structure.version)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for file, content in (
+        ("config.json", config(structure, network)),
+        ("preprocessor_config.json", preprocessor_config(network.cfg.data)),
+    ):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def config(structure: Structure, network: Network) -> dict[str, Any]:
+    """``config.json``; ``timm_model`` is ours, what the weights come back as."""
+    data = network.cfg.data
+    values: dict[str, Any] = {
+        "architectures": [CLASSES[structure.version] + ("ForImageClassification" if network.classes else "Model")],
+        "model_type": MODEL_TYPES[structure.version],
+        "num_channels": structure.in_chans,
+        "patch_size": structure.stem_stride,
+        "num_stages": 4,
+        "hidden_sizes": list(structure.dims),
+        "depths": list(structure.depths),
+        "hidden_act": "gelu",
+        "initializer_range": 0.02,
+        "layer_norm_eps": EPS,
+        "drop_path_rate": 0.0,
+        "image_size": data.size[0] if data.size[0] == data.size[1] else list(data.size),
+        "torch_dtype": "float32",
+        "timm_model": network.backbone_config.backbone,
+    }
+    if structure.version == 1:
+        values["layer_scale_init_value"] = 1e-6
+    if network.classes:
+        values["id2label"] = {str(index): name for index, name in enumerate(network.classes)}
+        values["label2id"] = {name: index for index, name in enumerate(network.classes)}
+    return values
+
+
+def preprocessor_config(data: DataConfig) -> dict[str, Any]:
+    """``preprocessor_config.json``: evaluation as :func:`fcmae.data.transforms.eval_transform` and ``normalize`` do it.
+
+    ConvNextImageProcessor crops as we do, squares only; for other sizes CLIPImageProcessor resizes to a size and crops
+    the centre. None of them pads (``data.pad``).
+    """
+    values: dict[str, Any] = {
+        "do_resize": True,
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": data.mean,
+        "image_std": data.std,
+    }
+    height, width = data.size
+    if height == width:
+        square = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": height}}
+        return {**square, "crop_pct": data.crop_pct, **values}
+    crop_pct = 1.0 if max(data.size) >= WARP_FROM else data.crop_pct
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": int(height / crop_pct), "width": int(width / crop_pct)},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_convert_rgb": data.in_chans == 3,
+        **values,
+    }
+
+
+def check(network: Network, folder: Path) -> Check:
+    """Loads ``folder`` with Transformers and compares feature map, pooled features and logits with ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
+    except ImportError:
+        return Check("Transformers is not installed: pip install 'fcmae[transformers]'", None)
+    kind = "AutoModelForImageClassification" if network.classes else "AutoModel"
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    if any(info.values()):
+        raise WeightsError(f"Transformers reports of {folder}: {info}")
+    imgs = network.fixed_input()
+    with torch.inference_mode():
+        out = model.eval()(imgs, output_hidden_states=True)
+    ours = network.outputs(imgs)
+    pairs = [(out.hidden_states[-1], ours["features"])]
+    pairs += [(out.logits, ours["logits"])] if network.classes else [(out.pooler_output, ours["pooled"])]
+    return Check(f"transformers {transformers.__version__}", difference(pairs))
+
+
+def load(folder: Path, given: Given) -> Imported:
+    """A directory of Transformers', ours or one downloaded from the hub. Raises WeightsError."""
+    content = _read_json(folder / "config.json")
+    weights = {_modern_name(name): value for name, value in read_folder(folder).items()}
+    structure = _structure(content, folder, len(weights.get("classifier.weight", ())))
+    processor = folder / "preprocessor_config.json"
+    known = _data(_read_json(processor)) if processor.is_file() else {}
+    cfg = FinetuneConfig(
+        data=given.data(structure.in_chans, known),
+        model=ClassifierConfig(**structure.backbone_config(content.get("timm_model"))),
+    )
+    like = empty_classifier(cfg, structure.num_classes)
+    ours = translate(weights, like, names(like, structure.version), "Transformers")
+    id2label = content.get("id2label", {}) if structure.num_classes else {}
+    labels = [id2label[index] for index in sorted(id2label, key=int)]
+    eps = content.get("layer_norm_eps", 1e-12)
+    notes = [] if eps == EPS else [f"the final norm has eps {eps:g} in these files and {EPS:g} here"]
+    return Imported(cfg, ours, given.names(structure.num_classes, labels), notes)
+
+
+def _modern_name(name: str) -> str:
+    """GRN's parameters were called gamma and beta in files of Transformers before 4.30."""
+    return name.replace(".grn.gamma", ".grn.weight").replace(".grn.beta", ".grn.bias")
+
+
+def _structure(content: dict[str, Any], folder: Path, num_classes: int) -> Structure:
+    versions = {model_type: version for version, model_type in MODEL_TYPES.items()}
+    model_type, act = content.get("model_type"), content.get("hidden_act", "gelu")
+    if model_type not in versions or act != "gelu":
+        raise WeightsError(
+            f"{folder}/config.json has model_type {model_type!r} and hidden_act {act!r}; allowed is "
+            f"{' or '.join(versions)} with gelu"
+        )
+    patch_size = content.get("patch_size", 4)
+    sides = set(patch_size) if isinstance(patch_size, list) else {patch_size}
+    if len(sides) != 1 or not sides <= {1, 4}:
+        raise WeightsError(f"{folder}/config.json has patch_size {patch_size}; allowed is 1 or 4, the stems timm has")
+    return Structure(
+        version=versions[model_type],
+        in_chans=content.get("num_channels", 3),
+        stem_stride=sides.pop(),
+        depths=tuple(content.get("depths", (3, 3, 9, 3))),
+        dims=tuple(content.get("hidden_sizes", (96, 192, 384, 768))),
+        num_classes=num_classes,
+    )
+
+
+def _data(processor: dict[str, Any]) -> dict[str, Any]:
+    """A ``preprocessor_config.json`` as values of a DataConfig."""
+    values = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    size = processor.get("crop_size") or processor.get("size")
+    if isinstance(size, dict):
+        values["image_size"] = size.get("shortest_edge") or [size["height"], size["width"]]
+        if processor.get("crop_size"):
+            values["crop_pct"] = size["height"] / processor["size"]["height"]
+    values["crop_pct"] = processor.get("crop_pct") or values.get("crop_pct")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,108 @@
+"""State dicts and files of weights, whatever the library: read without running code, translated strictly."""
+
+import argparse
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fcmae.errors import WeightsError
+
+StateDict = dict[str, Tensor]
+
+LOSSLESS = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_NORM = {"head.norm.weight": torch.ones, "head.norm.bias": torch.zeros}
+"""The final norm of a timm ConvNeXt and its initial values; pretraining leaves it as it is."""
+
+
+def read(path: Path) -> dict:
+    """What a .safetensors or torch file holds; no code in it is executed. Raises WeightsError naming the file."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # the official training scripts store their arguments beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"no file {path}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise WeightsError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}; allowed is a dict")
+    return content
+
+
+def as_float32(weights: Mapping[str, object], where: Path) -> StateDict:
+    """The tensors in float32, if that loses nothing. Raises WeightsError naming what is not a floating tensor."""
+    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor) or value.dtype not in LOSSLESS]
+    if wrong:
+        raise WeightsError(f"{where} has what are not tensors of 32 or 16 bits: {', '.join(sorted(wrong))}")
+    return {name: value.float() for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def read_folder(folder: Path) -> StateDict:
+    """The weights in a directory of the hub, ``model.safetensors`` or ``pytorch_model.bin``. Raises WeightsError."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return as_float32(read(folder / name), folder / name)
+    raise WeightsError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def same_values(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the shape of ``like`` if they differ only by dimensions of size 1, else as it is."""
+    if [side for side in value.shape if side != 1] == [side for side in like.shape if side != 1]:
+        return value.reshape(like.shape)
+    return value
+
+
+def translate(
+    theirs: StateDict,
+    like: StateDict,
+    names: Mapping[str, str],
+    library: str,
+    convert: Callable[[Tensor, Tensor], Tensor] = same_values,
+) -> StateDict:
+    """Another library's state dict under our names and in our shapes.
+
+    Args:
+        like: the state dict of the model to load into; what is not in ``names`` is kept.
+        names: ours to theirs.
+        library: for the message.
+        convert: their tensor and ours of the same name to theirs in our shape.
+
+    Raises WeightsError naming the keys that are missing, left over, or of another shape.
+    """
+    missing = sorted(set(names.values()) - set(theirs))
+    unexpected = sorted(set(theirs) - set(names.values()))
+    if missing or unexpected:
+        raise WeightsError(
+            f"the {library} state dict does not fit the model: missing {missing or 'none'}, "
+            f"unexpected {unexpected or 'none'}"
+        )
+    ours = dict(like)
+    wrong = []
+    for name, key in names.items():
+        ours[name] = convert(theirs[key], like[name])
+        if ours[name].shape != like[name].shape:
+            wrong.append(f"{key} {list(theirs[key].shape)} for {list(like[name].shape)}")
+    if wrong:
+        raise WeightsError(f"the {library} state dict has tensors of other shapes than the model: {', '.join(wrong)}")
+    return ours
+
+
+def without_head_norm(weights: StateDict) -> StateDict:
+    """A backbone's weights without its final norm, for layouts that have none.
+
+    Raises WeightsError if that norm was trained: it would be lost.
+    """
+    trained = [
+        name for name, initial in HEAD_NORM.items() if not torch.equal(weights[name], initial(len(weights[name])))
+    ]
+    if trained:
+        raise WeightsError(f"this layout has no final norm and would lose the trained {', '.join(trained)}")
+    return {name: value for name, value in weights.items() if name not in HEAD_NORM}
