@@ -1,0 +1,71 @@
+"""Checkpoints with random weights, for the tests of exports and imports."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig, to_dict
+from fcmae.training import checkpoint
+from fcmae.training.build import build_classifier, build_fcmae
+
+TINY: dict[str, Any] = {"depths": [1, 2, 1, 1], "dims": [8, 12, 16, 24]}
+CLASSES = ["ant", "bee", "cat"]
+
+
+def random_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights plus noise, so that no two layers and no norm are at initial values, but for its head's."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: value if "backbone.head." in name else value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+
+
+def data_config(in_chans: int = 3, image_size: Any = 64, **values: Any) -> DataConfig:
+    """A data config whose mean and standard deviation differ by channel."""
+    mean = [0.4 + 0.02 * channel for channel in range(in_chans)]
+    std = [0.2 + 0.01 * channel for channel in range(in_chans)]
+    return DataConfig(in_chans=in_chans, image_size=image_size, mean=mean, std=std, **values)
+
+
+def pretrained(path: Path, data: DataConfig | None = None, **model: Any) -> dict[str, torch.Tensor]:
+    """Writes a pretraining checkpoint to ``path`` and returns its weights."""
+    config = FCMAEConfig(**{**TINY, "decoder_embed_dim": 16, **model})
+    cfg = PretrainConfig(data=data or data_config(), model=config)
+    weights = random_weights(build_fcmae(cfg))
+    _write(path, {"task": "pretrain", "config": to_dict(cfg), "step": 7, "model": weights, "ema": None})
+    return weights
+
+
+def finetuned(path: Path, data: DataConfig | None = None, **model: Any) -> dict[str, torch.Tensor]:
+    """Writes a classifier's checkpoint to ``path`` and returns its weights."""
+    cfg = FinetuneConfig(data=data or data_config(), model=ClassifierConfig(**{**TINY, **model}))
+    weights = random_weights(build_classifier(cfg.model, cfg.data.in_chans, len(CLASSES), cfg.seed))
+    state = {"task": "finetune", "config": to_dict(cfg), "step": 7, "model": weights, "ema": None, "classes": CLASSES}
+    _write(path, state)
+    return weights
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "versions": checkpoint.versions(), **state})
+
+
+def backbone_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The backbone's weights in those of a pretraining model."""
+    return {
+        name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
+    }
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """The same names with the same bits."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype, name
+        assert torch.equal(value, b[name]), name
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint."""
+    return checkpoint.read(path)["model"]
