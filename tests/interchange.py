@@ -53,9 +53,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 def backbone_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The backbone's weights in those of a pretraining model."""
-    return {
-        name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
-    }
+    return {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
