@@ -1,7 +1,7 @@
 """``fcmae export`` and ``fcmae import`` as functions: checkpoints of ours to and from other libraries' files."""
 
 import contextlib
-import importlib
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fcmae.errors import ExportError, UsageError
-from fcmae.interchange import model_card, official, timm_format, transformers_format
+from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
 
 IMPORTS: dict[str, ModuleType] = {
@@ -83,12 +83,12 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
 
 
 def _export_onnx(network: Network, folder: Path, check: bool, options: dict[str, bool]) -> Check:
-    try:
-        onnx_format = importlib.import_module("fcmae.interchange.onnx_format")
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--to onnx is not available: {error}") from error
     difference = onnx_format.export(network.model, network.cfg.data, folder, check=check, **options)
-    return Check("onnxruntime" if difference is not None else "onnxruntime did not run", difference)
+    if not check:
+        return Check("--no-check", None)
+    if difference is None:
+        return Check("onnxruntime is not installed: pip install 'fcmae[onnx]'", None)
+    return Check(f"onnxruntime {importlib.metadata.version('onnxruntime')}", difference)
 
 
 @contextlib.contextmanager
