@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu lint format demo-data clean
+.PHONY: demo test test-slow test-gpu test-minkowski lint format demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.dev demo-data
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+# Builds MinkowskiEngine the first time, about seven minutes.
+test-minkowski: $(VENV)/.dev
+	PYTHON=$(BIN)/python launch/install_minkowski.sh
+	$(BIN)/python -m pytest -m minkowski
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
