@@ -21,7 +21,7 @@ test-slow: $(VENV)/.dev demo-data
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 
-# Builds MinkowskiEngine the first time, about seven minutes.
+# Builds MinkowskiEngine the first time, which takes some minutes.
 test-minkowski: $(VENV)/.dev
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m minkowski

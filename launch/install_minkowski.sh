@@ -6,7 +6,7 @@
 #   PYTHON     the interpreter to install it into (python)
 #   MAX_JOBS   compilers that run at once (as many as there are cores)
 #
-# PyPI has the sources of 2021 alone: they compile in about seven minutes, and import on Python 3.10 and newer only after
+# PyPI has the sources of 2021 alone: they compile in some minutes, and import on Python 3.10 and newer only after
 # a few lines are mended. A MinkowskiEngine that is there already, such as your own build for CUDA, is mended but not replaced.
 # It takes a C++ compiler, Python's headers and OpenBLAS; as root on Debian or Ubuntu they are installed as well.
 set -euo pipefail

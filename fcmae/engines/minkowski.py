@@ -6,7 +6,7 @@ float32 or float64, so its layers stay out of autocast. Several threads, or a GP
 each time: not the same bits twice.
 
 The coordinates here are (image, column, row). MinkowskiEngine numbers a kernel's offsets with the first coordinate
-fastest, so that they are in the order of torch's ``[ky, kx]``, and its kernels are views of timm's weights.
+fastest, so that they are in the order of torch's ``[ky, kx]``: its kernels are timm's weights, reshaped in every call.
 """
 
 import functools
@@ -32,14 +32,20 @@ INSTALLER = "launch/install_minkowski.sh"
 def load(device: str = "cpu") -> ModuleType:
     """MinkowskiEngine. Raises ImportError, in one line, where it isn't there or not built for that type of device."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The MinkowskiEngine was compiled with CPU_ONLY")
-            import MinkowskiEngine
+        engine = _import()
     except ImportError as error:
         reason = "not installed" if error.name == "MinkowskiEngine" else str(error)
         raise ImportError(f"engine minkowski: {reason} ({_installer()} builds and installs MinkowskiEngine)") from error
-    if device == "cuda" and not MinkowskiEngine.is_cuda_available():
+    if device == "cuda" and not engine.is_cuda_available():
         raise ImportError("engine minkowski: this MinkowskiEngine is built for the CPU only (trainer.device=cpu)")
+    return engine
+
+
+@functools.cache
+def _import() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The MinkowskiEngine was compiled with CPU_ONLY")
+        import MinkowskiEngine
     return MinkowskiEngine
 
 
@@ -138,7 +144,8 @@ def _positions(coordinates: Tensor, rows: int, cols: int, size: int) -> Tensor:
 def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, sites: Sites) -> tuple[Tensor, Sites]:
     """MinkowskiConvolution with timm's weight ``[out, in, k, k]`` as its kernel ``[k * k, in, out]``."""
     layer = _convolution_layer(conv.kernel_size[0], conv.bias is not None)
-    return _call(layer, conv.weight.flatten(2).permute(2, 1, 0), conv.bias, convnext.layer_norm(x, norm), sites)
+    kernel = conv.weight.flatten(2).permute(2, 1, 0)
+    return _features_and_sites(_call(layer, kernel, conv.bias, convnext.layer_norm(x, norm), sites), sites.images)
 
 
 def _block(block: ConvNeXtBlock, x: Tensor, sites: Sites, grn_scope: str) -> Tensor:
@@ -157,14 +164,14 @@ def _block(block: ConvNeXtBlock, x: Tensor, sites: Sites, grn_scope: str) -> Ten
 def _depthwise(conv: nn.Conv2d, x: Tensor, sites: Sites) -> Tensor:
     """A depthwise layer of MinkowskiEngine with timm's weight ``[C, 1, k, k]`` as its kernel ``[k * k, C]``."""
     layer = _depthwise_layer(x.shape[1], conv.kernel_size[0], conv.bias is not None, x.is_cuda)
-    return _call(layer, conv.weight.flatten(1).T, conv.bias, x, sites)[0]
+    return _call(layer, conv.weight.flatten(1).T, conv.bias, x, sites).F
 
 
-def _call(layer: nn.Module, kernel: Tensor, bias: Tensor | None, x: Tensor, sites: Sites) -> tuple[Tensor, Sites]:
-    """A stock layer of MinkowskiEngine, run with these parameters in the place of its own."""
+def _call(layer: nn.Module, kernel: Tensor, bias: Tensor | None, x: Tensor, sites: Sites) -> Any:
+    """The SparseTensor that a stock layer of MinkowskiEngine makes with these parameters in the place of its own."""
     params = {"kernel": kernel.contiguous()} | ({} if bias is None else {"bias": bias[None]})
     tensor = load().SparseTensor(_float32(x), coordinate_map_key=sites.key, coordinate_manager=sites.manager)
-    return _features_and_sites(torch.func.functional_call(layer, params, (tensor,)), sites.images)
+    return torch.func.functional_call(layer, params, (tensor,))
 
 
 def _features_and_sites(tensor: Any, images: int) -> tuple[Tensor, Sites]:

@@ -23,6 +23,7 @@ MESSAGE = r"engine minkowski: not installed \(.*launch/install_minkowski.sh buil
 def absent(monkeypatch):
     """Python without MinkowskiEngine, installed or not."""
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    sys.modules["fcmae.engines.minkowski"]._import.cache_clear()
 
 
 def test_absent_it_is_one_line_that_says_how_to_get_it(absent):
@@ -96,7 +97,8 @@ def test_recomputing_stages_and_compiling_change_nothing():
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, grad in results[0].items():
         assert relative_error(grad, results[1][name]) < 1e-5, name
-    visible = [get_engine("minkowski")(model.backbone, imgs, mask, keep=2, patch_size=32, compiled=c) for c in (0, 1)]
+    kwargs = {"keep": 2, "patch_size": 32}
+    visible = [model.engine(model.backbone, imgs, mask, compiled=compiled, **kwargs) for compiled in (False, True)]
     assert relative_error(*visible) < 1e-6
 
 
