@@ -4,11 +4,12 @@
 #   PYTHON=.venv/bin/python launch/install_minkowski.sh
 #
 #   PYTHON     the interpreter to install it into (python)
-#   MAX_JOBS   compilers that run at once (as many as there are cores)
+#   MAX_JOBS   compilers that run at once, of up to 2 GB each (ninja's choice: the cores and two more)
 #
 # PyPI has the sources of 2021 alone: they compile in some minutes, and import on Python 3.10 and newer only after
-# a few lines are mended. A MinkowskiEngine that is there already, such as your own build for CUDA, is mended but not replaced.
-# It takes a C++ compiler, Python's headers and OpenBLAS; as root on Debian or Ubuntu they are installed as well.
+# a few lines are mended. A MinkowskiEngine that is there already, such as your own build for CUDA, is mended but not
+# replaced. It takes a C++ compiler, Python's headers and OpenBLAS; as root on Debian or Ubuntu they are
+# installed as well.
 set -euo pipefail
 
 VERSION=0.5.4
@@ -66,7 +67,8 @@ PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$
 export PATH CC=gcc CXX=g++
 # Without isolation, because the build imports torch; without dependencies, because torch is there; without pip's cache,
 # because a wheel that was built for one version of torch does not load with another.
-"$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --use-pep517 --no-build-isolation --no-deps \
+"$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
+    --use-pep517 --no-build-isolation --no-deps \
     --config-settings="--global-option=--blas=openblas --cpu_only" "MinkowskiEngine==$VERSION"
 mend
 report
