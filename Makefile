@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf lint format demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-minkowski lint format demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -23,6 +23,11 @@ test-gpu: $(VENV)/.dev
 
 test-tf: $(VENV)/.dev
 	$(BIN)/python -m pytest -m tf
+
+# Builds MinkowskiEngine the first time, which takes some minutes.
+test-minkowski: $(VENV)/.dev
+	PYTHON=$(BIN)/python launch/install_minkowski.sh
+	$(BIN)/python -m pytest -m minkowski
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -120,7 +120,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         ok = set(self.recompute_stages) <= {1, 2, 3, 4}
         check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4")
-        _check_one_of("engine.name", self.name, ("packed", "masked"))
+        _check_one_of("engine.name", self.name, ("packed", "masked", "minkowski"))
         _check_one_of("engine.grn_scope", self.grn_scope, ("image", "batch"))
 
 

@@ -16,6 +16,10 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
 
+ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.minkowski))
+"""For parametrised tests; what needs MinkowskiEngine is run by ``-m minkowski``."""
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

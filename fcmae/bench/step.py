@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak, parse
 from fcmae.config import PRECISIONS, OptimConfig, check
-from fcmae.engines import ENGINES, convnext, region
+from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import DTYPES, autocast
 from fcmae.masking import grid_size, random_mask
@@ -81,13 +81,14 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
     device = pick_device(cfg.device)
+    _check_engines(cfg, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
     where = machine(device)
     dtype = DTYPES.get(cfg.precision, torch.float32)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
     print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
           f"mask {cfg.mask_ratio}; matmul {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
-    print(f"{'model':17} {'engine':7} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
+    print(f"{'model':17} {'engine':9} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
           f"{'of peak':>7} {'start s':>7}")  # fmt: skip
     results = []
     for result in _measure_all(cfg, device):
@@ -106,6 +107,15 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
     return results
+
+
+def _check_engines(cfg: StepConfig, device: torch.device) -> None:
+    """Raises UsageError for an engine that is not installed, before anything is measured."""
+    try:
+        for engine in set(cfg.engines) - {SUPERVISED}:
+            get_engine(engine, device.type)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
 
 
 def _measure_all(cfg: StepConfig, device: torch.device) -> Iterator[StepResult]:
@@ -129,7 +139,8 @@ def _measure(
 ) -> StepResult:
     torch.compiler.reset()
     gc.collect()
-    graphed = device.type == "cuda" and (compiled if cfg.cuda_graph is None else cfg.cuda_graph)
+    can_be_graphed = device.type == "cuda" and engine not in HOST_BOUND
+    graphed = can_be_graphed and (compiled if cfg.cuda_graph is None else cfg.cuda_graph)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -274,7 +285,7 @@ def _row(result: StepResult, peak: float) -> str:
     how = ("compiled" if result.compiled else "eager") + (" graph" if result.cuda_graph else "")
     memory = f"{result.peak_gib:6.1f}" if result.peak_gib is not None else f"{'-':>6}"
     return (
-        f"{result.model:17} {result.engine:7} {how:15} {result.batch_size:5} {result.images_per_second:8.1f} "
+        f"{result.model:17} {result.engine:9} {how:15} {result.batch_size:5} {result.images_per_second:8.1f} "
         f"{result.ms:8.2f} {memory} {result.matmul_tflops:8.2f} {1e12 * result.matmul_tflops / peak:7.1%} "
         f"{result.compile_seconds:7.1f}"
     )

@@ -1,5 +1,6 @@
 """Engines: ways of running a backbone's weights over the visible patches of an image. They own no parameters."""
 
+import contextlib
 from collections.abc import Collection
 from typing import Protocol
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from fcmae.engines.convnext import check_backbone, total_stride
 from fcmae.engines.masked import masked
+from fcmae.engines.minkowski import load as load_minkowski
+from fcmae.engines.minkowski import minkowski
 from fcmae.engines.packed import packed
 from fcmae.engines.regions import region
 
@@ -45,14 +48,42 @@ class Engine(Protocol):
     ) -> Tensor: ...
 
 
-ENGINES: dict[str, Engine] = {"packed": packed, "masked": masked}
+ENGINES: dict[str, Engine] = {"packed": packed, "masked": masked, "minkowski": minkowski}
+
+HOST_BOUND = ("minkowski",)
+"""Engines whose work depends on values the host reads, so that no CUDA graph can record it."""
 
 
-def get_engine(name: str) -> Engine:
-    """The engine of that name. Raises ValueError naming the engines there are."""
+def get_engine(name: str, device: str = "cpu") -> Engine:
+    """The engine of that name.
+
+    Raises ValueError, naming the engines there are, for another name; ImportError, saying how to get it, for one that
+    is not installed or not for that type of device.
+    """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}; allowed is one of {', '.join(ENGINES)}")
+    if name == "minkowski":
+        load_minkowski(device)
     return ENGINES[name]
 
 
-__all__ = ["ENGINES", "GRN_SCOPES", "Engine", "check_backbone", "get_engine", "region", "total_stride"]
+def available_engines(device: str = "cpu") -> dict[str, Engine]:
+    """The engines that run here on that type of device, in the order of :data:`ENGINES`."""
+    available = {}
+    for name in ENGINES:
+        with contextlib.suppress(ImportError):
+            available[name] = get_engine(name, device)
+    return available
+
+
+__all__ = [
+    "ENGINES",
+    "GRN_SCOPES",
+    "HOST_BOUND",
+    "Engine",
+    "available_engines",
+    "check_backbone",
+    "get_engine",
+    "region",
+    "total_stride",
+]

@@ -1,4 +1,4 @@
-"""What an engine may assume of a timm ConvNeXt, checked in one place.
+"""What an engine may assume of a timm ConvNeXt, checked in one place, and its layers on sites with channels last.
 
 A patch may be processed apart from its neighbours only if nothing but the depthwise convolutions looks across its
 border: the stem and the downsampling layers must be convolutions whose kernel equals their stride.
@@ -6,9 +6,10 @@ border: the stem and the downsampling layers must be convolutions whose kernel e
 
 from collections.abc import Iterator
 
+import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
-from torch import nn
+from torch import Tensor, nn
 
 PATCHWISE_CONV = "a convolution whose kernel equals its stride, without padding or dilation"
 
@@ -62,6 +63,26 @@ def total_stride(backbone: ConvNeXt) -> int:
     for conv in downsampling(backbone):
         stride *= conv.stride[0]
     return stride
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """A norm over the last dimension, where timm's LayerNorm2d expects channels in the second."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer or 1 x 1 convolution (timm's conv_mlp) over the last dimension."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution whose kernel k equals its stride: ``[N, V, S, S, C]`` to ``[N, V, S / k, S / k, D]``."""
+    n, v, size, _, c = x.shape
+    k = conv.stride[0]
+    x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
+    # Of a 1 x 1 kernel nothing is to be reordered, and the gradient would get other strides than the parameter.
+    weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
+    return F.linear(x, weight.flatten(1), conv.bias)
 
 
 def check_backbone(backbone: nn.Module) -> None:

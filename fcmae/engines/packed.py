@@ -40,26 +40,26 @@ def packed(
         for block in convnext.blocks(stage):
             x = run_block(block, x, where, grn_scope)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
-        x = _layer_norm(x, backbone.norm_pre)
+        x = convnext.layer_norm(x, backbone.norm_pre)
     return x
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:
     """The visible pixels of ``[N, C, H, W]``, and no others, to the first stage's sites ``[N, V, S, S, D]``."""
     patches = gather_patches(imgs, where.index, where.rows, where.cols)
-    return _layer_norm(_patchwise_conv(patches, conv), norm)
+    return convnext.layer_norm(convnext.patchwise_conv(patches, conv), norm)
 
 
 def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return _patchwise_conv(_layer_norm(x, norm), conv)
+    return convnext.patchwise_conv(convnext.layer_norm(x, norm), conv)
 
 
 def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) -> Tensor:
     """A ConvNeXt block over packed sites, without drop path (off in pretraining)."""
     h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
-    h = _layer_norm(h, block.norm)
+    h = convnext.layer_norm(h, block.norm)
     h = _activate(block, h, grn_scope)
-    h = _linear(h, block.mlp.fc2)
+    h = convnext.linear(h, block.mlp.fc2)
     if block.gamma is not None:
         h = h * block.gamma
     return x + h
@@ -69,7 +69,7 @@ def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
     """The MLP's first half: linear layer, activation, and GRN over the sites of an image or of the whole batch."""
     fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, convnext.grn(block)
     if grn_layer is None:
-        return act(_linear(x, fc1))
+        return act(convnext.linear(x, fc1))
     fused = x.is_cuda and isinstance(act, GELU | nn.GELU)  # leaves fc1's bias to the kernel, see gelu_grn
     h = F.linear(x, fc1.weight.flatten(1), None if fused else fc1.bias)
     sites = h.flatten(1, 3) if grn_scope == "image" else h.flatten(0, 3).unsqueeze(0)
@@ -79,22 +79,3 @@ def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
     else:
         sites = grn(act(sites), grn_layer.weight, grn_layer.bias, grn_layer.eps)
     return sites.view_as(h)
-
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """A linear layer or 1 x 1 convolution (timm's conv_mlp) over the last dimension."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
-
-
-def _patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution whose kernel k equals its stride: ``[N, V, S, S, C]`` to ``[N, V, S / k, S / k, D]``."""
-    n, v, size, _, c = x.shape
-    k = conv.stride[0]
-    x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
-    # Of a 1 x 1 kernel nothing is to be reordered, and the gradient would get other strides than the parameter.
-    weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
-    return F.linear(x, weight.flatten(1), conv.bias)

@@ -7,6 +7,7 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from fcmae.config import ClassifierConfig, FinetuneConfig, PretrainConfig, RunConfig, from_dict
+from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.randomness import Stream, seed_globals
@@ -36,7 +37,7 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
             backbone_kwargs=model.backbone_kwargs(),
         )
         fcmae.len_keep(*cfg.data.size)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return fcmae
 
@@ -117,6 +118,8 @@ def model_of(state: State, path: Path, ema: bool = True) -> FCMAE | ConvNeXt:
     cfg = config_of(state, path)
     model: FCMAE | ConvNeXt
     if isinstance(cfg, PretrainConfig):
+        if cfg.engine.name not in available_engines():
+            cfg.engine.name = "packed"  # computes the same
         model = build_fcmae(cfg)
     else:
         assert isinstance(cfg, FinetuneConfig)

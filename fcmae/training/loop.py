@@ -15,8 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fcmae.config import ConfigError, TrainerConfig, to_dict
+from fcmae.config import ConfigError, PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
+from fcmae.engines import HOST_BOUND
 from fcmae.errors import Interrupted, NonFiniteLossError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
@@ -251,10 +252,12 @@ def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
 def _use_cuda_graph(task: Task, world: World) -> bool:
     """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
     trainer = task.cfg.trainer
+    engine = task.cfg.engine.name if isinstance(task.cfg, PretrainConfig) else None
     obstacles = {
         "a CPU": world.device.type != "cuda",
         "several ranks": world.size > 1,
         "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
+        f"engine={engine}": engine in HOST_BOUND,
         "fine-tuning (drop path and mixup draw random numbers)": task.name != "pretrain",
     }
     found = [name for name, present in obstacles.items() if present]

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.engines import get_engine
+from fcmae.errors import UsageError
 from fcmae.training import distributed
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
@@ -12,6 +14,10 @@ from fcmae.training.tasks import Finetuning, Pretraining, Task
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
+    try:
+        get_engine(cfg.engine.name, distributed.pick_device(cfg.trainer.device).type)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     return _run(Pretraining(cfg), run_dir)
 
 

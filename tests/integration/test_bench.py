@@ -28,7 +28,7 @@ def test_kernels_need_a_gpu(capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engines=[sparse]", "engines is 'sparse'; allowed is some of packed, masked, timm"),
+        ("engines=[sparse]", "engines is 'sparse'; allowed is some of packed, masked, minkowski, timm"),
         ("batch=3", "batch: unknown key; allowed is one of models, engines"),
         ("repeats=0", "repeats is 0; allowed is a positive integer"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),

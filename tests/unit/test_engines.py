@@ -8,7 +8,7 @@ from torch import nn
 from fcmae.engines import ENGINES, check_backbone, get_engine, total_stride
 from fcmae.masking import grid_size, len_keep, random_mask
 from fcmae.models import FCMAE, create_backbone
-from tests.conftest import relative_error
+from tests.conftest import ENGINE_NAMES, relative_error
 
 TOLERANCE = 1e-5
 
@@ -50,7 +50,8 @@ def run(engine, backbone, imgs, mask, patch_size, scope):
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_equals_masked(case, scope):
+@pytest.mark.parametrize("engine", [engine for engine in ENGINE_NAMES if engine != "masked"])
+def test_every_engine_equals_masked(engine, case, scope):
     kwargs, in_chans, size, ratio, mask_patch = CASES[case]
     backbone = small_backbone(in_chans=in_chans, **kwargs)
     patch_size = mask_patch or total_stride(backbone)
@@ -58,7 +59,7 @@ def test_packed_equals_masked(case, scope):
     imgs = torch.randn(3, in_chans, *size)
     mask = random_mask(torch.rand(3, rows * cols), len_keep(rows * cols, ratio))
     expected, expected_grads = run("masked", backbone, imgs, mask, patch_size, scope)
-    visible, grads = run("packed", backbone, imgs, mask, patch_size, scope)
+    visible, grads = run(engine, backbone, imgs, mask, patch_size, scope)
     assert visible.shape == expected.shape
     assert relative_error(visible, expected) < TOLERANCE
     assert grads.keys() == expected_grads.keys() != set()
@@ -66,7 +67,7 @@ def test_packed_equals_masked(case, scope):
         assert relative_error(grad, expected_grads[name]) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_tiny", "convnext_tiny_hnf"])
 def test_nothing_masked_equals_timm(engine, name):
     backbone = small_backbone(name)
@@ -77,7 +78,7 @@ def test_nothing_masked_equals_timm(engine, name):
     assert relative_error(visible.view(2, 2, 3, -1).permute(0, 3, 1, 2), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_a_masked_pixel_has_no_influence(engine):
     backbone = small_backbone("convnextv2_atto")
     mask = random_mask(torch.rand(2, 9), 4)
@@ -85,10 +86,13 @@ def test_a_masked_pixel_has_no_influence(engine):
     hidden = mask.view(2, 1, 3, 1, 3, 1).expand(2, 3, 3, 32, 3, 32).reshape(2, 3, 96, 96)
     other = torch.where(hidden, 1e3 * torch.randn_like(imgs), imgs)
     results = [ENGINES[engine](backbone, x, mask, keep=4, patch_size=32) for x in (imgs, other)]
-    assert torch.equal(*results)
+    if engine == "minkowski":  # its threads add up in another order each time
+        assert relative_error(*results) < 1e-6
+    else:
+        assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_order_of_images_does_not_matter_with_image_scope(engine):
     backbone = small_backbone("convnextv2_atto")
     mask = random_mask(torch.rand(3, 9), 4)
@@ -100,7 +104,7 @@ def test_order_of_images_does_not_matter_with_image_scope(engine):
     assert relative_error(batch[1:2], alone) > 1e-3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_all_zero_channel_has_gradient_zero_not_nan(engine, dtype):
     """Flat images with zero biases give all-zero activations, at which sqrt(sum of squares) has gradient NaN."""
@@ -114,7 +118,7 @@ def test_an_all_zero_channel_has_gradient_zero_not_nan(engine, dtype):
             assert torch.isfinite(param.grad).all(), name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_autocast_keeps_statistics_in_float32(engine):
     """Activations near 300 have squares beyond float16's 65,504."""
     backbone = small_backbone("convnextv2_atto")

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fcmae.doctor import run as doctor
-from fcmae.engines import ENGINES
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
-from tests.conftest import GOLDEN, read_golden, relative_error
+from tests.conftest import ENGINE_NAMES, GOLDEN, read_golden, relative_error
 
 TOLERANCE = 1e-5
 
@@ -29,7 +28,7 @@ def golden_model(name: str, engine: str = "packed") -> tuple[FCMAE, dict[str, to
     return model, params, golden
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 @pytest.mark.parametrize("name", ["fcmae_224", "fcmae_96_raw"])
 def test_pretraining(name, engine):
     model, _, golden = golden_model(name, engine)
