@@ -1,19 +1,27 @@
-"""Checkpoints: what a run needs to continue, in files that are there whole or not at all."""
+"""Checkpoints: what a run needs to continue, in files that are there whole or not at all.
+
+A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and the SHA-256 of everything before it.
+``torch.load`` reads it too (a zip archive may be followed by other bytes), but does not notice a flipped bit.
+"""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import re
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import timm
 import torch
 
 from fcmae.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+MAGIC = b"fcmae256"
+TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 PATTERN = re.compile(r"step_(\d+)\.pt")
 
 State = dict[str, Any]
@@ -31,12 +39,48 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_atomically(path: Path, state: State) -> None:
-    """Saves ``state`` so that ``path`` is either the old file or the whole new one, also after a power cut."""
+class _HashingWriter:
+    """A file that ``torch.save`` writes to: hashes what passes, and keeps the reason of a failed write.
+
+    torch replaces an OSError such as "No space left on device" by one about positions in its archive.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save_with_checksum(state: State, file: IO[bytes]) -> None:
+    writer = _HashingWriter(file)
+    try:
+        torch.save(state, writer)  # type: ignore[arg-type]  # it calls write and flush
+    except RuntimeError as error:
+        raise writer.error or error from error
+    file.write(MAGIC + writer.hash.digest())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write; at the end of the block it takes the place of ``path``.
+
+    ``path`` is either the old file or the whole new one, also after a power cut.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -50,10 +94,36 @@ def write_atomically(path: Path, state: State) -> None:
         os.close(folder)
 
 
+def write_atomically(path: Path, state: State) -> None:
+    """Saves ``state`` and its checksum. Raises OSError, with the old file in place, e.g. if the disk is full."""
+    with replacing(path) as file:
+        _save_with_checksum(state, file)
+
+
+def _verify(file: IO[bytes]) -> None:
+    """Reads the file once and compares its checksum. Raises ValueError if it is not what was written."""
+    size = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+    file.seek(max(0, size))
+    trailer = file.read()
+    if not trailer.startswith(MAGIC):
+        raise ValueError("it is cut off, or was not written by fcmae")
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size > 0:
+        block = file.read(min(size, 2**24))
+        digest.update(block)
+        size -= len(block)
+    if digest.digest() != trailer[len(MAGIC) :]:
+        raise ValueError("its checksum is wrong, so its content changed after it was written")
+    file.seek(0)
+
+
 def read(path: Path, map_location: str | torch.device = "cpu") -> State:
     """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file."""
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        with path.open("rb") as file:
+            _verify(file)
+            state = torch.load(file, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
@@ -64,12 +134,23 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> State:
     return state
 
 
-class CheckpointDir:
-    """The checkpoints of one run, ``step_00000123.pt`` after 123 optimizer steps."""
+def step_of(path: Path) -> int:
+    """The number of optimizer steps done when a checkpoint was written, from its name."""
+    match = PATTERN.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
-    def __init__(self, run_dir: Path, keep: int = 2) -> None:
+
+class CheckpointDir:
+    """The checkpoints of one run, ``step_00000123.pt`` after 123 optimizer steps.
+
+    The newest ``keep`` stay, and as milestones those after multiples of ``keep_every`` steps.
+    """
+
+    def __init__(self, run_dir: Path, keep: int = 2, keep_every: int | None = None) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
 
     def paths(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -77,14 +158,29 @@ class CheckpointDir:
             return []
         return sorted(p for p in self.folder.iterdir() if PATTERN.fullmatch(p.name))
 
-    def save(self, state: State) -> Path:
-        """Writes ``state``, then deletes all but the newest ``keep``."""
+    def path(self, step: int) -> Path:
+        """The file for the state after ``step`` optimizer steps."""
+        return self.folder / f"step_{step:08d}.pt"
+
+    def sweep(self) -> None:
+        """Deletes temporary files that a killed run left. Only for the one process that writes here."""
+        if self.folder.is_dir():
+            for stray in self.folder.glob("*.tmp"):
+                stray.unlink(missing_ok=True)
+
+    def save(self, state: State, keep_steps: Collection[int] = ()) -> Path:
+        """Writes ``state``, then deletes all but the newest ``keep`` and those of ``keep_steps`` and its milestones.
+
+        Raises OSError, with the older checkpoints as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{state['step']:08d}.pt"
+        path = self.path(state["step"])
         write_atomically(path, {"format": FORMAT, "versions": versions(), **state})
         for old in self.paths()[: -self.keep]:
-            with contextlib.suppress(FileNotFoundError):
-                old.unlink()
+            step = step_of(old)
+            milestone = self.keep_every is not None and step % self.keep_every == 0
+            if step not in keep_steps and not milestone:
+                old.unlink(missing_ok=True)
         return path
 
     def load_latest(self, warn: Any, map_location: str | torch.device = "cpu") -> State | None:

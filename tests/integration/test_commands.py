@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import fcmae as package
+from fcmae.training import checkpoint
 from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
 
 
@@ -203,7 +204,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(capsys, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
-    torch.save({"format": 1, "code": Code()}, tmp_path / "step_00000001.pt")
+    state = {"format": checkpoint.FORMAT, "code": Code()}
+    checkpoint.write_atomically(tmp_path / "step_00000001.pt", state)  # a correct checksum around it
     assert main(["evaluate", f"checkpoint={tmp_path}/step_00000001.pt"]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()

@@ -1,6 +1,10 @@
 """Schedule, parameter groups, checkpoints and the guard against non-finite gradients."""
 
+import errno
+import io
 import math
+import os
+import random
 
 import pytest
 import torch
@@ -94,17 +98,67 @@ def test_a_cut_off_checkpoint_is_named_and_the_one_before_used(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
-    checkpoint.write_atomically(path, {"format": 1, "step": 1})
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "step": 1})
+    fsync = os.fsync
 
-    def disk_full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    def disk_full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, {"format": 1, "step": 2})
+        checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "step": 2})
+    monkeypatch.setattr(os, "fsync", fsync)
     assert checkpoint.read(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+class FullDisk(io.RawIOBase):
+    """Takes 2,000 bytes."""
+
+    def __init__(self):
+        self.free = 2000
+
+    def write(self, data):
+        self.free -= len(data)
+        if self.free < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+
+def test_a_failed_write_keeps_its_reason():
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint._save_with_checksum({"w": torch.zeros(10_000)}, FullDisk())
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "w": torch.randn(500)})
+    whole = path.read_bytes()
+    assert torch.equal(checkpoint.read(path)["w"], torch.load(path, weights_only=True)["w"])
+    rng = random.Random(0)
+    damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    for bit in [*rng.sample(range(8 * len(whole)), 100), *range(8 * (len(whole) - 40), 8 * len(whole))]:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="it is cut off|its checksum is wrong"):
+            checkpoint.read(path)
+
+
+def test_milestones_and_chosen_steps_outlive_the_rotation(tmp_path):
+    checkpoints = CheckpointDir(tmp_path, keep=1, keep_every=3)
+    for step in range(1, 9):
+        checkpoints.save({"step": step}, keep_steps=[2])
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [2, 3, 6, 8]
+
+
+def test_stray_temporary_files_are_swept(tmp_path):
+    checkpoints = save_three(tmp_path)
+    (checkpoints.folder / "step_00000004.pt.123.tmp").write_bytes(b"half")
+    checkpoints.sweep()
+    assert [checkpoint.step_of(path) for path in sorted(checkpoints.folder.iterdir())] == [2, 3]
 
 
 def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
@@ -118,8 +172,11 @@ def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
 
 def test_what_is_not_ours_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="is not a checkpoint of fcmae"):
+    with pytest.raises(CheckpointError, match="was not written by fcmae"):
         checkpoint.read(tmp_path / "other.pt")
+    checkpoint.write_atomically(tmp_path / "old.pt", {"format": 1})
+    with pytest.raises(CheckpointError, match="is not a checkpoint of fcmae"):
+        checkpoint.read(tmp_path / "old.pt")
 
 
 def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stopped():
