@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, Interrupted, UsageError
+from fcmae import interrupt
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, Interrupted, PeerError, SaveError, UsageError
 
 COMMANDS = {
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
@@ -39,17 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fcmae {__version__}")
         return 0
     command, *rest = args
+    if command in _TRAINING:
+        interrupt.install()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
         return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
-        if not isinstance(error, Interrupted) or os.environ.get("RANK", "0") == "0":  # all ranks stop together
+        ranks_agree = isinstance(error, (Interrupted, SaveError))
+        if not isinstance(error, PeerError) and (not ranks_agree or os.environ.get("RANK", "0") == "0"):
             print(f"fcmae {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"fcmae {command}: interrupted", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        if command in _TRAINING:
+            interrupt.uninstall()
 
 
 def _usage() -> str:
@@ -255,6 +262,7 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
     "evaluate": _evaluate,
     "knn": _knn,
 }
+_TRAINING = ("pretrain", "finetune")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": _reconstruct,
     "export": _export,

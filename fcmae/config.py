@@ -272,12 +272,19 @@ class TrainerConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_epochs: float = 1.0
     keep_checkpoints: int = 2
+    """The newest that stay; in fine-tuning the best stays too."""
+    keep_every_epochs: float | None = None
+    """Checkpoints after multiples of so many epochs stay for good; None = none."""
+    on_save_error: str = "stop"
+    """When a checkpoint cannot be written, e.g. on a full disk: ``stop``, or ``continue`` without it."""
     eval_every_epochs: float = 1.0
     """Fine-tuning: evaluation; pretraining: a reconstruction picture."""
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
     max_steps: int | None = None
     """Stop (resumable) after that many optimizer steps of the schedule."""
+    max_hours: float | None = None
+    """Save and stop (resumable) so long after the start of the process; None = never."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; None = none."""
 
@@ -285,8 +292,9 @@ class TrainerConfig:
         _check_one_of("trainer.precision", self.precision, PRECISIONS)
         _check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
         positive = ("global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps")
-        for name in (*positive, "checkpoint_every_epochs", "eval_every_epochs"):
+        for name in (*positive, "checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"):
             _check_positive(f"trainer.{name}", getattr(self, name))
+        _check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         ok = self.ema_decay is None or 0 < self.ema_decay < 1
         check("trainer.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
 

@@ -37,7 +37,19 @@ class NonFiniteLossError(FCMAEError):
     """The loss or gradient became infinite or NaN; the weights are those before that step."""
 
 
+class SaveError(FCMAEError):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
 class Interrupted(FCMAEError):
     """The run stopped early, saved, and can be resumed."""
 
     exit_code = EXIT_RESUMABLE
+
+
+class PeerError(FCMAEError):
+    """Another rank failed and says why; this one ends with the same exit code and nothing to add."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another rank ended with exit code {exit_code}")
+        self.exit_code = exit_code

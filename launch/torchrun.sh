@@ -64,4 +64,5 @@ fi
 
 echo "torchrun.sh: $nodes node(s) x $per_node processes, $OMP_NUM_THREADS threads each, run directory $run_dir" >&2
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     -m fcmae.cli "$command" "${arguments[@]}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fcmae import interrupt
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
 from fcmae.errors import UsageError
@@ -169,8 +170,17 @@ def eval_loader(
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
     return DataLoader(
-        dataset, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), **kwargs
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_start_worker,
+        **kwargs,
     )
+
+
+def _start_worker(_: int) -> None:
+    interrupt.shield_worker()
 
 
 def default_workers(device: torch.device, local_world_size: int) -> int:

@@ -3,13 +3,14 @@
 import datetime
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcmae.errors import UsageError
+from fcmae.errors import FCMAEError, PeerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,22 @@ class World:
             dist.all_reduce(value, op)
         return value
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` on the first rank; the others wait for it.
+
+        Raises the FCMAEError that it raised there, and PeerError on the other ranks.
+        """
+        failure: FCMAEError | None = None
+        if self.is_main:
+            try:
+                action()
+            except FCMAEError as error:
+                failure = error
+        exit_code = int(self.max(torch.tensor(0 if failure is None else failure.exit_code)))
+        if failure is not None:
+            raise failure
+        if exit_code:
+            raise PeerError(exit_code)
 
 
 def launched_size() -> int:
@@ -97,7 +111,8 @@ def connect(device: str) -> World:
         return World(0, 1, 0, 1, picked)
     store, rank, size = _store()
     if not dist.is_initialized():
-        backend = "nccl" if picked.type == "cuda" else "gloo"
+        # Over gloo the hosts agree on when to stop without waiting for their GPUs.
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, device_id=picked if picked.type == "cuda" else None
         )

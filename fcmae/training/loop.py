@@ -1,12 +1,8 @@
 """The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
 
 import contextlib
-import json
-import resource
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 from fcmae.config import ConfigError, PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.engines import HOST_BOUND
-from fcmae.errors import Interrupted, NonFiniteLossError
+from fcmae.errors import Interrupted, SaveError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
-from fcmae.training.build import load_state
-from fcmae.training.checkpoint import CheckpointDir, State
+from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
+from fcmae.training.finite import FiniteGuard, stop_if_not_finite
 from fcmae.training.logging import RunLogger
+from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, set_lr
+from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
+from fcmae.training.state import TrainState
+from fcmae.training.stop import StopAgreement, Verdict
 from fcmae.training.tasks import Task
-
-
-@dataclass
-class TrainState:
-    """Everything that a resume needs: the number of optimizer steps done, and what they changed."""
-
-    step: int
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-
-    def state_dict(self) -> State:
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-        }
-
-    def load_state_dict(self, state: State, path: Path) -> None:
-        self.step = state["step"]
-        load_state(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            load_state(self.ema.module, state["ema"] or state["model"], path)
 
 
 def train(task: Task, run_dir: Path, world: World) -> Path:
@@ -65,7 +37,8 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     Returns:
         The last checkpoint.
 
-    Raises NonFiniteLossError, with the weights and checkpoints of before; Interrupted at ``trainer.max_steps``.
+    Raises NonFiniteLossError, with the weights and checkpoints of before; SaveError if a checkpoint cannot be written;
+    Interrupted at ``trainer.max_steps``, after ``trainer.max_hours`` and at a signal (see :mod:`fcmae.interrupt`).
     """
     cfg = task.cfg
     plan = BatchPlan.create(
@@ -78,7 +51,7 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
         round(cfg.schedule.warmup_epochs * plan.steps_per_epoch),
         max(1, round(cfg.schedule.epochs * plan.steps_per_epoch)),
     )
-    checkpoints = CheckpointDir(run_dir, cfg.trainer.keep_checkpoints)
+    checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
     state = _create_state(task, world)
     resumed = checkpoints.load_latest(_say, world.device) if cfg.trainer.resume else None
     if resumed is not None:
@@ -86,8 +59,11 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
     config = to_dict(cfg)
     if world.is_main:
+        checkpoints.sweep()
         _write_config(run_dir, config)
         _say(_summary(task, plan, state, schedule.total_steps, world))
+    stop = StopAgreement(world, cfg.trainer.max_hours)
+    verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
     workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
     loader = iter(
@@ -104,7 +80,7 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
     meter = Meter(world, plan.global_batch_size)
     guard = FiniteGuard(world.device)
-    saved: Path | None = None
+    saver = Saver(checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
 
     def run(batch: Sequence[Tensor]) -> Tensor:
         with autocast(world.device, cfg.trainer.precision):
@@ -116,17 +92,9 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     accumulate = plan.accum_steps > 1
     backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
 
-    def save() -> Path:
-        path = checkpoints.folder / f"step_{state.step:08d}.pt"
-        if world.is_main:
-            contents = {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()}
-            path = checkpoints.save(contents)
-        world.barrier()
-        return path
-
     model.train()
-    with contextlib.closing(logger):
-        while state.step < stop_step:
+    with contextlib.closing(logger), contextlib.closing(saver):
+        while state.step < stop_step and verdict == Verdict.GO_ON:
             step = state.step
             lr = schedule(step)
             set_lr(state.optimizer, lr)
@@ -142,88 +110,39 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             meter.add(loss, grad_norm)
             logger.progress.advance()
 
-            done = state.step == stop_step
-            if done or state.step % cfg.trainer.log_every == 0:
-                metrics = meter.read()
-                _stop_if_not_finite(guard, task, plan, run_dir, world)
+            verdict = stop.after_step(saver.failed)
+            at_end = state.step == stop_step
+            if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
+                metrics = meter.read() | saver.take_stall()
+                stop_if_not_finite(guard, task, plan, run_dir, world)
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
-            if done or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan):
-                _stop_if_not_finite(guard, task, plan, run_dir, world)
-                saved = save()
-            if done or _due(state.step, cfg.trainer.eval_every_epochs, plan):
-                task.evaluate(model, state.ema.module if state.ema is not None else None, state.step, logger, world)
+            # Evaluation comes before saving: nothing is left to do for the steps that a checkpoint holds.
+            best = False
+            if at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan):
+                best = state.improves(task.evaluate(model, state.average, state.step, logger, world))
                 meter.restart()
-        if stop_step < schedule.total_steps:
-            raise Interrupted(
-                f"stopped at trainer.max_steps={stop_step} of {schedule.total_steps}; the same command with "
-                f"hydra.run.dir={run_dir} and more steps goes on"
-            )
-    return saved or save()
+            due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
+            if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
+                stop_if_not_finite(guard, task, plan, run_dir, world)
+                saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
+        stop.close()
+        world.on_main(saver.finish)
+    if verdict == Verdict.FAIL:
+        raise SaveError(f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)")
+    if state.step < schedule.total_steps:
+        raise Interrupted(_why_stopped(state.step, stop_step, schedule.total_steps, stop, run_dir))
+    if world.is_main:
+        task.finish(run_dir, state.average)
+    return checkpoints.path(state.step)
 
 
-class FiniteGuard:
-    """Remembers, on the device, the first step whose gradient was not finite; from then on no step changes anything.
-
-    The gradient is the mean over ranks, so all ranks agree, and asking costs no synchronisation with the device until
-    :meth:`first_bad_step` is read.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._step = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def check(self, finite: Tensor, step: int) -> Tensor:
-        """float32 1 if this or an earlier step was not finite, else 0."""
-        bad_now = ~finite & (self._step < 0)
-        self._step = torch.where(bad_now, step, self._step)
-        return (self._step >= 0).float()
-
-    def first_bad_step(self, world: World) -> int | None:
-        """The step, on every rank if it was seen on one; waits for the device."""
-        step = int(world.max(self._step))
-        return step if step >= 0 else None
-
-
-class Meter:
-    """Means over the steps since the last reading; only reading waits for the device."""
-
-    def __init__(self, world: World, images_per_step: int) -> None:
-        self.world = world
-        self.images_per_step = images_per_step
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts anew, after something that is not training."""
-        self.steps = 0
-        self.loss = torch.zeros((), device=self.world.device)
-        self.grad_norm = torch.zeros((), device=self.world.device)
-        self.since = time.perf_counter()
-
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.steps += 1
-        self.loss += loss
-        self.grad_norm = grad_norm
-
-    def read(self) -> dict[str, float]:
-        loss = self.world.mean(self.loss).item() / self.steps
-        grad_norm = self.grad_norm.item()
-        images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
-        self.restart()
-        return {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "images_per_second": images_per_second,
-            "memory_gib": _peak_memory(self.world.device) / 2**30,
-        }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> CheckpointDir:
+    keep_every: int | None = None
+    if cfg.keep_every_epochs is not None:
+        keep_every = max(1, round(cfg.keep_every_epochs * plan.steps_per_epoch))
+    return CheckpointDir(run_dir, cfg.keep_checkpoints, keep_every)
 
 
 def _create_state(task: Task, world: World) -> TrainState:
@@ -295,27 +214,17 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
     return norm
 
 
-def _stop_if_not_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> None:
-    """Raises NonFiniteLossError if a step since the start was not finite, after listing that step's samples."""
-    step = guard.first_bad_step(world)
-    if step is None:
-        return
-    path = run_dir / f"nonfinite_step_{step:08d}.json"
-    if world.is_main:
-        samples = [
-            {"epoch": epoch, "index": index, "sample": task.source.describe(index)}
-            for epoch, index in plan.global_batch(step)
-        ]
-        path.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
-    raise NonFiniteLossError(
-        f"the loss or gradient of step {step} is not finite; the weights are those before it. Its samples: {path}"
-    )
-
-
 def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
     """Whether another ``every_epochs`` epochs ended with this step."""
     interval = max(1, round(every_epochs * plan.steps_per_epoch))
     return step % interval == 0
+
+
+def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreement, run_dir: Path) -> str:
+    again = f"the same command with hydra.run.dir={run_dir}"
+    if step == stop_step:
+        return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
+    return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
 
 
 def _write_config(run_dir: Path, config: dict[str, Any]) -> None:

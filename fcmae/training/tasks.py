@@ -1,6 +1,7 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from fcmae.training import checkpoint
 from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
+from fcmae.training.saver import write_encoder
+
+Score: TypeAlias = float | None
 
 
 class Task(Protocol):
@@ -49,12 +53,16 @@ class Task(Protocol):
         """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
         ...
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
-        """Evaluates and logs."""
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
+        """Evaluates and logs. Returns what the best checkpoint is chosen by, the same on all ranks, if anything."""
         ...
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beyond the loop's own."""
+        ...
+
+    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+        """What the first rank leaves in the run directory at the end of the schedule."""
         ...
 
 
@@ -83,9 +91,10 @@ class Pretraining:
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
         return model(imgs, random_mask(noise, self.keep), self.keep).loss
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
         if world.is_main:
             logger.picture(step, "reconstruction", self.picture(world.device))
+        return None
 
     @torch.no_grad()
     def picture(self, device: torch.device) -> Any:
@@ -103,6 +112,12 @@ class Pretraining:
 
     def extra_state(self) -> dict[str, Any]:
         return {}
+
+    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+        """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
+        weights = (ema or self.model).state_dict()
+        encoder = backbone_weights({"task": self.name, "model": weights})
+        write_encoder(run_dir, encoder, {"backbone": self.cfg.model.backbone})
 
 
 class Finetuning:
@@ -152,7 +167,7 @@ class Finetuning:
         imgs, targets = self.mixup(imgs, labels)
         return F.cross_entropy(model(imgs), targets)
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> None:
+    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
         metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
@@ -164,6 +179,10 @@ class Finetuning:
             metrics |= {f"{prefix}{name}": result[name] for name in ("top1", "top5")}
             network.train(was_training)
         logger.log(step, metrics)
+        return metrics.get("ema_top1", metrics["top1"])
 
     def extra_state(self) -> dict[str, Any]:
         return {"classes": self.classes}
+
+    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+        pass

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import fcmae as package
 from fcmae.training import checkpoint
@@ -41,7 +42,14 @@ def test_a_run_directory_has_everything(pretrained):
     assert len(list((pretrained / "checkpoints").iterdir())) == 2
     pictures = sorted((pretrained / "reconstructions").iterdir())
     assert [p.name for p in pictures] == [f"reconstruction_{step:08d}.png" for step in (3, 6, 9)]
-    assert {p.name for p in pretrained.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "reconstructions"}
+    files = {"checkpoints", "config.yaml", "encoder.safetensors", "metrics.jsonl", "reconstructions"}
+    assert {p.name for p in pretrained.iterdir()} == files
+    assert any("checkpoint_stall_seconds" in line for line in metrics(pretrained))
+
+
+def test_the_encoder_alone_is_a_timm_model(pretrained):
+    encoder = load_file(pretrained / "encoder.safetensors")
+    assert_same_weights(encoder, package.load(pretrained).backbone.state_dict())
 
 
 def test_load_rebuilds_the_model_from_the_checkpoint_alone(pretrained):

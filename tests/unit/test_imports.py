@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # part of the package: what of the package it may import
 ALLOWED = {
     "errors": set(),
+    "interrupt": set(),
     "randomness": set(),
     "masking": set(),
     "loss": {"masking"},
@@ -19,7 +20,7 @@ ALLOWED = {
     "models": {"models", "engines", "kernels", "masking", "loss"},
     "interchange": {"interchange", "config", "data", "engines", "errors", "models", "training"},
     "config": {"errors"},
-    "data": {"data", "config", "errors", "randomness"},
+    "data": {"data", "config", "errors", "interrupt", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}
 ONLY_IN = {

@@ -16,7 +16,8 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
-from fcmae.training.loop import FiniteGuard, Meter
+from fcmae.training.finite import FiniteGuard
+from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.schedule import CosineSchedule
 

@@ -1,0 +1,51 @@
+"""Means of the training metrics, read without making every step wait for the device."""
+
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from fcmae.training.distributed import World
+
+
+class Meter:
+    """Means over the steps since the last reading; only reading waits for the device."""
+
+    def __init__(self, world: World, images_per_step: int) -> None:
+        self.world = world
+        self.images_per_step = images_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts anew, after something that is not training."""
+        self.steps = 0
+        self.loss = torch.zeros((), device=self.world.device)
+        self.grad_norm = torch.zeros((), device=self.world.device)
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm = grad_norm
+
+    def read(self) -> dict[str, float]:
+        loss = self.world.mean(self.loss).item() / self.steps
+        grad_norm = self.grad_norm.item()
+        images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
+        self.restart()
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "images_per_second": images_per_second,
+            "memory_gib": _peak_memory(self.world.device) / 2**30,
+        }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

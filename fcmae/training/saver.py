@@ -1,0 +1,113 @@
+"""Saving while training goes on: the state is copied to the host, a thread writes it to the disk."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fcmae.errors import SaveError
+from fcmae.training.checkpoint import CheckpointDir, State, replacing
+
+
+class HostCopy:
+    """Copies states to the host, into the same memory every time (pinned, if they come from a GPU)."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, state: State) -> State:
+        """A copy of nested dicts, lists and tensors that shares nothing with ``state``; overwritten by the next."""
+        copy = self._copy(state, "")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copy
+
+    def _copy(self, value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: self._copy(item, f"{key}/{name}") for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(item, f"{key}/{i}") for i, item in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            # The layout is the original's, so that a resumed run computes in the same order.
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(value, non_blocking=True)
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time, on the one rank that does so.
+
+    ``failed`` turns true as soon as a write went wrong and the run is to stop for it; the reason was printed then.
+    """
+
+    def __init__(self, checkpoints: CheckpointDir, on_error: str, enabled: bool) -> None:
+        self.checkpoints = checkpoints
+        self.on_error = on_error
+        self.enabled = enabled
+        self.failed = False
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._stall: float | None = None
+
+    def save(self, state: Callable[[], State]) -> None:
+        """Starts to write what ``state`` returns; waits for the write before, and for the copy to the host."""
+        if not self.enabled:
+            return
+        start = time.perf_counter()
+        self.close()
+        self._thread = threading.Thread(target=self._write, args=(self._copy(state()),), name="fcmae-saver")
+        self._thread.start()
+        self._stall = (self._stall or 0.0) + time.perf_counter() - start
+
+    def take_stall(self) -> dict[str, float]:
+        """The metric ``checkpoint_stall_seconds``, for which training stood still since last asked, if it did."""
+        stall, self._stall = self._stall, None
+        return {} if stall is None else {"checkpoint_stall_seconds": stall}
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk. Raises SaveError if it is not."""
+        self.close()
+        if self._error is not None:
+            raise SaveError(f"the last checkpoint was not saved: {_reason(self._error)}")
+
+    def close(self) -> None:
+        """Waits for the write that is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, state: State) -> None:
+        best = state["best"]
+        try:
+            self.checkpoints.save(state, keep_steps=() if best is None else (best["step"],))
+            self._error = None
+        except Exception as error:  # nobody else would see it
+            self._error = error
+            self.failed = self.on_error == "stop"
+            path = self.checkpoints.path(state["step"])
+            what_now = "the run stops" if self.failed else "training goes on"
+            what_now += f" (trainer.on_save_error={self.on_error})"
+            print(f"checkpoint {path} was not saved: {_reason(error)}; {what_now}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def write_encoder(run_dir: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Writes ``encoder.safetensors``: the backbone alone, under timm's names."""
+    path = run_dir / "encoder.safetensors"
+    with replacing(path) as file:
+        file.write(save({name: value.detach().cpu().contiguous() for name, value in weights.items()}, metadata))
+    return path
