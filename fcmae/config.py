@@ -283,6 +283,8 @@ class TrainerConfig:
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
     max_steps: int | None = None
     """Stop (resumable) after that many optimizer steps of the schedule."""
+    allow_changed_recipe: bool = False
+    """Resume although keys of the recipe changed (``fcmae/training/recipe.py`` lists those that are not)."""
     max_hours: float | None = None
     """Save and stop (resumable) so long after the start of the process; None = never."""
     ema_decay: float | None = None

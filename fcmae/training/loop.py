@@ -24,6 +24,7 @@ from fcmae.training.finite import FiniteGuard, stop_if_not_finite
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, set_lr
+from fcmae.training.recipe import check_recipe
 from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
@@ -54,10 +55,12 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
     state = _create_state(task, world)
     resumed = checkpoints.load_latest(_say, world.device) if cfg.trainer.resume else None
+    config = to_dict(cfg)
     if resumed is not None:
+        if not cfg.trainer.allow_changed_recipe:
+            world.on_main(lambda: check_recipe(resumed["config"], config))
         state.load_state_dict(resumed, checkpoints.folder)
     stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
-    config = to_dict(cfg)
     if world.is_main:
         checkpoints.sweep()
         _write_config(run_dir, config)

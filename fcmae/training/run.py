@@ -8,6 +8,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.engines import get_engine
 from fcmae.errors import UsageError
 from fcmae.training import distributed
+from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
 
@@ -31,7 +32,10 @@ def _run(task: Task, run_dir: Path) -> Path:
     world = distributed.connect(cfg.trainer.device)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
+    lock = RunLock(run_dir)
     try:
+        world.on_main(lock.acquire)
         return train(task, run_dir, world)
     finally:
+        lock.close()
         distributed.disconnect()

@@ -5,20 +5,24 @@ import io
 import math
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from fcmae.config import OptimConfig
-from fcmae.errors import CheckpointError
+from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
+from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard
+from fcmae.training.lock import RunLock
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
+from fcmae.training.recipe import HARMLESS, check_recipe
 from fcmae.training.schedule import CosineSchedule
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -208,3 +212,46 @@ def test_the_meter_averages_since_the_last_reading():
     assert 0.05 < metrics["memory_gib"] < 100
     meter.add(torch.tensor(7.0), torch.tensor(1.0))
     assert meter.read()["loss"] == 7.0
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fcmae.training.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=f"in use by another run \\(host .*, process {holder.pid}, started 2"):
+            RunLock(tmp_path).acquire()
+        holder.kill()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_recipe_is_refused_key_by_key():
+    old, new = to_dict(PretrainConfig()), to_dict(PretrainConfig(seed=1, optim=OptimConfig(betas=[0.9, 0.99])))
+    new["trainer"]["micro_batch_size"] = 8
+    new["logger"]["project"] = "other"
+    del old["data"]["hflip"]
+    with pytest.raises(UsageError) as caught:
+        check_recipe(old, new)
+    assert str(caught.value).split("\n")[1:] == ["  seed: 0 -> 1", "  optim.betas: (0.9, 0.95) -> (0.9, 0.99)"]
+    check_recipe(old, {**new, "seed": 0, "optim": old["optim"]})
+
+
+def test_every_harmless_key_exists():
+    known = set()
+    for config in (to_dict(PretrainConfig()), to_dict(FinetuneConfig())):
+        for group, value in config.items():
+            known |= {f"{group}.{key}" for key in value} if isinstance(value, dict) else {group}
+    assert known >= HARMLESS

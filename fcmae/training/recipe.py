@@ -1,0 +1,66 @@
+"""What of a config is the recipe: on resuming, it is what it was."""
+
+from typing import Any
+
+from fcmae.errors import UsageError
+
+HARMLESS = frozenset(
+    {
+        # names and places
+        "name",
+        "init_from",
+        "data.path",
+        "data.val_path",
+        # how it is computed, not what: equal up to the order of summation
+        "data.workers",
+        "engine.name",
+        "trainer.micro_batch_size",
+        "trainer.compile",
+        "trainer.cuda_graph",
+        "trainer.device",
+        "trainer.deterministic",
+        # when something is written, and when a run ends early
+        "trainer.log_every",
+        "trainer.checkpoint_every_epochs",
+        "trainer.keep_checkpoints",
+        "trainer.keep_every_epochs",
+        "trainer.eval_every_epochs",
+        "trainer.resume",
+        "trainer.max_steps",
+        "trainer.max_hours",
+        "trainer.allow_changed_recipe",
+        # what happens when something goes wrong
+        "trainer.on_save_error",
+    }
+)
+"""Keys that may change on resuming, besides all of the group ``logger``. Every other key is part of the recipe."""
+
+
+def check_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Compares a checkpoint's config with the one to go on with.
+
+    Raises UsageError with a line for each key of the recipe that changed. A key that only one of them knows, because
+    another version wrote the checkpoint, is left alone.
+    """
+    before, now = _flat(old), _flat(new)
+    changed = [
+        f"  {key}: {before[key]!r} -> {value!r}"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in HARMLESS and not key.startswith("logger.")
+    ]
+    if changed:
+        raise UsageError(
+            "the recipe differs from the run's so far; give its values again, or "
+            "trainer.allow_changed_recipe=true to go on with these:\n" + "\n".join(changed)
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Full keys and plain values; sequences are tuples, whatever they were."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, (list, tuple)) else value
+    return flat
