@@ -277,6 +277,13 @@ class TrainerConfig:
     """Checkpoints after multiples of so many epochs stay for good; None = none."""
     on_save_error: str = "stop"
     """When a checkpoint cannot be written, e.g. on a full disk: ``stop``, or ``continue`` without it."""
+    on_nonfinite: str = "stop"
+    """At a loss or gradient that is infinite or NaN: ``stop`` before the step, or ``skip`` the step."""
+    max_skipped: int = 10
+    """Steps that may be skipped before the run stops after all."""
+    hang_timeout: float = 1800.0
+    """Seconds without a finished step, evaluation or save (the first step compiles) after which the run ends, leaving
+    the stacks of every rank; also how long ranks and data workers are waited for."""
     eval_every_epochs: float = 1.0
     """Fine-tuning: evaluation; pretraining: a reconstruction picture."""
     resume: bool = True
@@ -293,10 +300,13 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _check_one_of("trainer.precision", self.precision, PRECISIONS)
         _check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
-        positive = ("global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps")
-        for name in (*positive, "checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"):
+        positive = ["global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps"]
+        positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours", "hang_timeout"]
+        for name in positive:
             _check_positive(f"trainer.{name}", getattr(self, name))
         _check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
+        _check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        _check_not_negative("trainer.max_skipped", self.max_skipped)
         ok = self.ema_decay is None or 0 < self.ema_decay < 1
         check("trainer.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
 

@@ -37,6 +37,10 @@ class NonFiniteLossError(FCMAEError):
     """The loss or gradient became infinite or NaN; the weights are those before that step."""
 
 
+class WorkerError(FCMAEError):
+    """A data worker died or does not answer."""
+
+
 class SaveError(FCMAEError):
     """A checkpoint could not be written; the older ones are as they were."""
 

@@ -4,9 +4,14 @@ The samples of optimizer step k are a function of the seed and k alone: a fresh 
 cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch.
 """
 
+import contextlib
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fcmae import interrupt
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, WorkerError
 from fcmae.randomness import Stream, generator, seed_globals
 
 SampleKey = tuple[int, int]
@@ -154,10 +159,22 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
 
 
 def train_loader(
-    dataset: Dataset, plan: BatchPlan, *, rank: int, start_step: int, stop_step: int, workers: int, pin_memory: bool
+    dataset: Dataset,
+    plan: BatchPlan,
+    *,
+    rank: int,
+    start_step: int,
+    stop_step: int,
+    workers: int,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader:
-    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order."""
-    return _loader(dataset, workers, pin_memory, batch_sampler=MicroBatches(plan, rank, start_step, stop_step))
+    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order.
+
+    Waiting for a worker longer than ``timeout`` seconds is a RuntimeError; 0 = wait for ever.
+    """
+    batches = MicroBatches(plan, rank, start_step, stop_step)
+    return _loader(dataset, workers, pin_memory, batch_sampler=batches, timeout=timeout if workers else 0)
 
 
 def eval_loader(
@@ -181,6 +198,44 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataL
 
 def _start_worker(_: int) -> None:
     interrupt.shield_worker()
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """In this block a RuntimeError of a DataLoader becomes a WorkerError of one line; after an error no worker is left.
+
+    torch raises some of them out of a signal handler, so wherever the block happens to be.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = [child.pid for child in multiprocessing.active_children() if _is_stopped(child.pid)]
+        _end_workers()
+        reason = str(error).strip()
+        if isinstance(error, RuntimeError) and reason.startswith("DataLoader"):
+            named = f" (stopped: process {', '.join(map(str, stopped))})" if stopped else ""
+            raise WorkerError(reason.split("\n")[0] + named) from error
+        raise
+
+
+def _end_workers() -> None:
+    """SIGKILL for all workers: they ignore anything else, and one that hangs would keep this process from ending."""
+    main = threading.current_thread() is threading.main_thread()
+    # torch's handler would raise an error for each of them
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process is suspended (SIGSTOP); known on Linux only."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def default_workers(device: torch.device, local_world_size: int) -> int:

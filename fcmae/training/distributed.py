@@ -100,8 +100,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def connect(device: str) -> World:
-    """Joins the other ranks, over NCCL on GPUs and gloo on CPUs. Call once, and :func:`disconnect` at the end."""
+def connect(device: str, timeout: float = 1800.0) -> World:
+    """Joins the other ranks, over NCCL on GPUs and gloo on CPUs. Call once, and :func:`disconnect` at the end.
+
+    Waiting for another rank longer than ``timeout`` seconds is an error.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     picked = pick_device(device, local_rank)
     if picked.type == "cuda":
@@ -114,7 +117,12 @@ def connect(device: str) -> World:
         # Over gloo the hosts agree on when to stop without waiting for their GPUs.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, device_id=picked if picked.type == "cuda" else None
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=picked if picked.type == "cuda" else None,
         )
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), picked)
 

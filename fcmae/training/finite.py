@@ -1,51 +1,91 @@
 """Losses and gradients that are infinite or NaN: noticed before the optimizer steps, reported with their samples."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from fcmae.data.loader import BatchPlan
+from fcmae.data.loader import BatchPlan, MicroBatches
 from fcmae.errors import NonFiniteLossError
 from fcmae.training.distributed import World
 from fcmae.training.tasks import Task
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first step whose gradient was not finite; from then on no step changes anything.
+    """Keeps, on the device, the optimizer from stepping with a gradient that is not finite.
 
     The gradient is the mean over ranks, so all ranks agree, and asking costs no synchronisation with the device until
-    :meth:`first_bad_step` is read.
+    the guard is read.
+
+    Args:
+        skip: leave out only such steps; otherwise no step after the first of them changes anything either.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, skip: bool = False) -> None:
+        self.skip = skip
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def check(self, finite: Tensor, step: int) -> Tensor:
-        """float32 1 if this or an earlier step was not finite, else 0."""
-        bad_now = ~finite & (self._step < 0)
-        self._step = torch.where(bad_now, step, self._step)
-        return (self._step >= 0).float()
+        """float32 1 if the optimizer must leave everything as it is, else 0."""
+        bad = ~finite
+        self._count += bad
+        self._first = torch.where(bad & (self._first < 0), step, self._first)
+        return (bad if self.skip else self._first >= 0).float()
 
     def first_bad_step(self, world: World) -> int | None:
-        """The step, on every rank if it was seen on one; waits for the device."""
-        step = int(world.max(self._step))
+        """The first step that was not finite (when skipping: since last asked), on every rank; waits for the device."""
+        step = int(world.max(self._first))
+        if self.skip:
+            self._first.fill_(-1)
         return step if step >= 0 else None
 
+    def count(self, world: World) -> int:
+        """Steps that were not finite since the start of the process."""
+        return int(world.max(self._count))
 
-def stop_if_not_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> None:
-    """Raises NonFiniteLossError if a step since the start was not finite, after listing that step's samples."""
+
+def act_on_non_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> dict[str, float]:
+    """Reports the first step since last asked that was not finite, and does what ``trainer.on_nonfinite`` says.
+
+    Returns:
+        The metric ``skipped_steps``, if steps were skipped.
+
+    Raises NonFiniteLossError if the run is to stop, or skipped more than ``trainer.max_skipped`` steps.
+    """
+    cfg = task.cfg.trainer
     step = guard.first_bad_step(world)
     if step is None:
-        return
-    path = run_dir / f"nonfinite_step_{step:08d}.json"
+        return {}
+    listed = _report(step, task, plan, run_dir, world)
+    problem = f"the loss or gradient of step {step} is not finite"
+    if not guard.skip:
+        raise NonFiniteLossError(f"{problem}; the weights are those before it. Its samples: {listed}")
+    skipped = guard.count(world)
+    if skipped > cfg.max_skipped:
+        raise NonFiniteLossError(
+            f"{problem}; {skipped} steps were skipped, trainer.max_skipped is {cfg.max_skipped}. Its samples: {listed}"
+        )
+    if world.is_main:
+        print(f"{problem}: skipped ({skipped} so far). Its samples: {listed}", file=sys.stderr, flush=True)
+    return {"skipped_steps": float(skipped)}
+
+
+def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:
+    """Lists the samples of a step, and saves what this rank saw of them: its micro-batches, read once more."""
+    listed = run_dir / f"nonfinite_step_{step:08d}.json"
     if world.is_main:
         samples = [
             {"epoch": epoch, "index": index, "sample": task.source.describe(index)}
             for epoch, index in plan.global_batch(step)
         ]
-        path.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
-    raise NonFiniteLossError(
-        f"the loss or gradient of step {step} is not finite; the weights are those before it. Its samples: {path}"
-    )
+        listed.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
+    dataset = task.dataset()
+    keys = list(MicroBatches(plan, world.rank, step, step + 1))
+    batches = [default_collate([dataset[key] for key in micro]) for micro in keys]
+    batch_file = run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt"
+    torch.save({"step": step, "samples": keys, "micro_batches": batches}, batch_file)
+    return listed

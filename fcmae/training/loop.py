@@ -20,7 +20,7 @@ from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
-from fcmae.training.finite import FiniteGuard, stop_if_not_finite
+from fcmae.training.finite import FiniteGuard, act_on_non_finite
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, set_lr
@@ -30,9 +30,10 @@ from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
 from fcmae.training.stop import StopAgreement, Verdict
 from fcmae.training.tasks import Task
+from fcmae.training.watchdog import Watchdog
 
 
-def train(task: Task, run_dir: Path, world: World) -> Path:
+def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     """Trains a task to the end of its schedule, continuing what ``run_dir`` holds.
 
     Returns:
@@ -54,7 +55,7 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
     )
     checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
     state = _create_state(task, world)
-    resumed = checkpoints.load_latest(_say, world.device) if cfg.trainer.resume else None
+    resumed = checkpoints.load_latest(_say if world.is_main else _quiet, world.device) if cfg.trainer.resume else None
     config = to_dict(cfg)
     if resumed is not None:
         if not cfg.trainer.allow_changed_recipe:
@@ -78,11 +79,12 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             stop_step=stop_step,
             workers=workers,
             pin_memory=world.device.type == "cuda",
+            timeout=cfg.trainer.hang_timeout,
         )
     )
     logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
     meter = Meter(world, plan.global_batch_size)
-    guard = FiniteGuard(world.device)
+    guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
     saver = Saver(checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
 
     def run(batch: Sequence[Tensor]) -> Tensor:
@@ -112,12 +114,13 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             state.step += 1
             meter.add(loss, grad_norm)
             logger.progress.advance()
+            watchdog.beat()
 
             verdict = stop.after_step(saver.failed)
             at_end = state.step == stop_step
             if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
                 metrics = meter.read() | saver.take_stall()
-                stop_if_not_finite(guard, task, plan, run_dir, world)
+                metrics |= act_on_non_finite(guard, task, plan, run_dir, world)
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
@@ -126,10 +129,12 @@ def train(task: Task, run_dir: Path, world: World) -> Path:
             if at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan):
                 best = state.improves(task.evaluate(model, state.average, state.step, logger, world))
                 meter.restart()
+                watchdog.beat()
             due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
             if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
-                stop_if_not_finite(guard, task, plan, run_dir, world)
+                act_on_non_finite(guard, task, plan, run_dir, world)
                 saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
+                watchdog.beat()
         stop.close()
         world.on_main(saver.finish)
     if verdict == Verdict.FAIL:
@@ -210,8 +215,11 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
         state.scaler.update()
     else:
         # Fused AdamW leaves everything as it is where found_inf is 1, without the host having to know.
-        state.optimizer.found_inf = guard.check(torch.isfinite(norm), step)  # type: ignore[attr-defined]
+        found_inf = guard.check(torch.isfinite(norm), step)
+        state.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         state.optimizer.step()
+        if guard.skip and state.ema is not None and bool(found_inf):  # waits for the device, with this policy only
+            return norm
     if state.ema is not None:
         state.ema.update(state.model)
     return norm
@@ -245,6 +253,10 @@ def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, w
         f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {batch} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
     )
+
+
+def _quiet(_: str) -> None:
+    """The first rank speaks for the others."""
 
 
 def _say(message: str) -> None:

@@ -11,7 +11,10 @@ from fcmae.training.distributed import World
 
 
 class Meter:
-    """Means over the steps since the last reading; only reading waits for the device."""
+    """Means over the steps since the last reading, leaving out losses that are not finite.
+
+    Only reading waits for the device.
+    """
 
     def __init__(self, world: World, images_per_step: int) -> None:
         self.world = world
@@ -21,17 +24,20 @@ class Meter:
     def restart(self) -> None:
         """Starts anew, after something that is not training."""
         self.steps = 0
+        self.finite = torch.zeros((), device=self.world.device)
         self.loss = torch.zeros((), device=self.world.device)
         self.grad_norm = torch.zeros((), device=self.world.device)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.steps += 1
-        self.loss += loss
+        finite = torch.isfinite(loss)
+        self.finite += finite
+        self.loss += torch.where(finite, loss, 0)
         self.grad_norm = grad_norm
 
     def read(self) -> dict[str, float]:
-        loss = self.world.mean(self.loss).item() / self.steps
+        loss = self.world.sum(self.loss).item() / max(1.0, self.world.sum(self.finite).item())
         grad_norm = self.grad_norm.item()
         images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
         self.restart()

@@ -14,6 +14,7 @@ HARMLESS = frozenset(
         # how it is computed, not what: equal up to the order of summation
         "data.workers",
         "engine.name",
+        "engine.recompute_stages",
         "trainer.micro_batch_size",
         "trainer.compile",
         "trainer.cuda_graph",
@@ -31,6 +32,9 @@ HARMLESS = frozenset(
         "trainer.allow_changed_recipe",
         # what happens when something goes wrong
         "trainer.on_save_error",
+        "trainer.on_nonfinite",
+        "trainer.max_skipped",
+        "trainer.hang_timeout",
     }
 )
 """Keys that may change on resuming, besides all of the group ``logger``. Every other key is part of the recipe."""

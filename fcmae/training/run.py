@@ -1,16 +1,19 @@
 """The commands ``pretrain`` and ``finetune`` as functions of a typed config and a run directory."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.data.loader import explained
 from fcmae.engines import get_engine
 from fcmae.errors import UsageError
 from fcmae.training import distributed
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
+from fcmae.training.watchdog import Watchdog
 
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
@@ -29,13 +32,14 @@ def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
 
 def _run(task: Task, run_dir: Path) -> Path:
     cfg = task.cfg
-    world = distributed.connect(cfg.trainer.device)
+    world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
-    lock = RunLock(run_dir)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(distributed.disconnect)
+        lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
-        return train(task, run_dir, world)
-    finally:
-        lock.close()
-        distributed.disconnect()
+        watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank)
+        stack.enter_context(contextlib.closing(watchdog))
+        stack.enter_context(explained())
+        return train(task, run_dir, world, watchdog)

@@ -24,6 +24,7 @@ from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
 from fcmae.training.schedule import CosineSchedule
+from fcmae.training.watchdog import Watchdog
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -201,6 +202,59 @@ def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stoppe
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])
     assert torch.equal(weights[1], weights[3])
+
+
+def test_skipping_leaves_out_the_bad_step_alone():
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    guard = FiniteGuard(torch.device("cpu"), skip=True)
+    weights = []
+    for step, gradient in enumerate((1.0, float("inf"), 1.0)):
+        for param in layer.parameters():
+            param.grad = torch.full_like(param, gradient)
+        optimizer.found_inf = guard.check(torch.tensor(math.isfinite(gradient)), step)
+        optimizer.step()
+        weights.append(layer.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert guard.first_bad_step(CPU) == 1
+    assert guard.first_bad_step(CPU) is None
+    assert guard.count(CPU) == 1
+
+
+def test_the_meter_leaves_out_what_is_not_finite():
+    meter = Meter(CPU, images_per_step=8)
+    for loss in (1.0, math.nan, 3.0):
+        meter.add(torch.tensor(loss), torch.tensor(5.0))
+    assert meter.read()["loss"] == 2.0
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from fcmae.training.watchdog import Watchdog
+watchdog = Watchdog(0.5, Path(sys.argv[1]), rank=3)
+for _ in range(4):
+    time.sleep(0.2)
+    watchdog.beat()
+def stuck():
+    time.sleep(60)
+stuck()
+"""
+
+
+def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, tmp_path], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
+    assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
+
+
+def test_the_watchdog_leaves_nothing_behind(tmp_path):
+    Watchdog(60, tmp_path, rank=0).close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_meter_averages_since_the_last_reading():
