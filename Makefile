@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-minkowski lint format demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults lint format demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -28,6 +28,13 @@ test-tf: $(VENV)/.dev
 test-minkowski: $(VENV)/.dev
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m minkowski
+
+# docs/reliability.md, the whole of it; test-faults is the short form that CI runs.
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults tests/faults
+
+test-faults: $(VENV)/.dev
+	FAULTS=short $(BIN)/python -m pytest -m faults tests/faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,187 @@
+"""Rows 7 to 10: numbers that are not, data workers and ranks that die or stop, a busy port."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fcmae.training.checkpoint import CheckpointDir
+from tests.faults.runs import (
+    COMMANDS,
+    MARK,
+    SHORT,
+    children,
+    finish,
+    kill_group,
+    ranks_of,
+    start,
+    steps,
+    wait_until,
+)
+
+TIMEOUT = 6
+
+POISON = {
+    "input": """
+import fcmae.data.sources as s
+read = s.Synthetic.__getitem__
+def poisoned(self, i):
+    sample = read(self, i)
+    return s.Sample(sample.image.float() / (0 if i == 5 and RANK == 1 else 1), sample.label)
+s.Synthetic.__getitem__ = poisoned
+""",
+    "activation": """
+import fcmae.training.tasks as t
+for task in (t.Pretraining, t.Finetuning):
+    def poisoned(self, model, batch, loss=task.loss):
+        global calls
+        calls += 1
+        return loss(self, model, batch) * (float("nan") if calls == 8 and RANK == 1 else 1)
+    task.loss = poisoned
+""",
+    "gradient": """
+import torch, fcmae.training.loop as loop
+wrap = loop._wrap
+def poisoned(model, *args):
+    def hook(grad):
+        global calls
+        calls += 1
+        return grad * float("nan") if calls == 8 and RANK == 1 else grad
+    next(p for p in model.parameters() if p.ndim == 4).register_hook(hook)
+    return wrap(model, *args)
+loop._wrap = poisoned
+""",
+}
+
+
+def poisoned(folder, kind):
+    script = folder / "poisoned.py"
+    script.write_text(
+        "import os, sys\nRANK, calls = int(os.environ['RANK']), 0\n"
+        f"{POISON[kind]}\nfrom fcmae.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    return script
+
+
+@pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
+@pytest.mark.parametrize("kind", ["gradient"] if SHORT else list(POISON))
+def test_not_a_number_on_one_rank(tmp_path, command, kind):
+    args = (*COMMANDS[command], "hydra.run.dir=run", "trainer.log_every=1000")
+    if kind == "input":
+        args = (*args, "trainer.global_batch_size=24")  # sample 5 is in every step, half the time on rank 1
+    said = finish(tmp_path, *args, ranks=2, script=poisoned(tmp_path, kind), expect=1)
+    assert "is not finite; the weights are those before it" in said
+    run_dir = tmp_path / "run"
+    (listed,) = run_dir.glob("nonfinite_step_*.json")
+    step = json.loads(listed.read_text())["step"]
+    assert {p.name for p in run_dir.glob("nonfinite_*.pt")} == {f"{listed.stem}_rank_{rank}.pt" for rank in (0, 1)}
+    latest = CheckpointDir(run_dir).load_latest(pytest.fail)
+    if latest is not None:
+        assert latest["step"] <= step
+        assert all(value.isfinite().all() for value in latest["model"].values())
+
+
+def test_a_skipped_step(tmp_path):
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.on_nonfinite=skip")
+    said = finish(tmp_path, *args, ranks=2, script=poisoned(tmp_path, "gradient"))
+    assert "is not finite: skipped (1 so far)" in said
+    assert '"skipped_steps": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    refused = finish(
+        tmp_path,
+        *args[:-2],
+        "hydra.run.dir=other",
+        args[-1],
+        "trainer.max_skipped=0",
+        ranks=2,
+        script=poisoned(tmp_path, "gradient"),
+        expect=1,
+    )
+    assert "1 steps were skipped, trainer.max_skipped is 0" in refused
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
+def test_a_data_worker_dies_or_stops(tmp_path, command, number):
+    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", f"trainer.hang_timeout={TIMEOUT}")
+    run = start(tmp_path, *args, "schedule.epochs=400")
+    try:
+        wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
+        (worker,) = children(run.pid, tmp_path)
+        os.kill(worker, number)
+        limit = 5 if number == signal.SIGKILL else TIMEOUT + 5
+        assert wait_until(lambda: run.poll() is not None, 60) <= limit
+        assert run.returncode == 1
+    finally:
+        kill_group(run)
+    said = (tmp_path / "stderr.txt").read_text()
+    assert "Traceback" not in said
+    if number == signal.SIGKILL:
+        assert f"fcmae {command}: DataLoader worker (pid {worker}) is killed by signal: Killed" in said
+    else:
+        assert "no step was finished for 6 s" in said
+
+
+@pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
+def test_a_rank_stops(tmp_path, command):
+    args = (*COMMANDS[command], "hydra.run.dir=run", f"trainer.hang_timeout={TIMEOUT}", "schedule.epochs=400")
+    run = start(tmp_path, *args, ranks=2)
+    try:
+        wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
+        os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
+        assert wait_until(lambda: run.poll() is not None, 90) <= TIMEOUT + 35
+    finally:
+        kill_group(run)
+    assert "in train" in (tmp_path / "run" / "stacks_rank0.txt").read_text()
+
+
+LONELY = """
+import os, sys
+import fcmae.training.stop as stop
+import torch, torch.distributed as dist
+after_step, calls = stop.StopAgreement.after_step, 0
+def lonely(self, failed):
+    global calls
+    calls += 1
+    if calls == 8 and self.world.rank == 1:
+        dist.barrier()
+    return after_step(self, failed)
+stop.StopAgreement.after_step = lonely
+from fcmae.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_collective_that_only_one_rank_enters(tmp_path):
+    script = tmp_path / "lonely.py"
+    script.write_text(LONELY)
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", f"trainer.hang_timeout={TIMEOUT}")
+    began = time.monotonic()
+    finish(tmp_path, *args, ranks=2, script=script, expect=1)
+    assert time.monotonic() - began < 30 + TIMEOUT + 35  # the start-up included
+    for rank in (0, 1):
+        assert "in train" in (tmp_path / "run" / f"stacks_rank{rank}.txt").read_text()
+
+
+def test_a_busy_rendezvous_port(tmp_path):
+    """A port that is given and busy is a clear error; without one, a free port is found (all other tests)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port]
+        began = time.monotonic()
+        done = subprocess.run(
+            [*launcher, "-m", "fcmae.cli", *COMMANDS["pretrain"]],
+            cwd=tmp_path,
+            env={**os.environ, MARK: str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert time.monotonic() - began < 15  # of which the imports take a few
+    assert "address already in use" in done.stderr

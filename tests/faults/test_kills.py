@@ -1,0 +1,97 @@
+"""Rows 1 and 2: SIGKILL at any time, and at every operation of a save."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fcmae.training import checkpoint
+from tests.faults.runs import COMMANDS, SHORT, children, finish, kill_group, ranks_of, start, steps, wait_until
+from tests.faults.runs import weights_sha256 as sha256
+
+
+def kill_one(folder, args, rng, what, aim):
+    """Starts or resumes a run of two ranks, and kills one of its processes when it has done ``aim`` steps."""
+    run = start(folder, *args, ranks=2)
+    try:
+        wait_until(lambda: max(steps(folder / "run"), default=0) >= aim or run.poll() is not None)
+        assert run.poll() is None, (folder / "stderr.txt").read_text()
+        ranks = ranks_of(folder)
+        victims = {"launcher": [run.pid], "rank": ranks, "worker": children(rng.choice(ranks), folder)}
+        os.kill(rng.choice(victims[what]), signal.SIGKILL)
+        run.wait(60)
+        wait_until(lambda: not ranks_of(folder), 20)
+    finally:
+        kill_group(run)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("command", "kills"), [("pretrain", 5 if SHORT else 20), ("finetune", 3 if SHORT else 8)])
+def test_killed_at_random_and_resumed_equals_undisturbed(tmp_path, undisturbed, command, kills):
+    """Launcher, rank or data worker by turns, each kill some steps after the last checkpoint."""
+    rng = random.Random(command)
+    run_dir = tmp_path / "run"
+    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", "trainer.log_every=1")
+    reached = 0
+    for kill in range(kills):
+        aim = min(reached + rng.randint(1, 120 // kills), 118)
+        kill_one(tmp_path, args, rng, ("launcher", "rank", "worker")[kill % 3], aim)
+        reached = max(steps(run_dir))
+        saved = checkpoint.step_of(checkpoint.CheckpointDir(run_dir).paths()[-1]) if reached > 6 else 0
+        assert reached - saved <= 6, "more than a checkpoint interval and the save under way is lost"
+    finish(tmp_path, *args, ranks=2)
+    assert sha256(run_dir) == undisturbed(command, 2)
+
+
+SAVE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from fcmae.training import checkpoint
+
+fatal, calls = int(sys.argv[2]), 0
+
+def deadly(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+checkpoints = checkpoint.CheckpointDir(Path(sys.argv[1]), keep=2)
+checkpoint._HashingWriter.write = deadly(checkpoint._HashingWriter.write)
+os.fsync = deadly(os.fsync)
+Path.replace = deadly(Path.replace)
+Path.unlink = deadly(Path.unlink)
+for step in (1, 2, 3, 4):
+    checkpoints.save({"step": step, "model": {f"w{i}": torch.full((3000,), float(step)) for i in range(3)}})
+print(calls)
+"""
+
+
+@pytest.mark.timeout(1800)
+def test_killed_at_each_operation_of_a_save(tmp_path):
+    """Four saves, of which the last two also delete; one SIGKILL before each operation in turn."""
+    whole = subprocess.run(
+        [sys.executable, "-c", SAVE_AND_DIE, str(tmp_path / "whole"), "0"], capture_output=True, text=True, check=True
+    )
+    calls = int(whole.stdout)
+    assert calls >= 50
+    points = range(1, calls + 1)
+    points = points[:: max(1, len(points) // 12)] if SHORT else points
+    for fatal in points:
+        folder = tmp_path / str(fatal)
+        died = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(folder), str(fatal)], check=False)
+        assert died.returncode == -signal.SIGKILL
+        checkpoints = checkpoint.CheckpointDir(folder)
+        checkpoints.sweep()
+        state = checkpoints.load_latest(pytest.fail)  # none is damaged, so none is reported
+        if fatal > calls // 4:
+            assert state is not None
+        if state is not None:
+            assert all(value.eq(state["step"]).all() for value in state["model"].values())

@@ -1,0 +1,32 @@
+"""Row 5: the number of ranks, workers and micro-batches changes, the samples of a step do not."""
+
+import json
+
+import pytest
+
+from tests.faults.runs import COMMANDS, SHORT, finish
+
+
+def losses(run_dir):
+    """By step; lines of evaluation have none."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
+def test_two_ranks_then_one_then_four_then_two(tmp_path, command):
+    """The losses of 100 steps are those of one rank. That the samples are the same is in tests/unit/test_data.py."""
+    args = (*COMMANDS[command], "trainer.log_every=1", "trainer.eval_every_epochs=100", "hydra.run.dir=changing")
+    stages = [
+        (2, 25, ("data.workers=1",)),
+        (1, 50, ("trainer.micro_batch_size=2",)),
+        (4, 75, ("data.workers=0",)),
+        (2, 100, ("trainer.micro_batch_size=1", "data.workers=2")),
+    ]
+    for ranks, stop, others in stages:
+        finish(tmp_path, *args, f"trainer.max_steps={stop}", *others, ranks=ranks, expect=1 if ranks > 1 else 75)
+    finish(tmp_path, *args[:-1], "hydra.run.dir=steady", "trainer.max_steps=100", expect=75)
+    changing = losses(tmp_path / "changing")
+    assert list(changing) == list(range(1, 101))
+    assert changing == pytest.approx(losses(tmp_path / "steady"), rel=1e-5)
