@@ -52,26 +52,27 @@ def act_on_non_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: 
     """Reports the first step since last asked that was not finite, and does what ``trainer.on_nonfinite`` says.
 
     Returns:
-        The metric ``skipped_steps``, if steps were skipped.
+        The metric ``skipped_steps``, of this process so far, if steps were skipped.
 
     Raises NonFiniteLossError if the run is to stop, or skipped more than ``trainer.max_skipped`` steps.
     """
     cfg = task.cfg.trainer
     step = guard.first_bad_step(world)
+    skipped = guard.count(world) if guard.skip else 0
+    metrics = {"skipped_steps": float(skipped)} if skipped else {}
     if step is None:
-        return {}
+        return metrics
     listed = _report(step, task, plan, run_dir, world)
     problem = f"the loss or gradient of step {step} is not finite"
     if not guard.skip:
         raise NonFiniteLossError(f"{problem}; the weights are those before it. Its samples: {listed}")
-    skipped = guard.count(world)
     if skipped > cfg.max_skipped:
         raise NonFiniteLossError(
             f"{problem}; {skipped} steps were skipped, trainer.max_skipped is {cfg.max_skipped}. Its samples: {listed}"
         )
     if world.is_main:
         print(f"{problem}: skipped ({skipped} so far). Its samples: {listed}", file=sys.stderr, flush=True)
-    return {"skipped_steps": float(skipped)}
+    return metrics
 
 
 def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:

@@ -41,5 +41,6 @@ def _run(task: Task, run_dir: Path) -> Path:
         world.on_main(lock.acquire)
         watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank)
         stack.enter_context(contextlib.closing(watchdog))
+        stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())
         return train(task, run_dir, world, watchdog)

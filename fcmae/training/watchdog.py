@@ -58,5 +58,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        self._closed.wait(self.GRACE)
-        os._exit(1)
+        if not self._closed.wait(self.GRACE):
+            os._exit(1)
