@@ -16,7 +16,7 @@ class Watchdog:
     interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a little later.
     """
 
-    GRACE = 2.0
+    GRACE = 1.0
     """Seconds that the other ranks, and an error already on its way, have before the process ends."""
 
     def __init__(self, timeout: float, run_dir: Path, rank: int) -> None:
