@@ -27,8 +27,7 @@ class Watchdog:
         self._file = self.path.open("w")
         self._closed = threading.Event()
         self.beat()
-        self._thread = threading.Thread(target=self._watch, name="fcmae-watchdog", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="fcmae-watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """Something was finished: a step, an evaluation, a save."""
@@ -38,7 +37,6 @@ class Watchdog:
     def close(self) -> None:
         """Stops watching; a file without stacks is deleted."""
         self._closed.set()
-        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if self.path.is_file() and self.path.stat().st_size == 0:
@@ -58,5 +56,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        if not self._closed.wait(self.GRACE):
-            os._exit(1)
+        time.sleep(self.GRACE)
+        os._exit(1)
