@@ -215,6 +215,8 @@ def explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and reason.startswith("DataLoader"):
             named = f" (stopped: process {', '.join(map(str, stopped))})" if stopped else ""
             raise WorkerError(reason.split("\n")[0] + named) from error
+        if isinstance(error, (EOFError, ConnectionError)):  # what is left of a batch that was under way
+            raise WorkerError(f"a data worker died while it sent a batch ({reason})") from error
         raise
 
 

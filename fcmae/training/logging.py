@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,12 +135,18 @@ class RunLogger:
         return cls(sinks, Progress(name, *steps, enabled=main and cfg.progress))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for sink in self.sinks:
-            sink.log(step, metrics)
+        self._each(lambda sink: sink.log(step, metrics))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
+        self._each(lambda sink: sink.picture(step, name, image))
+
+    def _each(self, write: Callable[[Sink], None]) -> None:
+        """What cannot be logged, e.g. on a full disk, is no reason to stop: checkpoints decide that."""
         for sink in self.sinks:
-            sink.picture(step, name, image)
+            try:
+                write(sink)
+            except OSError as error:
+                print(f"{type(sink).__name__} could not write: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         for sink in self.sinks:

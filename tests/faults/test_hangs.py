@@ -121,7 +121,8 @@ def test_a_data_worker_dies_or_stops(tmp_path, command, number):
     said = (tmp_path / "stderr.txt").read_text()
     assert "Traceback" not in said
     if number == signal.SIGKILL:
-        assert f"fcmae {command}: DataLoader worker (pid {worker}) is killed by signal: Killed" in said
+        named = f"fcmae {command}: DataLoader worker (pid {worker}) is killed by signal: Killed"
+        assert named in said or f"fcmae {command}: a data worker died while it sent a batch" in said
     else:
         assert "no step was finished for 6 s" in said
 
@@ -133,7 +134,7 @@ def test_a_rank_stops(tmp_path, command):
     try:
         wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
         os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
-        assert wait_until(lambda: run.poll() is not None, 90) <= TIMEOUT + 35
+        assert wait_until(lambda: run.poll() is not None, 90) <= TIMEOUT + 45  # 35, and room for a busy machine
     finally:
         kill_group(run)
     assert "in train" in (tmp_path / "run" / "stacks_rank0.txt").read_text()
