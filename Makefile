@@ -29,7 +29,7 @@ test-minkowski: $(VENV)/.dev
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m minkowski
 
-# docs/reliability.md, the whole of it; test-faults is the short form that CI runs.
+# docs/reliability.md, the whole of it; test-faults is the short form.
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m faults tests/faults
 

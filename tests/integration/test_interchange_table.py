@@ -70,6 +70,7 @@ def round_trip(network: Network, to: str, file: Path, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_table(tmp_path, name):
