@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae import interrupt
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, FCMAEError, Interrupted, PeerError, SaveError, UsageError
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
 
 COMMANDS = {
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
@@ -100,7 +100,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
     try:
         job()
     except HydraException as error:
-        raise config.ConfigError(config.explain(error)) from error
+        raise ConfigError(config.explain(error)) from error
     finally:
         sys.argv = program
     if failures:

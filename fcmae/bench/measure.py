@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fcmae.config import ConfigError, from_dict
+from fcmae.config import from_dict
+from fcmae.errors import ConfigError
 
 CACHE_BYTES = 2**28
 """More than any L2 cache; writing as much empties it."""

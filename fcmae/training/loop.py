@@ -11,10 +11,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fcmae.config import ConfigError, PretrainConfig, TrainerConfig, to_dict
+from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.engines import HOST_BOUND
-from fcmae.errors import Interrupted, SaveError
+from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward

@@ -10,11 +10,11 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fcmae.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loader import BatchPlan, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
-from fcmae.errors import UsageError
+from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.masking import grid_size, random_mask

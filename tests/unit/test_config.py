@@ -2,7 +2,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fcmae.config import COMMANDS, ConfigError, KnnConfig, PretrainConfig, compose, conf_dir, from_dict, to_dict
+from fcmae.config import COMMANDS, KnnConfig, PretrainConfig, compose, conf_dir, from_dict, to_dict
+from fcmae.errors import ConfigError
 
 BAD = {
     "unknown key": ("optim.lrr=1", r"optim.lrr: unknown key; allowed is one of blr, lr"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.config import AugmentConfig, ConfigError, DataConfig
+from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.loader import (
     BatchPlan,
     EvaluationImages,
@@ -28,7 +28,7 @@ from fcmae.data.sources import (
     val_source,
 )
 from fcmae.data.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
-from fcmae.errors import UsageError
+from fcmae.errors import ConfigError, UsageError
 
 
 def write_image(path, mode="RGB", size=(40, 30)):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fcmae.cli import main
-from fcmae.config import ConfigError, compose, to_dict
+from fcmae.config import compose, to_dict
 from fcmae.doctor import run as doctor
 from fcmae.engines import available_engines, get_engine
+from fcmae.errors import ConfigError
 from fcmae.masking import random_mask
 from fcmae.models import FCMAE
 from fcmae.training.build import build_fcmae, model_of

@@ -1,0 +1,40 @@
+"""The schema of conf/: one dataclass a group, every range check, and how a Hydra config becomes one of them.
+
+Hydra composes, OmegaConf checks names and types against these classes, ``__post_init__`` checks ranges. Nothing past
+:func:`to_typed` sees a DictConfig.
+"""
+
+from fcmae.config.checks import check
+from fcmae.config.commands import COMMANDS, EvaluateConfig, FinetuneConfig, KnnConfig, PretrainConfig, RunConfig
+from fcmae.config.compose import compose, conf_dir, register_schemas
+from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.training import PRECISIONS, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from fcmae.config.typed import explain, from_dict, to_dict, to_typed
+
+__all__ = [
+    "COMMANDS",
+    "PRECISIONS",
+    "AugmentConfig",
+    "ClassifierConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "FCMAEConfig",
+    "FinetuneConfig",
+    "KnnConfig",
+    "LoggerConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainerConfig",
+    "check",
+    "compose",
+    "conf_dir",
+    "explain",
+    "from_dict",
+    "register_schemas",
+    "to_dict",
+    "to_typed",
+]

@@ -1,0 +1,27 @@
+"""Checks of values: one line that names the full key, what was given and what is allowed."""
+
+from typing import Any
+
+from fcmae.errors import ConfigError
+
+
+def check(key: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raises ConfigError unless ``ok``: names the full key, what was given and what is allowed."""
+    if not ok:
+        raise ConfigError(f"{key} is {value!r}; allowed is {allowed}")
+
+
+def check_one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    check(key, value, value in allowed, "one of " + ", ".join(allowed))
+
+
+def check_ratio(key: str, value: float) -> None:
+    check(key, value, 0 <= value <= 1, "a number from 0 to 1")
+
+
+def check_positive(key: str, value: float | None) -> None:
+    check(key, value, value is None or value > 0, "a positive number")
+
+
+def check_not_negative(key: str, value: float | None) -> None:
+    check(key, value, value is None or value >= 0, "a number that is not negative")

@@ -1,0 +1,87 @@
+"""Groups ``data`` and ``augment``: where samples come from and how they become tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
+
+SOURCES = ("imagefolder", "fashion_mnist", "synthetic")
+
+
+@dataclass
+class DataConfig:
+    """Group ``data``: where samples come from and how they become tensors."""
+
+    name: str = "imagefolder"
+    path: str | None = None
+    """Folder of the training images; for fashion_mnist the folder with the four .gz files, or None to look for them."""
+    val_path: str | None = None
+    """Folder of the validation images; fashion_mnist has its own."""
+    in_chans: int = 3
+    image_size: Any = 224
+    """Pixels a side, or [height, width]."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Of pixel values in 0..1, one number a channel."""
+    pad: int = 0
+    """Pixels added on each side before anything else."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    """Share of the area that a training crop covers."""
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Aspect ratio (width / height) of a training crop before it is resized."""
+    hflip: float = 0.5
+    crop_pct: float = 0.875
+    """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
+    on the image is resized straight to the square, as the official code does."""
+    workers: int | None = None
+    """Loader processes a rank; None = from the cores this process may use; 0 = load in the training process."""
+    labels_per_class: int | None = None
+    """Train on that many labelled images of each class only, chosen by the seed."""
+    length: int = 1024
+    """Images in the synthetic source."""
+
+    def __post_init__(self) -> None:
+        check_one_of("data.name", self.name, SOURCES)
+        sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
+        ok = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
+        check("data.image_size", self.image_size, ok, "a positive integer, or [height, width]")
+        self.image_size = (sides[0], sides[1])
+        check_positive("data.in_chans", self.in_chans)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            ok = len(value) == self.in_chans and (name == "mean" or min(value) > 0)
+            check(f"data.{name}", value, ok, f"{self.in_chans} numbers, one a channel (data.in_chans)")
+        ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
+        check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
+        ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]
+        check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
+        check_ratio("data.hflip", self.hflip)
+        check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
+        for name in ("pad", "workers"):
+            check_not_negative(f"data.{name}", getattr(self, name))
+        for name in ("labels_per_class", "length"):
+            check_positive(f"data.{name}", getattr(self, name))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        height, width = self.image_size
+        return height, width
+
+
+@dataclass
+class AugmentConfig:
+    """Group ``augment``: what fine-tuning does to images and labels beyond crop and flip; timm's implementations."""
+
+    auto_augment: str | None = None
+    """A timm policy, the paper's is ``rand-m9-mstd0.5-inc1``."""
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("random_erasing", "label_smoothing"):
+            check_ratio(f"augment.{name}", getattr(self, name))
+        for name in ("mixup", "cutmix"):
+            check_not_negative(f"augment.{name}", getattr(self, name))

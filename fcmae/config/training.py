@@ -1,0 +1,131 @@
+"""Groups ``optim``, ``schedule``, ``trainer`` and ``logger``: how a network is trained."""
+
+from dataclasses import dataclass, field
+
+from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
+
+PRECISIONS = ("float32", "tf32", "bf16", "fp16")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass
+class OptimConfig:
+    """Group ``optim``: AdamW."""
+
+    blr: float = 1.5e-4
+    """Base learning rate: lr = blr * global_batch_size / 256."""
+    lr: float | None = None
+    """The learning rate itself, instead of blr."""
+    weight_decay: float = 0.05
+    """On weights with two or more dimensions; never on biases, norms, GRN or the mask token."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    layer_decay: float | None = None
+    """Factor on the learning rate for each layer further from the head; None = none."""
+    layer_decay_type: str = "single"
+    """``single``: every block is a layer; ``group``: three blocks of stage 3 are one, as for Base and larger."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None = no clipping."""
+
+    def __post_init__(self) -> None:
+        check_positive("optim.blr", self.blr)
+        check_positive("optim.lr", self.lr)
+        check_not_negative("optim.weight_decay", self.weight_decay)
+        check("optim.betas", self.betas, len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two in [0, 1)")
+        ok = self.layer_decay is None or 0 < self.layer_decay <= 1
+        check("optim.layer_decay", self.layer_decay, ok, "a number in (0, 1], or null")
+        check_one_of("optim.layer_decay_type", self.layer_decay_type, ("single", "group"))
+        check_positive("optim.clip_grad", self.clip_grad)
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """The learning rate after warm-up, before layer decay."""
+        return self.lr if self.lr is not None else self.blr * global_batch_size / 256
+
+
+@dataclass
+class ScheduleConfig:
+    """Group ``schedule``: linear warm-up, then half a cosine to ``min_lr``, per step."""
+
+    epochs: float = 800
+    warmup_epochs: float = 40
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive("schedule.epochs", self.epochs)
+        ok = 0 <= self.warmup_epochs <= self.epochs
+        check("schedule.warmup_epochs", self.warmup_epochs, ok, f"from 0 to schedule.epochs ({self.epochs:g})")
+        check_not_negative("schedule.min_lr", self.min_lr)
+
+
+@dataclass
+class TrainerConfig:
+    """Group ``trainer``: how the recipe runs on the hardware at hand."""
+
+    global_batch_size: int = 4096
+    """Samples an optimizer step over all ranks: part of the recipe."""
+    micro_batch_size: int | None = None
+    """Samples a rank processes at once; None = a rank's whole share. The rest is accumulated."""
+    precision: str = "float32"
+    compile: bool | None = None
+    """torch.compile; None = on a GPU only."""
+    cuda_graph: bool | None = None
+    """Replay pretraining steps from a CUDA graph; None = where it can be: one GPU, not fp16."""
+    device: str = "auto"
+    """``auto`` = cuda if there is one, else cpu."""
+    deterministic: bool = False
+    """Only deterministic algorithms (``torch.use_deterministic_algorithms``)."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every_epochs: float = 1.0
+    keep_checkpoints: int = 2
+    """The newest that stay; in fine-tuning the best stays too."""
+    keep_every_epochs: float | None = None
+    """Checkpoints after multiples of so many epochs stay for good; None = none."""
+    on_save_error: str = "stop"
+    """When a checkpoint cannot be written, e.g. on a full disk: ``stop``, or ``continue`` without it."""
+    on_nonfinite: str = "stop"
+    """At a loss or gradient that is infinite or NaN: ``stop`` before the step, or ``skip`` the step."""
+    max_skipped: int = 10
+    """Steps that may be skipped before the run stops after all."""
+    hang_timeout: float = 1800.0
+    """Seconds without a finished step, evaluation or save (the first step compiles) after which the run ends, leaving
+    the stacks of every rank; also how long ranks and data workers are waited for."""
+    eval_every_epochs: float = 1.0
+    """Fine-tuning: evaluation; pretraining: a reconstruction picture."""
+    resume: bool = True
+    """Continue from the newest valid checkpoint of the run directory, if there is one."""
+    max_steps: int | None = None
+    """Stop (resumable) after that many optimizer steps of the schedule."""
+    allow_changed_recipe: bool = False
+    """Resume although keys of the recipe changed (``fcmae/training/recipe.py`` lists those that are not)."""
+    max_hours: float | None = None
+    """Save and stop (resumable) so long after the start of the process; None = never."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights; None = none."""
+
+    def __post_init__(self) -> None:
+        check_one_of("trainer.precision", self.precision, PRECISIONS)
+        check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        positive = ["global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps"]
+        positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours", "hang_timeout"]
+        for name in positive:
+            check_positive(f"trainer.{name}", getattr(self, name))
+        check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
+        check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        check_not_negative("trainer.max_skipped", self.max_skipped)
+        ok = self.ema_decay is None or 0 < self.ema_decay < 1
+        check("trainer.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
+
+
+@dataclass
+class LoggerConfig:
+    """Group ``logger``; metrics.jsonl is always written."""
+
+    wandb: str = "auto"
+    """``auto`` = online with an API key, offline without."""
+    project: str = "fcmae"
+    tensorboard: bool = False
+    progress: bool = True
+    """A progress bar on a terminal; a line every ``trainer.log_every`` steps elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_one_of("logger.wandb", self.wandb, WANDB_MODES)

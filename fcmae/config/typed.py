@@ -1,0 +1,58 @@
+"""How a Hydra config, or a nested dict, becomes an instance of its schema, and what a mistake in it is called."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fcmae.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_typed(cfg: DictConfig, schema: type[T]) -> T:
+    """The composed config as an instance of its schema. Raises ConfigError for a value missing or out of range."""
+    try:
+        typed = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(typed, schema)
+    return typed
+
+
+def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """A schema's instance from a nested dict, names and types checked. Raises ConfigError naming the full key."""
+    try:
+        return to_typed(OmegaConf.merge(OmegaConf.structured(schema), values), schema)  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe(error, prefix)) from error
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A typed config as a nested dict of plain values, for config.yaml and checkpoints."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def describe(error: Exception, prefix: str = "") -> str:
+    """One line for an error of OmegaConf: the full key, what was given, and what is allowed."""
+    key = ".".join(part for part in (prefix, getattr(error, "full_key", None) or "") if part)
+    reason = str(error).split("\n")[0]
+    owner = getattr(error, "object_type", None)
+    if "not in" in reason and owner is not None and dataclasses.is_dataclass(owner):
+        names = ", ".join(f.name for f in dataclasses.fields(owner))
+        return f"{key}: unknown key; allowed is one of {names}"
+    return f"{key}: {reason}" if key else reason
+
+
+def explain(error: Exception) -> str:
+    """One line for whatever Hydra or OmegaConf raised while composing."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None)):
+        cause = cause.__cause__
+    if isinstance(cause, Exception):
+        return describe(cause)
+    message = str(error).split("Config search path:")[0]
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
