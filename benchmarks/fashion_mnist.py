@@ -73,7 +73,9 @@ def main() -> None:
         print(f"{f'{labels} labels, top-1, mean of {len(SEEDS)} seeds':36}{scratch:>15.1f}%{pre:>11.1f}%")
     if given.json is not None:
         result = {"loss": loss, "knn_before": before, "knn_after": after, "images_per_second": speed}
-        finetuned = [{"labels": n, "seed": seed, "init": init, "top1": value} for (n, seed, init), value in top1.items()]
+        finetuned = [
+            {"labels": n, "seed": seed, "init": init, "top1": value} for (n, seed, init), value in top1.items()
+        ]
         report = {"machine": machine(device), **result, "finetuned": finetuned}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -375,7 +375,14 @@ def _weight_grad_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _add_partial_kernel(
-    partial, weight_grad, bias_grad, programs, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr
+    partial,
+    weight_grad,
+    bias_grad,
+    programs,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Adds the partial sums of one tap, in a fixed order; taps come last in the weight's gradient.
 
@@ -383,9 +390,9 @@ def _add_partial_kernel(
     """
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tap = tl.program_id(1)
-    first = tl.arange(0, 16)
-    total = tl.zeros((16, CHANNELS), tl.float32)
-    for start in range(0, programs, 16):
+    first = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, programs, ROWS):
         row = start + first
         offset = (row.to(tl.int64) * (TAPS + 1) + tap)[:, None] * C + lane[None, :]
         total += tl.load(partial + offset, mask=(row < programs)[:, None] & (lane < C)[None, :], other=0.0)
@@ -406,12 +413,12 @@ class _Plan(NamedTuple):
     """Programs a multiprocessor: what its registers hold at once."""
 
 
-# By patch side, the fastest measured on an H200 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton 3.6) with
-# rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs in {4, 8, 12, 24}. Slower or no faster: one channel a thread,
+# By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton
+# 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs from 4 to 24. Slower or no faster: one channel a thread,
 # several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and loads that
 # run ahead into the next tile, which cost the registers of four resident warps.
-_FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 12)}
-_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 2, 12)}
+_FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 16)}
+_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 1, 16)}
 
 _CHANNELS = 64
 """Channels a program: one warp with two channels, 4 bytes of bf16, a thread."""
@@ -449,7 +456,7 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
     )  # fmt: skip
     grad_weight, grad_bias = x.new_empty(c, 1, k, k, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
     _add_partial_kernel[blocks, k * k + 1](
-        partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, num_warps=4
+        partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, ROWS=64, num_warps=8
     )
     return grad_weight, grad_bias
 
