@@ -413,10 +413,10 @@ class _Plan(NamedTuple):
     """Programs a multiprocessor: what its registers hold at once."""
 
 
-# By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton
-# 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs from 4 to 24. Slower or no faster: one channel a thread,
-# several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and loads that
-# run ahead into the next tile, which cost the registers of four resident warps.
+# By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6,
+# Triton 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs from 4 to 24. Slower or no faster: one channel
+# a thread, several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and
+# loads that run ahead into the next tile, which cost the registers of four resident warps.
 _FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 16)}
 _WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 1, 16)}
 
