@@ -2,15 +2,17 @@
 
 import datetime
 import functools
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fcmae.errors import FCMAEError, PeerError, UsageError
+from fcmae.processes import Process
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,17 @@ def connect(device: str, timeout: float = 1800.0) -> World:
             device_id=picked if picked.type == "cuda" else None,
         )
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), picked)
+
+
+def siblings(world: World) -> dict[int, Process]:
+    """The other ranks on this machine. Every rank of a launch calls this once, after :func:`connect`."""
+    if world.size == 1:
+        return {}
+    store, rank, size = _store()
+    store.set(f"fcmae/process/{rank}", json.dumps(asdict(Process.this())))
+    others = (other for other in range(size) if other != rank)
+    told = {other: Process(**json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
+    return {other: process for other, process in told.items() if process.is_here()}
 
 
 def disconnect() -> None:

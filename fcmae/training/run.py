@@ -39,7 +39,7 @@ def _run(task: Task, run_dir: Path) -> Path:
         stack.callback(distributed.disconnect)
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
-        watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank)
+        watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank, distributed.siblings(world))
         stack.enter_context(contextlib.closing(watchdog))
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())

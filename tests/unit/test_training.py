@@ -5,8 +5,10 @@ import io
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
+from fcmae.processes import Process, is_stopped
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
@@ -250,6 +253,46 @@ def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
     assert done.returncode == 1
     assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
     assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from fcmae.processes import Process
+from fcmae.training.watchdog import Watchdog
+Watchdog(3600, Path(sys.argv[1]), rank=1)
+def stands():
+    print(os.getpid(), Process.this().born, flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        pass
+stands()
+"""
+
+
+def test_the_watchdog_of_one_rank_ends_a_stopped_one_and_gets_its_stacks(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None
+        pid, born = stopped.stdout.readline().split()
+        while not is_stopped(int(pid)):
+            time.sleep(0.01)
+        biting = HANGING.replace("rank=3", f"rank=0, siblings={{1: Process({pid}, {born!r}, Process.this().place)}}")
+        biting = f"from fcmae.processes import Process\n{biting}"
+        done = subprocess.run([sys.executable, "-c", biting, tmp_path], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"rank 1 (process {pid}) was stopped" in done.stderr
+        assert stopped.wait(10) == -signal.SIGKILL
+    assert "in stands" in (tmp_path / "stacks_rank1.txt").read_text()
+
+
+def test_a_process_with_the_number_of_a_dead_one_is_not_signalled():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        this = Process.this()
+        Process(other.pid, "1", this.place).send(signal.SIGKILL)
+        other.communicate(b"\n")
+        assert other.returncode == 0
+    assert this.is_alive()
+    assert not Process(this.pid, this.born, "elsewhere").is_alive()
 
 
 def test_the_watchdog_leaves_nothing_behind(tmp_path):
