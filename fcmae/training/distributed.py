@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcmae.errors import FCMAEError, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, PeerError, UsageError
 from fcmae.processes import Process
 
 
@@ -50,15 +50,22 @@ class World:
     def on_main(self, action: Callable[[], object]) -> None:
         """Runs ``action`` on the first rank; the others wait for it.
 
-        Raises the FCMAEError that it raised there, and PeerError on the other ranks.
+        Raises what it raised there, and PeerError on the other ranks.
         """
-        failure: FCMAEError | None = None
-        if self.is_main:
-            try:
-                action()
-            except FCMAEError as error:
-                failure = error
-        exit_code = int(self.max(torch.tensor(0 if failure is None else failure.exit_code)))
+        self.together(action if self.is_main else lambda: None)
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` on every rank; where one fails, all of them end here.
+
+        Raises what it raised on this rank, or PeerError if it failed on others only.
+        """
+        failure: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        exit_code = 0 if failure is None else getattr(failure, "exit_code", EXIT_ERROR)
+        exit_code = int(self.max(torch.tensor(exit_code)))
         if failure is not None:
             raise failure
         if exit_code:

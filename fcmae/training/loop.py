@@ -1,7 +1,6 @@
 """The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
-from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.checkpoint import CheckpointDir, replacing
 from fcmae.training.distributed import World
-from fcmae.training.finite import FiniteGuard, act_on_non_finite
+from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.recipe import check_recipe
+from fcmae.training.resume import newest_state, say
 from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
@@ -55,7 +55,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     )
     checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
     state = _create_state(task, world)
-    resumed = checkpoints.load_latest(_say if world.is_main else _quiet, world.device) if cfg.trainer.resume else None
+    resumed = newest_state(checkpoints, world) if cfg.trainer.resume else None
     config = to_dict(cfg)
     if resumed is not None:
         if not cfg.trainer.allow_changed_recipe:
@@ -64,8 +64,9 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
     if world.is_main:
         checkpoints.sweep()
+        checkpoints.set_aside(state.step, say)
         _write_config(run_dir, config)
-        _say(_summary(task, plan, state, schedule.total_steps, world))
+        say(_summary(task, plan, state, schedule.total_steps, world))
     stop = StopAgreement(world, cfg.trainer.max_hours)
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
@@ -90,7 +91,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     def run(batch: Sequence[Tensor]) -> Tensor:
         with autocast(world.device, cfg.trainer.precision):
             loss = task.loss(model, batch) / plan.accum_steps
-        state.scaler.scale(loss).backward()
+        state.scaler.scale(infectious(loss)).backward()
         return loss.detach()
 
     graphed = _use_cuda_graph(task, world)
@@ -242,7 +243,8 @@ def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    with replacing(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
 def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
@@ -253,11 +255,3 @@ def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, w
         f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {batch} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
     )
-
-
-def _quiet(_: str) -> None:
-    """The first rank speaks for the others."""
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """The commands ``pretrain`` and ``finetune`` as functions of a typed config and a run directory."""
 
 import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ import torch
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
-from fcmae.errors import UsageError
+from fcmae.errors import DiskError, UsageError
 from fcmae.training import distributed
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
@@ -30,6 +32,20 @@ def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     return _run(Finetuning(cfg), run_dir)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def _disk_explained(run_dir: Path) -> Iterator[None]:
+    """In this block, a disk that is full or read-only is a DiskError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
+
+
 def _run(task: Task, run_dir: Path) -> Path:
     cfg = task.cfg
     world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout)
@@ -37,6 +53,7 @@ def _run(task: Task, run_dir: Path) -> Path:
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.disconnect)
+        stack.enter_context(_disk_explained(run_dir))
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
         watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank, distributed.siblings(world))

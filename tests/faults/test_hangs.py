@@ -63,7 +63,7 @@ def poisoned(folder, kind):
     script = folder / "poisoned.py"
     script.write_text(
         "import os, sys\nRANK, calls = int(os.environ['RANK']), 0\n"
-        f"{POISON[kind]}\nfrom fcmae.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+        f"{POISON[kind]}\nfrom fcmae.cli import main\nsys.exit(main())\n"
     )
     return script
 
@@ -158,7 +158,7 @@ def lonely(self, failed):
     return after_step(self, failed)
 stop.StopAgreement.after_step = lonely
 from fcmae.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 

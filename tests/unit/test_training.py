@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import math
 import os
 import random
@@ -19,6 +20,7 @@ from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.processes import Process, is_stopped
 from fcmae.training import checkpoint
+from fcmae.training import lock as lock_module
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard
@@ -333,6 +335,34 @@ def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path)
     lock.acquire()
     lock.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_holder_counts_in_the_file(tmp_path, monkeypatch):
+    """As on a file system that knows no locks, by two that believe to be on different machines, or on the same."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(RunLock, "BEAT", 0.05)
+    first = RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(UsageError, match=f"in use by another run .*, process {os.getpid()}, "):
+        RunLock(tmp_path).acquire()
+    told = json.loads(first.path.read_text())
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Process, "is_here", lambda _: False)
+        with pytest.raises(UsageError, match="in use by another run"):
+            RunLock(tmp_path).acquire()
+        first.close()
+        for dead in ({**told, "place": "elsewhere"}, {**told, "host": "gone", "pid": 1}):
+            first.path.write_text(json.dumps(dead))
+            taken = RunLock(tmp_path)
+            taken.acquire()
+            taken.close()
+    first.path.write_text(json.dumps({**told, "born": "1"}))
+    RunLock(tmp_path).acquire()
+    assert json.loads(first.path.read_text())["pid"] == os.getpid()
 
 
 def test_a_changed_recipe_is_refused_key_by_key():
