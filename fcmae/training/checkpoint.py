@@ -173,6 +173,10 @@ class CheckpointDir:
         """The file for the state after ``step`` optimizer steps."""
         return self.folder / f"step_{step:08d}.pt"
 
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` stays for good."""
+        return self.keep_every is not None and step % self.keep_every == 0
+
     def sweep(self) -> None:
         """Deletes temporary files that a killed run left. Only for the one process that writes in the run directory."""
         run_dir = self.folder.parent
@@ -204,8 +208,7 @@ class CheckpointDir:
         write_atomically(path, {"format": FORMAT, "versions": versions(), **state})
         for old in self.paths()[: -self.keep]:
             step = step_of(old)
-            milestone = self.keep_every is not None and step % self.keep_every == 0
-            if step not in keep_steps and not milestone:
+            if step not in keep_steps and not self.is_milestone(step):
                 old.unlink(missing_ok=True)
         return path
 

@@ -14,6 +14,7 @@ from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
+from fcmae.evaluation.classify import EvaluationStopped
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
@@ -98,8 +99,32 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     accumulate = plan.accum_steps > 1
     backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
 
+    def evaluate_if_due(verdict: Verdict) -> tuple[bool, Verdict]:
+        """Whether an evaluation found this state the best so far; and the verdict, which may have become to stop.
+
+        A stop does not wait for an evaluation: the next process begins with it.
+        """
+        if not state.evaluation_due or verdict != Verdict.GO_ON:
+            return False, verdict
+        try:
+            score = task.evaluate(state.average, state.step, logger, world, stop.wished)
+        except EvaluationStopped:
+            return False, Verdict.STOP
+        state.evaluation_due = False
+        meter.restart()
+        watchdog.beat()
+        return state.improves(score), verdict
+
+    def save() -> None:
+        act_on_non_finite(guard, task, plan, run_dir, world)
+        saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
+        watchdog.beat()
+
     model.train()
     with contextlib.closing(logger), contextlib.closing(saver):
+        if state.evaluation_due:
+            _, verdict = evaluate_if_due(verdict)
+            save()
         while state.step < stop_step and verdict == Verdict.GO_ON:
             step = state.step
             lr = schedule(step)
@@ -125,22 +150,16 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
-            # Evaluation comes before saving: nothing is left to do for the steps that a checkpoint holds.
-            best = False
-            if at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan):
-                best = state.improves(task.evaluate(model, state.average, state.step, logger, world))
-                meter.restart()
-                watchdog.beat()
+            state.evaluation_due = at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan)
+            best, verdict = evaluate_if_due(verdict)
             due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
             if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
-                act_on_non_finite(guard, task, plan, run_dir, world)
-                saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
-                watchdog.beat()
+                save()
         stop.close()
         world.on_main(saver.finish)
     if verdict == Verdict.FAIL:
         raise SaveError(f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)")
-    if state.step < schedule.total_steps:
+    if state.step < schedule.total_steps or state.evaluation_due:
         raise Interrupted(_why_stopped(state.step, stop_step, schedule.total_steps, stop, run_dir))
     if world.is_main:
         task.finish(run_dir, state.average)
@@ -234,7 +253,7 @@ def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
 
 def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreement, run_dir: Path) -> str:
     again = f"the same command with hydra.run.dir={run_dir}"
-    if step == stop_step:
+    if step == stop_step < total_steps:
         return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
     return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
@@ -23,11 +24,13 @@ from fcmae.training import checkpoint
 from fcmae.training import lock as lock_module
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
-from fcmae.training.finite import FiniteGuard
+from fcmae.training.finite import FiniteGuard, infectious
 from fcmae.training.lock import RunLock
+from fcmae.training.logging import MetricsFile, Progress, RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
+from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.watchdog import Watchdog
 
@@ -172,6 +175,37 @@ def test_stray_temporary_files_are_swept(tmp_path):
     assert [checkpoint.step_of(path) for path in sorted(checkpoints.folder.iterdir())] == [2, 3]
 
 
+def test_checkpoints_that_a_run_does_not_go_on_from_count_no_more(tmp_path):
+    """Damaged and newest by their names, they would push out the good ones."""
+    checkpoints = save_three(tmp_path, keep=1)
+    checkpoints.path(9).write_bytes(b"damaged")
+    state = checkpoints.load_latest(lambda _: None)
+    assert state is not None
+    assert state["step"] == 3
+    said: list[str] = []
+    checkpoints.set_aside(3, said.append)
+    assert said == ["step_00000009.pt is not used any more: renamed to step_00000009.pt.unused"]
+    checkpoints.save({"step": 4})
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [4]
+    assert (checkpoints.folder / "step_00000009.pt.unused").read_bytes() == b"damaged"
+
+
+def test_a_milestone_of_pretraining_has_the_encoder_alone(tmp_path):
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=8)
+    saver = Saver(CheckpointDir(tmp_path, keep=1, keep_every=2), "stop", enabled=True)
+    state = {"task": "pretrain", "model": model.state_dict(), "best": None}
+    state["config"] = {"model": {"backbone": "convnextv2_atto"}}
+    for step in (1, 2, 3):
+        saver.save(lambda step=step: {**state, "step": step})  # type: ignore[misc]
+    saver.finish()
+    names = sorted(path.name for path in saver.checkpoints.folder.iterdir())
+    assert names == ["encoder_00000002.safetensors", "step_00000002.pt", "step_00000003.pt"]
+    backbone = create_backbone("convnextv2_atto", num_classes=0)
+    backbone.load_state_dict(load_file(saver.checkpoints.folder / names[0]))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[name], value)
+
+
 def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
     checkpoints = save_three(tmp_path)
     newest = checkpoints.paths()[-1]
@@ -209,6 +243,21 @@ def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stoppe
     assert torch.equal(weights[1], weights[3])
 
 
+def test_a_loss_that_is_not_finite_spoils_its_gradient_and_a_finite_one_does_not():
+    weight = torch.tensor([1e19, 2e19], requires_grad=True)
+    (weight * 2).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()  # although the loss is infinite
+    weight.grad = None
+    infectious((weight * 2).square().sum()).backward()
+    assert weight.grad.isnan().all()
+    small = torch.randn(1000, requires_grad=True)
+    losses = small.sin().sum(), infectious(small.sin().sum())
+    plain, same = (torch.autograd.grad(loss, small)[0] for loss in losses)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(plain, same)
+
+
 def test_skipping_leaves_out_the_bad_step_alone():
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -232,6 +281,38 @@ def test_the_meter_leaves_out_what_is_not_finite():
     for loss in (1.0, math.nan, 3.0):
         meter.add(torch.tensor(loss), torch.tensor(5.0))
     assert meter.read()["loss"] == 2.0
+
+
+class BrokenSink:
+    """Fails like a process of wandb that died."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def log(self, *_):
+        self.calls += 1
+        raise ConnectionResetError("Connection lost\nlong story")
+
+    picture = close = log
+
+
+def test_what_cannot_be_logged_is_told_once_and_stops_nothing(tmp_path, capsys):
+    broken, written = BrokenSink(), MetricsFile(tmp_path, 0)
+    logger = RunLogger([broken, written], Progress("run", 0, 3, enabled=False))
+    for step in (1, 2):
+        logger.log(step, {"loss": 1.0})
+    logger.close()
+    assert broken.calls == 3
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err == "BrokenSink could not write: Connection lost\n"
+
+
+def test_resuming_cuts_the_metrics_after_its_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsFile(tmp_path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert list(tmp_path.iterdir()) == [path]
 
 
 HANGING = """
