@@ -175,8 +175,6 @@ def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> Check
 
 def _create_state(task: Task, world: World) -> TrainState:
     cfg = task.cfg
-    if cfg.trainer.deterministic:
-        torch.use_deterministic_algorithms(True)
     task.model.to(world.device)
     ema = None
     if cfg.trainer.ema_decay is not None:

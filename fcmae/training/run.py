@@ -12,6 +12,7 @@ from fcmae.data.loader import explained
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
 from fcmae.training import distributed
+from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
@@ -48,6 +49,8 @@ def _disk_explained(run_dir: Path) -> Iterator[None]:
 
 def _run(task: Task, run_dir: Path) -> Path:
     cfg = task.cfg
+    if cfg.trainer.deterministic:
+        only_deterministic_algorithms()
     world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"

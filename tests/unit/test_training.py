@@ -276,6 +276,29 @@ def test_skipping_leaves_out_the_bad_step_alone():
     assert guard.count(CPU) == 1
 
 
+DETERMINISTIC = """
+import os, torch
+from fcmae.training.determinism import only_deterministic_algorithms
+only_deterministic_algorithms()
+from torch._inductor import config
+assert torch.are_deterministic_algorithms_enabled()
+assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+assert config.deterministic
+assert not torch.cuda.is_initialized()
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+
+
+def test_determinism_is_set_up_before_cuda_and_keeps_what_the_user_chose():
+    for given, used in ((None, ":4096:8"), (":16:8", ":16:8")):
+        environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+        environment |= {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
+        done = subprocess.run(
+            [sys.executable, "-c", DETERMINISTIC], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == used
+
+
 def test_the_meter_leaves_out_what_is_not_finite():
     meter = Meter(CPU, images_per_step=8)
     for loss in (1.0, math.nan, 3.0):
