@@ -51,7 +51,8 @@ def _run(task: Task, run_dir: Path) -> Path:
     cfg = task.cfg
     if cfg.trainer.deterministic:
         only_deterministic_algorithms()
-    world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout)
+    # The watchdog, which leaves stacks, comes before an error about a collective.
+    world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout + 5 * Watchdog.GRACE)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
     with contextlib.ExitStack() as stack:

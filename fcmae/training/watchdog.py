@@ -18,12 +18,11 @@ DUMP = getattr(signal, "SIGURG", None)
 class Watchdog:
     """Ends the process with exit code 1 if nothing was finished for ``timeout`` seconds, whatever it hangs in.
 
-    Every rank has one. They stand still together, so each writes its stacks to ``stacks_rank{R}.txt`` before one that
-    ended can take the others along. A thread does this; if it cannot run either, because something holds the
-    interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a little later.
+    Every rank has one, and writes its stacks to ``stacks_rank{R}.txt``. A thread does this; if it cannot run either,
+    because something holds the interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a
+    little later. The first one to bite also makes the other ranks of its machine write theirs: its end may end them.
 
-    A rank that was itself stopped (SIGSTOP) can do nothing, and a launcher would wait for it. So the other ranks of its
-    machine make it write its stacks, and end it.
+    A rank that was itself stopped (SIGSTOP) can do nothing, and a launcher would wait for it. So the others end it.
 
     Args:
         siblings: the other ranks of this machine.
@@ -69,10 +68,11 @@ class Watchdog:
         try:
             faulthandler.dump_traceback(self._file)
             stopped = {rank: process for rank, process in self.siblings.items() if is_stopped(process.pid)}
-            for process in stopped.values():
+            for rank, process in self.siblings.items():
                 if DUMP is not None:
                     process.send(DUMP)
-                process.send(signal.SIGCONT)
+                if rank in stopped:
+                    process.send(signal.SIGCONT)
             self._say(stopped)
             time.sleep(self.GRACE)
             for process in stopped.values():
