@@ -22,6 +22,7 @@ from fcmae.evaluation.features import DTYPES, autocast
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.distributed import pick_device
 from fcmae.training.optim import create_optimizer
 
@@ -49,6 +50,8 @@ class StepConfig:
     mask_ratio: float = 0.6
     precision: str = "bf16"
     device: str = "auto"
+    deterministic: bool = False
+    """As ``trainer.deterministic``; ``benchmarks/determinism.py`` measures with and without."""
     repeats: int = 20
     warm_up: int = 5
 
@@ -85,6 +88,8 @@ class StepResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
+    if cfg.deterministic:
+        only_deterministic_algorithms()
     device = pick_device(cfg.device)
     _check_engines(cfg, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"

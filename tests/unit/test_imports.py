@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "interrupt": set(),
+    "processes": set(),
     "randomness": set(),
     "masking": set(),
     "loss": {"masking"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "models": {"models", "engines", "kernels", "masking", "loss"},
     "interchange": {"interchange", "config", "data", "engines", "errors", "models", "training"},
     "config": {"config", "errors"},
-    "data": {"data", "config", "errors", "interrupt", "randomness"},
+    "data": {"data", "config", "errors", "interrupt", "processes", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}
 ONLY_IN = {
