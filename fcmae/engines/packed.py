@@ -7,14 +7,12 @@ with a static shape. All layers but the depthwise convolution work per site, or 
 from collections.abc import Collection, Iterator
 
 import torch
-import torch.nn.functional as F
-from timm.layers import GELU
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed, region
-from fcmae.kernels import Neighbors, gather_patches, gelu_grn, grn, neighbors, packed_depthwise, precompile
+from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
 from fcmae.masking import grid_size, visible_indices
 
 
@@ -61,7 +59,7 @@ def _block_shapes(
             sites //= convnext.downsample(stage.downsample)[1].stride[0]
         block = next(convnext.blocks(stage))
         channels, _, kernel, _ = block.conv_dw.weight.shape
-        hidden = block.mlp.fc1.weight.shape[0] if _is_fused(block, imgs) and grn_scope == "image" else None
+        hidden = block.mlp.fc1.weight.shape[0] if convnext.is_fused(block, imgs) and grn_scope == "image" else None
         grid, name = (where.rows, where.cols), str(dtype).removeprefix("torch.")
         yield precompile.BlockShape(grid, where.index.shape[1], sites, channels, kernel, hidden, name)
 
@@ -79,30 +77,4 @@ def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) -> Tensor:
     """A ConvNeXt block over packed sites, without drop path (off in pretraining)."""
     h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
-    h = convnext.layer_norm(h, block.norm)
-    h = _activate(block, h, grn_scope)
-    h = convnext.linear(h, block.mlp.fc2)
-    if block.gamma is not None:
-        h = h * block.gamma
-    return x + h
-
-
-def _is_fused(block: ConvNeXtBlock, x: Tensor) -> bool:
-    """Whether one kernel adds the bias of the first linear layer, and does GELU and GRN."""
-    return x.is_cuda and convnext.grn(block) is not None and isinstance(block.mlp.act, GELU | nn.GELU)
-
-
-def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
-    """The MLP's first half: linear layer, activation, and GRN over the sites of an image or of the whole batch."""
-    fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, convnext.grn(block)
-    if grn_layer is None:
-        return act(convnext.linear(x, fc1))
-    fused = _is_fused(block, x)
-    h = F.linear(x, fc1.weight.flatten(1), None if fused else fc1.bias)
-    sites = h.flatten(1, 3) if grn_scope == "image" else h.flatten(0, 3).unsqueeze(0)
-    if isinstance(act, GELU | nn.GELU):
-        bias = fc1.bias if fused else None
-        sites = gelu_grn(sites, grn_layer.weight, grn_layer.bias, grn_layer.eps, input_bias=bias)
-    else:
-        sites = grn(act(sites), grn_layer.weight, grn_layer.bias, grn_layer.eps)
-    return sites.view_as(h)
+    return x + convnext.pointwise(block, h, grn_scope)
