@@ -66,19 +66,31 @@ class Watchdog:
 
     def _bite(self) -> None:
         try:
-            faulthandler.dump_traceback(self._file)
+            time.sleep(self.GRACE / 10)
+            if self._is_empty(self.rank):  # one that was stopped was asked for its stacks, and is awake a moment only
+                faulthandler.dump_traceback(self._file)
             stopped = {rank: process for rank, process in self.siblings.items() if is_stopped(process.pid)}
-            for rank, process in self.siblings.items():
-                if DUMP is not None:
-                    process.send(DUMP)
-                if rank in stopped:
-                    process.send(signal.SIGCONT)
             self._say(stopped)
-            time.sleep(self.GRACE)
+            for rank in stopped:
+                self._ask_for_stacks(rank)
+            time.sleep(self.GRACE / 2)
+            for rank in self.siblings:
+                self._ask_for_stacks(rank)
+            time.sleep(self.GRACE / 2)
             for process in stopped.values():
                 process.send(signal.SIGKILL)
         finally:  # an error, such as a closed stderr, must not keep it from ending
             os._exit(1)
+
+    def _ask_for_stacks(self, rank: int) -> None:
+        """Makes another rank of this machine write its stacks, unless it has: two at once would garble the file."""
+        if DUMP is not None and self._is_empty(rank):
+            self.siblings[rank].send(DUMP)
+        self.siblings[rank].send(signal.SIGCONT)
+
+    def _is_empty(self, rank: int) -> bool:
+        path = self.path.with_name(f"stacks_rank{rank}.txt")
+        return path.is_file() and path.stat().st_size == 0
 
     def _say(self, stopped: Mapping[int, Process]) -> None:
         named = "".join(f"; rank {rank} (process {process.pid}) was stopped" for rank, process in stopped.items())
