@@ -274,16 +274,21 @@ def _workload(
 
 
 def _supervised_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
-    apply = region(_apply, compiled)
-    x = apply(model.stem, imgs.contiguous(memory_format=torch.channels_last))
+    between, block = region(_between, compiled), region(_block, compiled)
+    x = between(model.stem, imgs.contiguous(memory_format=torch.channels_last))
     for stage in convnext.stages(model):
-        x = apply(stage.downsample, x)
-        for block in convnext.blocks(stage):
-            x = apply(block, x)
-    return apply(model.head, x)
+        x = between(stage.downsample, x)
+        for layers in convnext.blocks(stage):
+            x = block(layers, x)
+    return between(model.head, x)
 
 
-def _apply(layers: nn.Module, x: Tensor) -> Tensor:
+# Two functions, because torch compiles one for eight different shapes at most.
+def _between(layers: nn.Module, x: Tensor) -> Tensor:
+    return layers(x)
+
+
+def _block(layers: nn.Module, x: Tensor) -> Tensor:
     return layers(x)
 
 
