@@ -227,8 +227,10 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm, foreach=True)
     if state.scaler.is_enabled():
-        # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled.
-        guard.check(torch.isfinite(loss), step)
+        # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled, and a
+        # gradient that is not finite although it was scaled down is no overflow of the scale's.
+        excused = state.scaler.get_scale() >= 1
+        guard.check(torch.isfinite(loss) & (torch.isfinite(norm) | excused), step)
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
