@@ -6,26 +6,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import DataConfig
+from fcmae.data.pixels import EXTENSIONS, Encoded, read_file
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 
-IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode for a number of channels."""
-
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
-"""Pillow's modes whose conversion keeps the scale of brightness; it would clip 16-bit and float values."""
-
 
 class Sample(NamedTuple):
-    """``image``: uint8 ``[C, H, W]``. ``label``: the class's index, or None."""
+    """``image``: uint8 ``[C, H, W]``, or a file not yet decoded. ``label``: the class's index, or None."""
 
-    image: Tensor
+    image: Tensor | Encoded
     label: int | None
 
 
@@ -48,36 +40,22 @@ class Source(Protocol):
         ...
 
 
-def read_image(path: str | Path, in_chans: int) -> Tensor:
-    """An image file as uint8 ``[in_chans, H, W]``, converted by Pillow. Raises UsageError naming the file."""
-    if in_chans not in IMAGE_MODES:
-        raise UsageError(f"data.in_chans is {in_chans}; image files can be read as {', '.join(map(str, IMAGE_MODES))}")
-    try:
-        with Image.open(path) as image:
-            if image.mode not in EIGHT_BIT_MODES:
-                raise UsageError(f"cannot read the image {path}: its pixels are {image.mode}, not 8 bits a channel")
-            return F.pil_to_tensor(image.convert(IMAGE_MODES[in_chans]))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read the image {path}: {error}") from error
-
-
 def list_images(folder: Path) -> list[Path]:
     """Every image file below ``folder``, sorted. Raises UsageError if there is none."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not paths:
-        raise UsageError(f"{folder} has no images; looked for {' '.join(IMG_EXTENSIONS)}")
+        raise UsageError(f"{folder} has no images; looked for {' '.join(EXTENSIONS)}")
     return paths
 
 
 class ImageFolder:
     """Image files below a folder; each subfolder is a class. A folder without subfolders has no labels."""
 
-    def __init__(self, folder: str | Path, in_chans: int) -> None:
+    def __init__(self, folder: str | Path) -> None:
         root = Path(folder)
         self.paths = list_images(root)
-        self.in_chans = in_chans
         names = [p.relative_to(root).parts for p in self.paths]
         self.classes: list[str] | None = None
         if all(len(parts) > 1 for parts in names):
@@ -89,7 +67,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(read_image(self.paths[index], self.in_chans), self.label(index))
+        return Sample(read_file(self.paths[index]), self.label(index))
 
     def label(self, index: int) -> int | None:
         return self.labels[index] if self.classes is not None else None
@@ -232,7 +210,7 @@ def train_source(cfg: DataConfig) -> Source:
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.path is None:
         raise UsageError("data.path is not set; give the folder of training images, data.path=FOLDER")
-    return ImageFolder(cfg.path, cfg.in_chans)
+    return ImageFolder(cfg.path)
 
 
 def val_source(cfg: DataConfig) -> Source:
@@ -243,7 +221,7 @@ def val_source(cfg: DataConfig) -> Source:
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.val_path is None:
         raise UsageError("data.val_path is not set; give the folder of validation images, data.val_path=FOLDER")
-    return ImageFolder(cfg.val_path, cfg.in_chans)
+    return ImageFolder(cfg.val_path)
 
 
 def require_labels(source: Source, key: str) -> list[str]:

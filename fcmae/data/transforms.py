@@ -13,9 +13,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
+from fcmae.data.pixels import Encoded, decode
 from fcmae.errors import ConfigError
 
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor | Encoded], Tensor]
+"""What makes a sample of an image, decoded or not."""
 
 WARP_FROM = 384
 """Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
@@ -23,12 +25,12 @@ WARP_FROM = 384
 
 def pretrain_transform(cfg: DataConfig) -> Transform:
     """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): uint8 to uint8."""
-    return v2.Compose([*_pad(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)])
+    return v2.Compose([*_decode(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)])
 
 
 def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
     """Random resized crop, flip, timm's auto-augmentation and random erasing: uint8 to normalised float32."""
-    steps: list[Callable] = [*_pad(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)]
+    steps: list[Callable] = [*_decode(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg.mean, cfg.std)]
@@ -46,7 +48,7 @@ def eval_transform(cfg: DataConfig) -> Transform:
         short = [int(side / cfg.crop_pct) for side in size]
         steps = [v2.Resize(min(short) if size[0] == size[1] else short, v2.InterpolationMode.BICUBIC, antialias=True)]
         steps += [v2.CenterCrop(size)]
-    return v2.Compose([*_pad(cfg), *steps])
+    return v2.Compose([*_decode(cfg), *steps])
 
 
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -70,8 +72,9 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
         return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
 
 
-def _pad(cfg: DataConfig) -> list[Callable]:
-    return [v2.Pad(cfg.pad)] if cfg.pad else []
+def _decode(cfg: DataConfig) -> list[Callable]:
+    steps: list[Callable] = [functools.partial(decode, in_chans=cfg.in_chans)]
+    return [*steps, v2.Pad(cfg.pad)] if cfg.pad else steps
 
 
 def _crop(cfg: DataConfig) -> Callable:

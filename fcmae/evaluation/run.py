@@ -9,7 +9,8 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 
 from fcmae.config import DataConfig, EvaluateConfig, KnnConfig, check
-from fcmae.data.sources import list_images, read_image, require_labels, val_source
+from fcmae.data.pixels import read_file
+from fcmae.data.sources import list_images, require_labels, val_source
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.errors import CheckpointError
 from fcmae.evaluation.classify import accuracy
@@ -81,7 +82,7 @@ def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: f
     check("--max-images", max_images, max_images > 0, "a positive integer")
     files = [f for image in images for f in (list_images(Path(image)) if Path(image).is_dir() else [Path(image)])]
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
-    raw = torch.stack([transform(read_image(file, data.in_chans)) for file in files[:max_images]])
+    raw = torch.stack([transform(read_file(file)) for file in files[:max_images]])
     imgs = normalize(raw, data.mean, data.std)
     rows, cols = grid_size(*data.size, model.mask_patch_size)
     noise = torch.rand(len(imgs), rows * cols, generator=torch.Generator().manual_seed(seed))

@@ -17,12 +17,12 @@ from fcmae.data.loader import (
     eval_loader,
     train_loader,
 )
+from fcmae.data.pixels import decode, read_file
 from fcmae.data.sources import (
     FashionMNIST,
     ImageFolder,
     Synthetic,
     few_labels,
-    read_image,
     require_labels,
     train_source,
     val_source,
@@ -47,17 +47,18 @@ def folder(tmp_path):
 
 
 def test_imagefolder_has_a_class_for_each_folder(folder):
-    source = ImageFolder(folder, 3)
+    source = ImageFolder(folder)
     assert source.classes == ["cat", "dog"]
     assert [source.label(i) for i in range(len(source))] == [0, 0, 1]
     image, label = source[2]
+    image = decode(image, 3)
     assert (image.shape, image.dtype, label) == ((3, 30, 40), torch.uint8, 1)
     assert source.describe(2).endswith("dog/deep/3.png")
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     write_image(tmp_path / "a.png", "L")
-    source = ImageFolder(tmp_path, 1)
+    source = ImageFolder(tmp_path)
     assert source.classes is None
     assert source[0].label is None
     with pytest.raises(UsageError, match=r"data.path has no labels; sort"):
@@ -67,20 +68,20 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 @pytest.mark.parametrize(("in_chans", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGB")])
 def test_images_are_converted_to_in_chans(tmp_path, in_chans, mode):
     write_image(tmp_path / "a.png", mode)
-    assert read_image(tmp_path / "a.png", in_chans).shape == (in_chans, 30, 40)
+    assert decode(read_file(tmp_path / "a.png"), in_chans).shape == (in_chans, 30, 40)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(UsageError, match=r"cannot read the image .*a.jpg"):
-        read_image(tmp_path / "a.jpg", 3)
+        decode(read_file(tmp_path / "a.jpg"), 3)
     with pytest.raises(UsageError, match="data.in_chans is 7"):
-        read_image(tmp_path / "a.jpg", 7)
+        decode(read_file(tmp_path / "a.jpg"), 7)
     with pytest.raises(UsageError, match="is not a folder"):
-        ImageFolder(tmp_path / "nowhere", 3)
+        ImageFolder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no images"):
-        ImageFolder(tmp_path / "empty", 3)
+        ImageFolder(tmp_path / "empty")
     with pytest.raises(UsageError, match=r"data.path=FOLDER"):
         train_source(DataConfig())
     with pytest.raises(UsageError, match=r"data.val_path=FOLDER"):
@@ -91,7 +92,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_pixels_that_would_be_clipped_are_refused(tmp_path, dtype, mode):
     Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tiff")
     with pytest.raises(UsageError, match=rf"cannot read the image .*a.tiff: its pixels are {mode}, not 8 bits"):
-        read_image(tmp_path / "a.tiff", 1)
+        decode(read_file(tmp_path / "a.tiff"), 1)
 
 
 def write_fashion_mnist(folder, count=20):
