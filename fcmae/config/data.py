@@ -5,7 +5,7 @@ from typing import Any
 
 from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
 
-SOURCES = ("imagefolder", "fashion_mnist", "synthetic")
+SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
 @dataclass
@@ -13,10 +13,28 @@ class DataConfig:
     """Group ``data``: where samples come from and how they become tensors."""
 
     name: str = "imagefolder"
-    path: str | None = None
-    """Folder of the training images; for fashion_mnist the folder with the four .gz files, or None to look for them."""
-    val_path: str | None = None
-    """Folder of the validation images; fashion_mnist has its own."""
+    path: Any = None
+    """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
+    such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; fashion_mnist: the folder with
+    the four .gz files, or None to look for them."""
+    val_path: Any = None
+    """Validation images, in the same way; hf: None = the same as ``path``; fashion_mnist has its own."""
+    source: dict[str, Any] | None = None
+    """A training source of one's own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
+    val_source: dict[str, Any] | None = None
+    split: str = "train"
+    """hf: the training split."""
+    val_split: str = "validation"
+    image_column: str | None = None
+    """hf: the column of images; None = the only one of that kind."""
+    label_column: str | None = None
+    """hf: the column of labels; None = the only one of that kind, if there is one."""
+    relist: bool = False
+    """Look at folders and tar files anew although nothing seems to have changed since."""
+    on_error: str = "raise"
+    """At an image that cannot be read: ``raise``, or ``skip``: another one takes its place."""
+    max_bad: float = 0.001
+    """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
     in_chans: int = 3
     image_size: Any = 224
     """Pixels a side, or [height, width]."""
@@ -42,6 +60,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, SOURCES)
+        for name in ("path", "val_path"):
+            setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
+        for name in ("source", "val_source"):
+            value = getattr(self, name)
+            ok = value is None or isinstance(value.get("_target_"), str)
+            check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
+        check_one_of("data.on_error", self.on_error, ("raise", "skip"))
+        check_ratio("data.max_bad", self.max_bad)
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         ok = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
         check("data.image_size", self.image_size, ok, "a positive integer, or [height, width]")
@@ -67,6 +93,16 @@ class DataConfig:
         """Height and width of an image in pixels."""
         height, width = self.image_size
         return height, width
+
+
+def _paths(key: str, value: Any) -> str | list[str] | None:
+    """A path or several as text, numbers too, which YAML makes of names such as 2024."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    ok = bool(parts) and all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts)
+    check(key, value, value is None or ok, "a path, or a list of paths")
+    if value is None:
+        return None
+    return [str(part) for part in parts] if isinstance(value, (list, tuple)) else str(value)
 
 
 @dataclass

@@ -11,6 +11,7 @@ HARMLESS = frozenset(
         "init_from",
         "data.path",
         "data.val_path",
+        "data.relist",
         # how it is computed, not what: equal up to the order of summation
         "data.workers",
         "engine.name",
@@ -31,6 +32,8 @@ HARMLESS = frozenset(
         "trainer.max_hours",
         "trainer.allow_changed_recipe",
         # what happens when something goes wrong
+        "data.on_error",
+        "data.max_bad",
         "trainer.on_save_error",
         "trainer.on_nonfinite",
         "trainer.max_skipped",

@@ -6,8 +6,9 @@ A module for each kind; :mod:`fcmae.data.sources.base` has the interface.
 from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_labels
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
-from fcmae.data.sources.imagefolder import ImageFolder, list_images
+from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.synthetic import Synthetic
+from fcmae.data.sources.webdataset import WebDataset
 
 __all__ = [
     "FashionMNIST",
@@ -16,8 +17,8 @@ __all__ = [
     "Source",
     "Subset",
     "Synthetic",
+    "WebDataset",
     "few_labels",
-    "list_images",
     "require_labels",
     "train_source",
     "val_source",
