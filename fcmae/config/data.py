@@ -36,6 +36,8 @@ class DataConfig:
     max_bad: float = 0.001
     """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
     in_chans: int = 3
+    bit_depth: int = 8
+    """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
     image_size: Any = 224
     """Pixels a side, or [height, width]."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -48,6 +50,8 @@ class DataConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Aspect ratio (width / height) of a training crop before it is resized."""
     hflip: float = 0.5
+    exact_decode: bool = False
+    """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
     on the image is resized straight to the square, as the official code does."""
@@ -73,6 +77,7 @@ class DataConfig:
         check("data.image_size", self.image_size, ok, "a positive integer, or [height, width]")
         self.image_size = (sides[0], sides[1])
         check_positive("data.in_chans", self.in_chans)
+        check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
         for name in ("mean", "std"):
             value = getattr(self, name)
             ok = len(value) == self.in_chans and (name == "mean" or min(value) > 0)

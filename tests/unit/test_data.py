@@ -17,7 +17,7 @@ from fcmae.data.loader import (
     eval_loader,
     train_loader,
 )
-from fcmae.data.pixels import decode, read_file
+from fcmae.data.pixels import decode
 from fcmae.data.sources import (
     FashionMNIST,
     ImageFolder,
@@ -65,18 +65,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
         require_labels(source, "data.path")
 
 
-@pytest.mark.parametrize(("in_chans", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGB")])
-def test_images_are_converted_to_in_chans(tmp_path, in_chans, mode):
-    write_image(tmp_path / "a.png", mode)
-    assert decode(read_file(tmp_path / "a.png"), in_chans).shape == (in_chans, 30, 40)
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(UsageError, match=r"cannot read the image .*a.jpg"):
-        decode(read_file(tmp_path / "a.jpg"), 3)
-    with pytest.raises(UsageError, match="data.in_chans is 7"):
-        decode(read_file(tmp_path / "a.jpg"), 7)
+def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UsageError, match="is not a folder"):
         ImageFolder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -86,13 +75,6 @@ def test_what_cannot_be_read_is_named(tmp_path):
         train_source(DataConfig())
     with pytest.raises(UsageError, match=r"data.val_path=FOLDER"):
         val_source(DataConfig())
-
-
-@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
-def test_pixels_that_would_be_clipped_are_refused(tmp_path, dtype, mode):
-    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tiff")
-    with pytest.raises(UsageError, match=rf"cannot read the image .*a.tiff: its pixels are {mode}, not 8 bits"):
-        decode(read_file(tmp_path / "a.tiff"), 1)
 
 
 def write_fashion_mnist(folder, count=20):
