@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fcmae import interrupt
+from fcmae.data.bad_samples import BadSamples, Batch, ErrorsAside, collate, errors_aside
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
 from fcmae.errors import UsageError, WorkerError
@@ -74,15 +75,15 @@ class BatchPlan:
     def accum_steps(self) -> int:
         return self.global_batch_size // (self.world_size * self.micro_batch_size)
 
-    def order(self, epoch: int) -> list[int]:
-        """The order of the source in an epoch."""
-        return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
+    def order(self, epoch: int) -> Tensor:
+        """The order of the source in an epoch, int64 ``[num_samples]``."""
+        return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch))
 
     def global_batch(self, step: int) -> list[SampleKey]:
         """The samples of an optimizer step, the same for any number of ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.global_batch_size
-        return [(epoch, index) for index in self.order(epoch)[first : first + self.global_batch_size]]
+        return [(epoch, index) for index in self.order(epoch)[first : first + self.global_batch_size].tolist()]
 
 
 class MicroBatches(Sampler[list[SampleKey]]):
@@ -99,7 +100,7 @@ class MicroBatches(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan = self.plan
-        current, order = -1, []
+        current, order = -1, torch.empty(0)
         for step in range(self.start_step, self.stop_step):
             epoch, position = divmod(step, plan.steps_per_epoch)
             if epoch != current:
@@ -107,7 +108,7 @@ class MicroBatches(Sampler[list[SampleKey]]):
             for micro in range(plan.accum_steps):
                 first = position * plan.global_batch_size
                 first += (micro * plan.world_size + self.rank) * plan.micro_batch_size
-                yield [(epoch, index) for index in order[first : first + plan.micro_batch_size]]
+                yield [(epoch, index) for index in order[first : first + plan.micro_batch_size].tolist()]
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
@@ -158,30 +159,65 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
         return self.transform(image), -1 if label is None else label
 
 
-def train_loader(
-    dataset: Dataset,
-    plan: BatchPlan,
-    *,
-    rank: int,
-    start_step: int,
-    stop_step: int,
-    workers: int,
-    pin_memory: bool,
-    timeout: float = 0,
-) -> DataLoader:
-    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order.
+class TrainBatches:
+    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order; an iterator over their parts.
 
-    Waiting for a worker longer than ``timeout`` seconds is a RuntimeError; 0 = wait for ever.
+    Args:
+        dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
+        timeout: waiting for a worker longer than so many seconds is a RuntimeError; 0 = wait for ever.
+        skip: replace samples that cannot be read; otherwise the first one is an ImageError.
     """
-    batches = MicroBatches(plan, rank, start_step, stop_step)
-    return _loader(dataset, workers, pin_memory, batch_sampler=batches, timeout=timeout if workers else 0)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        start_step: int,
+        stop_step: int,
+        workers: int,
+        pin_memory: bool,
+        timeout: float = 0,
+        skip: bool = False,
+    ) -> None:
+        samples = errors_aside(dataset, plan.num_samples, plan.seed, skip)
+        keys = MicroBatches(plan, rank, start_step, stop_step)
+        loader = _loader(samples, workers, pin_memory, batch_sampler=keys, timeout=timeout if workers else 0)
+        self.plan = plan
+        self.bad = BadSamples(skip)
+        self._batches: Iterator[Batch] = iter(loader)
+        self._taken = start_step * plan.accum_steps
+        self._asked_epoch = start_step // plan.steps_per_epoch
+        self._asked_total = 0
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        batch = next(self._batches)
+        epoch = self._taken // self.plan.accum_steps // self.plan.steps_per_epoch
+        self._taken += 1
+        return self.bad.take(batch, epoch, replaced=True)
+
+    def bad_samples(self, step: int) -> list[int]:
+        """Samples of this rank that could not be read: since last asked; then in each epoch from the last time's on.
+
+        ``step`` counts the steps whose batches were taken. Epochs are counted from the start of this process.
+        """
+        epochs = range(self._asked_epoch, (step - 1) // self.plan.steps_per_epoch + 1)
+        total = self.bad.counts.total()
+        since = total - self._asked_total
+        self._asked_epoch, self._asked_total = max(epochs, default=self._asked_epoch), total
+        return [since, *(self.bad.counts[epoch] for epoch in epochs)]
 
 
 def eval_loader(
     dataset: EvaluationImages, batch_size: int, *, rank: int, world_size: int, workers: int, pin_memory: bool
-) -> DataLoader:
+) -> Iterable[Batch]:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
-    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))
+    keys = range(rank, len(dataset), world_size)
+    return _loader(ErrorsAside(dataset), workers, pin_memory, batch_size=batch_size, sampler=keys)
 
 
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
@@ -192,6 +228,7 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataL
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_start_worker,
+        collate_fn=collate,
         **kwargs,
     )
 

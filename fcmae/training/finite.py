@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
+from fcmae.data.bad_samples import collate, errors_aside
 from fcmae.data.loader import BatchPlan, MicroBatches
 from fcmae.errors import NonFiniteLossError
 from fcmae.training.distributed import World
@@ -84,9 +84,9 @@ def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World)
             for epoch, index in plan.global_batch(step)
         ]
         listed.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
-    dataset = task.dataset()
+    dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.data.on_error == "skip")
     keys = list(MicroBatches(plan, world.rank, step, step + 1))
-    batches = [default_collate([dataset[key] for key in micro]) for micro in keys]
+    batches = [collate([dataset[key] for key in micro]).parts for micro in keys]
     batch_file = run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt"
     torch.save({"step": step, "samples": keys, "micro_batches": batches}, batch_file)
     return listed

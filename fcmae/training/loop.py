@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
-from fcmae.data.loader import BatchPlan, default_workers, train_loader
+from fcmae.data.loader import BatchPlan, TrainBatches, default_workers
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, act_on_non_finite
@@ -70,17 +71,16 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
     workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
-    loader = iter(
-        train_loader(
-            task.dataset(),
-            plan,
-            rank=world.rank,
-            start_step=state.step,
-            stop_step=stop_step,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-            timeout=cfg.trainer.hang_timeout,
-        )
+    batches = TrainBatches(
+        task.dataset(),
+        plan,
+        rank=world.rank,
+        start_step=state.step,
+        stop_step=stop_step,
+        workers=workers,
+        pin_memory=world.device.type == "cuda",
+        timeout=cfg.trainer.hang_timeout,
+        skip=cfg.data.on_error == "skip",
     )
     logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
     meter = Meter(world, plan.global_batch_size)
@@ -106,7 +106,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             backward.start_step()
             loss = torch.zeros((), device=world.device)
             for micro in range(plan.accum_steps):
-                batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
+                batch = [part.to(world.device, non_blocking=True) for part in next(batches)]
                 seed_step(cfg.seed, step, micro, world.rank, world.device)
                 with _no_sync(model, last=micro == plan.accum_steps - 1):
                     loss += backward(batch)
@@ -121,6 +121,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
                 metrics = meter.read() | saver.take_stall()
                 metrics |= act_on_non_finite(guard, task, plan, run_dir, world)
+                metrics |= count_bad_samples(batches, state.step, cfg.data, world)
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})

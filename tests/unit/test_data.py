@@ -14,8 +14,8 @@ from fcmae.data.loader import (
     LabelledImages,
     MaskedImages,
     MicroBatches,
+    TrainBatches,
     eval_loader,
-    train_loader,
 )
 from fcmae.data.pixels import decode
 from fcmae.data.sources import (
@@ -220,7 +220,7 @@ def test_batches_do_not_depend_on_workers(workers):
     dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), 16, seed=0)
 
     def read(count):
-        return list(train_loader(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
+        return list(TrainBatches(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
 
     for ours, expected in zip(read(workers), read(0), strict=True):
         assert torch.equal(ours[0], expected[0])
@@ -233,7 +233,7 @@ def test_evaluation_reads_every_sample_once(world_size):
     seen = []
     for rank in range(world_size):
         loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=0, pin_memory=False)
-        seen += [value for values, _ in loader for value in values.tolist()]
+        seen += [value for batch in loader for value in batch.parts[0].tolist()]
     assert sorted(seen) == sorted(dataset[i][0].item() for i in range(50))
 
 

@@ -219,7 +219,7 @@ def test_tar_files_of_webdataset(tmp_path):
     assert source[7].image.data == png(4)
     read = []
     for shard in source.shards:
-        with shard.open("rb") as opened:
+        with shard.open("rb") as file:
             for sample in tariterators.group_by_keys(
                 {**f, "__url__": ""} for f in tariterators.tar_file_iterator(file)
             ):
