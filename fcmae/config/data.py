@@ -57,6 +57,8 @@ class DataConfig:
     on the image is resized straight to the square, as the official code does."""
     workers: int | None = None
     """Loader processes a rank; None = from the cores this process may use; 0 = load in the training process."""
+    prefetch: int = 2
+    """Micro-batches that each loader process is ahead."""
     labels_per_class: int | None = None
     """Train on that many labelled images of each class only, chosen by the seed."""
     length: int = 1024
@@ -90,7 +92,7 @@ class DataConfig:
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         for name in ("pad", "workers"):
             check_not_negative(f"data.{name}", getattr(self, name))
-        for name in ("labels_per_class", "length"):
+        for name in ("labels_per_class", "length", "prefetch"):
             check_positive(f"data.{name}", getattr(self, name))
 
     @property

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from fcmae.data.collate import stack
 from fcmae.errors import ImageError, UsageError
 from fcmae.randomness import Stream, derive
 
@@ -38,7 +39,7 @@ def collate(items: list[Item]) -> Batch:
     """A batch of those samples that could be read."""
     readable = [item.parts for item in items if item.parts is not None]
     errors = [error for item in items for error in item.errors]
-    return Batch(default_collate(readable) if readable else None, errors, len(items) - len(readable))
+    return Batch(stack(readable) if readable else None, errors, len(items) - len(readable))
 
 
 class ErrorsAside(Dataset[Item]):

@@ -6,7 +6,6 @@ cut into global batches (a remainder is left out of that epoch). Ranks and micro
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -164,6 +163,7 @@ class TrainBatches:
 
     Args:
         dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
+        prefetch: micro-batches that each worker is ahead.
         timeout: waiting for a worker longer than so many seconds is a RuntimeError; 0 = wait for ever.
         skip: replace samples that cannot be read; otherwise the first one is an ImageError.
     """
@@ -178,12 +178,13 @@ class TrainBatches:
         stop_step: int,
         workers: int,
         pin_memory: bool,
+        prefetch: int = 2,
         timeout: float = 0,
         skip: bool = False,
     ) -> None:
         samples = errors_aside(dataset, plan.num_samples, plan.seed, skip)
         keys = MicroBatches(plan, rank, start_step, stop_step)
-        loader = _loader(samples, workers, pin_memory, batch_sampler=keys, timeout=timeout if workers else 0)
+        loader = _loader(samples, workers, pin_memory, prefetch, batch_sampler=keys, timeout=timeout if workers else 0)
         self.plan = plan
         self.bad = BadSamples(skip)
         self._batches: Iterator[Batch] = iter(loader)
@@ -213,19 +214,27 @@ class TrainBatches:
 
 
 def eval_loader(
-    dataset: EvaluationImages, batch_size: int, *, rank: int, world_size: int, workers: int, pin_memory: bool
+    dataset: EvaluationImages,
+    batch_size: int,
+    *,
+    rank: int,
+    world_size: int,
+    workers: int,
+    pin_memory: bool,
+    prefetch: int = 2,
 ) -> Iterable[Batch]:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
     keys = range(rank, len(dataset), world_size)
-    return _loader(ErrorsAside(dataset), workers, pin_memory, batch_size=batch_size, sampler=keys)
+    return _loader(ErrorsAside(dataset), workers, pin_memory, prefetch, batch_size=batch_size, sampler=keys)
 
 
-def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **kwargs) -> DataLoader:
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_start_worker,
         collate_fn=collate,
@@ -275,14 +284,3 @@ def _is_stopped(pid: int | None) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
-
-
-def default_workers(device: torch.device, local_world_size: int) -> int:
-    """Loader processes a rank: the cores this process may use, shared by the ranks of this machine.
-
-    On the CPU the cores are training's own, so the loader gets one process, or none where there is one core.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device.type == "cpu":
-        return min(1, cores // local_world_size - 1) if cores > local_world_size else 0
-    return max(1, min(16, cores // local_world_size - 1))

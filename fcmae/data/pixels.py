@@ -173,14 +173,17 @@ def _decode_by_pillow(data: bytes, to: PixelFormat) -> Tensor | None:
             if to.in_chans not in IMAGE_MODES:
                 raise ValueError(f"it has {len(image.getbands())} channels; data.in_chans is {to.in_chans}")
             if image.mode.startswith("I;16"):
-                grey = np.asarray(ImageOps.exif_transpose(image))[None]
-                return _to_depth(np.repeat(grey, 3, 0) if to.in_chans == 3 else grey, to.bit_depth)
+                return _to_depth(_repeated(np.array(ImageOps.exif_transpose(image)), to.in_chans), to.bit_depth)
             if image.mode not in EIGHT_BIT_MODES:
                 raise ValueError(f"its pixels are {image.mode}; allowed are integers of 8 or 16 bits")
-            upright = ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans])
-            return _to_depth(
-                np.asarray(upright).reshape(upright.height, upright.width, -1).transpose(2, 0, 1), to.bit_depth
-            )
+            upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans]))
+            return _to_depth(upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1), to.bit_depth)
+
+
+def _repeated(grey: np.ndarray, in_chans: int) -> np.ndarray:
+    if in_chans not in (1, 3):
+        raise ValueError(f"it has 1 channel of 16 bits; data.in_chans is {in_chans}")
+    return np.repeat(grey[None], in_chans, axis=0)
 
 
 def _has_wide_colour(image: TiffImageFile) -> bool:
@@ -197,6 +200,8 @@ def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
         raise ValueError(f"its pixels are {pixels.dtype}; allowed are integers of 8 or 16 bits (uint8, uint16)")
     if bit_depth == 8:
         raise ValueError("its pixels have 16 bits; data.bit_depth is 8; allowed is 9 to 16, as many as are used")
+    if bit_depth == 16:
+        return torch.from_numpy(pixels)
     most = 2**bit_depth - 1
     if pixels.max(initial=0) > most:
         raise ValueError(f"it holds the value {pixels.max()}; data.bit_depth is {bit_depth}, which ends at {most}")

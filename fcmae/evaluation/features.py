@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fcmae.config import DataConfig
 from fcmae.data.bad_samples import readable
-from fcmae.data.loader import EvaluationImages, default_workers, eval_loader
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import EvaluationImages, eval_loader
 from fcmae.data.sources import Source
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.training.distributed import World
@@ -37,6 +38,7 @@ def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> I
         world_size=world.size,
         workers=workers,
         pin_memory=world.device.type == "cuda",
+        prefetch=cfg.prefetch,
     )
     for imgs, labels in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
         imgs = imgs.to(world.device, non_blocking=True)

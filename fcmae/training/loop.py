@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
-from fcmae.data.loader import BatchPlan, TrainBatches, default_workers
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import autocast
@@ -79,6 +80,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
         stop_step=stop_step,
         workers=workers,
         pin_memory=world.device.type == "cuda",
+        prefetch=cfg.data.prefetch,
         timeout=cfg.trainer.hang_timeout,
         skip=cfg.data.on_error == "skip",
     )

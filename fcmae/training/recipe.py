@@ -14,6 +14,7 @@ HARMLESS = frozenset(
         "data.relist",
         # how it is computed, not what: equal up to the order of summation
         "data.workers",
+        "data.prefetch",
         "engine.name",
         "engine.recompute_stages",
         "trainer.micro_batch_size",

@@ -1,5 +1,4 @@
 import gzip
-import os
 import struct
 
 import numpy as np
@@ -235,15 +234,3 @@ def test_evaluation_reads_every_sample_once(world_size):
         loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=0, pin_memory=False)
         seen += [value for batch in loader for value in batch.parts[0].tolist()]
     assert sorted(seen) == sorted(dataset[i][0].item() for i in range(50))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="checks sched_getaffinity")
-def test_default_workers_fit_the_cores(monkeypatch):
-    from fcmae.data.loader import default_workers
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert default_workers(torch.device("cuda"), 1) == 15
-    assert default_workers(torch.device("cuda"), 8) == 1
-    assert default_workers(torch.device("cpu"), 1) == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert default_workers(torch.device("cpu"), 1) == 0

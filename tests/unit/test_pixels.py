@@ -42,7 +42,7 @@ def tiff(array, **options):
 
 
 def chw(array):
-    return torch.from_numpy(np.ascontiguousarray(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1)
+    return torch.from_numpy(np.array(array if array.ndim == 3 else array[..., None])).permute(2, 0, 1)
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
