@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
-    "bench": "measure speed: step | kernels [overrides] [--json FILE]",
+    "bench": "measure speed: step | kernels | data [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -230,7 +230,9 @@ def _doctor(args: list[str]) -> int:
 
 def _bench(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
-    parser.add_argument("what", choices=["step", "kernels"], help="a training step, or the GPU kernels alone")
+    parser.add_argument(
+        "what", choices=["step", "kernels", "data"], help="a training step, the GPU kernels, or reading data"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_args(args)
@@ -238,6 +240,10 @@ def _bench(args: list[str]) -> int:
         from fcmae.bench import step
 
         step.run(given.overrides, given.json)
+    elif given.what == "data":
+        from fcmae.bench import data
+
+        data.run(given.overrides, given.json)
     else:
         from fcmae.bench import kernels
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -33,8 +33,6 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "H
 """Pillow's modes whose conversion keeps the scale of brightness; it would clip others."""
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-ORIENTATION_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"tiff:Orientation")
-"""One of these is in every file that states how the camera was held."""
 
 
 class Encoded(NamedTuple):
@@ -91,7 +89,7 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
             size = jpeg.stored_size(image.data)
             if size is not None:
                 _check_size(*size)
-                turn = orientation(image.data)
+                turn = jpeg.orientation(image.data)
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
                 return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True)
         return _decoded(_decode_any(image.data, to))
@@ -118,15 +116,6 @@ def _explained(name: str) -> Iterator[None]:
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise ValueError(f"it has {width}x{height} pixels; allowed are {MAX_PIXELS}")
-
-
-def orientation(data: bytes) -> int:
-    """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are."""
-    if not any(mark in data for mark in ORIENTATION_MARKS):
-        return 1
-    with Image.open(io.BytesIO(data)) as image:
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return turn if turn in range(1, 9) else 1
 
 
 def _upright(pixels: Tensor, turn: int) -> Tensor:
