@@ -7,6 +7,7 @@ from typing import Any
 from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import PRECISIONS, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 
@@ -100,5 +101,6 @@ COMMANDS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "prepare": PrepareConfig,
 }
 """The Hydra commands and their schemas; conf/COMMAND.yaml is the primary config of each."""
