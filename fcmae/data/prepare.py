@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import operator
-import os
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from fcmae.config import PrepareConfig
 from fcmae.data.arrays import one_at_a_time
+from fcmae.data.cores import cores_per_rank
 from fcmae.data.pixels import PixelFormat
 from fcmae.data.processes import in_processes
 from fcmae.data.shards import Encoding, Shard, encode, write_shard
@@ -228,7 +228,7 @@ def _write_whole(file: Path, text: str) -> None:
 def _workers(cfg: PrepareConfig) -> int:
     if cfg.workers is not None:
         return cfg.workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores_per_rank(1)
 
 
 def _existing(folder: Path) -> Path:
