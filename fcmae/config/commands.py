@@ -46,6 +46,12 @@ class FinetuneConfig(RunConfig):
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        crops, device = self.data.crops_per_image, self.data.decode_on
+        check("data.crops_per_image", crops, crops == 1, "1 in fine-tuning")
+        check("data.decode_on", device, device == "cpu", "cpu in fine-tuning")
+
 
 DataOverrides = dataclasses.make_dataclass(
     "DataOverrides",

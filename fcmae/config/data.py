@@ -52,6 +52,11 @@ class DataConfig:
     hflip: float = 0.5
     exact_decode: bool = False
     """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
+    crops_per_image: int = 1
+    """Pretraining: samples made of each image that is read and decoded, for the same step, each with its own mask. An
+    epoch stays so many samples as there are images."""
+    decode_on: str = "cpu"
+    """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
     on the image is resized straight to the square, as the official code does."""
@@ -92,7 +97,11 @@ class DataConfig:
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         for name in ("pad", "workers"):
             check_not_negative(f"data.{name}", getattr(self, name))
-        for name in ("labels_per_class", "length", "prefetch"):
+        check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
+        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and self.on_error == "raise"
+        allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and on_error=raise"
+        check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
+        for name in ("crops_per_image", "labels_per_class", "length", "prefetch"):
             check_positive(f"data.{name}", getattr(self, name))
 
     @property

@@ -57,19 +57,19 @@ class RandomCrop:
         image = open_image(image, self.format)
         if self.pad:
             padded = F.pad(image.pixels(1), [self.pad])
-            return cut(padded, self.draw(padded.shape[-2:]), self.size)
-        box = self.draw(image.size)
-        reduce = reduction(box, self.size) if image.reducible else 1
-        box = box.aligned(reduce)
+            image = LazyImage((padded.shape[-2], padded.shape[-1]), lambda _: padded)
+        box, reduce = self.draw(image)
         if self.exact or reduce == 1:
             return cut(image.pixels(1), box, self.size)
         return cut(image.pixels(reduce), box.divided(reduce), self.size)
 
-    def draw(self, size: tuple[int, int]) -> Box:
-        """The part of an image of ``size`` that torch's global generator chooses."""
-        params = self.crop.make_params([torch.empty((1, *size), device="meta")])
+    def draw(self, image: LazyImage) -> tuple[Box, int]:
+        """The part that torch's global generator chooses, and the fraction of the image that has enough pixels."""
+        params = self.crop.make_params([torch.empty((1, *image.size), device="meta")])
         flip = bool(torch.rand(1) < self.hflip)
-        return Box(params["top"], params["left"], params["height"], params["width"], flip)
+        box = Box(params["top"], params["left"], params["height"], params["width"], flip)
+        reduce = reduction(box, self.size) if image.reducible else 1
+        return box.aligned(reduce), reduce
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:

@@ -24,7 +24,7 @@ WARP_FROM = 384
 """Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
 
 
-def pretrain_transform(cfg: DataConfig) -> Transform:
+def pretrain_transform(cfg: DataConfig) -> RandomCrop:
     """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels."""
     return RandomCrop(cfg)
 

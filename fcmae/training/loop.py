@@ -46,7 +46,12 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     """
     cfg = task.cfg
     plan = BatchPlan.create(
-        len(task.source), cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.size, cfg.seed
+        len(task.source),
+        cfg.trainer.global_batch_size,
+        cfg.trainer.micro_batch_size,
+        world.size,
+        cfg.seed,
+        cfg.data.crops_per_image,
     )
     task.prepare(plan)
     schedule = CosineSchedule(

@@ -83,7 +83,9 @@ class Pretraining:
         self.keep = self.model.len_keep(*cfg.data.size)
 
     def dataset(self) -> Dataset:
-        return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
+        data = self.cfg.data
+        crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+        return MaskedImages(self.source, crop, self.num_patches, self.cfg.seed, data.crops_per_image, undecoded)
 
     def prepare(self, plan: BatchPlan) -> None:
         pass
