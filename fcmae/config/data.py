@@ -19,9 +19,9 @@ class DataConfig:
     the four .gz files, or None to look for them."""
     val_path: Any = None
     """Validation images, in the same way; hf: None = the same as ``path``; fashion_mnist has its own."""
-    source: dict[str, Any] | None = None
+    source: Any = None
     """A training source of one's own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
-    val_source: dict[str, Any] | None = None
+    val_source: Any = None
     split: str = "train"
     """hf: the training split."""
     val_split: str = "validation"
@@ -75,7 +75,7 @@ class DataConfig:
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
         for name in ("source", "val_source"):
             value = getattr(self, name)
-            ok = value is None or isinstance(value.get("_target_"), str)
+            ok = value is None or (isinstance(value, dict) and isinstance(value.get("_target_"), str))
             check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
         check_one_of("data.on_error", self.on_error, ("raise", "skip"))
         check_ratio("data.max_bad", self.max_bad)

@@ -14,11 +14,12 @@ import webdataset
 from PIL import Image
 from webdataset import tariterators
 
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
 from fcmae.data import arrays
 from fcmae.data.sources import ImageFolder, Sample, Synthetic, WebDataset, listing, train_source, val_source
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
 from fcmae.errors import ConfigError, ImageError, UsageError
+from fcmae.training.recipe import check_recipe
 
 
 def png(value=0):
@@ -403,6 +404,28 @@ class Squares:
 
     def describe(self, index):
         return f"square {index}"
+
+
+def test_a_source_of_ones_own_on_the_command_line():
+    given = f"data.source={{_target_: {__name__}.Squares, count: 5}}"
+    cfg = compose("pretrain", [given])
+    assert len(train_source(cfg.data)) == 5
+    assert from_dict(PretrainConfig, to_dict(cfg)) == cfg
+    merged = compose("knn", ["checkpoint=x", given.replace("5", "7")]).merge_data(cfg.data)
+    assert len(train_source(merged)) == 7
+
+
+def test_another_source_is_another_recipe():
+    def config(**data):
+        return to_dict(PretrainConfig(data=DataConfig(**data)))
+
+    own = {"_target_": f"{__name__}.Squares", "count": 5}
+    check_recipe(
+        config(source=own), config(source=dict(own), val_source=own, relist=True, on_error="skip", max_bad=0.5)
+    )
+    for before, now in ((None, own), (own, {**own, "count": 6})):
+        with pytest.raises(UsageError, match="  data.source: .*Squares"):
+            check_recipe(config(source=before), config(source=now))
 
 
 def test_a_source_of_ones_own():
