@@ -420,9 +420,8 @@ def test_another_source_is_another_recipe():
         return to_dict(PretrainConfig(data=DataConfig(**data)))
 
     own = {"_target_": f"{__name__}.Squares", "count": 5}
-    check_recipe(
-        config(source=own), config(source=dict(own), val_source=own, relist=True, on_error="skip", max_bad=0.5)
-    )
+    harmless = {"relist": True, "on_error": "skip", "max_bad": 0.5, "val_source": own, "val_split": "test"}
+    check_recipe(config(source=own), config(source=dict(own), **harmless))
     for before, now in ((None, own), (own, {**own, "count": 6})):
         with pytest.raises(UsageError, match="  data.source: .*Squares"):
             check_recipe(config(source=before), config(source=now))
