@@ -24,7 +24,7 @@ test-gpu: $(VENV)/.dev
 test-tf: $(VENV)/.dev
 	$(BIN)/python -m pytest -m tf
 
-# Builds MinkowskiEngine the first time, which takes some minutes.
+# Builds MinkowskiEngine the first time, six to seven minutes of two cores; later environments get the kept wheel.
 test-minkowski: $(VENV)/.dev
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m minkowski

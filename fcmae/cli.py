@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs one command and returns its exit code. Without ``argv``, this is the program, and ends with it."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     finally:
         if command in _TRAINING:
-            interrupt.uninstall()
+            # torchrun, for one, sends each signal twice.
+            (interrupt.ignore if argv is None else interrupt.uninstall)()
 
 
 def _usage() -> str:

@@ -57,6 +57,10 @@ class SaveError(FCMAEError):
     """A checkpoint could not be written; the older ones are as they were."""
 
 
+class DiskError(FCMAEError):
+    """The run directory cannot be written."""
+
+
 class Interrupted(FCMAEError):
     """The run stopped early, saved, and can be resumed."""
 

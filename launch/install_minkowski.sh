@@ -5,6 +5,8 @@
 #
 #   PYTHON     the interpreter to install it into (python)
 #   MAX_JOBS   compilers that run at once, of up to 2 GB each (ninja's choice: the cores and two more)
+#   WHEELS     where the built wheel is kept for the next environment, by versions of torch and Python
+#              (~/.cache/fcmae/minkowski)
 #
 # PyPI has the sources of 2021 alone: they compile in some minutes, and import on Python 3.10 and newer only after
 # a few lines are mended. A MinkowskiEngine that is there already, such as your own build for CUDA, is mended but not
@@ -14,6 +16,7 @@ set -euo pipefail
 
 VERSION=0.5.4
 python=${PYTHON:-python}
+wheels=${WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/fcmae/minkowski}
 
 fail() {
     echo "install_minkowski.sh: $*" >&2
@@ -61,14 +64,28 @@ fi
 compiles || fail "needs a C++ compiler, Python's headers and OpenBLAS: on Debian or Ubuntu the packages" \
     "g++, python3-dev and libopenblas-dev"
 
-"$python" -m pip install --quiet --disable-pip-version-check setuptools wheel numpy ninja
-# torch finds ninja by PATH
-PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
-export PATH CC=gcc CXX=g++
-# Without isolation, because the build imports torch; without dependencies, because torch is there; without pip's cache,
-# because a wheel that was built for one version of torch does not load with another.
-"$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
-    --use-pep517 --no-build-isolation --no-deps \
-    --config-settings="--global-option=--blas=openblas --cpu_only" "MinkowskiEngine==$VERSION"
+pip=("$python" -m pip --quiet --disable-pip-version-check)
+
+# Leaves the wheel in folder $1, all of it or nothing.
+build() {
+    local scripts unfinished
+    "${pip[@]}" install setuptools wheel numpy ninja
+    scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+    mkdir -p "$(dirname "$1")"
+    unfinished=$(mktemp -d "$1.XXXXXX")
+    # torch finds ninja by PATH. Without isolation, because the build imports torch; without dependencies, because torch
+    # is there; without pip's cache, which does not know that a wheel belongs to the torch that it was built with.
+    PATH="$scripts:$PATH" CC=gcc CXX=g++ "${pip[@]}" wheel --no-cache-dir --use-pep517 --no-build-isolation --no-deps \
+        --config-settings="--global-option=--blas=openblas --cpu_only" --wheel-dir "$unfinished" \
+        "MinkowskiEngine==$VERSION" || { rm -rf "$unfinished"; fail "the build has failed"; }
+    rm -rf "$1"
+    mv "$unfinished" "$1"
+}
+
+versions=$("$python" -c 'import sys, torch; print(f"torch-{torch.__version__}-{sys.implementation.cache_tag}")')
+if ! compgen -G "$wheels/$versions/*.whl" >/dev/null; then
+    build "$wheels/$versions"
+fi
+"${pip[@]}" install --no-deps "$wheels/$versions"/*.whl
 mend
 report

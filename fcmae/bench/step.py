@@ -14,6 +14,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak, parse
+from fcmae.bench.profile import profile_step
 from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.errors import UsageError
@@ -21,6 +22,7 @@ from fcmae.evaluation.features import DTYPES, autocast
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.distributed import pick_device
 from fcmae.training.optim import create_optimizer
 
@@ -48,6 +50,8 @@ class StepConfig:
     mask_ratio: float = 0.6
     precision: str = "bf16"
     device: str = "auto"
+    deterministic: bool = False
+    """As ``trainer.deterministic``; ``benchmarks/determinism.py`` measures with and without."""
     repeats: int = 20
     warm_up: int = 5
 
@@ -75,11 +79,17 @@ class StepResult:
     matmul_tflops: float
     compile_seconds: float
     """Time to the end of the first step."""
+    kernel_ms: dict[str, float] = field(default_factory=dict)
+    """On a GPU, milliseconds by kind of kernel (:mod:`fcmae.bench.profile`)."""
+    depthwise_gb_per_second: float | None = None
+    """Of the packed engine's depthwise kernels: the bytes they have to move over the time they take."""
 
 
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
+    if cfg.deterministic:
+        only_deterministic_algorithms()
     device = pick_device(cfg.device)
     _check_engines(cfg, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
@@ -94,6 +104,8 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     for result in _measure_all(cfg, device):
         results.append(result)
         print(_row(result, peak), flush=True)
+        if result.kernel_ms:
+            print("  " + _where_time_goes(result, bandwidth), flush=True)
     for line in _ratios(results):
         print(line)
     if json_file is not None:
@@ -169,6 +181,19 @@ def _measure(
         step(i)
     ms = _median_step_ms(step, cfg.repeats, device)
     images_per_second = batch_size / ms * 1e3
+    peak_memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    kernel_ms: dict[str, float] = {}
+    if device.type == "cuda":
+
+        def launched_step() -> None:
+            run_pass(batches[0])
+            optimizer.step()
+
+        kernel_ms = profile_step(launched_step)
+    traffic = 0
+    if engine in ENGINES:
+        assert isinstance(model, FCMAE)
+        traffic = depthwise_traffic(model, batch_size, cfg)
     return StepResult(
         name,
         engine,
@@ -177,9 +202,11 @@ def _measure(
         batch_size,
         images_per_second,
         ms,
-        torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        peak_memory,
         flops * images_per_second / 1e12,
         compile_seconds,
+        kernel_ms,
+        traffic / kernel_ms["depthwise"] / 1e6 if kernel_ms and engine == "packed" else None,
     )
 
 
@@ -281,6 +308,20 @@ def visible_matmul_flops(model: FCMAE, keep: int, num_patches: int) -> float:
     return 3 * 2 * products
 
 
+def depthwise_traffic(model: FCMAE, batch_size: int, cfg: StepConfig) -> int:
+    """Bytes that the encoder's depthwise convolutions have to move in a step: forward, input and weight gradient each
+    read or write two arrays of the visible sites."""
+    keep = model.len_keep(cfg.image_size, cfg.image_size)
+    size = DTYPES.get(cfg.precision, torch.float32).itemsize
+    side, total = model.mask_patch_size // convnext.stem(model.backbone)[0].stride[0], 0
+    for stage in convnext.stages(model.backbone):
+        if isinstance(stage.downsample, nn.Sequential):
+            side //= convnext.downsample(stage.downsample)[1].stride[0]
+        for block in convnext.blocks(stage):
+            total += 3 * 2 * batch_size * keep * side**2 * block.conv_dw.weight.shape[0] * size
+    return total
+
+
 def _row(result: StepResult, peak: float) -> str:
     how = ("compiled" if result.compiled else "eager") + (" graph" if result.cuda_graph else "")
     memory = f"{result.peak_gib:6.1f}" if result.peak_gib is not None else f"{'-':>6}"
@@ -289,6 +330,15 @@ def _row(result: StepResult, peak: float) -> str:
         f"{result.ms:8.2f} {memory} {result.matmul_tflops:8.2f} {1e12 * result.matmul_tflops / peak:7.1%} "
         f"{result.compile_seconds:7.1f}"
     )
+
+
+def _where_time_goes(result: StepResult, bandwidth: float) -> str:
+    parts = ", ".join(f"{kind} {ms:.1f}" for kind, ms in result.kernel_ms.items() if ms >= 0.05)
+    line = f"GPU {sum(result.kernel_ms.values()):.1f} ms: {parts}"
+    if result.depthwise_gb_per_second is not None:
+        share = 1e9 * result.depthwise_gb_per_second / bandwidth
+        line += f"; depthwise kernels {result.depthwise_gb_per_second:.0f} GB/s, {share:.0%} of a copy"
+    return line
 
 
 def _ratios(results: Sequence[StepResult]) -> Iterator[str]:

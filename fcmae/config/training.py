@@ -72,7 +72,7 @@ class TrainerConfig:
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     deterministic: bool = False
-    """Only deterministic algorithms (``torch.use_deterministic_algorithms``)."""
+    """Only deterministic algorithms of torch, cuBLAS, cuDNN and torch.compile (fcmae/training/determinism.py)."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_epochs: float = 1.0

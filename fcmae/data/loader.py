@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fcmae.data.pixels import Encoded, LazyImage, open_image
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
 from fcmae.errors import UsageError, WorkerError
+from fcmae.processes import is_stopped
 from fcmae.randomness import Stream, generator, seed_globals
 
 SampleKey = tuple[int, int]
@@ -320,7 +320,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        stopped = [child.pid for child in multiprocessing.active_children() if _is_stopped(child.pid)]
+        stopped = [child.pid for child in multiprocessing.active_children() if is_stopped(child.pid)]
         _end_workers()
         reason = str(error).strip()
         if isinstance(error, RuntimeError) and reason.startswith("DataLoader"):
@@ -341,11 +341,3 @@ def _end_workers() -> None:
         child.join()
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
-
-
-def _is_stopped(pid: int | None) -> bool:
-    """Whether a process is suspended (SIGSTOP); known on Linux only."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False

@@ -7,9 +7,12 @@ border: the stem and the downsampling layers must be convolutions whose kernel e
 from collections.abc import Iterator
 
 import torch.nn.functional as F
+from timm.layers import GELU
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
+
+from fcmae import kernels
 
 PATCHWISE_CONV = "a convolution whose kernel equals its stride, without padding or dilation"
 
@@ -72,7 +75,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """A linear layer or 1 x 1 convolution (timm's conv_mlp) over the last dimension."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+    return kernels.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 def patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -82,7 +85,44 @@ def patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
     # Of a 1 x 1 kernel nothing is to be reordered, and the gradient would get other strides than the parameter.
     weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
-    return F.linear(x, weight.flatten(1), conv.bias)
+    return kernels.linear(x, weight.flatten(1), conv.bias)
+
+
+def is_fused(block: ConvNeXtBlock, x: Tensor) -> bool:
+    """Whether one kernel adds the bias of the block's first linear layer, and does GELU and GRN."""
+    return x.is_cuda and grn(block) is not None and isinstance(block.mlp.act, GELU | nn.GELU)
+
+
+def pointwise(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
+    """A block from its depthwise convolution's output to the residual sum: norm, MLP with GRN, layer scale.
+
+    Args:
+        x: ``[N, ..., C]``, the sites of N images.
+        grn_scope: GRN's norm over the sites of an ``image`` or of the whole ``batch``.
+    """
+    h = _activate(block, layer_norm(x, block.norm), grn_scope)
+    h = linear(h, block.mlp.fc2)
+    return h if block.gamma is None else h * block.gamma
+
+
+def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
+    """The MLP's first half: linear layer, activation, and GRN."""
+    fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, grn(block)
+    if grn_layer is None:
+        return act(linear(x, fc1))
+    if not isinstance(act, GELU | nn.GELU):
+        h = act(linear(x, fc1))
+        return kernels.grn(_images(h, grn_scope), grn_layer.weight, grn_layer.bias, grn_layer.eps).view_as(h)
+    # A GPU's kernel adds fc1's bias, see gelu_grn; on a CPU the product does.
+    bias = fc1.bias if is_fused(block, x) else None
+    h = linear(x, fc1) if bias is None else F.linear(x, fc1.weight.flatten(1))
+    sites = _images(h, grn_scope)
+    return kernels.gelu_grn(sites, grn_layer.weight, grn_layer.bias, grn_layer.eps, input_bias=bias).view_as(h)
+
+
+def _images(x: Tensor, grn_scope: str) -> Tensor:
+    """``[N, R, C]``, the R sites of every image, or with scope ``batch`` all of them as those of one."""
+    return x.flatten(1, -2) if grn_scope == "image" else x.flatten(0, -2).unsqueeze(0)
 
 
 def check_backbone(backbone: nn.Module) -> None:

@@ -4,16 +4,15 @@ Every image keeps the same number of patches, so the visible part of a batch is 
 with a static shape. All layers but the depthwise convolution work per site, or (GRN) per image.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
-import torch.nn.functional as F
-from timm.layers import GELU
+import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed, region
-from fcmae.kernels import Neighbors, gather_patches, gelu_grn, grn, neighbors, packed_depthwise
+from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
 from fcmae.masking import grid_size, visible_indices
 
 
@@ -32,16 +31,37 @@ def packed(
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
+    shapes = _block_shapes(backbone, imgs, where, patch_size, grn_scope)
+    kernels_ready = precompile.start(shapes) if compiled and imgs.is_cuda else None
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         run_block = recomputed(region(_block, compiled), number in recompute_stages)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
+        if kernels_ready is not None:
+            kernels_ready[number - 1]()
         for block in convnext.blocks(stage):
             x = run_block(block, x, where, grn_scope)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
         x = convnext.layer_norm(x, backbone.norm_pre)
     return x
+
+
+def _block_shapes(
+    backbone: ConvNeXt, imgs: Tensor, where: Neighbors, patch_size: int, grn_scope: str
+) -> Iterator[precompile.BlockShape]:
+    """What the kernels of every stage are specialised for."""
+    autocast = torch.is_autocast_enabled(imgs.device.type)
+    dtype = torch.get_autocast_dtype(imgs.device.type) if autocast else imgs.dtype
+    sites = patch_size // convnext.stem(backbone)[0].stride[0]
+    for stage in convnext.stages(backbone):
+        if isinstance(stage.downsample, nn.Sequential):
+            sites //= convnext.downsample(stage.downsample)[1].stride[0]
+        block = next(convnext.blocks(stage))
+        channels, _, kernel, _ = block.conv_dw.weight.shape
+        hidden = block.mlp.fc1.weight.shape[0] if convnext.is_fused(block, imgs) and grn_scope == "image" else None
+        grid, name = (where.rows, where.cols), str(dtype).removeprefix("torch.")
+        yield precompile.BlockShape(grid, where.index.shape[1], sites, channels, kernel, hidden, name)
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:
@@ -57,25 +77,4 @@ def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors, grn_scope: str) -> Tensor:
     """A ConvNeXt block over packed sites, without drop path (off in pretraining)."""
     h = packed_depthwise(x, block.conv_dw.weight, block.conv_dw.bias, where)
-    h = convnext.layer_norm(h, block.norm)
-    h = _activate(block, h, grn_scope)
-    h = convnext.linear(h, block.mlp.fc2)
-    if block.gamma is not None:
-        h = h * block.gamma
-    return x + h
-
-
-def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
-    """The MLP's first half: linear layer, activation, and GRN over the sites of an image or of the whole batch."""
-    fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, convnext.grn(block)
-    if grn_layer is None:
-        return act(convnext.linear(x, fc1))
-    fused = x.is_cuda and isinstance(act, GELU | nn.GELU)  # leaves fc1's bias to the kernel, see gelu_grn
-    h = F.linear(x, fc1.weight.flatten(1), None if fused else fc1.bias)
-    sites = h.flatten(1, 3) if grn_scope == "image" else h.flatten(0, 3).unsqueeze(0)
-    if isinstance(act, GELU | nn.GELU):
-        bias = fc1.bias if fused else None
-        sites = gelu_grn(sites, grn_layer.weight, grn_layer.bias, grn_layer.eps, input_bias=bias)
-    else:
-        sites = grn(act(sites), grn_layer.weight, grn_layer.bias, grn_layer.eps)
-    return sites.view_as(h)
+    return x + convnext.pointwise(block, h, grn_scope)

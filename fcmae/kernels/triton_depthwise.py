@@ -64,6 +64,18 @@ def _group_count(group, rows, side, halo):
     return _count(group - _reach(side, halo), side, halo) if rows == side else 1
 
 
+@triton.constexpr_function
+def _overlap_start(start, window):
+    """First position of a line of sites beginning at ``start`` that lies in a window beginning at ``window``."""
+    return max(0, window - start)
+
+
+@triton.constexpr_function
+def _overlap_stop(start, window, sites, length):
+    """One past the last position of a line of ``sites`` at ``start`` that lies in a window of ``length``."""
+    return min(sites, window - start + length)
+
+
 @triton.jit
 def _load_slots(slots, cells, tile, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Slots of the neighbouring patches, a tuple for each group; negative where none is visible."""
@@ -139,11 +151,9 @@ def _convolve(
     for y in tl.static_range(ROWS):
         for x in tl.static_range(S):
             total = sums[y * S + x]
-            for row in tl.static_range(HEIGHT):
-                if TOP + row - y >= 0 and TOP + row - y < K:
-                    for column in tl.static_range(WIDTH):
-                        if LEFT + column - x >= 0 and LEFT + column - x < K:
-                            total += inputs[row * WIDTH + column] * taps[(TOP + row - y) * K + LEFT + column - x]
+            for row in tl.static_range(_overlap_start(TOP, y), _overlap_stop(TOP, y, HEIGHT, K)):
+                for column in tl.static_range(_overlap_start(LEFT, x), _overlap_stop(LEFT, x, WIDTH, K)):
+                    total += inputs[row * WIDTH + column] * taps[(TOP + row - y) * K + LEFT + column - x]
             result += (total,)
     return result
 
@@ -161,20 +171,24 @@ def _correlate(
     K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds to the K x K weight sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
+    """Adds to the K rows of K weight sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
     inputs = ()
     for i in tl.static_range(HEIGHT * WIDTH):
         inputs += (values[i].to(tl.float32),)
     result = ()
     for ky in tl.static_range(K):
-        for kx in tl.static_range(K):
-            total = sums[ky * K + kx]
-            for row in tl.static_range(HEIGHT):
-                if TOP + row - ky >= 0 and TOP + row - ky < ROWS:
-                    for column in tl.static_range(WIDTH):
-                        if LEFT + column - kx >= 0 and LEFT + column - kx < S:
+        if ky - TOP >= HEIGHT or ky - TOP + ROWS <= 0:
+            result += (sums[ky],)
+        else:
+            line = ()
+            for kx in tl.static_range(K):
+                total = sums[ky][kx]
+                if kx - LEFT < WIDTH and kx - LEFT + S > 0:
+                    for row in tl.static_range(_overlap_start(TOP, ky), _overlap_stop(TOP, ky, HEIGHT, ROWS)):
+                        for column in tl.static_range(_overlap_start(LEFT, kx), _overlap_stop(LEFT, kx, WIDTH, S)):
                             total += inputs[row * WIDTH + column] * grads[(TOP + row - ky) * S + LEFT + column - kx]
-            result += (total,)
+                line += (total,)
+            result += (line,)
     return result
 
 
@@ -254,6 +268,21 @@ def _add_tile(
     return sums
 
 
+@triton.jit(do_not_specialize=["turned"])
+def _taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Weights ``[C, TAPS]``, perhaps ``turned`` by 180 degrees, as float32 ``[TAPS + 1, C]``; bias or zero comes last.
+
+    bias: ``[C]``, or None.
+    """
+    lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    tap = tl.program_id(1)
+    source = tap + turned * (TAPS - 1 - 2 * tap)
+    value = tl.load(weight + lane * TAPS + source, mask=(lane < C) & (tap < TAPS), other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + lane, mask=(lane < C) & (tap == TAPS), other=0.0).to(tl.float32)
+    tl.store(taps + tap * C + lane, value, mask=lane < C)
+
+
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program"])
 def _forward_kernel(
     x,
@@ -323,8 +352,11 @@ def _weight_grad_kernel(
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = lane < C
     sums = ()
-    for _ in tl.static_range(K * K):
-        sums += (tl.zeros((CHANNELS,), tl.float32),)
+    for _ in tl.static_range(K):
+        line = ()
+        for _ in tl.static_range(K):
+            line += (tl.zeros((CHANNELS,), tl.float32),)
+        sums += (line,)
     bias_sum = tl.zeros((CHANNELS,), tl.float32)
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
@@ -335,9 +367,39 @@ def _weight_grad_kernel(
             bias_sum += grads[i]
         sums = _add_tile(sums, grads, x, slots, cells, tile, lane, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, True)
     target = partial + tl.program_id(1).to(tl.int64) * ((K * K + 1) * C) + lane
-    for t in tl.static_range(K * K):
-        tl.store(target + t * C, sums[t], mask=valid)
+    for ky in tl.static_range(K):
+        for kx in tl.static_range(K):
+            tl.store(target + (ky * K + kx) * C, sums[ky][kx], mask=valid)
     tl.store(target + K * K * C, bias_sum, mask=valid)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _add_partial_kernel(
+    partial,
+    weight_grad,
+    bias_grad,
+    programs,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Adds the partial sums of one tap, in a fixed order; taps come last in the weight's gradient.
+
+    partial: float32 ``[programs, TAPS + 1, C]``. weight_grad: ``[C, TAPS]``. bias_grad: ``[C]``.
+    """
+    lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    tap = tl.program_id(1)
+    first = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + first
+        offset = (row.to(tl.int64) * (TAPS + 1) + tap)[:, None] * C + lane[None, :]
+        total += tl.load(partial + offset, mask=(row < programs)[:, None] & (lane < C)[None, :], other=0.0)
+    if tap < TAPS:
+        tl.store(weight_grad + lane * TAPS + tap, tl.sum(total, 0), mask=lane < C)
+    else:
+        tl.store(bias_grad + lane, tl.sum(total, 0), mask=lane < C)
 
 
 class _Plan(NamedTuple):
@@ -351,15 +413,18 @@ class _Plan(NamedTuple):
     """Programs a multiprocessor: what its registers hold at once."""
 
 
-# By patch side, the fastest measured on an H200 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6, Triton 3.6) with
-# rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs in {4, 8, 12, 24}. Slower or no faster: one channel a thread,
-# several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and loads that
-# run ahead into the next tile, which cost the registers of four resident warps.
-_FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 12)}
-_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 2, 12)}
+# By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6,
+# Triton 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs from 4 to 24. Slower or no faster: one channel
+# a thread, several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and
+# loads that run ahead into the next tile, which cost the registers of four resident warps.
+_FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 16)}
+_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 1, 16)}
 
 _CHANNELS = 64
 """Channels a program: one warp with two channels, 4 bytes of bf16, a thread."""
+
+_TAPS_CHANNELS = 128
+"""Channels a program of the kernel that lays out the taps."""
 
 MAX_KERNEL = 7
 """Larger kernels do not leave room in the registers for two channels' taps."""
@@ -370,17 +435,12 @@ MAX_SIDE = 16
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor) -> Tensor:
     """The convolution of ``[N, V, S, S, C]`` in the dtype of ``x``, accumulated in float32."""
-    c, _, k, _ = weight.shape
-    taps = weight.reshape(c, k * k).t().float()
-    last = taps.new_zeros(1, c) if bias is None else bias.float()[None]
-    return _launch_forward(x, torch.cat((taps, last)), k, slots, cells)
+    return _launch_forward(x, weight, bias, slots, cells, turned=False)
 
 
 def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Tensor:
     """The gradient of the input: the convolution of ``grad`` with the kernel turned by 180 degrees."""
-    c, _, k, _ = weight.shape
-    taps = weight.reshape(c, k * k).flip(1).t().float()
-    return _launch_forward(grad, torch.cat((taps, taps.new_zeros(1, c))), k, slots, cells)
+    return _launch_forward(grad, weight, None, slots, cells, turned=True)
 
 
 def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,22 +448,31 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
     x, grad = x.contiguous(), grad.contiguous()
     _, _, s, _, c = x.shape
     plan = _plan(_WEIGHT_GRAD_PLANS, s)
-    tiles, tiles_per_program, grid = _divide(x, plan)
-    partial = x.new_empty(grid[1], k * k + 1, c, dtype=torch.float32)
-    _weight_grad_kernel[grid](
+    tiles, tiles_per_program, (blocks, programs) = _divide(x, plan)
+    partial = x.new_empty(programs, k * k + 1, c, dtype=torch.float32)
+    _weight_grad_kernel[blocks, programs](
         x, grad, partial, slots, cells, tiles, tiles_per_program,
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
     )  # fmt: skip
-    total = partial.sum(0)
-    # The outputs of a torch operator must not share memory.
-    return total[:-1].t().reshape(c, 1, k, k).contiguous(), total[-1].clone()
+    grad_weight, grad_bias = x.new_empty(c, 1, k, k, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
+    _add_partial_kernel[blocks, k * k + 1](
+        partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, ROWS=64, num_warps=8
+    )
+    return grad_weight, grad_bias
 
 
-def _launch_forward(x: Tensor, taps: Tensor, k: int, slots: Tensor, cells: Tensor) -> Tensor:
+def _launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor, *, turned: bool
+) -> Tensor:
     x = x.contiguous()
     _, _, s, _, c = x.shape
+    k = weight.shape[-1]
     plan = _plan(_FORWARD_PLANS, s)
     tiles, tiles_per_program, grid = _divide(x, plan)
+    taps = x.new_empty(k * k + 1, c, dtype=torch.float32)
+    _taps_kernel[-(-c // _TAPS_CHANNELS), k * k + 1](
+        weight.contiguous(), bias, taps, int(turned), C=c, TAPS=k * k, CHANNELS=_TAPS_CHANNELS
+    )
     y = torch.empty_like(x)
     _forward_kernel[grid](
         x, taps, y, slots, cells, tiles, tiles_per_program,

@@ -4,7 +4,8 @@ import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from fcmae.kernels import scatter_patches
+from fcmae import kernels
+from fcmae.engines import convnext
 
 
 class Decoder(nn.Module):
@@ -37,9 +38,12 @@ class Decoder(nn.Module):
         Returns:
             ``[N, L, P]``, L = rows * s * cols * s sites in row-major order.
         """
-        x = self.proj(visible)
+        x = convnext.linear(visible, self.proj)
         s = x.shape[2]
-        x = scatter_patches(x, index, mask.shape[1] // s, mask.shape[2] // s)
-        x = torch.where(mask.unsqueeze(1), self.mask_token.to(x.dtype).view(1, -1, 1, 1), x)
-        x = self.blocks(x)
-        return self.pred(x.flatten(2).transpose(1, 2))
+        x = kernels.scatter_patches(x, index, mask.shape[1] // s, mask.shape[2] // s)
+        x = torch.where(mask.unsqueeze(1), self.mask_token.to(x.dtype).view(1, -1, 1, 1), x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            assert isinstance(block, ConvNeXtBlock)
+            h = block.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + convnext.pointwise(block, h, grn_scope="image")
+        return convnext.linear(x.flatten(1, 2), self.pred)

@@ -5,12 +5,13 @@ A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and th
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,8 @@ FORMAT = 2
 MAGIC = b"fcmae256"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 PATTERN = re.compile(r"step_(\d+)\.pt")
+STRAY = re.compile(r"\.\d+\.tmp$")
+"""Ending of the temporary files of :func:`replacing`."""
 
 State = dict[str, Any]
 
@@ -84,14 +87,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not know what it wrote to
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do this, such as some in user space
+            raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, state: State) -> None:
@@ -162,28 +175,46 @@ class CheckpointDir:
         """The file for the state after ``step`` optimizer steps."""
         return self.folder / f"step_{step:08d}.pt"
 
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` stays for good."""
+        return self.keep_every is not None and step % self.keep_every == 0
+
     def sweep(self) -> None:
-        """Deletes temporary files that a killed run left. Only for the one process that writes here."""
-        if self.folder.is_dir():
-            for stray in self.folder.glob("*.tmp"):
+        """Deletes temporary files that a killed run left. Only for the one process that writes in the run directory."""
+        run_dir = self.folder.parent
+        for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
+            if STRAY.search(stray.name):
                 stray.unlink(missing_ok=True)
+
+    def set_aside(self, step: int, say: Callable[[str], object]) -> None:
+        """Renames the checkpoints after ``step``, from which a run goes on without them.
+
+        They are damaged, or belong to a run that was begun anew; nothing is deleted. Left under their names, they would
+        count as the newest.
+        """
+        for path in self.paths():
+            if step_of(path) > step:
+                aside = path.with_name(f"{path.name}.unused")
+                path.replace(aside)
+                say(f"{path.name} is not used any more: renamed to {aside.name}")
 
     def save(self, state: State, keep_steps: Collection[int] = ()) -> Path:
         """Writes ``state``, then deletes all but the newest ``keep`` and those of ``keep_steps`` and its milestones.
 
         Raises OSError, with the older checkpoints as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.folder.parent)
         path = self.path(state["step"])
         write_atomically(path, {"format": FORMAT, "versions": versions(), **state})
         for old in self.paths()[: -self.keep]:
             step = step_of(old)
-            milestone = self.keep_every is not None and step % self.keep_every == 0
-            if step not in keep_steps and not milestone:
+            if step not in keep_steps and not self.is_milestone(step):
                 old.unlink(missing_ok=True)
         return path
 
-    def load_latest(self, warn: Any, map_location: str | torch.device = "cpu") -> State | None:
+    def load_latest(self, warn: Callable[[str], object], map_location: str | torch.device = "cpu") -> State | None:
         """The newest readable state, or None without a checkpoint. Each unreadable one is told to ``warn`` in a line.
 
         Raises CheckpointError if there are checkpoints and none is readable.

@@ -2,15 +2,17 @@
 
 import datetime
 import functools
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcmae.errors import FCMAEError, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, PeerError, UsageError
+from fcmae.processes import Process
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,22 @@ class World:
     def on_main(self, action: Callable[[], object]) -> None:
         """Runs ``action`` on the first rank; the others wait for it.
 
-        Raises the FCMAEError that it raised there, and PeerError on the other ranks.
+        Raises what it raised there, and PeerError on the other ranks.
         """
-        failure: FCMAEError | None = None
-        if self.is_main:
-            try:
-                action()
-            except FCMAEError as error:
-                failure = error
-        exit_code = int(self.max(torch.tensor(0 if failure is None else failure.exit_code)))
+        self.together(action if self.is_main else lambda: None)
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` on every rank; where one fails, all of them end here.
+
+        Raises what it raised on this rank, or PeerError if it failed on others only.
+        """
+        failure: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        exit_code = 0 if failure is None else getattr(failure, "exit_code", EXIT_ERROR)
+        exit_code = int(self.max(torch.tensor(exit_code)))
         if failure is not None:
             raise failure
         if exit_code:
@@ -125,6 +134,17 @@ def connect(device: str, timeout: float = 1800.0) -> World:
             device_id=picked if picked.type == "cuda" else None,
         )
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), picked)
+
+
+def siblings(world: World) -> dict[int, Process]:
+    """The other ranks on this machine. Every rank of a launch calls this once, after :func:`connect`."""
+    if world.size == 1:
+        return {}
+    store, rank, size = _store()
+    store.set(f"fcmae/process/{rank}", json.dumps(asdict(Process.this())))
+    others = (other for other in range(size) if other != rank)
+    told = {other: Process(**json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
+    return {other: process for other, process in told.items() if process.is_here()}
 
 
 def disconnect() -> None:

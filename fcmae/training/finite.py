@@ -10,6 +10,7 @@ from torch import Tensor
 from fcmae.data.bad_samples import collate, errors_aside
 from fcmae.data.loader import BatchPlan, MicroBatches
 from fcmae.errors import NonFiniteLossError
+from fcmae.training.checkpoint import replacing
 from fcmae.training.distributed import World
 from fcmae.training.tasks import Task
 
@@ -75,18 +76,31 @@ def act_on_non_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: 
     return metrics
 
 
+def infectious(loss: Tensor) -> Tensor:
+    """``loss``, the same to the bit, whose gradient is NaN throughout if it is not finite.
+
+    A sum may overflow while its gradient does not; so all ranks learn of it from the gradient that they share.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
 def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:
     """Lists the samples of a step, and saves what this rank saw of them: its micro-batches, read once more."""
     listed = run_dir / f"nonfinite_step_{step:08d}.json"
-    if world.is_main:
-        samples = [
-            {"epoch": epoch, "index": index, "sample": task.source.describe(index)}
-            for epoch, index in plan.global_batch(step)
-        ]
-        listed.write_text(json.dumps({"step": step, "samples": samples}, indent=1))
     dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.data.on_error == "skip")
-    keys = list(MicroBatches(plan, world.rank, step, step + 1))
-    batches = [collate([dataset[key] for key in micro]).parts for micro in keys]
-    batch_file = run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt"
-    torch.save({"step": step, "samples": keys, "micro_batches": batches}, batch_file)
+    try:
+        if world.is_main:
+            samples = [
+                {"epoch": epoch, "index": index, "sample": task.source.describe(index)}
+                for epoch, index in plan.global_batch(step)
+            ]
+            with replacing(listed) as file:
+                file.write(json.dumps({"step": step, "samples": samples}, indent=1).encode())
+        keys = list(MicroBatches(plan, world.rank, step, step + 1))
+        batches = [collate([dataset[key] for key in micro]).parts for micro in keys]
+        with replacing(run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt") as file:
+            torch.save({"step": step, "samples": keys, "micro_batches": batches}, file)
+    except (OSError, RuntimeError) as error:  # torch's own, e.g. on a full disk
+        reason = str(error).splitlines()[0]
+        print(f"rank {world.rank}: the batch of step {step} was not saved: {reason}", file=sys.stderr, flush=True)
     return listed

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl always, a progress bar or lines, TensorBoard and wandb by config."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
+from fcmae.training.checkpoint import replacing
 
 
 class Sink(Protocol):
@@ -30,8 +32,11 @@ class MetricsFile:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir = run_dir
         path = run_dir / "metrics.jsonl"
-        kept = _lines_up_to(path, start_step) if path.is_file() else []
-        path.write_text("".join(kept))
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = _up_to(lines, start_step)
+        if kept != lines:
+            with replacing(path) as file:
+                file.write("".join(kept).encode())
         self.file = path.open("a")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -41,16 +46,17 @@ class MetricsFile:
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         folder = self.run_dir / "reconstructions"
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}_{step:08d}.png")
+        with replacing(folder / f"{name}_{step:08d}.png") as file:
+            image.save(file, "PNG")
 
     def close(self) -> None:
         self.file.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def _up_to(lines: list[str], step: int) -> list[str]:
     """The lines of a metrics file that a run resumed at ``step`` will not write again."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -117,6 +123,7 @@ class RunLogger:
     def __init__(self, sinks: list[Sink], progress: Progress) -> None:
         self.sinks = [*sinks, progress]
         self.progress = progress
+        self._told: set[str] = set()
 
     @classmethod
     def create(
@@ -140,14 +147,24 @@ class RunLogger:
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         self._each(lambda sink: sink.picture(step, name, image))
 
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
     def _each(self, write: Callable[[Sink], None]) -> None:
-        """What cannot be logged, e.g. on a full disk, is no reason to stop: checkpoints decide that."""
+        """What cannot be logged is no reason to stop, be the disk full or wandb's process dead.
+
+        Whether the run stops when a checkpoint cannot be written, is another matter.
+        """
         for sink in self.sinks:
             try:
                 write(sink)
-            except OSError as error:
-                print(f"{type(sink).__name__} could not write: {error}", file=sys.stderr, flush=True)
+            except Exception as error:
+                reason = f"{type(sink).__name__} could not write: {_line(error)}"
+                if reason not in self._told:
+                    self._told.add(reason)
+                    with contextlib.suppress(OSError):  # stderr may be gone as well
+                        print(reason, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

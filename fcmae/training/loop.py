@@ -1,7 +1,6 @@
 """The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,19 @@ from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
+from fcmae.evaluation.classify import EvaluationStopped
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
-from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.checkpoint import CheckpointDir, replacing
 from fcmae.training.distributed import World
-from fcmae.training.finite import FiniteGuard, act_on_non_finite
+from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.recipe import check_recipe
+from fcmae.training.resume import newest_state, say
 from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
@@ -62,7 +63,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     )
     checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
     state = _create_state(task, world)
-    resumed = checkpoints.load_latest(_say if world.is_main else _quiet, world.device) if cfg.trainer.resume else None
+    resumed = newest_state(checkpoints, world) if cfg.trainer.resume else None
     config = to_dict(cfg)
     if resumed is not None:
         if not cfg.trainer.allow_changed_recipe:
@@ -71,8 +72,9 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
     if world.is_main:
         checkpoints.sweep()
+        checkpoints.set_aside(state.step, say)
         _write_config(run_dir, config)
-        _say(_summary(task, plan, state, schedule.total_steps, world))
+        say(_summary(task, plan, state, schedule.total_steps, world))
     stop = StopAgreement(world, cfg.trainer.max_hours)
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
@@ -97,15 +99,39 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     def run(batch: Sequence[Tensor]) -> Tensor:
         with autocast(world.device, cfg.trainer.precision):
             loss = task.loss(model, batch) / plan.accum_steps
-        state.scaler.scale(loss).backward()
+        state.scaler.scale(infectious(loss)).backward()
         return loss.detach()
 
     graphed = _use_cuda_graph(task, world)
     accumulate = plan.accum_steps > 1
     backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
 
+    def evaluate_if_due(verdict: Verdict) -> tuple[bool, Verdict]:
+        """Whether an evaluation found this state the best so far; and the verdict, which may have become to stop.
+
+        A stop does not wait for an evaluation: the next process begins with it.
+        """
+        if not state.evaluation_due or verdict != Verdict.GO_ON:
+            return False, verdict
+        try:
+            score = task.evaluate(state.average, state.step, logger, world, stop.wished)
+        except EvaluationStopped:
+            return False, Verdict.STOP
+        state.evaluation_due = False
+        meter.restart()
+        watchdog.beat()
+        return state.improves(score), verdict
+
+    def save() -> None:
+        act_on_non_finite(guard, task, plan, run_dir, world)
+        saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
+        watchdog.beat()
+
     model.train()
     with contextlib.closing(logger), contextlib.closing(saver):
+        if state.evaluation_due:
+            _, verdict = evaluate_if_due(verdict)
+            save()
         while state.step < stop_step and verdict == Verdict.GO_ON:
             step = state.step
             lr = schedule(step)
@@ -132,22 +158,16 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
-            # Evaluation comes before saving: nothing is left to do for the steps that a checkpoint holds.
-            best = False
-            if at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan):
-                best = state.improves(task.evaluate(model, state.average, state.step, logger, world))
-                meter.restart()
-                watchdog.beat()
+            state.evaluation_due = at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan)
+            best, verdict = evaluate_if_due(verdict)
             due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
             if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
-                act_on_non_finite(guard, task, plan, run_dir, world)
-                saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
-                watchdog.beat()
+                save()
         stop.close()
         world.on_main(saver.finish)
     if verdict == Verdict.FAIL:
         raise SaveError(f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)")
-    if state.step < schedule.total_steps:
+    if state.step < schedule.total_steps or state.evaluation_due:
         raise Interrupted(_why_stopped(state.step, stop_step, schedule.total_steps, stop, run_dir))
     if world.is_main:
         task.finish(run_dir, state.average)
@@ -163,8 +183,6 @@ def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> Check
 
 def _create_state(task: Task, world: World) -> TrainState:
     cfg = task.cfg
-    if cfg.trainer.deterministic:
-        torch.use_deterministic_algorithms(True)
     task.model.to(world.device)
     ema = None
     if cfg.trainer.ema_decay is not None:
@@ -241,7 +259,7 @@ def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
 
 def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreement, run_dir: Path) -> str:
     again = f"the same command with hydra.run.dir={run_dir}"
-    if step == stop_step:
+    if step == stop_step < total_steps:
         return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
     return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
 
@@ -250,7 +268,8 @@ def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    with replacing(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
 def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
@@ -261,11 +280,3 @@ def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, w
         f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {batch} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
     )
-
-
-def _quiet(_: str) -> None:
-    """The first rank speaks for the others."""
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """The commands ``pretrain`` and ``finetune`` as functions of a typed config and a run directory."""
 
 import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,8 +10,9 @@ import torch
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
-from fcmae.errors import UsageError
+from fcmae.errors import DiskError, UsageError
 from fcmae.training import distributed
+from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.tasks import Finetuning, Pretraining, Task
@@ -30,16 +33,34 @@ def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     return _run(Finetuning(cfg), run_dir)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def _disk_explained(run_dir: Path) -> Iterator[None]:
+    """In this block, a disk that is full or read-only is a DiskError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
+
+
 def _run(task: Task, run_dir: Path) -> Path:
     cfg = task.cfg
-    world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout)
+    if cfg.trainer.deterministic:
+        only_deterministic_algorithms()
+    # The watchdog, which leaves stacks, comes before an error about a collective.
+    world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout + 5 * Watchdog.GRACE)
     torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
     torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.disconnect)
+        stack.enter_context(_disk_explained(run_dir))
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
-        watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank)
+        watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank, distributed.siblings(world))
         stack.enter_context(contextlib.closing(watchdog))
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import SaveError
+from fcmae.training.build import backbone_weights
 from fcmae.training.checkpoint import CheckpointDir, State, replacing
 
 
@@ -45,7 +46,8 @@ class HostCopy:
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time, on the one rank that does so.
+    """Writes checkpoints in the background, one at a time, on the one rank that does so; with milestones of pretraining
+    the encoder alone.
 
     ``failed`` turns true as soon as a write went wrong and the run is to stop for it; the reason was printed then.
     """
@@ -91,6 +93,8 @@ class Saver:
         best = state["best"]
         try:
             self.checkpoints.save(state, keep_steps=() if best is None else (best["step"],))
+            if state["task"] == "pretrain" and self.checkpoints.is_milestone(state["step"]):
+                write_encoder(self.checkpoints.folder / f"encoder_{state['step']:08d}.safetensors", state)
             self._error = None
         except Exception as error:  # nobody else would see it
             self._error = error
@@ -105,9 +109,8 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def write_encoder(run_dir: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Writes ``encoder.safetensors``: the backbone alone, under timm's names."""
-    path = run_dir / "encoder.safetensors"
+def write_encoder(path: Path, state: State) -> None:
+    """Writes the backbone of a pretraining state alone, averaged if there is an average, under timm's names."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in backbone_weights(state).items()}
     with replacing(path) as file:
-        file.write(save({name: value.detach().cpu().contiguous() for name, value in weights.items()}, metadata))
-    return path
+        file.write(save(weights, {"backbone": state["config"]["model"]["backbone"]}))

@@ -22,6 +22,8 @@ class TrainState:
     ema: ModelEmaV3 | None
     best: dict[str, float] | None = None
     """The step and score of the best evaluation."""
+    evaluation_due: bool = False
+    """The step is one to evaluate after, and that was not done."""
 
     def state_dict(self) -> State:
         return {
@@ -31,11 +33,13 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "best": self.best,
+            "evaluation_due": self.evaluation_due,
         }
 
     def load_state_dict(self, state: State, path: Path) -> None:
         self.step = state["step"]
         self.best = state["best"]
+        self.evaluation_due = state.get("evaluation_due", False)
         load_state(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

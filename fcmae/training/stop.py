@@ -40,6 +40,10 @@ class StopAgreement:
         """The verdict on the wishes of this moment; the ranks wait for each other."""
         return Verdict(int(self.world.max(torch.tensor(self._wish(failed=False)))))
 
+    def wished(self) -> bool:
+        """Whether this rank wishes to stop; the others may not know."""
+        return self._wish(failed=False) == Verdict.STOP
+
     def after_step(self, failed: bool) -> Verdict:
         """Asks anew, and returns the verdict on the wishes after the step before (on one rank: of this moment)."""
         wish = torch.tensor(self._wish(failed))

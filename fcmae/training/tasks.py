@@ -1,6 +1,7 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +12,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, to_dict
 from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
@@ -29,6 +30,8 @@ from fcmae.training.logging import RunLogger
 from fcmae.training.saver import write_encoder
 
 Score: TypeAlias = float | None
+Wish: TypeAlias = Callable[[], bool]
+"""Whether this rank wishes to stop."""
 
 
 class Task(Protocol):
@@ -55,8 +58,11 @@ class Task(Protocol):
         """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
         ...
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
-        """Evaluates and logs. Returns what the best checkpoint is chosen by, the same on all ranks, if anything."""
+    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
+        """Evaluates and logs. Returns what the best checkpoint is chosen by, the same on all ranks, if anything.
+
+        Raises EvaluationStopped, on all ranks, if ``stop`` says on one of them that the run is to end.
+        """
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -95,7 +101,7 @@ class Pretraining:
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
         return model(imgs, random_mask(noise, self.keep), self.keep).loss
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
+    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
         if world.is_main:
             logger.picture(step, "reconstruction", self.picture(world.device))
         return None
@@ -122,8 +128,9 @@ class Pretraining:
     def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
         """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
         weights = (ema or self.model).state_dict()
-        encoder = backbone_weights({"task": self.name, "model": weights})
-        write_encoder(run_dir, encoder, {"backbone": self.cfg.model.backbone})
+        write_encoder(
+            run_dir / "encoder.safetensors", {"task": self.name, "model": weights, "config": to_dict(self.cfg)}
+        )
 
 
 class Finetuning:
@@ -173,7 +180,7 @@ class Finetuning:
         imgs, targets = self.mixup(imgs, labels)
         return F.cross_entropy(model(imgs), targets)
 
-    def evaluate(self, model: nn.Module, ema: nn.Module | None, step: int, logger: RunLogger, world: World) -> Score:
+    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
         metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
@@ -181,7 +188,7 @@ class Finetuning:
             was_training = network.training
             trainer = self.cfg.trainer
             batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
-            result = accuracy(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world)
+            result = accuracy(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world, stop)
             metrics |= {f"{prefix}{name}": result[name] for name in ("top1", "top5")}
             network.train(was_training)
         logger.log(step, metrics)

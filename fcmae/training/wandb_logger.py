@@ -3,6 +3,7 @@
 import netrc
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -10,6 +11,7 @@ from urllib.parse import urlparse
 from PIL import Image
 
 from fcmae.errors import UsageError
+from fcmae.training.checkpoint import replacing
 
 
 def _has_key() -> bool:
@@ -39,19 +41,29 @@ class WandbLogger:
         self._image = wandb.Image
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+            with replacing(id_file) as file:
+                file.write(secrets.token_hex(4).encode())
         if mode == "auto":
             mode = "online" if _has_key() else "offline"
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=id_file.read_text(),
-            resume="allow" if mode == "online" else None,
-            dir=run_dir,
-            config=config,
-            mode="offline" if mode == "offline" else "online",
-            settings=wandb.Settings(silent=True),
-        )
+
+        def init(online: bool) -> Any:
+            return wandb.init(
+                project=project,
+                name=name,
+                id=id_file.read_text(),
+                resume="allow" if online else None,
+                dir=run_dir,
+                config=config,
+                mode="online" if online else "offline",
+                settings=wandb.Settings(silent=True),
+            )
+
+        try:
+            self._run = init(mode == "online")
+        except wandb.errors.CommError as error:  # training does not wait for a server
+            reason = str(error).splitlines()[0]
+            print(f"wandb cannot be reached, so this process logs offline: {reason}", file=sys.stderr, flush=True)
+            self._run = init(online=False)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)

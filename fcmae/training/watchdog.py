@@ -2,30 +2,45 @@
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from fcmae.processes import Process, is_stopped
+
+DUMP = getattr(signal, "SIGURG", None)
+"""Asks a rank for its stacks. Whoever does not expect it ignores it."""
 
 
 class Watchdog:
     """Ends the process with exit code 1 if nothing was finished for ``timeout`` seconds, whatever it hangs in.
 
-    Every rank has one. They stand still together, so each writes its stacks to ``stacks_rank{R}.txt`` before one that
-    ended can take the others along. A thread does this; if it cannot run either, because something holds the
-    interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a little later.
+    Every rank has one, and writes its stacks to ``stacks_rank{R}.txt``. A thread does this; if it cannot run either,
+    because something holds the interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a
+    little later. The first one to bite also makes the other ranks of its machine write theirs: its end may end them.
+
+    A rank that was itself stopped (SIGSTOP) can do nothing, and a launcher would wait for it. So the others end it.
+
+    Args:
+        siblings: the other ranks of this machine.
     """
 
     GRACE = 1.0
     """Seconds that the other ranks, and an error already on its way, have before the process ends."""
 
-    def __init__(self, timeout: float, run_dir: Path, rank: int) -> None:
+    def __init__(self, timeout: float, run_dir: Path, rank: int, siblings: Mapping[int, Process] | None = None) -> None:
         self.timeout = timeout
         self.path = run_dir / f"stacks_rank{rank}.txt"
         self.rank = rank
+        self.siblings = siblings or {}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w")
         self._closed = threading.Event()
+        if DUMP is not None:
+            faulthandler.register(DUMP, self._file)
         self.beat()
         threading.Thread(target=self._watch, name="fcmae-watchdog", daemon=True).start()
 
@@ -38,6 +53,8 @@ class Watchdog:
         """Stops watching; a file without stacks is deleted."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
+        if DUMP is not None:
+            faulthandler.unregister(DUMP)
         self._file.close()
         if self.path.is_file() and self.path.stat().st_size == 0:
             self.path.unlink()
@@ -48,13 +65,38 @@ class Watchdog:
                 self._bite()
 
     def _bite(self) -> None:
-        faulthandler.dump_traceback(self._file)
-        self._file.flush()
+        try:
+            time.sleep(self.GRACE / 10)
+            if self._is_empty(self.rank):  # one that was stopped was asked for its stacks, and is awake a moment only
+                faulthandler.dump_traceback(self._file)
+            stopped = {rank: process for rank, process in self.siblings.items() if is_stopped(process.pid)}
+            self._say(stopped)
+            for rank in stopped:
+                self._ask_for_stacks(rank)
+            time.sleep(self.GRACE / 2)
+            for rank in self.siblings:
+                self._ask_for_stacks(rank)
+            time.sleep(self.GRACE / 2)
+            for process in stopped.values():
+                process.send(signal.SIGKILL)
+        finally:  # an error, such as a closed stderr, must not keep it from ending
+            os._exit(1)
+
+    def _ask_for_stacks(self, rank: int) -> None:
+        """Makes another rank of this machine write its stacks, unless it has: two at once would garble the file."""
+        if DUMP is not None and self._is_empty(rank):
+            self.siblings[rank].send(DUMP)
+        self.siblings[rank].send(signal.SIGCONT)
+
+    def _is_empty(self, rank: int) -> bool:
+        path = self.path.with_name(f"stacks_rank{rank}.txt")
+        return path.is_file() and path.stat().st_size == 0
+
+    def _say(self, stopped: Mapping[int, Process]) -> None:
+        named = "".join(f"; rank {rank} (process {process.pid}) was stopped" for rank, process in stopped.items())
         print(
-            f"rank {self.rank}: no step was finished for {self.timeout:g} s (trainer.hang_timeout); "
+            f"rank {self.rank}: no step was finished for {self.timeout:g} s (trainer.hang_timeout){named}; "
             f"the stacks are in {self.path}",
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(self.GRACE)
-        os._exit(1)

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 
 from fcmae.training import checkpoint
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
-from tests.faults.runs import COMMANDS, SHORT, finish, kill_group, start, steps, wait_until, weights_sha256
+from tests.faults.runs import (
+    COMMANDS,
+    SHORT,
+    finish,
+    kill_group,
+    processes,
+    start,
+    steps,
+    wait_until,
+    weights_sha256,
+)
 
 TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
 
@@ -90,6 +101,92 @@ def test_disk_full_in_a_background_save(tmp_path, small_disk, command, policy):
     finish(tmp_path, *TINY[command], "hydra.run.dir=disk", "trainer.keep_checkpoints=1")  # 1 MB has no room for three
 
 
+FULL_AT = """
+import os, sys
+from pathlib import Path
+import {module} as place
+function = getattr(place, "{name}")
+def full(*args, **kwargs):
+    if not Path("disk/filler").exists():
+        with open("disk/filler", "wb", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(b"0" * 4096)
+            except OSError:
+                pass
+    return function(*args, **kwargs)
+setattr(place, "{name}", full)
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "said", "finished"),
+    [
+        ("fcmae.training.loop", "_write_config", "config.yaml cannot be written", 3),
+        ("fcmae.training.logging", "_up_to", "metrics.jsonl cannot be written", 3),
+        ("fcmae.training.tasks", "reconstruction_picture", "MetricsFile could not write", 9),
+        ("fcmae.training.tasks", "write_encoder", "encoder.safetensors cannot be written", 9),
+    ],
+)
+def test_disk_full_at_any_write(tmp_path, small_disk, module, name, said, finished):
+    """Not a byte is free from the given moment on. What is on the disk stays, and the run goes on later."""
+    args = (*TINY_PRETRAIN, "hydra.run.dir=disk", "trainer.keep_checkpoints=1", "trainer.on_save_error=continue")
+    finish(tmp_path, *args, "trainer.max_steps=3", expect=75)
+    metrics = small_disk / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"st')  # as a kill leaves it, so that the file is written anew
+    config, before = (small_disk / "config.yaml").read_bytes(), steps(small_disk)
+    script = tmp_path / "full.py"
+    script.write_text(FULL_AT.format(module=module, name=name))
+    told = finish(tmp_path, *args, script=script, expect=1)
+    assert said in told
+    assert "No space left on device" in told
+    assert "Traceback" not in told
+    if name == "_write_config":
+        assert (small_disk / "config.yaml").read_bytes() == config
+    assert steps(small_disk)[:3] == before == [1, 2, 3]
+    checkpoints = checkpoint.CheckpointDir(small_disk)
+    (latest,) = checkpoints.paths()
+    assert checkpoint.read(latest)["step"] == (3 if name != "write_encoder" else 9)
+    assert checkpoint.step_of(latest) <= finished
+    (small_disk / "filler").unlink()
+    finish(tmp_path, *args)
+    assert steps(small_disk) == list(range(1, 10))
+    assert (small_disk / "encoder.safetensors").is_file()
+
+
+UNREADABLE = """
+import os, sys
+from fcmae.errors import CheckpointError
+from fcmae.training import checkpoint, resume
+def read(path, *args, original=checkpoint.read):
+    if path.name == "step_00000009.pt" and os.environ["RANK"] == sys.argv.pop():
+        raise CheckpointError(f"checkpoint {path} cannot be read: Input/output error")
+    return original(path, *args)
+checkpoint.read = resume.read = read
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_never_go_on_from_different_checkpoints(tmp_path, rank):
+    """The newest cannot be read by one of two ranks."""
+    args = (*TINY_PRETRAIN, "schedule.epochs=6", "hydra.run.dir=run")
+    finish(tmp_path, *args, "trainer.max_steps=9", expect=75)
+    script = tmp_path / "unreadable.py"
+    script.write_text(UNREADABLE.replace("sys.argv.pop()", repr(rank)))
+    said = finish(tmp_path, *args, ranks=2, script=script, expect=0 if rank == "0" else 1)
+    assert "step_00000009.pt cannot be read: Input/output error" in said
+    if rank == "0":
+        assert "resumed at step 6" in said
+        assert (tmp_path / "run" / "checkpoints" / "step_00000009.pt.unused").is_file()
+    else:
+        assert checkpoint.CheckpointDir(tmp_path / "run").paths()[-1].name == "step_00000009.pt"
+
+
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path, command):
     args = (*COMMANDS[command], "schedule.epochs=9999", "hydra.run.dir=run")
@@ -146,3 +243,18 @@ def test_a_pickle_with_code_is_not_executed(tmp_path):
     assert "resumed at step 3" in said
     assert not proof.exists()
     shutil.rmtree(tmp_path / "run")
+
+
+def test_training_outlives_the_process_of_wandb(tmp_path, undisturbed):
+    pytest.importorskip("wandb")
+    args = [arg for arg in COMMANDS["pretrain"] if arg != "logger=quiet"]
+    run = start(tmp_path, *args, "hydra.run.dir=run", "logger.wandb=offline")
+    try:
+        wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
+        (service,) = (pid for pid, command in processes(tmp_path) if "wandb-core" in command)
+        os.kill(service, signal.SIGKILL)
+        assert run.wait(60) == 0
+    finally:
+        kill_group(run)
+    assert "WandbLogger could not write" in (tmp_path / "stderr.txt").read_text()
+    assert weights_sha256(tmp_path / "run") == undisturbed("pretrain", 1)

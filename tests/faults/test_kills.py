@@ -95,3 +95,70 @@ def test_killed_at_each_operation_of_a_save(tmp_path):
             assert state is not None
         if state is not None:
             assert all(value.eq(state["step"]).all() for value in state["model"].values())
+
+
+DIE_IN_A_SAVE = """
+import os, signal, sys
+from pathlib import Path
+from fcmae import interrupt
+interrupt.install()
+from fcmae.training import checkpoint
+
+fatal, calls, saves = float(os.environ["FATAL"]), 0, 0
+
+def deadly(owner, name):
+    function = getattr(owner, name)
+    def call(*args, **kwargs):
+        global calls
+        if saves == 2:
+            calls += 1
+            if calls == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(owner, name, call)
+
+def counted(self, state, *args, save=checkpoint.CheckpointDir.save, **kwargs):
+    global saves
+    saves += 1
+    path = save(self, state, *args, **kwargs)
+    if saves == 2:
+        Path("calls").write_text(str(calls))
+    return path
+
+checkpoint.CheckpointDir.save = counted
+for owner, name in ((checkpoint._HashingWriter, "write"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
+    deadly(owner, name)
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("command", "points"), [("pretrain", 5 if SHORT else 25), ("finetune", 3 if SHORT else 25)])
+def test_the_real_command_killed_in_its_saves(tmp_path, undisturbed, monkeypatch, command, points):
+    """The second save of each process is its last, killed before another operation each time; the rest is resumed.
+
+    The weights of the end are those of an undisturbed run.
+    """
+    script = tmp_path / "dies.py"
+    script.write_text(DIE_IN_A_SAVE)
+    args = (*COMMANDS[command], "hydra.run.dir=run", "trainer.checkpoint_every_epochs=0.3")
+    monkeypatch.setenv("FATAL", "nan")
+    finish(tmp_path, *args, "trainer.max_steps=5", script=script, expect=75)
+    calls = int((tmp_path / "calls").read_text())
+    last = 6  # fsync of the file, rename, fsync of the folder, deletions
+    assert calls > points + last
+    checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
+    before = checkpoint.step_of(checkpoints.paths()[-1])
+    writes = range(1, calls - last, (calls - last) // (points - last)) if points > last else ()
+    fatal = [*writes, *range(calls - last, calls + 1)][-points:]
+    for number in fatal:
+        monkeypatch.setenv("FATAL", str(number))
+        finish(tmp_path, *args, script=script, expect=-signal.SIGKILL)
+        state = checkpoints.load_latest(pytest.fail)
+        assert state is not None
+        assert before + 1 <= state["step"] <= before + 2
+        before = state["step"]
+    monkeypatch.delenv("FATAL")
+    finish(tmp_path, *args)
+    assert sha256(tmp_path / "run") == undisturbed(command, 1)

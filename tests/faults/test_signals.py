@@ -23,7 +23,7 @@ def slow(descriptor):
     fsync(descriptor)
 os.fsync = slow
 from fcmae.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.gpu
 
 def train(steps: int, engine: str = "packed", graphed: bool = False, accumulate: bool = False):
     """Weights and losses after some steps on a few random images."""
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=64).cuda()
     model.compile()

@@ -2,27 +2,35 @@
 
 import errno
 import io
+import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
+from fcmae.processes import Process, is_stopped
 from fcmae.training import checkpoint
+from fcmae.training import lock as lock_module
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
-from fcmae.training.finite import FiniteGuard
+from fcmae.training.finite import FiniteGuard, infectious
 from fcmae.training.lock import RunLock
+from fcmae.training.logging import MetricsFile, Progress, RunLogger
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
+from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.watchdog import Watchdog
 
@@ -167,6 +175,37 @@ def test_stray_temporary_files_are_swept(tmp_path):
     assert [checkpoint.step_of(path) for path in sorted(checkpoints.folder.iterdir())] == [2, 3]
 
 
+def test_checkpoints_that_a_run_does_not_go_on_from_count_no_more(tmp_path):
+    """Damaged and newest by their names, they would push out the good ones."""
+    checkpoints = save_three(tmp_path, keep=1)
+    checkpoints.path(9).write_bytes(b"damaged")
+    state = checkpoints.load_latest(lambda _: None)
+    assert state is not None
+    assert state["step"] == 3
+    said: list[str] = []
+    checkpoints.set_aside(3, said.append)
+    assert said == ["step_00000009.pt is not used any more: renamed to step_00000009.pt.unused"]
+    checkpoints.save({"step": 4})
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [4]
+    assert (checkpoints.folder / "step_00000009.pt.unused").read_bytes() == b"damaged"
+
+
+def test_a_milestone_of_pretraining_has_the_encoder_alone(tmp_path):
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=8)
+    saver = Saver(CheckpointDir(tmp_path, keep=1, keep_every=2), "stop", enabled=True)
+    state = {"task": "pretrain", "model": model.state_dict(), "best": None}
+    state["config"] = {"model": {"backbone": "convnextv2_atto"}}
+    for step in (1, 2, 3):
+        saver.save(lambda step=step: {**state, "step": step})  # type: ignore[misc]
+    saver.finish()
+    names = sorted(path.name for path in saver.checkpoints.folder.iterdir())
+    assert names == ["encoder_00000002.safetensors", "step_00000002.pt", "step_00000003.pt"]
+    backbone = create_backbone("convnextv2_atto", num_classes=0)
+    backbone.load_state_dict(load_file(saver.checkpoints.folder / names[0]))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[name], value)
+
+
 def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
     checkpoints = save_three(tmp_path)
     newest = checkpoints.paths()[-1]
@@ -204,6 +243,21 @@ def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stoppe
     assert torch.equal(weights[1], weights[3])
 
 
+def test_a_loss_that_is_not_finite_spoils_its_gradient_and_a_finite_one_does_not():
+    weight = torch.tensor([1e19, 2e19], requires_grad=True)
+    (weight * 2).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()  # although the loss is infinite
+    weight.grad = None
+    infectious((weight * 2).square().sum()).backward()
+    assert weight.grad.isnan().all()
+    small = torch.randn(1000, requires_grad=True)
+    losses = small.sin().sum(), infectious(small.sin().sum())
+    plain, same = (torch.autograd.grad(loss, small)[0] for loss in losses)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(plain, same)
+
+
 def test_skipping_leaves_out_the_bad_step_alone():
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -222,11 +276,66 @@ def test_skipping_leaves_out_the_bad_step_alone():
     assert guard.count(CPU) == 1
 
 
+DETERMINISTIC = """
+import os, torch
+from fcmae.training.determinism import only_deterministic_algorithms
+only_deterministic_algorithms()
+from torch._inductor import config
+assert torch.are_deterministic_algorithms_enabled()
+assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+assert config.deterministic
+assert not torch.cuda.is_initialized()
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+
+
+def test_determinism_is_set_up_before_cuda_and_keeps_what_the_user_chose():
+    for given, used in ((None, ":4096:8"), (":16:8", ":16:8")):
+        environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+        environment |= {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
+        done = subprocess.run(
+            [sys.executable, "-c", DETERMINISTIC], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == used
+
+
 def test_the_meter_leaves_out_what_is_not_finite():
     meter = Meter(CPU, images_per_step=8)
     for loss in (1.0, math.nan, 3.0):
         meter.add(torch.tensor(loss), torch.tensor(5.0))
     assert meter.read()["loss"] == 2.0
+
+
+class BrokenSink:
+    """Fails like a process of wandb that died."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def log(self, *_):
+        self.calls += 1
+        raise ConnectionResetError("Connection lost\nlong story")
+
+    picture = close = log
+
+
+def test_what_cannot_be_logged_is_told_once_and_stops_nothing(tmp_path, capsys):
+    broken, written = BrokenSink(), MetricsFile(tmp_path, 0)
+    logger = RunLogger([broken, written], Progress("run", 0, 3, enabled=False))
+    for step in (1, 2):
+        logger.log(step, {"loss": 1.0})
+    logger.close()
+    assert broken.calls == 3
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err == "BrokenSink could not write: Connection lost\n"
+
+
+def test_resuming_cuts_the_metrics_after_its_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsFile(tmp_path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert list(tmp_path.iterdir()) == [path]
 
 
 HANGING = """
@@ -250,6 +359,46 @@ def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
     assert done.returncode == 1
     assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
     assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from fcmae.processes import Process
+from fcmae.training.watchdog import Watchdog
+Watchdog(3600, Path(sys.argv[1]), rank=1)
+def stands():
+    print(os.getpid(), Process.this().born, flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        pass
+stands()
+"""
+
+
+def test_the_watchdog_of_one_rank_ends_a_stopped_one_and_gets_its_stacks(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None
+        pid, born = stopped.stdout.readline().split()
+        while not is_stopped(int(pid)):
+            time.sleep(0.01)
+        biting = HANGING.replace("rank=3", f"rank=0, siblings={{1: Process({pid}, {born!r}, Process.this().place)}}")
+        biting = f"from fcmae.processes import Process\n{biting}"
+        done = subprocess.run([sys.executable, "-c", biting, tmp_path], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"rank 1 (process {pid}) was stopped" in done.stderr
+        assert stopped.wait(10) == -signal.SIGKILL
+    assert "in stands" in (tmp_path / "stacks_rank1.txt").read_text()
+
+
+def test_a_process_with_the_number_of_a_dead_one_is_not_signalled():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        this = Process.this()
+        Process(other.pid, "1", this.place).send(signal.SIGKILL)
+        other.communicate(b"\n")
+        assert other.returncode == 0
+    assert this.is_alive()
+    assert not Process(this.pid, this.born, "elsewhere").is_alive()
 
 
 def test_the_watchdog_leaves_nothing_behind(tmp_path):
@@ -290,6 +439,34 @@ def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path)
     lock.acquire()
     lock.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_holder_counts_in_the_file(tmp_path, monkeypatch):
+    """As on a file system that knows no locks, by two that believe to be on different machines, or on the same."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(RunLock, "BEAT", 0.05)
+    first = RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(UsageError, match=f"in use by another run .*, process {os.getpid()}, "):
+        RunLock(tmp_path).acquire()
+    told = json.loads(first.path.read_text())
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Process, "is_here", lambda _: False)
+        with pytest.raises(UsageError, match="in use by another run"):
+            RunLock(tmp_path).acquire()
+        first.close()
+        for dead in ({**told, "place": "elsewhere"}, {**told, "host": "gone", "pid": 1}):
+            first.path.write_text(json.dumps(dead))
+            taken = RunLock(tmp_path)
+            taken.acquire()
+            taken.close()
+    first.path.write_text(json.dumps({**told, "born": "1"}))
+    RunLock(tmp_path).acquire()
+    assert json.loads(first.path.read_text())["pid"] == os.getpid()
 
 
 def test_a_changed_recipe_is_refused_key_by_key():

@@ -1,0 +1,63 @@
+"""Other processes of this machine: whether they stand still, and signals that reach nobody else."""
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process by its number and the moment it started, since numbers are given out again. Known on Linux only."""
+
+    pid: int
+    born: str
+    """In clock ticks since the machine was switched on; empty where unknown."""
+    place: str
+    """The machine, since it was switched on, and on it the container: what its number is valid in."""
+
+    @classmethod
+    def this(cls) -> "Process":
+        """The calling process."""
+        return cls(os.getpid(), _born(os.getpid()), _place())
+
+    def is_here(self) -> bool:
+        """Whether this process is of the caller's machine and container."""
+        return bool(self.place) and self.place == _place()
+
+    def is_alive(self) -> bool:
+        """Whether it runs or stands still, if it is here."""
+        return self.is_here() and _born(self.pid) == self.born != ""
+
+    def send(self, number: signal.Signals) -> None:
+        """Signals it, if it is here and alive."""
+        if self.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def is_stopped(pid: int | None) -> bool:
+    """Whether a process is suspended (SIGSTOP); known on Linux only."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] == "T"
+
+
+def _born(pid: int) -> str:
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else ""
+
+
+def _stat(pid: int | None) -> list[str]:
+    """The fields of /proc/PID/stat from the state on: the name before it may contain anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _place() -> str:
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

@@ -1,0 +1,36 @@
+"""Where a run goes on: from the same checkpoint on all ranks."""
+
+import sys
+
+import torch
+
+from fcmae.training.checkpoint import CheckpointDir, State, read
+from fcmae.training.distributed import World
+
+
+def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:
+    """The newest state that the first rank can read, on every rank; None without a checkpoint.
+
+    Each rank for itself might take another one, e.g. where a disk fails on one of the machines. What cannot be read is
+    told in a line each. Raises CheckpointError.
+    """
+    state: State | None = None
+
+    def find() -> None:
+        nonlocal state
+        state = checkpoints.load_latest(say, world.device)
+
+    def follow() -> None:
+        nonlocal state
+        if not world.is_main and step >= 0:
+            state = read(checkpoints.path(step), world.device)
+
+    world.on_main(find)
+    step = int(world.max(torch.tensor(-1 if state is None else state["step"])))
+    world.together(follow)
+    return state
+
+
+def say(message: str) -> None:
+    """Prints a line for the user."""
+    print(message, file=sys.stderr, flush=True)
