@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fcmae.bench import photos
+from fcmae.bench import feed, photos
+from fcmae.bench.feed import FeedResult
 from fcmae.bench.measure import machine, parse
 from fcmae.bench.stages import Stages, measure_stages
 from fcmae.config import DataConfig, check
@@ -61,13 +62,21 @@ class DataBenchConfig:
     repeats: int = 5
     step_speed: list[float] = field(default_factory=lambda: [4000.0, 25000.0])
     """Images a second that a GPU takes, to say how many are fed."""
+    models: list[str] = field(default_factory=list)
+    """Pretraining steps of these models are fed from each variant but the baseline: what of their speed remains?"""
+    crops: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """``data.crops_per_image`` of the feeds."""
+    step_batch: int = 512
+    """Images a step."""
+    seconds: float = 5.0
+    """How long each feed is measured."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
         for variant in self.variants:
             check("variants", variant, variant in VARIANTS, f"some of {', '.join(VARIANTS)}")
-        for name in ("images", "batch_size", "repeats"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        for name in ("images", "batch_size", "repeats", "step_batch", "seconds"):
+            check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
         check("workers", self.workers, self.workers is None or self.workers > 0, "a positive integer, or null")
         least = 4 * self.batch_size * (self.workers or 1)
         check("images", self.images, self.images >= least, f"{least} or more: some batches for each worker")
@@ -97,8 +106,11 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
         where = machine(device)
         print(f"{where.get('gpu', where['cpu'])}, {where['cores']} cores, {workers} workers, torch {where['torch']}; "
               f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
-        results = measure(cfg, variant_configs(cfg, folder), folder, workers, device)
-    _print(results, cfg.step_speed)
+        configs = variant_configs(cfg, folder)
+        results = measure(cfg, configs, workers, device)
+        for line in table(results, cfg.step_speed):
+            print(line, flush=True)
+        fed = feed_models(cfg, configs, workers, device)
     if json_file is not None:
         report = {
             "machine": where,
@@ -106,6 +118,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
             "workers": workers,
             "photos": origin,
             "results": [asdict(result) for result in results],
+            "feeds": [asdict(result) for result in fed],
         }
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
@@ -158,7 +171,7 @@ def baseline_transform(data: DataConfig) -> v2.Transform:
 
 
 def measure(
-    cfg: DataBenchConfig, configs: dict[str, DataConfig], folder: Path, workers: int, device: torch.device
+    cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device
 ) -> list[DataResult]:
     """All variants, repetition by repetition."""
     epochs: dict[str, Callable[[], Iterable[Any]]] = {}
@@ -235,9 +248,23 @@ def _cpu_seconds_of(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _print(results: Sequence[DataResult], step_speeds: Sequence[float]) -> None:
-    for line in table(results, step_speeds):
-        print(line)
+def feed_models(
+    cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device
+) -> list[FeedResult]:
+    """Measures and prints how fast each model trains from each variant."""
+    ours = {variant: data for variant, data in configs.items() if variant != BASELINE}
+    # the training process takes a core
+    workers = cfg.workers or max(1, workers - 1)
+    results = []
+    if cfg.models:
+        print(
+            f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"
+        )
+    data = feed.feeds(ours, cfg.crops, device)
+    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device):
+        print(f"{result.model:17} {result.feed:30} {result.images_per_second:7.0f} {result.share:6.2f}", flush=True)
+        results.append(result)
+    return results
 
 
 def table(results: Sequence[DataResult], step_speeds: Sequence[float]) -> Iterator[str]:
