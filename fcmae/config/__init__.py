@@ -9,6 +9,7 @@ from fcmae.config.commands import COMMANDS, EvaluateConfig, FinetuneConfig, KnnC
 from fcmae.config.compose import compose, conf_dir, register_schemas
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import PRECISIONS, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import explain, from_dict, to_dict, to_typed
 
@@ -25,6 +26,7 @@ __all__ = [
     "KnnConfig",
     "LoggerConfig",
     "OptimConfig",
+    "PrepareConfig",
     "PretrainConfig",
     "RunConfig",
     "ScheduleConfig",

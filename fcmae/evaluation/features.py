@@ -8,7 +8,9 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.loader import EvaluationImages, default_workers, eval_loader
+from fcmae.data.bad_samples import readable
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import EvaluationImages, eval_loader
 from fcmae.data.sources import Source
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.training.distributed import World
@@ -24,7 +26,10 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the source, on the device: normalised images, and labels or -1. Ranks share no sample."""
+    """This rank's share of the source, on the device: normalised images, and labels or -1. Ranks share no sample.
+
+    What cannot be read is left out with ``data.on_error=skip``.
+    """
     workers = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
     loader = eval_loader(
         EvaluationImages(source, eval_transform(cfg)),
@@ -33,8 +38,9 @@ def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> I
         world_size=world.size,
         workers=workers,
         pin_memory=world.device.type == "cuda",
+        prefetch=cfg.prefetch,
     )
-    for imgs, labels in loader:
+    for imgs, labels in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
         imgs = imgs.to(world.device, non_blocking=True)
         yield normalize(imgs, cfg.mean, cfg.std), labels.to(world.device, non_blocking=True)
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
-from fcmae.data.loader import BatchPlan, default_workers, train_loader
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.classify import EvaluationStopped
 from fcmae.evaluation.features import autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir, replacing
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
@@ -45,7 +47,12 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     """
     cfg = task.cfg
     plan = BatchPlan.create(
-        len(task.source), cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.size, cfg.seed
+        len(task.source),
+        cfg.trainer.global_batch_size,
+        cfg.trainer.micro_batch_size,
+        world.size,
+        cfg.seed,
+        cfg.data.crops_per_image,
     )
     task.prepare(plan)
     schedule = CosineSchedule(
@@ -72,17 +79,17 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
     workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
-    loader = iter(
-        train_loader(
-            task.dataset(),
-            plan,
-            rank=world.rank,
-            start_step=state.step,
-            stop_step=stop_step,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-            timeout=cfg.trainer.hang_timeout,
-        )
+    batches = TrainBatches(
+        task.dataset(),
+        plan,
+        rank=world.rank,
+        start_step=state.step,
+        stop_step=stop_step,
+        workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch=cfg.data.prefetch,
+        timeout=cfg.trainer.hang_timeout,
+        skip=cfg.data.on_error == "skip",
     )
     logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
     meter = Meter(world, plan.global_batch_size)
@@ -132,7 +139,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             backward.start_step()
             loss = torch.zeros((), device=world.device)
             for micro in range(plan.accum_steps):
-                batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
+                batch = [part.to(world.device, non_blocking=True) for part in next(batches)]
                 seed_step(cfg.seed, step, micro, world.rank, world.device)
                 with _no_sync(model, last=micro == plan.accum_steps - 1):
                     loss += backward(batch)
@@ -147,6 +154,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
                 metrics = meter.read() | saver.take_stall()
                 metrics |= act_on_non_finite(guard, task, plan, run_dir, world)
+                metrics |= count_bad_samples(batches, state.step, cfg.data, world)
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
