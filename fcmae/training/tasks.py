@@ -1,8 +1,7 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,8 @@ from fcmae.training import checkpoint
 from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
+from fcmae.training.monitors import Monitor, Wish
 from fcmae.training.saver import write_encoder
-
-Score: TypeAlias = float | None
-Wish: TypeAlias = Callable[[], bool]
-"""Whether this rank wishes to stop."""
 
 
 class Task(Protocol):
@@ -37,6 +33,8 @@ class Task(Protocol):
 
     name: str
     source: Source
+    monitors: list[Monitor]
+    """What is looked at while training goes on, in this order."""
 
     @property
     def cfg(self) -> RunConfig: ...
@@ -54,13 +52,6 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
-        ...
-
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
-        """Evaluates and logs. Returns what the best checkpoint is chosen by, the same on all ranks, if anything.
-
-        Raises EvaluationStopped, on all ranks, if ``stop`` says on one of them that the run is to end.
-        """
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -85,6 +76,7 @@ class Pretraining:
         rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
+        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_picture)]
 
     def dataset(self) -> Dataset:
         return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
@@ -97,10 +89,9 @@ class Pretraining:
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
         return model(imgs, random_mask(noise, self.keep), self.keep).loss
 
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
+    def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
             logger.picture(step, "reconstruction", self.picture(world.device))
-        return None
 
     @torch.no_grad()
     def picture(self, device: torch.device) -> Any:
@@ -156,6 +147,7 @@ class Finetuning:
                 label_smoothing=cfg.augment.label_smoothing,
                 num_classes=len(self.classes),
             )
+        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_accuracy)]
 
     def dataset(self) -> Dataset:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
@@ -174,7 +166,7 @@ class Finetuning:
         imgs, targets = self.mixup(imgs, labels)
         return F.cross_entropy(model(imgs), targets)
 
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
+    def _log_accuracy(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
