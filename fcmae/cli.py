@@ -1,4 +1,4 @@
-"""The command line. ``pretrain finetune evaluate knn`` are Hydra commands, the others take plain flags.
+"""The command line. ``pretrain finetune evaluate knn probe`` are Hydra commands, the others take plain flags.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": "train a classifier from pretrained or random weights: init_from=RUN [overrides]",
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
+    "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
@@ -65,7 +66,7 @@ def _usage() -> str:
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
     return (
         f"usage: fcmae COMMAND ...\n\n{lines}\n\n"
-        "Hydra commands (pretrain, finetune, evaluate, knn): KEY=VALUE overrides; `--cfg job` prints the config."
+        "Hydra commands (pretrain, finetune, evaluate, knn, probe): KEY=VALUE overrides; `--cfg job` prints the config."
     )
 
 
@@ -139,7 +140,15 @@ def _knn(cfg: Any, _: Path) -> None:
     _report(knn(cfg), cfg.out)
 
 
-def _report(result: dict[str, float], out: str | None) -> None:
+def _probe(cfg: Any, _: Path) -> None:
+    from fcmae.evaluation.run import probe
+
+    _report(probe(cfg), cfg.out)
+
+
+def _report(result: dict[str, Any] | None, out: str | None) -> None:
+    if result is None:
+        return  # the first rank has it
     line = json.dumps(result)
     print(line)
     if out is not None:
@@ -262,6 +271,7 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "knn": _knn,
+    "probe": _probe,
 }
 _TRAINING = ("pretrain", "finetune")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {

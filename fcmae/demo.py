@@ -11,6 +11,7 @@ import torch
 from fcmae.config import DataConfig, FinetuneConfig, PretrainConfig, compose
 from fcmae.data.sources import train_source
 from fcmae.errors import Interrupted, UsageError
+from fcmae.evaluation.features import Extractor, first, labelled_sources
 from fcmae.evaluation.knn import knn_accuracy
 from fcmae.models import FCMAE
 from fcmae.training.build import build_fcmae, load
@@ -97,9 +98,11 @@ def _step(number: int, what: str) -> None:
 
 
 def _knn(model: FCMAE, data: DataConfig, device: torch.device) -> float:
-    accuracy = knn_accuracy(
-        model.backbone.to(device), data, gallery=GALLERY, queries=QUERIES, world=World(0, 1, 0, 1, device)
-    )
+    world = World(0, 1, 0, 1, device)
+    extract = Extractor(model.backbone.to(device), data, world)
+    train, val, classes = labelled_sources(data)
+    gallery, queries = extract(first(train, GALLERY)), extract(first(val, QUERIES))
+    accuracy = knn_accuracy(gallery, queries, len(classes), world, ks=[10])["knn10"]
     print(f"{accuracy:.1f}%", flush=True)
     return accuracy
 

@@ -158,6 +158,20 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
         return self.transform(image), -1 if label is None else label
 
 
+class CroppedImages(Dataset[tuple[Tensor, int]]):
+    """A source as training sees it in one epoch, in the source's order: (image, label), functions of the counters."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, epoch: int) -> None:
+        self.images = LabelledImages(source, transform, seed)
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.epoch, index]
+
+
 def train_loader(
     dataset: Dataset,
     plan: BatchPlan,
@@ -178,7 +192,13 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: EvaluationImages, batch_size: int, *, rank: int, world_size: int, workers: int, pin_memory: bool
+    dataset: EvaluationImages | CroppedImages,
+    batch_size: int,
+    *,
+    rank: int,
+    world_size: int,
+    workers: int,
+    pin_memory: bool,
 ) -> DataLoader:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
     return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))

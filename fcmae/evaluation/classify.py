@@ -7,12 +7,8 @@ from torch import nn
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
-from fcmae.evaluation.features import autocast, batches
+from fcmae.evaluation.features import autocast, batches, never
 from fcmae.training.distributed import World
-
-
-class EvaluationStopped(Exception):
-    """A rank was asked to stop before all images were seen."""
 
 
 @torch.inference_mode()
@@ -23,7 +19,7 @@ def accuracy(
     batch_size: int,
     precision: str,
     world: World,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
@@ -31,16 +27,10 @@ def accuracy(
     """
     model.eval()
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    stopped = torch.tensor(False)
-    for imgs, labels in batches(source, cfg, batch_size, world):
-        if stop():
-            stopped.fill_(True)
-            break
+    for imgs, labels in batches(source, cfg, batch_size, world, stop=stop):
         with autocast(world.device, precision):
             logits = model(imgs).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.tensor(len(labels)).to(labels)])
-    if world.max(stopped.int()):
-        raise EvaluationStopped
     top1, top5, images = world.sum(counts).tolist()
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}

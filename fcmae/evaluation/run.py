@@ -1,18 +1,24 @@
-"""The commands ``evaluate``, ``knn`` and ``reconstruct`` as functions."""
+"""The commands ``evaluate``, ``knn``, ``probe`` and ``reconstruct`` as functions."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from timm.models.convnext import ConvNeXt
 
-from fcmae.config import DataConfig, EvaluateConfig, KnnConfig, check
-from fcmae.data.sources import list_images, read_image, require_labels, val_source
-from fcmae.data.transforms import eval_transform, normalize
+from fcmae.config import CheckpointConfig, DataConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
+from fcmae.data.loader import CroppedImages
+from fcmae.data.sources import Source, list_images, read_image, require_labels, val_source
+from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError
+from fcmae.evaluation import probe as linear
+from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.features import Extractor, Features, first, labelled_sources
 from fcmae.evaluation.knn import knn_accuracy
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.masking import grid_size, random_mask
@@ -26,6 +32,38 @@ def _load(path: str, ema: bool = True) -> tuple[FCMAE | ConvNeXt, DataConfig]:
     file = checkpoint.resolve(path)
     state = checkpoint.read(file)
     return model_of(state, file, ema), config_of(state, file).data
+
+
+@contextlib.contextmanager
+def _connected(cfg: CheckpointConfig) -> Iterator[World]:
+    """The ranks of this launch, with the matrix multiplications that ``cfg.precision`` allows."""
+    world = distributed.connect(cfg.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
+    try:
+        yield world
+    finally:
+        distributed.disconnect()
+
+
+@contextlib.contextmanager
+def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
+    """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
+    file = checkpoint.resolve(cfg.checkpoint)
+    model, own = _load(cfg.checkpoint)
+    backbone = model.backbone if isinstance(model, FCMAE) else model
+    with _connected(cfg) as world:
+        data = cfg.merge_data(own)
+        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
+        if cfg.cache is None:
+            yield extractor, extractor
+            return
+        folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
+        yield extractor, CachedExtractor(extractor, folder, {"checkpoint": checkpoint.checksum(file)})
+
+
+def _features_folder(file: Path) -> Path:
+    """The folder ``features`` of a checkpoint's run; beside a checkpoint that is in none."""
+    return (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "features"
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
@@ -52,22 +90,42 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
         distributed.disconnect()
 
 
-def knn(cfg: KnnConfig) -> dict[str, float]:
-    """k-NN accuracy of a checkpoint's backbone."""
-    model, own = _load(cfg.checkpoint)
-    backbone = model.backbone if isinstance(model, FCMAE) else model
-    device = distributed.pick_device(cfg.device)
-    accuracy_percent = knn_accuracy(
-        backbone.to(device),
-        cfg.merge_data(own),
-        k=cfg.k,
-        temperature=cfg.temperature,
-        gallery=cfg.gallery,
-        batch_size=cfg.batch_size,
-        precision=cfg.precision,
-        world=World(0, 1, 0, 1, device),
-    )
-    return {"knn": accuracy_percent, "k": cfg.k}
+def knn(cfg: KnnConfig) -> dict[str, Any] | None:
+    """k-NN accuracy of a checkpoint's frozen features; None on ranks other than the first."""
+    with _frozen(cfg) as (extractor, extract):
+        train, val, classes = labelled_sources(extractor.data)
+        gallery, queries = extract(first(train, cfg.gallery)), extract(first(val, cfg.queries))
+        world = extractor.world
+        result = knn_accuracy(gallery, queries, len(classes), world, ks=cfg.k, temperature=cfg.temperature)
+        counts = {"gallery": len(gallery.labels), "queries": len(queries.labels)}
+        return {**result, **counts} if world.is_main else None
+
+
+def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
+    """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
+    with _frozen(cfg) as (extractor, extract):
+        data, world = extractor.data, extractor.world
+        train, val, classes = labelled_sources(data)
+
+        def cropped(epoch: int) -> Features:
+            return extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
+
+        if cfg.random_crops:
+            features = cropped
+        else:
+            kept = extract(train)
+            features = lambda epoch: kept  # noqa: E731
+        heads = linear.probe(features, len(train), extract(val), len(classes), cfg, world)
+        best = max(heads, key=lambda head: head["top1"])
+        result = {
+            "top1": best["top1"],
+            "top5": best["top5"],
+            "blr": best["blr"],
+            "chosen": f"the best of {len(heads)} learning rates on the {len(val)} validation images themselves",
+            "all": heads,
+            "images": len(train),
+        }
+        return result if world.is_main else None
 
 
 def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int) -> Image.Image:

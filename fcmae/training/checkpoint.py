@@ -147,6 +147,13 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> State:
     return state
 
 
+def checksum(path: Path) -> str:
+    """The SHA-256 that a checkpoint file states of itself, in hexadecimal; :func:`read` verifies it."""
+    with path.open("rb") as file:
+        file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+        return file.read().hex()
+
+
 def step_of(path: Path) -> int:
     """The number of optimizer steps done when a checkpoint was written, from its name."""
     match = PATTERN.fullmatch(path.name)

@@ -14,8 +14,7 @@ from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.loader import BatchPlan, default_workers, train_loader
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
-from fcmae.evaluation.classify import EvaluationStopped
-from fcmae.evaluation.features import autocast
+from fcmae.evaluation.features import EvaluationStopped, autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.checkpoint import CheckpointDir, replacing

@@ -3,8 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+from timm.models.convnext import ConvNeXt
 from torch import nn
 
+from fcmae.config import PretrainConfig
+from fcmae.errors import UsageError
+from fcmae.evaluation.features import Extractor, first, labelled_sources
+from fcmae.evaluation.knn import knn_accuracy
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
 
@@ -24,3 +29,30 @@ class Monitor(NamedTuple):
 
     every_epochs: float
     look: Look
+
+
+class OnlineKnn:
+    """k-NN accuracy of an encoder in training, logged as ``knnK``: validation images against training images.
+
+    Raises UsageError, before anything is trained, if either has no labels.
+    """
+
+    BATCH_SIZE = 256
+    """At most; images without gradients take little memory."""
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
+        self.backbone = backbone
+        self.cfg = cfg
+        monitor = cfg.monitor
+        try:
+            train, val, self.classes = labelled_sources(cfg.data)
+        except UsageError as error:
+            raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs}, but {error}") from error
+        self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
+
+    def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
+        """Looks at the weights themselves, averaged or not."""
+        batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
+        extract = Extractor(self.backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
+        gallery, queries = extract(self.gallery), extract(self.queries)
+        logger.log(step, knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k))

@@ -24,7 +24,7 @@ from fcmae.training import checkpoint
 from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
-from fcmae.training.monitors import Monitor, Wish
+from fcmae.training.monitors import Monitor, OnlineKnn, Wish
 from fcmae.training.saver import write_encoder
 
 
@@ -77,6 +77,9 @@ class Pretraining:
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
         self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_picture)]
+        if cfg.monitor.knn_every_epochs is not None:
+            knn = OnlineKnn(self.model.backbone, cfg)
+            self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
     def dataset(self) -> Dataset:
         return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
