@@ -1,5 +1,6 @@
 """Features on disk, for as long as everything that they follow from is what it was."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -95,7 +96,8 @@ class CachedExtractor:
             save_file(tensors, temporary, {"wanted": wanted})
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             _say(f"features are not kept in {path}: {error}")
 
     def _share(self, found: Features | None) -> Features | None:

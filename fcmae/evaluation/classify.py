@@ -1,9 +1,10 @@
-"""Top-1 and top-5 accuracy over exactly the validation set."""
+"""Accuracy of a classifier over exactly the validation set, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
@@ -11,7 +12,38 @@ from fcmae.evaluation.features import autocast, batches, never
 from fcmae.training.distributed import World
 
 
+class Classified(NamedTuple):
+    """A batch of this rank: the images' places in the source, int64 labels ``[n]``, float32 logits ``[n, classes]``."""
+
+    places: list[int]
+    labels: Tensor
+    logits: Tensor
+
+
 @torch.inference_mode()
+def classified(
+    model: nn.Module,
+    source: Source,
+    cfg: DataConfig,
+    batch_size: int,
+    precision: str,
+    world: World,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Classified]:
+    """This rank's share of the source, every image once over all ranks; rank r has r, r + world.size, ...
+
+    ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    """
+    model.eval()
+    place = world.rank
+    for imgs, labels in batches(source, cfg, batch_size, world, stop=stop):
+        with autocast(world.device, precision):
+            logits = model(imgs).float()
+        places = range(place, place + len(imgs) * world.size, world.size)
+        place = places.stop
+        yield Classified(list(places), labels, logits)
+
+
 def accuracy(
     model: nn.Module,
     source: Source,
@@ -20,17 +52,34 @@ def accuracy(
     precision: str,
     world: World,
     stop: Callable[[], bool] = never,
+    *,
+    accepted: Sequence[Sequence[int]] | None = None,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
-    ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    Args:
+        stop: see :func:`classified`.
+        accepted: the classes that are right for each image, instead of the source's label; images with none are left
+            out (ImageNet-ReaL, arXiv 2006.07159).
+        confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
+            (rows). It needs one class an image.
     """
-    model.eval()
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for imgs, labels in batches(source, cfg, batch_size, world, stop=stop):
-        with autocast(world.device, precision):
-            logits = model(imgs).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.tensor(len(labels)).to(labels)])
+    for places, labels, logits in classified(model, source, cfg, batch_size, precision, world, stop):
+        right = labels[:, None] if accepted is None else _padded([accepted[place] for place in places], world.device)
+        counted = (right >= 0).any(dim=1)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2)
+        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum()])
+        if confusion is not None:
+            pairs = right[counted, 0], ranked[counted, 0]
+            confusion.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
     top1, top5, images = world.sum(counts).tolist()
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
+
+
+def _padded(classes: list[Sequence[int]], device: torch.device) -> Tensor:
+    """Classes of each image, filled up with -1: ``[n, most]``."""
+    most = max(1, *map(len, classes)) if classes else 1
+    return torch.tensor([[*some, *[-1] * (most - len(some))] for some in classes], device=device)

@@ -1,7 +1,6 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -147,10 +146,3 @@ def gather(share: Tensor, total: int, world: World) -> Tensor:
     everyone = share.new_empty(world.size, *padded.shape)
     dist.all_gather(list(everyone), padded)
     return everyone.transpose(0, 1).flatten(0, 1)[:total]
-
-
-def counted(stream: Iterator[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """The batches of :func:`batches` with their samples' places in the source."""
-    places = itertools.count(world.rank, world.size)
-    for imgs, labels in stream:
-        yield list(itertools.islice(places, len(imgs))), imgs, labels

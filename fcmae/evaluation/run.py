@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.models.convnext import ConvNeXt
+from torch import Tensor
 
 from fcmae.config import CheckpointConfig, DataConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.sources import Source, list_images, read_image, require_labels, val_source
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
-from fcmae.errors import CheckpointError
+from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources
 from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruction_picture
+from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
@@ -66,28 +69,54 @@ def _features_folder(file: Path) -> Path:
     return (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "features"
 
 
-def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
-    """Top-1 and top-5 of a fine-tuned checkpoint, with its averaged weights too where it kept some."""
+def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
+    """Top-1 and top-5 of a fine-tuned checkpoint, with its averaged weights too where it kept some.
+
+    The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
+    first.
+    """
     file = checkpoint.resolve(cfg.checkpoint)
     state = checkpoint.read(file)
     data = cfg.merge_data(config_of(state, file).data)
-    world = distributed.connect(cfg.device)
-    try:
-        result: dict[str, float] = {}
+    if state["task"] == "pretrain":
+        raise CheckpointError(
+            f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn or probe"
+        )
+    classes: list[str] = state["classes"]
+    source = val_source(data)
+    accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
+    if accepted is None and require_labels(source, "data.val_path") != classes:
+        raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
+    tables = cfg.per_class is not None or cfg.confusion is not None
+    if tables and accepted is not None and max(map(len, accepted)) > 1:
+        raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
+    result: dict[str, float] = {}
+    with _connected(cfg) as world:
         for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-            model = model_of(state, file, ema)
-            if isinstance(model, FCMAE):
-                raise CheckpointError(
-                    f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn"
-                )
-            source = val_source(data)
-            if require_labels(source, "data.val_path") != state["classes"]:
-                raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
-            metrics = accuracy(model.to(world.device), source, data, cfg.batch_size, cfg.precision, world)
+            model = model_of(state, file, ema).to(world.device)
+            confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
+            metrics = accuracy(
+                model,
+                source,
+                data,
+                cfg.batch_size,
+                cfg.precision,
+                world,
+                accepted=accepted,
+                confusion=confusion if tables else None,
+            )
             result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-        return result
-    finally:
-        distributed.disconnect()
+        if tables:
+            confusion = world.sum(confusion)
+            world.on_main(lambda: _write_tables(cfg, classes, confusion.cpu()))
+        return result if world.is_main else None
+
+
+def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:
+    if cfg.per_class is not None:
+        write_per_class(Path(cfg.per_class), classes, confusion)
+    if cfg.confusion is not None:
+        write_confusion(Path(cfg.confusion), classes, confusion)
 
 
 def knn(cfg: KnnConfig) -> dict[str, Any] | None:

@@ -67,7 +67,8 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
         checkpoints.sweep()
         checkpoints.set_aside(state.step, say)
         _write_config(run_dir, config)
-        say(_summary(task, plan, state, schedule.total_steps, world))
+        for line in (*task.notes, _summary(task, plan, state, schedule.total_steps, world)):
+            say(line)
     stop = StopAgreement(world, cfg.trainer.max_hours)
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)

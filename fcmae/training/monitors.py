@@ -47,7 +47,7 @@ class OnlineKnn:
         try:
             train, val, self.classes = labelled_sources(cfg.data)
         except UsageError as error:
-            raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs}, but {error}") from error
+            raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
         self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:

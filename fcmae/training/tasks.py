@@ -21,7 +21,7 @@ from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.randomness import Stream, generator
 from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
+from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, config_of, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
 from fcmae.training.monitors import Monitor, OnlineKnn, Wish
@@ -35,6 +35,8 @@ class Task(Protocol):
     source: Source
     monitors: list[Monitor]
     """What is looked at while training goes on, in this order."""
+    notes: list[str]
+    """What the user should know before training starts, a line each."""
 
     @property
     def cfg(self) -> RunConfig: ...
@@ -76,6 +78,7 @@ class Pretraining:
         rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
+        self.notes: list[str] = []
         self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_picture)]
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
@@ -138,10 +141,10 @@ class Finetuning:
             raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
+        self.notes: list[str] = []
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
         if cfg.init_from is not None:
-            path = checkpoint.resolve(cfg.init_from)
-            load_state(self.model, backbone_weights(checkpoint.read(path)), path, except_prefix="head.fc.")
+            self.notes = _initialise(self.model, cfg)
         self.mixup: Mixup | None = None
         if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
             self.mixup = Mixup(
@@ -188,3 +191,24 @@ class Finetuning:
 
     def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
         pass
+
+
+def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:
+    """Loads the backbone of ``cfg.init_from``, strictly; the classifier keeps its initial weights.
+
+    Returns:
+        What differs in the images that the checkpoint was trained with, a line each.
+    """
+    assert cfg.init_from is not None
+    path = checkpoint.resolve(cfg.init_from)
+    state = checkpoint.read(path)
+    load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
+    before = config_of(state, path).data
+    differing = [
+        f"data.{name} is {getattr(cfg.data, name)}; {path} was trained with {getattr(before, name)}"
+        for name in ("image_size", "mean", "std", "pad")
+        if getattr(cfg.data, name) != getattr(before, name)
+    ]
+    if "classes" in state:
+        differing.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
+    return differing
