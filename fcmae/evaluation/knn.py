@@ -1,12 +1,14 @@
 """k-nearest-neighbour accuracy of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.evaluation.features import Features
+from fcmae.config import DataConfig
+from fcmae.data.sources import Source
+from fcmae.evaluation.features import Features, first, labelled_sources
 from fcmae.training.distributed import World
 
 SIMILARITIES = 2**27
@@ -53,3 +55,23 @@ def knn_accuracy(
     predicted = knn_predict(val.values[mine], train.values, train.labels, ks, temperature, num_classes)
     right = world.sum((predicted == val.labels[mine]).sum(dim=1))
     return {f"knn{k}": 100 * count / len(val.labels) for k, count in zip(ks, right.tolist(), strict=True)}
+
+
+def knn_of(
+    data: DataConfig,
+    extract: Callable[[Source], Features],
+    world: World,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    gallery: int | None = 20_000,
+    queries: int | None = None,
+) -> dict[str, float]:
+    """:func:`knn_accuracy` of validation images against training images, and how many of each.
+
+    ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all.
+    """
+    train, val, classes = labelled_sources(data)
+    known, asked = extract(first(train, gallery)), extract(first(val, queries))
+    result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
+    return {**result, "gallery": len(known.labels), "queries": len(asked.labels)}

@@ -19,8 +19,8 @@ from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy
-from fcmae.evaluation.features import Extractor, Features, first, labelled_sources
-from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.features import Extractor, Features, labelled_sources
+from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
@@ -119,15 +119,13 @@ def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) ->
         write_confusion(Path(cfg.confusion), classes, confusion)
 
 
-def knn(cfg: KnnConfig) -> dict[str, Any] | None:
+def knn(cfg: KnnConfig) -> dict[str, float] | None:
     """k-NN accuracy of a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
-        train, val, classes = labelled_sources(extractor.data)
-        gallery, queries = extract(first(train, cfg.gallery)), extract(first(val, cfg.queries))
         world = extractor.world
-        result = knn_accuracy(gallery, queries, len(classes), world, ks=cfg.k, temperature=cfg.temperature)
-        counts = {"gallery": len(gallery.labels), "queries": len(queries.labels)}
-        return {**result, **counts} if world.is_main else None
+        limits = {"gallery": cfg.gallery, "queries": cfg.queries}
+        result = knn_of(extractor.data, extract, world, ks=cfg.k, temperature=cfg.temperature, **limits)
+        return result if world.is_main else None
 
 
 def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
