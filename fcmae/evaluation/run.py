@@ -94,7 +94,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     with _connected(cfg) as world:
         for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
             model = model_of(state, file, ema).to(world.device)
-            confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
+            confusion = None
+            if tables:
+                confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
             metrics = accuracy(
                 model,
                 source,
@@ -103,12 +105,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
                 cfg.precision,
                 world,
                 accepted=accepted,
-                confusion=confusion if tables else None,
+                confusion=confusion,
             )
             result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-        if tables:
-            confusion = world.sum(confusion)
-            world.on_main(lambda: _write_tables(cfg, classes, confusion.cpu()))
+        if confusion is not None:
+            total = world.sum(confusion).cpu()
+            world.on_main(lambda: _write_tables(cfg, classes, total))
         return result if world.is_main else None
 
 
