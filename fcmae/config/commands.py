@@ -135,10 +135,10 @@ class KnnConfig(FeaturesConfig):
 
 @dataclass
 class ProbeConfig(FeaturesConfig):
-    """``fcmae probe``: linear classifiers on frozen features (defaults: MAE, arXiv 2111.06377, appendix A.1)."""
+    """``fcmae probe``: linear classifiers on frozen features; ``experiment=in1k/probe`` is MAE's recipe."""
 
-    optimizer: str = "lars"
-    blr: list[float] = field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    optimizer: str = "sgd"
+    blr: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
     """Base learning rates, lr = blr * train_batch_size / 256; each trains a classifier of its own, all at once."""
     train_batch_size: int = 1024
     """Features a step; at most as many as there are training images."""

@@ -52,7 +52,8 @@ def _connected(cfg: CheckpointConfig) -> Iterator[World]:
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
     file = checkpoint.resolve(cfg.checkpoint)
-    model, own = _load(cfg.checkpoint)
+    identity = {"checkpoint": checkpoint.checksum(file)}  # first: a run in progress may go on to another file
+    model, own = _load(str(file))
     backbone = model.backbone if isinstance(model, FCMAE) else model
     with _connected(cfg) as world:
         data = cfg.merge_data(own)
@@ -61,7 +62,7 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
             yield extractor, extractor
             return
         folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
-        yield extractor, CachedExtractor(extractor, folder, {"checkpoint": checkpoint.checksum(file)})
+        yield extractor, CachedExtractor(extractor, folder, identity)
 
 
 def _features_folder(file: Path) -> Path:

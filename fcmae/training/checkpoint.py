@@ -148,10 +148,16 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> State:
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 that a checkpoint file states of itself, in hexadecimal; :func:`read` verifies it."""
-    with path.open("rb") as file:
-        file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
-        return file.read().hex()
+    """The SHA-256 that a checkpoint file states of itself, in hexadecimal; :func:`read` verifies it.
+
+    Raises CheckpointError naming the file.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+            return file.read().hex()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
 def step_of(path: Path) -> int:

@@ -61,7 +61,7 @@ def test_lars_is_the_one_of_mae():
     weight, bias = heads.linears[0].weight, heads.linears[0].bias
     expected = [weight.detach().clone(), bias.detach().clone()]
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    optimizer = create_optimizer(heads, [6.4], config())
+    optimizer = create_optimizer(heads, [6.4], config(optimizer="lars"))
     for step in range(4):
         set_lr(optimizer, 0.5)
         weight.grad, bias.grad = torch.randn(3, 5), torch.randn(3)
