@@ -192,7 +192,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: EvaluationImages | CroppedImages,
+    dataset: Dataset,
     batch_size: int,
     *,
     rank: int,
@@ -201,7 +201,7 @@ def eval_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
-    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))
+    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))  # type: ignore[arg-type]
 
 
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:

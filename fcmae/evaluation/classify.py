@@ -13,11 +13,11 @@ from fcmae.training.distributed import World
 
 
 class Classified(NamedTuple):
-    """A batch of this rank: the images' places in the source, int64 labels ``[n]``, float32 logits ``[n, classes]``."""
+    """A batch: float32 logits ``[N, classes]``; int64 labels or -1; int64 places in the source."""
 
-    places: list[int]
-    labels: Tensor
     logits: Tensor
+    labels: Tensor
+    places: Tensor
 
 
 @torch.inference_mode()
@@ -30,18 +30,15 @@ def classified(
     world: World,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Classified]:
-    """This rank's share of the source, every image once over all ranks; rank r has r, r + world.size, ...
+    """This rank's share of the source, every image once over all ranks.
 
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
     model.eval()
-    place = world.rank
-    for imgs, labels in batches(source, cfg, batch_size, world, stop=stop):
+    for imgs, labels, places in batches(source, cfg, batch_size, world, stop=stop):
         with autocast(world.device, precision):
             logits = model(imgs).float()
-        places = range(place, place + len(imgs) * world.size, world.size)
-        place = places.stop
-        yield Classified(list(places), labels, logits)
+        yield Classified(logits, labels, places)
 
 
 def accuracy(
@@ -66,8 +63,12 @@ def accuracy(
             (rows). It needs one class an image.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for places, labels, logits in classified(model, source, cfg, batch_size, precision, world, stop):
-        right = labels[:, None] if accepted is None else _padded([accepted[place] for place in places], world.device)
+    for logits, labels, places in classified(model, source, cfg, batch_size, precision, world, stop):
+        right = (
+            labels[:, None]
+            if accepted is None
+            else _padded([accepted[place] for place in places.tolist()], world.device)
+        )
         counted = (right >= 0).any(dim=1)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
 from fcmae.data.loader import CroppedImages, EvaluationImages, default_workers, eval_loader
@@ -37,6 +38,28 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, DTYPES[precision])
 
 
+class Images(NamedTuple):
+    """A batch on the device: normalised ``[N, C, H, W]``; int64 labels or -1; int64 places in the source."""
+
+    imgs: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+class _Placed(Dataset[tuple[Tensor, tuple[int, int]]]):
+    """Samples with their places."""
+
+    def __init__(self, dataset: EvaluationImages | CroppedImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        image, label = self.dataset[index]
+        return image, (label, index)
+
+
 def batches(
     source: Source,
     cfg: DataConfig,
@@ -44,10 +67,8 @@ def batches(
     world: World,
     dataset: CroppedImages | None = None,
     stop: Callable[[], bool] = never,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the source, on the device: normalised images, and labels or -1. Ranks share no sample.
-
-    Rank r gets samples r, r + world.size, ... All ranks have to go on to the end of theirs.
+) -> Iterator[Images]:
+    """This rank's share of the source, in order. Ranks share no sample; all have to go on to the end of theirs.
 
     Args:
         dataset: reads the samples in another way than evaluation does.
@@ -55,7 +76,7 @@ def batches(
     """
     workers = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
     loader = eval_loader(
-        dataset or EvaluationImages(source, eval_transform(cfg)),
+        _Placed(dataset or EvaluationImages(source, eval_transform(cfg))),
         batch_size,
         rank=world.rank,
         world_size=world.size,
@@ -63,12 +84,12 @@ def batches(
         pin_memory=world.device.type == "cuda",
     )
     stopped = torch.tensor(0)
-    for imgs, labels in loader:
+    for imgs, (labels, places) in loader:
         if stop():
             stopped.fill_(1)
             break
-        imgs = imgs.to(world.device, non_blocking=True)
-        yield normalize(imgs, cfg.mean, cfg.std), labels.to(world.device, non_blocking=True)
+        imgs, labels, places = (part.to(world.device, non_blocking=True) for part in (imgs, labels, places))
+        yield Images(normalize(imgs, cfg.mean, cfg.std), labels, places)
     if world.max(stopped):
         raise EvaluationStopped
 
@@ -93,7 +114,10 @@ def labelled_sources(cfg: DataConfig) -> tuple[Source, Source, list[str]]:
 
 
 class Features(NamedTuple):
-    """``values``: float32 ``[n, D]``. ``labels``: int64 ``[n]``, -1 without one. In the source's order."""
+    """``values``: float32 ``[n, D]``. ``labels``: int64 ``[n]``, -1 without one. In the source's order.
+
+    Of the images that could be read.
+    """
 
     values: Tensor
     labels: Tensor
@@ -121,28 +145,40 @@ class Extractor:
         """The features of all of ``source``, read by ``dataset`` or as evaluation does."""
         was_training = self.backbone.training
         self.backbone.eval()
+        try:
+            shares = self._share(batches(source, self.data, self.batch_size, self.world, dataset, self.stop))
+        finally:
+            self.backbone.train(was_training)
+        values, labels, places = (gather(share, self.world) for share in shares)
+        order = places.argsort()
+        return Features(values[order], labels[order])
+
+    def _share(self, stream: Iterator[Images]) -> list[Tensor]:
+        """Features, labels and places of this rank's images."""
         device = self.world.device
-        values = [torch.empty(0, self.backbone.num_features, device=device)]
-        labels = [torch.empty(0, dtype=torch.int64, device=device)]
-        for imgs, batch_labels in batches(source, self.data, self.batch_size, self.world, dataset, self.stop):
+        parts = [[torch.empty(0, self.backbone.num_features, device=device)]]
+        parts += [[torch.empty(0, dtype=torch.int64, device=device)] for _ in range(2)]
+        for imgs, labels, places in stream:
             with autocast(device, self.precision):
-                values.append(self._pool(imgs).float())
-            labels.append(batch_labels)
-        self.backbone.train(was_training)
-        return Features(*(gather(torch.cat(part), len(source), self.world) for part in (values, labels)))
+                values = self._pool(imgs).float()
+            for part, new in zip(parts, (values, labels, places), strict=True):
+                part.append(new)
+        return [torch.cat(part) for part in parts]
 
     def _pool(self, imgs: Tensor) -> Tensor:
         maps = self.backbone.forward_features(imgs)
         return maps.mean((2, 3)) if self.pooling == "mean" else self.backbone.forward_head(maps, pre_logits=True)
 
 
-def gather(share: Tensor, total: int, world: World) -> Tensor:
-    """Rows of all ranks, of which rank r brings r, r + world.size, ... of ``total``, in order on every rank."""
+def gather(share: Tensor, world: World) -> Tensor:
+    """The rows of all ranks, those of the first rank first; ranks may bring different numbers of rows, or none."""
     if world.size == 1:
         return share
-    longest = -(-total // world.size)
-    padded = share.new_zeros(longest, *share.shape[1:])
+    counts = torch.zeros(world.size, dtype=torch.int64, device=share.device)
+    counts[world.rank] = len(share)
+    counts = world.sum(counts)
+    padded = share.new_zeros(int(counts.max()), *share.shape[1:])
     padded[: len(share)] = share
-    everyone = share.new_empty(world.size, *padded.shape)
-    dist.all_gather(list(everyone), padded)
-    return everyone.transpose(0, 1).flatten(0, 1)[:total]
+    everyone = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts.tolist(), strict=True)])

@@ -6,8 +6,9 @@ rates train at once over the same batches, each a classifier of its own.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypedDict
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,6 @@ from fcmae.training.schedule import CosineSchedule
 
 HEAD_STD = 0.01
 """Of the initial weights, as MAE's."""
-
-
-FeaturesOfEpoch: TypeAlias = Callable[[int], Features]
-"""Of the training images, whole on every rank."""
 
 
 class HeadResult(TypedDict):
@@ -71,28 +68,23 @@ def create_optimizer(heads: Heads, lrs: Sequence[float], cfg: ProbeConfig) -> to
 
 
 def train_heads(
-    features: FeaturesOfEpoch,
-    plan: BatchPlan,
-    lrs: Sequence[float],
-    classes: int,
-    cfg: ProbeConfig,
-    world: World,
-) -> Heads:
-    """Trains a head for each learning rate on this rank.
+    epochs: Iterable[Features], plan: BatchPlan, lrs: Sequence[float], classes: int, cfg: ProbeConfig, world: World
+) -> Heads | None:
+    """Trains a head for each learning rate on this rank; without one, it only takes part in making features.
 
-    ``features`` gives those of an epoch; all ranks call it equally often, also a rank without a head.
+    ``epochs`` are the features of the training images in each epoch, ``plan`` the batches.
     """
     steps = plan.steps_per_epoch
     schedule = CosineSchedule(1.0, 0.0, cfg.warmup_epochs * steps, cfg.epochs * steps)
-    train = features(0)
-    seed_globals(cfg.seed, Stream.INIT)
-    heads = Heads(len(lrs), train.values.shape[1], classes).to(world.device)
-    optimizer = create_optimizer(heads, lrs, cfg) if lrs else None
-    for epoch in range(cfg.epochs):
-        train = features(epoch) if epoch > 0 else train
-        if optimizer is None:
+    heads = optimizer = None
+    for epoch, train in zip(range(cfg.epochs), epochs, strict=False):
+        if not lrs:
             continue
-        order = torch.tensor(plan.order(epoch), device=world.device)
+        if heads is None or optimizer is None:
+            seed_globals(cfg.seed, Stream.INIT)
+            heads = Heads(len(lrs), train.values.shape[1], classes).to(world.device)
+            optimizer = create_optimizer(heads, lrs, cfg)
+        order = torch.as_tensor(plan.order(epoch), device=world.device)
         for position in range(steps):
             chosen = order[position * plan.global_batch_size :][: plan.global_batch_size]
             set_lr(optimizer, schedule(epoch * steps + position))
@@ -102,7 +94,7 @@ def train_heads(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return heads.eval()
+    return None if heads is None else heads.eval()
 
 
 @torch.no_grad()
@@ -116,21 +108,22 @@ def accuracies(heads: Heads, val: Features) -> Tensor:
     return 100 * right / len(val.labels)
 
 
-def probe(
-    features: FeaturesOfEpoch, images: int, val: Features, classes: int, cfg: ProbeConfig, world: World
-) -> list[HeadResult]:
+def probe(epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeConfig, world: World) -> list[HeadResult]:
     """Accuracy on ``val`` of a linear classifier for each learning rate of ``cfg.blr``; the ranks share them.
 
     Args:
-        images: how many training images there are.
+        epochs: the features of the training images in each epoch, whole on every rank.
         classes: how many labels there are.
     """
+    epochs = iter(epochs)
+    train = next(epochs)
+    images = len(train.labels)
     plan = BatchPlan.create(images, min(cfg.train_batch_size, images), None, 1, cfg.seed)
     lrs = [blr * plan.global_batch_size / 256 for blr in cfg.blr]
     mine = slice(world.rank, None, world.size)
-    heads = train_heads(features, plan, lrs[mine], classes, cfg, world)
+    heads = train_heads(itertools.chain([train], epochs), plan, lrs[mine], classes, cfg, world)
     result = torch.zeros(len(lrs), 2, dtype=torch.float64, device=world.device)
-    if lrs[mine]:
+    if heads is not None:
         result[mine] = accuracies(heads, val)
     measured = world.sum(result).tolist()
     return [

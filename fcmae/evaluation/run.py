@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,23 +138,20 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
         data, world = extractor.data, extractor.world
         train, val, classes = labelled_sources(data)
 
-        def cropped(epoch: int) -> Features:
-            return extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
+        def cropped() -> Iterator[Features]:
+            for epoch in itertools.count():
+                yield extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
 
-        if cfg.random_crops:
-            features = cropped
-        else:
-            kept = extract(train)
-            features = lambda epoch: kept  # noqa: E731
-        heads = linear.probe(features, len(train), extract(val), len(classes), cfg, world)
+        epochs = cropped() if cfg.random_crops else itertools.repeat(extract(train))
+        known = extract(val)
+        heads = linear.probe(epochs, known, len(classes), cfg, world)
         best = max(heads, key=lambda head: head["top1"])
         result = {
             "top1": best["top1"],
             "top5": best["top5"],
             "blr": best["blr"],
-            "chosen": f"the best of {len(heads)} learning rates on the {len(val)} validation images themselves",
+            "chosen": f"the best of {len(heads)} learning rates on the {len(known.labels)} validation images themselves",
             "all": heads,
-            "images": len(train),
         }
         return result if world.is_main else None
 

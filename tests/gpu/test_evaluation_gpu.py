@@ -1,6 +1,7 @@
 """Features, k-NN and probe on a GPU agree with the CPU; looking during pretraining changes no bit of it."""
 
 import json
+from itertools import repeat
 
 import pytest
 import torch
@@ -31,9 +32,7 @@ def test_features_knn_and_probe_agree_with_the_cpu():
     assert relative_error(on_gpu.values.cpu(), on_cpu.values) < 1e-5
     assert knn_accuracy(on_gpu, on_gpu, 10, GPU, ks=[1, 5]) == knn_accuracy(on_cpu, on_cpu, 10, CPU, ks=[1, 5])
     cfg = ProbeConfig(checkpoint="x", train_batch_size=50, epochs=20, warmup_epochs=2, blr=[0.1, 10.0])
-    heads = [
-        probe(lambda _, part=part: part, 100, part, 10, cfg, world) for part, world in ((on_cpu, CPU), (on_gpu, GPU))
-    ]
+    heads = [probe(repeat(part), part, 10, cfg, world) for part, world in ((on_cpu, CPU), (on_gpu, GPU))]
     for cpu, gpu in zip(*heads, strict=True):
         assert gpu["top1"] == pytest.approx(cpu["top1"], abs=2)  # of 100 images, by the order of summation
 
@@ -62,5 +61,4 @@ def test_two_gpus_share_the_work(tmp_path):
     alone = json.loads(run_python(tmp_path, "commands.py", "1").stdout)
     assert (evaluated, knn) == (alone[0], alone[1])
     for two, one in zip(probes, alone[2:], strict=True):
-        assert two["images"] == one["images"]
         assert two["top1"] == pytest.approx(one["top1"], abs=7)  # of 31 images, by the order of summation

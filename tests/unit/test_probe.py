@@ -1,6 +1,7 @@
 """Linear classifiers on frozen features, and the features kept on disk."""
 
 import os
+from itertools import repeat
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def clusters(count: int, seed: int) -> Features:
 
 @pytest.mark.parametrize(("optimizer", "blr"), [("lars", 30.0), ("sgd", 1.0), ("adamw", 0.1)])
 def test_it_learns_what_is_linearly_separable(optimizer, blr):
-    result = probe(lambda _: clusters(300, 0), 300, clusters(90, 1), 3, config(optimizer=optimizer, blr=[blr]), CPU)
+    result = probe(repeat(clusters(300, 0)), clusters(90, 1), 3, config(optimizer=optimizer, blr=[blr]), CPU)
     assert result[0]["top1"] > 95
     assert result[0]["top5"] == 100
     assert result[0]["lr"] == pytest.approx(blr * 32 / 256)
@@ -44,14 +45,14 @@ def test_it_learns_what_is_linearly_separable(optimizer, blr):
 def test_each_learning_rate_trains_as_if_alone(optimizer):
     rates = [0.01, 1.0, 30.0]
     train, val = clusters(100, 0), clusters(60, 1)
-    together = probe(lambda _: train, 100, val, 3, config(optimizer=optimizer, blr=rates, epochs=3), CPU)
-    alone = [probe(lambda _: train, 100, val, 3, config(optimizer=optimizer, blr=[r], epochs=3), CPU)[0] for r in rates]
+    together = probe(repeat(train), val, 3, config(optimizer=optimizer, blr=rates, epochs=3), CPU)
+    alone = [probe(repeat(train), val, 3, config(optimizer=optimizer, blr=[r], epochs=3), CPU)[0] for r in rates]
     assert together == alone
     assert len({head["top1"] for head in together}) > 1
 
 
 def test_a_batch_is_at_most_all_images_and_the_rate_follows():
-    result = probe(lambda _: clusters(40, 0), 40, clusters(30, 1), 3, config(train_batch_size=4096, blr=[0.1]), CPU)
+    result = probe(repeat(clusters(40, 0)), clusters(30, 1), 3, config(train_batch_size=4096, blr=[0.1]), CPU)
     assert result[0]["lr"] == pytest.approx(0.1 * 40 / 256)
 
 
