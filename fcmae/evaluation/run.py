@@ -150,7 +150,8 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
             "top1": best["top1"],
             "top5": best["top5"],
             "blr": best["blr"],
-            "chosen": f"the best of {len(heads)} learning rates on the {len(known.labels)} validation images themselves",
+            "chosen": f"the best of {len(heads)} learning rates, on the validation images themselves",
+            "images": len(known.labels),
             "all": heads,
         }
         return result if world.is_main else None
