@@ -1,4 +1,4 @@
-"""The command line. ``pretrain finetune evaluate knn probe`` are Hydra commands, the others take plain flags.
+"""The command line. ``pretrain finetune evaluate knn probe prepare`` are Hydra commands, the others take plain flags.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
 """
@@ -20,11 +20,12 @@ COMMANDS = {
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
     "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
+    "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
-    "bench": "measure speed: step | kernels [overrides] [--json FILE]",
+    "bench": "measure speed: step | kernels | data [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -66,7 +67,7 @@ def _usage() -> str:
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
     return (
         f"usage: fcmae COMMAND ...\n\n{lines}\n\n"
-        "Hydra commands (pretrain, finetune, evaluate, knn, probe): KEY=VALUE overrides; `--cfg job` prints the config."
+        f"Hydra commands ({', '.join(_HYDRA)}): KEY=VALUE overrides; `--cfg job` prints the config."
     )
 
 
@@ -144,6 +145,12 @@ def _probe(cfg: Any, _: Path) -> None:
     from fcmae.evaluation.run import probe
 
     _report(probe(cfg), cfg.out)
+
+
+def _prepare(cfg: Any, _: Path) -> None:
+    from fcmae.data.prepare import prepare
+
+    print(prepare(cfg))
 
 
 def _report(result: dict[str, Any] | None, out: str | None) -> None:
@@ -240,7 +247,9 @@ def _doctor(args: list[str]) -> int:
 
 def _bench(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
-    parser.add_argument("what", choices=["step", "kernels"], help="a training step, or the GPU kernels alone")
+    parser.add_argument(
+        "what", choices=["step", "kernels", "data"], help="a training step, the GPU kernels, or reading data"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_args(args)
@@ -248,6 +257,10 @@ def _bench(args: list[str]) -> int:
         from fcmae.bench import step
 
         step.run(given.overrides, given.json)
+    elif given.what == "data":
+        from fcmae.bench import data
+
+        data.run(given.overrides, given.json)
     else:
         from fcmae.bench import kernels
 
@@ -272,6 +285,7 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
     "evaluate": _evaluate,
     "knn": _knn,
     "probe": _probe,
+    "prepare": _prepare,
 }
 _TRAINING = ("pretrain", "finetune")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {

@@ -21,6 +21,18 @@ class ConfigError(UsageError, ValueError):
     """A config key that is unknown, of the wrong type or out of range; the message names the full key."""
 
 
+class ImageError(UsageError):
+    """An image that cannot be read or does not fit the config; names the file."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"cannot read the image {name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.name, self.reason)  # a worker sends it to the training process
+
+
 class CheckpointError(UsageError):
     """A checkpoint that cannot be read or does not belong to what was asked for."""
 

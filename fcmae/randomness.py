@@ -22,6 +22,7 @@ class Stream(IntEnum):
     STEP = 3
     INIT = 4
     SUBSET = 5
+    REPLACE = 6
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:

@@ -63,6 +63,8 @@ else
 fi
 
 echo "torchrun.sh: $nodes node(s) x $per_node processes, $OMP_NUM_THREADS threads each, run directory $run_dir" >&2
+# How long ranks may save after a signal, in seconds; torchrun's own patience is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     -m fcmae.cli "$command" "${arguments[@]}"

@@ -19,6 +19,7 @@ from fcmae.config.commands import (
 from fcmae.config.compose import compose, conf_dir, register_schemas
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import (
     PRECISIONS,
     LoggerConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "LoggerConfig",
     "MonitorConfig",
     "OptimConfig",
+    "PrepareConfig",
     "PretrainConfig",
     "ProbeConfig",
     "RunConfig",

@@ -7,6 +7,7 @@ from typing import Any
 from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import PRECISIONS, LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 
@@ -45,6 +46,12 @@ class FinetuneConfig(RunConfig):
     """A pretraining run's directory or checkpoint; None = random weights."""
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        crops, device = self.data.crops_per_image, self.data.decode_on
+        check("data.crops_per_image", crops, crops == 1, "1 in fine-tuning")
+        check("data.decode_on", device, device == "cpu", "cpu in fine-tuning")
 
 
 DataOverrides = dataclasses.make_dataclass(
@@ -168,5 +175,6 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
     "probe": ProbeConfig,
+    "prepare": PrepareConfig,
 }
 """The Hydra commands and their schemas; conf/COMMAND.yaml is the primary config of each."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
 
-SOURCES = ("imagefolder", "fashion_mnist", "synthetic")
+SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
 @dataclass
@@ -13,11 +13,31 @@ class DataConfig:
     """Group ``data``: where samples come from and how they become tensors."""
 
     name: str = "imagefolder"
-    path: str | None = None
-    """Folder of the training images; for fashion_mnist the folder with the four .gz files, or None to look for them."""
-    val_path: str | None = None
-    """Folder of the validation images; fashion_mnist has its own."""
+    path: Any = None
+    """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
+    such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; fashion_mnist: the folder with
+    the four .gz files, or None to look for them."""
+    val_path: Any = None
+    """Validation images, in the same way; hf: None = the same as ``path``; fashion_mnist has its own."""
+    source: Any = None
+    """A training source of one's own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
+    val_source: Any = None
+    split: str = "train"
+    """hf: the training split."""
+    val_split: str = "validation"
+    image_column: str | None = None
+    """hf: the column of images; None = the only one of that kind."""
+    label_column: str | None = None
+    """hf: the column of labels; None = the only one of that kind, if there is one."""
+    relist: bool = False
+    """Look at folders and tar files anew although nothing seems to have changed since."""
+    on_error: str = "raise"
+    """At an image that cannot be read: ``raise``, or ``skip``: another one takes its place."""
+    max_bad: float = 0.001
+    """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
     in_chans: int = 3
+    bit_depth: int = 8
+    """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
     image_size: Any = 224
     """Pixels a side, or [height, width]."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -30,11 +50,20 @@ class DataConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Aspect ratio (width / height) of a training crop before it is resized."""
     hflip: float = 0.5
+    exact_decode: bool = False
+    """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
+    crops_per_image: int = 1
+    """Pretraining: samples made of each image that is read and decoded, for the same step, each with its own mask. An
+    epoch stays so many samples as there are images."""
+    decode_on: str = "cpu"
+    """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
     on the image is resized straight to the square, as the official code does."""
     workers: int | None = None
     """Loader processes a rank; None = from the cores this process may use; 0 = load in the training process."""
+    prefetch: int = 2
+    """Micro-batches that each loader process is ahead."""
     labels_per_class: int | None = None
     """Train on that many labelled images of each class only, chosen by the seed."""
     length: int = 1024
@@ -42,11 +71,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, SOURCES)
+        for name in ("path", "val_path"):
+            setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
+        for name in ("source", "val_source"):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, dict) and isinstance(value.get("_target_"), str))
+            check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
+        check_one_of("data.on_error", self.on_error, ("raise", "skip"))
+        check_ratio("data.max_bad", self.max_bad)
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         ok = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
         check("data.image_size", self.image_size, ok, "a positive integer, or [height, width]")
         self.image_size = (sides[0], sides[1])
         check_positive("data.in_chans", self.in_chans)
+        check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
         for name in ("mean", "std"):
             value = getattr(self, name)
             ok = len(value) == self.in_chans and (name == "mean" or min(value) > 0)
@@ -59,7 +97,11 @@ class DataConfig:
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         for name in ("pad", "workers"):
             check_not_negative(f"data.{name}", getattr(self, name))
-        for name in ("labels_per_class", "length"):
+        check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
+        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and self.on_error == "raise"
+        allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and on_error=raise"
+        check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
+        for name in ("crops_per_image", "labels_per_class", "length", "prefetch"):
             check_positive(f"data.{name}", getattr(self, name))
 
     @property
@@ -67,6 +109,16 @@ class DataConfig:
         """Height and width of an image in pixels."""
         height, width = self.image_size
         return height, width
+
+
+def _paths(key: str, value: Any) -> str | list[str] | None:
+    """A path or several as text, numbers too, which YAML makes of names such as 2024."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    ok = bool(parts) and all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts)
+    check(key, value, value is None or ok, "a path, or a list of paths")
+    if value is None:
+        return None
+    return [str(part) for part in parts] if isinstance(value, (list, tuple)) else str(value)
 
 
 @dataclass

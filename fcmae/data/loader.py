@@ -5,18 +5,24 @@ cut into global batches (a remainder is left out of that epoch). Ranks and micro
 """
 
 import contextlib
+import functools
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fcmae import interrupt
+from fcmae.data import shared
+from fcmae.data.bad_samples import BadSamples, Batch, ErrorsAside, collate, errors_aside
+from fcmae.data.crops import Box, RandomCrop
+from fcmae.data.on_device import Undecoded, is_for_device
+from fcmae.data.pixels import Encoded, LazyImage, open_image
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
 from fcmae.errors import UsageError, WorkerError
@@ -24,7 +30,7 @@ from fcmae.processes import is_stopped
 from fcmae.randomness import Stream, generator, seed_globals
 
 SampleKey = tuple[int, int]
-"""(epoch, index into the source)."""
+"""(pass over the source, which is an epoch unless images give several crops; index into the source)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class BatchPlan:
     """Which samples every optimizer step and every rank gets.
 
     ``global_batch_size`` samples a step are cut into ``accum_steps`` micro-batches of ``micro_batch_size`` on each of
-    ``world_size`` ranks.
+    ``world_size`` ranks. Of each image ``crops_per_image`` samples are made, for the same step. An epoch stays so many
+    samples as there are images, and so a schedule its length: a pass over the images takes ``crops_per_image`` epochs.
     """
 
     num_samples: int
@@ -40,10 +47,17 @@ class BatchPlan:
     micro_batch_size: int
     world_size: int = 1
     seed: int = 0
+    crops_per_image: int = 1
 
     @classmethod
     def create(
-        cls, num_samples: int, global_batch_size: int, micro_batch_size: int | None, world_size: int, seed: int
+        cls,
+        num_samples: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        world_size: int,
+        seed: int,
+        crops_per_image: int = 1,
     ) -> "BatchPlan":
         """A plan. Raises UsageError, naming the sizes that fit, where the parts don't divide the whole."""
         share, rest = divmod(global_batch_size, world_size)
@@ -52,7 +66,16 @@ class BatchPlan:
                 f"trainer.global_batch_size is {global_batch_size}; with {world_size} ranks allowed is a multiple of "
                 f"{world_size}"
             )
+        if share % crops_per_image:
+            raise UsageError(
+                f"data.crops_per_image is {crops_per_image}; allowed is a divisor of a rank's share of {share} samples"
+            )
         micro = min(micro_batch_size or share, share)
+        if micro % crops_per_image:
+            raise UsageError(
+                f"trainer.micro_batch_size is {micro_batch_size}; allowed with data.crops_per_image={crops_per_image} "
+                f"is a multiple of {crops_per_image}"
+            )
         if share % micro:
             fits = max(m for m in range(1, micro + 1) if share % m == 0)
             raise UsageError(
@@ -64,7 +87,7 @@ class BatchPlan:
                 f"trainer.global_batch_size is {global_batch_size}; allowed with {num_samples} training images is at "
                 f"most {num_samples}"
             )
-        return cls(num_samples, global_batch_size, micro, world_size, seed)
+        return cls(num_samples, global_batch_size, micro, world_size, seed, crops_per_image)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,15 +97,20 @@ class BatchPlan:
     def accum_steps(self) -> int:
         return self.global_batch_size // (self.world_size * self.micro_batch_size)
 
-    def order(self, epoch: int) -> list[int]:
-        """The order of the source in an epoch."""
-        return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch)).tolist()
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps that read every image once, but for a remainder; without several crops an epoch's."""
+        return self.num_samples // (self.global_batch_size // self.crops_per_image)
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the source in a pass over it, int64 ``[num_samples]``."""
+        return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch))
 
     def global_batch(self, step: int) -> list[SampleKey]:
-        """The samples of an optimizer step, the same for any number of ranks."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        first = position * self.global_batch_size
-        return [(epoch, index) for index in self.order(epoch)[first : first + self.global_batch_size]]
+        """The images of an optimizer step, the same for any number of ranks."""
+        epoch, position = divmod(step, self.steps_per_pass)
+        count = self.global_batch_size // self.crops_per_image
+        return [(epoch, index) for index in self.order(epoch)[position * count : (position + 1) * count].tolist()]
 
 
 class MicroBatches(Sampler[list[SampleKey]]):
@@ -99,32 +127,67 @@ class MicroBatches(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan = self.plan
-        current, order = -1, []
+        current, order = -1, torch.empty(0)
         for step in range(self.start_step, self.stop_step):
-            epoch, position = divmod(step, plan.steps_per_epoch)
+            epoch, position = divmod(step, plan.steps_per_pass)
             if epoch != current:
                 current, order = epoch, plan.order(epoch)
+            count = plan.micro_batch_size // plan.crops_per_image
             for micro in range(plan.accum_steps):
-                first = position * plan.global_batch_size
-                first += (micro * plan.world_size + self.rank) * plan.micro_batch_size
-                yield [(epoch, index) for index in order[first : first + plan.micro_batch_size]]
+                first = ((position * plan.accum_steps + micro) * plan.world_size + self.rank) * count
+                yield [(epoch, index) for index in order[first : first + count].tolist()]
 
 
-class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Pretraining samples: (image, mask noise ``[L]``), functions of (seed, epoch, index)."""
+class MaskedImages(Dataset[tuple[Any, Tensor]]):
+    """Pretraining samples, functions of (seed, epoch, index): (image, mask noise ``[L]``).
 
-    def __init__(self, source: Source, transform: Transform, num_patches: int, seed: int) -> None:
+    With several crops an image, or images left to the device: (list of k crops, noise ``[k, L]``), or
+    (:class:`~fcmae.data.on_device.Undecoded`, noise ``[k, L]``).
+
+    Args:
+        crop: what makes a sample of an image.
+        num_patches: L.
+        crops_per_image: k.
+        undecoded: leave JPEGs to the device.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        crop: RandomCrop,
+        num_patches: int,
+        seed: int,
+        crops_per_image: int = 1,
+        undecoded: bool = False,
+    ) -> None:
         self.source = source
-        self.transform = transform
+        self.crop = crop
         self.num_patches = num_patches
         self.seed = seed
+        self.crops_per_image = crops_per_image
+        self.undecoded = undecoded
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Tensor]:
-        epoch, index = key
-        seed_globals(self.seed, Stream.AUGMENT, epoch, index)
-        image = self.transform(self.source[index].image)
-        noise = torch.rand(self.num_patches, generator=generator(self.seed, Stream.MASK, epoch, index))
-        return image, noise
+    def __getitem__(self, key: SampleKey) -> tuple[Any, Tensor]:
+        image = self.source[key[1]].image
+        opened = open_image(image, self.crop.format)
+        if self.crops_per_image == 1 and not self.undecoded:
+            return self._cut(key, opened), self._noise(key)
+        crops = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
+        noise = torch.stack([self._noise(counters) for counters in crops])
+        if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
+            return Undecoded(image, [self._draw(counters, opened) for counters in crops], self.crop.size), noise
+        return [self._cut(counters, opened) for counters in crops], noise
+
+    def _cut(self, counters: tuple[int, ...], image: LazyImage) -> Tensor:
+        seed_globals(self.seed, Stream.AUGMENT, *counters)
+        return self.crop(image)
+
+    def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
+        seed_globals(self.seed, Stream.AUGMENT, *counters)
+        return self.crop.draw(image)[0]
+
+    def _noise(self, counters: tuple[int, ...]) -> Tensor:
+        return torch.rand(self.num_patches, generator=generator(self.seed, Stream.MASK, *counters))
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
@@ -172,23 +235,59 @@ class CroppedImages(Dataset[tuple[Tensor, int]]):
         return self.images[self.epoch, index]
 
 
-def train_loader(
-    dataset: Dataset,
-    plan: BatchPlan,
-    *,
-    rank: int,
-    start_step: int,
-    stop_step: int,
-    workers: int,
-    pin_memory: bool,
-    timeout: float = 0,
-) -> DataLoader:
-    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order.
+class TrainBatches:
+    """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order; an iterator over their parts.
 
-    Waiting for a worker longer than ``timeout`` seconds is a RuntimeError; 0 = wait for ever.
+    Args:
+        dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
+        prefetch: micro-batches that each worker is ahead.
+        timeout: waiting for a worker longer than so many seconds is a RuntimeError; 0 = wait for ever.
+        skip: replace samples that cannot be read; otherwise the first one is an ImageError.
     """
-    batches = MicroBatches(plan, rank, start_step, stop_step)
-    return _loader(dataset, workers, pin_memory, batch_sampler=batches, timeout=timeout if workers else 0)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        start_step: int,
+        stop_step: int,
+        workers: int,
+        pin_memory: bool,
+        prefetch: int = 2,
+        timeout: float = 0,
+        skip: bool = False,
+    ) -> None:
+        samples = errors_aside(dataset, plan.num_samples, plan.seed, skip)
+        keys = MicroBatches(plan, rank, start_step, stop_step)
+        loader = _loader(samples, workers, pin_memory, prefetch, batch_sampler=keys, timeout=timeout if workers else 0)
+        self.plan = plan
+        self.bad = BadSamples(skip)
+        self._batches: Iterator[Batch] = iter(loader)
+        self._taken = start_step * plan.accum_steps
+        self._asked_epoch = start_step // plan.steps_per_epoch
+        self._asked_total = 0
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        batch = next(self._batches)
+        epoch = self._taken // self.plan.accum_steps // self.plan.steps_per_epoch
+        self._taken += 1
+        return self.bad.take(batch, epoch, replaced=True)
+
+    def bad_samples(self, step: int) -> list[int]:
+        """Samples of this rank that could not be read: since last asked; then in each epoch from the last time's on.
+
+        ``step`` counts the steps whose batches were taken. Epochs are counted from the start of this process.
+        """
+        epochs = range(self._asked_epoch, (step - 1) // self.plan.steps_per_epoch + 1)
+        total = self.bad.counts.total()
+        since = total - self._asked_total
+        self._asked_epoch, self._asked_total = max(epochs, default=self._asked_epoch), total
+        return [since, *(self.bad.counts[epoch] for epoch in epochs)]
 
 
 def eval_loader(
@@ -199,25 +298,31 @@ def eval_loader(
     world_size: int,
     workers: int,
     pin_memory: bool,
-) -> DataLoader:
+    prefetch: int = 2,
+) -> Iterator[Batch]:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
-    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=range(rank, len(dataset), world_size))  # type: ignore[arg-type]
+    keys = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+    return _loader(ErrorsAside(dataset), workers, pin_memory, prefetch, batch_size=batch_size, sampler=keys)
 
 
-def _loader(dataset: Dataset, workers: int, pin_memory: bool, **kwargs) -> DataLoader:
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **kwargs) -> Iterator[Batch]:
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, prefetch),
+        collate_fn=collate,
         **kwargs,
     )
+    return shared.taken(iter(loader), workers, pin_memory)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(prefetch: int, _: int) -> None:
     interrupt.shield_worker()
+    shared.start_worker(prefetch)
 
 
 @contextlib.contextmanager
@@ -250,14 +355,3 @@ def _end_workers() -> None:
         child.join()
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
-
-
-def default_workers(device: torch.device, local_world_size: int) -> int:
-    """Loader processes a rank: the cores this process may use, shared by the ranks of this machine.
-
-    On the CPU the cores are training's own, so the loader gets one process, or none where there is one core.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device.type == "cpu":
-        return min(1, cores // local_world_size - 1) if cores > local_world_size else 0
-    return max(1, min(16, cores // local_world_size - 1))

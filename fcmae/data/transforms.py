@@ -1,6 +1,6 @@
 """From a uint8 image to a training or evaluation sample, by torchvision's v2 transforms and timm's augmentations.
 
-A uint8 tensor holds raw pixels and is normalised on the device (:func:`normalize`); a float tensor already is.
+A tensor of integers holds raw pixels and is normalised on the device (:func:`normalize`); a float tensor already is.
 """
 
 import functools
@@ -13,48 +13,56 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
+from fcmae.data.crops import RandomCrop, resize
+from fcmae.data.pixels import Encoded, LazyImage, decode
 from fcmae.errors import ConfigError
 
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
+"""What makes a sample of an image, decoded or not."""
 
 WARP_FROM = 384
 """Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
 
 
-def pretrain_transform(cfg: DataConfig) -> Transform:
-    """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): uint8 to uint8."""
-    return v2.Compose([*_pad(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)])
+def pretrain_transform(cfg: DataConfig) -> RandomCrop:
+    """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels."""
+    return RandomCrop(cfg)
 
 
 def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
-    """Random resized crop, flip, timm's auto-augmentation and random erasing: uint8 to normalised float32."""
-    steps: list[Callable] = [*_pad(cfg), _crop(cfg), v2.RandomHorizontalFlip(cfg.hflip)]
+    """Random resized crop, flip, timm's auto-augmentation and random erasing: normalised float32."""
+    steps: list[Callable] = [RandomCrop(cfg)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg.mean, cfg.std)]
+    steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std)]
     if augment.random_erasing > 0:
         steps += [RandomErasing(augment.random_erasing, mode="pixel", device="cpu")]
     return v2.Compose(steps)
 
 
 def eval_transform(cfg: DataConfig) -> Transform:
-    """Resize and centre crop below 384 px, resize to the exact size from there on: uint8 to uint8."""
+    """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels."""
     size = list(cfg.size)
+    decoded = functools.partial(decode, in_chans=cfg.in_chans, bit_depth=cfg.bit_depth)
+    steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
     if max(size) >= WARP_FROM:
-        steps = [v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)]
-    else:
-        short = [int(side / cfg.crop_pct) for side in size]
-        steps = [v2.Resize(min(short) if size[0] == size[1] else short, v2.InterpolationMode.BICUBIC, antialias=True)]
-        steps += [v2.CenterCrop(size)]
-    return v2.Compose([*_pad(cfg), *steps])
+        return v2.Compose([*steps, functools.partial(resize, size=size)])
+    short = [int(side / cfg.crop_pct) for side in size]
+    steps += [functools.partial(resize, size=[min(short)] if size[0] == size[1] else short)]
+    return v2.Compose([*steps, v2.CenterCrop(size)])
 
 
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Raw uint8 ``[..., C, H, W]`` to normalised float32; a float tensor is returned as it is."""
-    if imgs.dtype != torch.uint8:
+    """Raw ``[..., C, H, W]`` to normalised float32, contiguous; a float tensor is returned as it is.
+
+    Of uint8 255 is 1, of uint16 65535.
+    """
+    if imgs.dtype.is_floating_point:
         return imgs
+    white = torch.iinfo(imgs.dtype).max
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
-    return (imgs.float() - 255 * shift) / (255 * scale)
+    values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
+    return (values - white * shift) / (white * scale)
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -70,23 +78,10 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
         return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
 
 
-def _pad(cfg: DataConfig) -> list[Callable]:
-    return [v2.Pad(cfg.pad)] if cfg.pad else []
-
-
-def _crop(cfg: DataConfig) -> Callable:
-    return v2.RandomResizedCrop(
-        list(cfg.size),
-        scale=(cfg.crop_scale[0], cfg.crop_scale[1]),
-        ratio=(cfg.crop_ratio[0], cfg.crop_ratio[1]),
-        interpolation=v2.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-
-
 def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
-    if cfg.in_chans != 3:
-        raise ConfigError(f"augment.auto_augment is {policy!r}; allowed with data.in_chans={cfg.in_chans} is null")
+    if cfg.in_chans != 3 or cfg.bit_depth != 8:
+        what = f"data.in_chans={cfg.in_chans}" if cfg.in_chans != 3 else f"data.bit_depth={cfg.bit_depth}"
+        raise ConfigError(f"augment.auto_augment is {policy!r}; allowed with {what} is null")
     fill = tuple(round(255 * m) for m in cfg.mean)
     params = {"translate_const": int(min(cfg.size) * 0.45), "img_mean": fill}
     kind = policy.split("-")[0]

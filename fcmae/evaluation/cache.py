@@ -19,7 +19,10 @@ from fcmae.data.sources import Source
 from fcmae.evaluation.features import Extractor, Features
 
 FORMAT = 1
-IRRELEVANT = ("workers", "crop_scale", "crop_ratio", "hflip", "labels_per_class", "val_path", "path")
+IRRELEVANT = (
+    *("workers", "prefetch", "relist", "path", "val_path", "labels_per_class"),
+    *("crop_scale", "crop_ratio", "hflip", "crops_per_image", "decode_on"),
+)
 """Keys of the data config that evaluation does not read, or that the source's fingerprint speaks of better."""
 
 
@@ -119,7 +122,7 @@ class CachedExtractor:
         return found
 
 
-def fingerprint(source: Source, *paths: str | None) -> str:
+def fingerprint(source: Source, *paths: str | list[str] | None) -> str:
     """A hash of a source's images and labels: of their names and, where there are files, sizes and times of change.
 
     ``paths``: files or folders that the source may read; the files directly in them, such as shards, count too.
@@ -133,11 +136,12 @@ def fingerprint(source: Source, *paths: str | None) -> str:
     return digest.hexdigest()
 
 
-def _files(path: str | None) -> list[Path]:
-    """A file, or the files directly in a folder: shards, idx files."""
-    if path is None:
-        return []
-    return sorted(p for p in Path(path).iterdir() if p.is_file()) if Path(path).is_dir() else [Path(path)]
+def _files(paths: str | list[str] | None) -> list[Path]:
+    """Files, and those directly in folders: shards, idx files."""
+    found: list[Path] = []
+    for path in map(Path, [paths] if isinstance(paths, str) else paths or []):
+        found += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return found
 
 
 def _stamp(file: Path) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
-from fcmae.data.loader import CroppedImages, EvaluationImages, default_workers, eval_loader
+from fcmae.data.bad_samples import readable
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.errors import UsageError
@@ -46,7 +48,7 @@ class Images(NamedTuple):
     places: Tensor
 
 
-class _Placed(Dataset[tuple[Tensor, tuple[int, int]]]):
+class _Placed(Dataset[tuple[Tensor, int, int]]):
     """Samples with their places."""
 
     def __init__(self, dataset: EvaluationImages | CroppedImages) -> None:
@@ -55,9 +57,9 @@ class _Placed(Dataset[tuple[Tensor, tuple[int, int]]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label = self.dataset[index]
-        return image, (label, index)
+        return image, label, index
 
 
 def batches(
@@ -69,6 +71,8 @@ def batches(
     stop: Callable[[], bool] = never,
 ) -> Iterator[Images]:
     """This rank's share of the source, in order. Ranks share no sample; all have to go on to the end of theirs.
+
+    What cannot be read is left out with ``data.on_error=skip``.
 
     Args:
         dataset: reads the samples in another way than evaluation does.
@@ -82,9 +86,10 @@ def batches(
         world_size=world.size,
         workers=workers,
         pin_memory=world.device.type == "cuda",
+        prefetch=cfg.prefetch,
     )
     stopped = torch.tensor(0)
-    for imgs, (labels, places) in loader:
+    for imgs, labels, places in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
         if stop():
             stopped.fill_(1)
             break

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fcmae.config import CheckpointConfig, DataConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
-from fcmae.data.sources import Source, list_images, read_image, require_labels, val_source
+from fcmae.data.pixels import read_file
+from fcmae.data.sources import ImageFolder, Source, require_labels, val_source
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
@@ -166,10 +167,18 @@ def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: f
         check("--mask-ratio", mask_ratio, 0 <= mask_ratio < 1, "a number in [0, 1)")
         model.mask_ratio = mask_ratio
     check("--max-images", max_images, max_images > 0, "a positive integer")
-    files = [f for image in images for f in (list_images(Path(image)) if Path(image).is_dir() else [Path(image)])]
+    files = [file for image in images for file in _files(image, max_images)]
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
-    raw = torch.stack([transform(read_image(file, data.in_chans)) for file in files[:max_images]])
+    raw = torch.stack([transform(read_file(file)) for file in files[:max_images]])
     imgs = normalize(raw, data.mean, data.std)
     rows, cols = grid_size(*data.size, model.mask_patch_size)
     noise = torch.rand(len(imgs), rows * cols, generator=torch.Generator().manual_seed(seed))
     return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.size)))
+
+
+def _files(image: str, count: int) -> list[str]:
+    """The path itself, or of a folder the first images in it."""
+    if not Path(image).is_dir():
+        return [image]
+    folder = ImageFolder(image)
+    return [folder.describe(index) for index in range(min(count, len(folder)))]

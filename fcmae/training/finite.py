@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
+from fcmae.data.bad_samples import collate, errors_aside
 from fcmae.data.loader import BatchPlan, MicroBatches
 from fcmae.errors import NonFiniteLossError
 from fcmae.training.checkpoint import replacing
@@ -87,7 +87,7 @@ def infectious(loss: Tensor) -> Tensor:
 def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:
     """Lists the samples of a step, and saves what this rank saw of them: its micro-batches, read once more."""
     listed = run_dir / f"nonfinite_step_{step:08d}.json"
-    dataset = task.dataset()
+    dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.data.on_error == "skip")
     try:
         if world.is_main:
             samples = [
@@ -97,7 +97,7 @@ def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World)
             with replacing(listed) as file:
                 file.write(json.dumps({"step": step, "samples": samples}, indent=1).encode())
         keys = list(MicroBatches(plan, world.rank, step, step + 1))
-        batches = [default_collate([dataset[key] for key in micro]) for micro in keys]
+        batches = [collate([dataset[key] for key in micro]).parts for micro in keys]
         with replacing(run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt") as file:
             torch.save({"step": step, "samples": keys, "micro_batches": batches}, file)
     except (OSError, RuntimeError) as error:  # torch's own, e.g. on a full disk

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
-from fcmae.data.loader import BatchPlan, default_workers, train_loader
+from fcmae.data.cores import default_workers
+from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import EvaluationStopped, autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir, replacing
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
@@ -45,7 +47,12 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     """
     cfg = task.cfg
     plan = BatchPlan.create(
-        len(task.source), cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size, world.size, cfg.seed
+        len(task.source),
+        cfg.trainer.global_batch_size,
+        cfg.trainer.micro_batch_size,
+        world.size,
+        cfg.seed,
+        cfg.data.crops_per_image,
     )
     task.prepare(plan)
     schedule = CosineSchedule(
@@ -73,17 +80,17 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
     workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
-    loader = iter(
-        train_loader(
-            task.dataset(),
-            plan,
-            rank=world.rank,
-            start_step=state.step,
-            stop_step=stop_step,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-            timeout=cfg.trainer.hang_timeout,
-        )
+    batches = TrainBatches(
+        task.dataset(),
+        plan,
+        rank=world.rank,
+        start_step=state.step,
+        stop_step=stop_step,
+        workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch=cfg.data.prefetch,
+        timeout=cfg.trainer.hang_timeout,
+        skip=cfg.data.on_error == "skip",
     )
     logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
     meter = Meter(world, plan.global_batch_size)
@@ -135,7 +142,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             backward.start_step()
             loss = torch.zeros((), device=world.device)
             for micro in range(plan.accum_steps):
-                batch = [part.to(world.device, non_blocking=True) for part in next(loader)]
+                batch = [part.to(world.device, non_blocking=True) for part in next(batches)]
                 seed_step(cfg.seed, step, micro, world.rank, world.device)
                 with _no_sync(model, last=micro == plan.accum_steps - 1):
                     loss += backward(batch)
@@ -150,6 +157,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
                 metrics = meter.read() | saver.take_stall()
                 metrics |= act_on_non_finite(guard, task, plan, run_dir, world)
+                metrics |= count_bad_samples(batches, state.step, cfg.data, world)
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
@@ -230,8 +238,10 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm, foreach=True)
     if state.scaler.is_enabled():
-        # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled.
-        guard.check(torch.isfinite(loss), step)
+        # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled, and a
+        # gradient that is not finite although it was scaled down is no overflow of the scale's.
+        excused = state.scaler.get_scale() >= 1
+        guard.check(torch.isfinite(loss) & (torch.isfinite(norm) | excused), step)
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:

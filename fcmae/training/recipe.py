@@ -11,8 +11,12 @@ HARMLESS = frozenset(
         "init_from",
         "data.path",
         "data.val_path",
+        "data.val_source",
+        "data.val_split",
+        "data.relist",
         # how it is computed, not what: equal up to the order of summation
         "data.workers",
+        "data.prefetch",
         "engine.name",
         "engine.recompute_stages",
         "trainer.micro_batch_size",
@@ -31,6 +35,8 @@ HARMLESS = frozenset(
         "trainer.max_hours",
         "trainer.allow_changed_recipe",
         # what happens when something goes wrong
+        "data.on_error",
+        "data.max_bad",
         "trainer.on_save_error",
         "trainer.on_nonfinite",
         "trainer.max_skipped",
@@ -39,6 +45,10 @@ HARMLESS = frozenset(
 )
 """Keys that may change on resuming, besides all of :data:`HARMLESS_GROUPS`. Every other key is part of the recipe."""
 HARMLESS_GROUPS = ("logger.", "monitor.")
+
+
+WHOLE = ("data.source", "data.val_source")
+"""Keys whose values are compared as one: what is in them depends on the class that they name."""
 
 
 def check_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -64,7 +74,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Full keys and plain values; sequences are tuples, whatever they were."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + name not in WHOLE:
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,5 +1,6 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
+import itertools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, to_dict
-from fcmae.data.loader import BatchPlan, LabelledImages, MaskedImages
+from fcmae.data.bad_samples import ErrorsAside, collate, readable
+from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError, UsageError
@@ -85,7 +87,9 @@ class Pretraining:
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
     def dataset(self) -> Dataset:
-        return MaskedImages(self.source, pretrain_transform(self.cfg.data), self.num_patches, self.cfg.seed)
+        data = self.cfg.data
+        crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+        return MaskedImages(self.source, crop, self.num_patches, self.cfg.seed, data.crops_per_image, undecoded)
 
     def prepare(self, plan: BatchPlan) -> None:
         pass
@@ -102,14 +106,16 @@ class Pretraining:
     @torch.no_grad()
     def picture(self, device: torch.device) -> Any:
         """The first images of a fixed random order, with fixed masks, reconstructed."""
-        transform = eval_transform(self.cfg.data)
+        data = self.cfg.data
+        samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data)))
         rng = generator(self.cfg.seed, Stream.SUBSET)
-        chosen = torch.randperm(len(self.source), generator=rng)[: self.PICTURES].tolist()
-        imgs = torch.stack([transform(self.source[index].image) for index in chosen]).to(device)
-        mask = random_mask(torch.rand(len(chosen), self.num_patches, generator=rng), self.keep).to(device)
-        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
+        order = torch.randperm(len(self.source), generator=rng).tolist()
+        singles = readable((collate([samples[i]]) for i in order), len(order), data.on_error == "skip", data.max_bad)
+        imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
+        mask = random_mask(torch.rand(len(imgs), self.num_patches, generator=rng), self.keep).to(device)
+        imgs = normalize(imgs, data.mean, data.std)
         was_training = self.model.training
-        picture = reconstruction_picture(self.model.eval(), imgs, self.cfg.data, mask)
+        picture = reconstruction_picture(self.model.eval(), imgs, data, mask)
         self.model.train(was_training)
         return picture
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 SHORT = os.environ.get("FAULTS", "full") == "short"
+FULL_FORM = pytest.mark.skipif(SHORT, reason="only in the full form, make faults")
 LONGER = ("schedule.epochs=40", "trainer.eval_every_epochs=40", "trainer.log_every=5")
 """120 steps of pretraining, a checkpoint every three: about two seconds after the start-up."""
 COMMANDS = {"pretrain": (*TINY_PRETRAIN, *LONGER), "finetune": (*TINY_FINETUNE, *LONGER)}

@@ -13,6 +13,7 @@ from fcmae.training import checkpoint
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 from tests.faults.runs import (
     COMMANDS,
+    FULL_FORM,
     SHORT,
     finish,
     kill_group,
@@ -23,6 +24,7 @@ from tests.faults.runs import (
     weights_sha256,
 )
 
+COMMANDS_TRIED = ["pretrain", pytest.param("finetune", marks=FULL_FORM)]
 TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
 
 
@@ -56,7 +58,7 @@ def test_every_damage_is_noticed_and_the_one_before_used(tmp_path):
         gone.write_bytes(kept)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", COMMANDS_TRIED)
 def test_a_damaged_checkpoint_in_the_real_command(tmp_path, undisturbed, command):
     args = (*COMMANDS[command], "hydra.run.dir=run")
     finish(tmp_path, *args, "trainer.max_steps=50", expect=75)
@@ -84,7 +86,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("command", "policy"), [("pretrain", "stop"), ("pretrain", "continue"), ("finetune", "stop")])
+@pytest.mark.parametrize(
+    ("command", "policy"),
+    [("pretrain", "stop"), ("pretrain", "continue"), pytest.param("finetune", "stop", marks=FULL_FORM)],
+)
 def test_disk_full_in_a_background_save(tmp_path, small_disk, command, policy):
     """Room for one checkpoint and, after the disk fills up, not for another."""
     finish(tmp_path, *TINY[command], "hydra.run.dir=disk", "trainer.max_steps=3", expect=75)
@@ -124,7 +129,7 @@ sys.exit(main())
 @pytest.mark.parametrize(
     ("module", "name", "said", "finished"),
     [
-        ("fcmae.training.loop", "_write_config", "config.yaml cannot be written", 3),
+        pytest.param("fcmae.training.loop", "_write_config", "config.yaml cannot be written", 3, marks=FULL_FORM),
         ("fcmae.training.logging", "_up_to", "metrics.jsonl cannot be written", 3),
         ("fcmae.training.tasks", "reconstruction_picture", "MetricsFile could not write", 9),
         ("fcmae.training.tasks", "write_encoder", "encoder.safetensors cannot be written", 9),
@@ -171,7 +176,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=FULL_FORM)])
 def test_ranks_never_go_on_from_different_checkpoints(tmp_path, rank):
     """The newest cannot be read by one of two ranks."""
     args = (*TINY_PRETRAIN, "schedule.epochs=6", "hydra.run.dir=run")
@@ -187,7 +192,7 @@ def test_ranks_never_go_on_from_different_checkpoints(tmp_path, rank):
         assert checkpoint.CheckpointDir(tmp_path / "run").paths()[-1].name == "step_00000009.pt"
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", COMMANDS_TRIED)
 def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path, command):
     args = (*COMMANDS[command], "schedule.epochs=9999", "hydra.run.dir=run")
     first = start(tmp_path, *args)
@@ -245,6 +250,7 @@ def test_a_pickle_with_code_is_not_executed(tmp_path):
     shutil.rmtree(tmp_path / "run")
 
 
+@FULL_FORM
 def test_training_outlives_the_process_of_wandb(tmp_path, undisturbed):
     pytest.importorskip("wandb")
     args = [arg for arg in COMMANDS["pretrain"] if arg != "logger=quiet"]

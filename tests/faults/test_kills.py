@@ -9,7 +9,18 @@ import sys
 import pytest
 
 from fcmae.training import checkpoint
-from tests.faults.runs import COMMANDS, SHORT, children, finish, kill_group, ranks_of, start, steps, wait_until
+from tests.faults.runs import (
+    COMMANDS,
+    FULL_FORM,
+    SHORT,
+    children,
+    finish,
+    kill_group,
+    ranks_of,
+    start,
+    steps,
+    wait_until,
+)
 from tests.faults.runs import weights_sha256 as sha256
 
 
@@ -134,7 +145,9 @@ sys.exit(main())
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("command", "points"), [("pretrain", 5 if SHORT else 25), ("finetune", 3 if SHORT else 25)])
+@pytest.mark.parametrize(
+    ("command", "points"), [("pretrain", 4 if SHORT else 25), pytest.param("finetune", 25, marks=FULL_FORM)]
+)
 def test_the_real_command_killed_in_its_saves(tmp_path, undisturbed, monkeypatch, command, points):
     """The second save of each process is its last, killed before another operation each time; the rest is resumed.
 

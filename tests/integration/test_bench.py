@@ -37,3 +37,59 @@ def test_kernels_need_a_gpu(capsys):
 def test_a_mistake_is_named(override, message, capsys):
     assert main([*STEP, override]) == 2
     assert message in capsys.readouterr().err
+
+
+DATA = ["bench", "data", "images=64", "batch_size=8", "workers=2", "repeats=1", "device=cpu", "data.image_size=64"]
+
+
+def photo_folder(folder):
+    from tests.unit.test_crops import texture
+    from tests.unit.test_pixels import encoded
+
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").write_bytes(encoded(texture(320, 400), "PNG").data)
+    return f"photos={folder / 'photos'}"
+
+
+def test_data_compares_reading_with_torchvision_and_feeds_a_step(tmp_path, capsys):
+    arguments = [
+        *DATA,
+        photo_folder(tmp_path),
+        "models=[convnextv2_atto]",
+        "crops=[1,2]",
+        "step_batch=8",
+        "seconds=0.1",
+    ]
+    assert main([*arguments, "variants=[baseline,files,shards]", "--json", str(tmp_path / "data.json")]) == 0
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert [row["variant"] for row in report["results"]] == ["baseline", "files", "shards"]
+    for row in report["results"]:
+        assert row["images_per_second"] > 0
+        assert list(row["stages"]) == ["read", "decode", "crop", "collate", "copy"]
+    names = ["synthetic", "files", "files, 2 crops", "shards", "shards, 2 crops"]
+    assert [row["feed"] for row in report["feeds"]] == names
+    assert report["feeds"][0]["share"] == 1
+    assert "GPUs at 4000/s" in capsys.readouterr().out
+
+
+def test_data_of_ones_own_is_measured_too(tmp_path, capsys):
+    from fcmae.bench import photos
+
+    jpegs = tmp_path / "mine"
+    photos.write_folder(jpegs, photos.variations([photos._clouds(0, 300, 300)], 32))
+    arguments = [*DATA, photo_folder(tmp_path), f"data.path={jpegs}", "variants=[]", f"folder={tmp_path}"]
+    assert main(arguments) == 0
+    assert "\nown " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("variants=[disk]", "variants is 'disk'; allowed is some of baseline, files, shards, raw"),
+        ("images=63", "images is 63; allowed is 64 or more"),
+        ("photos=nowhere", "photos is nowhere; it has no RGB or grey images"),
+    ],
+)
+def test_a_mistake_about_data_is_named(override, message, capsys):
+    assert main([*DATA, override]) == 2
+    assert message in capsys.readouterr().err

@@ -1,5 +1,4 @@
 import gzip
-import os
 import struct
 
 import numpy as np
@@ -14,15 +13,15 @@ from fcmae.data.loader import (
     LabelledImages,
     MaskedImages,
     MicroBatches,
+    TrainBatches,
     eval_loader,
-    train_loader,
 )
+from fcmae.data.pixels import decode
 from fcmae.data.sources import (
     FashionMNIST,
     ImageFolder,
     Synthetic,
     few_labels,
-    read_image,
     require_labels,
     train_source,
     val_source,
@@ -47,51 +46,34 @@ def folder(tmp_path):
 
 
 def test_imagefolder_has_a_class_for_each_folder(folder):
-    source = ImageFolder(folder, 3)
+    source = ImageFolder(folder)
     assert source.classes == ["cat", "dog"]
     assert [source.label(i) for i in range(len(source))] == [0, 0, 1]
     image, label = source[2]
+    image = decode(image, 3)
     assert (image.shape, image.dtype, label) == ((3, 30, 40), torch.uint8, 1)
     assert source.describe(2).endswith("dog/deep/3.png")
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     write_image(tmp_path / "a.png", "L")
-    source = ImageFolder(tmp_path, 1)
+    source = ImageFolder(tmp_path)
     assert source.classes is None
     assert source[0].label is None
     with pytest.raises(UsageError, match=r"data.path has no labels; sort"):
         require_labels(source, "data.path")
 
 
-@pytest.mark.parametrize(("in_chans", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGB")])
-def test_images_are_converted_to_in_chans(tmp_path, in_chans, mode):
-    write_image(tmp_path / "a.png", mode)
-    assert read_image(tmp_path / "a.png", in_chans).shape == (in_chans, 30, 40)
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(UsageError, match=r"cannot read the image .*a.jpg"):
-        read_image(tmp_path / "a.jpg", 3)
-    with pytest.raises(UsageError, match="data.in_chans is 7"):
-        read_image(tmp_path / "a.jpg", 7)
+def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UsageError, match="is not a folder"):
-        ImageFolder(tmp_path / "nowhere", 3)
+        ImageFolder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no images"):
-        ImageFolder(tmp_path / "empty", 3)
+        ImageFolder(tmp_path / "empty")
     with pytest.raises(UsageError, match=r"data.path=FOLDER"):
         train_source(DataConfig())
     with pytest.raises(UsageError, match=r"data.val_path=FOLDER"):
         val_source(DataConfig())
-
-
-@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
-def test_pixels_that_would_be_clipped_are_refused(tmp_path, dtype, mode):
-    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tiff")
-    with pytest.raises(UsageError, match=rf"cannot read the image .*a.tiff: its pixels are {mode}, not 8 bits"):
-        read_image(tmp_path / "a.tiff", 1)
 
 
 def write_fashion_mnist(folder, count=20):
@@ -237,7 +219,7 @@ def test_batches_do_not_depend_on_workers(workers):
     dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), 16, seed=0)
 
     def read(count):
-        return list(train_loader(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
+        return list(TrainBatches(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
 
     for ours, expected in zip(read(workers), read(0), strict=True):
         assert torch.equal(ours[0], expected[0])
@@ -250,17 +232,5 @@ def test_evaluation_reads_every_sample_once(world_size):
     seen = []
     for rank in range(world_size):
         loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=0, pin_memory=False)
-        seen += [value for values, _ in loader for value in values.tolist()]
+        seen += [value for batch in loader for value in batch.parts[0].tolist()]
     assert sorted(seen) == sorted(dataset[i][0].item() for i in range(50))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="checks sched_getaffinity")
-def test_default_workers_fit_the_cores(monkeypatch):
-    from fcmae.data.loader import default_workers
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert default_workers(torch.device("cuda"), 1) == 15
-    assert default_workers(torch.device("cuda"), 8) == 1
-    assert default_workers(torch.device("cpu"), 1) == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert default_workers(torch.device("cpu"), 1) == 0

@@ -30,6 +30,7 @@ ONLY_IN = {
     "MinkowskiEngine": {"engines/minkowski.py"},
     "triton": {"kernels", "bench"},
     "hydra": {"config/compose.py", "cli.py"},
+    "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},
 }

@@ -27,11 +27,13 @@ from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, infectious
 from fcmae.training.lock import RunLock
 from fcmae.training.logging import MetricsFile, Progress, RunLogger
+from fcmae.training.loop import _optimizer_step
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
 from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
+from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -258,6 +260,19 @@ def test_a_loss_that_is_not_finite_spoils_its_gradient_and_a_finite_one_does_not
     assert torch.equal(plain, same)
 
 
+@pytest.mark.parametrize(("scale", "noticed"), [(2.0**16, False), (0.5, True)])
+def test_only_a_scale_excuses_a_gradient_of_float16_that_is_not_finite(scale, noticed):
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(layer(torch.full((1, 2), math.inf)).sum()).backward()
+    before = layer.weight.detach().clone()
+    guard = FiniteGuard(torch.device("cpu"))
+    _optimizer_step(TrainState(7, layer, optimizer, scaler, None), guard, None, 7, torch.tensor(1.0))
+    assert torch.equal(layer.weight, before)
+    assert guard.first_bad_step(CPU) == (7 if noticed else None)
+
+
 def test_skipping_leaves_out_the_bad_step_alone():
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -341,6 +356,7 @@ def test_resuming_cuts_the_metrics_after_its_step(tmp_path):
 HANGING = """
 import sys, time
 from pathlib import Path
+from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
 watchdog = Watchdog(0.5, Path(sys.argv[1]), rank=3)
 for _ in range(4):
@@ -365,6 +381,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from fcmae.processes import Process
+from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
 Watchdog(3600, Path(sys.argv[1]), rank=1)
 def stands():

@@ -1,0 +1,286 @@
+"""``fcmae bench data``: how fast samples are read, side by side with what people write with torchvision.
+
+The baseline is torchvision's ImageFolder, Pillow, and v2 transforms that end in normalised float32. All variants read
+the same photographs with the same number of processes; their repetitions take turns, so what else the machine does hits
+all alike. Two measures: images a second that arrive, and images a second of CPU time, which other processes disturb
+less.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from fcmae.bench import feed, photos
+from fcmae.bench.feed import FeedResult
+from fcmae.bench.measure import machine, parse
+from fcmae.bench.stages import Stages, measure_stages
+from fcmae.config import DataConfig, check
+from fcmae.data.cores import cores_per_rank
+from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.sources import train_source
+from fcmae.data.transforms import pretrain_transform
+from fcmae.training.distributed import pick_device
+
+BASELINE = "baseline"
+OWN = "own"
+"""The variant of ``data.path=...``."""
+VARIANTS = (BASELINE, "files", "shards", "raw")
+SHORT_SIDE = 256
+PATCH = 32
+
+
+@dataclass
+class DataBenchConfig:
+    """What ``fcmae bench data`` measures."""
+
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    """baseline; files: the same JPEGs, read by this package; shards: tar files of short side 256; raw: those as .npy"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Crops and size for all variants; with ``data.path`` that data is measured too."""
+    images: int = 2048
+    photos: str | None = None
+    """A folder of photographs to make the files of; None = scikit-image's, if it is installed, else noise."""
+    folder: str | None = None
+    """Where to keep the files; None = in a temporary folder, removed at the end."""
+    workers: int | None = None
+    """Processes; None = the cores this process may use."""
+    batch_size: int = 64
+    repeats: int = 5
+    step_speed: list[float] = field(default_factory=lambda: [4000.0, 25000.0])
+    """Images a second that a GPU takes, to say how many are fed."""
+    models: list[str] = field(default_factory=list)
+    """Pretraining steps of these models are fed from each variant but the baseline: what of their speed remains?"""
+    crops: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """``data.crops_per_image`` of the feeds."""
+    step_batch: int = 512
+    """Images a step."""
+    seconds: float = 5.0
+    """How long each feed is measured."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            check("variants", variant, variant in VARIANTS, f"some of {', '.join(VARIANTS)}")
+        for name in ("images", "batch_size", "repeats", "step_batch", "seconds"):
+            check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
+        check("workers", self.workers, self.workers is None or self.workers > 0, "a positive integer, or null")
+        least = 4 * self.batch_size * (self.workers or 1)
+        check("images", self.images, self.images >= least, f"{least} or more: some batches for each worker")
+
+
+@dataclass
+class DataResult:
+    """One row: medians of the repetitions."""
+
+    variant: str
+    images_per_second: float
+    images_per_cpu_second: float
+    """Of one core, the training process's share included."""
+    kilobytes: float
+    """Mean size of a file."""
+    stages: Stages
+
+
+def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataResult]:
+    """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
+    cfg = parse(DataBenchConfig, overrides)
+    device = pick_device(cfg.device)
+    workers = cfg.workers or cores_per_rank(1)
+    with contextlib.ExitStack() as stack:
+        folder = Path(cfg.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="fcmae-bench-")))
+        origin = make_files(cfg, folder)
+        where = machine(device)
+        print(f"{where.get('gpu', where['cpu'])}, {where['cores']} cores, {workers} workers, torch {where['torch']}; "
+              f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
+        configs = variant_configs(cfg, folder)
+        results = measure(cfg, configs, workers, device)
+        for line in table(results, cfg.step_speed):
+            print(line, flush=True)
+        fed = feed_models(cfg, configs, workers, device)
+    if json_file is not None:
+        report = {
+            "machine": where,
+            "config": asdict(cfg),
+            "workers": workers,
+            "photos": origin,
+            "results": [asdict(result) for result in results],
+            "feeds": [asdict(result) for result in fed],
+        }
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return results
+
+
+def make_files(cfg: DataBenchConfig, folder: Path) -> str:
+    """The files of all variants below ``folder``, those that are not there yet. Returns what they show."""
+    found, origin = photos.photographs(cfg.photos)
+    jpegs = folder / f"jpegs-{cfg.images}"
+    if not jpegs.is_dir():
+        photos.write_folder(jpegs, photos.variations(found, cfg.images))
+    files = photos.image_files(jpegs)
+    for variant, encode in (("shards", photos.jpeg_bytes), ("raw", photos.npy_bytes)):
+        shards = folder / f"{variant}-{cfg.images}"
+        if variant in cfg.variants and not shards.is_dir():
+            photos.write_shards(shards, files, SHORT_SIDE, encode)
+    return origin
+
+
+def variant_configs(cfg: DataBenchConfig, folder: Path) -> dict[str, DataConfig]:
+    """The data config of each variant; the baseline's has the folder and the crops."""
+    kinds = {BASELINE: ("imagefolder", "jpegs"), "files": ("imagefolder", "jpegs")}
+    configs = {}
+    for variant in cfg.variants:
+        name, prefix = kinds.get(variant, ("webdataset", variant))
+        configs[variant] = replace(cfg.data, name=name, path=str(folder / f"{prefix}-{cfg.images}"), source=None)
+    if cfg.data.path is not None or cfg.data.source is not None:
+        configs[OWN] = cfg.data
+    return configs
+
+
+def baseline_transform(data: DataConfig) -> v2.Transform:
+    """What people write."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                data.size,
+                scale=tuple(data.crop_scale),
+                ratio=tuple(data.crop_ratio),
+                interpolation=v2.InterpolationMode.BICUBIC,
+                antialias=True,
+            ),
+            v2.RandomHorizontalFlip(data.hflip),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(data.mean, data.std),
+        ]
+    )
+
+
+def measure(
+    cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device
+) -> list[DataResult]:
+    """All variants, repetition by repetition."""
+    epochs: dict[str, Callable[[], Iterable[Any]]] = {}
+    for variant, data in configs.items():
+        make = _baseline_epoch if variant == BASELINE else _epoch
+        epochs[variant] = make(data, cfg.batch_size, workers, device)
+    wall: dict[str, list[float]] = {variant: [] for variant in configs}
+    cpu: dict[str, list[float]] = {variant: [] for variant in configs}
+    for _ in range(cfg.repeats):
+        for variant, epoch in epochs.items():
+            per_second, per_cpu_second = _speed(epoch, cfg.batch_size, warm_up=2 * workers, device=device)
+            wall[variant].append(per_second)
+            cpu[variant].append(per_cpu_second)
+    results = []
+    for variant, data in configs.items():
+        transform = baseline_transform(data) if variant == BASELINE else None
+        stages, kilobytes = measure_stages(data, transform, cfg.batch_size, device)
+        medians = statistics.median(wall[variant]), statistics.median(cpu[variant])
+        results.append(DataResult(variant, *medians, kilobytes, stages))
+    return results
+
+
+def _baseline_epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
+    dataset = ImageFolder(data.path, baseline_transform(data))
+    pin = device.type == "cuda"
+    return lambda: DataLoader(
+        dataset, batch, shuffle=True, num_workers=workers, pin_memory=pin, prefetch_factor=data.prefetch, drop_last=True
+    )
+
+
+def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
+    source = train_source(data)
+    dataset = MaskedImages(source, pretrain_transform(data), (data.size[0] // PATCH) * (data.size[1] // PATCH), seed=0)
+    plan = BatchPlan.create(len(source), batch, None, 1, seed=0)
+    pin = device.type == "cuda"
+    return lambda: TrainBatches(
+        dataset,
+        plan,
+        rank=0,
+        start_step=0,
+        stop_step=plan.steps_per_epoch,
+        workers=workers,
+        pin_memory=pin,
+        prefetch=data.prefetch,
+    )
+
+
+def _speed(epoch: Callable[[], Iterable[Any]], batch: int, warm_up: int, device: torch.device) -> tuple[float, float]:
+    """Images a second, and images a second of CPU time of all processes, once the workers run."""
+    began = cpu_began = 0.0
+    count = timed = 0
+    batches = iter(epoch())
+    for count, parts in enumerate(batches, 1):
+        parts[0].to(device, non_blocking=True)
+        if count == warm_up:
+            began, cpu_began, timed = time.perf_counter(), _cpu_seconds(), count
+    images = (count - timed) * batch
+    return images / (time.perf_counter() - began), images / (_cpu_seconds() - cpu_began)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children, those that ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    alive = sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+    return time.process_time() + ended.ru_utime + ended.ru_stime + alive
+
+
+def _cpu_seconds_of(pid: int | None) -> float:
+    """CPU time of another process; 0 where that is not to be had."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def feed_models(
+    cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device
+) -> list[FeedResult]:
+    """Measures and prints how fast each model trains from each variant."""
+    ours = {variant: data for variant, data in configs.items() if variant != BASELINE}
+    # the training process takes a core
+    workers = cfg.workers or max(1, workers - 1)
+    results = []
+    if cfg.models:
+        print(
+            f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"
+        )
+    data = feed.feeds(ours, cfg.crops, device)
+    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device):
+        print(f"{result.model:17} {result.feed:30} {result.images_per_second:7.0f} {result.share:6.2f}", flush=True)
+        results.append(result)
+    return results
+
+
+def table(results: Sequence[DataResult], step_speeds: Sequence[float]) -> Iterator[str]:
+    """The result as lines of text."""
+    base = next((result for result in results if result.variant == BASELINE), None)
+    feeds = "".join(f"{f'GPUs at {speed:g}/s':>18}" for speed in step_speeds)
+    yield f"{'variant':9} {'img/s':>7} {'times':>6} {'img/s a core':>12} {'times':>6} {'kB':>5}{feeds}"
+    for result in results:
+        wall, cpu = result.images_per_second, result.images_per_cpu_second
+        ratios = ["-", "-"]
+        if base is not None:
+            ratios = [f"{wall / base.images_per_second:.2f}", f"{cpu / base.images_per_cpu_second:.2f}"]
+        fed = "".join(f"{wall / speed:18.2f}" for speed in step_speeds)
+        yield (f"{result.variant:9} {wall:7.0f} {ratios[0]:>6} {cpu:12.0f} {ratios[1]:>6} {result.kilobytes:5.0f}{fed}")
+    yield ""
+    yield "stages in one process, microseconds an image:"
+    yield f"{'variant':9} " + " ".join(f"{name:>9}" for name in results[0].stages)
+    for result in results:
+        yield f"{result.variant:9} " + " ".join(f"{1e6 * seconds:9.0f}" for seconds in result.stages.values())

@@ -1,0 +1,147 @@
+"""What of a training step's speed remains when its images are read, instead of lying on the device already."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fcmae.config import DataConfig, OptimConfig
+from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.sources import train_source
+from fcmae.data.transforms import normalize, pretrain_transform
+from fcmae.errors import UsageError
+from fcmae.evaluation.features import autocast
+from fcmae.masking import grid_size, random_mask
+from fcmae.models import FCMAE
+from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.optim import create_optimizer
+
+SYNTHETIC = "synthetic"
+DISTINCT_BATCHES = 4
+STEPS_WITHOUT_END = 10**6
+
+
+@dataclass
+class FeedResult:
+    """One row."""
+
+    model: str
+    feed: str
+    images_per_second: float
+    share: float
+    """Of the speed with images that lie on the device."""
+
+
+def feeds(configs: dict[str, DataConfig], crops: Sequence[int], device: torch.device) -> dict[str, DataConfig]:
+    """The data of each variant, also with several crops an image, and decoded on the GPU where there is one."""
+    found = {}
+    for variant, data in configs.items():
+        for count in crops:
+            found[f"{variant}, {count} crops" if count > 1 else variant] = replace(data, crops_per_image=count)
+        if device.type == "cuda" and variant != "raw":
+            found[f"{variant}, decoded on the GPU"] = replace(data, decode_on="gpu")
+    return found
+
+
+def measure(
+    models: Sequence[str],
+    data: dict[str, DataConfig],
+    batch_size: int,
+    workers: int,
+    seconds: float,
+    device: torch.device,
+) -> Iterator[FeedResult]:
+    """Each model with each feed, after one with images on the device. Raises UsageError."""
+    for name in models:
+        first = next(iter(data.values()))
+        step, num_patches = training_step(name, first, device)
+        generator = torch.Generator().manual_seed(0)
+        lying = []
+        for _ in range(DISTINCT_BATCHES):
+            imgs = torch.randint(0, 256, (batch_size, 3, *first.size), generator=generator, dtype=torch.uint8)
+            lying.append([imgs.to(device), torch.rand(batch_size, num_patches, generator=generator).to(device)])
+        fastest = _speed(step, itertools.cycle(lying), batch_size, 5, seconds, device)
+        yield FeedResult(name, SYNTHETIC, fastest, 1.0)
+        for feed, cfg in data.items():
+            batches = _batches(cfg, batch_size, num_patches, workers, device)
+            # the batches that the workers are ahead do not count
+            speed = _speed(step, batches, batch_size, workers * cfg.prefetch + 2, seconds, device)
+            del batches
+            yield FeedResult(name, feed, speed, speed / fastest)
+        torch.compiler.reset()
+
+
+def training_step(name: str, data: DataConfig, device: torch.device) -> tuple[Callable[[Sequence[Tensor]], None], int]:
+    """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and L."""
+    torch.manual_seed(0)
+    try:
+        model = FCMAE(name).to(device)
+        keep = model.len_keep(*data.size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    rows, cols = grid_size(*data.size, model.mask_patch_size)
+    optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
+    if device.type == "cuda":
+        model.compile()
+
+    def run_pass(batch: Sequence[Tensor]) -> Tensor:
+        imgs, noise = batch
+        with autocast(device, "bf16" if device.type == "cuda" else "float32"):
+            loss = model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss
+        loss.backward()
+        return loss.detach()
+
+    backward = GraphedBackward(run_pass, model) if device.type == "cuda" else EagerBackward(run_pass, model)
+
+    def step(batch: Sequence[Tensor]) -> None:
+        backward.start_step()
+        backward([part.to(device, non_blocking=True) for part in batch])
+        optimizer.step()
+
+    return step, rows * cols
+
+
+def _batches(data: DataConfig, batch_size: int, num_patches: int, workers: int, device: torch.device) -> TrainBatches:
+    source = train_source(data)
+    crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+    return TrainBatches(
+        MaskedImages(source, crop, num_patches, 0, data.crops_per_image, undecoded),
+        BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),
+        rank=0,
+        start_step=0,
+        stop_step=STEPS_WITHOUT_END,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch=data.prefetch,
+    )
+
+
+def _speed(
+    step: Callable[[Sequence[Tensor]], None],
+    batches: Iterator[Sequence[Tensor]],
+    batch_size: int,
+    warm_up: int,
+    seconds: float,
+    device: torch.device,
+) -> float:
+    """Images a second over so many seconds, after some steps of warm-up."""
+    for batch in itertools.islice(batches, warm_up):
+        step(batch)
+    _synchronize(device)
+    began = time.perf_counter()
+    count = 0
+    for batch in batches:
+        step(batch)
+        count += 1
+        if time.perf_counter() - began > seconds:
+            break
+    _synchronize(device)
+    return count * batch_size / (time.perf_counter() - began)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

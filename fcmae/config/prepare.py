@@ -1,0 +1,53 @@
+"""``fcmae prepare``: what the source is, and how it is written."""
+
+from dataclasses import dataclass, field
+
+from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
+from fcmae.config.data import DataConfig
+
+
+@dataclass
+class PreparedDataConfig(DataConfig):
+    """Group ``data``; of it what concerns reading images counts."""
+
+    stats: bool = False
+    """Compute mean and standard deviation instead of writing."""
+    stats_samples: int | None = 10_000
+    """Images to compute them of, drawn by the seed; None = all."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
+            self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans  # nothing is normalised here
+        super().__post_init__()
+        check_positive("data.stats_samples", self.stats_samples)
+
+
+@dataclass
+class PrepareConfig:
+    """``fcmae prepare``."""
+
+    data: PreparedDataConfig = field(default_factory=PreparedDataConfig)
+    split: str = "train"
+    """``train`` for the images of data.path, ``val`` for those of data.val_path; the tar files are named after it."""
+    out: str | None = None
+    """The folder for the tar files."""
+    short_side: int | None = None
+    """Larger images are resized to it, converted to data.in_chans and encoded anew; None = the files as they are."""
+    quality: int = 90
+    """Of JPEG, for images that are encoded anew; those that JPEG cannot hold become PNG or .npy."""
+    samples_per_shard: int = 2000
+    shuffle: bool = True
+    seed: int = 0
+    workers: int | None = None
+    """Processes; None = as many as the cores this process may use."""
+    dry_run: bool = False
+    """Only estimate the size and the time."""
+
+    def __post_init__(self) -> None:
+        check_one_of("split", self.split, ("train", "val"))
+        check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
+        for name in ("short_side", "samples_per_shard", "workers"):
+            check_positive(name, getattr(self, name))
+        check_not_negative("seed", self.seed)
+        ok = bool(self.out) or self.data.stats or self.dry_run
+        check("out", self.out, ok, "a folder to write to (none is needed with data.stats=true or dry_run=true)")

@@ -1,0 +1,145 @@
+"""Arrays kept in a file: what was found out about a million files once, at hand for every process at no cost.
+
+A file is memory-mapped, so all processes of a machine share its pages, however many loader workers there are, and
+opening it reads only a header. The format is safetensors.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+HOME = Path("~/.cache/fcmae/index")
+"""Where files are kept whose place beside the data cannot be written to."""
+
+_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
+
+
+class Arrays:
+    """Named arrays and a ``meta`` dict, from a file (memory-mapped, pickled as its path) or in memory."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Path | None = None) -> None:
+        self.arrays = arrays
+        self.meta = meta
+        self.path = path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        if self.path is not None:
+            return Arrays.open, (self.path,)
+        return Arrays, (self.arrays, self.meta)
+
+    @classmethod
+    def open(cls, path: Path) -> "Arrays":
+        """Maps a file. Raises OSError, or ValueError for one that is not whole."""
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            start = 8 + length
+            if start > path.stat().st_size:
+                raise ValueError(f"{path} is cut off or not a safetensors file")
+            header = json.loads(file.read(length))
+        meta = json.loads(header.pop("__metadata__")["meta"])
+        mapped = np.memmap(path, np.uint8, "r")
+        arrays = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            if start + last > len(mapped):
+                raise ValueError(f"{path} is cut off")
+            arrays[name] = mapped[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return cls(arrays, meta, path)
+
+    def save(self, path: Path) -> None:
+        """Writes the file, whole or not at all. Raises OSError."""
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            partial.write_bytes(save(self.arrays, {"meta": json.dumps(self.meta)}))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Strings:
+    """Many byte strings in two arrays: one after another in ``data``, string i from ``offsets[i]`` on."""
+
+    def __init__(self, arrays: Arrays, name: str) -> None:
+        self.data = arrays[name]
+        self.offsets = arrays[f"{name}_offsets"]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[i] for i in range(len(self)))
+
+
+class StringsBuilder:
+    """Collects what :class:`Strings` reads, without an object for each string."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.offsets = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def append(self, string: bytes) -> None:
+        self.data += string
+        self.offsets.append(len(self.data))
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        return {name: np.frombuffer(self.data, np.uint8), f"{name}_offsets": np.frombuffer(self.offsets, np.int64)}
+
+
+def find_kept(target: Path, suffix: str, is_valid: Callable[[Arrays], bool]) -> Arrays | None:
+    """What :func:`keep` kept about ``target``, if it is there, whole and still valid."""
+    for path in _places(target, suffix):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = Arrays.open(path)
+            if is_valid(kept):
+                return kept
+    return None
+
+
+def keep(arrays: Arrays, target: Path, suffix: str) -> Arrays:
+    """Keeps arrays about ``target`` beside it, or where that cannot be written in :data:`HOME`; opened from there.
+
+    Where neither can be written they stay in memory.
+    """
+    for path in _places(target, suffix):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays.save(path)
+            return Arrays.open(path)
+    return arrays
+
+
+def _places(target: Path, suffix: str) -> list[Path]:
+    real = target.resolve()
+    named = hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()
+    return [real.with_name(f".{real.name}{suffix}"), HOME.expanduser() / f"{real.name}-{named}{suffix}"]
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """In this block the processes of a machine that work on ``folder`` wait for each other, where that is possible."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every network file system
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,139 @@
+"""Samples that cannot be read: ``data.on_error=raise`` ends the run at the first, ``skip`` puts another in its place.
+
+A loader worker hands on what it could not read with the batch, so the training process reports it in order, once, in
+one line, and the same with any number of workers.
+"""
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from fcmae.data.collate import stack
+from fcmae.errors import ImageError, UsageError
+from fcmae.randomness import Stream, derive
+
+TRIES = 10
+"""Images that are tried in the place of one that cannot be read."""
+
+
+class Item(NamedTuple):
+    """A sample's parts, None if it could not be read, and the errors on the way to it."""
+
+    parts: Any
+    errors: list[ImageError]
+
+
+class Batch(NamedTuple):
+    """The collated parts of the samples that could be read, None without any; all errors; the samples left out."""
+
+    parts: Any
+    errors: list[ImageError]
+    left_out: int
+
+
+def collate(items: list[Item]) -> Batch:
+    """A batch of those samples that could be read."""
+    readable = [item.parts for item in items if item.parts is not None]
+    errors = [error for item in items for error in item.errors]
+    return Batch(stack(readable) if readable else None, errors, len(items) - len(readable))
+
+
+class ErrorsAside(Dataset[Item]):
+    """A dataset whose samples come with their errors instead of raising them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Item:
+        errors: list[ImageError] = []
+        for candidate in self.candidates(key):
+            try:
+                return Item(self.dataset[candidate], errors)
+            except ImageError as error:
+                errors.append(error)
+        return Item(None, errors)
+
+    def candidates(self, key: Any) -> Iterator[Any]:
+        """The sample itself, then those that may take its place."""
+        yield key
+
+
+class Replacing(ErrorsAside):
+    """And another sample in the place of one that cannot be read: a function of (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset, num_samples: int, seed: int) -> None:
+        super().__init__(dataset)
+        self.num_samples = num_samples
+        self.seed = seed
+
+    def candidates(self, key: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        epoch, index = key
+        yield key
+        for attempt in range(TRIES):
+            yield epoch, derive(self.seed, Stream.REPLACE, epoch, index, attempt) % self.num_samples
+
+
+def errors_aside(dataset: Dataset, num_samples: int, seed: int, skip: bool) -> ErrorsAside:
+    """Training samples of (epoch, index), with another in the place of what cannot be read if ``skip``."""
+    return Replacing(dataset, num_samples, seed) if skip else ErrorsAside(dataset)
+
+
+@functools.cache
+def tell_once(message: str) -> None:
+    """Prints a message, the first time in this process."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class BadSamples:
+    """What a process makes of the samples that its loader could not read.
+
+    Args:
+        skip: go on; otherwise the first is raised.
+    """
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.counts: Counter[int] = Counter()
+        """Unreadable samples met in each epoch."""
+
+    def take(self, batch: Batch, epoch: int, replaced: bool) -> Any:
+        """The parts of a batch, whose errors are raised, or reported and counted.
+
+        Args:
+            replaced: no sample may be left out.
+
+        Raises ImageError.
+        """
+        for error in batch.errors:
+            if not self.skip:
+                raise ImageError(error.name, f"{error.reason} (data.on_error=skip would go on without it)")
+            tell_once(f"{error}; skipped")
+            self.counts[epoch] += 1
+        if replaced and batch.left_out:
+            last = batch.errors[-1]
+            raise ImageError(last.name, f"{last.reason}; it was the last of {1 + TRIES} tried for the same place")
+        return batch.parts
+
+
+def check_share(count: int, num_samples: int, max_bad: float, what: str) -> None:
+    """Raises UsageError if more than the share ``max_bad`` of the samples could not be read."""
+    if count > max_bad * num_samples:
+        failed = f"{count} of {num_samples} samples of {what} could not be read"
+        raise UsageError(f"{failed}; allowed is a share of {max_bad} (data.max_bad)")
+
+
+def readable(batches: Iterable[Batch], num_samples: int, skip: bool, max_bad: float) -> Iterator[Any]:
+    """The parts of batches for evaluation, without the samples that cannot be read where ``skip`` allows that.
+
+    Raises ImageError, and UsageError past the share ``max_bad``.
+    """
+    bad = BadSamples(skip)
+    for batch in batches:
+        parts = bad.take(batch, 0, replaced=False)
+        check_share(bad.counts[0], num_samples, max_bad, "the evaluation")
+        if parts is not None:
+            yield parts

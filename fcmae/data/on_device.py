@@ -1,0 +1,102 @@
+"""JPEGs that the training process decodes, on a GPU by nvJPEG through torchvision (``data.decode_on=gpu``).
+
+The loader's workers read files and draw the crops; a batch travels as bytes and becomes pixels as it is moved to the
+device. nvJPEG's pixels differ a little from libjpeg's, so the key is part of the recipe.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from fcmae.data import jpeg
+from fcmae.data.crops import Box, cut
+from fcmae.data.pixels import Encoded, LazyImage, decode
+
+CHANNELS = 3
+
+
+class Undecoded(NamedTuple):
+    """A colour JPEG, the parts of it that become samples, and their height and width."""
+
+    image: Encoded
+    boxes: list[Box]
+    size: tuple[int, int]
+
+
+class PackedImages(NamedTuple):
+    """Images of a batch on their way to the device; :meth:`to` makes pixels of them."""
+
+    data: Tensor
+    """The bytes of all undecoded files, uint8."""
+    lengths: list[int]
+    """Bytes of each file."""
+    names: list[str]
+    """What messages call each file."""
+    boxes: Tensor
+    """int64 ``[files, k, 5]``: :class:`~fcmae.data.crops.Box`."""
+    decoded: Tensor
+    """Crops ``[n, C, H, W]`` of other kinds of images, decoded by the workers."""
+    order: Tensor
+    """int64 ``[N]``: where each sample is among the crops of the files followed by those of ``decoded``."""
+    size: tuple[int, int]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+        """uint8 ``[N, C, H, W]`` on the device. Raises ImageError naming the file."""
+        files = decode_all(self.data.split(self.lengths), self.names, device)
+        crops = [
+            cut(pixels, Box(*box), self.size)
+            for pixels, boxes in zip(files, self.boxes.tolist(), strict=True)
+            for box in boxes
+        ]
+        together = torch.cat([torch.stack(crops), self.decoded.to(device, non_blocking=non_blocking)])
+        return together[self.order.to(device, non_blocking=non_blocking)]
+
+
+def is_for_device(image: Encoded, opened: LazyImage) -> bool:
+    """Whether a file is an ordinary JPEG that is stored upright."""
+    return opened.reducible and jpeg.orientation(image.data) == 1
+
+
+def pack(images: Sequence[Undecoded | list[Tensor]]) -> PackedImages:
+    """Files, and lists of crops that were decoded, at least one of them a file, as a batch."""
+    files = [image for image in images if isinstance(image, Undecoded)]
+    others = [crop for image in images if not isinstance(image, Undecoded) for crop in image]
+    crops = len(files[0].boxes)
+    positions = {True: iter(range(len(files))), False: iter(range(len(files), len(images)))}
+    first = torch.tensor([next(positions[isinstance(image, Undecoded)]) for image in images]) * crops
+    size = files[0].size
+    return PackedImages(
+        data=torch.frombuffer(bytearray().join(file.image.data for file in files), dtype=torch.uint8),
+        lengths=[len(file.image.data) for file in files],
+        names=[file.image.name for file in files],
+        boxes=torch.tensor([file.boxes for file in files]),
+        decoded=torch.stack(others) if others else torch.empty(0, CHANNELS, *size, dtype=torch.uint8),
+        order=(first[:, None] + torch.arange(crops)).flatten(),
+        size=size,
+    )
+
+
+def decode_all(files: Sequence[Tensor], names: Sequence[str], device: torch.device) -> list[Tensor]:
+    """uint8 ``[3, H, W]`` of each file's bytes, on the device; what nvJPEG refuses is decoded on the CPU.
+
+    Raises ImageError naming the file.
+    """
+    if device.type == "cuda":
+        try:
+            return _decode_on_gpu(list(files), device)
+        except RuntimeError:
+            if len(files) > 1:  # one of them is to blame
+                pairs = zip(files, names, strict=True)
+                return [pixels for file, name in pairs for pixels in decode_all([file], [name], device)]
+    pairs = zip(files, names, strict=True)
+    return [decode(Encoded(file.numpy().tobytes(), name), CHANNELS).to(device) for file, name in pairs]
+
+
+def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision 0.29 announces the end of its decoders
+        return decode_jpeg(files, ImageReadMode.RGB, device)

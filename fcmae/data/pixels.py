@@ -1,0 +1,198 @@
+"""From the bytes of an image file to pixels.
+
+Sources hand on undecoded bytes (:class:`Encoded`), the transforms decode them: so one place knows what files can hold,
+and a transform may decode only what it needs. docs/pixels.md has the rules as a table.
+"""
+
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from fcmae.data import jpeg, scientific
+from fcmae.data.jpeg import IMAGE_MODES
+from fcmae.errors import ImageError, UsageError
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
+"""File names that end so, in any case, are taken for images."""
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused: a small file may claim to be large enough to fill the memory. The limit is Pillow's."""
+
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
+"""Pillow's modes whose conversion keeps the scale of brightness; it would clip others."""
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+class Encoded(NamedTuple):
+    """An image file's undecoded bytes, and what messages call it: its path."""
+
+    data: bytes
+    name: str
+
+
+class PixelFormat(NamedTuple):
+    """What images become: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` is above 8."""
+
+    in_chans: int
+    bit_depth: int = 8
+
+
+class LazyImage:
+    """An image whose size ``(height, width)`` is known and whose pixels are decoded when they are asked for, once.
+
+    ``reducible``: :meth:`pixels` can give a half, a quarter or an eighth of each side for less than the whole costs.
+    """
+
+    def __init__(self, size: tuple[int, int], decode: Callable[[int], Tensor], reducible: bool = False) -> None:
+        self.size = size
+        self.reducible = reducible
+        self.pixels = functools.cache(decode)
+
+
+def read_file(path: str | Path) -> Encoded:
+    """The bytes of an image file. Raises ImageError naming it."""
+    try:
+        with open(path, "rb") as file:
+            return Encoded(file.read(), str(path))
+    except OSError as error:
+        raise ImageError(str(path), error.strerror or str(error)) from error
+
+
+def decode(image: Encoded | Tensor, in_chans: int, bit_depth: int = 8) -> Tensor:
+    """An image as uint8 (uint16 if ``bit_depth`` is above 8) ``[in_chans, H, W]``; a tensor is returned as it is.
+
+    Raises ImageError naming the file, whatever is wrong with it.
+    """
+    return open_image(image, PixelFormat(in_chans, bit_depth)).pixels(1)
+
+
+def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
+    """An image before its pixels are decoded, if it is a JPEG; others are decoded at once. Raises ImageError."""
+    if isinstance(image, LazyImage):
+        return image
+    if isinstance(image, Tensor):
+        return _decoded(image)
+    with _explained(image.name):
+        if image.data.startswith(jpeg.MAGIC) and to.in_chans in jpeg.COLORS and to.bit_depth == 8:
+            size = jpeg.stored_size(image.data)
+            if size is not None:
+                _check_size(*size)
+                turn = jpeg.orientation(image.data)
+                shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
+                return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True)
+        return _decoded(_decode_any(image.data, to))
+
+
+def _decoded(pixels: Tensor) -> LazyImage:
+    height, width = pixels.shape[-2:]
+    return LazyImage((height, width), lambda _: pixels)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Whatever goes wrong in this block becomes an ImageError: damaged files make libraries raise all sorts."""
+    try:
+        yield
+    except UsageError:  # one of ours, or a package that is missing
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "its bytes are of no image format that Pillow knows") from error
+    except Exception as error:
+        raise ImageError(name, str(error).split("\n")[0] or type(error).__name__) from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"it has {width}x{height} pixels; allowed are {MAX_PIXELS}")
+
+
+def _upright(pixels: Tensor, turn: int) -> Tensor:
+    """Stored pixels ``[C, H, W]`` turned by an EXIF orientation."""
+    if turn >= 5:
+        pixels = pixels.transpose(-1, -2)
+    flips = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}
+    return pixels.flip(flips[turn]) if turn in flips else pixels
+
+
+def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, reduce: int) -> Tensor:
+    with _explained(image.name):
+        pixels = torch.from_numpy(jpeg.decode(image.data, size, to.in_chans, reduce))
+        return _upright(pixels.permute(2, 0, 1), turn)
+
+
+def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
+    """Any file but an ordinary JPEG."""
+    if data.startswith(scientific.NPY_MAGIC):
+        return _to_depth(scientific.read_npy(data, to.in_chans), to.bit_depth)
+    if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
+        raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; allowed: TIFF and .npy")
+    try:
+        pixels = _decode_by_pillow(data, to)
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        if not data.startswith(scientific.TIFF_MAGICS):
+            raise
+        pixels = None
+    if pixels is None:
+        return _to_depth(scientific.read_tiff(data, to.in_chans, MAX_PIXELS), to.bit_depth)
+    return pixels
+
+
+def _decode_by_pillow(data: bytes, to: PixelFormat) -> Tensor | None:
+    """What Pillow makes of a file; None for a TIFF that it does not read rightly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata; the size is checked here
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.height, image.width)
+            if isinstance(image, TiffImageFile) and (
+                image.n_frames > 1 or to.in_chans not in IMAGE_MODES or _has_wide_colour(image)
+            ):
+                return None
+            if to.in_chans not in IMAGE_MODES:
+                raise ValueError(f"it has {len(image.getbands())} channels; data.in_chans is {to.in_chans}")
+            if image.mode.startswith("I;16"):
+                return _to_depth(_repeated(np.array(ImageOps.exif_transpose(image)), to.in_chans), to.bit_depth)
+            if image.mode not in EIGHT_BIT_MODES:
+                raise ValueError(f"its pixels are {image.mode}; allowed are integers of 8 or 16 bits")
+            upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans]))
+            return _to_depth(upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1), to.bit_depth)
+
+
+def _repeated(grey: np.ndarray, in_chans: int) -> np.ndarray:
+    if in_chans not in (1, 3):
+        raise ValueError(f"it has 1 channel of 16 bits; data.in_chans is {in_chans}")
+    return np.repeat(grey[None], in_chans, axis=0)
+
+
+def _has_wide_colour(image: TiffImageFile) -> bool:
+    """Whether several channels have more than 8 bits, of which Pillow would drop the rest."""
+    bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
+    return len(bits) > 1 and max(bits) > 8
+
+
+def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
+    """uint8 for a depth of 8; else uint16, 65535 for the largest value of ``bit_depth`` bits. Raises ValueError."""
+    if pixels.dtype == np.uint8:
+        return torch.from_numpy(pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257)
+    if pixels.dtype != np.uint16:
+        raise ValueError(f"its pixels are {pixels.dtype}; allowed are integers of 8 or 16 bits (uint8, uint16)")
+    if bit_depth == 8:
+        raise ValueError("its pixels have 16 bits; data.bit_depth is 8; allowed is 9 to 16, as many as are used")
+    if bit_depth == 16:
+        return torch.from_numpy(pixels)
+    most = 2**bit_depth - 1
+    if pixels.max(initial=0) > most:
+        raise ValueError(f"it holds the value {pixels.max()}; data.bit_depth is {bit_depth}, which ends at {most}")
+    scaled = pixels.astype(np.uint32) * 65535
+    return torch.from_numpy(((scaled + most // 2) // most).astype(np.uint16))

@@ -1,0 +1,240 @@
+"""``fcmae prepare``: any source as shuffled tar files, or the mean and deviation of its images.
+
+Every tar file is a function of the source and the settings. So a run that was stopped goes on with the files that are
+missing, and ends with what it would have written at once.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fcmae.config import PrepareConfig
+from fcmae.data.arrays import one_at_a_time
+from fcmae.data.cores import cores_per_rank
+from fcmae.data.pixels import PixelFormat
+from fcmae.data.processes import in_processes
+from fcmae.data.shards import Encoding, Shard, encode, write_shard
+from fcmae.data.sources import Source, train_source, val_source
+from fcmae.data.sources.tar_index import index_shard
+from fcmae.data.sources.webdataset import CLASSES_FILE
+from fcmae.data.statistics import sum_images
+from fcmae.errors import FCMAEError, ImageError, UsageError
+from fcmae.randomness import Stream, generator
+
+SETTINGS_FILE = "settings.json"
+PROGRESS_FILE = "progress.jsonl"
+MANIFEST_FILE = "manifest.json"
+UNREADABLE_FILE = "unreadable.txt"
+TRIED = 64
+"""Samples that an estimate is made from."""
+CHUNK = 100
+"""Samples that a process sums at a time."""
+
+
+def prepare(cfg: PrepareConfig) -> str:
+    """Runs the command and returns what it has to say. Raises FCMAEError."""
+    source = train_source(cfg.data) if cfg.split == "train" else val_source(cfg.data)
+    if cfg.data.stats:
+        return statistics(cfg, source)
+    order = sample_order(cfg, len(source))
+    how = Encoding(PixelFormat(cfg.data.in_chans, cfg.data.bit_depth), cfg.short_side, cfg.quality)
+    print(estimate(cfg, source, how, order), file=sys.stderr, flush=True)
+    if cfg.dry_run:
+        return "nothing was written (dry_run=true)"
+    assert cfg.out is not None
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(out):
+            shards = _write_missing(cfg, source, how, order, out)
+            return _finish(cfg, source, shards, out)
+    except OSError as error:
+        raise FCMAEError(f"cannot write to {out}: {error}; the same command goes on where it stopped") from error
+
+
+def sample_order(cfg: PrepareConfig, count: int) -> list[int]:
+    """The samples in the order in which they are written."""
+    if not cfg.shuffle:
+        return list(range(count))
+    return torch.randperm(count, generator=generator(cfg.seed, Stream.ORDER)).tolist()
+
+
+def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]) -> str:
+    """Size and time, from some samples. Raises ImageError if none of them can be read: then something is amiss."""
+    tried = order[:: max(1, len(order) // TRIED)][:TRIED]
+    sizes: list[int] = []
+    failure: ImageError | None = None
+    started = time.perf_counter()
+    for index in tried:
+        try:
+            sizes.append(len(encode(source[index].image, how)[1]))
+        except ImageError as error:
+            failure = error
+    if not sizes:
+        assert failure is not None
+        raise failure
+    seconds = (time.perf_counter() - started) / len(tried) * len(order) / _workers(cfg)
+    size = sum(sizes) / len(tried) * len(order) + 1536 * len(order)  # two headers, and the label's block
+    shards = -(-len(order) // cfg.samples_per_shard)
+    free = f", {_gb(shutil.disk_usage(_existing(Path(cfg.out))).free)} free there" if cfg.out else ""
+    bad = f"; {len(tried) - len(sizes)} of {len(tried)} tried cannot be read" if failure is not None else ""
+    return (
+        f"{len(order):,} images in {shards:,} tar files: about {_gb(size)}{free}, {seconds / 60:.1f} minutes with "
+        f"{_workers(cfg)} processes{bad}"
+    )
+
+
+def statistics(cfg: PrepareConfig, source: Source) -> str:
+    """Mean and standard deviation as lines of a data config. Raises UsageError if no image can be read."""
+    to = PixelFormat(cfg.data.in_chans, cfg.data.bit_depth)
+    count = min(len(source), cfg.data.stats_samples or len(source))
+    chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
+    chunks = [(chosen[first : first + CHUNK], to) for first in range(0, count, CHUNK)]
+    with tqdm(total=count, desc="reading", unit=" images", disable=None) as bar:
+        parts = {}
+        for i, part in in_processes(_workers(cfg), sum_images, source, chunks):
+            parts[i] = part
+            bar.update(len(chunks[i][0]))
+    sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in one order, whoever was first
+    for message in sums.unreadable:
+        print(f"{message}; left out", file=sys.stderr)
+    if not sums.pixels:
+        raise UsageError(f"none of {count} images could be read, such as: {sums.unreadable[0]}")
+    mean, std = (", ".join(f"{x:.4f}" for x in values) for values in (sums.mean(), sums.std()))
+    depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""
+    return (
+        f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})\n"
+        f"in_chans: {to.in_chans}\n{depth}mean: [{mean}]\nstd: [{std}]"
+    )
+
+
+def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int], out: Path) -> list[Shard]:
+    """Writes the tar files that are not there yet, and returns what is in all of them."""
+    _check_settings(out, settings(cfg, source))
+    for partial in out.glob(".*.part"):
+        partial.unlink()
+    done = {shard.name: shard for shard in _written(out)}
+    parts = [order[first : first + cfg.samples_per_shard] for first in range(0, len(order), cfg.samples_per_shard)]
+    names = [f"{cfg.split}-{i:06d}.tar" for i in range(len(parts))]
+    missing = [(part, out / name, how) for name, part in zip(names, parts, strict=True) if name not in done]
+    left = sum(len(part) for part, _, _ in missing)
+    with (
+        (out / PROGRESS_FILE).open("a") as progress,
+        tqdm(total=len(order), initial=len(order) - left, desc="writing", unit=" images", disable=None) as bar,
+    ):
+        progress.write("\n")  # after a line that was cut off
+        for i, shard in in_processes(_workers(cfg), write_shard, source, missing):
+            bar.update(len(missing[i][0]))
+            progress.write(json.dumps(dataclasses.asdict(shard)) + "\n")
+            progress.flush()
+            done[shard.name] = shard
+    return [done[name] for name in names]
+
+
+def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) -> str:
+    """Reads everything back, and writes down what there is. Raises FCMAEError if it is not what was written."""
+    unreadable = [entry for shard in shards for entry in shard.unreadable]
+    with tqdm(total=len(source), desc="verifying", unit=" images", disable=None) as bar:
+        wrong = []
+        with concurrent.futures.ThreadPoolExecutor(_workers(cfg)) as pool:
+            for shard, problem in zip(shards, pool.map(functools.partial(verify, out), shards), strict=True):
+                bar.update(shard.samples)
+                wrong.append(problem)
+    if any(wrong):
+        raise FCMAEError(f"{next(filter(None, wrong))}; remove that file, and the same command writes it again")
+    count = sum(shard.samples for shard in shards)
+    if count + len(unreadable) != len(source):
+        raise FCMAEError(f"{out} has {count} images and {len(unreadable)} are unreadable, of {len(source)}")
+    if source.classes is not None:
+        _write_whole(out / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes))
+    _write_whole(out / UNREADABLE_FILE, "".join(f"{name}\t{reason}\n" for name, reason in sorted(unreadable)))
+    manifest = {"images": count, "unreadable": len(unreadable), "shards": [dataclasses.asdict(s) for s in shards]}
+    _write_whole(out / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    (out / PROGRESS_FILE).unlink(missing_ok=True)
+    named = f", {len(unreadable)} unreadable, listed in {out / UNREADABLE_FILE}" if unreadable else ""
+    return f"{out}: {count:,} images in {len(shards)} tar files, {_gb(sum(s.bytes for s in shards))}, verified{named}"
+
+
+def verify(out: Path, shard: Shard) -> str:
+    """What is wrong with a tar file; nothing if its checksum and its number of images are those written down."""
+    path = out / shard.name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != shard.sha256:
+        return f"{path} does not hold what was written into it"
+    found = len(index_shard(path))
+    return "" if found == shard.samples else f"{path} has {found} images; written were {shard.samples}"
+
+
+def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
+    """What the tar files are a function of."""
+    names = hashlib.sha256()
+    for index in range(len(source)):
+        names.update(source.describe(index).encode(errors="surrogateescape") + b"\0")
+    keys = ("split", "short_side", "quality", "samples_per_shard", "shuffle", "seed")
+    own = {key: getattr(cfg, key) for key in keys}
+    data = {f"data.{key}": getattr(cfg.data, key) for key in ("in_chans", "bit_depth")}
+    return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}
+
+
+def _check_settings(out: Path, now: dict[str, Any]) -> None:
+    file = out / SETTINGS_FILE
+    if not file.is_file():
+        _write_whole(file, json.dumps(now, indent=1) + "\n")
+    before = json.loads(file.read_text())
+    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); allowed is another folder")
+
+
+def _written(out: Path) -> Iterator[Shard]:
+    """The tar files that an earlier run finished and that still have their size."""
+    manifest = out / MANIFEST_FILE
+    entries = json.loads(manifest.read_text())["shards"] if manifest.is_file() else []
+    if (out / PROGRESS_FILE).is_file():
+        for line in (out / PROGRESS_FILE).read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue  # cut off when the run was killed
+    for entry in entries:
+        shard = Shard(**entry)
+        file = out / shard.name
+        if file.is_file() and file.stat().st_size == shard.bytes:
+            yield shard
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Replaces a file, whole or not at all."""
+    partial = file.with_name(f".{file.name}.part")
+    partial.write_text(text, errors="surrogateescape")
+    partial.replace(file)
+
+
+def _workers(cfg: PrepareConfig) -> int:
+    if cfg.workers is not None:
+        return cfg.workers
+    return cores_per_rank(1)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

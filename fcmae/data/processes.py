@@ -1,0 +1,60 @@
+"""The same work on many parts, in several processes that each get the source once."""
+
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fcmae import interrupt
+
+T = TypeVar("T")
+
+_job: dict[str, Any] = {}
+"""In a process of the pool: the work, and what it is done with."""
+
+
+def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequence[tuple]) -> Iterator[tuple[int, T]]:
+    """``work(shared, *task)`` for every task: its place and result, as they come.
+
+    ``shared`` is sent once to each of the ``count`` processes; with one, everything happens here. Processes end with
+    this one, however that ends.
+    """
+    count = min(count, len(tasks))
+    if count <= 1:
+        yield from ((i, work(shared, *task)) for i, task in enumerate(tasks))
+        return
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([work.__module__])  # imported once, not in every process
+    pool = concurrent.futures.ProcessPoolExecutor(count, context, _start, (work, shared))
+    try:
+        futures = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(work: Callable, shared: Any) -> None:
+    interrupt.shield_worker()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _job.update(work=work, shared=shared)
+
+
+def _end_with_parent() -> None:
+    """Two processes of the pool would otherwise keep each other waiting for ever, once nobody gives them work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _do(task: tuple) -> Any:
+    return _job["work"](_job["shared"], *task)

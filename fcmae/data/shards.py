@@ -1,0 +1,141 @@
+"""Writing samples into tar files of the WebDataset layout."""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fcmae.data.crops import resize
+from fcmae.data.pixels import EXTENSIONS, Encoded, PixelFormat, open_image
+from fcmae.data.sources.base import Source
+from fcmae.errors import ImageError
+
+MAGICS = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"\x93NUMPY": "npy",
+}
+"""How the files of each format begin; other formats go by their names."""
+
+
+class Encoding(NamedTuple):
+    """How images are written: as they are, or no larger than ``short_side`` and then encoded anew."""
+
+    to: PixelFormat
+    short_side: int | None = None
+    quality: int = 90
+
+
+@dataclass
+class Shard:
+    """What was written into a tar file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    unreadable: list[list[str]]
+    """Name and reason of the samples that are not in it."""
+
+
+def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
+    """An image's format, as its file name ends, and its bytes. It is decoded in any case, to know that it can be.
+
+    Raises ImageError.
+    """
+    opened = open_image(image, how.to)
+    pixels = opened.pixels(1)
+    if isinstance(image, Encoded) and (how.short_side is None or min(opened.size) <= how.short_side):
+        return ending_of(image), image.data
+    if how.short_side is not None and min(opened.size) > how.short_side:
+        return _encode_pixels(resize(pixels, [how.short_side]), how.quality)
+    return _encode_pixels(pixels, None)
+
+
+def ending_of(image: Encoded) -> str:
+    """By what the file holds, else by its name. Raises ImageError."""
+    for magic, ending in MAGICS.items():
+        if image.data.startswith(magic):
+            return ending
+    ending = os.path.splitext(image.name)[1].lower()
+    if ending not in EXTENSIONS:
+        raise ImageError(image.name, "neither its bytes nor its name say its format")
+    return ending[1:]
+
+
+def _encode_pixels(pixels: Tensor, quality: int | None) -> tuple[str, bytes]:
+    """JPEG of a quality, or None for what loses nothing, as far as a format can hold the pixels; else .npy."""
+    content = io.BytesIO()
+    if pixels.dtype != torch.uint8 or len(pixels) not in (1, 3, 4):
+        np.save(content, pixels.numpy(), allow_pickle=False)
+        return "npy", content.getvalue()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
+    if quality is None or len(pixels) == 4:
+        picture.save(content, "PNG")
+        return "png", content.getvalue()
+    picture.save(content, "JPEG", quality=quality)
+    return "jpg", content.getvalue()
+
+
+def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encoding) -> Shard:
+    """Writes samples, named by their indices, into a tar file, whole or not at all; the same bytes every time.
+
+    Raises OSError.
+    """
+    shard = Shard(path.name, 0, 0, "", [])
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            hashed = _Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                for index in indices:
+                    try:
+                        image, label = source[index]
+                        ending, content = encode(image, how)
+                    except ImageError as error:
+                        shard.unreadable.append([error.name, error.reason])
+                        continue
+                    _add(tar, f"{index:09d}.{ending}", content)
+                    if label is not None:
+                        _add(tar, f"{index:09d}.cls", str(label).encode())
+                    shard.samples += 1
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    shard.bytes, shard.sha256 = hashed.count, hashed.digest.hexdigest()
+    return shard
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no time, no owner: nothing but the content
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+class _Hashed:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.count = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.count += len(content)
+        return self.file.write(content)

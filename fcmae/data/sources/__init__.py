@@ -1,0 +1,25 @@
+"""Sources of samples behind one small interface: a length, sample i, its label or none, and its name in messages.
+
+A module for each kind; :mod:`fcmae.data.sources.base` has the interface.
+"""
+
+from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_labels
+from fcmae.data.sources.create import train_source, val_source
+from fcmae.data.sources.fashion_mnist import FashionMNIST
+from fcmae.data.sources.imagefolder import ImageFolder
+from fcmae.data.sources.synthetic import Synthetic
+from fcmae.data.sources.webdataset import WebDataset
+
+__all__ = [
+    "FashionMNIST",
+    "ImageFolder",
+    "Sample",
+    "Source",
+    "Subset",
+    "Synthetic",
+    "WebDataset",
+    "few_labels",
+    "require_labels",
+    "train_source",
+    "val_source",
+]

@@ -1,0 +1,57 @@
+"""The sources that a data config names."""
+
+from typing import Any
+
+from fcmae.config import DataConfig
+from fcmae.data.sources.base import Source
+from fcmae.data.sources.fashion_mnist import FashionMNIST
+from fcmae.data.sources.imagefolder import ImageFolder
+from fcmae.data.sources.own import create_own
+from fcmae.data.sources.synthetic import Synthetic
+from fcmae.data.sources.webdataset import WebDataset
+from fcmae.errors import UsageError
+
+WHAT = {
+    "imagefolder": "the folder of {} images, data.{}=FOLDER",
+    "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
+    "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
+}
+
+
+def train_source(cfg: DataConfig) -> Source:
+    """The training samples of a data config. Raises UsageError."""
+    return _create(cfg, train=True)
+
+
+def val_source(cfg: DataConfig) -> Source:
+    """The validation samples of a data config. Raises UsageError."""
+    return _create(cfg, train=False)
+
+
+def _create(cfg: DataConfig, train: bool) -> Source:
+    prefix = "" if train else "val_"
+    if cfg.source is not None or cfg.val_source is not None:
+        return create_own(cfg.source if train else cfg.val_source, f"data.{prefix}source")
+    if cfg.name == "synthetic":
+        return Synthetic(cfg.length, cfg.in_chans, cfg.size)
+    if cfg.name == "fashion_mnist":
+        return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
+    path = cfg.path if train or (cfg.name == "hf" and cfg.val_path is None) else cfg.val_path
+    if path is None:
+        what = WHAT[cfg.name].format("training" if train else "validation", f"{prefix}path")
+        raise UsageError(f"data.{prefix}path is not set; give {what}")
+    if cfg.name == "webdataset":
+        return WebDataset(path, allow_cut=cfg.on_error == "skip", reindex=cfg.relist)
+    if cfg.name == "hf":
+        from fcmae.data.sources.huggingface import HuggingFace
+
+        split = cfg.split if train else cfg.val_split
+        path = _one(path, f"data.{prefix}path", cfg.name)
+        return HuggingFace(path, split, cfg.image_column, cfg.label_column)
+    return ImageFolder(path, cfg.relist)
+
+
+def _one(path: Any, key: str, name: str) -> Any:
+    if isinstance(path, list):
+        raise UsageError(f"{key} is {path}; allowed with data.name={name} is one path")
+    return path

@@ -1,0 +1,75 @@
+"""Fashion-MNIST in its idx files."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fcmae.data.sources.base import Sample
+from fcmae.errors import UsageError
+
+
+class FashionMNIST:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): grey 28 x 28 images in 10 classes.
+
+    Read from ``folder`` if given, else from Debian's package ``dataset-fashion-mnist``, else downloaded by torchvision
+    to ``~/.cache/fcmae``. Raises UsageError, which says all three ways, if none works.
+    """
+
+    DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+    CACHE = Path("~/.cache/fcmae")
+
+    def __init__(self, folder: str | Path | None, train: bool) -> None:
+        from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
+
+        self.classes: list[str] | None = list(TorchvisionFashionMNIST.classes)
+        self.split = "train" if train else "t10k"
+        where = self._find(folder)
+        # idx format: a header of 4 bytes and 4 more for each dimension, then the values
+        self.images = self._read(where, "images-idx3", 16).reshape(-1, 1, 28, 28)
+        self.labels = self._read(where, "labels-idx1", 8)
+
+    def _file(self, folder: Path, kind: str) -> Path:
+        return folder / f"{self.split}-{kind}-ubyte.gz"
+
+    def _read(self, folder: Path, kind: str, header: int) -> np.ndarray:
+        with gzip.open(self._file(folder, kind)) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+
+    def _has_files(self, folder: Path) -> bool:
+        return all(self._file(folder, kind).is_file() for kind in ("images-idx3", "labels-idx1"))
+
+    def _find(self, folder: str | Path | None) -> Path:
+        if folder is not None:
+            if self._has_files(Path(folder)):
+                return Path(folder)
+            raise UsageError(f"data.path {folder} lacks {self._file(Path(folder), 'images-idx3').name} or its labels")
+        if self._has_files(self.DEBIAN):
+            return self.DEBIAN
+        cache = self.CACHE.expanduser()
+        raw = cache / "FashionMNIST" / "raw"
+        if not self._has_files(raw):
+            from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
+
+            try:
+                TorchvisionFashionMNIST(str(cache), download=True)
+            except (OSError, RuntimeError) as error:
+                raise UsageError(
+                    "Fashion-MNIST was not found. Three ways to bring it: data.path=FOLDER with the four .gz files; "
+                    "Debian's package, `apt-get install dataset-fashion-mnist`; or a network from which torchvision "
+                    f"can download it (tried just now: {error})"
+                ) from error
+        return raw
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(torch.from_numpy(self.images[index].copy()), self.label(index))
+
+    def label(self, index: int) -> int | None:
+        return int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        return f"{self.split}[{index}]"

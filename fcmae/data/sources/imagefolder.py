@@ -1,0 +1,53 @@
+"""Image files below one folder or several."""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from fcmae.data.pixels import read_file
+from fcmae.data.sources.base import Sample
+from fcmae.data.sources.listing import list_folder
+
+
+class ImageFolder:
+    """Image files below folders; each subfolder is a class, subfolders of the same name in several folders the same.
+
+    Files that lie in a folder itself have no class, and then the source has no labels.
+
+    Args:
+        folders: one folder or several; all their images make one source, in this order.
+        relist: list them anew although nothing seems to have changed.
+    """
+
+    def __init__(self, folders: str | Path | Sequence[str | Path], relist: bool = False) -> None:
+        given = [folders] if isinstance(folders, (str, Path)) else folders
+        self.listings = [list_folder(Path(folder), relist) for folder in given]
+        self.ends = list(itertools.accumulate(map(len, self.listings)))
+        self.classes: list[str] | None = None
+        if all(listing.is_labelled for listing in self.listings):
+            self.classes = sorted({name for listing in self.listings for name in listing.class_names})
+            by_name = {name: i for i, name in enumerate(self.classes)}
+            self.class_of = [[by_name[name] for name in listing.class_names] for listing in self.listings]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(read_file(self.describe(index)), self.label(index))
+
+    def label(self, index: int) -> int | None:
+        if self.classes is None:
+            return None
+        folder, position = self._locate(index)
+        return self.class_of[folder][self.listings[folder].labels[position]]
+
+    def describe(self, index: int) -> str:
+        folder, position = self._locate(index)
+        return self.listings[folder].path(position)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The folder that sample ``index`` is in, and its place there."""
+        folder = bisect.bisect_right(self.ends, index)
+        first = self.ends[folder - 1] if folder else 0
+        return folder, index - first

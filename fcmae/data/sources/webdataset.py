@@ -1,0 +1,167 @@
+"""Tar files in the WebDataset layout, with random access to every sample.
+
+A sample is what follows each other in a tar file under one name up to the first dot: ``a/0001.jpg`` and ``a/0001.cls``
+are the image and the label of the sample ``a/0001``.
+"""
+
+import bisect
+import glob
+import itertools
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fcmae.data.arrays import one_at_a_time
+from fcmae.data.pixels import EXTENSIONS, Encoded
+from fcmae.data.sources.base import Sample
+from fcmae.data.sources.tar_index import ShardIndex, index_shard
+from fcmae.errors import ImageError, UsageError
+
+CLASSES_FILE = "classes.txt"
+"""Names of the classes, one a line, beside the tar files."""
+
+
+class WebDataset:
+    """The images in tar files ("shards"), and their labels where every sample has one.
+
+    The image of a sample is its first file that is one by its name. Its label is a number in its ``.cls`` or, under
+    ``label`` or ``cls``, in its ``.json``. Samples without an image are left out.
+
+    Args:
+        shards: a tar file, a folder of them, a pattern such as ``train-{0000..0146}.tar`` or ``train-*.tar``, or
+            several of these.
+        allow_cut: take what is there of a tar file that was cut off; otherwise it is a UsageError.
+        reindex: look through the files anew although they seem to be the same.
+    """
+
+    def __init__(
+        self, shards: str | Path | Sequence[str | Path], allow_cut: bool = False, reindex: bool = False
+    ) -> None:
+        given = [shards] if isinstance(shards, (str, Path)) else shards
+        self.shards = [path for pattern in given for path in find_shards(str(pattern))]
+        self.indices = _index(self.shards, allow_cut, reindex)
+        self.ends = list(itertools.accumulate(map(len, self.indices)))
+        if not self.ends[-1]:
+            raise UsageError(f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(EXTENSIONS)}")
+        self.classes = self._class_names()
+        self._open = OpenFiles()
+
+    def _class_names(self) -> list[str] | None:
+        if not all(index.is_labelled for index in self.indices):
+            return None
+        count = 1 + max(index.largest_label for index in self.indices)
+        file = self.shards[0].with_name(CLASSES_FILE)
+        if not file.is_file():
+            return [str(label) for label in range(count)]
+        names = file.read_text().splitlines()
+        if len(names) < count:
+            raise UsageError(f"{file} names {len(names)} classes; the tar files have labels up to {count - 1}")
+        return names
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, position = self._locate(index)
+        entry = self.indices[shard]
+        name = self.describe(index)
+        size = int(entry.sizes[position])
+        try:
+            data = os.pread(self._open[self.shards[shard]], size, int(entry.offsets[position]))
+        except OSError as error:
+            raise ImageError(name, error.strerror or str(error)) from error
+        if len(data) < size:
+            raise ImageError(name, f"the tar file ends after {len(data)} of its {size} bytes")
+        return Sample(Encoded(data, name), self.label(index))
+
+    def label(self, index: int) -> int | None:
+        if self.classes is None:
+            return None
+        shard, position = self._locate(index)
+        return int(self.indices[shard].labels[position])
+
+    def describe(self, index: int) -> str:
+        shard, position = self._locate(index)
+        return f"{self.shards[shard]}/{self.indices[shard].name(position)}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The shard of sample ``index``, and its place there."""
+        shard = bisect.bisect_right(self.ends, index)
+        first = self.ends[shard - 1] if shard else 0
+        return shard, index - first
+
+
+class OpenFiles:
+    """Descriptors of files to read from, of which only so many stay open. A process that gets a pickle opens its own.
+
+    Reading by offset (``pread``) moves no position, so forked processes may share descriptors.
+    """
+
+    def __init__(self, limit: int = 128) -> None:
+        self.limit = limit
+        self.descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> int:
+        if path not in self.descriptors:
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+            if len(self.descriptors) > self.limit:
+                os.close(self.descriptors.popitem(last=False)[1])
+        self.descriptors.move_to_end(path)
+        return self.descriptors[path]
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return OpenFiles, (self.limit,)
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The tar files that a path, a folder or a pattern means, in the order of the pattern. Raises UsageError."""
+    found: list[Path] = []
+    for name in expand_braces(pattern):
+        if os.path.isdir(name):
+            found += sorted(Path(name).glob("*.tar"))
+        elif os.path.isfile(name):
+            found.append(Path(name))
+        else:
+            matches = sorted(glob.glob(name))
+            if not matches:
+                raise UsageError(f"{name} is neither a tar file nor a folder or pattern of some")
+            found += map(Path, matches)
+    if not found:
+        raise UsageError(f"{pattern} has no files that end in .tar")
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a-{00..02}`` and ``{a,b}`` written out, as a shell would."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, choices = match.groups()
+    if choices is None:
+        parts = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    else:
+        parts = choices.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [expanded for part in parts for expanded in expand_braces(head + part + tail)]
+
+
+def _index(shards: list[Path], allow_cut: bool, reindex: bool) -> list[ShardIndex]:
+    indices = []
+    with one_at_a_time(shards[0].parent):
+        for shard in tqdm(shards, desc="indexing tar files", unit=" files", delay=1, leave=False, disable=None):
+            index = index_shard(shard, reindex)
+            if index.cut and not allow_cut:
+                raise UsageError(
+                    f"{shard} is cut off or damaged after {len(index)} images ({index.cut}); bring it again, or take "
+                    "what is there with data.on_error=skip"
+                )
+            indices.append(index)
+    return indices

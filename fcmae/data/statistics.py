@@ -1,0 +1,47 @@
+"""Mean and standard deviation of images, channel by channel."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fcmae.data.pixels import PixelFormat, decode
+from fcmae.data.sources.base import Source
+from fcmae.errors import ImageError
+
+
+@dataclass
+class Sums:
+    """Over pixels of values in 0..1: their number, sums and sums of squares ``[C]``; images that could not be read."""
+
+    pixels: int
+    total: np.ndarray
+    squares: np.ndarray
+    unreadable: list[str]
+
+    def __add__(self, other: "Sums") -> "Sums":
+        pixels, total, squares = self.pixels + other.pixels, self.total + other.total, self.squares + other.squares
+        return Sums(pixels, total, squares, self.unreadable + other.unreadable)
+
+    def mean(self) -> list[float]:
+        return (self.total / self.pixels).tolist()
+
+    def std(self) -> list[float]:
+        """Of the population, as the mean of squares minus the square of the mean, in float64."""
+        return np.sqrt(self.squares / self.pixels - (self.total / self.pixels) ** 2).tolist()
+
+
+def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
+    """Every pixel of some images counts the same. What cannot be read is left out, and named."""
+    sums = Sums(0, np.zeros(to.in_chans), np.zeros(to.in_chans), [])
+    for index in indices:
+        try:
+            pixels = decode(source[index].image, *to)
+        except ImageError as error:
+            sums.unreadable.append(str(error))
+            continue
+        white = 1.0 if pixels.dtype.is_floating_point else float(torch.iinfo(pixels.dtype).max)
+        values = pixels.flatten(1).double() / white
+        sums += Sums(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy(), [])
+    return sums

@@ -1,0 +1,21 @@
+"""Training samples that could not be read, counted over all ranks."""
+
+import torch
+
+from fcmae.config import DataConfig
+from fcmae.data.bad_samples import check_share
+from fcmae.data.loader import TrainBatches
+from fcmae.training.distributed import World
+
+
+def count_bad_samples(batches: TrainBatches, step: int, cfg: DataConfig, world: World) -> dict[str, float]:
+    """The metric ``bad_samples``, those since the last time, where they are skipped. Every rank calls this.
+
+    Raises UsageError if they are more than ``data.max_bad`` of an epoch (PeerError on all ranks but the first).
+    """
+    if cfg.on_error != "skip":
+        return {}
+    since, *epochs = world.sum(torch.tensor(batches.bad_samples(step))).tolist()
+    samples = batches.plan.steps_per_epoch * batches.plan.global_batch_size
+    world.on_main(lambda: check_share(max(epochs, default=0), samples, cfg.max_bad, "an epoch"))
+    return {"bad_samples": since}

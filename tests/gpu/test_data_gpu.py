@@ -1,0 +1,71 @@
+"""Decoding on the GPU, against the CPU's."""
+
+import pytest
+import torch
+
+from fcmae.config import DataConfig
+from fcmae.data.crops import Box, cut
+from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.on_device import decode_all
+from fcmae.data.pixels import Encoded, decode
+from fcmae.data.transforms import pretrain_transform
+from tests.unit.test_batches import Files
+from tests.unit.test_crops import texture
+from tests.unit.test_pixels import encoded, noise
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def tensor(image):
+    return torch.frombuffer(bytearray(image.data), dtype=torch.uint8)
+
+
+def difference(ours, theirs):
+    return (ours.cpu().float() - theirs.float()).abs().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
+def test_nvjpeg_gives_nearly_the_pixels_of_libjpeg(options):
+    images = [encoded(texture(375 + i, 500), "JPEG", quality=90, **options) for i in range(4)]
+    decoded = decode_all([tensor(image) for image in images], ["a"] * 4, CUDA)
+    for ours, image in zip(decoded, images, strict=True):
+        assert ours.device.type == "cuda"
+        assert difference(ours, decode(image, 3)) < 2
+
+
+def test_what_nvjpeg_refuses_comes_from_the_cpu():
+    good = encoded(texture(64, 64), "JPEG")
+    torn = encoded(noise(64, 64, 3), "PNG")
+    decoded = decode_all([tensor(good), tensor(torn)], ["good", "a png"], CUDA)
+    assert difference(decoded[0], decode(good, 3)) < 2
+    assert torch.equal(decoded[1].cpu(), decode(Encoded(torn.data, "a png"), 3))
+
+
+def test_crops_on_the_gpu_are_those_of_the_cpu():
+    pixels = torch.from_numpy(texture(375, 500)).permute(2, 0, 1)
+    for box in (Box(10, 20, 300, 250, True), Box(0, 0, 100, 120, False)):
+        ours, theirs = cut(pixels.to(CUDA), box, (224, 224)), cut(pixels, box, (224, 224))
+        assert (ours.cpu().int() - theirs.int()).abs().max() <= 2  # the CPU's filter has integer weights
+
+
+def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
+    crop = pretrain_transform(DataConfig(image_size=32))
+    plan = BatchPlan.create(24, 8, 8, 1, seed=0)
+
+    def read(undecoded):
+        return TrainBatches(
+            MaskedImages(Files(), crop, 4, seed=0, undecoded=undecoded),
+            plan,
+            rank=0,
+            start_step=0,
+            stop_step=3,
+            workers=2,
+            pin_memory=True,
+        )
+
+    for ours, theirs in zip(read(True), read(False), strict=True):
+        imgs = ours[0].to(CUDA, non_blocking=True)
+        assert (imgs.dtype, imgs.shape) == (torch.uint8, theirs[0].shape)
+        assert difference(imgs, theirs[0]) < 3
+        assert torch.equal(ours[1], theirs[1])

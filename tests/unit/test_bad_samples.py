@@ -1,0 +1,216 @@
+"""Images that cannot be read: one clear line, or another in their place, the same whatever reads them."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from fcmae.config import DataConfig
+from fcmae.data.bad_samples import TRIES, readable, tell_once
+from fcmae.data.loader import BatchPlan, EvaluationImages, MaskedImages, TrainBatches, eval_loader
+from fcmae.data.sources import ImageFolder
+from fcmae.data.transforms import eval_transform, pretrain_transform
+from fcmae.errors import ImageError, UsageError
+from tests.bad_files import READABLE, UNREADABLE, encoded, permissions_count, picture
+
+CFG = DataConfig(image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_told():
+    tell_once.cache_clear()
+
+
+@pytest.fixture
+def folder():
+    """A folder of four images that everybody may look into."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        for i in range(4):
+            (Path(name) / f"good_{i}.png").write_bytes(encoded(picture(seed=i), "PNG"))
+        yield Path(name)
+
+
+def batches(source, skip, plan=None, **kwargs):
+    plan = plan or BatchPlan.create(len(source), len(source), None, 1, seed=0)
+    dataset = MaskedImages(source, pretrain_transform(CFG), 4, plan.seed)
+    options = {"rank": 0, "start_step": 0, "stop_step": 2, "workers": 0, "pin_memory": False, **kwargs}
+    return TrainBatches(dataset, plan, skip=skip, **options)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_named_or_replaced(folder, kind, capsys):
+    name, make, reason = UNREADABLE[kind]
+    (folder / name).touch()
+    source = ImageFolder(folder)  # sees a file, whatever it is later
+    (folder / name).unlink()
+    make(folder / name)
+    message = f"cannot read the image {folder / name}: "
+    with permissions_count():
+        with pytest.raises(ImageError, match=f"{message}.*{reason}.*on_error=skip") as seen:
+            next(batches(source, skip=False))
+        assert "\n" not in str(seen.value)
+        ours = batches(source, skip=True)
+        first = list(ours)
+        again = list(batches(source, skip=True))
+    assert capsys.readouterr().err.count(message) == 1
+    assert [len(images) for images, _ in first] == [5, 5]
+    total, *epochs = ours.bad_samples(2)
+    assert total == sum(epochs)
+    assert min(epochs) >= 1  # more where it was drawn to take its own place
+    for one, other in zip(first, again, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_what_looks_wrong_but_can_be_read(folder, kind):
+    name, make = READABLE[kind]
+    make(folder / name)
+    images, _ = next(batches(ImageFolder(folder), skip=False))
+    assert images.shape == (5, 3, 32, 32)
+
+
+def test_a_folder_named_like_an_image_is_a_folder(folder):
+    (folder / "x.jpg").mkdir()
+    assert len(ImageFolder(folder)) == 4
+
+
+def test_a_folder_without_permission_is_named(folder):
+    (folder / "closed").mkdir(mode=0)
+    with permissions_count(), pytest.raises(UsageError, match=rf"cannot list the folder {folder}/closed: Permission"):
+        ImageFolder(folder)
+
+
+class Numbered(Dataset):
+    """Source and dataset at once: sample i is the number i; those of ``bad`` cannot be read. Counts what is read."""
+
+    def __init__(self, length, bad=()):
+        self.length = length
+        self.bad = bad
+        self.reads = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index = key[1] if isinstance(key, tuple) else key
+        self.reads.append(index)
+        if index in self.bad:
+            raise ImageError(f"number {index}", "bad")
+        return (torch.tensor(key),)
+
+
+def read(dataset, plan, **kwargs):
+    return TrainBatches(dataset, plan, workers=0, pin_memory=False, **{"rank": 0, "start_step": 0, **kwargs})
+
+
+def test_replacements_differ_by_epoch_and_seed_and_keep_their_place():
+    plan = BatchPlan.create(100, 100, None, 1, seed=0)
+    bad = set(range(0, 100, 10))
+    other_seed = BatchPlan.create(100, 100, None, 1, seed=1)
+    (first,), (second,) = read(Numbered(100, bad), plan, stop_step=2, skip=True)
+    ((other,),) = read(Numbered(100, bad), other_seed, stop_step=1, skip=True)
+
+    def replaced(batch, plan, epoch):
+        order = plan.order(epoch)
+        changed = order != batch[:, 1]
+        assert set(order[changed].tolist()) == bad
+        assert not set(batch[:, 1].tolist()) & bad
+        return dict(zip(order[changed].tolist(), batch[changed, 1].tolist(), strict=True))
+
+    ways = [replaced(first, plan, 0), replaced(second, plan, 1), replaced(other, other_seed, 0)]
+    assert all(way != another for i, way in enumerate(ways) for another in ways[:i])
+
+
+def test_where_nothing_can_be_read_the_search_ends():
+    plan = BatchPlan.create(4, 4, None, 1, seed=0)
+    with pytest.raises(ImageError, match=rf"it was the last of {1 + TRIES} tried for the same place"):
+        next(read(Numbered(4, range(4)), plan, stop_step=1, skip=True))
+
+
+def test_bad_samples_are_counted_by_epoch():
+    plan = BatchPlan.create(8, 2, None, 1, seed=0)
+    ours = read(Numbered(8, [3]), plan, stop_step=12, start_step=2, skip=True)
+    met = [step for step in range(2, 12) if 3 in {index for _, index in plan.global_batch(step)}]
+    seen = []
+    for step in range(2, 12):
+        next(ours)
+        seen.append(ours.bad_samples(step + 1))
+    # a replacement may be number 3 again, which counts
+    assert [since > 0 for since, *_ in seen] == [step in met for step in range(2, 12)]
+    for (_, *before), (since, *epochs), step in zip(seen, seen[1:], range(3, 12), strict=False):
+        assert epochs[-1] == since + (before[-1] if step % 4 else 0)
+        assert len(epochs) == (1 if step % 4 else 2)
+
+
+def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
+    (folder / "a.jpg").write_text("no image")
+    dataset = EvaluationImages(ImageFolder(folder), eval_transform(CFG))
+
+    def evaluate(skip, max_bad=0.5, batch_size=2):
+        loader = eval_loader(dataset, batch_size, rank=0, world_size=1, workers=0, pin_memory=False)
+        return sum(len(images) for images, _ in readable(loader, len(dataset), skip, max_bad))
+
+    assert evaluate(skip=True) == evaluate(skip=True, batch_size=1) == 4
+    assert "a.jpg: " in capsys.readouterr().err
+    with pytest.raises(ImageError, match=r"a.jpg: .*\(data.on_error=skip would go on without it\)"):
+        evaluate(skip=False)
+    with pytest.raises(UsageError, match=r"1 of 5 samples of the evaluation could not be read; allowed is .* 0.1"):
+        evaluate(skip=True, max_bad=0.1)
+
+
+def steps(source, ranks, micro, workers, start=0, stop=5):
+    """A hash of every pixel and mask of each step, over the ranks and micro-batches in the order of the samples."""
+    plan = BatchPlan.create(len(source), 8, micro, ranks, seed=5)
+    loaders = [
+        batches(source, True, plan, rank=rank, workers=workers, start_step=start, stop_step=stop)
+        for rank in range(ranks)
+    ]
+    hashes = []
+    for _ in range(start, stop):
+        digest = hashlib.sha256()
+        parts = [next(loader) for _ in range(plan.accum_steps) for loader in loaders]
+        for part in zip(*parts, strict=True):
+            digest.update(torch.cat(part).numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """JPEG files of several sizes, of which some cannot be read."""
+    root = tmp_path_factory.mktemp("many")
+    for i in range(20):
+        content = encoded(picture(30 + i, 60 - i, seed=i), "JPEG")
+        (root / f"{i:02d}.jpg").write_bytes(content[: 0 if i % 7 == 3 else None])
+    return ImageFolder(root)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "workers"), [(1, 8, 1), (1, 8, 3), (1, 2, 2), (2, 4, 0), (2, 2, 1), (4, 1, 0), (8, 1, 0)]
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a small machine
+def test_batches_are_the_same_for_any_ranks_micro_batches_and_workers(many, ranks, micro, workers):
+    assert steps(many, ranks, micro, workers) == steps(many, 1, 8, 0)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_after_a_restart_in_the_middle_of_an_epoch(many, start, workers):
+    """20 samples are two steps of 8 an epoch."""
+    assert steps(many, 1, 4, workers, start) == steps(many, 1, 8, 0)[start:]
+
+
+def test_skipping_to_a_step_reads_nothing():
+    plan = BatchPlan.create(1000, 10, 5, 1, seed=0)
+    dataset = Numbered(1000)
+    ours = read(dataset, plan, start_step=5077, stop_step=5079)
+    assert dataset.reads == []
+    next(ours)
+    assert dataset.reads == [index for _, index in plan.global_batch(5077)][:5]
+    assert len(list(ours)) == 3
+    assert len(dataset.reads) == 20

@@ -1,0 +1,187 @@
+"""What travels from the workers to the training process: several crops, shared memory, files left to the device."""
+
+import numpy as np
+import pytest
+import torch
+
+from fcmae.config import DataConfig, compose
+from fcmae.data import shared
+from fcmae.data.loader import BatchPlan, MaskedImages, MicroBatches, TrainBatches
+from fcmae.data.on_device import PackedImages, decode_all, pack
+from fcmae.data.sources.base import Sample
+from fcmae.data.transforms import pretrain_transform
+from fcmae.errors import ConfigError, ImageError, UsageError
+from tests.unit.test_pixels import encoded, exif, noise, smooth
+
+CFG = DataConfig(image_size=32)
+
+
+class Files:
+    """JPEGs of several sizes, and one file in four that nvJPEG could not decode."""
+
+    classes = None
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        pixels = smooth(60 + index, 90)
+        kinds = [("JPEG", {}), ("JPEG", {}), ("PNG", {}), ("JPEG", {"exif": exif(6)})]
+        kind, options = kinds[index % 4]
+        return Sample(encoded(pixels, kind, **options), None)
+
+    def label(self, index):
+        return None
+
+    def describe(self, index):
+        return f"file {index}"
+
+
+def batches(dataset, plan, workers, prefetch=2, start=0, stop=6):
+    return TrainBatches(
+        dataset, plan, rank=0, start_step=start, stop_step=stop, workers=workers, pin_memory=False, prefetch=prefetch
+    )
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+def test_batches_stay_what_they_are(workers, prefetch):
+    """However many are taken before one is looked at: memory that workers use again is not what was handed out."""
+    plan = BatchPlan.create(24, 4, 2, 1, seed=0)
+    dataset = MaskedImages(Files(), pretrain_transform(CFG), 1, seed=0)
+    kept = list(batches(dataset, plan, workers, prefetch))
+    expected = list(batches(dataset, plan, 0))
+    assert len(kept) == 12
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_slots_are_used_in_turn():
+    slots = shared.Slots(2)
+    first, second, third = (slots.empty((3, 4), torch.uint8) for _ in range(3))
+    assert first.data_ptr() == third.data_ptr() != second.data_ptr()
+    assert first.shape == (3, 4)
+    assert first.is_contiguous()
+    assert first.is_shared()
+    assert slots.empty((100, 100), torch.float32).shape == (100, 100)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_images_keep_their_memory_order(dtype):
+    from fcmae.data.collate import stack_images
+
+    images = [torch.from_numpy(noise(8, 6, 3, dtype=dtype)).permute(2, 0, 1) for _ in range(2)]
+    batch = stack_images(images)
+    assert batch.shape == (2, 3, 8, 6)
+    assert batch.stride() == (144, 1, 18, 3)
+    assert all(np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in zip(batch, images, strict=True))
+    assert stack_images([image.contiguous() for image in images]).is_contiguous()
+
+
+def test_several_crops_of_an_image_are_for_the_same_step():
+    plan = BatchPlan.create(24, 8, 4, 1, seed=0, crops_per_image=2)
+    assert (plan.steps_per_epoch, plan.steps_per_pass, plan.accum_steps) == (3, 6, 2)
+    keys = [plan.global_batch(step) for step in range(12)]
+    assert {len(step) for step in keys} == {4}
+    assert sorted(key for step in keys[:6] for key in step) == [(0, index) for index in range(24)]
+    assert sorted(key for step in keys[6:] for key in step) == [(1, index) for index in range(24)]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (1, 2), (2, 4), (2, 2)])
+def test_crops_do_not_change_what_ranks_share(ranks, micro):
+    plan = BatchPlan.create(24, 8, micro, ranks, seed=0, crops_per_image=2)
+    streams = [list(MicroBatches(plan, rank, 2, 9)) for rank in range(ranks)]
+    for i, step in enumerate(range(2, 9)):
+        parts = slice(i * plan.accum_steps, (i + 1) * plan.accum_steps)
+        keys = [
+            key for micro in zip(*(stream[parts] for stream in streams), strict=True) for part in micro for key in part
+        ]
+        assert keys == plan.global_batch(step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("undecoded", [False, True])
+def test_the_crops_of_an_image_differ_and_the_first_is_that_of_one(workers, undecoded):
+    crop, device = pretrain_transform(CFG), torch.device("cpu")
+    one = MaskedImages(Files(), crop, 4, seed=0)
+    three = MaskedImages(Files(), crop, 4, seed=0, crops_per_image=3, undecoded=undecoded)
+    plan = BatchPlan.create(24, 6, 6, 1, seed=0, crops_per_image=3)
+    for step, (imgs, masks) in enumerate(batches(three, plan, workers)):
+        imgs = imgs.to(device)
+        assert (imgs.shape, masks.shape) == ((6, 3, 32, 32), (6, 4))
+        for position, key in enumerate(plan.global_batch(step)):
+            image, mask = one[key]
+            assert torch.equal(imgs[3 * position], image)
+            assert torch.equal(masks[3 * position], mask)
+        assert len({tuple(mask.tolist()) for mask in masks}) == 6
+        assert not torch.equal(imgs[0], imgs[1])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((24, 8, None, 1, 0, 3), "data.crops_per_image is 3; allowed is a divisor of a rank's share of 8 samples"),
+        ((24, 8, 2, 1, 0, 4), "trainer.micro_batch_size is 2; allowed with data.crops_per_image=4 is a multiple of 4"),
+    ],
+)
+def test_crops_that_do_not_divide_are_named(args, message):
+    with pytest.raises(UsageError, match=message):
+        BatchPlan.create(*args)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_left_to_the_device_give_the_same_samples(workers):
+    """Here the device is the CPU, whose decoder is the same."""
+    crop = pretrain_transform(CFG)
+    plan = BatchPlan.create(24, 8, 4, 1, seed=0)
+    decoded = list(batches(MaskedImages(Files(), crop, 4, seed=0), plan, 0))
+    packed = list(batches(MaskedImages(Files(), crop, 4, seed=0, undecoded=True), plan, workers))
+    assert any(isinstance(imgs, PackedImages) and len(imgs.decoded) for imgs, _ in packed)
+    for ours, theirs in zip(packed, decoded, strict=True):
+        assert torch.equal(ours[0].to(torch.device("cpu"), non_blocking=True), theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_what_the_gpu_refuses_is_decoded_on_the_cpu(monkeypatch):
+    files = [encoded(smooth(30 + i, 40), "JPEG") for i in range(4)]
+    tensors = [torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in files]
+    calls = []
+
+    def refuse(data, device):
+        calls.append(len(data))
+        if any(torch.equal(file, tensors[2]) for file in data):
+            raise RuntimeError("nvJPEG does not know this")
+        return [torch.full((3, 1, 1), 7, dtype=torch.uint8) for _ in data]
+
+    monkeypatch.setattr("fcmae.data.on_device._decode_on_gpu", refuse)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+    decoded = decode_all(tensors, ["a"] * 4, torch.device("cuda"))
+    assert calls == [4, 1, 1, 1, 1]
+    assert [pixels.shape[-1] for pixels in decoded] == [1, 1, 40, 1]
+
+
+def test_a_file_that_nobody_can_decode_is_named():
+    from fcmae.data.crops import Box
+    from fcmae.data.on_device import Undecoded
+    from fcmae.data.pixels import Encoded
+
+    file = encoded(noise(64, 64, 3), "JPEG")
+    torn = Undecoded(Encoded(file.data[:300], "torn.jpg"), [Box(0, 0, 8, 8, False)], (8, 8))
+    with pytest.raises(ImageError, match="torn.jpg"):
+        pack([torn]).to(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("pretrain", ["data.decode_on=gpu", "data.on_error=skip"], "data.decode_on is 'gpu'; allowed is cpu, unless"),
+        ("pretrain", ["data.decode_on=tpu"], "data.decode_on is 'tpu'; allowed is one of cpu, gpu"),
+        ("pretrain", ["data.crops_per_image=0"], "data.crops_per_image is 0"),
+        ("finetune", ["data.crops_per_image=2"], "data.crops_per_image is 2; allowed is 1 in fine-tuning"),
+        ("finetune", ["data.decode_on=gpu"], "data.decode_on is 'gpu'; allowed is cpu in fine-tuning"),
+        ("pretrain", ["data.bit_depth=20"], "data.bit_depth is 20; allowed is 8 to 16"),
+    ],
+)
+def test_config_mistakes_are_named(command, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(command, override)

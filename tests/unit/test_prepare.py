@@ -1,0 +1,233 @@
+"""Tar files made of any source, and the mean and deviation of its images."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fcmae.config import compose
+from fcmae.data.crops import resize
+from fcmae.data.pixels import Encoded, PixelFormat, decode
+from fcmae.data.prepare import prepare
+from fcmae.data.shards import Encoding, encode
+from fcmae.data.sources import ImageFolder, WebDataset
+from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError
+from tests.bad_files import encoded, picture
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 JPEG files of several sizes in two classes, two of which cannot be read."""
+    for i in range(60):
+        path = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"" if i in (7, 33) else encoded(picture(30 + i, 90 - i, seed=i), "JPEG"))
+    return tmp_path / "images"
+
+
+def run(folder, *overrides):
+    own = [f"data.path={folder}", "workers=1", "samples_per_shard=16"]
+    return prepare(compose("prepare", [*own, *overrides]))
+
+
+def contents(out):
+    """Everything but when it was made."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if "fcmae-index" not in p.name}
+
+
+def test_the_files_as_they_are_shuffled(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "58 images in 4 tar files" in run(folder, f"out={out}")
+    assert "60 images in 4 tar files: about" in capsys.readouterr().err
+    source, shards = ImageFolder(folder), WebDataset(out)
+    assert shards.classes == source.classes
+    seen = []
+    for i, sample in enumerate(shards):
+        index = int(os.path.basename(shards.describe(i)).split(".")[0])
+        assert (sample.image.data, sample.label) == (source[index].image.data, source.label(index))
+        seen.append(index)
+    unreadable = (out / "unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in unreadable] == [str(folder / "dog" / f"{i:02d}.jpg") for i in (7, 33)]
+    bad = {i for i in range(60) if source.describe(i) in {line.split("\t")[0] for line in unreadable}}
+    assert sorted(seen) == sorted(set(range(60)) - bad)
+    assert seen != sorted(seen)
+    run(folder, f"out={tmp_path / 'unshuffled'}", "shuffle=false")
+    assert [s.label for s in WebDataset(tmp_path / "unshuffled")] == sorted(s.label for s in shards)
+    run(folder, f"out={tmp_path / 'seed'}", "seed=1")
+    assert contents(tmp_path / "seed")["train-000000.tar"] != contents(out)["train-000000.tar"]
+
+
+def test_a_short_side_is_resized_and_small_images_stay(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, f"out={out}", "short_side=40", "quality=95")
+    source, shards = ImageFolder(folder), WebDataset(out)
+    for i, sample in enumerate(shards):
+        original = source[int(os.path.basename(shards.describe(i)).split(".")[0])].image
+        pixels = decode(original, 3)
+        if min(pixels.shape[1:]) <= 40:
+            assert sample.image.data == original.data
+        else:
+            resized = Image.fromarray(resize(pixels, [40]).permute(1, 2, 0).numpy())
+            assert min(resized.size) == 40
+            assert sample.image.data == encoded(resized, "JPEG", quality=95)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bit_depth", "ending"),
+    [
+        ((1, 50, 60), torch.uint8, 8, "png"),
+        ((3, 50, 60), torch.uint8, 8, "png"),
+        ((4, 50, 60), torch.uint8, 8, "png"),
+        ((5, 50, 60), torch.uint8, 8, "npy"),
+        ((1, 50, 60), torch.uint16, 16, "npy"),
+    ],
+)
+def test_pixels_without_a_file_are_kept_exactly(shape, dtype, bit_depth, ending):
+    pixels = torch.randint(0, 2**bit_depth, shape, dtype=torch.int32).to(dtype)
+    to = PixelFormat(shape[0], bit_depth)
+    found, content = encode(pixels, Encoding(to))
+    assert found == ending
+    assert torch.equal(decode(Encoded(content, "x"), *to), pixels)
+    small, content = encode(pixels, Encoding(to, short_side=25))
+    assert small == ("jpg" if shape[0] in (1, 3) and bit_depth == 8 else ending)
+    assert decode(Encoded(content, "x"), *to).shape == (shape[0], 25, 30)
+
+
+def test_files_are_named_by_what_they_hold():
+    assert encode(Encoded(encoded(picture(), "PNG"), "a.JPEG"), Encoding(PixelFormat(3)))[0] == "png"
+    assert encode(Encoded(encoded(picture(), "PPM"), "a.ppm"), Encoding(PixelFormat(3)))[0] == "ppm"
+    with pytest.raises(ImageError, match="set:train.3.: neither its bytes nor its name say its format"):
+        encode(Encoded(encoded(picture(), "PPM"), "set:train[3]"), Encoding(PixelFormat(3)))
+
+
+def test_they_are_ordinary_tar_files(folder, tmp_path):
+    run(folder, f"out={tmp_path / 'out'}")
+    with tarfile.open(tmp_path / "out" / "train-000003.tar") as tar:
+        members = tar.getmembers()
+        assert [m.name.split(".")[1] for m in members[:4]] == ["jpg", "cls", "jpg", "cls"]
+        assert Image.open(io.BytesIO(tar.extractfile(members[0]).read())).format == "JPEG"
+        assert tar.extractfile(members[1]).read() in (b"0", b"1")
+
+
+def test_stopped_and_started_again_is_as_if_never_stopped(folder, tmp_path, monkeypatch):
+    run(folder, f"out={tmp_path / 'whole'}")
+    out = tmp_path / "out"
+    written = []
+    write = prepare.__globals__["write_shard"]
+
+    def noted(source, indices, path, how):
+        if len(written) == 2:
+            (out / f".{path.name}.1.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(source, indices, path, how)
+
+    monkeypatch.setattr("fcmae.data.prepare.write_shard", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, f"out={out}")
+    with (out / "progress.jsonl").open("a") as progress:
+        progress.write('{"name": "train-00')  # cut off
+    monkeypatch.setattr("fcmae.data.prepare.write_shard", lambda *args: written.append(args[2].name) or write(*args))
+    run(folder, f"out={out}")
+    assert written == [f"train-{i:06d}.tar" for i in range(4)]
+    assert contents(out) == contents(tmp_path / "whole")
+    run(folder, f"out={out}")
+    assert len(written) == 4
+    (out / "train-000001.tar").unlink()
+    run(folder, f"out={out}")
+    assert written[4:] == ["train-000001.tar"]
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_was_written_is_read_back(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, f"out={out}")
+    shard = out / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(FCMAEError, match=r"train-000002.tar does not hold what was written into it; remove that file"):
+        run(folder, f"out={out}")
+
+
+def test_other_settings_need_another_folder(folder, tmp_path):
+    run(folder, f"out={tmp_path / 'out'}")
+    with pytest.raises(UsageError, match=r"was begun with other settings \(short_side: None -> 40\)"):
+        run(folder, f"out={tmp_path / 'out'}", "short_side=40")
+    (folder / "cat" / "new.jpg").write_bytes(encoded(picture(), "JPEG"))
+    with pytest.raises(UsageError, match=r"other settings \(images: 60 -> 61, names of the images"):
+        run(folder, f"out={tmp_path / 'out'}")
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    run(folder, f"out={tmp_path / 'out'}", "dry_run=true")
+    estimate = capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    run(folder, f"out={tmp_path / 'out'}")
+    size = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.tar"))
+    assert float(estimate.split("about ")[1].split(" MB")[0]) == pytest.approx(size / 1e6, rel=0.3)
+
+
+def test_where_nothing_can_be_read_nothing_is_written(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    with pytest.raises(ImageError, match="a.jpg"):
+        run(tmp_path / "images", f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("split=test", "split is 'test'; allowed is one of train, val"),
+        ("quality=0", "quality is 0; allowed is 1 to 100"),
+        ("short_side=-1", "short_side is -1; allowed is a positive number"),
+        ("seed=1", "out is None; allowed is a folder to write to"),
+        ("data.stats_samples=0", "data.stats_samples is 0; allowed is a positive number"),
+    ],
+)
+def test_a_mistake_is_one_line(override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("prepare", [override])
+
+
+def test_statistics_are_those_of_all_pixels(tmp_path, capsys):
+    pixels = []
+    for i in range(150):  # more than one part
+        image = picture(8 + i % 5, 9, "L", seed=i)
+        (tmp_path / f"{i:03d}.png").write_bytes(encoded(image, "PNG"))
+        pixels.append(np.asarray(image).ravel() / 255)
+    (tmp_path / "bad.png").touch()
+    expected = np.concatenate(pixels)
+    said = run(tmp_path, "data.stats=true", "data.in_chans=1", "data.stats_samples=null")
+    assert said.startswith("# of 150 of 151 images (seed 0)\nin_chans: 1\n")
+    values = yaml.safe_load(said)
+    assert values["mean"] == pytest.approx([expected.mean()], abs=6e-5)
+    assert values["std"] == pytest.approx([expected.std()], abs=6e-5)
+    assert "bad.png: " in capsys.readouterr().err
+    few = ("data.stats=true", "data.in_chans=1", "data.stats_samples=20")
+    assert run(tmp_path, *few) == run(tmp_path, *few) != said
+    assert run(tmp_path, *few, "seed=1").split("\n")[1:] != run(tmp_path, *few).split("\n")[1:]
+
+
+def test_statistics_of_16_bits(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((2, 8, 8), 1023, np.uint16))
+    said = run(tmp_path, "data.stats=true", "data.in_chans=2", "data.bit_depth=12")
+    assert yaml.safe_load(said) == {"in_chans": 2, "bit_depth": 12, "mean": [0.2498, 0.2498], "std": [0.0, 0.0]}
+
+
+def test_any_source_can_be_prepared(tmp_path):
+    out = tmp_path / "out"
+    own = ["data=synthetic", "data.length=10", "data.image_size=32", "workers=1"]
+    assert "10 images in 1 tar files" in prepare(compose("prepare", [*own, f"out={out}"]))
+    shards = WebDataset(out)
+    assert len(shards.classes) == 10
+    assert json.loads((out / "manifest.json").read_text())["images"] == 10

@@ -1,0 +1,467 @@
+"""Where samples come from: folders and their kept listings, tar files and their indices, `datasets`, one's own."""
+
+import io
+import json
+import os
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from webdataset import tariterators
+
+from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
+from fcmae.data import arrays
+from fcmae.data.sources import ImageFolder, Sample, Synthetic, WebDataset, listing, train_source, val_source
+from fcmae.data.sources.webdataset import OpenFiles, expand_braces
+from fcmae.errors import ConfigError, ImageError, UsageError
+from fcmae.training.recipe import check_recipe
+
+
+def png(value=0):
+    content = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def touch(folder, *names):
+    """Empty files, in folders that last changed long ago."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    age(folder)
+
+
+def age(folder):
+    for path, _, _ in os.walk(folder):
+        os.utime(path, (1, 1))
+
+
+def names(source, root):
+    return [os.path.relpath(source.describe(i), root) for i in range(len(source))]
+
+
+@pytest.fixture(autouse=True)
+def kept_from_the_first(tmp_path, monkeypatch):
+    """Every listing is kept, and nothing outside the test's folder."""
+    monkeypatch.setattr(listing, "KEEP_FROM", 1)
+    monkeypatch.setattr(arrays, "HOME", tmp_path / "home")
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """The folders that are read."""
+    seen = []
+    scandir = os.scandir
+
+    def noted(path):
+        if isinstance(path, bytes):  # the listing's; os.walk asks for text
+            seen.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", noted)
+    return seen
+
+
+def test_a_folders_own_images_come_first_then_those_of_each_folder_in_it(tmp_path):
+    root = tmp_path / "images"
+    touch(root, "b/2.jpg", "b/1.JPEG", "b/a/3.png", "a/1.png", "z.jpg", "notes.txt", ".hidden.jpg", ".git/1.jpg")
+    source = ImageFolder(root)
+    assert names(source, root) == ["z.jpg", "a/1.png", "b/1.JPEG", "b/2.jpg", "b/a/3.png"]
+    assert source.classes is None  # z.jpg has none
+    (root / "z.jpg").unlink()
+    source = ImageFolder(root)
+    assert source.classes == ["a", "b"]
+    assert [source.label(i) for i in range(4)] == [0, 1, 1, 1]
+    with pytest.raises(IndexError):
+        source.describe(4)
+
+
+def test_several_folders_share_classes_of_the_same_name(tmp_path):
+    touch(tmp_path / "one", "cat/1.jpg", "dog/1.jpg")
+    touch(tmp_path / "two", "ant/1.jpg", "dog/2.jpg")
+    source = train_source(DataConfig(path=[str(tmp_path / "one"), str(tmp_path / "two")]))
+    assert names(source, tmp_path) == ["one/cat/1.jpg", "one/dog/1.jpg", "two/ant/1.jpg", "two/dog/2.jpg"]
+    assert source.classes == ["ant", "cat", "dog"]
+    assert [source.label(i) for i in range(4)] == [1, 2, 0, 2]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.label(i) for i in range(4)] == [1, 2, 0, 2]
+
+
+def test_what_is_named_like_an_image_but_is_none(tmp_path):
+    """A folder is a folder; a broken link is an image that cannot be read; a pipe, which would never end, is left out.
+
+    A link to a folder that it is in is not followed.
+    """
+    root = tmp_path / "images"
+    touch(root, "a.jpg", "folder.jpg/b.jpg")
+    (root / "broken.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "link.jpg").symlink_to(root / "a.jpg")
+    (root / "loop").symlink_to(root)
+    os.mkfifo(root / "pipe.jpg")
+    source = ImageFolder(root)
+    assert names(source, root) == ["a.jpg", "broken.jpg", "link.jpg", "folder.jpg/b.jpg"]
+    with pytest.raises(ImageError, match=r"cannot read the image .*broken.jpg: No such file"):
+        source[1]
+
+
+def test_a_listing_is_kept_beside_the_folder_and_found_again(tmp_path, scans):
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg", "b/2.jpg", "b/3.jpg")
+    first = ImageFolder(root)
+    assert (tmp_path / ".images.fcmae-listing").is_file()
+    assert len(scans) == 3
+    again = ImageFolder(root)
+    assert len(scans) == 3
+    assert names(again, root) == names(first, root)
+    assert again.classes == first.classes
+    assert ImageFolder(root, relist=True).classes == first.classes
+    assert len(scans) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "b" / "4.jpg").touch(),
+        lambda root: (root / "b" / "3.jpg").unlink(),
+        lambda root: (root / "b" / "3.jpg").rename(root / "b" / "0.jpg"),
+        lambda root: (root / "c").mkdir(),
+        lambda root: (root / "b").rename(root / "z"),
+    ],
+    ids=["added", "removed", "renamed", "new folder", "renamed folder"],
+)
+def test_a_change_of_a_folder_is_noticed(tmp_path, change):
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg", "b/2.jpg", "b/3.jpg")
+    ImageFolder(root)
+    change(root)
+    listed = ImageFolder(root)
+    age(root)
+    assert names(listed, root) == names(ImageFolder(root, relist=True), root)
+
+
+def test_a_folder_that_changed_just_now_is_not_relied_on(tmp_path):
+    """Within the resolution of its clock it could change again without its modification time telling."""
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg")
+    os.utime(root / "a")
+    ImageFolder(root)
+    changed = (root / "a").stat().st_mtime_ns
+    (root / "a" / "2.jpg").touch()
+    os.utime(root / "a", ns=(changed, changed))
+    assert len(ImageFolder(root)) == 2
+
+
+def test_a_listing_that_cannot_be_beside_the_folder_is_kept_in_the_cache(tmp_path, scans):
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg")
+    (tmp_path / ".images.fcmae-listing").mkdir()  # nobody can write a file of that name
+    ImageFolder(root)
+    assert [p.name.split("-")[0] for p in (tmp_path / "home").iterdir()] == ["images"]
+    count = len(scans)
+    ImageFolder(root)
+    assert len(scans) == count
+
+
+def test_without_any_place_a_listing_stays_in_memory(tmp_path, monkeypatch):
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg")
+    (tmp_path / ".images.fcmae-listing").mkdir()
+    (tmp_path / "home").touch()
+    source = ImageFolder(root)
+    assert names(pickle.loads(pickle.dumps(source)), root) == ["a/1.jpg"]
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_damaged_listing_is_made_again(tmp_path, size):
+    root = tmp_path / "images"
+    touch(root, *(f"a/{i}.jpg" for i in range(9)))
+    ImageFolder(root)
+    kept = tmp_path / ".images.fcmae-listing"
+    kept.write_bytes(kept.read_bytes()[:size])
+    assert len(ImageFolder(root)) == 9
+
+
+def test_a_listing_costs_a_worker_nothing(tmp_path):
+    root = tmp_path / "images"
+    touch(root, *(f"a/{i:05d}.jpg" for i in range(1000)))
+    assert len(pickle.dumps(ImageFolder(root))) < 1000
+    assert isinstance(ImageFolder(root).listings[0].names.data.base, np.memmap)
+
+
+def write_tar(path, samples):
+    """By the library whose format it is."""
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for key, files in samples.items():
+            writer.write({"__key__": key, **files})
+
+
+SAMPLES = {
+    "deep/0001": {"png": png(1), "cls": b"3"},
+    "deep/0002": {"json": json.dumps({"label": 1, "caption": "x"}).encode(), "png": png(2)},
+    "0003": {"seg.png": png(3), "cls": b"0"},
+    "0004": {"txt": b"no image here", "cls": b"2"},
+}
+
+
+def test_tar_files_of_webdataset(tmp_path):
+    write_tar(tmp_path / "a-000.tar", SAMPLES)
+    write_tar(tmp_path / "a-001.tar", {f"{i}": {"PNG": png(i), "cls": b"1"} for i in range(5)})
+    for path in (tmp_path, tmp_path / "a-{000..001}.tar", [tmp_path / "a-000.tar", tmp_path / "a-001.tar"]):
+        source = WebDataset(path)
+        assert len(source) == 8
+        assert [source.label(i) for i in range(8)] == [3, 1, 0, 1, 1, 1, 1, 1]
+        assert source.classes == ["0", "1", "2", "3"]
+    assert source[1].image == (png(2), f"{tmp_path}/a-000.tar/deep/0002.png")
+    assert source[7].image.data == png(4)
+    read = []
+    for shard in source.shards:
+        with shard.open("rb") as file:
+            for sample in tariterators.group_by_keys(
+                {**f, "__url__": ""} for f in tariterators.tar_file_iterator(file)
+            ):
+                read += [content for ending, content in sample.items() if ending.endswith("png")]
+    assert [sample.image.data for sample in source] == read
+
+
+def test_classes_are_named_in_a_file(tmp_path):
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    (tmp_path / "classes.txt").write_text("cat\ndog\nant\nbee\nfly\n")
+    assert WebDataset(tmp_path).classes == ["cat", "dog", "ant", "bee", "fly"]
+    (tmp_path / "classes.txt").write_text("cat\n")
+    with pytest.raises(UsageError, match=r"classes.txt names 1 classes; the tar files have labels up to 3"):
+        WebDataset(tmp_path)
+
+
+def test_tar_files_without_labels(tmp_path):
+    write_tar(tmp_path / "a.tar", {**SAMPLES, "5": {"jpg": b""}, "6": {"jpg": b"", "json": b"{}"}})
+    source = WebDataset(tmp_path)
+    assert source.classes is None
+    assert source[0].label is None
+
+
+def test_long_names_and_other_kinds_of_members(tmp_path):
+    """GNU's and POSIX's long names, folders, links, and what macOS puts beside a file."""
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+            folder = tarfile.TarInfo("./" + "x" * 200)
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name in (f"{folder.name}/._1.png", f"{folder.name}/1.png"):
+                member = tarfile.TarInfo(name)
+                member.size = len(png())
+                tar.addfile(member, io.BytesIO(png()))
+            link = tarfile.TarInfo("2.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "1.png"
+            tar.addfile(link)
+        source = WebDataset(tmp_path / "a.tar", reindex=True)
+        assert [source.describe(i) for i in range(len(source))] == [f"{tmp_path}/a.tar/./{'x' * 200}/1.png"]
+        assert source[0].image.data == png()
+
+
+def test_an_index_is_kept_until_the_tar_file_changes(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    assert len(WebDataset(tmp_path)) == 3
+    assert (tmp_path / ".a.tar.fcmae-index").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)  # the headers are not read again
+        assert len(pickle.loads(pickle.dumps(WebDataset(tmp_path)))) == 3
+    write_tar(tmp_path / "a.tar", {"1": SAMPLES["0003"]})
+    assert len(WebDataset(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "reason"),
+    [
+        (1024 + 512 + 40, 2, "unexpected end of data"),  # in the second image
+        (1024 + 512, 2, "unexpected end of data"),  # before it
+        (1024 + 100, 1, "no header at byte 1024"),
+        (1024, 1, "no mark of the archive's end"),
+    ],
+)
+def test_a_tar_file_cut_off(tmp_path, size, images, reason):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(png(i))
+            assert 0 < member.size <= 512  # one block for the header, one for the image
+            tar.addfile(member, io.BytesIO(png(i)))
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[:size])
+    with pytest.raises(UsageError, match=rf"a.tar is cut off or damaged after {images} images \({reason}\).*on_error"):
+        WebDataset(tmp_path)
+    source = WebDataset(tmp_path, allow_cut=True)
+    assert len(source) == images
+    assert source[0].image.data == png(0)
+    if images == 2:
+        with pytest.raises(ImageError, match=r"cannot read the image .*a.tar/1.png: the tar file ends after"):
+            source[1]
+
+
+def test_what_is_no_tar_file_is_named(tmp_path):
+    (tmp_path / "a.tar").write_text("no tar file")
+    with pytest.raises(UsageError, match=r"cannot read the tar file .*a.tar"):
+        WebDataset(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.add(__file__, "a.jpg")
+    with pytest.raises(UsageError, match=r"compressed tar files have no random access"):
+        WebDataset(tmp_path)
+    with pytest.raises(UsageError, match=r"nowhere.tar is neither a tar file nor"):
+        WebDataset(tmp_path / "nowhere.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty has no files that end in .tar"):
+        WebDataset(tmp_path / "empty")
+    write_tar(tmp_path / "a.tar", {"1": {"txt": b"x"}})
+    with pytest.raises(UsageError, match=r"have no images"):
+        WebDataset(tmp_path)
+
+
+def test_only_so_many_files_stay_open(tmp_path):
+    paths = [tmp_path / str(i) for i in range(5)]
+    for path in paths:
+        path.write_text(path.name)
+    files = OpenFiles(limit=2)
+    for path in [*paths, *paths[::-1]]:
+        assert os.pread(files[path], 9, 0).decode() == path.name
+        assert len(files.descriptors) <= 2
+
+
+def test_braces():
+    assert expand_braces("a-{08..11}/{x,y}.tar")[:3] == ["a-08/x.tar", "a-08/y.tar", "a-09/x.tar"]
+    assert len(expand_braces("a-{08..11}/{x,y}.tar")) == 8
+    assert expand_braces("a{b}.tar") == ["a{b}.tar"]
+
+
+@pytest.fixture
+def hf_rows():
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [{"bytes": png(i), "path": None} for i in range(6)]
+    return datasets.Dataset.from_dict({"picture": pictures, "kind": [0, 1] * 3}, features=features)
+
+
+def test_parquet_files(tmp_path, hf_rows, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    hf_rows.to_parquet(tmp_path / "data" / "train-00000.parquet")
+    hf_rows.select([0, 1]).to_parquet(tmp_path / "data" / "test-00000.parquet")
+    cfg = DataConfig(name="hf", path=str(tmp_path / "data"), val_split="test")
+    source = train_source(cfg)
+    assert (len(source), len(val_source(cfg))) == (6, 2)
+    assert source.classes == val_source(cfg).classes == ["cat", "dog"]
+    assert [source.label(i) for i in range(6)] == [0, 1] * 3
+    assert pickle.loads(pickle.dumps(source))[4].image == (png(4), f"{tmp_path / 'data'}:train[4]")
+    cfg.val_split = "dev"
+    with pytest.raises(UsageError, match=r"cannot load the data set .*, split dev: .*train"):
+        val_source(cfg)
+    cfg.image_column = "image"
+    with pytest.raises(ConfigError, match=r"data.image_column is 'image'; allowed is one of picture, kind"):
+        train_source(cfg)
+
+
+def test_a_saved_data_set(tmp_path, hf_rows):
+    hf_rows.save_to_disk(tmp_path / "one")
+    cfg = DataConfig(name="hf", path=str(tmp_path / "one"))
+    assert train_source(cfg)[3].label == 1
+    with pytest.raises(UsageError, match=r"split validation: it has train"):
+        val_source(cfg)
+    rows = hf_rows.remove_columns("kind").add_column("class", [0, 1] * 3)
+    rows.save_to_disk(tmp_path / "numbers")
+    cfg = DataConfig(name="hf", path=str(tmp_path / "numbers"))
+    assert train_source(cfg).classes is None
+    cfg.label_column = "class"
+    assert train_source(cfg).classes == ["0", "1"]
+    cfg.label_column = "picture"
+    with pytest.raises(ConfigError, match="data.label_column is 'picture', .*allowed is a column of integers"):
+        train_source(cfg)
+
+
+def test_the_package_datasets_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"pip install 'fcmae\[hf\]'"):
+        train_source(DataConfig(name="hf", path="x"))
+
+
+class Squares:
+    """A source of someone's own."""
+
+    def __init__(self, count):
+        self.count = count
+        self.classes = None
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return Sample(torch.full((3, 32, 32), index, dtype=torch.uint8), None)
+
+    def label(self, index):
+        return None
+
+    def describe(self, index):
+        return f"square {index}"
+
+
+def test_a_source_of_ones_own_on_the_command_line():
+    given = f"data.source={{_target_: {__name__}.Squares, count: 5}}"
+    cfg = compose("pretrain", [given])
+    assert len(train_source(cfg.data)) == 5
+    assert from_dict(PretrainConfig, to_dict(cfg)) == cfg
+    merged = compose("knn", ["checkpoint=x", given.replace("5", "7")]).merge_data(cfg.data)
+    assert len(train_source(merged)) == 7
+
+
+def test_another_source_is_another_recipe():
+    def config(**data):
+        return to_dict(PretrainConfig(data=DataConfig(**data)))
+
+    own = {"_target_": f"{__name__}.Squares", "count": 5}
+    harmless = {"relist": True, "on_error": "skip", "max_bad": 0.5, "val_source": own, "val_split": "test"}
+    check_recipe(config(source=own), config(source=dict(own), **harmless))
+    for before, now in ((None, own), (own, {**own, "count": 6})):
+        with pytest.raises(UsageError, match="  data.source: .*Squares"):
+            check_recipe(config(source=before), config(source=now))
+
+
+def test_a_source_of_ones_own():
+    own = {"_target_": f"{__name__}.Squares", "count": 5}
+    source = train_source(DataConfig(source=own))
+    assert isinstance(source, Squares)
+    assert len(source) == 5
+    with pytest.raises(ConfigError, match=r"data.val_source is not set"):
+        val_source(DataConfig(source=own))
+    for given, message in (
+        ({**own, "side": 3}, r"data.source: .*Squares does not take these arguments: .*side"),
+        ({"_target_": "nowhere.Cls"}, r"data.source._target_ is 'nowhere.Cls'; allowed is a class .*nowhere"),
+        ({"_target_": "builtins.list"}, r"list is not a source of images; it lacks label, describe, classes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_source(DataConfig(source=given))
+    with pytest.raises(ConfigError, match=r"data.source is \{'count': 5\}; allowed is null, or _target_"):
+        DataConfig(source={"count": 5})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": []}, r"data.path is \[\]; allowed is a path, or a list of paths"),
+        ({"val_path": [True]}, r"data.val_path is \[True\]; allowed is a path"),
+        ({"on_error": "ignore"}, r"data.on_error is 'ignore'; allowed is one of raise, skip"),
+        ({"max_bad": 2}, r"data.max_bad is 2; allowed is a number from 0 to 1"),
+        ({"name": "tar"}, r"data.name is 'tar'; allowed is one of imagefolder, webdataset, hf"),
+    ],
+)
+def test_a_mistake_names_its_key(given, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**given)
+
+
+def test_one_path_where_one_is_meant(tmp_path):
+    with pytest.raises(UsageError, match=r"data.path is .*; allowed with data.name=fashion_mnist is one path"):
+        train_source(DataConfig(name="fashion_mnist", path=["a", "b"]))
+    assert DataConfig(path=2024).path == "2024"
+    assert isinstance(train_source(DataConfig(name="synthetic")), Synthetic)
