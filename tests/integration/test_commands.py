@@ -14,7 +14,7 @@ from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
 
 
 def last_checkpoint(run_dir):
-    return torch.load(sorted((run_dir / "checkpoints").iterdir())[-1], weights_only=True)
+    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
 
 
 def metrics(run_dir):
