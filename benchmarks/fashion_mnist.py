@@ -15,7 +15,8 @@ from statistics import mean
 
 from fcmae.bench.measure import machine
 from fcmae.config import compose
-from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.features import Extractor
+from fcmae.evaluation.knn import knn_of
 from fcmae.training.build import build_fcmae
 from fcmae.training.distributed import World, pick_device
 
@@ -49,10 +50,11 @@ def main() -> None:
     pretraining = ["experiment=fashion_mnist/pretrain", *data, *given.overrides]
     cfg = compose("pretrain", pretraining)
     world = World(0, 1, 0, 1, device)
-    before = knn_accuracy(build_fcmae(cfg).backbone.to(device), cfg.data, world=world)
+    extract = Extractor(build_fcmae(cfg).backbone.to(device), cfg.data, world)
+    before = knn_of(cfg.data, extract, world, ks=[10])["knn10"]
     pretrained = given.out / "pretrain"
     fcmae("pretrain", pretrained, *pretraining)
-    after = json.loads(fcmae("knn", given.out, f"checkpoint={pretrained}"))["knn"]
+    after = json.loads(fcmae("knn", given.out, f"checkpoint={pretrained}"))["knn10"]
 
     def finetune(labels: int, seed: int, init: str) -> float:
         run_dir = given.out / f"{init}_{labels}_{seed}"

@@ -1,4 +1,4 @@
-"""The command line. ``pretrain finetune evaluate knn prepare`` are Hydra commands, the others take plain flags.
+"""The command line. ``pretrain finetune evaluate knn probe prepare`` are Hydra commands, the others take plain flags.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": "train a classifier from pretrained or random weights: init_from=RUN [overrides]",
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
+    "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
     "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
@@ -140,13 +141,21 @@ def _knn(cfg: Any, _: Path) -> None:
     _report(knn(cfg), cfg.out)
 
 
+def _probe(cfg: Any, _: Path) -> None:
+    from fcmae.evaluation.run import probe
+
+    _report(probe(cfg), cfg.out)
+
+
 def _prepare(cfg: Any, _: Path) -> None:
     from fcmae.data.prepare import prepare
 
     print(prepare(cfg))
 
 
-def _report(result: dict[str, float], out: str | None) -> None:
+def _report(result: dict[str, Any] | None, out: str | None) -> None:
+    if result is None:
+        return  # the first rank has it
     line = json.dumps(result)
     print(line)
     if out is not None:
@@ -275,6 +284,7 @@ _HYDRA: dict[str, Callable[[Any, Path], None]] = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "knn": _knn,
+    "probe": _probe,
     "prepare": _prepare,
 }
 _TRAINING = ("pretrain", "finetune")

@@ -11,7 +11,8 @@ import torch
 from fcmae.config import DataConfig, FinetuneConfig, PretrainConfig, compose
 from fcmae.data.sources import train_source
 from fcmae.errors import Interrupted, UsageError
-from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.features import Extractor
+from fcmae.evaluation.knn import knn_of
 from fcmae.models import FCMAE
 from fcmae.training.build import build_fcmae, load
 from fcmae.training.distributed import World, pick_device, start_time
@@ -97,9 +98,9 @@ def _step(number: int, what: str) -> None:
 
 
 def _knn(model: FCMAE, data: DataConfig, device: torch.device) -> float:
-    accuracy = knn_accuracy(
-        model.backbone.to(device), data, gallery=GALLERY, queries=QUERIES, world=World(0, 1, 0, 1, device)
-    )
+    world = World(0, 1, 0, 1, device)
+    extract = Extractor(model.backbone.to(device), data, world)
+    accuracy = knn_of(data, extract, world, ks=[10], gallery=GALLERY, queries=QUERIES)["knn10"]
     print(f"{accuracy:.1f}%", flush=True)
     return accuracy
 

@@ -5,29 +5,50 @@ Hydra composes, OmegaConf checks names and types against these classes, ``__post
 """
 
 from fcmae.config.checks import check
-from fcmae.config.commands import COMMANDS, EvaluateConfig, FinetuneConfig, KnnConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import (
+    COMMANDS,
+    CheckpointConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    FinetuneConfig,
+    KnnConfig,
+    PretrainConfig,
+    ProbeConfig,
+    RunConfig,
+)
 from fcmae.config.compose import compose, conf_dir, register_schemas
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
-from fcmae.config.training import PRECISIONS, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from fcmae.config.training import (
+    PRECISIONS,
+    LoggerConfig,
+    MonitorConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainerConfig,
+)
 from fcmae.config.typed import explain, from_dict, to_dict, to_typed
 
 __all__ = [
     "COMMANDS",
     "PRECISIONS",
     "AugmentConfig",
+    "CheckpointConfig",
     "ClassifierConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",
     "FCMAEConfig",
+    "FeaturesConfig",
     "FinetuneConfig",
     "KnnConfig",
     "LoggerConfig",
+    "MonitorConfig",
     "OptimConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "ProbeConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainerConfig",

@@ -25,3 +25,11 @@ def check_positive(key: str, value: float | None) -> None:
 
 def check_not_negative(key: str, value: float | None) -> None:
     check(key, value, value is None or value >= 0, "a number that is not negative")
+
+
+def check_neighbours(key: str, value: Any) -> list[int]:
+    """Numbers of neighbours from a number or a list of them."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    ok = len(numbers) > 0 and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in numbers)
+    check(key, value, ok, "a positive integer, or a list of them")
+    return numbers

@@ -4,11 +4,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
+from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
-from fcmae.config.training import PRECISIONS, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from fcmae.config.training import PRECISIONS, LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 
 
@@ -35,6 +35,7 @@ class PretrainConfig(RunConfig):
 
     model: FCMAEConfig = field(default_factory=FCMAEConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
 @dataclass
@@ -61,13 +62,14 @@ DataOverrides = dataclasses.make_dataclass(
 
 
 @dataclass
-class EvaluateConfig:
-    """``fcmae evaluate`` and ``fcmae knn``: a checkpoint, and what differs from its own data config."""
+class CheckpointConfig:
+    """What commands on a checkpoint share: where it is, and what differs from its own data config."""
 
     checkpoint: str = ""
     """A run's directory or a checkpoint file."""
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     batch_size: int = 256
+    """Images a rank processes at once."""
     precision: str = "float32"
     device: str = "auto"
     out: str | None = None
@@ -86,20 +88,85 @@ class EvaluateConfig:
 
 
 @dataclass
-class KnnConfig(EvaluateConfig):
+class EvaluateConfig(CheckpointConfig):
+    """``fcmae evaluate``."""
+
+    labels: str | None = None
+    """A JSON or CSV file with the accepted classes of each image, instead of the folders (docs/evaluation.md)."""
+    per_class: str | None = None
+    """A .json or .csv file for the accuracy of each class."""
+    confusion: str | None = None
+    """A .json or .csv file for the confusion matrix: a row a true class, a column a predicted one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("labels", "per_class", "confusion"):
+            value = getattr(self, name)
+            check(name, value, value is None or value.endswith((".json", ".csv")), "a file named .json or .csv")
+
+
+@dataclass
+class FeaturesConfig(CheckpointConfig):
+    """What commands on frozen features share."""
+
+    pooling: str = "norm"
+    """``norm``: mean over the image, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone."""
+    cache: str | None = "run"
+    """Where features are kept: ``run``, the checkpoint's run's folder ``features``; or a folder; None = nowhere."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("pooling", self.pooling, ("norm", "mean"))
+
+
+@dataclass
+class KnnConfig(FeaturesConfig):
     """``fcmae knn``."""
 
-    k: int = 10
+    k: Any = field(default_factory=lambda: [10, 20])
+    """How many neighbours vote: a number or several."""
     temperature: float = 0.07
     """Neighbours vote with exp(cosine similarity / temperature)."""
     gallery: int | None = 20_000
     """Training images to compare with, the first of a fixed random order; None = all."""
+    queries: int | None = None
+    """Validation images to classify, likewise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("k", self.k)
+        self.k = check_neighbours("k", self.k)
         check_positive("temperature", self.temperature)
         check_positive("gallery", self.gallery)
+        check_positive("queries", self.queries)
+
+
+@dataclass
+class ProbeConfig(FeaturesConfig):
+    """``fcmae probe``: linear classifiers on frozen features; ``experiment=in1k/probe`` is MAE's recipe."""
+
+    optimizer: str = "sgd"
+    blr: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
+    """Base learning rates, lr = blr * train_batch_size / 256; each trains a classifier of its own, all at once."""
+    train_batch_size: int = 1024
+    """Features a step; at most as many as there are training images."""
+    epochs: int = 90
+    warmup_epochs: int = 10
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    """Of lars and sgd."""
+    random_crops: bool = False
+    """Features of a new random crop and flip every epoch (data.crop_scale, data.hflip), which cannot be kept."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("optimizer", self.optimizer, ("lars", "sgd", "adamw"))
+        check("blr", self.blr, len(self.blr) > 0 and min(self.blr) > 0, "one positive number or more, in a list")
+        check("train_batch_size", self.train_batch_size, self.train_batch_size > 1, "2 or more")
+        check_positive("epochs", self.epochs)
+        check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")
+        for name in ("weight_decay", "momentum", "seed"):
+            check_not_negative(name, getattr(self, name))
 
 
 COMMANDS: dict[str, type] = {
@@ -107,6 +174,7 @@ COMMANDS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "probe": ProbeConfig,
     "prepare": PrepareConfig,
 }
 """The Hydra commands and their schemas; conf/COMMAND.yaml is the primary config of each."""

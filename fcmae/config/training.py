@@ -1,8 +1,9 @@
-"""Groups ``optim``, ``schedule``, ``trainer`` and ``logger``: how a network is trained."""
+"""Groups ``optim``, ``schedule``, ``trainer``, ``monitor`` and ``logger``: how a network is trained."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
+from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -114,6 +115,24 @@ class TrainerConfig:
         check_not_negative("trainer.max_skipped", self.max_skipped)
         ok = self.ema_decay is None or 0 < self.ema_decay < 1
         check("trainer.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
+
+
+@dataclass
+class MonitorConfig:
+    """Group ``monitor``: what pretraining measures of its encoder besides the loss; needs labels."""
+
+    knn_every_epochs: float | None = None
+    """k-NN accuracy of the frozen features of data.val_path against those of data.path; None = never."""
+    knn_k: Any = field(default_factory=lambda: [10, 20])
+    knn_gallery: int | None = 20_000
+    """Training images to compare with, the first of a fixed random order; None = all."""
+    knn_queries: int | None = 5_000
+    """Validation images to classify, likewise."""
+
+    def __post_init__(self) -> None:
+        self.knn_k = check_neighbours("monitor.knn_k", self.knn_k)
+        for name in ("knn_every_epochs", "knn_gallery", "knn_queries"):
+            check_positive(f"monitor.{name}", getattr(self, name))
 
 
 @dataclass

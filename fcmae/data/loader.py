@@ -221,6 +221,20 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
         return self.transform(image), -1 if label is None else label
 
 
+class CroppedImages(Dataset[tuple[Tensor, int]]):
+    """A source as training sees it in one epoch, in the source's order: (image, label), functions of the counters."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, epoch: int) -> None:
+        self.images = LabelledImages(source, transform, seed)
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.epoch, index]
+
+
 class TrainBatches:
     """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order; an iterator over their parts.
 
@@ -277,7 +291,7 @@ class TrainBatches:
 
 
 def eval_loader(
-    dataset: EvaluationImages,
+    dataset: Dataset,
     batch_size: int,
     *,
     rank: int,
@@ -287,7 +301,7 @@ def eval_loader(
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
-    keys = range(rank, len(dataset), world_size)
+    keys = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
     return _loader(ErrorsAside(dataset), workers, pin_memory, prefetch, batch_size=batch_size, sampler=keys)
 
 

@@ -1,21 +1,46 @@
-"""Top-1 and top-5 accuracy over exactly the validation set."""
+"""Accuracy of a classifier over exactly the validation set, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
-from fcmae.evaluation.features import autocast, batches
+from fcmae.evaluation.features import autocast, batches, never
 from fcmae.training.distributed import World
 
 
-class EvaluationStopped(Exception):
-    """A rank was asked to stop before all images were seen."""
+class Classified(NamedTuple):
+    """A batch: float32 logits ``[N, classes]``; int64 labels or -1; int64 places in the source."""
+
+    logits: Tensor
+    labels: Tensor
+    places: Tensor
 
 
 @torch.inference_mode()
+def classified(
+    model: nn.Module,
+    source: Source,
+    cfg: DataConfig,
+    batch_size: int,
+    precision: str,
+    world: World,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Classified]:
+    """This rank's share of the source, every image once over all ranks.
+
+    ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    """
+    model.eval()
+    for imgs, labels, places in batches(source, cfg, batch_size, world, stop=stop):
+        with autocast(world.device, precision):
+            logits = model(imgs).float()
+        yield Classified(logits, labels, places)
+
+
 def accuracy(
     model: nn.Module,
     source: Source,
@@ -23,24 +48,39 @@ def accuracy(
     batch_size: int,
     precision: str,
     world: World,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = never,
+    *,
+    accepted: Sequence[Sequence[int]] | None = None,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
-    ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    Args:
+        stop: see :func:`classified`.
+        accepted: the classes that are right for each image, instead of the source's label; images with none are left
+            out (ImageNet-ReaL, arXiv 2006.07159).
+        confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
+            (rows). It needs one class an image.
     """
-    model.eval()
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    stopped = torch.tensor(False)
-    for imgs, labels in batches(source, cfg, batch_size, world):
-        if stop():
-            stopped.fill_(True)
-            break
-        with autocast(world.device, precision):
-            logits = model(imgs).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        counts += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.tensor(len(labels)).to(labels)])
-    if world.max(stopped.int()):
-        raise EvaluationStopped
+    for logits, labels, places in classified(model, source, cfg, batch_size, precision, world, stop):
+        right = (
+            labels[:, None]
+            if accepted is None
+            else _padded([accepted[place] for place in places.tolist()], world.device)
+        )
+        counted = (right >= 0).any(dim=1)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2)
+        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum()])
+        if confusion is not None:
+            pairs = right[counted, 0], ranked[counted, 0]
+            confusion.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
     top1, top5, images = world.sum(counts).tolist()
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
+
+
+def _padded(classes: list[Sequence[int]], device: torch.device) -> Tensor:
+    """Classes of each image, filled up with -1: ``[n, most]``."""
+    most = max(1, *map(len, classes)) if classes else 1
+    return torch.tensor([[*some, *[-1] * (most - len(some))] for some in classes], device=device)

@@ -1,21 +1,36 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
 from fcmae.data.bad_samples import readable
 from fcmae.data.cores import default_workers
-from fcmae.data.loader import EvaluationImages, eval_loader
-from fcmae.data.sources import Source
+from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
+from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, normalize
+from fcmae.errors import UsageError
+from fcmae.randomness import Stream, generator
 from fcmae.training.distributed import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EvaluationStopped(Exception):
+    """A rank was asked to stop before all images were seen."""
+
+
+def never() -> bool:
+    """No wish to stop."""
+    return False
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -25,14 +40,47 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the source, on the device: normalised images, and labels or -1. Ranks share no sample.
+class Images(NamedTuple):
+    """A batch on the device: normalised ``[N, C, H, W]``; int64 labels or -1; int64 places in the source."""
+
+    imgs: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+class _Placed(Dataset[tuple[Tensor, int, int]]):
+    """Samples with their places."""
+
+    def __init__(self, dataset: EvaluationImages | CroppedImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image, label = self.dataset[index]
+        return image, label, index
+
+
+def batches(
+    source: Source,
+    cfg: DataConfig,
+    batch_size: int,
+    world: World,
+    dataset: CroppedImages | None = None,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Images]:
+    """This rank's share of the source, in order. Ranks share no sample; all have to go on to the end of theirs.
 
     What cannot be read is left out with ``data.on_error=skip``.
+
+    Args:
+        dataset: reads the samples in another way than evaluation does.
+        stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
     workers = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
     loader = eval_loader(
-        EvaluationImages(source, eval_transform(cfg)),
+        _Placed(dataset or EvaluationImages(source, eval_transform(cfg))),
         batch_size,
         rank=world.rank,
         world_size=world.size,
@@ -40,21 +88,102 @@ def batches(source: Source, cfg: DataConfig, batch_size: int, world: World) -> I
         pin_memory=world.device.type == "cuda",
         prefetch=cfg.prefetch,
     )
-    for imgs, labels in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
-        imgs = imgs.to(world.device, non_blocking=True)
-        yield normalize(imgs, cfg.mean, cfg.std), labels.to(world.device, non_blocking=True)
+    stopped = torch.tensor(0)
+    for imgs, labels, places in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
+        if stop():
+            stopped.fill_(1)
+            break
+        imgs, labels, places = (part.to(world.device, non_blocking=True) for part in (imgs, labels, places))
+        yield Images(normalize(imgs, cfg.mean, cfg.std), labels, places)
+    if world.max(stopped):
+        raise EvaluationStopped
 
 
-@torch.inference_mode()
-def pooled_features(
-    backbone: ConvNeXt, source: Source, cfg: DataConfig, batch_size: int, precision: str, world: World
-) -> tuple[Tensor, Tensor]:
-    """Pooled features ``[n, D]`` (float32, after the head's norm) and labels ``[n]`` of this rank's samples."""
-    backbone.eval()
-    features, labels = [], []
-    for imgs, batch_labels in batches(source, cfg, batch_size, world):
-        with autocast(world.device, precision):
-            pooled = backbone.forward_head(backbone.forward_features(imgs), pre_logits=True)
-        features.append(pooled.float())
-        labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels)
+def first(source: Source, count: int | None) -> Source:
+    """The first ``count`` samples of a fixed random order, or all of them."""
+    if count is None or count >= len(source):
+        return source
+    order = torch.randperm(len(source), generator=generator(0, Stream.SUBSET))
+    return Subset(source, order[:count].tolist())
+
+
+def labelled_sources(cfg: DataConfig) -> tuple[Source, Source, list[str]]:
+    """Training and validation samples, and their classes. Raises UsageError if either has no labels, or others."""
+    train, val = train_source(cfg), val_source(cfg)
+    classes = require_labels(train, "data.path")
+    if require_labels(val, "data.val_path") != classes:
+        raise UsageError("data.path and data.val_path have different classes")
+    if cfg.labels_per_class is not None:
+        train = few_labels(train, cfg.labels_per_class, seed=0)
+    return train, val, classes
+
+
+class Features(NamedTuple):
+    """``values``: float32 ``[n, D]``. ``labels``: int64 ``[n]``, -1 without one. In the source's order.
+
+    Of the images that could be read.
+    """
+
+    values: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Pooled features of a frozen backbone. The ranks share the work, and each gets all of the result.
+
+    Args:
+        pooling: ``norm``, the mean over the image and the head's norm, or ``mean``, the mean alone.
+        stop: see :func:`batches`.
+    """
+
+    backbone: ConvNeXt
+    data: DataConfig
+    world: World
+    batch_size: int = 256
+    precision: str = "float32"
+    pooling: str = "norm"
+    stop: Callable[[], bool] = never
+
+    @torch.no_grad()
+    def __call__(self, source: Source, dataset: CroppedImages | None = None) -> Features:
+        """The features of all of ``source``, read by ``dataset`` or as evaluation does."""
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            shares = self._share(batches(source, self.data, self.batch_size, self.world, dataset, self.stop))
+        finally:
+            self.backbone.train(was_training)
+        values, labels, places = (gather(share, self.world) for share in shares)
+        order = places.argsort()
+        return Features(values[order], labels[order])
+
+    def _share(self, stream: Iterator[Images]) -> list[Tensor]:
+        """Features, labels and places of this rank's images."""
+        device = self.world.device
+        parts = [[torch.empty(0, self.backbone.num_features, device=device)]]
+        parts += [[torch.empty(0, dtype=torch.int64, device=device)] for _ in range(2)]
+        for imgs, labels, places in stream:
+            with autocast(device, self.precision):
+                values = self._pool(imgs).float()
+            for part, new in zip(parts, (values, labels, places), strict=True):
+                part.append(new)
+        return [torch.cat(part) for part in parts]
+
+    def _pool(self, imgs: Tensor) -> Tensor:
+        maps = self.backbone.forward_features(imgs)
+        return maps.mean((2, 3)) if self.pooling == "mean" else self.backbone.forward_head(maps, pre_logits=True)
+
+
+def gather(share: Tensor, world: World) -> Tensor:
+    """The rows of all ranks, those of the first rank first; ranks may bring different numbers of rows, or none."""
+    if world.size == 1:
+        return share
+    counts = torch.zeros(world.size, dtype=torch.int64, device=share.device)
+    counts[world.rank] = len(share)
+    counts = world.sum(counts)
+    padded = share.new_zeros(int(counts.max()), *share.shape[1:])
+    padded[: len(share)] = share
+    everyone = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts.tolist(), strict=True)])

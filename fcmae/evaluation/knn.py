@@ -1,21 +1,25 @@
 """k-nearest-neighbour accuracy of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.sources import Source, Subset, require_labels, train_source, val_source
-from fcmae.evaluation.features import pooled_features
-from fcmae.randomness import Stream, generator
+from fcmae.data.sources import Source
+from fcmae.evaluation.features import Features, first, labelled_sources
 from fcmae.training.distributed import World
 
+SIMILARITIES = 2**27
+"""Most similarities that are computed at once: half a GiB."""
 
+
+@torch.inference_mode()
 def knn_predict(
-    queries: Tensor, gallery: Tensor, labels: Tensor, k: int, temperature: float, num_classes: int
+    queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Tensor:
-    """The class that the k most similar gallery features vote for.
+    """The class that the k most similar gallery features vote for, for several k.
 
     Args:
         queries: ``[q, D]``.
@@ -23,47 +27,51 @@ def knn_predict(
         temperature: a neighbour's vote is exp(cosine similarity / temperature).
 
     Returns:
-        int64 ``[q]``.
+        int64 ``[len(ks), q]``.
     """
     gallery = F.normalize(gallery, dim=1)
-    predicted = []
-    for chunk in F.normalize(queries, dim=1).split(1024):
-        similarity, nearest = (chunk @ gallery.t()).topk(min(k, len(gallery)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
-        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+    predicted = [torch.empty(len(ks), 0, dtype=torch.int64, device=queries.device)]
+    for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // len(gallery))):
+        similarity, nearest = (chunk @ gallery.t()).topk(min(max(ks), len(gallery)), dim=1)
+        weight = (similarity / temperature).exp()
+        votes = [
+            torch.zeros(len(chunk), num_classes, device=chunk.device).scatter_add_(
+                1, labels[nearest[:, :k]], weight[:, :k]
+            )
+            for k in ks
+        ]
+        predicted.append(torch.stack(votes).argmax(dim=2))
+    return torch.cat(predicted, dim=1)
 
 
 def knn_accuracy(
-    backbone: ConvNeXt,
+    train: Features, val: Features, num_classes: int, world: World, *, ks: Sequence[int], temperature: float = 0.07
+) -> dict[str, float]:
+    """Accuracy in percent of ``val`` against the gallery ``train`` for each k, as ``knnK``.
+
+    Every rank has all features; they share the queries.
+    """
+    mine = slice(world.rank, None, world.size)
+    predicted = knn_predict(val.values[mine], train.values, train.labels, ks, temperature, num_classes)
+    right = world.sum((predicted == val.labels[mine]).sum(dim=1))
+    return {f"knn{k}": 100 * count / len(val.labels) for k, count in zip(ks, right.tolist(), strict=True)}
+
+
+def knn_of(
     data: DataConfig,
+    extract: Callable[[Source], Features],
+    world: World,
     *,
-    k: int = 10,
+    ks: Sequence[int],
     temperature: float = 0.07,
     gallery: int | None = 20_000,
     queries: int | None = None,
-    batch_size: int = 256,
-    precision: str = "float32",
-    world: World,
-) -> float:
-    """k-NN accuracy in percent of pooled features: validation images against training images.
+) -> dict[str, float]:
+    """:func:`knn_accuracy` of validation images against training images, and how many of each.
 
-    ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all. Single process.
+    ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all.
     """
-    train, val = train_source(data), val_source(data)
-    classes = require_labels(train, "data.path")
-    require_labels(val, "data.val_path")
-    gallery_features, gallery_labels = pooled_features(
-        backbone, _first(train, gallery), data, batch_size, precision, world
-    )
-    features, labels = pooled_features(backbone, _first(val, queries), data, batch_size, precision, world)
-    predicted = knn_predict(features, gallery_features, gallery_labels, k, temperature, len(classes))
-    return 100 * (predicted == labels).double().mean().item()
-
-
-def _first(source: Source, count: int | None) -> Source:
-    if count is None or count >= len(source):
-        return source
-    order = torch.randperm(len(source), generator=generator(0, Stream.SUBSET))
-    return Subset(source, order[:count].tolist())
+    train, val, classes = labelled_sources(data)
+    known, asked = extract(first(train, gallery)), extract(first(val, queries))
+    result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
+    return {**result, "gallery": len(known.labels), "queries": len(asked.labels)}

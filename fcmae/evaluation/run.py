@@ -1,21 +1,31 @@
-"""The commands ``evaluate``, ``knn`` and ``reconstruct`` as functions."""
+"""The commands ``evaluate``, ``knn``, ``probe`` and ``reconstruct`` as functions."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from timm.models.convnext import ConvNeXt
+from torch import Tensor
 
-from fcmae.config import DataConfig, EvaluateConfig, KnnConfig, check
+from fcmae.config import CheckpointConfig, DataConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
+from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
-from fcmae.data.sources import ImageFolder, require_labels, val_source
-from fcmae.data.transforms import eval_transform, normalize
-from fcmae.errors import CheckpointError
+from fcmae.data.sources import ImageFolder, Source, require_labels, val_source
+from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.errors import CheckpointError, UsageError
+from fcmae.evaluation import probe as linear
+from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy
-from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.features import Extractor, Features, labelled_sources
+from fcmae.evaluation.knn import knn_of
+from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruction_picture
+from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
@@ -29,46 +39,123 @@ def _load(path: str, ema: bool = True) -> tuple[FCMAE | ConvNeXt, DataConfig]:
     return model_of(state, file, ema), config_of(state, file).data
 
 
-def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
-    """Top-1 and top-5 of a fine-tuned checkpoint, with its averaged weights too where it kept some."""
-    file = checkpoint.resolve(cfg.checkpoint)
-    state = checkpoint.read(file)
-    data = cfg.merge_data(config_of(state, file).data)
+@contextlib.contextmanager
+def _connected(cfg: CheckpointConfig) -> Iterator[World]:
+    """The ranks of this launch, with the matrix multiplications that ``cfg.precision`` allows."""
     world = distributed.connect(cfg.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
     try:
-        result: dict[str, float] = {}
-        for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-            model = model_of(state, file, ema)
-            if isinstance(model, FCMAE):
-                raise CheckpointError(
-                    f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn"
-                )
-            source = val_source(data)
-            if require_labels(source, "data.val_path") != state["classes"]:
-                raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
-            metrics = accuracy(model.to(world.device), source, data, cfg.batch_size, cfg.precision, world)
-            result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-        return result
+        yield world
     finally:
         distributed.disconnect()
 
 
-def knn(cfg: KnnConfig) -> dict[str, float]:
-    """k-NN accuracy of a checkpoint's backbone."""
-    model, own = _load(cfg.checkpoint)
+@contextlib.contextmanager
+def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
+    """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
+    file = checkpoint.resolve(cfg.checkpoint)
+    identity = {"checkpoint": checkpoint.checksum(file)}  # first: a run in progress may go on to another file
+    model, own = _load(str(file))
     backbone = model.backbone if isinstance(model, FCMAE) else model
-    device = distributed.pick_device(cfg.device)
-    accuracy_percent = knn_accuracy(
-        backbone.to(device),
-        cfg.merge_data(own),
-        k=cfg.k,
-        temperature=cfg.temperature,
-        gallery=cfg.gallery,
-        batch_size=cfg.batch_size,
-        precision=cfg.precision,
-        world=World(0, 1, 0, 1, device),
-    )
-    return {"knn": accuracy_percent, "k": cfg.k}
+    with _connected(cfg) as world:
+        data = cfg.merge_data(own)
+        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
+        if cfg.cache is None:
+            yield extractor, extractor
+            return
+        folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
+        yield extractor, CachedExtractor(extractor, folder, identity)
+
+
+def _features_folder(file: Path) -> Path:
+    """The folder ``features`` of a checkpoint's run; beside a checkpoint that is in none."""
+    return (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "features"
+
+
+def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
+    """Top-1 and top-5 of a fine-tuned checkpoint, with its averaged weights too where it kept some.
+
+    The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
+    first.
+    """
+    file = checkpoint.resolve(cfg.checkpoint)
+    state = checkpoint.read(file)
+    data = cfg.merge_data(config_of(state, file).data)
+    if state["task"] == "pretrain":
+        raise CheckpointError(
+            f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn or probe"
+        )
+    classes: list[str] = state["classes"]
+    source = val_source(data)
+    accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
+    if accepted is None and require_labels(source, "data.val_path") != classes:
+        raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
+    tables = cfg.per_class is not None or cfg.confusion is not None
+    if tables and accepted is not None and max(map(len, accepted)) > 1:
+        raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
+    result: dict[str, float] = {}
+    with _connected(cfg) as world:
+        for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
+            model = model_of(state, file, ema).to(world.device)
+            confusion = None
+            if tables:
+                confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
+            metrics = accuracy(
+                model,
+                source,
+                data,
+                cfg.batch_size,
+                cfg.precision,
+                world,
+                accepted=accepted,
+                confusion=confusion,
+            )
+            result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+        if confusion is not None:
+            total = world.sum(confusion).cpu()
+            world.on_main(lambda: _write_tables(cfg, classes, total))
+        return result if world.is_main else None
+
+
+def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:
+    if cfg.per_class is not None:
+        write_per_class(Path(cfg.per_class), classes, confusion)
+    if cfg.confusion is not None:
+        write_confusion(Path(cfg.confusion), classes, confusion)
+
+
+def knn(cfg: KnnConfig) -> dict[str, float] | None:
+    """k-NN accuracy of a checkpoint's frozen features; None on ranks other than the first."""
+    with _frozen(cfg) as (extractor, extract):
+        world = extractor.world
+        limits = {"gallery": cfg.gallery, "queries": cfg.queries}
+        result = knn_of(extractor.data, extract, world, ks=cfg.k, temperature=cfg.temperature, **limits)
+        return result if world.is_main else None
+
+
+def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
+    """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
+    with _frozen(cfg) as (extractor, extract):
+        data, world = extractor.data, extractor.world
+        train, val, classes = labelled_sources(data)
+
+        def cropped() -> Iterator[Features]:
+            for epoch in itertools.count():
+                yield extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
+
+        epochs = cropped() if cfg.random_crops else itertools.repeat(extract(train))
+        known = extract(val)
+        heads = linear.probe(epochs, known, len(classes), cfg, world)
+        best = max(heads, key=lambda head: head["top1"])
+        result = {
+            "top1": best["top1"],
+            "top5": best["top5"],
+            "blr": best["blr"],
+            "chosen": f"the best of {len(heads)} learning rates, on the validation images themselves",
+            "images": len(known.labels),
+            "all": heads,
+        }
+        return result if world.is_main else None
 
 
 def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int) -> Image.Image:

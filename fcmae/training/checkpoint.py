@@ -147,6 +147,19 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> State:
     return state
 
 
+def checksum(path: Path) -> str:
+    """The SHA-256 that a checkpoint file states of itself, in hexadecimal; :func:`read` verifies it.
+
+    Raises CheckpointError naming the file.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+            return file.read().hex()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
 def step_of(path: Path) -> int:
     """The number of optimizer steps done when a checkpoint was written, from its name."""
     match = PATTERN.fullmatch(path.name)

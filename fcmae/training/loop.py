@@ -15,8 +15,7 @@ from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
-from fcmae.evaluation.classify import EvaluationStopped
-from fcmae.evaluation.features import autocast
+from fcmae.evaluation.features import EvaluationStopped, autocast
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
@@ -25,6 +24,7 @@ from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
+from fcmae.training.monitors import Monitor
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.recipe import check_recipe
 from fcmae.training.resume import newest_state, say
@@ -74,7 +74,8 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
         checkpoints.sweep()
         checkpoints.set_aside(state.step, say)
         _write_config(run_dir, config)
-        say(_summary(task, plan, state, schedule.total_steps, world))
+        for line in (*task.notes, _summary(task, plan, state, schedule.total_steps, world)):
+            say(line)
     stop = StopAgreement(world, cfg.trainer.max_hours)
     verdict = stop.at_once()
     model = _wrap(task.model, cfg.trainer, world)
@@ -106,21 +107,23 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     accumulate = plan.accum_steps > 1
     backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
 
-    def evaluate_if_due(verdict: Verdict) -> tuple[bool, Verdict]:
-        """Whether an evaluation found this state the best so far; and the verdict, which may have become to stop.
+    def look(verdict: Verdict) -> tuple[bool, Verdict]:
+        """Whether a monitor that is due found this state the best so far; and the verdict, which may become to stop.
 
-        A stop does not wait for an evaluation: the next process begins with it.
+        A stop does not wait for them: the next process begins with them.
         """
         if not state.evaluation_due or verdict != Verdict.GO_ON:
             return False, verdict
+        best = False
         try:
-            score = task.evaluate(state.average, state.step, logger, world, stop.wished)
+            for monitor in _due_monitors(task, state.step, stop_step, plan):
+                best |= state.improves(monitor.look(state.average, state.step, logger, world, stop.wished))
+                meter.restart()
+                watchdog.beat()
         except EvaluationStopped:
-            return False, Verdict.STOP
+            return best, Verdict.STOP
         state.evaluation_due = False
-        meter.restart()
-        watchdog.beat()
-        return state.improves(score), verdict
+        return best, verdict
 
     def save() -> None:
         act_on_non_finite(guard, task, plan, run_dir, world)
@@ -130,7 +133,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     model.train()
     with contextlib.closing(logger), contextlib.closing(saver):
         if state.evaluation_due:
-            _, verdict = evaluate_if_due(verdict)
+            _, verdict = look(verdict)
             save()
         while state.step < stop_step and verdict == Verdict.GO_ON:
             step = state.step
@@ -158,8 +161,8 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
                 left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
                 epoch = state.step / plan.steps_per_epoch
                 logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
-            state.evaluation_due = at_end or _due(state.step, cfg.trainer.eval_every_epochs, plan)
-            best, verdict = evaluate_if_due(verdict)
+            state.evaluation_due = bool(_due_monitors(task, state.step, stop_step, plan))
+            best, verdict = look(verdict)
             due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
             if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
                 save()
@@ -251,6 +254,11 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
     if state.ema is not None:
         state.ema.update(state.model)
     return norm
+
+
+def _due_monitors(task: Task, step: int, stop_step: int, plan: BatchPlan) -> list[Monitor]:
+    """The monitors that look after a step: all of them at the end."""
+    return [m for m in task.monitors if step == stop_step or _due(step, m.every_epochs, plan)]
 
 
 def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:

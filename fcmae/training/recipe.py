@@ -43,7 +43,8 @@ HARMLESS = frozenset(
         "trainer.hang_timeout",
     }
 )
-"""Keys that may change on resuming, besides all of the group ``logger``. Every other key is part of the recipe."""
+"""Keys that may change on resuming, besides all of :data:`HARMLESS_GROUPS`. Every other key is part of the recipe."""
+HARMLESS_GROUPS = ("logger.", "monitor.")
 
 
 WHOLE = ("data.source", "data.val_source")
@@ -60,7 +61,7 @@ def check_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [
         f"  {key}: {before[key]!r} -> {value!r}"
         for key, value in now.items()
-        if key in before and before[key] != value and key not in HARMLESS and not key.startswith("logger.")
+        if key in before and before[key] != value and key not in HARMLESS and not key.startswith(HARMLESS_GROUPS)
     ]
     if changed:
         raise UsageError(

@@ -1,9 +1,8 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,11 @@ from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.randomness import Stream, generator
 from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, load_state
+from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, config_of, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
+from fcmae.training.monitors import Monitor, OnlineKnn, Wish
 from fcmae.training.saver import write_encoder
-
-Score: TypeAlias = float | None
-Wish: TypeAlias = Callable[[], bool]
-"""Whether this rank wishes to stop."""
 
 
 class Task(Protocol):
@@ -39,6 +35,10 @@ class Task(Protocol):
 
     name: str
     source: Source
+    monitors: list[Monitor]
+    """What is looked at while training goes on, in this order."""
+    notes: list[str]
+    """What the user should know before training starts, a line each."""
 
     @property
     def cfg(self) -> RunConfig: ...
@@ -56,13 +56,6 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
-        ...
-
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
-        """Evaluates and logs. Returns what the best checkpoint is chosen by, the same on all ranks, if anything.
-
-        Raises EvaluationStopped, on all ranks, if ``stop`` says on one of them that the run is to end.
-        """
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -87,6 +80,11 @@ class Pretraining:
         rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
+        self.notes: list[str] = []
+        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_picture)]
+        if cfg.monitor.knn_every_epochs is not None:
+            knn = OnlineKnn(self.model.backbone, cfg)
+            self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
@@ -101,10 +99,9 @@ class Pretraining:
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
         return model(imgs, random_mask(noise, self.keep), self.keep).loss
 
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
+    def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
             logger.picture(step, "reconstruction", self.picture(world.device))
-        return None
 
     @torch.no_grad()
     def picture(self, device: torch.device) -> Any:
@@ -150,10 +147,10 @@ class Finetuning:
             raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
+        self.notes: list[str] = []
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
         if cfg.init_from is not None:
-            path = checkpoint.resolve(cfg.init_from)
-            load_state(self.model, backbone_weights(checkpoint.read(path)), path, except_prefix="head.fc.")
+            self.notes = _initialise(self.model, cfg)
         self.mixup: Mixup | None = None
         if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
             self.mixup = Mixup(
@@ -162,6 +159,7 @@ class Finetuning:
                 label_smoothing=cfg.augment.label_smoothing,
                 num_classes=len(self.classes),
             )
+        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_accuracy)]
 
     def dataset(self) -> Dataset:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
@@ -180,7 +178,7 @@ class Finetuning:
         imgs, targets = self.mixup(imgs, labels)
         return F.cross_entropy(model(imgs), targets)
 
-    def evaluate(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> Score:
+    def _log_accuracy(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
@@ -199,3 +197,24 @@ class Finetuning:
 
     def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
         pass
+
+
+def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:
+    """Loads the backbone of ``cfg.init_from``, strictly; the classifier keeps its initial weights.
+
+    Returns:
+        What differs in the images that the checkpoint was trained with, a line each.
+    """
+    assert cfg.init_from is not None
+    path = checkpoint.resolve(cfg.init_from)
+    state = checkpoint.read(path)
+    load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
+    before = config_of(state, path).data
+    differing = [
+        f"data.{name} is {getattr(cfg.data, name)}; {path} was trained with {getattr(before, name)}"
+        for name in ("image_size", "mean", "std", "pad")
+        if getattr(cfg.data, name) != getattr(before, name)
+    ]
+    if "classes" in state:
+        differing.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
+    return differing

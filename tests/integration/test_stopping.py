@@ -81,8 +81,8 @@ SIGNAL_IN_EVALUATION = """
 import os, signal, sys
 import fcmae.evaluation.classify as classify
 batches = classify.batches
-def interrupted(*args):
-    for number, batch in enumerate(batches(*args)):
+def interrupted(*args, **kwargs):
+    for number, batch in enumerate(batches(*args, **kwargs)):
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch

@@ -60,7 +60,30 @@ def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
         compose("knn", ["checkpoint=x", "data.in_chans=many"]).merge_data(own)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "knn"])
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("pretrain", "monitor.knn_k=[]", r"monitor.knn_k is \[\]; allowed is a positive integer, or a list of them"),
+        ("pretrain", "monitor.knn_every_epochs=0", "monitor.knn_every_epochs is 0.0; allowed is a positive number"),
+        ("knn", "k=[10,0]", r"k is \[10, 0\]; allowed is a positive integer, or a list of them"),
+        ("knn", "pooling=max", "pooling is 'max'; allowed is one of norm, mean"),
+        ("probe", "blr=[]", r"blr is \[\]; allowed is one positive number or more, in a list"),
+        ("probe", "optimizer=lamb", "optimizer is 'lamb'; allowed is one of lars, sgd, adamw"),
+        ("probe", "warmup_epochs=91", "warmup_epochs is 91; allowed is from 0 to epochs"),
+        ("probe", "train_batch_size=1", "train_batch_size is 1; allowed is 2 or more"),
+    ],
+)
+def test_ranges_of_evaluation(command, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(command, [override, *(["checkpoint=x"] if command != "pretrain" else [])])
+
+
+def test_one_k_is_a_list_of_one():
+    assert compose("knn", ["checkpoint=x", "k=5"]).k == [5]
+    assert compose("knn", ["checkpoint=x"]).k == [10, 20]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "knn", "probe"])
 def test_a_checkpoint_is_required(command):
     with pytest.raises(ConfigError, match="checkpoint is ''; allowed is a run's directory"):
         compose(command)
@@ -68,7 +91,7 @@ def test_a_checkpoint_is_required(command):
 
 def test_every_key_of_every_group_file_is_in_the_schema():
     """A group option nobody composes must not rot."""
-    for group in ("model", "data", "optim", "schedule", "engine", "trainer", "logger", "augment"):
+    for group in ("model", "data", "optim", "schedule", "engine", "trainer", "monitor", "logger", "augment"):
         for file in (conf_dir() / group).glob("*.yaml"):
             commands = ["finetune"] if group == "augment" else ["pretrain"]
             for command in commands:

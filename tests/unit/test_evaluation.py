@@ -1,13 +1,20 @@
+import json
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fcmae.config import DataConfig
-from fcmae.data.sources import Sample
+from fcmae.data.sources import Sample, val_source
 from fcmae.data.transforms import normalize
+from fcmae.errors import UsageError
 from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_accuracy, knn_predict
+from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
+from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training.distributed import World
 
@@ -46,22 +53,129 @@ def test_accuracy_counts_every_image_once():
     assert result["top5"] == pytest.approx(100 * 21 / 23)
 
 
+def test_every_accepted_class_is_right_and_images_without_one_are_left_out():
+    labels = [[index % 10] for index in range(23)]
+    labels[9] = [9, 0]  # Guess takes a 9 for a 0
+    labels[0] = []
+    result = accuracy(Guess(), Known(), DATA, batch_size=5, precision="float32", world=CPU, accepted=labels)
+    assert result["images"] == 22
+    assert result["top1"] == pytest.approx(100 * 17 / 22)  # the 9 instead of the first 0
+
+
+def test_confusion_counts_predictions_by_true_class():
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    accuracy(Guess(), Known(), DATA, batch_size=5, precision="float32", world=CPU, confusion=confusion)
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    for index in range(23):
+        label = index % 10
+        expected[label, label if label < 7 else (label + 1) % 10] += 1
+    assert torch.equal(confusion, expected)
+
+
+def test_tables_of_classes(tmp_path):
+    confusion = torch.tensor([[3, 1], [0, 0]])
+    for name in ("a.json", "a.csv"):
+        write_per_class(tmp_path / name, ["cat", "dog"], confusion)
+    expected = {
+        "cat": {"images": 4, "right": 3, "top1": 75.0},
+        "dog": {"images": 0, "right": 0, "top1": None},
+    }
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
+    assert (tmp_path / "a.csv").read_text().split() == ["class,images,right,top1", "cat,4,3,75.0", "dog,0,0,"]
+    write_confusion(tmp_path / "b.csv", ["cat", "dog"], confusion)
+    assert (tmp_path / "b.csv").read_text().splitlines() == ["true class,cat,dog", "cat,3,1", "dog,0,0"]
+    write_confusion(tmp_path / "b.json", ["cat", "dog"], confusion)
+    assert json.loads((tmp_path / "b.json").read_text()) == {"classes": ["cat", "dog"], "matrix": [[3, 1], [0, 0]]}
+
+
+class Named:
+    """Images that are only names."""
+
+    names = ("val/b/2.png", "val/a/1.png", "val/a/3.png")
+
+    def __len__(self):
+        return 3
+
+    def describe(self, index):
+        return self.names[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("real.json", "[[1], [0, 1], []]"),  # in order of file name: 1.png, 2.png, 3.png
+        ("labels.json", '{"2.png": [0, "dog"], "a/1.png": "dog", "1.png": "cat", "val/a/3.png": []}'),
+        ("labels.csv", "2.png,cat,1\na/1.png,dog\n3.png,\n"),
+    ],
+)
+def test_labels_are_found_by_name_or_order(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_accepted(tmp_path / name, Named(), ["cat", "dog"]) == [[0, 1], [1], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.json", "[[1]]", "has 1 entries for 3 images"),
+        ("l.json", "{", "cannot be read"),
+        ("l.json", "3", "holds a int; allowed is a list or an object"),
+        ("l.csv", "1.png,cat\n2.png,dog", "has no entry for val/a/3.png"),
+        ("l.csv", "1.png,cow\n2.png,dog\n3.png,cat", "has the class 'cow'; allowed is a class's name or 0 to 1"),
+        ("l.csv", "1.png,2\n2.png,dog\n3.png,cat", "has the class '2'"),
+        ("l.json", "[[], [], []]", "has no class for any image"),
+    ],
+)
+def test_a_mistake_in_a_file_of_labels_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_accepted(tmp_path / name, Named(), ["cat", "dog"])
+
+
 def test_knn_votes_by_similarity():
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.0]])
     labels = torch.tensor([0, 0, 1, 1, 2])
     queries = torch.tensor([[2.0, 0.1], [0.0, 3.0], [-5.0, 0.0]])
-    assert knn_predict(queries, gallery, labels, 3, 0.07, 3).tolist() == [0, 1, 2]
+    assert knn_predict(queries, gallery, labels, [3], 0.07, 3).tolist() == [[0, 1, 2]]
 
 
 def test_one_very_near_neighbour_outvotes_two_far_ones():
     gallery = torch.tensor([[1.0, 0.0], [0.5, 0.87], [0.5, -0.87]])
-    assert knn_predict(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0, 1, 1]), 3, 0.07, 2).tolist() == [0]
-    assert knn_predict(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([0, 1, 1]), 3, 10.0, 2).tolist() == [1]
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1])
+    assert knn_predict(query, gallery, labels, [3], 0.07, 2).tolist() == [[0]]
+    assert knn_predict(query, gallery, labels, [3], 10.0, 2).tolist() == [[1]]
+
+
+def test_several_k_at_once_and_in_chunks_are_what_each_is_alone(monkeypatch):
+    gallery, labels, queries = torch.randn(40, 8), torch.randint(0, 4, (40,)), torch.randn(30, 8)
+    together = knn_predict(queries, gallery, labels, [1, 5, 100], 0.07, 4)
+    monkeypatch.setattr("fcmae.evaluation.knn.SIMILARITIES", 280)
+    for row, k in zip(together, [1, 5, 100], strict=True):
+        assert torch.equal(row, knn_predict(queries, gallery, labels, [k], 0.07, 4)[0])
+    nearest = (F.normalize(queries) @ F.normalize(gallery).t()).argmax(1)
+    assert torch.equal(together[0], labels[nearest])
+
+
+@pytest.mark.parametrize("pooling", ["norm", "mean"])
+def test_features_are_what_the_classifier_pools(pooling):
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    torch.nn.init.normal_(backbone.head.norm.weight)
+    features = Extractor(backbone, DATA, CPU, batch_size=7, pooling=pooling)(Known())
+    assert features.labels.tolist() == [index % 10 for index in range(23)]
+    maps = backbone.eval().forward_features(normalize(Known()[4].image[None], DATA.mean, DATA.std))
+    pooled = maps.mean((2, 3)) if pooling == "mean" else backbone.head.norm(maps.mean((2, 3), keepdim=True)).flatten(1)
+    torch.testing.assert_close(features.values[4:5], pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_extracting_leaves_the_model_in_training_mode():
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    Extractor(backbone.train(), DATA, CPU)(Known())
+    assert all(module.training for module in backbone.modules())
 
 
 def test_knn_of_identical_images_is_perfect():
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    assert knn_accuracy(backbone, DATA, k=1, world=CPU) == 100
+    features = Extractor(backbone, DATA, CPU)(val_source(DATA))
+    assert knn_accuracy(features, features, 10, CPU, ks=[1]) == {"knn1": 100}
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])

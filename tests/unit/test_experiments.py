@@ -1,6 +1,7 @@
 """Every experiment file composes, opens with its command, and comes to the numbers that its recipe says."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fcmae.config import FinetuneConfig, PretrainConfig, compose, conf_dir
+from benchmarks import recipes
+from fcmae.config import FinetuneConfig, KnnConfig, PretrainConfig, ProbeConfig, compose, conf_dir
 from fcmae.data.loader import BatchPlan
 from fcmae.interchange.official import dense_name
 from fcmae.models import create_backbone
@@ -17,8 +19,9 @@ from tests.conftest import GOLDEN
 
 FOLDER = conf_dir() / "experiment"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-COMMAND = re.compile(r"# fcmae (pretrain|finetune) experiment=(\S+)")
-IMAGES = 1_281_167
+COMMAND = re.compile(r"# fcmae (pretrain|finetune|probe|knn) experiment=(\S+)")
+ARITHMETIC = re.compile(r"(\d[\d,.e-]*(?: (?:\*|//?|\+) \d[\d,.e-]*)+) = ([\d,.]*\d(?:e-?\d+)?)( million)?")
+IMAGES = {"in1k": 1_281_167, "in22k": 14_197_122}
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
 
 # ConvNeXt V2, arXiv 2301.00808, appendix A.1, one column a size; blr as in the official commands.
@@ -53,6 +56,30 @@ FINETUNING_LR = {
     "large": 2.5e-3,
     "huge": 5e-3,
 }
+FINETUNED = dict(zip(SIZES, (76.7, 78.5, 80.3, 81.9, 83.0, 84.9, 85.8, 86.3), strict=True))
+
+# ImageNet-22K, and from there to 1K; the same source. Layer decay: as on ImageNet-1K, single below Base.
+IN22K: dict[str, tuple[Any, ...]] = {
+    "nano": (2.5e-4, 0.05, 0.9, "single", 90, 5, 0.8, 1.0, 0.1, 0.0),
+    "tiny": (2.5e-4, 0.05, 0.9, "single", 90, 5, 0.8, 1.0, 0.1, 0.0),
+    "base": (2.5e-4, 0.05, 0.8, "group", 90, 5, 0.8, 1.0, 0.1, 0.1),
+    "large": (2.5e-4, 0.05, 0.8, "group", 90, 5, 0.8, 1.0, 0.1, 0.1),
+    "huge": (2.5e-4, 0.05, 0.8, "group", 90, 5, 0.8, 1.0, 0.1, 0.3),
+}
+TO_1K: dict[str, tuple[Any, ...]] = {
+    "nano": (2.5e-5, 1e-8, 0.9, "single", 90, 0, 0.0, 0.0, 0.1, 0.1),
+    "tiny": (2.5e-5, 1e-8, 0.9, "single", 90, 0, 0.0, 0.0, 0.1, 0.1),
+    "base": (2.5e-5, 1e-8, 0.8, "group", 30, 0, 0.0, 0.0, 0.1, 0.2),
+    "large": (2.5e-5, 1e-8, 0.8, "group", 30, 0, 0.0, 0.0, 0.1, 0.3),
+    "huge": (2.5e-5, 1e-8, 0.85, "group", 30, 0, 0.0, 0.0, 0.1, 0.5),
+}
+TO_1K_PUBLISHED = {
+    "nano": {224: 82.1, 384: 83.4},
+    "tiny": {224: 83.9, 384: 85.1},
+    "base": {224: 86.8, 384: 87.7},
+    "large": {224: 87.3, 384: 88.2},
+    "huge": {384: 88.7, 512: 88.9},
+}
 
 
 def name_of(file: Path) -> str:
@@ -63,14 +90,31 @@ def finetuning(size: str) -> FinetuneConfig:
     return compose("finetune", [f"experiment=in1k/finetune_{size}"])
 
 
-def plan_of(cfg: PretrainConfig | FinetuneConfig, ranks: int) -> BatchPlan:
+def plan_of(cfg: PretrainConfig | FinetuneConfig, ranks: int, data: str = "in1k") -> BatchPlan:
     trainer = cfg.trainer
-    return BatchPlan.create(IMAGES, trainer.global_batch_size, trainer.micro_batch_size, ranks, cfg.seed)
+    return BatchPlan.create(IMAGES[data], trainer.global_batch_size, trainer.micro_batch_size, ranks, cfg.seed)
 
 
-def steps_of(cfg: PretrainConfig | FinetuneConfig) -> tuple[int, int]:
+def recipe_of(cfg: FinetuneConfig) -> tuple[Any, ...]:
+    """What differs between sizes, in the order of FINETUNING."""
+    optim, schedule, augment = cfg.optim, cfg.schedule, cfg.augment
+    return (
+        *(optim.blr, optim.weight_decay, optim.layer_decay, optim.layer_decay_type),
+        *(schedule.epochs, schedule.warmup_epochs),
+        *(augment.mixup, augment.cutmix, augment.label_smoothing, cfg.model.drop_path_rate),
+    )
+
+
+def published(experiment: str) -> float:
+    """The result that an experiment file states."""
+    match = re.search(r"# Published top-1: (\d+\.\d)", (FOLDER / f"{experiment}.yaml").read_text())
+    assert match is not None
+    return float(match[1])
+
+
+def steps_of(cfg: PretrainConfig | FinetuneConfig, data: str = "in1k") -> tuple[int, int]:
     """Steps of warm-up and in all, as the training loop counts them."""
-    per_epoch = plan_of(cfg, 1).steps_per_epoch
+    per_epoch = plan_of(cfg, 1, data).steps_per_epoch
     return round(cfg.schedule.warmup_epochs * per_epoch), round(cfg.schedule.epochs * per_epoch)
 
 
@@ -79,13 +123,26 @@ def test_opens_with_its_command_and_composes(file: Path) -> None:
     package, command = file.read_text().splitlines()[:2]
     assert package == "# @package _global_"
     match = COMMAND.match(command)
-    assert match is not None, f"{file} does not open with `# fcmae pretrain|finetune experiment=...`: {command}"
+    assert match is not None, f"{file} does not open with `# fcmae COMMAND experiment=...`: {command}"
     assert match[2] == name_of(file)
-    compose(match[1], [f"experiment={match[2]}"])
+    compose(match[1], [f"experiment={match[2]}", *(["checkpoint=RUN"] if match[1] in ("probe", "knn") else [])])
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_arithmetic_in_its_comments_is_right(file: Path) -> None:
+    for sum_, result, million in ARITHMETIC.findall(file.read_text()):
+        value = eval(sum_.replace(",", "")) / (1e6 if million else 1)  # digits and + * / only
+        mantissa, _, exponent = result.replace(",", "").partition("e")
+        last_digit = 10 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        assert value == pytest.approx(float(result.replace(",", "")), abs=0.5001 * last_digit), sum_
+
+
+def test_costs_and_the_table_are_what_the_measurements_say(capsys: pytest.CaptureFixture) -> None:
+    assert recipes.main(["--check"]) == 0, capsys.readouterr().out + "run python benchmarks/recipes.py"
 
 
 def test_there_are_experiments() -> None:
-    assert len(FILES) >= 11
+    assert len(FILES) >= 35
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
@@ -114,13 +171,9 @@ def test_imagenet_pretraining(size: str, epochs: int, total: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_imagenet_finetuning(size: str) -> None:
     cfg = finetuning(size)
-    optim, schedule, augment = cfg.optim, cfg.schedule, cfg.augment
-    recipe = (
-        *(optim.blr, optim.weight_decay, optim.layer_decay, optim.layer_decay_type),
-        *(schedule.epochs, schedule.warmup_epochs),
-        *(augment.mixup, augment.cutmix, augment.label_smoothing, cfg.model.drop_path_rate),
-    )
-    assert recipe == FINETUNING[size]
+    optim, augment = cfg.optim, cfg.augment
+    assert recipe_of(cfg) == FINETUNING[size]
+    assert published(f"in1k/finetune_{size}") == FINETUNED[size]
     assert cfg.model.backbone == f"convnextv2_{size}"
     assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
     assert (augment.auto_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
@@ -129,7 +182,68 @@ def test_imagenet_finetuning(size: str) -> None:
     assert (cfg.data.image_size, cfg.data.crop_scale, cfg.data.crop_pct) == ((224, 224), [0.08, 1.0], 0.875)
     assert optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(FINETUNING_LR[size])
     assert plan_of(cfg, 1).steps_per_epoch == 1_251
-    assert steps_of(cfg) == (schedule.warmup_epochs * 1_251, FINETUNING_STEPS[size])
+    assert steps_of(cfg) == (cfg.schedule.warmup_epochs * 1_251, FINETUNING_STEPS[size])
+
+
+@pytest.mark.parametrize("size", IN22K)
+def test_imagenet_22k(size: str) -> None:
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/finetune_{size}"])
+    assert recipe_of(cfg) == IN22K[size]
+    assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (224, 224))
+    assert (cfg.augment.auto_augment, cfg.augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
+    assert cfg.trainer.ema_decay is None
+    assert cfg.optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(4e-3)
+    assert steps_of(cfg, "in22k") == (17_330, 311_940)
+
+
+@pytest.mark.parametrize(("size", "pixels"), [(size, px) for size, of_px in TO_1K_PUBLISHED.items() for px in of_px])
+def test_imagenet_22k_to_1k(size: str, pixels: int) -> None:
+    name = f"in22k/to_1k_{size}_{pixels}"
+    cfg: FinetuneConfig = compose("finetune", [f"experiment={name}"])
+    assert recipe_of(cfg) == TO_1K[size]
+    assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (pixels, pixels))
+    assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
+    assert cfg.trainer.ema_decay == (None if size == "huge" else 0.9999)
+    assert cfg.optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(5e-5)
+    assert steps_of(cfg) == (0, {30: 75_060, 90: 225_180}[TO_1K[size][4]])
+    assert published(name) == TO_1K_PUBLISHED[size][pixels]
+
+
+def test_every_published_size_of_image_has_a_file() -> None:
+    files = {name_of(file) for file in FILES if re.search(r"in22k/to_1k_\w+_\d", name_of(file))}
+    assert files == {f"in22k/to_1k_{size}_{px}" for size, of_px in TO_1K_PUBLISHED.items() for px in of_px}
+
+
+def test_probe_is_maes_recipe() -> None:
+    cfg: ProbeConfig = compose("probe", ["experiment=in1k/probe", "checkpoint=RUN"])
+    assert (cfg.optimizer, cfg.epochs, cfg.warmup_epochs, cfg.train_batch_size) == ("lars", 90, 10, 16_384)
+    assert (cfg.weight_decay, cfg.momentum) == (0, 0.9)
+    assert 0.1 in cfg.blr
+
+
+def test_knn_compares_all_images() -> None:
+    cfg: KnnConfig = compose("knn", ["experiment=in1k/knn", "checkpoint=RUN"])
+    assert (cfg.gallery, cfg.queries, cfg.k, cfg.temperature) == (None, None, [10, 20, 100], 0.07)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny", "base"])
+def test_a_budget_fits_into_a_day(size: str) -> None:
+    """By the slowest speed known of an H100; Tiny's fine-tuning is bounded by Base's."""
+    speeds = recipes.measured()
+    hours = 0.0
+    for command, engines in (("pretrain", ["packed"]), ("finetune", ["timm", "masked"])):
+        cfg = compose(command, [f"experiment=budget/{size}_{command}"])
+        assert cfg.model.backbone == f"convnextv2_{size}"
+        known = [
+            speeds[key]
+            for model in dict.fromkeys((cfg.model.backbone, "convnextv2_base"))
+            for engine in engines
+            for key in sorted(speeds)
+            if key[0].startswith("H100") and key[1:] == (model, engine, 224)
+        ]
+        hours += steps_of(cfg)[1] * cfg.trainer.global_batch_size / known[0] / 3600
+    assert 16 < hours < 23.5
 
 
 @pytest.mark.parametrize(
@@ -138,6 +252,17 @@ def test_imagenet_finetuning(size: str) -> None:
         ("pretrain", "in1k/pretrain_800ep", {1: (256, 16), 8: (256, 2), 64: (64, 1)}),
         ("pretrain", "in1k/pretrain_1600ep", {1: (256, 16), 8: (256, 2), 64: (64, 1)}),
         *(("finetune", f"in1k/finetune_{size}", {1: (128, 8), 8: (128, 1), 64: (16, 1)}) for size in SIZES),
+        *(("finetune", f"in22k/finetune_{size}", {1: (128, 32), 8: (128, 4), 64: (64, 1)}) for size in IN22K),
+        *(
+            ("finetune", f"in22k/to_1k_{size}_224", {1: (128, 4), 8: (64, 1), 64: (8, 1)})
+            for size in ("nano", "tiny", "base", "large")
+        ),
+        *(
+            ("finetune", f"in22k/to_1k_{size}_384", {1: (64, 8), 8: (64, 1), 64: (8, 1)})
+            for size in ("nano", "tiny", "base", "large")
+        ),
+        ("finetune", "in22k/to_1k_huge_384", {1: (32, 16), 8: (32, 2), 64: (8, 1)}),
+        ("finetune", "in22k/to_1k_huge_512", {1: (16, 32), 8: (16, 4), 64: (8, 1)}),
     ],
 )
 def test_batches_of_1_8_and_64_ranks(command: str, experiment: str, batches: dict[int, tuple[int, int]]) -> None:
@@ -148,18 +273,38 @@ def test_batches_of_1_8_and_64_ranks(command: str, experiment: str, batches: dic
         assert ranks * micro * accumulation == cfg.trainer.global_batch_size
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_layer_decay_is_the_official_one(size: str) -> None:
-    golden = json.loads((GOLDEN / "layer_decay.json").read_text())[size]["params"]
-    cfg = finetuning(size)
+def official_layers(cfg: FinetuneConfig) -> dict[str, tuple[float, float]]:
+    """The factor on the learning rate and the weight decay of every parameter, by its official name."""
     with torch.device("meta"):
         model = create_backbone(cfg.model.backbone, num_classes=1000)
-    ours = {
+    return {
         dense_name(name): (group["lr_scale"], group["weight_decay"])
         for group in param_groups(model, cfg.optim)
         for name in group["names"]
     }
+
+
+def golden_layers(size: str) -> dict[str, dict[str, float]]:
+    return json.loads((GOLDEN / "layer_decay.json").read_text())[size]["params"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_layer_decay_is_the_official_one(size: str) -> None:
+    golden, ours = golden_layers(size), official_layers(finetuning(size))
     assert ours.keys() == golden.keys()
     for name, (scale, decay) in ours.items():
         assert scale == pytest.approx(golden[name]["lr_scale"], rel=1e-6), name
         assert decay == golden[name]["weight_decay"], name
+
+
+@pytest.mark.parametrize("size", IN22K)
+@pytest.mark.parametrize("stage", ["finetune_{}", "to_1k_{}_384"])
+def test_layer_decay_from_22k_has_the_official_layers(size: str, stage: str) -> None:
+    """Another factor than on ImageNet-1K, over the same layers."""
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/{stage.format(size)}"])
+    golden, ours = golden_layers(size), official_layers(cfg)
+    assert cfg.optim.layer_decay is not None
+    for name, (scale, decay) in ours.items():
+        layers = math.log(golden[name]["lr_scale"]) / math.log(FINETUNING[size][2])
+        assert scale == pytest.approx(cfg.optim.layer_decay**layers, rel=1e-5), name
+        assert (decay > 0) == (golden[name]["weight_decay"] > 0), name

@@ -1,0 +1,156 @@
+"""Features on disk, for as long as everything that they follow from is what it was."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fcmae.data.sources import Source
+from fcmae.evaluation.features import Extractor, Features
+
+FORMAT = 1
+IRRELEVANT = (
+    *("workers", "prefetch", "relist", "path", "val_path", "labels_per_class"),
+    *("crop_scale", "crop_ratio", "hflip", "crops_per_image", "decode_on"),
+)
+"""Keys of the data config that evaluation does not read, or that the source's fingerprint speaks of better."""
+
+
+@dataclass(frozen=True)
+class CachedExtractor:
+    """An :class:`Extractor` that keeps what it extracts in ``folder``.
+
+    A file's name is a hash of what its features follow from: the checkpoint's checksum, which weights of it, the data
+    config, the images (names, sizes, times of change) and labels, precision, pooling and versions. The file also holds
+    all of that in full, and is used only if it is exactly what is wanted. The first rank reads and writes.
+
+    Args:
+        identity: what the backbone is, e.g. its checkpoint's checksum.
+    """
+
+    extract: Extractor
+    folder: Path
+    identity: dict[str, str]
+
+    def __call__(self, source: Source) -> Features:
+        world = self.extract.world
+        wanted, found = "", None
+        if world.is_main:
+            wanted = self._describe(source)
+            found = self._read(wanted)
+        features = self._share(found)
+        if features is None:
+            features = self.extract(source)
+            if world.is_main:
+                self._write(wanted, features)
+        return features
+
+    def _describe(self, source: Source) -> str:
+        extract = self.extract
+        data = {name: value for name, value in asdict(extract.data).items() if name not in IRRELEVANT}
+        described: dict[str, Any] = {
+            "format": FORMAT,
+            **self.identity,
+            "data": data,
+            "images": fingerprint(source, extract.data.path, extract.data.val_path),
+            "precision": extract.precision,
+            "pooling": extract.pooling,
+            "device": extract.world.device.type,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+        }
+        return json.dumps(described, sort_keys=True)
+
+    def _path(self, wanted: str) -> Path:
+        return self.folder / f"{hashlib.sha256(wanted.encode()).hexdigest()[:24]}.safetensors"
+
+    def _read(self, wanted: str) -> Features | None:
+        path = self._path(wanted)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt", device=str(self.extract.world.device)) as file:
+                if (file.metadata() or {}).get("wanted") != wanted:
+                    return None
+                features = Features(file.get_tensor("values"), file.get_tensor("labels"))
+        except (OSError, SafetensorError) as error:
+            _say(f"features in {path} cannot be read: {error}; they are extracted again")
+            return None
+        _say(f"{len(features.labels)} features read from {path}")
+        return features
+
+    def _write(self, wanted: str, features: Features) -> None:
+        """Whole or not at all; a full disk is no reason to stop."""
+        path = self._path(wanted)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: value.cpu().contiguous() for name, value in features._asdict().items()}
+            save_file(tensors, temporary, {"wanted": wanted})
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            _say(f"features are not kept in {path}: {error}")
+
+    def _share(self, found: Features | None) -> Features | None:
+        """What the first rank found, on every rank."""
+        world = self.extract.world
+        if world.size == 1:
+            return found
+        width = self.extract.backbone.num_features
+        count = int(world.max(torch.tensor(-1 if found is None else len(found.labels))))
+        if count < 0:
+            return None
+        if found is None:
+            found = Features(
+                torch.empty(count, width, device=world.device),
+                torch.empty(count, dtype=torch.int64, device=world.device),
+            )
+        for tensor in found:
+            dist.broadcast(tensor, 0)
+        return found
+
+
+def fingerprint(source: Source, *paths: str | list[str] | None) -> str:
+    """A hash of a source's images and labels: of their names and, where there are files, sizes and times of change.
+
+    ``paths``: files or folders that the source may read; the files directly in them, such as shards, count too.
+    """
+    digest = hashlib.sha256(f"{len(source)} {source.classes}".encode())
+    for index in range(len(source)):
+        name = source.describe(index)
+        digest.update(f"{name} {source.label(index)} {_stamp(Path(name))}\n".encode())
+    for file in (file for path in paths for file in _files(path)):
+        digest.update(f"{file} {_stamp(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(paths: str | list[str] | None) -> list[Path]:
+    """Files, and those directly in folders: shards, idx files."""
+    found: list[Path] = []
+    for path in map(Path, [paths] if isinstance(paths, str) else paths or []):
+        found += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return found
+
+
+def _stamp(file: Path) -> str:
+    try:
+        status = os.stat(file)
+    except OSError:  # not a file: the source's own name for a sample
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

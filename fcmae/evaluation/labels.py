@@ -1,0 +1,74 @@
+"""Files of labels beside the images: other annotations of a validation set, such as ImageNet-ReaL's or -V2's."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fcmae.data.sources import Source
+from fcmae.errors import UsageError
+
+
+def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[int]]:
+    """The classes that are right for each image of ``source``, from a file in one of these forms.
+
+    - JSON, a list of lists: those of the first, second, ... image in order of file name (ImageNet-ReaL's real.json);
+    - JSON, an object: name of an image -> class or list of classes;
+    - CSV without a header: name of an image, class, class, ...
+
+    An image is named by its file name, with as many of its folders as wished. A class is its name, or else its number
+    from 0. Without classes an image is left out of the accuracy.
+
+    Raises UsageError for a file that cannot be read, and naming an image that is missing or a class that isn't known.
+    """
+    names = [source.describe(index) for index in range(len(source))]
+    given = _read(path)
+    if isinstance(given, list):
+        if len(given) != len(names):
+            raise UsageError(f"labels {path} has {len(given)} entries for {len(names)} images")
+        in_order = sorted(range(len(names)), key=lambda index: Path(names[index]).name)
+        of_image = dict(zip(in_order, given, strict=True))
+    else:
+        of_image = {index: _find(given, name, path) for index, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(classes)}
+    accepted = [[_number(value, numbers, path) for value in _listed(of_image[index])] for index in range(len(names))]
+    if not any(accepted):
+        raise UsageError(f"labels {path} has no class for any image")
+    return accepted
+
+
+def _read(path: Path) -> list[Any] | dict[str, Any]:
+    try:
+        with path.open(newline="") as file:
+            if path.suffix == ".csv":
+                return {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in csv.reader(file) if row}
+            given = json.load(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"labels {path} cannot be read: {error}") from error
+    if not isinstance(given, (list, dict)):
+        raise UsageError(f"labels {path} holds a {type(given).__name__}; allowed is a list or an object")
+    return given
+
+
+def _find(given: dict[str, Any], name: str, path: Path) -> Any:
+    """The entry of an image: the longest end of its path that is one."""
+    parts = Path(name).parts
+    for start in range(len(parts)):
+        end = "/".join(parts[start:])
+        if end in given:
+            return given[end]
+    raise UsageError(f"labels {path} has no entry for {name}")
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _number(value: Any, numbers: dict[str, int], path: Path) -> int:
+    if isinstance(value, str) and value in numbers:
+        return numbers[value]
+    number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
+    if not 0 <= number < len(numbers):
+        raise UsageError(f"labels {path} has the class {value!r}; allowed is a class's name or 0 to {len(numbers) - 1}")
+    return number

@@ -1,0 +1,58 @@
+"""What is looked at while a run trains."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from timm.models.convnext import ConvNeXt
+from torch import nn
+
+from fcmae.config import PretrainConfig
+from fcmae.errors import UsageError
+from fcmae.evaluation.features import Extractor, first, labelled_sources
+from fcmae.evaluation.knn import knn_accuracy
+from fcmae.training.distributed import World
+from fcmae.training.logging import RunLogger
+
+Wish: TypeAlias = Callable[[], bool]
+"""Whether this rank wishes to stop."""
+
+Look: TypeAlias = Callable[[nn.Module | None, int, RunLogger, World, Wish], float | None]
+"""Takes the model with averaged weights (if the run keeps one), the step, the logger and the world; looks and logs.
+
+All ranks call it. Returns what the best checkpoint is chosen by, the same on all ranks, if anything; leaves the model
+in training mode and no trace in what is trained. Raises EvaluationStopped, on all ranks, if one of them wishes to stop.
+"""
+
+
+class Monitor(NamedTuple):
+    """Something to look at every so many epochs, and at the end."""
+
+    every_epochs: float
+    look: Look
+
+
+class OnlineKnn:
+    """k-NN accuracy of an encoder in training, logged as ``knnK``: validation images against training images.
+
+    Raises UsageError, before anything is trained, if either has no labels.
+    """
+
+    BATCH_SIZE = 256
+    """At most; images without gradients take little memory."""
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
+        self.backbone = backbone
+        self.cfg = cfg
+        monitor = cfg.monitor
+        try:
+            train, val, self.classes = labelled_sources(cfg.data)
+        except UsageError as error:
+            raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
+        self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
+
+    def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
+        """Looks at the weights themselves, averaged or not."""
+        batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
+        extract = Extractor(self.backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
+        gallery, queries = extract(self.gallery), extract(self.queries)
+        logger.log(step, knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k))

@@ -1,0 +1,168 @@
+"""Fine-tuning does what the official code does: targets, average, drop path, head, and where its weights come from."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from timm.layers import DropPath
+
+from fcmae.config import DataConfig, FinetuneConfig, compose, to_dict
+from fcmae.data.sources import Sample
+from fcmae.errors import CheckpointError, Interrupted
+from fcmae.evaluation.classify import classified
+from fcmae.interchange.convert import import_weights
+from fcmae.training import checkpoint
+from fcmae.training.build import build_classifier, load
+from fcmae.training.distributed import World
+from fcmae.training.run import finetune
+from fcmae.training.tasks import Finetuning
+from tests.conftest import TINY_FINETUNE, read_golden, relative_error
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def config(*overrides: str) -> FinetuneConfig:
+    return compose("finetune", [*TINY_FINETUNE[1:], *overrides])
+
+
+def write_classifier(path, cfg: FinetuneConfig, classes: int) -> dict[str, torch.Tensor]:
+    """A checkpoint of fine-tuning with random weights, and those weights."""
+    model = build_classifier(cfg.model, cfg.data.in_chans, classes, seed=3)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    weights = model.state_dict()
+    state = {"task": "finetune", "config": to_dict(cfg), "classes": [f"n{i:05d}" for i in range(classes)]}
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, **state, "model": weights, "ema": None})
+    return weights
+
+
+@pytest.fixture
+def three_classes(tmp_path):
+    for name in "abc":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 40), (80 * i, 100, 200)).save(tmp_path / "images" / name / f"{i}.png")
+    return f"data=imagefolder data.path={tmp_path}/images data.val_path={tmp_path}/images".split()
+
+
+def test_the_loss_is_cross_entropy_with_the_soft_targets_of_mixup():
+    """SoftTargetCrossEntropy of the official code: the mean of -sum(target * log softmax)."""
+    task = Finetuning(config("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1"))
+    seen = []
+    mix = task.mixup
+
+    def remember(imgs, labels):
+        seen.append(mix(imgs, labels))
+        return seen[-1]
+
+    task.mixup = remember
+    model = task.model.eval()
+    loss = task.loss(model, (torch.randn(8, 3, 32, 32), torch.arange(8)))
+    imgs, targets = seen[0]
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert (targets > 0.02).sum(1).max() == 2  # two images each, and 0.1 / 10 on every class
+    torch.testing.assert_close(loss, -(targets * model(imgs).log_softmax(1)).sum(1).mean())
+
+
+def test_without_mixing_the_loss_is_label_smoothing():
+    """LabelSmoothingCrossEntropy of the official code: 0.8 on the label, 0.2 shared by all classes."""
+    task = Finetuning(config("augment.label_smoothing=0.2"))
+    imgs, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    log_p = task.model.eval()(imgs).log_softmax(1)
+    expected = -(0.8 * log_p[range(6), labels] + 0.2 * log_p.mean(1)).mean()
+    torch.testing.assert_close(task.loss(task.model, (imgs, labels)), expected)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    cfg = compose("finetune", ["experiment=in1k/finetune_base"]).model
+    with torch.device("meta"):
+        model = build_classifier(cfg, 3, 1000, seed=0)
+    rates = [block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0
+             for stage in model.stages for block in stage.blocks]  # fmt: skip
+    assert rates == pytest.approx(torch.linspace(0, 0.1, 3 + 3 + 27 + 3).tolist(), abs=1e-7)
+
+
+def test_the_head_starts_at_a_thousandth():
+    cfg = compose("finetune", ["experiment=in1k/finetune_atto"]).model
+    model = build_classifier(cfg, 3, 1000, seed=0)
+    assert model.head.fc.weight.std().item() == pytest.approx(2e-5, rel=0.02)
+    assert model.head.fc.bias.abs().max() == 0
+    assert model.stages[0].blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_average_is_the_official_one(tmp_path):
+    """ema = decay * ema + (1 - decay) * weights after every optimizer step, from the initial weights on."""
+    cfg = config("trainer.ema_decay=0.75", "trainer.max_steps=1", "model.head_init_scale=0.001")
+    before = {k: v.clone() for k, v in Finetuning(cfg).model.state_dict().items()}
+    with pytest.raises(Interrupted):
+        finetune(cfg, tmp_path)
+    state = checkpoint.read(checkpoint.resolve(tmp_path))
+    assert any(not torch.equal(before[k], state["model"][k]) for k in before)
+    for name, average in state["ema"].items():
+        torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * state["model"][name], msg=name)
+
+
+def test_a_classifier_of_other_classes_gives_its_backbone_and_not_its_head(tmp_path, three_classes):
+    weights = write_classifier(tmp_path / "in22k.pt", config(), classes=7)
+    task = Finetuning(config(*three_classes, f"init_from={tmp_path}/in22k.pt", "model.head_init_scale=0.001"))
+    assert task.model.head.fc.weight.shape == (3, 24)
+    assert task.model.head.fc.weight.abs().max() < 0.02
+    for name, value in task.model.state_dict().items():
+        assert name.startswith("head.fc.") or torch.equal(value, weights[name]), name
+    assert task.notes == [f"{tmp_path}/in22k.pt is a classifier of 7 classes; its head is not used"]
+
+
+def test_a_head_of_the_same_shape_is_not_used_either(tmp_path):
+    weights = write_classifier(tmp_path / "other.pt", config(), classes=10)
+    task = Finetuning(config(f"init_from={tmp_path}/other.pt"))
+    assert not torch.equal(task.model.head.fc.weight, weights["head.fc.weight"])
+    assert torch.equal(task.model.head.norm.weight, weights["head.norm.weight"])
+
+
+def test_a_backbone_that_does_not_fit_is_refused(tmp_path):
+    write_classifier(tmp_path / "wide.pt", config("model.dims=[8,12,16,32]"), classes=10)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*head.norm.bias \[32\] for \[24\]"):
+        Finetuning(config(f"init_from={tmp_path}/wide.pt"))
+
+
+def test_fine_tuning_at_another_size_works_and_is_stated(tmp_path):
+    write_classifier(tmp_path / "small.pt", config(), classes=10)
+    new = ("data.image_size=64", "data.std=[0.2,0.2,0.2]", "trainer.max_steps=1", "data.length=8")
+    cfg = config(f"init_from={tmp_path}/small.pt", *new)
+    assert Finetuning(cfg).notes[:2] == [
+        f"data.image_size is (64, 64); {tmp_path}/small.pt was trained with (32, 32)",
+        f"data.std is [0.2, 0.2, 0.2]; {tmp_path}/small.pt was trained with [0.229, 0.224, 0.225]",
+    ]
+    with pytest.raises(Interrupted):
+        finetune(cfg, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "top1" in json.loads(lines[-1])
+
+
+class GoldenImages:
+    """The inputs of a golden file: normalised already, so float."""
+
+    def __init__(self, imgs: torch.Tensor) -> None:
+        self.imgs = imgs
+
+    def __len__(self):
+        return len(self.imgs)
+
+    def __getitem__(self, index):
+        return Sample(self.imgs[index], None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_evaluation_gives_the_official_logits(tmp_path, batch_size):
+    """An official checkpoint, imported, through what `fcmae evaluate` does to images and model."""
+    _, golden = read_golden("convnextv2_classifier")
+    params = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    torch.save({"model": params}, tmp_path / "official.pth")
+    import_weights(tmp_path / "official.pth", "official", tmp_path / "imported.pt")
+    imgs = golden["input.imgs"].float()
+    data = DataConfig(image_size=list(imgs.shape[-2:]), crop_pct=1.0, workers=0)
+    parts = classified(load(tmp_path / "imported.pt"), GoldenImages(imgs), data, batch_size, "float32", CPU)
+    logits, _, places = zip(*parts, strict=True)
+    assert torch.equal(torch.cat(places), torch.arange(len(imgs)))
+    assert relative_error(torch.cat(logits), golden["output.logits"]) < 1e-5
