@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae import interrupt
+from fcmae import interrupt, launch
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
         ranks_agree = isinstance(error, (Interrupted, SaveError))
-        if not isinstance(error, PeerError) and (not ranks_agree or os.environ.get("RANK", "0") == "0"):
+        if not isinstance(error, PeerError) and (not ranks_agree or launch.detect().rank == 0):
             print(f"fcmae {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
