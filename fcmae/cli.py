@@ -4,8 +4,10 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anyt
 """
 
 import argparse
+import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +93,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
     def job(composed: DictConfig) -> None:
         try:
             typed: Any = config.to_typed(composed, config.COMMANDS[command])
-            _HYDRA[command](typed, Path(HydraConfig.get().runtime.output_dir))
+            run = functools.partial(_HYDRA[command], typed, Path(HydraConfig.get().runtime.output_dir))
+            _submitted(run) if "SUBMITIT_EXECUTOR" in os.environ else run()
         except FCMAEError as error:
             if HydraConfig.get().mode != RunMode.RUN:
                 raise  # a sweep's launcher collects it, perhaps from another machine
@@ -108,6 +111,21 @@ def _hydra(command: str, overrides: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def _submitted(run: Callable[[], None]) -> None:
+    """Runs a job that submitit started. It saves first, and then submitit puts it back into the queue."""
+    interrupt.install()
+    try:
+        run()
+    except Interrupted:
+        received = interrupt.received()
+        interrupt.uninstall()
+        if received:
+            signal.raise_signal(signal.Signals[received])
+        raise
+    finally:
+        interrupt.uninstall()
 
 
 def _start_time() -> str:

@@ -50,21 +50,23 @@ def detect(environment: Mapping[str, str] = os.environ) -> Launch:
 def _srun(environment: Mapping[str, str], size: int) -> Launch:
     rank = int(environment["SLURM_PROCID"])
     on_nodes = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    local_size = on_nodes[int(environment.get("SLURM_NODEID", "0"))]
     # Where SLURM binds tasks to cores, a task's cores are its own.
     bound = _cores() <= int(environment.get("SLURM_CPUS_PER_TASK", "0"))
-    address = environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"])
-    port = environment.get("MASTER_PORT") or port_of(
-        int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    )
     return Launch(
         rank,
         size,
         int(environment["SLURM_LOCALID"]),
-        1 if bound else local_size,
-        f"tcp://{address}:{port}?rank={rank}&world_size={size}",
+        1 if bound else on_nodes[int(environment.get("SLURM_NODEID", "0"))],
+        f"tcp://{step_address(environment)}?rank={rank}&world_size={size}",
         one_gpu_each=True,
     )
+
+
+def step_address(environment: Mapping[str, str]) -> str:
+    """``host:port`` where the tasks of a SLURM step can meet; MASTER_ADDR and MASTER_PORT come first."""
+    host = environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"])
+    port = port_of(int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))
+    return f"{host}:{environment.get('MASTER_PORT') or port}"
 
 
 def first_node(nodes: str) -> str:
@@ -91,3 +93,7 @@ def port_of(job: int, step: int) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":  # for launch/torchrun.sh: number of nodes, where they meet, and the run's name
+    print(os.environ["SLURM_STEP_NUM_NODES"], step_address(os.environ), os.environ["SLURM_JOB_ID"])
