@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 
@@ -22,12 +23,13 @@ def main(arguments: list[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    try:
-        # torchrun must handle some signal; it leaves those alone that it is not told to handle.
-        run.main(["--signals-to-handle=SIGQUIT", *arguments])
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun would leave its own behind
+        try:
+            # It must handle some signal, and leaves those alone that it is not told to handle.
+            run.main(["--signals-to-handle=SIGQUIT", f"--log-dir={logs}", *arguments])
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     return 0
 
 

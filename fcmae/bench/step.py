@@ -160,7 +160,7 @@ def _measure(
     loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
-    def run_pass(batch: Sequence[Tensor]) -> Tensor:
+    def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
         with autocast(device, cfg.precision):
             value = loss(*batch)
         value.backward()

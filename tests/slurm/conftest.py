@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,10 +92,7 @@ class Job:
 
     @property
     def step(self) -> int:
-        """The last step that metrics.jsonl knows."""
-        file = self.run_dir / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        return last_step(self.run_dir)
 
     def wait_for(self, condition: Callable[["Job"], bool], seconds: float = 120) -> None:
         """Waits until ``condition`` holds; a job that fails or takes too long fails the test with its output."""
@@ -135,7 +131,8 @@ def weights_sha256(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def fcmae(folder: Path, lab: Lab, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """``fcmae ARGS`` on the login node."""
-    command = [sys.executable, "-m", "fcmae.cli", *args]
-    return subprocess.run(command, cwd=folder, env=lab.environment(), capture_output=True, text=True, **kwargs)
+def last_step(run_dir: Path) -> int:
+    """The last step that metrics.jsonl knows."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0

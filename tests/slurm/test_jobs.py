@@ -1,12 +1,13 @@
 """Real jobs on a real SLURM: two nodes, a rank on each, gloo between them."""
 
-import json
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.conftest import TINY_PRETRAIN
-from tests.slurm.conftest import Job, fcmae, wait_until, weights_sha256
+from tests.slurm.conftest import Job, last_step, wait_until, weights_sha256
 from tests.slurm.lab import NODES
 
 RUN = (*TINY_PRETRAIN, "schedule.epochs=200", "trainer.eval_every_epochs=200", "trainer.checkpoint_every_epochs=20")
@@ -85,12 +86,19 @@ def test_a_run_that_stops_on_purpose_is_not_requeued(lab, tmp_path):
     assert job.restarts == 0
 
 
-def test_a_sweep_of_three(lab, tmp_path):
-    sweep = tmp_path / "sweep"
-    launcher = ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60", "additional_parameters.export=ALL")
-    command = ("--multirun", "hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in launcher))
-    folders = [tmp_path / f"sweep/{i}_seed={i}" for i in range(3)]
-    done = fcmae(tmp_path, lab, *RUN, *command, f"hydra.sweep.dir={sweep}", "seed=0,1,2", timeout=240)
-    assert done.returncode == 0, done.stderr
-    for folder in folders:
-        print(weights_sha256(folder), json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
+    """Each ends with the weights of the same run on the login node."""
+    launcher = ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60", "setup=[export OMP_NUM_THREADS=1]")
+    sweep = [f"hydra.launcher.{option}" for option in launcher]
+    sweep += ["hydra.sweep.dir=sweep", "hydra/launcher=slurm", "seed=0,1,2", "--multirun"]
+    command = [sys.executable, "-m", "fcmae.cli", *RUN]
+    with (tmp_path / "stderr.txt").open("w") as errors:
+        run = subprocess.Popen([*command, *sweep], cwd=tmp_path, env=lab.environment(), stderr=errors)
+    folders = [tmp_path / "sweep" / f"{seed}_seed={seed}" for seed in range(3)]
+    wait_until(lambda: last_step(folders[1]) >= 20, 120)
+    job = lab.run("squeue", "--noheader", "--array", "--format=%i").split()[1]
+    lab.run("scancel", "--signal=USR2", job)
+    assert run.wait(240) == 0, (tmp_path / "stderr.txt").read_text()
+    assert "Restarts=1" in lab.run("scontrol", "show", "job", job)
+    assert (folders[1] / "metrics.jsonl").read_text()
+    print([weights_sha256(folder)[:16] for folder in folders], job)
