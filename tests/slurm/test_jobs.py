@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.conftest import TINY_PRETRAIN
-from tests.slurm.conftest import Job, last_step, wait_until, weights_sha256
+from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights_sha256
 from tests.slurm.lab import NODES
 
 RUN = (*TINY_PRETRAIN, "schedule.epochs=200", "trainer.eval_every_epochs=200", "trainer.checkpoint_every_epochs=20")
@@ -87,18 +87,32 @@ def test_a_run_that_stops_on_purpose_is_not_requeued(lab, tmp_path):
 
 
 def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
-    """Each ends with the weights of the same run on the login node."""
-    launcher = ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60", "setup=[export OMP_NUM_THREADS=1]")
-    sweep = [f"hydra.launcher.{option}" for option in launcher]
-    sweep += ["hydra.sweep.dir=sweep", "hydra/launcher=slurm", "seed=0,1,2", "--multirun"]
-    command = [sys.executable, "-m", "fcmae.cli", *RUN]
-    with (tmp_path / "stderr.txt").open("w") as errors:
-        run = subprocess.Popen([*command, *sweep], cwd=tmp_path, env=lab.environment(), stderr=errors)
-    folders = [tmp_path / "sweep" / f"{seed}_seed={seed}" for seed in range(3)]
-    wait_until(lambda: last_step(folders[1]) >= 20, 120)
-    job = lab.run("squeue", "--noheader", "--array", "--format=%i").split()[1]
-    lab.run("scancel", "--signal=USR2", job)
-    assert run.wait(240) == 0, (tmp_path / "stderr.txt").read_text()
-    assert "Restarts=1" in lab.run("scontrol", "show", "job", job)
-    assert (folders[1] / "metrics.jsonl").read_text()
-    print([weights_sha256(folder)[:16] for folder in folders], job)
+    """Each ends with the weights that the same run has on the login node."""
+    options = [f"hydra.launcher.{option}" for option in ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60")]
+    sweep = ["hydra/launcher=slurm", *options, "hydra.sweep.dir=sweep", "seed=0,1,2", "--multirun"]
+    runs = [login_node(lab, tmp_path, *RUN, *sweep)]
+    folders = [tmp_path / "sweep" / str(seed) for seed in range(3)]
+    try:
+        wait_until(lambda: last_step(folders[1]) >= 20 or runs[0].poll() is not None, 120)
+        job = lab.run("squeue", "--noheader", "--array", "--format=%i %K").split("\n")
+        [job] = [line.split()[0] for line in job if line.endswith(" 1")]
+        step = last_step(folders[1])
+        lab.run("scancel", "--signal=USR2", job)
+        wait_until(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", job))
+        runs += [login_node(lab, tmp_path, *RUN, f"seed={seed}", f"hydra.run.dir=alone_{seed}") for seed in range(3)]
+        assert [run.wait(240) for run in runs] == [0] * 4, (tmp_path / "stderr.txt").read_text()
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    hashes = [weights_sha256(folder) for folder in folders]
+    assert hashes == [weights_sha256(tmp_path / f"alone_{seed}") for seed in range(3)]
+    print(f"\nsweep, the second requeued at step {step}: {' '.join(name[:16] for name in hashes)}")
+
+
+def login_node(lab, folder, *args) -> subprocess.Popen:
+    """``fcmae ARGS`` outside of the nodes."""
+    with (folder / "stderr.txt").open("a") as errors:
+        command = [sys.executable, "-m", "fcmae.cli", *args]
+        environment = {**lab.environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, stdout=subprocess.DEVNULL)
