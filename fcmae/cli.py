@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anyt
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ COMMANDS = {
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
-    "bench": "measure speed: step | kernels | data [overrides] [--json FILE]",
+    "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -256,24 +257,12 @@ def _doctor(args: list[str]) -> int:
 
 def _bench(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
-    parser.add_argument(
-        "what", choices=["step", "kernels", "data"], help="a training step, the GPU kernels, or reading data"
-    )
+    what = "a training step, the GPU kernels, reading data, or training steps on several GPUs"
+    parser.add_argument("what", choices=["step", "kernels", "data", "scaling"], help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_args(args)
-    if given.what == "step":
-        from fcmae.bench import step
-
-        step.run(given.overrides, given.json)
-    elif given.what == "data":
-        from fcmae.bench import data
-
-        data.run(given.overrides, given.json)
-    else:
-        from fcmae.bench import kernels
-
-        kernels.run(given.overrides, given.json)
+    importlib.import_module(f"fcmae.bench.{given.what}").run(given.overrides, given.json)
     return 0
 
 

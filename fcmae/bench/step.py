@@ -179,7 +179,7 @@ def _measure(
     compile_seconds = time.perf_counter() - began
     for i in range(cfg.warm_up):
         step(i)
-    ms = _median_step_ms(step, cfg.repeats, device)
+    ms = median_step_ms(step, cfg.repeats, device)
     images_per_second = batch_size / ms * 1e3
     peak_memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     kernel_ms: dict[str, float] = {}
@@ -210,7 +210,7 @@ def _measure(
     )
 
 
-def _median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
+def median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
     """Median time between the ends of consecutive steps, as training sees it: the host's launches count."""
     _synchronize(device)
     if device.type == "cpu":
