@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,14 +55,13 @@ class ScalingConfig:
     """None = on GPUs."""
     repeats: int = 30
     warm_up: int = 5
-    port: int = 29511
-    """Where the ranks meet on this machine."""
 
     def __post_init__(self) -> None:
         for mode in self.modes:
             check("modes", mode, mode in (WEAK, STRONG), f"some of {WEAK}, {STRONG}")
         check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-        check("ranks", self.ranks, self.ranks is None or all(n > 0 for n in self.ranks), "positive integers")
+        ok = self.ranks is None or (len(self.ranks) > 0 and all(n > 0 for n in self.ranks))
+        check("ranks", self.ranks, ok, "positive integers")
         for name in ("batch_size", "image_size", "repeats"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
 
@@ -93,6 +93,12 @@ class ScalingResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[ScalingResult]:
     """Measures, prints a table, and writes JSON if asked. Ranks but the first return nothing."""
     cfg = parse(ScalingConfig, overrides)
+    try:
+        for name in cfg.models:
+            with torch.device("meta"):
+                grid_size(cfg.image_size, cfg.image_size, FCMAE(name, mask_ratio=cfg.mask_ratio).mask_patch_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     launched = launch.detect()
     if launched.size > 1:
         world = distributed.connect(cfg.device)
@@ -114,18 +120,30 @@ def _spawn(cfg: ScalingConfig) -> dict[str, Any] | None:
     """Measures in as many processes as the largest number of ranks asks for."""
     device = distributed.pick_device(cfg.device)
     there = torch.cuda.device_count() if device.type == "cuda" else 2
-    wanted = max(cfg.ranks) if cfg.ranks else there
-    if device.type == "cuda" and wanted > there:
-        raise UsageError(f"ranks is {cfg.ranks}; allowed is at most {there}, the GPUs of this machine")
+    size = _counts(cfg, there if device.type == "cuda" or not cfg.ranks else max(cfg.ranks))[-1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_spawned, args=(cfg, wanted, results), nprocs=wanted)
+    mp.spawn(_spawned, args=(cfg, size, port, results), nprocs=size)
     return results.get()
 
 
-def _spawned(rank: int, cfg: ScalingConfig, size: int, results: Any) -> None:
+def _counts(cfg: ScalingConfig, most: int) -> list[int]:
+    """The numbers of ranks to measure. Raises UsageError for too large a one, or one that does not divide the batch."""
+    powers = itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
+    counts = sorted(cfg.ranks or {*powers, most})
+    if counts[-1] > most:
+        raise UsageError(f"ranks is {cfg.ranks}; allowed is at most {most}, as many as there are")
+    for count in counts if STRONG in cfg.modes else ():
+        if cfg.batch_size % count:
+            raise UsageError(f"batch_size is {cfg.batch_size}; allowed in mode strong is a multiple of {count}")
+    return counts
+
+
+def _spawned(rank: int, cfg: ScalingConfig, size: int, port: int, results: Any) -> None:
     """One of the processes, in the environment that torchrun would give it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(cfg.port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = distributed.connect(cfg.device)
     report = _measure_all(cfg, world)
     distributed.disconnect()
@@ -136,10 +154,7 @@ def _spawned(rank: int, cfg: ScalingConfig, size: int, results: Any) -> None:
 def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
     """Every row, in the same processes, so that each shape is compiled once. The report is the first rank's."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
-    powers = itertools.takewhile(lambda n: n <= world.size, (2**i for i in itertools.count()))
-    counts = sorted(cfg.ranks or {*powers, world.size})
-    if counts[-1] > world.size:
-        raise UsageError(f"ranks is {cfg.ranks}; allowed is at most {world.size}, the ranks that were launched")
+    counts = _counts(cfg, world.size)
     where = machine(world.device)
     say = print if world.is_main else _quiet
     say(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
@@ -163,10 +178,6 @@ def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
 def _row(cfg: ScalingConfig, name: str, mode: str, count: int, world: World) -> ScalingResult:
     """One row, on the first ``count`` ranks; the others wait."""
     batch_size = cfg.batch_size if mode == WEAK else cfg.batch_size // count
-    if batch_size * (count if mode == STRONG else 1) != cfg.batch_size:
-        raise UsageError(
-            f"batch_size is {cfg.batch_size}; with {count} ranks and mode strong allowed is a multiple of it"
-        )
     on_gpu = world.device.type == "cuda"
     graphed = on_gpu if cfg.cuda_graph is None else cfg.cuda_graph
     group = dist.new_group(list(range(count))) if count > 1 else None
@@ -187,10 +198,7 @@ def _times(
     """ms of a step, of one without exchange, bytes of the gradient, ms of its all-reduce."""
     torch.manual_seed(0)
     device = world.device
-    try:
-        model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
     if device.type == "cuda" if cfg.compile is None else cfg.compile:
         model.compile()
     exchange = GradientExchange(model, count, group)

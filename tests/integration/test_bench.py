@@ -105,4 +105,18 @@ def test_data_of_ones_own_is_measured_too(tmp_path, capsys):
 )
 def test_a_mistake_about_data_is_named(override, message, capsys):
     assert main([*DATA, override]) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ranks=[3]", "batch_size is 256; allowed in mode strong is a multiple of 3"),
+        ("ranks=[0]", "ranks is [0]; allowed is positive integers"),
+        ("modes=[strange]", "modes is 'strange'; allowed is some of weak, strong"),
+        ("models=[resnet18]", "not a ConvNeXt known to timm"),
+        ("image_size=65", "65"),
+    ],
+)
+def test_a_mistake_in_scaling_is_named(override, message, capsys):
+    assert main(["bench", "scaling", "device=cpu", override]) == 2
     assert message in capsys.readouterr().err
