@@ -47,7 +47,7 @@ class Job:
     """A batch job that runs ``fcmae ARGS`` in ``folder`` by one of the scripts in launch/slurm.
 
     Args:
-        paced: every step takes a while, on fast machines too, so that there is time to disturb it.
+        paced: so many starts of the job take a while for every step, on fast machines too: time to disturb them.
         options: more options for sbatch.
     """
 
@@ -57,7 +57,7 @@ class Job:
         folder: Path,
         *args: str,
         script: str = "srun",
-        paced: bool = False,
+        paced: int = 0,
         options: tuple[str, ...] = (),
     ) -> None:
         self.lab = lab
@@ -69,6 +69,7 @@ class Job:
         self.temporary.mkdir()
         environment = {"PYTHON": sys.executable, "RUN_DIR": str(self.run_dir), "TMPDIR": str(self.temporary)}
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        environment["PACED_STARTS"] = str(paced)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         if script == "srun":
             environment["FCMAE"] = f"{sys.executable} -m {'tests.slurm.paced' if paced else 'fcmae.cli'}"

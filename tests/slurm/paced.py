@@ -1,5 +1,9 @@
-"""``fcmae`` whose steps take at least ``PACE`` seconds: a run lasts about as long on any machine."""
+"""``fcmae`` whose steps take at least ``PACE`` seconds: a run lasts about as long on any machine.
 
+Only the first PACED_STARTS starts of a job are paced, those that are to be disturbed.
+"""
+
+import os
 import sys
 import time
 
@@ -17,5 +21,6 @@ def _slowly() -> str | None:
 
 
 if __name__ == "__main__":
-    interrupt.received = _slowly
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ["PACED_STARTS"]):
+        interrupt.received = _slowly
     sys.exit(cli.main())

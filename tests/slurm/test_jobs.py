@@ -35,7 +35,7 @@ def test_torchrun_gives_the_weights_of_srun(lab, tmp_path, undisturbed):
 
 @pytest.mark.timeout(600)
 def test_requeued_at_time_limits_and_after_a_lost_node(lab, tmp_path, undisturbed):
-    job = Job(lab, tmp_path / "job", *RUN, paced=True, options=("--time=1", "--signal=USR1@30"))
+    job = Job(lab, tmp_path / "job", *RUN, paced=3, options=("--time=1", "--signal=USR1@30"))
     job.wait_for(lambda job: job.restarts == 1)
     steps = [job.step]
     lab.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
@@ -55,7 +55,7 @@ def test_requeued_at_time_limits_and_after_a_lost_node(lab, tmp_path, undisturbe
 
 
 def test_pre_empted_and_resumed(lab, tmp_path, undisturbed):
-    job = Job(lab, tmp_path / "job", *RUN, paced=True)
+    job = Job(lab, tmp_path / "job", *RUN, paced=1)
     job.wait_for(lambda job: job.step >= 20)
     urgent = lab.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null",
                      "--wrap=sleep 1").strip()  # fmt: skip
