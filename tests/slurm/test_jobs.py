@@ -10,6 +10,7 @@ from tests.conftest import TINY_PRETRAIN
 from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights_sha256
 from tests.slurm.lab import NODES
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes several times as long
 RUN = (*TINY_PRETRAIN, "schedule.epochs=200", "trainer.eval_every_epochs=200", "trainer.checkpoint_every_epochs=20")
 RUN += ("trainer.device=cpu", "data.workers=1")
 STEPS = 600
@@ -33,7 +34,6 @@ def test_torchrun_gives_the_weights_of_srun(lab, tmp_path, undisturbed):
     print(f"\ntorchrun: {undisturbed[:16]}")
 
 
-@pytest.mark.timeout(600)
 def test_requeued_at_time_limits_and_after_a_lost_node(lab, tmp_path, undisturbed):
     job = Job(lab, tmp_path / "job", *RUN, paced=3, options=("--time=1", "--signal=USR1@30"))
     job.wait_for(lambda job: job.restarts == 1)
