@@ -67,12 +67,7 @@ else
 fi
 
 echo "torchrun.sh: $nodes node(s) x $per_node processes, $OMP_NUM_THREADS threads each, run directory $run_dir" >&2
-<<<<<<< HEAD
-# How long ranks may save after a signal, in seconds; torchrun's own patience is 30.
+# How long the ranks of a node may take after the first of them has ended, in seconds; torchrun's own patience is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
-exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
-=======
 exec "$python" -m fcmae.torchrun --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
->>>>>>> e900c78 (SLURM jobs that requeue themselves, and a SLURM to test them on)
     -m fcmae.cli "$command" "${arguments[@]}"
