@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults lint format demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults test-slurm lint format demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -35,6 +35,10 @@ faults: $(VENV)/.dev
 
 test-faults: $(VENV)/.dev
 	FAULTS=short $(BIN)/python -m pytest -m faults tests/faults
+
+# Starts a SLURM of two nodes on this machine, from Debian's packages; needs root.
+test-slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,14 +4,17 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anyt
 """
 
 import argparse
+import functools
+import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae import interrupt
+from fcmae import interrupt, launch
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
 
 COMMANDS = {
@@ -25,7 +28,7 @@ COMMANDS = {
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
-    "bench": "measure speed: step | kernels | data [overrides] [--json FILE]",
+    "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
         ranks_agree = isinstance(error, (Interrupted, SaveError))
-        if not isinstance(error, PeerError) and (not ranks_agree or os.environ.get("RANK", "0") == "0"):
+        if not isinstance(error, PeerError) and (not ranks_agree or launch.detect().rank == 0):
             print(f"fcmae {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -92,7 +95,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
     def job(composed: DictConfig) -> None:
         try:
             typed: Any = config.to_typed(composed, config.COMMANDS[command])
-            _HYDRA[command](typed, Path(HydraConfig.get().runtime.output_dir))
+            run = functools.partial(_HYDRA[command], typed, Path(HydraConfig.get().runtime.output_dir))
+            _submitted(run) if "SUBMITIT_EXECUTOR" in os.environ else run()
         except FCMAEError as error:
             if HydraConfig.get().mode != RunMode.RUN:
                 raise  # a sweep's launcher collects it, perhaps from another machine
@@ -109,6 +113,21 @@ def _hydra(command: str, overrides: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def _submitted(run: Callable[[], None]) -> None:
+    """Runs a job that submitit started. It saves first, and then submitit puts it back into the queue."""
+    interrupt.install()
+    try:
+        run()
+    except Interrupted:
+        received = interrupt.received()
+        interrupt.uninstall()
+        if received:
+            signal.raise_signal(signal.Signals[received])
+        raise
+    finally:
+        interrupt.uninstall()
 
 
 def _start_time() -> str:
@@ -247,24 +266,12 @@ def _doctor(args: list[str]) -> int:
 
 def _bench(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
-    parser.add_argument(
-        "what", choices=["step", "kernels", "data"], help="a training step, the GPU kernels, or reading data"
-    )
+    what = "a training step, the GPU kernels, reading data, or training steps on several GPUs"
+    parser.add_argument("what", choices=["step", "kernels", "data", "scaling"], help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_args(args)
-    if given.what == "step":
-        from fcmae.bench import step
-
-        step.run(given.overrides, given.json)
-    elif given.what == "data":
-        from fcmae.bench import data
-
-        data.run(given.overrides, given.json)
-    else:
-        from fcmae.bench import kernels
-
-        kernels.run(given.overrides, given.json)
+    importlib.import_module(f"fcmae.bench.{given.what}").run(given.overrides, given.json)
     return 0
 
 

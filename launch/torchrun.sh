@@ -8,6 +8,7 @@
 #   NNODES          number of nodes (1)
 #   RDZV_ENDPOINT   HOST or HOST:PORT of one of the nodes, where they meet (port 29400); needed if NNODES > 1
 #   RDZV_ID         a name for this run, if several runs meet at the same place (fcmae)
+# In a SLURM step of one task a node (launch/slurm/torchrun.sbatch) all three are known.
 # On each node:
 #   NPROC_PER_NODE  processes (`gpu`: as many as there are GPUs, or 1 without one; a number, e.g. for CPUs)
 #   OMP_NUM_THREADS threads of a process on the CPU (cores / processes)
@@ -25,6 +26,9 @@ command=$1
 shift
 
 python=${PYTHON:-python}
+if [[ -z ${NNODES:-} && ${SLURM_STEP_NUM_TASKS:-1} -gt 1 ]]; then
+    read -r NNODES RDZV_ENDPOINT RDZV_ID < <("$python" -m fcmae.launch)
+fi
 nodes=${NNODES:-1}
 per_node=${NPROC_PER_NODE:-gpu}
 if [[ $per_node == gpu ]]; then
@@ -63,8 +67,7 @@ else
 fi
 
 echo "torchrun.sh: $nodes node(s) x $per_node processes, $OMP_NUM_THREADS threads each, run directory $run_dir" >&2
-# How long ranks may save after a signal, in seconds; torchrun's own patience is 30.
+# How long the ranks of a node may take after the first of them has ended, in seconds; torchrun's own patience is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
-exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+exec "$python" -m fcmae.torchrun --nnodes="$nodes" --nproc-per-node="$per_node" "${meeting[@]}" \
     -m fcmae.cli "$command" "${arguments[@]}"

@@ -87,7 +87,7 @@ def training_step(name: str, data: DataConfig, device: torch.device) -> tuple[Ca
     if device.type == "cuda":
         model.compile()
 
-    def run_pass(batch: Sequence[Tensor]) -> Tensor:
+    def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
         imgs, noise = batch
         with autocast(device, "bf16" if device.type == "cuda" else "float32"):
             loss = model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss

@@ -160,7 +160,7 @@ def _measure(
     loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
-    def run_pass(batch: Sequence[Tensor]) -> Tensor:
+    def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
         with autocast(device, cfg.precision):
             value = loss(*batch)
         value.backward()
@@ -179,14 +179,14 @@ def _measure(
     compile_seconds = time.perf_counter() - began
     for i in range(cfg.warm_up):
         step(i)
-    ms = _median_step_ms(step, cfg.repeats, device)
+    ms = median_step_ms(step, cfg.repeats, device)
     images_per_second = batch_size / ms * 1e3
     peak_memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     kernel_ms: dict[str, float] = {}
     if device.type == "cuda":
 
         def launched_step() -> None:
-            run_pass(batches[0])
+            run_pass(batches[0], True)
             optimizer.step()
 
         kernel_ms = profile_step(launched_step)
@@ -210,7 +210,7 @@ def _measure(
     )
 
 
-def _median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
+def median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
     """Median time between the ends of consecutive steps, as training sees it: the host's launches count."""
     _synchronize(device)
     if device.type == "cpu":

@@ -69,7 +69,7 @@ class TrainerConfig:
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None
-    """Replay pretraining steps from a CUDA graph; None = where it can be: one GPU, not fp16."""
+    """Replay pretraining steps from a CUDA graph; None = where it can be: on GPUs, not in fp16."""
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     deterministic: bool = False

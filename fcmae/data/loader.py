@@ -6,7 +6,7 @@ cut into global batches (a remainder is left out of that epoch). Ranks and micro
 
 import contextlib
 import functools
-import multiprocessing
+import multiprocessing.util
 import signal
 import threading
 from collections.abc import Iterator
@@ -306,6 +306,8 @@ def eval_loader(
 
 
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **kwargs) -> Iterator[Batch]:
+    if workers:
+        multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
     loader = DataLoader(
         dataset,

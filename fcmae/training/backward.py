@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Pass = Callable[[Sequence[Tensor]], Tensor]
-"""Forward and backward pass of a batch: adds to ``.grad`` of the parameters and returns the detached loss."""
+from fcmae.training.exchange import GradientExchange
+
+Pass = Callable[[Sequence[Tensor], bool], Tensor]
+"""Forward and backward pass of a batch: adds to ``.grad`` of the parameters and returns the detached loss.
+
+Whether the batch is the last of an optimizer step says whether gradients are exchanged between ranks.
+"""
 
 
 class EagerBackward:
@@ -24,8 +29,11 @@ class EagerBackward:
         """Clears the gradients before an optimizer step's first micro-batch."""
         self.model.zero_grad(set_to_none=True)
 
-    def __call__(self, batch: Sequence[Tensor]) -> Tensor:
-        return self.run(batch)
+    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Tensor:
+        return self.run(batch, last)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
 
 
 class GraphedBackward:
@@ -39,36 +47,45 @@ class GraphedBackward:
         model: the model whose gradients it fills.
         accumulate: add to the gradients, for several micro-batches a step; else a replay overwrites them, which saves
             clearing and adding.
+        exchange: what ``run`` exchanges gradients with, between several ranks.
     """
 
     WARM_UP = 3
     """Passes before the recording: they compile, and let libraries choose and allocate."""
 
-    def __init__(self, run: Pass, model: nn.Module, accumulate: bool = False) -> None:
+    def __init__(
+        self, run: Pass, model: nn.Module, accumulate: bool = False, exchange: GradientExchange | None = None
+    ) -> None:
         self.run = run
         self.model = model
         self.accumulate = accumulate
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.exchange = exchange if exchange is not None and exchange.size > 1 else None
         self.batch: list[Tensor] = []
-        self.loss: Tensor | None = None
+        self.recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """The graph and its loss; with and without an exchange, where there are both."""
 
     def start_step(self) -> None:
         """Clears the gradients, where replays add to them."""
-        if self.accumulate and self.graph is not None:
+        if self.accumulate and self.recorded:
             torch._foreach_zero_([p.grad for p in self._parameters() if p.grad is not None])
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def __call__(self, batch: Sequence[Tensor]) -> Tensor:
-        if self.graph is None:
+    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Tensor:
+        if not self.recorded:
             self._record(batch)
         for static, part in zip(self.batch, batch, strict=True):
             static.copy_(part, non_blocking=True)
-        assert self.graph is not None
-        assert self.loss is not None
-        self.graph.replay()
-        return self.loss
+        graph, loss = self.recorded[last or self.exchange is None]
+        graph.replay()
+        return loss
+
+    def close(self) -> None:
+        """Forgets the graphs. NCCL does not end while a graph holds its collectives."""
+        for graph, _ in self.recorded.values():
+            graph.reset()
+        self.recorded.clear()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _record(self, batch: Sequence[Tensor]) -> None:
         self.batch = [part.clone() for part in batch]
@@ -77,12 +94,19 @@ class GraphedBackward:
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP):
                 self.model.zero_grad(set_to_none=True)
-                self.run(self.batch)
+                self.run(self.batch, True)
         torch.cuda.current_stream().wait_stream(stream)
         self.model.zero_grad(set_to_none=True)
         if self.accumulate:
             for param in self._parameters():
                 param.grad = torch.zeros_like(param)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self.run(self.batch)
+            if self.exchange is not None:
+                self.exchange.attach()
+        pool = None
+        for last in (False, True) if self.accumulate and self.exchange is not None else (True,):
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on meanwhile: the loader's, which pins memory, and NCCL's watchdog.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                loss = self.run(self.batch, last)
+            self.recorded[last] = graph, loss
+            pool = graph.pool()

@@ -1,9 +1,8 @@
-"""The processes of a run: who they are, where they meet, what they agree on. Knows torchrun and a single process."""
+"""The processes of a run: how they come together, and what they agree on. :mod:`fcmae.launch` knows who they are."""
 
 import datetime
 import functools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fcmae import launch
 from fcmae.errors import EXIT_ERROR, PeerError, UsageError
 from fcmae.processes import Process
 
@@ -23,6 +23,7 @@ class World:
     size: int
     local_rank: int
     local_size: int
+    """Ranks that share the cores this process may use."""
     device: torch.device
 
     @property
@@ -72,15 +73,10 @@ class World:
             raise PeerError(exit_code)
 
 
-def launched_size() -> int:
-    """The number of ranks that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @functools.cache
 def _store() -> tuple[dist.Store, int, int]:
     """The store through which the ranks find each other, the rank and the number of ranks."""
-    return next(dist.rendezvous("env://"))
+    return next(dist.rendezvous(launch.detect().meeting))
 
 
 @functools.cache
@@ -90,7 +86,7 @@ def start_time() -> str:
     The processes of a launch would each read their own clock, and their run directories would differ.
     """
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if launched_size() == 1:
+    if launch.detect().size == 1:
         return now
     store, rank, _ = _store()
     if rank == 0:
@@ -104,8 +100,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError(f"trainer.device is {name!r}, but torch {torch.__version__} sees no CUDA device")
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(f"rank {local_rank} of this machine has no GPU of its own: {torch.cuda.device_count()} seen")
+    gpus = torch.cuda.device_count()
+    if gpus == 1 and launch.detect().one_gpu_each:
+        return torch.device("cuda", 0)
+    if local_rank >= gpus:
+        raise UsageError(f"rank {local_rank} of this machine has no GPU of its own: {gpus} seen")
     return torch.device("cuda", local_rank)
 
 
@@ -114,12 +113,11 @@ def connect(device: str, timeout: float = 1800.0) -> World:
 
     Waiting for another rank longer than ``timeout`` seconds is an error.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    picked = pick_device(device, local_rank)
+    launched = launch.detect()
+    picked = pick_device(device, launched.local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    size = launched_size()
-    if size == 1:
+    if launched.size == 1:
         return World(0, 1, 0, 1, picked)
     store, rank, size = _store()
     if not dist.is_initialized():
@@ -133,7 +131,7 @@ def connect(device: str, timeout: float = 1800.0) -> World:
             timeout=datetime.timedelta(seconds=timeout),
             device_id=picked if picked.type == "cuda" else None,
         )
-    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), picked)
+    return World(rank, size, launched.local_rank, launched.sharing, picked)
 
 
 def siblings(world: World) -> dict[int, Process]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
@@ -21,6 +20,7 @@ from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir, replacing
 from fcmae.training.distributed import World
+from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
@@ -78,7 +78,9 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             say(line)
     stop = StopAgreement(world, cfg.trainer.max_hours)
     verdict = stop.at_once()
-    model = _wrap(task.model, cfg.trainer, world)
+    model = task.model
+    if cfg.trainer.compile if cfg.trainer.compile is not None else world.device.type == "cuda":
+        model.compile()
     workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
     batches = TrainBatches(
         task.dataset(),
@@ -97,15 +99,18 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
     saver = Saver(checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
 
-    def run(batch: Sequence[Tensor]) -> Tensor:
+    exchange = GradientExchange(model, world.size)
+
+    def run(batch: Sequence[Tensor], last: bool) -> Tensor:
         with autocast(world.device, cfg.trainer.precision):
             loss = task.loss(model, batch) / plan.accum_steps
-        state.scaler.scale(infectious(loss)).backward()
+        with exchange(last):
+            state.scaler.scale(infectious(loss) / world.size).backward()
         return loss.detach()
 
-    graphed = _use_cuda_graph(task, world)
-    accumulate = plan.accum_steps > 1
-    backward = GraphedBackward(run, task.model, accumulate) if graphed else EagerBackward(run, task.model)
+    backward: EagerBackward | GraphedBackward = EagerBackward(run, model)
+    if _use_cuda_graph(task, world):
+        backward = GraphedBackward(run, model, plan.accum_steps > 1, exchange)
 
     def look(verdict: Verdict) -> tuple[bool, Verdict]:
         """Whether a monitor that is due found this state the best so far; and the verdict, which may become to stop.
@@ -131,7 +136,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
         watchdog.beat()
 
     model.train()
-    with contextlib.closing(logger), contextlib.closing(saver):
+    with contextlib.closing(logger), contextlib.closing(saver), contextlib.closing(backward):
         if state.evaluation_due:
             _, verdict = look(verdict)
             save()
@@ -144,8 +149,7 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
             for micro in range(plan.accum_steps):
                 batch = [part.to(world.device, non_blocking=True) for part in next(batches)]
                 seed_step(cfg.seed, step, micro, world.rank, world.device)
-                with _no_sync(model, last=micro == plan.accum_steps - 1):
-                    loss += backward(batch)
+                loss += backward(batch, last=micro == plan.accum_steps - 1)
             grad_norm = _optimizer_step(state, guard, cfg.optim.clip_grad, step, loss)
             state.step += 1
             meter.add(loss, grad_norm)
@@ -195,23 +199,12 @@ def _create_state(task: Task, world: World) -> TrainState:
     return TrainState(0, task.model, optimizer, scaler, ema)
 
 
-def _wrap(model: nn.Module, cfg: TrainerConfig, world: World) -> nn.Module:
-    """The model as the loop calls it: compiled and data-parallel as asked. Its parameters stay the same objects."""
-    if cfg.compile if cfg.compile is not None else world.device.type == "cuda":
-        model.compile()
-    if world.size > 1:
-        device_ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    return model
-
-
 def _use_cuda_graph(task: Task, world: World) -> bool:
     """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
     trainer = task.cfg.trainer
     engine = task.cfg.engine.name if isinstance(task.cfg, PretrainConfig) else None
     obstacles = {
         "a CPU": world.device.type != "cuda",
-        "several ranks": world.size > 1,
         "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
         f"engine={engine}": engine in HOST_BOUND,
         "fine-tuning (drop path and mixup draw random numbers)": task.name != "pretrain",
@@ -220,13 +213,6 @@ def _use_cuda_graph(task: Task, world: World) -> bool:
     if trainer.cuda_graph and found:
         raise ConfigError(f"trainer.cuda_graph is True; allowed with {' and '.join(found)} is false or null")
     return not found if trainer.cuda_graph is None else trainer.cuda_graph
-
-
-def _no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Gradients are summed over ranks with the last micro-batch of a step only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor) -> Tensor:

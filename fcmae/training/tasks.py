@@ -55,7 +55,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a micro-batch on the device. ``model`` is :attr:`model`, perhaps wrapped."""
+        """The mean loss of a micro-batch on the device, by ``model``, which is :attr:`model`."""
         ...
 
     def extra_state(self) -> dict[str, Any]:

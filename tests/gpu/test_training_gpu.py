@@ -24,7 +24,7 @@ def train(steps: int, engine: str = "packed", graphed: bool = False, accumulate:
     imgs = imgs + 0.3 * torch.randn(64, 3, 224, 224, device="cuda")
     masks = [random_mask(torch.rand(64, 49, device="cuda"), 19) for _ in range(8)]
 
-    def run(batch):
+    def run(batch, _):
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(batch[0], batch[1], 19).loss
         loss.backward()

@@ -19,6 +19,19 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert report["config"]["batch_size"] == 2
 
 
+def test_scaling_measures_one_and_two_ranks(tmp_path, fcmae):
+    sizes = ("models=[convnextv2_atto]", "batch_size=2", "image_size=64", "repeats=3", "warm_up=1", "ranks=[1,2]")
+    fcmae("bench", "scaling", *sizes, "device=cpu", "precision=float32", "--json", "scaling.json")
+    rows = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    shapes = [(row["mode"], row["ranks"], row["batch_size"]) for row in rows]
+    assert shapes == [("weak", 1, 2), ("weak", 2, 2), ("strong", 1, 2), ("strong", 2, 1)]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(row["ranks"] * row["batch_size"] / row["ms"] * 1e3)
+        assert row["exposed_ms"] >= 0
+        assert (row["bus_gb_per_second"] > 0) == (row["ranks"] > 1)
+    assert rows[0]["efficiency"] == rows[2]["efficiency"] == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_kernels_need_a_gpu(capsys):
     assert main(["bench", "kernels"]) == 2
@@ -92,4 +105,18 @@ def test_data_of_ones_own_is_measured_too(tmp_path, capsys):
 )
 def test_a_mistake_about_data_is_named(override, message, capsys):
     assert main([*DATA, override]) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ranks=[3]", "batch_size is 256; allowed in mode strong is a multiple of 3"),
+        ("ranks=[0]", "ranks is [0]; allowed is positive integers"),
+        ("modes=[strange]", "modes is 'strange'; allowed is some of weak, strong"),
+        ("models=[resnet18]", "not a ConvNeXt known to timm"),
+        ("image_size=65", "65"),
+    ],
+)
+def test_a_mistake_in_scaling_is_named(override, message, capsys):
+    assert main(["bench", "scaling", "device=cpu", override]) == 2
     assert message in capsys.readouterr().err

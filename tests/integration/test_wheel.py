@@ -54,5 +54,5 @@ def test_the_wheel_carries_conf_and_launch(environment):
     package = next((environment.parents[1] / "lib").glob("python*/site-packages/fcmae"))
     checkout = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
     assert {p.relative_to(package) for p in (package / "conf").rglob("*.yaml")} == checkout
-    for script in ("torchrun.sh", "install_minkowski.sh"):
+    for script in ("torchrun.sh", "install_minkowski.sh", "slurm/srun.sbatch", "slurm/torchrun.sbatch"):
         assert (package / "launch" / script).is_file()

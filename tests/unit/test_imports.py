@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "interrupt": set(),
+    "launch": set(),
     "processes": set(),
     "randomness": set(),
     "masking": set(),

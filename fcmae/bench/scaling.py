@@ -1,0 +1,262 @@
+"""``fcmae bench scaling``: training steps on 1, 2, 4, ... GPUs, and what the exchange of gradients costs.
+
+It starts a process for each GPU itself; started by torchrun or srun, it measures those ranks, on several nodes too.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fcmae import launch
+from fcmae.bench.measure import machine, parse
+from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
+from fcmae.config import PRECISIONS, OptimConfig, check
+from fcmae.errors import UsageError
+from fcmae.evaluation.features import autocast
+from fcmae.masking import grid_size, random_mask
+from fcmae.models import FCMAE
+from fcmae.training import distributed
+from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.distributed import World
+from fcmae.training.exchange import GradientExchange
+from fcmae.training.optim import create_optimizer
+
+WEAK, STRONG = "weak", "strong"
+
+
+@dataclass
+class ScalingConfig:
+    """What ``fcmae bench scaling`` measures."""
+
+    models: list[str] = field(default_factory=lambda: ["convnextv2_base"])
+    ranks: list[int] | None = None
+    """Numbers of ranks; None = 1, 2, 4, ... as many as there are GPUs. The first is the yardstick."""
+    modes: list[str] = field(default_factory=lambda: [WEAK, STRONG])
+    """``weak``: ``batch_size`` images a rank; ``strong``: ``batch_size`` images a step, over all ranks."""
+    batch_size: int = 256
+    image_size: int = 224
+    mask_ratio: float = 0.6
+    precision: str = "bf16"
+    device: str = "auto"
+    compile: bool | None = None
+    """None = on GPUs."""
+    cuda_graph: bool | None = None
+    """None = on GPUs."""
+    repeats: int = 30
+    warm_up: int = 5
+
+    def __post_init__(self) -> None:
+        for mode in self.modes:
+            check("modes", mode, mode in (WEAK, STRONG), f"some of {WEAK}, {STRONG}")
+        check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        ok = self.ranks is None or (len(self.ranks) > 0 and all(n > 0 for n in self.ranks))
+        check("ranks", self.ranks, ok, "positive integers")
+        for name in ("batch_size", "image_size", "repeats"):
+            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+
+
+@dataclass
+class ScalingResult:
+    """One row. Times are those of the slowest rank."""
+
+    model: str
+    mode: str
+    ranks: int
+    batch_size: int
+    """Images a rank."""
+    cuda_graph: bool
+    ms: float
+    images_per_second: float
+    """Of all ranks."""
+    efficiency: float
+    """Images a second and rank, of those of the first row of the mode."""
+    exposed_ms: float
+    """What a step takes longer than one that exchanges nothing: communication that nothing hides."""
+    gradient_mb: float
+    all_reduce_ms: float
+    """The gradients at once, and nothing else going on."""
+    bus_gb_per_second: float
+    """2 (ranks - 1) / ranks of the gradient's bytes, in that time."""
+
+
+def run(overrides: Sequence[str], json_file: Path | None = None) -> list[ScalingResult]:
+    """Measures, prints a table, and writes JSON if asked. Ranks but the first return nothing."""
+    cfg = parse(ScalingConfig, overrides)
+    try:
+        for name in cfg.models:
+            with torch.device("meta"):
+                grid_size(cfg.image_size, cfg.image_size, FCMAE(name, mask_ratio=cfg.mask_ratio).mask_patch_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    launched = launch.detect()
+    if launched.size > 1:
+        world = distributed.connect(cfg.device)
+        try:
+            report = _measure_all(cfg, world)
+        finally:
+            distributed.disconnect()
+    else:
+        report = _spawn(cfg)
+    if report is None:
+        return []
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return [ScalingResult(**row) for row in report["results"]]
+
+
+def _spawn(cfg: ScalingConfig) -> dict[str, Any] | None:
+    """Measures in as many processes as the largest number of ranks asks for."""
+    device = distributed.pick_device(cfg.device)
+    there = torch.cuda.device_count() if device.type == "cuda" else 2
+    size = _counts(cfg, there if device.type == "cuda" or not cfg.ranks else max(cfg.ranks))[-1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_spawned, args=(cfg, size, port, results), nprocs=size)
+    return results.get()
+
+
+def _counts(cfg: ScalingConfig, most: int) -> list[int]:
+    """The numbers of ranks to measure. Raises UsageError for too large a one, or one that does not divide the batch."""
+    powers = itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
+    counts = sorted(cfg.ranks or {*powers, most})
+    if counts[-1] > most:
+        raise UsageError(f"ranks is {cfg.ranks}; allowed is at most {most}, as many as there are")
+    for count in counts if STRONG in cfg.modes else ():
+        if cfg.batch_size % count:
+            raise UsageError(f"batch_size is {cfg.batch_size}; allowed in mode strong is a multiple of {count}")
+    return counts
+
+
+def _spawned(rank: int, cfg: ScalingConfig, size: int, port: int, results: Any) -> None:
+    """One of the processes, in the environment that torchrun would give it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.connect(cfg.device)
+    report = _measure_all(cfg, world)
+    distributed.disconnect()
+    if rank == 0:
+        results.put(report)
+
+
+def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
+    """Every row, in the same processes, so that each shape is compiled once. The report is the first rank's."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
+    counts = _counts(cfg, world.size)
+    where = machine(world.device)
+    say = print if world.is_main else _quiet
+    say(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
+        f"mask {cfg.mask_ratio}; {world.size} ranks")  # fmt: skip
+    say(f"{'model':17} {'mode':6} {'ranks':>5} {'batch':>5} {'graph':>5} {'ms':>8} {'img/s':>9} {'of linear':>9} "
+        f"{'exposed ms':>10} {'grad MB':>8} {'all-reduce ms':>13} {'bus GB/s':>8}")  # fmt: skip
+    results: list[ScalingResult] = []
+    for name, mode in itertools.product(cfg.models, cfg.modes):
+        first: ScalingResult | None = None
+        for count in counts:
+            result = _row(cfg, name, mode, count, world)
+            first = first or result
+            result.efficiency = (result.images_per_second / count) / (first.images_per_second / first.ranks)
+            results.append(result)
+            say(_line(result), flush=True)
+    if not world.is_main:
+        return None
+    return {"machine": where, "config": asdict(cfg), "results": [asdict(result) for result in results]}
+
+
+def _row(cfg: ScalingConfig, name: str, mode: str, count: int, world: World) -> ScalingResult:
+    """One row, on the first ``count`` ranks; the others wait."""
+    batch_size = cfg.batch_size if mode == WEAK else cfg.batch_size // count
+    on_gpu = world.device.type == "cuda"
+    graphed = on_gpu if cfg.cuda_graph is None else cfg.cuda_graph
+    group = dist.new_group(list(range(count))) if count > 1 else None
+    measured = torch.zeros(4, dtype=torch.float64)
+    if world.rank < count:
+        measured = torch.tensor(_times(cfg, name, batch_size, count, group, world, graphed), dtype=torch.float64)
+    ms, alone_ms, nbytes, all_reduce_ms = world.max(measured).tolist()
+    bus = 2 * (count - 1) / count * nbytes / all_reduce_ms / 1e6 if count > 1 else 0.0
+    return ScalingResult(
+        name, mode, count, batch_size, graphed, ms, count * batch_size / ms * 1e3, 1.0,
+        max(0.0, ms - alone_ms), nbytes / 1e6, all_reduce_ms, bus,
+    )  # fmt: skip
+
+
+def _times(
+    cfg: ScalingConfig, name: str, batch_size: int, count: int, group: Any, world: World, graphed: bool
+) -> tuple[float, float, float, float]:
+    """ms of a step, of one without exchange, bytes of the gradient, ms of its all-reduce."""
+    torch.manual_seed(0)
+    device = world.device
+    model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
+    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+        model.compile()
+    exchange = GradientExchange(model, count, group)
+    optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
+    keep = model.len_keep(cfg.image_size, cfg.image_size)
+    rows, cols = grid_size(cfg.image_size, cfg.image_size, model.mask_patch_size)
+    imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
+    batches = [
+        [imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep)] for _ in range(DISTINCT_BATCHES)
+    ]
+
+    def time_steps(exchanging: bool) -> float:
+        def run(batch: Sequence[Tensor], last: bool) -> Tensor:
+            with autocast(device, cfg.precision):
+                loss = model(batch[0], batch[1], keep).loss
+            with exchange(last and exchanging):
+                (loss / count).backward()
+            return loss.detach()
+
+        backward = GraphedBackward(run, model, exchange=exchange) if graphed else EagerBackward(run, model)
+
+        def step(i: int) -> None:
+            backward.start_step()
+            backward(batches[i % len(batches)])
+            optimizer.step()
+
+        with contextlib.closing(backward):
+            for i in range(cfg.warm_up + 1):
+                step(i)
+            return median_step_ms(step, cfg.repeats, device)
+
+    ms = time_steps(exchanging=True)
+    if count == 1:
+        return ms, ms, _gradient_bytes(model), 0.0
+    alone_ms = time_steps(exchanging=False)
+    return ms, alone_ms, _gradient_bytes(model), _all_reduce_ms(model, group, cfg.repeats, device)
+
+
+def _gradient_bytes(model: FCMAE) -> float:
+    return float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+
+
+def _all_reduce_ms(model: FCMAE, group: Any, repeats: int, device: torch.device) -> float:
+    flat = torch.zeros(int(_gradient_bytes(model)) // 4, device=device)
+
+    def all_reduce(_: int) -> None:
+        dist.all_reduce(flat, group=group)
+
+    return median_step_ms(all_reduce, repeats, device)
+
+
+def _line(result: ScalingResult) -> str:
+    return (
+        f"{result.model:17} {result.mode:6} {result.ranks:5} {result.batch_size:5} {result.cuda_graph!s:>5} "
+        f"{result.ms:8.2f} {result.images_per_second:9.1f} {result.efficiency:9.1%} {result.exposed_ms:10.2f} "
+        f"{result.gradient_mb:8.1f} {result.all_reduce_ms:13.2f} {result.bus_gb_per_second:8.1f}"
+    )
+
+
+def _quiet(*_: object, **__: object) -> None:
+    """The first rank speaks for the others."""

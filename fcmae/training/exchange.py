@@ -1,0 +1,139 @@
+"""Gradients summed over the ranks, bucket by bucket, while the backward pass is still under way.
+
+What torch's DistributedDataParallel does, made of nothing but tensor operations and collectives. So a CUDA graph
+records it together with the backward pass, and steps are replayed on several GPUs as they are on one.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class Bucket:
+    """Parameters whose gradients travel together, in one flat buffer."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.params = params
+        sizes = [p.numel() for p in params]
+        self.flat = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
+        self.views = [part.view_as(p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
+        self.missing = 0
+        """Gradients that are still to come."""
+        self.work: dist.Work | None = None
+
+    @torch.no_grad()
+    def launch(self, group: dist.ProcessGroup | None) -> None:
+        """Starts the sum over the ranks."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if any(grad is not view for grad, view in zip(grads, self.views, strict=True)):
+            torch._foreach_copy_(self.views, grads)
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    def finish(self) -> None:
+        """The sum is in ``.grad``; on a GPU nobody waits but the stream."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+        self.attach()
+
+    def attach(self) -> None:
+        """Makes the parts of the buffer the gradients."""
+        for param, view in zip(self.params, self.views, strict=True):
+            param.grad = view
+
+
+class GradientExchange:
+    """Sums the gradients of a model over ``size`` ranks, which start with the weights of the first.
+
+    Buckets are filled from the output of the model to its input, as gradients come, and start in that order on every
+    rank. With one rank there is nothing to do.
+
+    Args:
+        model: its parameters that require gradients must all get one in every backward pass.
+        size: number of ranks in ``group``. For a mean over ranks, each divides its loss by it.
+        group: the ranks; None = all.
+    """
+
+    def __init__(
+        self, model: nn.Module, size: int, group: dist.ProcessGroup | None = None, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.size = size
+        self.group = group
+        self.buckets: list[Bucket] = []
+        self._active = False
+        self._next = 0
+        if size == 1:
+            return
+        _broadcast(model, group)
+        self.names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        self.buckets = [Bucket(params) for params in _split(list(self.names)[::-1], bucket_bytes)]
+        self._bucket: dict[Tensor, Bucket] = {param: bucket for bucket in self.buckets for param in bucket.params}
+        for param in self.names:
+            param.register_post_accumulate_grad_hook(self._arrived)
+
+    @contextlib.contextmanager
+    def __call__(self, last: bool = True) -> Iterator[None]:
+        """In this block runs the backward pass of a micro-batch; if it is a step's ``last``, gradients are exchanged.
+
+        Raises RuntimeError naming a parameter that got no gradient, without which its bucket cannot start.
+        """
+        if not last or not self.buckets:
+            yield
+            return
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.params)
+        self._next = 0
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+        if self._next < len(self.buckets):
+            missing = next(self.names[p] for p in self.buckets[self._next].params if p.grad is None)
+            raise RuntimeError(f"the parameter {missing} got no gradient")
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def attach(self) -> None:
+        """Makes the buffers the gradients, for passes that add to them."""
+        for bucket in self.buckets:
+            bucket.attach()
+
+    def _arrived(self, param: Tensor) -> None:
+        """A parameter's gradient is complete: starts the buckets whose turn it is."""
+        if not self._active:
+            return
+        self._bucket[param].missing -= 1
+        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+            self.buckets[self._next].launch(self.group)
+            self._next += 1
+
+
+def _split(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one kind, of at most ``limit`` bytes, or of one parameter."""
+    part: list[nn.Parameter] = []
+    size = 0
+    for param in params:
+        nbytes = param.numel() * param.element_size()
+        other = bool(part) and (param.dtype, param.device) != (part[0].dtype, part[0].device)
+        if part and (size + nbytes > limit or other):
+            yield part
+            part, size = [], 0
+        part.append(param)
+        size += nbytes
+    if part:
+        yield part
+
+
+def _broadcast(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """The first rank's parameters and buffers for all."""
+    with torch.no_grad():
+        tensors = [*model.parameters(), *model.buffers()]
+        for work in [dist.broadcast(t, group_src=0, group=group, async_op=True) for t in tensors]:
+            assert work is not None
+            work.wait()

@@ -1,0 +1,139 @@
+"""A SLURM for the session, and what the tests ask of a job."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.lab import NODES, Lab, install
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/slurm" in str(item.path):
+            item.add_marker("slurm")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    install()
+    cluster = Lab(tmp_path_factory.mktemp("lab"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(lab: Lab) -> Iterator[None]:
+    """After every test: no job, and on the nodes no process and no shared memory."""
+    yield
+    lab.run("scancel", "--user=root")
+    wait_until(lambda: not lab.run("squeue", "--noheader"))
+    for node in NODES:
+        wait_until(lambda node=node: not lab.processes(node), 20)
+        assert not lab.shared_memory(node)
+
+
+class Job:
+    """A batch job that runs ``fcmae ARGS`` in ``folder`` by one of the scripts in launch/slurm.
+
+    Args:
+        paced: so many starts of the job take a while for every step, on fast machines too: time to disturb them.
+        options: more options for sbatch.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        folder: Path,
+        *args: str,
+        script: str = "srun",
+        paced: int = 0,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self.lab = lab
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.run_dir = folder / "run"
+        self.output = folder / "job.txt"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        environment = {"PYTHON": sys.executable, "RUN_DIR": str(self.run_dir), "TMPDIR": str(self.temporary)}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        environment["PACED_STARTS"] = str(paced)
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        if script == "srun":
+            environment["FCMAE"] = f"{sys.executable} -m {'tests.slurm.paced' if paced else 'fcmae.cli'}"
+        submit = [
+            *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self.output}"),
+            *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1"),
+            "--export=" + ",".join(["ALL", *(f"{name}={value}" for name, value in environment.items())]),
+            *options,
+            *(str(REPOSITORY / "launch" / "slurm" / f"{script}.sbatch"), *args),
+        ]
+        self.id = lab.run(*submit).strip()
+
+    def show(self) -> dict[str, str]:
+        """What SLURM says of the job."""
+        words = self.lab.run("scontrol", "show", "job", self.id).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    @property
+    def restarts(self) -> int:
+        return int(self.show()["Restarts"])
+
+    @property
+    def step(self) -> int:
+        return last_step(self.run_dir)
+
+    def wait_for(self, condition: Callable[["Job"], bool], seconds: float = 120) -> None:
+        """Waits until ``condition`` holds; a job that fails or takes too long fails the test with its output."""
+        try:
+            wait_until(lambda: condition(self) or self._check(), seconds)
+        except TimeoutError as error:
+            said = self.output.read_text() if self.output.is_file() else ""
+            raise AssertionError(f"{error}: {self.show()}\n{said}") from error
+
+    def finish(self, seconds: float = 240) -> str:
+        """Waits for the job's success and returns the SHA-256 of the weights."""
+        self.wait_for(lambda job: job.show()["JobState"] == "COMPLETED", seconds)
+        return weights_sha256(self.run_dir)
+
+    def _check(self) -> bool:
+        if self.show()["JobState"] in ("FAILED", "TIMEOUT", "CANCELLED"):
+            raise TimeoutError("the job ended")
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            raise TimeoutError(f"waited {seconds} s in vain")
+        time.sleep(0.1)
+
+
+def weights_sha256(run_dir: Path) -> str:
+    """Of the weights in the newest checkpoint, name by name."""
+    state = torch.load(max((run_dir / "checkpoints").iterdir()), weights_only=True)
+    digest = hashlib.sha256()
+    for name, value in sorted(state["model"].items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that metrics.jsonl knows."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0

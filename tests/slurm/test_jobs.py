@@ -1,0 +1,118 @@
+"""Real jobs on a real SLURM: two nodes, a rank on each, gloo between them."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import TINY_PRETRAIN
+from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights_sha256
+from tests.slurm.lab import NODES
+
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes several times as long
+RUN = (*TINY_PRETRAIN, "schedule.epochs=200", "trainer.eval_every_epochs=200", "trainer.checkpoint_every_epochs=20")
+RUN += ("trainer.device=cpu", "data.workers=1")
+STEPS = 600
+"""At the pace of tests/slurm/paced.py half a minute and the start-up."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab, tmp_path_factory) -> str:
+    """The SHA-256 of the weights of a run that nothing disturbed."""
+    job = Job(lab, tmp_path_factory.mktemp("undisturbed"), *RUN)
+    result = job.finish()
+    assert job.restarts == 0
+    print(f"\nundisturbed, srun: {result[:16]}")
+    return result
+
+
+def test_torchrun_gives_the_weights_of_srun(lab, tmp_path, undisturbed):
+    job = Job(lab, tmp_path / "job", *RUN, script="torchrun")
+    assert job.finish() == undisturbed
+    assert job.restarts == 0
+    print(f"\ntorchrun: {undisturbed[:16]}")
+
+
+def test_requeued_at_time_limits_and_after_a_lost_node(lab, tmp_path, undisturbed):
+    job = Job(lab, tmp_path / "job", *RUN, paced=3, options=("--time=1", "--signal=USR1@30"))
+    job.wait_for(lambda job: job.restarts == 1)
+    steps = [job.step]
+    lab.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.wait_for(lambda job: job.step >= steps[-1] + 20)
+    lab.run("scancel", "--signal=USR1", job.id)  # what SLURM does some time before a limit
+    job.wait_for(lambda job: job.restarts == 2)
+    steps.append(job.step)
+    job.wait_for(lambda job: job.step >= steps[-1] + 20)
+    lab.power_off("n2")
+    steps.append(job.step)
+    job.wait_for(lambda job: job.restarts == 3)
+    lab.power_on("n2")
+    assert job.finish() == undisturbed
+    assert job.restarts == 3
+    assert steps[-1] < STEPS
+    print(f"\ntime limit at step {steps[0]}, the next at {steps[1]}, a node lost at {steps[2]}: {undisturbed[:16]}")
+
+
+def test_pre_empted_and_resumed(lab, tmp_path, undisturbed):
+    job = Job(lab, tmp_path / "job", *RUN, paced=1)
+    job.wait_for(lambda job: job.step >= 20)
+    urgent = lab.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null",
+                     "--wrap=sleep 1").strip()  # fmt: skip
+    job.wait_for(lambda job: job.restarts == 1)
+    step = job.step
+    assert job.finish() == undisturbed
+    assert "JobState=COMPLETED" in lab.run("scontrol", "show", "job", urgent)
+    print(f"\npre-empted at step {step}: {undisturbed[:16]}")
+
+
+@pytest.mark.parametrize("script", ["srun", "torchrun"])
+def test_scancel_leaves_nothing_behind(lab, tmp_path, script):
+    job = Job(lab, tmp_path / "job", *RUN, "schedule.epochs=20000", script=script)
+    job.wait_for(lambda job: job.step >= 20)
+    assert all(lab.processes(node) for node in NODES)
+    lab.run("scancel", job.id)
+    wait_until(lambda: not any(lab.processes(node) for node in NODES), 30)
+    assert not any(lab.shared_memory(node) for node in NODES)
+    assert not list(job.temporary.iterdir())
+    assert not list(job.run_dir.rglob("*.tmp"))
+    time.sleep(3)
+    assert job.show()["JobState"] == "CANCELLED"
+
+
+def test_a_run_that_stops_on_purpose_is_not_requeued(lab, tmp_path):
+    job = Job(lab, tmp_path / "job", *RUN, "trainer.max_steps=2")
+    job.wait_for(lambda job: job.show()["ExitCode"] == "75:0")
+    assert job.restarts == 0
+
+
+def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
+    """Each ends with the weights that the same run has on the login node."""
+    options = [f"hydra.launcher.{option}" for option in ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60")]
+    sweep = ["hydra/launcher=slurm", *options, "hydra.sweep.dir=sweep", "seed=0,1,2", "--multirun"]
+    runs = [login_node(lab, tmp_path, *RUN, *sweep)]
+    folders = [tmp_path / "sweep" / str(seed) for seed in range(3)]
+    try:
+        wait_until(lambda: last_step(folders[1]) >= 20 or runs[0].poll() is not None, 120)
+        job = lab.run("squeue", "--noheader", "--array", "--format=%i %K").split("\n")
+        [job] = [line.split()[0] for line in job if line.endswith(" 1")]
+        step = last_step(folders[1])
+        lab.run("scancel", "--signal=USR2", job)
+        wait_until(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", job))
+        runs += [login_node(lab, tmp_path, *RUN, f"seed={seed}", f"hydra.run.dir=alone_{seed}") for seed in range(3)]
+        assert [run.wait(240) for run in runs] == [0] * 4, (tmp_path / "stderr.txt").read_text()
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    hashes = [weights_sha256(folder) for folder in folders]
+    assert hashes == [weights_sha256(tmp_path / f"alone_{seed}") for seed in range(3)]
+    print(f"\nsweep, the second requeued at step {step}: {' '.join(name[:16] for name in hashes)}")
+
+
+def login_node(lab, folder, *args) -> subprocess.Popen:
+    """``fcmae ARGS`` outside of the nodes."""
+    with (folder / "stderr.txt").open("a") as errors:
+        command = [sys.executable, "-m", "fcmae.cli", *args]
+        environment = {**lab.environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, stdout=subprocess.DEVNULL)

@@ -1,0 +1,92 @@
+"""Gradients summed over ranks: the same as one process computes from the whole batch, in any buckets."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from fcmae.training.backward import EagerBackward
+from fcmae.training.exchange import GradientExchange, _split
+from tests.conftest import relative_error
+
+RANKS = 2
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
+
+
+def micro_batches(rank: int, ranks: int) -> list[torch.Tensor]:
+    """Two of a rank's share of 16 samples."""
+    samples = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    return list(samples.chunk(ranks)[rank].chunk(2))
+
+
+def gradients(model: nn.Module, rank: int, ranks: int, bucket_bytes: int = 2**20) -> list[torch.Tensor]:
+    exchange = GradientExchange(model, ranks, bucket_bytes=bucket_bytes)
+
+    def run(batch: list[torch.Tensor], last: bool) -> torch.Tensor:
+        loss = model(batch[0]).square().mean() / 2
+        with exchange(last):
+            (loss / ranks).backward()
+        return loss.detach()
+
+    backward = EagerBackward(run, model)
+    for _ in range(2):  # the second step must not know of the first
+        backward.start_step()
+        for last, batch in enumerate(micro_batches(rank, ranks)):
+            backward([batch], bool(last))
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def on_a_rank(rank: int, address: str, results: "mp.SimpleQueue") -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(address, RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
+    found = {size: gradients(network(rank), rank, RANKS, size) for size in (4, 1000, 2**20)}
+    model = network(0)
+    exchange = GradientExchange(model, RANKS, bucket_bytes=4)
+    error = ""
+    try:
+        with exchange():
+            model[:3](torch.ones(1, 6)).sum().backward()
+    except RuntimeError as caught:
+        error = str(caught)
+    dist.destroy_process_group()
+    numbers = {size: [grad.tolist() for grad in grads] for size, grads in found.items()}
+    results.put((rank, numbers, error))
+
+
+def test_ranks_compute_the_gradient_of_the_whole_batch(tmp_path):
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=on_a_rank, args=(r, str(tmp_path / "store"), results)) for r in range(RANKS)]
+    for process in ranks:
+        process.start()
+    answers = [results.get() for _ in ranks]
+    for process in ranks:
+        process.join()
+    whole = gradients(network(0), 0, 1)
+    for _, found, error in answers:
+        for grads in found.values():
+            for grad, reference in zip(grads, whole, strict=True):
+                assert relative_error(torch.tensor(grad), reference) < 1e-6
+        assert error == "the parameter 4.bias got no gradient"
+    assert answers[0][1] == answers[1][1]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 4), (8 * 4, [2, 1, 1]), (100 * 4, [4])])
+def test_buckets(limit, sizes):
+    params = [nn.Parameter(torch.zeros(n)) for n in (4, 4, 10, 6)]
+    parts = list(_split(params, limit))
+    assert [len(part) for part in parts] == sizes
+    assert [p for part in parts for p in part] == params
+
+
+def test_a_bucket_holds_one_kind_of_parameter():
+    params = [nn.Parameter(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    assert [len(part) for part in _split(params, 100)] == [1, 1]
