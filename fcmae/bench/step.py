@@ -100,24 +100,28 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
           f"mask {cfg.mask_ratio}; matmul {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
     print(f"{'model':17} {'engine':9} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
           f"{'of peak':>7} {'start s':>7}")  # fmt: skip
-    results = []
+    results: list[StepResult] = []
+
+    def write() -> None:
+        if json_file is not None:
+            report = {
+                "machine": where,
+                "matmul_tflops": peak / 1e12,
+                "copy_gb_per_second": bandwidth / 1e9,
+                "config": asdict(cfg),
+                "results": [asdict(result) for result in results],
+            }
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(report, indent=1) + "\n")
+
     for result in _measure_all(cfg, device):
         results.append(result)
+        write()  # what was measured stays, should a later engine fail
         print(_row(result, peak), flush=True)
         if result.kernel_ms:
             print("  " + _where_time_goes(result, bandwidth), flush=True)
     for line in _ratios(results):
         print(line)
-    if json_file is not None:
-        report = {
-            "machine": where,
-            "matmul_tflops": peak / 1e12,
-            "copy_gb_per_second": bandwidth / 1e9,
-            "config": asdict(cfg),
-            "results": [asdict(result) for result in results],
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
     return results
 
 
