@@ -33,6 +33,9 @@ class PrepareConfig:
     """The folder for the tar files."""
     short_side: int | None = None
     """Larger images are resized to it, converted to data.in_chans and encoded anew; None = the files as they are."""
+    encode: str = "jpeg"
+    """How images are written that are encoded anew; ``npy``: all of them, as pixels, of which nothing is to be decoded,
+    for ten times the bytes."""
     quality: int = 90
     """Of JPEG, for images that are encoded anew; those that JPEG cannot hold become PNG or .npy."""
     samples_per_shard: int = 2000
@@ -45,6 +48,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_one_of("split", self.split, ("train", "val"))
+        check_one_of("encode", self.encode, ("jpeg", "npy"))
         check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
         for name in ("short_side", "samples_per_shard", "workers"):
             check_positive(name, getattr(self, name))

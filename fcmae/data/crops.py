@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -87,6 +88,9 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 def resize(pixels: Tensor, size: list[int]) -> Tensor:
     """``[C, H, W]`` to ``[height, width]``, or to ``[short side]``, by an antialiased bicubic filter."""
+    if pixels.dtype == torch.uint8 and len(size) == 2 and pixels.device.type == "cpu":
+        # what torchvision's resize comes to, without what it does before
+        return interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     if pixels.dtype != torch.uint16:
         return F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
     resized = F.resize(pixels.float(), size, v2.InterpolationMode.BICUBIC, antialias=True)

@@ -49,7 +49,7 @@ def prepare(cfg: PrepareConfig) -> str:
     if cfg.data.stats:
         return statistics(cfg, source)
     order = sample_order(cfg, len(source))
-    how = Encoding(PixelFormat(cfg.data.in_chans, cfg.data.bit_depth), cfg.short_side, cfg.quality)
+    how = Encoding(PixelFormat(cfg.data.in_chans, cfg.data.bit_depth), cfg.short_side, cfg.encode, cfg.quality)
     print(estimate(cfg, source, how, order), file=sys.stderr, flush=True)
     if cfg.dry_run:
         return "nothing was written (dry_run=true)"
@@ -185,7 +185,7 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
     names = hashlib.sha256()
     for index in range(len(source)):
         names.update(source.describe(index).encode(errors="surrogateescape") + b"\0")
-    keys = ("split", "short_side", "quality", "samples_per_shard", "shuffle", "seed")
+    keys = ("split", "short_side", "encode", "quality", "samples_per_shard", "shuffle", "seed")
     own = {key: getattr(cfg, key) for key in keys}
     data = {f"data.{key}": getattr(cfg.data, key) for key in ("in_chans", "bit_depth")}
     return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}

@@ -32,10 +32,14 @@ MAGICS = {
 
 
 class Encoding(NamedTuple):
-    """How images are written: as they are, or no larger than ``short_side`` and then encoded anew."""
+    """How images are written: as they are, or no larger than ``short_side`` and then encoded anew.
+
+    With ``encode="npy"`` all are written as pixels.
+    """
 
     to: PixelFormat
     short_side: int | None = None
+    encode: str = "jpeg"
     quality: int = 90
 
 
@@ -58,6 +62,9 @@ def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
     """
     opened = open_image(image, how.to)
     pixels = opened.pixels(1)
+    if how.encode == "npy":
+        larger = how.short_side is not None and min(opened.size) > how.short_side
+        return _npy(resize(pixels, [how.short_side]) if larger else pixels)  # type: ignore[list-item]  # not None then
     if isinstance(image, Encoded) and (how.short_side is None or min(opened.size) <= how.short_side):
         return ending_of(image), image.data
     if how.short_side is not None and min(opened.size) > how.short_side:
@@ -78,16 +85,22 @@ def ending_of(image: Encoded) -> str:
 
 def _encode_pixels(pixels: Tensor, quality: int | None) -> tuple[str, bytes]:
     """JPEG of a quality, or None for what loses nothing, as far as a format can hold the pixels; else .npy."""
-    content = io.BytesIO()
     if pixels.dtype != torch.uint8 or len(pixels) not in (1, 3, 4):
-        np.save(content, pixels.numpy(), allow_pickle=False)
-        return "npy", content.getvalue()
+        return _npy(pixels)
+    content = io.BytesIO()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
     if quality is None or len(pixels) == 4:
         picture.save(content, "PNG")
         return "png", content.getvalue()
     picture.save(content, "JPEG", quality=quality)
     return "jpg", content.getvalue()
+
+
+def _npy(pixels: Tensor) -> tuple[str, bytes]:
+    """``[H, W, C]``, the order in which the resize is fast."""
+    content = io.BytesIO()
+    np.save(content, pixels.permute(1, 2, 0).contiguous().numpy(), allow_pickle=False)
+    return "npy", content.getvalue()
 
 
 def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encoding) -> Shard:

@@ -6,9 +6,11 @@ way, and one more, which it fills in turn. A slot is filled again only after the
 batch of the same worker, so whoever takes a batch copies it before taking another (:func:`taken`), as pinning does.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -48,23 +50,49 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors), out=out)
 
 
+class Memory:
+    """Memory of the training process for batches, used again once nobody holds a tensor in it.
+
+    New memory for each batch would cost its pages anew, as much as it does in the workers.
+    """
+
+    def __init__(self) -> None:
+        # The first is never lent: what is referred to as often as it is free. A tensor made of an array refers to it.
+        self.arrays = [np.empty(0, np.uint8)]
+
+    def copy(self, part: Tensor) -> Tensor:
+        """A copy of a tensor, laid out as it is."""
+        size = part.untyped_storage().nbytes()
+        out = torch.from_numpy(self._free(size))[:size].view(part.dtype).as_strided(part.shape, part.stride())
+        return out.copy_(part)
+
+    def _free(self, size: int) -> np.ndarray:
+        referred = [sys.getrefcount(array) for array in self.arrays]
+        for place in range(1, len(self.arrays)):
+            if referred[place] == referred[0] and self.arrays[place].nbytes >= size:
+                return self.arrays[place]
+        self.arrays.append(np.empty(size, np.uint8))
+        return self.arrays[-1]
+
+
 def taken(batches: Iterable[Any], workers: int, pinned: bool) -> Iterator[Any]:
     """Batches that stay what they are: those in slots are copied, but where pinning has done so.
 
     Slots stay mapped as long as this iterator lives: mapping one again would cost its pages again.
     """
     mapped: dict[int, torch.UntypedStorage] = {}
+    memory = Memory()
     for batch in batches:
-        yield _copy(batch, mapped) if workers and not pinned else batch
+        yield _copy(batch, mapped, memory) if workers and not pinned else batch
 
 
-def _copy(part: Any, mapped: dict[int, torch.UntypedStorage]) -> Any:
+def _copy(part: Any, mapped: dict[int, torch.UntypedStorage], memory: Memory) -> Any:
     if isinstance(part, Tensor):
         storage = part.untyped_storage()
         mapped.setdefault(storage.data_ptr(), storage)
-        return part.clone()
+        return memory.copy(part)
     if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(_copy(value, mapped) for value in part))
+        return type(part)(*(_copy(value, mapped, memory) for value in part))
     if isinstance(part, list):
-        return [_copy(value, mapped) for value in part]
+        return [_copy(value, mapped, memory) for value in part]
     return part

@@ -56,6 +56,23 @@ def test_batches_stay_what_they_are(workers, prefetch):
         assert torch.equal(ours[1], theirs[1])
 
 
+def test_memory_is_used_again_once_nobody_holds_it():
+    memory = shared.Memory()
+    batch = torch.arange(24, dtype=torch.int16).view(2, 3, 4).transpose(1, 2)
+    first = memory.copy(batch)
+    part = first[1]
+    place = first.data_ptr()
+    assert torch.equal(first, batch)
+    assert first.stride() == batch.stride()
+    del first
+    second = memory.copy(batch + 1)
+    assert second.data_ptr() != place
+    assert torch.equal(part, batch[1])
+    del part
+    assert memory.copy(batch).data_ptr() == place
+    assert torch.equal(second, batch + 1)
+
+
 def test_slots_are_used_in_turn():
     slots = shared.Slots(2)
     first, second, third = (slots.empty((3, 4), torch.uint8) for _ in range(3))

@@ -79,6 +79,17 @@ def test_a_short_side_is_resized_and_small_images_stay(folder, tmp_path):
             assert sample.image.data == encoded(resized, "JPEG", quality=95)
 
 
+def test_pixels_instead_of_files(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, f"out={out}", "short_side=40", "encode=npy")
+    source, shards = ImageFolder(folder), WebDataset(out)
+    for i, sample in enumerate(shards):
+        assert sample.image.data.startswith(b"\x93NUMPY")
+        pixels = decode(source[int(os.path.basename(shards.describe(i)).split(".")[0])].image, 3)
+        wanted = resize(pixels, [40]) if min(pixels.shape[1:]) > 40 else pixels
+        assert torch.equal(decode(sample.image, 3), wanted)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "bit_depth", "ending"),
     [
