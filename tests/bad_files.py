@@ -76,6 +76,7 @@ def permissions_count() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
+    Image.init()  # would leave out the formats whose modules lie in a folder that nobody else may enter
     libc.setfsuid(NOBODY)
     try:
         yield

@@ -45,140 +45,181 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     Raises NonFiniteLossError, with the weights and checkpoints of before; SaveError if a checkpoint cannot be written;
     Interrupted at ``trainer.max_steps``, after ``trainer.max_hours`` and at a signal (see :mod:`fcmae.interrupt`).
     """
-    cfg = task.cfg
-    plan = BatchPlan.create(
-        len(task.source),
-        cfg.trainer.global_batch_size,
-        cfg.trainer.micro_batch_size,
-        world.size,
-        cfg.seed,
-        cfg.data.crops_per_image,
-    )
-    task.prepare(plan)
-    schedule = CosineSchedule(
-        cfg.optim.peak_lr(plan.global_batch_size),
-        cfg.schedule.min_lr,
-        round(cfg.schedule.warmup_epochs * plan.steps_per_epoch),
-        max(1, round(cfg.schedule.epochs * plan.steps_per_epoch)),
-    )
-    checkpoints = _checkpoint_dir(run_dir, cfg.trainer, plan)
-    state = _create_state(task, world)
-    resumed = newest_state(checkpoints, world) if cfg.trainer.resume else None
-    config = to_dict(cfg)
-    if resumed is not None:
-        if not cfg.trainer.allow_changed_recipe:
-            world.on_main(lambda: check_recipe(resumed["config"], config))
-        state.load_state_dict(resumed, checkpoints.folder)
-    stop_step = min(schedule.total_steps, cfg.trainer.max_steps or schedule.total_steps)
-    if world.is_main:
-        checkpoints.sweep()
-        checkpoints.set_aside(state.step, say)
-        _write_config(run_dir, config)
-        for line in (*task.notes, _summary(task, plan, state, schedule.total_steps, world)):
-            say(line)
-    stop = StopAgreement(world, cfg.trainer.max_hours)
-    verdict = stop.at_once()
-    model = task.model
-    if cfg.trainer.compile if cfg.trainer.compile is not None else world.device.type == "cuda":
-        model.compile()
-    workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
-    batches = TrainBatches(
-        task.dataset(),
-        plan,
-        rank=world.rank,
-        start_step=state.step,
-        stop_step=stop_step,
-        workers=workers,
-        pin_memory=world.device.type == "cuda",
-        prefetch=cfg.data.prefetch,
-        timeout=cfg.trainer.hang_timeout,
-        skip=cfg.data.on_error == "skip",
-    )
-    logger = RunLogger.create(cfg.logger, cfg.name, config, run_dir, (state.step, stop_step), world.is_main)
-    meter = Meter(world, plan.global_batch_size)
-    guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
-    saver = Saver(checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
+    return _Training(task, run_dir, world, watchdog).run()
 
-    exchange = GradientExchange(model, world.size)
 
-    def run(batch: Sequence[Tensor], last: bool) -> Tensor:
-        with autocast(world.device, cfg.trainer.precision):
-            loss = task.loss(model, batch) / plan.accum_steps
-        with exchange(last):
-            state.scaler.scale(infectious(loss) / world.size).backward()
-        return loss.detach()
+class _Training:
+    """What :func:`train` is made of, set up and resumed; :meth:`run` is the loop."""
 
-    backward: EagerBackward | GraphedBackward = EagerBackward(run, model)
-    if _use_cuda_graph(task, world):
-        backward = GraphedBackward(run, model, plan.accum_steps > 1, exchange)
+    def __init__(self, task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> None:
+        cfg = task.cfg
+        self.task, self.cfg, self.run_dir, self.world, self.watchdog = task, cfg, run_dir, world, watchdog
+        self.plan = BatchPlan.create(
+            len(task.source),
+            cfg.trainer.global_batch_size,
+            cfg.trainer.micro_batch_size,
+            world.size,
+            cfg.seed,
+            cfg.data.crops_per_image,
+        )
+        task.prepare(self.plan)
+        self.schedule = CosineSchedule(
+            cfg.optim.peak_lr(self.plan.global_batch_size),
+            cfg.schedule.min_lr,
+            round(cfg.schedule.warmup_epochs * self.plan.steps_per_epoch),
+            max(1, round(cfg.schedule.epochs * self.plan.steps_per_epoch)),
+        )
+        self.config = to_dict(cfg)
+        self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan)
+        self.state = _create_state(task, world)
+        self._resume()
+        total_steps = self.schedule.total_steps
+        self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
+        if world.is_main:
+            self.checkpoints.sweep()
+            self.checkpoints.set_aside(self.state.step, say)
+            _write_config(run_dir, self.config)
+            for line in (*task.notes, _summary(task, self.plan, self.state, total_steps, world)):
+                say(line)
+        self.stop = StopAgreement(world, cfg.trainer.max_hours)
+        self.verdict = self.stop.at_once()
+        if cfg.trainer.compile if cfg.trainer.compile is not None else world.device.type == "cuda":
+            task.model.compile()
+        self.batches = self._read()
+        steps = self.state.step, self.stop_step
+        self.logger = RunLogger.create(cfg.logger, cfg.name, self.config, run_dir, steps, world.is_main)
+        self.meter = Meter(world, self.plan.global_batch_size)
+        self.guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
+        self.saver = Saver(self.checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
+        self.backward = self._backward()
 
-    def look(verdict: Verdict) -> tuple[bool, Verdict]:
-        """Whether a monitor that is due found this state the best so far; and the verdict, which may become to stop.
+    def run(self) -> Path:
+        """The steps that are left."""
+        state, stop_step = self.state, self.stop_step
+        self.task.model.train()
+        with contextlib.closing(self.logger), contextlib.closing(self.saver), contextlib.closing(self.backward):
+            if state.evaluation_due:
+                self._look()
+                self._save()
+            while state.step < stop_step and self.verdict == Verdict.GO_ON:
+                lr = self._step()
+                self.verdict = self.stop.after_step(self.saver.failed)
+                at_end = state.step == stop_step
+                if at_end or self.verdict != Verdict.GO_ON or state.step % self.cfg.trainer.log_every == 0:
+                    self._log(lr)
+                state.evaluation_due = bool(_due_monitors(self.task, state.step, stop_step, self.plan))
+                due = self._look() or _due(state.step, self.cfg.trainer.checkpoint_every_epochs, self.plan)
+                if self.verdict != Verdict.FAIL and (at_end or due or self.verdict == Verdict.STOP):
+                    self._save()
+            self.stop.close()
+            self.world.on_main(self.saver.finish)
+        if self.verdict == Verdict.FAIL:
+            raise SaveError(
+                f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)"
+            )
+        if state.step < self.schedule.total_steps or state.evaluation_due:
+            raise Interrupted(_why_stopped(state.step, stop_step, self.schedule.total_steps, self.stop, self.run_dir))
+        if self.world.is_main:
+            self.task.finish(self.run_dir, state.average)
+        return self.checkpoints.path(state.step)
 
-        A stop does not wait for them: the next process begins with them.
+    def _step(self) -> float:
+        """One optimizer step. Returns its learning rate."""
+        step, world, plan = self.state.step, self.world, self.plan
+        lr = self.schedule(step)
+        set_lr(self.state.optimizer, lr)
+        self.backward.start_step()
+        loss = torch.zeros((), device=world.device)
+        for micro in range(plan.accum_steps):
+            batch = [part.to(world.device, non_blocking=True) for part in next(self.batches)]
+            seed_step(self.cfg.seed, step, micro, world.rank, world.device)
+            loss += self.backward(batch, last=micro == plan.accum_steps - 1)
+        grad_norm = _optimizer_step(self.state, self.guard, self.cfg.optim.clip_grad, step, loss)
+        self.state.step += 1
+        self.meter.add(loss, grad_norm)
+        self.logger.progress.advance()
+        self.watchdog.beat()
+        return lr
+
+    def _log(self, lr: float) -> None:
+        """A line of metrics: means since the last one."""
+        step, plan = self.state.step, self.plan
+        metrics = self.meter.read() | self.saver.take_stall()
+        metrics |= act_on_non_finite(self.guard, self.task, plan, self.run_dir, self.world)
+        metrics |= count_bad_samples(self.batches, step, self.cfg.data, self.world)
+        left = (self.stop_step - step) * plan.global_batch_size / metrics["images_per_second"]
+        epoch = step / plan.steps_per_epoch
+        self.logger.log(step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
+
+    def _look(self) -> bool:
+        """Whether a monitor that is due found this state the best so far.
+
+        A stop does not wait for them, and changes the verdict: the next process begins with them.
         """
-        if not state.evaluation_due or verdict != Verdict.GO_ON:
-            return False, verdict
+        state = self.state
+        if not state.evaluation_due or self.verdict != Verdict.GO_ON:
+            return False
         best = False
         try:
-            for monitor in _due_monitors(task, state.step, stop_step, plan):
-                best |= state.improves(monitor.look(state.average, state.step, logger, world, stop.wished))
-                meter.restart()
-                watchdog.beat()
+            for monitor in _due_monitors(self.task, state.step, self.stop_step, self.plan):
+                score = monitor.look(state.average, state.step, self.logger, self.world, self.stop.wished)
+                best |= state.improves(score)
+                self.meter.restart()
+                self.watchdog.beat()
         except EvaluationStopped:
-            return best, Verdict.STOP
+            self.verdict = Verdict.STOP
+            return best
         state.evaluation_due = False
-        return best, verdict
+        return best
 
-    def save() -> None:
-        act_on_non_finite(guard, task, plan, run_dir, world)
-        saver.save(lambda: {"task": task.name, "config": config, **task.extra_state(), **state.state_dict()})
-        watchdog.beat()
+    def _save(self) -> None:
+        act_on_non_finite(self.guard, self.task, self.plan, self.run_dir, self.world)
+        task, state = self.task, self.state
+        self.saver.save(lambda: {"task": task.name, "config": self.config, **task.extra_state(), **state.state_dict()})
+        self.watchdog.beat()
 
-    model.train()
-    with contextlib.closing(logger), contextlib.closing(saver), contextlib.closing(backward):
-        if state.evaluation_due:
-            _, verdict = look(verdict)
-            save()
-        while state.step < stop_step and verdict == Verdict.GO_ON:
-            step = state.step
-            lr = schedule(step)
-            set_lr(state.optimizer, lr)
-            backward.start_step()
-            loss = torch.zeros((), device=world.device)
-            for micro in range(plan.accum_steps):
-                batch = [part.to(world.device, non_blocking=True) for part in next(batches)]
-                seed_step(cfg.seed, step, micro, world.rank, world.device)
-                loss += backward(batch, last=micro == plan.accum_steps - 1)
-            grad_norm = _optimizer_step(state, guard, cfg.optim.clip_grad, step, loss)
-            state.step += 1
-            meter.add(loss, grad_norm)
-            logger.progress.advance()
-            watchdog.beat()
+    def _resume(self) -> None:
+        """Takes the newest checkpoint's state, if its recipe is this one."""
+        resumed = newest_state(self.checkpoints, self.world) if self.cfg.trainer.resume else None
+        if resumed is not None:
+            if not self.cfg.trainer.allow_changed_recipe:
+                self.world.on_main(lambda: check_recipe(resumed["config"], self.config))
+            self.state.load_state_dict(resumed, self.checkpoints.folder)
 
-            verdict = stop.after_step(saver.failed)
-            at_end = state.step == stop_step
-            if at_end or verdict != Verdict.GO_ON or state.step % cfg.trainer.log_every == 0:
-                metrics = meter.read() | saver.take_stall()
-                metrics |= act_on_non_finite(guard, task, plan, run_dir, world)
-                metrics |= count_bad_samples(batches, state.step, cfg.data, world)
-                left = (stop_step - state.step) * plan.global_batch_size / metrics["images_per_second"]
-                epoch = state.step / plan.steps_per_epoch
-                logger.log(state.step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
-            state.evaluation_due = bool(_due_monitors(task, state.step, stop_step, plan))
-            best, verdict = look(verdict)
-            due = best or _due(state.step, cfg.trainer.checkpoint_every_epochs, plan)
-            if verdict != Verdict.FAIL and (at_end or due or verdict == Verdict.STOP):
-                save()
-        stop.close()
-        world.on_main(saver.finish)
-    if verdict == Verdict.FAIL:
-        raise SaveError(f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)")
-    if state.step < schedule.total_steps or state.evaluation_due:
-        raise Interrupted(_why_stopped(state.step, stop_step, schedule.total_steps, stop, run_dir))
-    if world.is_main:
-        task.finish(run_dir, state.average)
-    return checkpoints.path(state.step)
+    def _read(self) -> TrainBatches:
+        """The micro-batches of the steps that are left."""
+        cfg, world = self.cfg, self.world
+        workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
+        return TrainBatches(
+            self.task.dataset(),
+            self.plan,
+            rank=world.rank,
+            start_step=self.state.step,
+            stop_step=self.stop_step,
+            workers=workers,
+            pin_memory=world.device.type == "cuda",
+            prefetch=cfg.data.prefetch,
+            timeout=cfg.trainer.hang_timeout,
+            skip=cfg.data.on_error == "skip",
+        )
+
+    def _backward(self) -> EagerBackward | GraphedBackward:
+        """The forward and backward pass of a micro-batch, with the exchange of gradients after the last of a step."""
+        # Not self: whoever holds the result would hold the loader's workers with it.
+        task, model, world, accum_steps = self.task, self.task.model, self.world, self.plan.accum_steps
+        scaler, precision = self.state.scaler, self.cfg.trainer.precision
+        exchange = GradientExchange(model, world.size)
+
+        def run(batch: Sequence[Tensor], last: bool) -> Tensor:
+            with autocast(world.device, precision):
+                loss = task.loss(model, batch) / accum_steps
+            with exchange(last):
+                scaler.scale(infectious(loss) / world.size).backward()
+            return loss.detach()
+
+        if _use_cuda_graph(task, world):
+            return GraphedBackward(run, model, accum_steps > 1, exchange)
+        return EagerBackward(run, model)
 
 
 def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> CheckpointDir:

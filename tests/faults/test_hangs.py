@@ -46,15 +46,15 @@ for task in (t.Pretraining, t.Finetuning):
 """,
     "gradient": """
 import torch, fcmae.training.loop as loop
-wrap = loop._wrap
+exchange = loop.GradientExchange
 def poisoned(model, *args):
     def hook(grad):
         global calls
         calls += 1
         return grad * float("nan") if calls == 8 and RANK == 1 else grad
     next(p for p in model.parameters() if p.ndim == 4).register_hook(hook)
-    return wrap(model, *args)
-loop._wrap = poisoned
+    return exchange(model, *args)
+loop.GradientExchange = poisoned
 """,
 }
 
