@@ -24,7 +24,7 @@ FORMAT = 2
 MAGIC = b"fcmae256"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 PATTERN = re.compile(r"step_(\d+)\.pt")
-STRAY = re.compile(r"\.\d+\.tmp$")
+STRAY = re.compile(r"\.(\d+)\.tmp$")
 """Ending of the temporary files of :func:`replacing`."""
 
 State = dict[str, Any]
@@ -93,6 +93,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             error.filename = str(path)  # a failed write does not know what it wrote to
         raise
     _sync_folder(path.parent)
+
+
+def delete_strays(run_dir: Path, pids: Collection[int] | None = None) -> None:
+    """Deletes the temporary files of :func:`replacing` in a run directory: all, or those of some processes."""
+    for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
+        found = STRAY.search(stray.name)
+        if found is not None and (pids is None or int(found[1]) in pids):
+            stray.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -194,10 +202,7 @@ class CheckpointDir:
 
     def sweep(self) -> None:
         """Deletes temporary files that a killed run left. Only for the one process that writes in the run directory."""
-        run_dir = self.folder.parent
-        for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
-            if STRAY.search(stray.name):
-                stray.unlink(missing_ok=True)
+        delete_strays(self.folder.parent)
 
     def set_aside(self, step: int, say: Callable[[str], object]) -> None:
         """Renames the checkpoints after ``step``, from which a run goes on without them.

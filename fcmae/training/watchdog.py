@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fcmae.processes import Process, is_stopped
+from fcmae.training.checkpoint import delete_strays
 
 DUMP = getattr(signal, "SIGURG", None)
 """Asks a rank for its stacks. Whoever does not expect it ignores it."""
@@ -79,6 +80,7 @@ class Watchdog:
             time.sleep(self.GRACE / 2)
             for process in stopped.values():
                 process.send(signal.SIGKILL)
+            delete_strays(self.path.parent, {os.getpid(), *(process.pid for process in stopped.values())})
         finally:  # an error, such as a closed stderr, must not keep it from ending
             os._exit(1)
 
