@@ -15,6 +15,7 @@ from statistics import mean
 
 from fcmae.bench.measure import machine
 from fcmae.config import compose
+from fcmae.data.cores import default_workers
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
 from fcmae.training.build import build_fcmae
@@ -54,13 +55,20 @@ def main() -> None:
     before = knn_of(cfg.data, extract, world, ks=[10])["knn10"]
     pretrained = given.out / "pretrain"
     fcmae("pretrain", pretrained, *pretraining)
+    print(f"{pretrained}: loss {metrics(pretrained, 'loss')[-1]:.4f}", flush=True)
     after = json.loads(fcmae("knn", given.out, f"checkpoint={pretrained}"))["knn10"]
+
+    print(f"10-NN accuracy {before:.2f} % before, {after:.2f} % after", flush=True)
+    workers = max(1, default_workers(device, 1) // given.jobs)
 
     def finetune(labels: int, seed: int, init: str) -> float:
         run_dir = given.out / f"{init}_{labels}_{seed}"
         start = [f"init_from={pretrained}"] if init == "pretrained" else []
-        fcmae("finetune", run_dir, f"experiment=fashion_mnist/finetune_{labels}", f"seed={seed}", *data, *start)
-        return metrics(run_dir, "top1")[-1]
+        experiment = [f"experiment=fashion_mnist/finetune_{labels}", f"seed={seed}", f"data.workers={workers}"]
+        fcmae("finetune", run_dir, *experiment, *data, *start)
+        top1 = metrics(run_dir, "top1")[-1]
+        print(f"{labels} labels, seed {seed}, {init}: top-1 {top1:.2f} %", flush=True)
+        return top1
 
     jobs = [(labels, seed, init) for labels in LABELS for seed in SEEDS for init in ("scratch", "pretrained")]
     with ThreadPoolExecutor(given.jobs) as pool:

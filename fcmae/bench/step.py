@@ -147,6 +147,7 @@ def _measure_all(cfg: StepConfig, device: torch.device) -> Iterator[StepResult]:
                     except torch.OutOfMemoryError:
                         if batch_size == 1:
                             raise UsageError(f"{model} with engine {engine} does not fit into memory") from None
+                        print(f"{model} {engine}: {batch_size} images do not fit into memory", flush=True)
                         batch_size //= 2
 
 

@@ -1,23 +1,28 @@
 """Compiling the Triton kernels of a network side by side, before its first step needs them.
 
 A kernel takes seconds to compile, and a network needs a dozen, one after another where they are launched first. Here
-each is compiled by a process of its own, which launches it once on a single image; Triton's cache on disk hands the
-result to this process, which meanwhile traces and compiles everything else.
+each is launched once on a single image by one of a few processes, as many as there are cores; Triton's cache on disk
+hands the result to this process, which meanwhile traces and compiles everything else.
 """
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fcmae.kernels.depthwise import neighbors
+
+MAX_PROCESSES = 16
+"""A process takes seconds of a core, and half a GiB of the GPU's memory, before it compiles anything."""
 
 
 class BlockShape(NamedTuple):
@@ -36,38 +41,82 @@ class BlockShape(NamedTuple):
     """Of the activations, as torch names it: ``bfloat16``."""
 
 
-def start(shapes: Iterable[BlockShape]) -> list[Callable[[], None]]:
+class _Task(NamedTuple):
+    kernel: str
+    shape: BlockShape
+    device: int
+    done: Event
+
+
+_started: dict[tuple[BlockShape, int], list[_Task]] = {}
+"""Of every shape and device, what was started."""
+
+
+def start(shapes: Iterable[BlockShape]) -> list[Callable[[], object]]:
     """Starts compiling the kernels of every shape that is new to this process.
 
     Returns:
         For each shape a function that waits until its kernels are there. A kernel that could not be compiled this way
         is compiled, or fails, where it is launched.
     """
-    device = torch.cuda.current_device()
-    return [functools.partial(_wait, _start(shape, device)) for shape in shapes]
+    device, shapes = torch.cuda.current_device(), list(shapes)
+    new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
+    tasks: SimpleQueue[_Task] = SimpleQueue()
+    for shape in new:
+        names = [name for name in KERNELS if shape.hidden is not None or not name.startswith("gelu_grn")]
+        _started[shape, device] = [_Task(name, shape, device, Event()) for name in names]
+        for task in _started[shape, device]:
+            tasks.put(task)
+    for _ in range(min(MAX_PROCESSES, _cores(), tasks.qsize())):
+        Thread(target=_work_off, args=(tasks,), daemon=True, name="precompile").start()
+    return [functools.partial(_wait, _started[shape, device]) for shape in shapes]
 
 
-def _wait(builds: tuple[Future, ...]) -> None:
-    for build in builds:
-        build.result()
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
-def _start(shape: BlockShape, device: int) -> tuple[Future, ...]:
-    kernels = [name for name in KERNELS if shape.hidden is not None or not name.startswith("gelu_grn")]
-    return tuple(_pool().submit(_run, [name, str(device), *map(json.dumps, shape)]) for name in kernels)
+def _wait(tasks: list[_Task]) -> None:
+    for task in tasks:
+        task.done.wait()
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(16, cores), thread_name_prefix="precompile")
-
-
-def _run(arguments: list[str]) -> None:
+def _work_off(tasks: SimpleQueue[_Task]) -> None:
+    """Hands tasks to a process, one after another, until none are left. It ends with this one: its input does."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = [sys.executable, "-m", "fcmae.kernels.precompile", *arguments]
-    subprocess.run(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    with subprocess.Popen(
+        [sys.executable, "-m", "fcmae.kernels.precompile"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while True:
+            try:
+                task = tasks.get_nowait()
+            except Empty:
+                return
+            try:
+                print(json.dumps([task.kernel, task.device, *task.shape]), file=process.stdin, flush=True)
+                process.stdout.readline()
+            except OSError:  # the process is gone
+                pass
+            finally:
+                task.done.set()
+
+
+def _serve() -> None:
+    """What the process does: a task a line, answered by a line when it is over."""
+    for line in sys.stdin:
+        kernel, device, grid, *rest = json.loads(line)
+        with contextlib.suppress(Exception):
+            torch.cuda.set_device(device)
+            KERNELS[kernel](BlockShape(tuple(grid), *rest))
+            torch.cuda.synchronize()
+        print(flush=True)
 
 
 def _depthwise(shape: BlockShape) -> None:
@@ -122,7 +171,4 @@ KERNELS: dict[str, Callable[[BlockShape], None]] = {
 """What each process compiles."""
 
 if __name__ == "__main__":
-    name, device, grid, *rest = sys.argv[1:]
-    torch.cuda.set_device(int(device))
-    KERNELS[name](BlockShape(tuple(json.loads(grid)), *map(json.loads, rest)))
-    torch.cuda.synchronize()
+    _serve()
