@@ -43,9 +43,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=4, help="fine-tunings at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the result to a file")
-    parser.add_argument("overrides", nargs="*", help="of the pretraining, KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", help="of the pretraining, KEY=VALUE; data.KEY of the fine-tunings too")
     given = parser.parse_args()
     data = ["logger=quiet", *([f"data.path={given.data}"] if given.data else [])]
+    data += [override for override in given.overrides if override.startswith("data.")]
     device = pick_device("auto")
 
     pretraining = ["experiment=fashion_mnist/pretrain", *data, *given.overrides]
@@ -64,8 +65,8 @@ def main() -> None:
     def finetune(labels: int, seed: int, init: str) -> float:
         run_dir = given.out / f"{init}_{labels}_{seed}"
         start = [f"init_from={pretrained}"] if init == "pretrained" else []
-        experiment = [f"experiment=fashion_mnist/finetune_{labels}", f"seed={seed}", f"data.workers={workers}"]
-        fcmae("finetune", run_dir, *experiment, *data, *start)
+        experiment = [f"experiment=fashion_mnist/finetune_{labels}", f"seed={seed}"]
+        fcmae("finetune", run_dir, *experiment, *data, f"data.workers={workers}", *start)
         top1 = metrics(run_dir, "top1")[-1]
         print(f"{labels} labels, seed {seed}, {init}: top-1 {top1:.2f} %", flush=True)
         return top1
