@@ -100,7 +100,6 @@ def _load_group(
     x,
     table,
     tile,
-    lane,
     valid,
     GROUP: tl.constexpr,
     C: tl.constexpr,
@@ -118,7 +117,7 @@ def _load_group(
     sites = ()
     for offset in tl.static_range(-REACH, REACH + 1):
         slot = tl.maximum(table[GROUP][offset + REACH], 0)
-        source = x + slot.to(tl.int64) * (S * S * C) + (y * S + _inside(offset, S, K // 2)) * C + lane
+        source = x + slot.to(tl.int64) * (S * S * C) + (y * S + _inside(offset, S, K // 2)) * C
         values = ()
         for row in tl.static_range(_group_count(GROUP, ROWS, S, K // 2)):
             for column in tl.static_range(_count(offset, S, K // 2)):
@@ -128,6 +127,27 @@ def _load_group(
                     values += (tl.load(source + (row * S + column) * C),)
         sites += (values,)
     return sites
+
+
+@triton.jit
+def _prefetch(x, tile, tiles, C: tl.constexpr, SITES: tl.constexpr, CHANNELS: tl.constexpr, CACHE: tl.constexpr):
+    """Asks for a tile that is needed later, without registers for it; each thread names one of its two channels.
+
+    CACHE: to bring it into the first or the second level.
+    """
+    lane = tl.program_id(0) * CHANNELS + 2 * tl.arange(0, CHANNELS // 2)
+    source = x + tl.minimum(tile, tiles - 1) * (SITES * C) + tl.minimum(lane, C - 1)
+    for i in tl.static_range(SITES):
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }"
+            if CACHE == 1
+            else "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l",
+            [(source + i * C).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -245,7 +265,6 @@ def _add_tile(
     slots,
     cells,
     tile,
-    lane,
     valid,
     C: tl.constexpr,
     S: tl.constexpr,
@@ -262,7 +281,7 @@ def _add_tile(
     queue = ()
     for step in tl.static_range(GROUPS + AHEAD):
         if step < GROUPS:
-            queue += (_load_group(x, table, tile, lane, valid, step, C, S, K, ROWS, TAIL),)
+            queue += (_load_group(x, table, tile, valid, step, C, S, K, ROWS, TAIL),)
         if step >= AHEAD:
             sums = _accumulate(sums, factors, queue[step - AHEAD], table, step - AHEAD, S, K, ROWS, WEIGHT_GRAD)
     return sums
@@ -283,7 +302,7 @@ def _taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr
     tl.store(taps + tap * C + lane, value, mask=lane < C)
 
 
-@triton.jit(do_not_specialize=["tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead"])
 def _forward_kernel(
     x,
     taps,
@@ -292,6 +311,7 @@ def _forward_kernel(
     cells,
     tiles,
     tiles_per_program,
+    tiles_ahead,
     C: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
@@ -299,6 +319,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """The convolution; with the taps turned by 180 degrees, its input gradient.
 
@@ -312,12 +333,15 @@ def _forward_kernel(
     for t in tl.static_range(K * K):
         weights += (tl.load(taps + t * C + lane, mask=valid, other=0.0),)
     bias = tl.load(taps + K * K * C + lane, mask=valid, other=0.0)
+    channels = x + lane
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
+        if CACHE > 0:
+            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
         sums = ()
         for _ in tl.static_range(ROWS * S):
             sums += (bias,)
-        sums = _add_tile(sums, weights, x, slots, cells, tile, lane, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, False)
+        sums = _add_tile(sums, weights, channels, slots, cells, tile, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, False)
         target = y + tile * (ROWS * S * C) + lane
         for i in tl.static_range(ROWS * S):
             if TAIL:
@@ -326,7 +350,7 @@ def _forward_kernel(
                 tl.store(target + i * C, sums[i].to(y.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead", "grads_ahead"])
 def _weight_grad_kernel(
     x,
     grad,
@@ -335,6 +359,8 @@ def _weight_grad_kernel(
     cells,
     tiles,
     tiles_per_program,
+    tiles_ahead,
+    grads_ahead,
     C: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
@@ -342,6 +368,7 @@ def _weight_grad_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """Sums of ``grad * x`` for every tap over the tiles of a program, and of ``grad`` (the bias gradient).
 
@@ -358,14 +385,19 @@ def _weight_grad_kernel(
             line += (tl.zeros((CHANNELS,), tl.float32),)
         sums += (line,)
     bias_sum = tl.zeros((CHANNELS,), tl.float32)
+    channels = x + lane
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
+        if CACHE > 0:
+            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
         source = grad + tile * (ROWS * S * C) + lane
+        if CACHE > 0:
+            _prefetch(grad, tile + grads_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
         grads = ()
         for i in tl.static_range(ROWS * S):
             grads += (tl.load(source + i * C, mask=valid, other=0.0).to(tl.float32),)
             bias_sum += grads[i]
-        sums = _add_tile(sums, grads, x, slots, cells, tile, lane, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, True)
+        sums = _add_tile(sums, grads, channels, slots, cells, tile, valid, C, S, K, WIDTH, ROWS, AHEAD, TAIL, True)
     target = partial + tl.program_id(1).to(tl.int64) * ((K * K + 1) * C) + lane
     for ky in tl.static_range(K):
         for kx in tl.static_range(K):
@@ -411,6 +443,14 @@ class _Plan(NamedTuple):
     """Groups of input sites read before they are needed."""
     programs: int
     """Programs a multiprocessor: what its registers hold at once."""
+    cache: int = 0
+    """Level of the cache that later tiles are brought into; 0 for none."""
+    tiles_ahead: int = 0
+    """How many tiles before its own an input tile is asked for: its lower neighbours need it first."""
+    grads_ahead: int = 0
+    """The same of gradients, which only their own tile needs."""
+    registers: int | None = None
+    """A thread's at most; None = the compiler decides."""
 
 
 # By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6,
@@ -451,8 +491,9 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
     tiles, tiles_per_program, (blocks, programs) = _divide(x, plan)
     partial = x.new_empty(programs, k * k + 1, c, dtype=torch.float32)
     _weight_grad_kernel[blocks, programs](
-        x, grad, partial, slots, cells, tiles, tiles_per_program,
+        x, grad, partial, slots, cells, tiles, tiles_per_program, plan.tiles_ahead, plan.grads_ahead,
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
+        **_nvidia(plan, x),
     )  # fmt: skip
     grad_weight, grad_bias = x.new_empty(c, 1, k, k, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
     _add_partial_kernel[blocks, k * k + 1](
@@ -475,10 +516,18 @@ def _launch_forward(
     )
     y = torch.empty_like(x)
     _forward_kernel[grid](
-        x, taps, y, slots, cells, tiles, tiles_per_program,
+        x, taps, y, slots, cells, tiles, tiles_per_program, plan.tiles_ahead,
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
+        **_nvidia(plan, x),
     )  # fmt: skip
     return y
+
+
+def _nvidia(plan: _Plan, x: Tensor) -> dict[str, int]:
+    """What a launch can have on NVIDIA's GPUs alone."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return {"CACHE": 0}
+    return {"CACHE": plan.cache, **({"maxnreg": plan.registers} if plan.registers else {})}
 
 
 def _plan(plans: dict[int, _Plan], side: int) -> _Plan:

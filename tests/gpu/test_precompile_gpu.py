@@ -12,19 +12,22 @@ from tests.conftest import run_python
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 STEP = """
+import timm
 import torch
+from fcmae.engines.packed import packed
 from fcmae.kernels import precompile
-from fcmae.models import FCMAE
-import fcmae.engines.packed as packed
+from fcmae.masking import random_mask
 
 if {ahead}:
     start = precompile.start
     precompile.start = lambda shapes: [wait() for wait in start(shapes)] and exit()
-model = FCMAE("convnextv2_atto", backbone_kwargs={{"depths": [1, 1, 1, 1]}}).cuda()
-model.compile()
+backbone = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1)).cuda()
+mask = random_mask(torch.rand(4, 49, device="cuda"), 19)
 with torch.autocast("cuda", torch.bfloat16):
-    model(torch.randn(4, 3, 224, 224, device="cuda")).loss.backward()
+    out = packed(backbone, torch.randn(4, 3, 224, 224, device="cuda"), mask, keep=19, patch_size=32, compiled=True)
+out.float().sum().backward()
 """
+"""An encoder, compiled; with ``ahead`` no more than its kernels."""
 
 
 def kernels(cache: Path) -> set[str]:
