@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4, help="fine-tunings at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the result to a file")
     parser.add_argument("overrides", nargs="*", help="of the pretraining, KEY=VALUE; data.KEY of the fine-tunings too")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     data = ["logger=quiet", *([f"data.path={given.data}"] if given.data else [])]
     data += [override for override in given.overrides if override.startswith("data.")]
     device = pick_device("auto")

@@ -189,7 +189,7 @@ def _reconstruct(args: list[str]) -> int:
     parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")
     parser.add_argument("--mask-ratio", type=float, help="instead of the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    given = parser.parse_args(args)
+    given = parser.parse_intermixed_args(args)
     from fcmae.evaluation.run import reconstruct
 
     picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
@@ -270,7 +270,7 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("what", choices=["step", "kernels", "data", "scaling"], help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
-    given = parser.parse_args(args)
+    given = parser.parse_intermixed_args(args)
     importlib.import_module(f"fcmae.bench.{given.what}").run(given.overrides, given.json)
     return 0
 

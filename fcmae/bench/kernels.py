@@ -115,7 +115,7 @@ Call = tuple[Callable[[], object], int]
 def _depthwise(
     shape: tuple[int, ...], k: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Call]:
-    from fcmae.kernels import triton_depthwise  # needs Triton, which only GPU builds bring
+    from fcmae.kernels import depthwise_launch  # needs Triton, which only GPU builds bring
 
     n, visible, _, _, c = shape
     index = torch.rand(n, grid[0] * grid[1], device=device).argsort(1)[:, :visible].sort(1).values
@@ -125,9 +125,9 @@ def _depthwise(
     tables = where.slots, where.cells
     traffic = 2 * _bytes(x) + _bytes(weight)
     return {
-        "depthwise": (lambda: triton_depthwise.forward(x, weight, bias, *tables), traffic),
-        "depthwise input grad": (lambda: triton_depthwise.input_grad(dy, weight, *tables), traffic),
-        "depthwise weight grad": (lambda: triton_depthwise.weight_grad(x, dy, k, *tables), traffic),
+        "depthwise": (lambda: depthwise_launch.forward(x, weight, bias, *tables), traffic),
+        "depthwise input grad": (lambda: depthwise_launch.input_grad(dy, weight, *tables), traffic),
+        "depthwise weight grad": (lambda: depthwise_launch.weight_grad(x, dy, k, *tables), traffic),
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "depthwise": r"^(_forward_kernel|_weight_grad_kernel|_taps_kernel|_add_partial_kernel)$",
+    "depthwise": r"^(forward_kernel|weight_grad_kernel|taps_kernel|add_partial_kernel)$",
     "GELU + GRN": r"^(_forward|_backward)$",
     "optimizer": r"multi_tensor_apply|Fused(Adam|Optimizer)",
     "dense convolution": r"cudnn|conv|[dw]grad|fprop|nchwToNhwc",

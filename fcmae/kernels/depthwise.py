@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from fcmae.kernels import triton_depthwise
+    from fcmae.kernels import depthwise_launch
 except ImportError:  # Triton has no build for this platform
-    triton_depthwise = None  # type: ignore[assignment]  # a module or None
+    depthwise_launch = None  # type: ignore[assignment]  # a module or None
 
 HALO = 3
 """Empty cells around the grid of slots: a 7 x 7 kernel reaches three patches of one site."""
@@ -77,7 +77,7 @@ def _packed_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> Tensor:
     if _use_triton(x, weight):
-        return triton_depthwise.forward(x, weight, bias, slots, cells)
+        return depthwise_launch.forward(x, weight, bias, slots, cells)
     bias = None if bias is None else bias.to(x.dtype)
     return _plain_convolution(x, weight.to(x.dtype), bias, index, rows, cols)
 
@@ -88,8 +88,8 @@ def _packed_depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; those of weight and bias in float32 at least."""
     if _use_triton(x, weight):
-        grad_weight, grad_bias = triton_depthwise.weight_grad(x, grad, weight.shape[-1], slots, cells)
-        return triton_depthwise.input_grad(grad, weight, slots, cells), grad_weight, grad_bias
+        grad_weight, grad_bias = depthwise_launch.weight_grad(x, grad, weight.shape[-1], slots, cells)
+        return depthwise_launch.input_grad(grad, weight, slots, cells), grad_weight, grad_bias
     return _plain_backward(grad, x, weight.to(x.dtype), index, rows, cols)
 
 
@@ -125,11 +125,11 @@ _packed_depthwise.register_autograd(_backward, setup_context=_setup_context)
 def _use_triton(x: Tensor, weight: Tensor) -> bool:
     """Whether the Triton kernels take this call; float64 and sizes that overflow the registers go the plain way."""
     return (
-        triton_depthwise is not None
+        depthwise_launch is not None
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and weight.shape[-1] <= triton_depthwise.MAX_KERNEL
-        and x.shape[2] <= triton_depthwise.MAX_SIDE
+        and weight.shape[-1] <= depthwise_launch.MAX_KERNEL
+        and x.shape[2] <= depthwise_launch.MAX_SIDE
     )
 
 

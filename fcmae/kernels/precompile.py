@@ -120,18 +120,18 @@ def _serve() -> None:
 
 
 def _depthwise(shape: BlockShape) -> None:
-    from fcmae.kernels import triton_depthwise
+    from fcmae.kernels import depthwise_launch
 
     x, weight, bias, tables = _depthwise_arguments(shape)
-    triton_depthwise.forward(x, weight, bias, *tables)
-    triton_depthwise.input_grad(x, weight, *tables)
+    depthwise_launch.forward(x, weight, bias, *tables)
+    depthwise_launch.input_grad(x, weight, *tables)
 
 
 def _depthwise_weight_grad(shape: BlockShape) -> None:
-    from fcmae.kernels import triton_depthwise
+    from fcmae.kernels import depthwise_launch
 
     x, _, _, tables = _depthwise_arguments(shape)
-    triton_depthwise.weight_grad(x, x, shape.kernel, *tables)
+    depthwise_launch.weight_grad(x, x, shape.kernel, *tables)
 
 
 def _depthwise_arguments(shape: BlockShape) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -32,7 +32,7 @@ out.float().sum().backward()
 
 def kernels(cache: Path) -> set[str]:
     """Our kernels in a cache of Triton."""
-    ours = ("_forward_kernel", "_weight_grad_kernel", "_forward", "_backward", "_add_partial_kernel")
+    ours = ("forward_kernel", "weight_grad_kernel", "_forward", "_backward", "add_partial_kernel")
     return {str(file) for file in cache.rglob("*.cubin") if file.stem in ours}
 
 

@@ -3,13 +3,14 @@ import json
 import pytest
 import torch
 
+from fcmae.bench.profile import _kind
 from fcmae.cli import main
 
 STEP = ["bench", "step", "models=[convnextv2_atto]", "device=cpu", "precision=float32", "batch_size=2", "image_size=64"]
 
 
 def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
-    assert main([*STEP, "repeats=2", "warm_up=1", "--json", str(tmp_path / "out" / "step.json")]) == 0
+    assert main([*STEP, "repeats=2", "--json", str(tmp_path / "out" / "step.json"), "warm_up=1"]) == 0
     printed = capsys.readouterr().out
     assert "packed is" in printed
     report = json.loads((tmp_path / "out" / "step.json").read_text())
@@ -30,6 +31,13 @@ def test_scaling_measures_one_and_two_ranks(tmp_path, fcmae):
         assert row["exposed_ms"] >= 0
         assert (row["bus_gb_per_second"] > 0) == (row["ranks"] > 1)
     assert rows[0]["efficiency"] == rows[2]["efficiency"] == 1
+
+
+def test_a_profile_knows_our_kernels():
+    kernels = pytest.importorskip("fcmae.kernels.depthwise_triton")
+    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    assert len(names) == 4
+    assert {_kind(name) for name in names} == {"depthwise"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -145,7 +145,7 @@ def test_own_images_without_labels(fcmae, tmp_path):
     own = ("data=imagefolder", "data.path=pictures", "data.in_chans=1", "data.mean=[0.5]", "data.std=[0.25]")
     sizes = ("data.image_size=[32,48]", "trainer.global_batch_size=4", "schedule.warmup_epochs=0")
     fcmae(*TINY_PRETRAIN, *own, *sizes, "hydra.run.dir=run")
-    fcmae("reconstruct", "run", "pictures", "--out", "grid.png", "--max-images", "3")
+    fcmae("reconstruct", "run", "--out", "grid.png", "pictures", "--max-images", "3")
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.height > 3 * 32
 

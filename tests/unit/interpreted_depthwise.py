@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fcmae.kernels import depthwise, triton_depthwise
+from fcmae.kernels import depthwise, depthwise_launch
 from fcmae.kernels.depthwise import neighbors, packed_depthwise
 
 ROWS, COLS = 2, 3
@@ -33,9 +33,9 @@ def test_equals_plain_torch(s, k, c, v, dtype):
     expected.backward(grad.double())
 
     tables = where.slots, where.cells
-    out = triton_depthwise.forward(x, weight, bias, *tables)
-    grad_x = triton_depthwise.input_grad(grad, weight, *tables)
-    grad_weight, grad_bias = triton_depthwise.weight_grad(x, grad, k, *tables)
+    out = depthwise_launch.forward(x, weight, bias, *tables)
+    grad_x = depthwise_launch.input_grad(grad, weight, *tables)
+    grad_weight, grad_bias = depthwise_launch.weight_grad(x, grad, k, *tables)
     assert out.dtype == grad_x.dtype == dtype
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-2}
@@ -51,7 +51,7 @@ def test_equals_plain_torch(s, k, c, v, dtype):
 def test_without_bias():
     where = neighbors(torch.tensor([[0, 4]]), ROWS, COLS)
     x, weight = torch.randn(1, 2, 2, 2, 4), torch.randn(4, 1, 7, 7)
-    out = triton_depthwise.forward(x, weight, None, where.slots, where.cells)
+    out = depthwise_launch.forward(x, weight, None, where.slots, where.cells)
     torch.testing.assert_close(out, packed_depthwise(x, weight, None, where), rtol=1e-4, atol=1e-4)
 
 

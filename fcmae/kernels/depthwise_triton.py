@@ -1,4 +1,4 @@
-"""Triton kernels of the packed depthwise convolution: forward, input gradient and weight gradient.
+"""Triton kernels of the packed depthwise convolution; depthwise_launch.py plans and launches them.
 
 Every thread holds two channels and, in float32 registers, all k*k taps of them (weight gradient: all k*k sums), while
 its program walks over a range of output tiles. A tile is ``ROWS`` x S sites of one patch. Its neighbourhood is read in
@@ -8,18 +8,15 @@ Neighbours that are masked or outside the image are found in a table of slots an
 in the program, which saves half the arithmetic at S = 2 and a mask ratio of 0.6.
 
 There are no atomics: a program of the weight gradient writes its own partial sums, added afterwards in a fixed order.
-Only ``tl`` operations, so that ROCm's Triton compiles them too. Offsets of sites are 64 bit.
+Only ``tl`` operations, so that ROCm's Triton compiles them too, but for ``_prefetch``, which NVIDIA's GPUs alone have:
+two or three warps a scheduler cannot wait for memory without it. Offsets of sites are 64 bit.
 """
 
 # In kernels, tuples of registers grow while loops are unrolled: their type is another at every turn.
 # mypy: disable-error-code="assignment"
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.constexpr_function
@@ -130,18 +127,13 @@ def _load_group(
 
 
 @triton.jit
-def _prefetch(x, tile, tiles, C: tl.constexpr, SITES: tl.constexpr, CHANNELS: tl.constexpr, CACHE: tl.constexpr):
-    """Asks for a tile that is needed later, without registers for it; each thread names one of its two channels.
-
-    CACHE: to bring it into the first or the second level.
-    """
+def _prefetch(x, tile, tiles, C: tl.constexpr, SITES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Brings a later tile into the second-level cache, which takes no registers; a thread names one of its channels."""
     lane = tl.program_id(0) * CHANNELS + 2 * tl.arange(0, CHANNELS // 2)
     source = x + tl.minimum(tile, tiles - 1) * (SITES * C) + tl.minimum(lane, C - 1)
     for i in tl.static_range(SITES):
         tl.inline_asm_elementwise(
-            "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }"
-            if CACHE == 1
-            else "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
             "=r,l",
             [(source + i * C).to(tl.int64)],
             dtype=tl.int32,
@@ -288,7 +280,7 @@ def _add_tile(
 
 
 @triton.jit(do_not_specialize=["turned"])
-def _taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
+def taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr):
     """Weights ``[C, TAPS]``, perhaps ``turned`` by 180 degrees, as float32 ``[TAPS + 1, C]``; bias or zero comes last.
 
     bias: ``[C]``, or None.
@@ -303,7 +295,7 @@ def _taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead"])
-def _forward_kernel(
+def forward_kernel(
     x,
     taps,
     y,
@@ -319,7 +311,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
-    CACHE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """The convolution; with the taps turned by 180 degrees, its input gradient.
 
@@ -336,8 +328,8 @@ def _forward_kernel(
     channels = x + lane
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
-        if CACHE > 0:
-            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
+        if PREFETCH:
+            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS)
         sums = ()
         for _ in tl.static_range(ROWS * S):
             sums += (bias,)
@@ -351,7 +343,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead", "grads_ahead"])
-def _weight_grad_kernel(
+def weight_grad_kernel(
     x,
     grad,
     partial,
@@ -368,7 +360,7 @@ def _weight_grad_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
-    CACHE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Sums of ``grad * x`` for every tap over the tiles of a program, and of ``grad`` (the bias gradient).
 
@@ -388,11 +380,10 @@ def _weight_grad_kernel(
     channels = x + lane
     start = tl.program_id(1).to(tl.int64) * tiles_per_program
     for tile in range(start, tl.minimum(start + tiles_per_program, tiles)):
-        if CACHE > 0:
-            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
         source = grad + tile * (ROWS * S * C) + lane
-        if CACHE > 0:
-            _prefetch(grad, tile + grads_ahead, tiles, C, ROWS * S, CHANNELS, CACHE)
+        if PREFETCH:
+            _prefetch(x, tile + tiles_ahead, tiles, C, ROWS * S, CHANNELS)
+            _prefetch(grad, tile + grads_ahead, tiles, C, ROWS * S, CHANNELS)
         grads = ()
         for i in tl.static_range(ROWS * S):
             grads += (tl.load(source + i * C, mask=valid, other=0.0).to(tl.float32),)
@@ -406,7 +397,7 @@ def _weight_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _add_partial_kernel(
+def add_partial_kernel(
     partial,
     weight_grad,
     bias_grad,
@@ -432,119 +423,3 @@ def _add_partial_kernel(
         tl.store(weight_grad + lane * TAPS + tap, tl.sum(total, 0), mask=lane < C)
     else:
         tl.store(bias_grad + lane, tl.sum(total, 0), mask=lane < C)
-
-
-class _Plan(NamedTuple):
-    """How a launch divides the work."""
-
-    rows: int
-    """Rows of a tile."""
-    ahead: int
-    """Groups of input sites read before they are needed."""
-    programs: int
-    """Programs a multiprocessor: what its registers hold at once."""
-    cache: int = 0
-    """Level of the cache that later tiles are brought into; 0 for none."""
-    tiles_ahead: int = 0
-    """How many tiles before its own an input tile is asked for: its lower neighbours need it first."""
-    grads_ahead: int = 0
-    """The same of gradients, which only their own tile needs."""
-    registers: int | None = None
-    """A thread's at most; None = the compiler decides."""
-
-
-# By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6,
-# Triton 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4} and programs from 4 to 24. Slower or no faster: one channel
-# a thread, several warps a program, zeros read for masked neighbours instead of a branch, loads inside the branch, and
-# loads that run ahead into the next tile, which cost the registers of four resident warps.
-_FORWARD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 1, 8), 2: _Plan(2, 1, 12), 1: _Plan(1, 1, 16)}
-_WEIGHT_GRAD_PLANS = {8: _Plan(2, 1, 8), 4: _Plan(4, 0, 8), 2: _Plan(2, 1, 8), 1: _Plan(1, 1, 16)}
-
-_CHANNELS = 64
-"""Channels a program: one warp with two channels, 4 bytes of bf16, a thread."""
-
-_TAPS_CHANNELS = 128
-"""Channels a program of the kernel that lays out the taps."""
-
-MAX_KERNEL = 7
-"""Larger kernels do not leave room in the registers for two channels' taps."""
-
-MAX_SIDE = 16
-"""Larger patches do not leave room in the registers for a row of sums."""
-
-
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor) -> Tensor:
-    """The convolution of ``[N, V, S, S, C]`` in the dtype of ``x``, accumulated in float32."""
-    return _launch_forward(x, weight, bias, slots, cells, turned=False)
-
-
-def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Tensor:
-    """The gradient of the input: the convolution of ``grad`` with the kernel turned by 180 degrees."""
-    return _launch_forward(grad, weight, None, slots, cells, turned=True)
-
-
-def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight ``[C, 1, k, k]`` and the bias ``[C]``, float32; the same bits every time."""
-    x, grad = x.contiguous(), grad.contiguous()
-    _, _, s, _, c = x.shape
-    plan = _plan(_WEIGHT_GRAD_PLANS, s)
-    tiles, tiles_per_program, (blocks, programs) = _divide(x, plan)
-    partial = x.new_empty(programs, k * k + 1, c, dtype=torch.float32)
-    _weight_grad_kernel[blocks, programs](
-        x, grad, partial, slots, cells, tiles, tiles_per_program, plan.tiles_ahead, plan.grads_ahead,
-        C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
-        **_nvidia(plan, x),
-    )  # fmt: skip
-    grad_weight, grad_bias = x.new_empty(c, 1, k, k, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-    _add_partial_kernel[blocks, k * k + 1](
-        partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, ROWS=64, num_warps=8
-    )
-    return grad_weight, grad_bias
-
-
-def _launch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor, *, turned: bool
-) -> Tensor:
-    x = x.contiguous()
-    _, _, s, _, c = x.shape
-    k = weight.shape[-1]
-    plan = _plan(_FORWARD_PLANS, s)
-    tiles, tiles_per_program, grid = _divide(x, plan)
-    taps = x.new_empty(k * k + 1, c, dtype=torch.float32)
-    _taps_kernel[-(-c // _TAPS_CHANNELS), k * k + 1](
-        weight.contiguous(), bias, taps, int(turned), C=c, TAPS=k * k, CHANNELS=_TAPS_CHANNELS
-    )
-    y = torch.empty_like(x)
-    _forward_kernel[grid](
-        x, taps, y, slots, cells, tiles, tiles_per_program, plan.tiles_ahead,
-        C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
-        **_nvidia(plan, x),
-    )  # fmt: skip
-    return y
-
-
-def _nvidia(plan: _Plan, x: Tensor) -> dict[str, int]:
-    """What a launch can have on NVIDIA's GPUs alone."""
-    if not x.is_cuda or torch.version.hip is not None:
-        return {"CACHE": 0}
-    return {"CACHE": plan.cache, **({"maxnreg": plan.registers} if plan.registers else {})}
-
-
-def _plan(plans: dict[int, _Plan], side: int) -> _Plan:
-    """The measured plan, or for other sides as many rows as 16 sums a channel allow."""
-    if side in plans:
-        return plans[side]
-    rows = max(r for r in range(1, side + 1) if side % r == 0 and (r == 1 or r * side <= 16))
-    return _Plan(rows, 0, 8)
-
-
-def _divide(x: Tensor, plan: _Plan) -> tuple[int, int, tuple[int, int]]:
-    """Number of tiles, tiles a program, and a grid (blocks of channels, ranges of tiles) that fills the GPU once."""
-    n, v, s, _, c = x.shape
-    tiles = n * v * (s // plan.rows)
-    blocks = -(-c // _CHANNELS)
-    # Without a GPU (Triton's interpreter) two ranges are enough to exercise everything.
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-    ranges = max(2, processors * plan.programs // blocks)
-    tiles_per_program = -(-tiles // ranges)
-    return tiles, tiles_per_program, (blocks, -(-tiles // tiles_per_program))
