@@ -22,15 +22,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images/speed.png"))
     given = parser.parse_args()
     reports = [json.loads(file.read_text()) for file in given.files]
-    # of several batch sizes and modes, the fastest
+    # of several batch sizes and modes, the fastest; no bars for a model that only one engine ran
     speeds: dict[str, dict[str, float]] = {}
     for row in (row for report in reports for row in report["results"]):
         engines = speeds.setdefault(row["model"], {})
         engines[row["engine"]] = max(engines.get(row["engine"], 0), row["images_per_second"])
+    speeds = {model: engines for model, engines in speeds.items() if {"packed", "masked"} <= engines.keys()}
     models = sorted(speeds, key=lambda model: -speeds[model]["packed"])
 
     figure, axes = plt.subplots(figsize=(8, 0.8 * len(models) + 1.4), layout="constrained")
     for position, engine in enumerate(ENGINES):
+        if not any(engine in engines for engines in speeds.values()):
+            continue
         rows = [(index, model) for index, model in enumerate(models) if engine in speeds[model]]
         heights = [index + 0.28 * (position - 1) for index, _ in rows]
         ratios = [speeds[model][engine] / speeds[model]["masked"] for _, model in rows]
