@@ -90,8 +90,8 @@ class TrainerConfig:
     hang_timeout: float = 1800.0
     """Seconds without a finished step, evaluation or save (the first step compiles) after which the run ends, leaving
     the stacks of every rank; also how long ranks and data workers are waited for."""
-    eval_every_epochs: float = 1.0
-    """Fine-tuning: evaluation; pretraining: a reconstruction picture."""
+    eval_every_epochs: float | None = 1.0
+    """Fine-tuning: evaluation; pretraining: a reconstruction picture; None = never, and no validation images needed."""
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
     max_steps: int | None = None

@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, to_dict
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, TrainerConfig, to_dict
 from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
@@ -26,7 +26,7 @@ from fcmae.training import checkpoint
 from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, config_of, load_state
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
-from fcmae.training.monitors import Monitor, OnlineKnn, Wish
+from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
 from fcmae.training.saver import write_encoder
 
 
@@ -81,7 +81,7 @@ class Pretraining:
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes: list[str] = []
-        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_picture)]
+        self.monitors = _at_evaluations(cfg.trainer, self._log_picture)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
@@ -139,10 +139,11 @@ class Finetuning:
         self.cfg = cfg
         self.transform = finetune_transform(cfg.data, cfg.augment)
         self.source = train_source(cfg.data)
-        self.val_source = val_source(cfg.data)
         self.classes = require_labels(self.source, "data.path")
-        if require_labels(self.val_source, "data.val_path") != self.classes:
-            raise UsageError("data.path and data.val_path have different classes")
+        self.monitors: list[Monitor] = []
+        if cfg.trainer.eval_every_epochs is not None:
+            self.val_source = _validation(cfg, self.classes)
+            self.monitors = _at_evaluations(cfg.trainer, self._log_accuracy)
         if cfg.model.num_classes not in (None, len(self.classes)):
             raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
         if cfg.data.labels_per_class is not None:
@@ -159,7 +160,6 @@ class Finetuning:
                 label_smoothing=cfg.augment.label_smoothing,
                 num_classes=len(self.classes),
             )
-        self.monitors = [Monitor(cfg.trainer.eval_every_epochs, self._log_accuracy)]
 
     def dataset(self) -> Dataset:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
@@ -197,6 +197,21 @@ class Finetuning:
 
     def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
         pass
+
+
+def _at_evaluations(cfg: TrainerConfig, look: Look) -> list[Monitor]:
+    return [] if cfg.eval_every_epochs is None else [Monitor(cfg.eval_every_epochs, look)]
+
+
+def _validation(cfg: FinetuneConfig, classes: list[str]) -> Source:
+    """The validation images of the same classes. Raises UsageError."""
+    try:
+        source = val_source(cfg.data)
+    except UsageError as error:
+        raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
+    if require_labels(source, "data.val_path") != classes:
+        raise UsageError("data.path and data.val_path have different classes")
+    return source
 
 
 def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:

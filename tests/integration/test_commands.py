@@ -150,6 +150,22 @@ def test_own_images_without_labels(fcmae, tmp_path):
         assert grid.height > 3 * 32
 
 
+def test_finetuning_without_validation_images(fcmae, tmp_path):
+    """As on ImageNet-22K, which has none."""
+    for label in ("a", "b"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / label / f"{i}.png")
+    args = (*TINY_FINETUNE, "data=imagefolder", "data.path=train", "data.image_size=32", "trainer.global_batch_size=4")
+    missing = fcmae(*args, "hydra.run.dir=run", check=2).stderr
+    assert "data.val_path is not set" in missing
+    assert "trainer.eval_every_epochs=null" in missing
+    fcmae(*args, "trainer.eval_every_epochs=null", "hydra.run.dir=run")
+    assert last_checkpoint(tmp_path / "run")["step"] == 2 * 2
+    assert not any("top1" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
 def test_loggers_write_where_they_should(fcmae, tmp_path):
     pytest.importorskip("tensorboard")
     overrides = ("logger.wandb=offline", "logger.tensorboard=true", "hydra.run.dir=run", "schedule.epochs=1")
