@@ -109,7 +109,12 @@ def _work_off(tasks: SimpleQueue[_Task]) -> None:
 
 
 def _serve() -> None:
-    """What the process does: a task a line, answered by a line when it is over."""
+    """What the process does: a task a line, answered by a line when it is over.
+
+    It makes way for the process that waits, which meanwhile traces: with few cores that is what takes longest.
+    """
+    with contextlib.suppress(OSError):
+        os.nice(10)
     for line in sys.stdin:
         kernel, device, grid, *rest = json.loads(line)
         with contextlib.suppress(Exception):
