@@ -1,6 +1,6 @@
 """Accuracy of a classifier over exactly the validation set, on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ class Classified(NamedTuple):
     places: Tensor
 
 
-@torch.inference_mode()
 def classified(
     model: nn.Module,
     source: Source,
@@ -36,19 +35,14 @@ def classified(
     """
     model.eval()
     for imgs, labels, places in batches(source, cfg, batch_size, world, stop=stop):
-        with autocast(world.device, precision):
+        with torch.inference_mode(), autocast(world.device, precision):
             logits = model(imgs).float()
         yield Classified(logits, labels, places)
 
 
 def accuracy(
-    model: nn.Module,
-    source: Source,
-    cfg: DataConfig,
-    batch_size: int,
-    precision: str,
+    share: Iterable[Classified],
     world: World,
-    stop: Callable[[], bool] = never,
     *,
     accepted: Sequence[Sequence[int]] | None = None,
     confusion: Tensor | None = None,
@@ -56,14 +50,14 @@ def accuracy(
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
     Args:
-        stop: see :func:`classified`.
+        share: what this rank :func:`classified`.
         accepted: the classes that are right for each image, instead of the source's label; images with none are left
             out (ImageNet-ReaL, arXiv 2006.07159).
         confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
             (rows). It needs one class an image.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for logits, labels, places in classified(model, source, cfg, batch_size, precision, world, stop):
+    for logits, labels, places in share:
         right = (
             labels[:, None]
             if accepted is None

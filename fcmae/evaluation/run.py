@@ -20,7 +20,7 @@ from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
-from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.features import Extractor, Features, labelled_sources
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
@@ -100,16 +100,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
             confusion = None
             if tables:
                 confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-            metrics = accuracy(
-                model,
-                source,
-                data,
-                cfg.batch_size,
-                cfg.precision,
-                world,
-                accepted=accepted,
-                confusion=confusion,
-            )
+            share = classified(model, source, data, cfg.batch_size, cfg.precision, world)
+            metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
             result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
         if confusion is not None:
             total = world.sum(confusion).cpu()

@@ -17,7 +17,7 @@ from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, Maske
 from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
@@ -186,7 +186,8 @@ class Finetuning:
             was_training = network.training
             trainer = self.cfg.trainer
             batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
-            result = accuracy(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world, stop)
+            share = classified(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world, stop)
+            result = accuracy(share, world)
             metrics |= {f"{prefix}{name}": result[name] for name in ("top1", "top5")}
             network.train(was_training)
         logger.log(step, metrics)

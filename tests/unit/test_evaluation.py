@@ -9,7 +9,7 @@ from fcmae.config import DataConfig
 from fcmae.data.sources import Sample, val_source
 from fcmae.data.transforms import normalize
 from fcmae.errors import UsageError
-from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_accuracy, knn_predict
 from fcmae.evaluation.labels import read_accepted
@@ -47,7 +47,7 @@ class Guess(nn.Module):
 
 
 def test_accuracy_counts_every_image_once():
-    result = accuracy(Guess(), Known(), DATA, batch_size=5, precision="float32", world=CPU)
+    result = accuracy(classified(Guess(), Known(), DATA, 5, "float32", CPU), CPU)
     assert result["images"] == 23
     assert result["top1"] == pytest.approx(100 * 17 / 23)  # labels 0-6 of two rounds, and 0-2
     assert result["top5"] == pytest.approx(100 * 21 / 23)
@@ -57,14 +57,14 @@ def test_every_accepted_class_is_right_and_images_without_one_are_left_out():
     labels = [[index % 10] for index in range(23)]
     labels[9] = [9, 0]  # Guess takes a 9 for a 0
     labels[0] = []
-    result = accuracy(Guess(), Known(), DATA, batch_size=5, precision="float32", world=CPU, accepted=labels)
+    result = accuracy(classified(Guess(), Known(), DATA, 5, "float32", CPU), CPU, accepted=labels)
     assert result["images"] == 22
     assert result["top1"] == pytest.approx(100 * 17 / 22)  # the 9 instead of the first 0
 
 
 def test_confusion_counts_predictions_by_true_class():
     confusion = torch.zeros(10, 10, dtype=torch.int64)
-    accuracy(Guess(), Known(), DATA, batch_size=5, precision="float32", world=CPU, confusion=confusion)
+    accuracy(classified(Guess(), Known(), DATA, 5, "float32", CPU), CPU, confusion=confusion)
     expected = torch.zeros(10, 10, dtype=torch.int64)
     for index in range(23):
         label = index % 10
