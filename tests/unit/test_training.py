@@ -1,40 +1,26 @@
-"""Schedule, parameter groups, checkpoints and the guard against non-finite gradients."""
+"""Schedule, parameter groups, the guard against non-finite gradients, what is logged, and the recipe."""
 
-import errno
-import io
-import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
-from fcmae.errors import CheckpointError, UsageError
+from fcmae.errors import UsageError
 from fcmae.models import FCMAE, create_backbone
-from fcmae.processes import Process, is_stopped
-from fcmae.training import checkpoint
-from fcmae.training import lock as lock_module
-from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
 from fcmae.training.finite import FiniteGuard, infectious
-from fcmae.training.lock import RunLock
 from fcmae.training.logging import MetricsFile, Progress, RunLogger
 from fcmae.training.loop import _optimizer_step
 from fcmae.training.meter import Meter
 from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
-from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
-from fcmae.training.watchdog import Watchdog
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -79,151 +65,6 @@ def test_layer_decay_is_for_backbones():
         param_groups(FCMAE("convnextv2_atto"), OptimConfig(layer_decay=0.9))
     with pytest.raises(ValueError, match="'decoder.pred.bias' is not a parameter of a ConvNeXt"):
         layer_scale("decoder.pred.bias", (1, 1, 1, 1), 0.9, "single")
-
-
-def save_three(tmp_path, keep=2):
-    checkpoints = CheckpointDir(tmp_path, keep)
-    for step in (1, 2, 3):
-        checkpoints.save({"task": "pretrain", "step": step, "model": {"w": torch.full((4,), float(step))}})
-    return checkpoints
-
-
-def test_checkpoints_keep_the_newest_and_leave_no_temporary_files(tmp_path):
-    checkpoints = save_three(tmp_path)
-    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
-    state = checkpoints.load_latest(pytest.fail)
-    assert state is not None
-    assert state["step"] == 3
-    assert state["versions"].keys() == {"fcmae", "torch", "timm", "python"}
-
-
-def test_a_cut_off_checkpoint_is_named_and_the_one_before_used(tmp_path):
-    checkpoints = save_three(tmp_path)
-    newest = checkpoints.paths()[-1]
-    newest.write_bytes(newest.read_bytes()[:100])
-    said = []
-    state = checkpoints.load_latest(said.append)
-    assert state is not None
-    assert state["step"] == 2
-    assert len(said) == 1
-    assert "step_00000003.pt cannot be read" in said[0]
-    checkpoints.paths()[0].write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
-        checkpoints.load_latest(said.append)
-
-
-def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "state.pt"
-    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "step": 1})
-    fsync = os.fsync
-
-    def disk_full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "step": 2})
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert checkpoint.read(path)["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-class FullDisk(io.RawIOBase):
-    """Takes 2,000 bytes."""
-
-    def __init__(self):
-        self.free = 2000
-
-    def write(self, data):
-        self.free -= len(data)
-        if self.free < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return len(data)
-
-
-def test_a_failed_write_keeps_its_reason():
-    with pytest.raises(OSError, match="No space left on device"):
-        checkpoint._save_with_checksum({"w": torch.zeros(10_000)}, FullDisk())
-
-
-def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
-    path = tmp_path / "state.pt"
-    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "w": torch.randn(500)})
-    whole = path.read_bytes()
-    assert torch.equal(checkpoint.read(path)["w"], torch.load(path, weights_only=True)["w"])
-    rng = random.Random(0)
-    damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
-    for bit in [*rng.sample(range(8 * len(whole)), 100), *range(8 * (len(whole) - 40), 8 * len(whole))]:
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        damaged.append(bytes(flipped))
-    for content in damaged:
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="it is cut off|its checksum is wrong"):
-            checkpoint.read(path)
-
-
-def test_milestones_and_chosen_steps_outlive_the_rotation(tmp_path):
-    checkpoints = CheckpointDir(tmp_path, keep=1, keep_every=3)
-    for step in range(1, 9):
-        checkpoints.save({"step": step}, keep_steps=[2])
-    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [2, 3, 6, 8]
-
-
-def test_stray_temporary_files_are_swept(tmp_path):
-    checkpoints = save_three(tmp_path)
-    (checkpoints.folder / "step_00000004.pt.123.tmp").write_bytes(b"half")
-    checkpoints.sweep()
-    assert [checkpoint.step_of(path) for path in sorted(checkpoints.folder.iterdir())] == [2, 3]
-
-
-def test_checkpoints_that_a_run_does_not_go_on_from_count_no_more(tmp_path):
-    """Damaged and newest by their names, they would push out the good ones."""
-    checkpoints = save_three(tmp_path, keep=1)
-    checkpoints.path(9).write_bytes(b"damaged")
-    state = checkpoints.load_latest(lambda _: None)
-    assert state is not None
-    assert state["step"] == 3
-    said: list[str] = []
-    checkpoints.set_aside(3, said.append)
-    assert said == ["step_00000009.pt is not used any more: renamed to step_00000009.pt.unused"]
-    checkpoints.save({"step": 4})
-    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [4]
-    assert (checkpoints.folder / "step_00000009.pt.unused").read_bytes() == b"damaged"
-
-
-def test_a_milestone_of_pretraining_has_the_encoder_alone(tmp_path):
-    model = FCMAE("convnextv2_atto", decoder_embed_dim=8)
-    saver = Saver(CheckpointDir(tmp_path, keep=1, keep_every=2), "stop", enabled=True)
-    state = {"task": "pretrain", "model": model.state_dict(), "best": None}
-    state["config"] = {"model": {"backbone": "convnextv2_atto"}}
-    for step in (1, 2, 3):
-        saver.save(lambda step=step: {**state, "step": step})  # type: ignore[misc]
-    saver.finish()
-    names = sorted(path.name for path in saver.checkpoints.folder.iterdir())
-    assert names == ["encoder_00000002.safetensors", "step_00000002.pt", "step_00000003.pt"]
-    backbone = create_backbone("convnextv2_atto", num_classes=0)
-    backbone.load_state_dict(load_file(saver.checkpoints.folder / names[0]))
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(backbone.state_dict()[name], value)
-
-
-def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
-    checkpoints = save_three(tmp_path)
-    newest = checkpoints.paths()[-1]
-    for path in (tmp_path, checkpoints.folder, newest):
-        assert checkpoint.resolve(path) == newest
-    with pytest.raises(CheckpointError, match=r"has no checkpoint; looked for checkpoints/step_\*.pt"):
-        checkpoint.resolve(tmp_path.parent)
-
-
-def test_what_is_not_ours_is_refused(tmp_path):
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="was not written by fcmae"):
-        checkpoint.read(tmp_path / "other.pt")
-    checkpoint.write_atomically(tmp_path / "old.pt", {"format": 1})
-    with pytest.raises(CheckpointError, match="is not a checkpoint of fcmae"):
-        checkpoint.read(tmp_path / "old.pt")
 
 
 def test_the_guard_stops_the_optimizer_at_the_first_bad_step_and_keeps_it_stopped():
@@ -353,76 +194,6 @@ def test_resuming_cuts_the_metrics_after_its_step(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-HANGING = """
-import sys, time
-from pathlib import Path
-from fcmae.training.state import TrainState
-from fcmae.training.watchdog import Watchdog
-watchdog = Watchdog(0.5, Path(sys.argv[1]), rank=3)
-for _ in range(4):
-    time.sleep(0.2)
-    watchdog.beat()
-def stuck():
-    time.sleep(60)
-stuck()
-"""
-
-
-def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, tmp_path], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 1
-    assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
-    assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
-
-
-STOPPED = """
-import os, signal, sys
-from pathlib import Path
-from fcmae.processes import Process
-from fcmae.training.state import TrainState
-from fcmae.training.watchdog import Watchdog
-Watchdog(3600, Path(sys.argv[1]), rank=1)
-def stands():
-    print(os.getpid(), Process.this().born, flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    while True:
-        pass
-stands()
-"""
-
-
-def test_the_watchdog_of_one_rank_ends_a_stopped_one_and_gets_its_stacks(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], stdout=subprocess.PIPE, text=True) as stopped:
-        assert stopped.stdout is not None
-        pid, born = stopped.stdout.readline().split()
-        while not is_stopped(int(pid)):
-            time.sleep(0.01)
-        biting = HANGING.replace("rank=3", f"rank=0, siblings={{1: Process({pid}, {born!r}, Process.this().place)}}")
-        biting = f"from fcmae.processes import Process\n{biting}"
-        done = subprocess.run([sys.executable, "-c", biting, tmp_path], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert f"rank 1 (process {pid}) was stopped" in done.stderr
-        assert stopped.wait(10) == -signal.SIGKILL
-    assert "in stands" in (tmp_path / "stacks_rank1.txt").read_text()
-
-
-def test_a_process_with_the_number_of_a_dead_one_is_not_signalled():
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        this = Process.this()
-        Process(other.pid, "1", this.place).send(signal.SIGKILL)
-        other.communicate(b"\n")
-        assert other.returncode == 0
-    assert this.is_alive()
-    assert not Process(this.pid, this.born, "elsewhere").is_alive()
-
-
-def test_the_watchdog_leaves_nothing_behind(tmp_path):
-    Watchdog(60, tmp_path, rank=0).close()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_meter_averages_since_the_last_reading():
     meter = Meter(CPU, images_per_step=8)
     for loss in (1.0, 3.0):
@@ -432,58 +203,6 @@ def test_the_meter_averages_since_the_last_reading():
     assert 0.05 < metrics["memory_gib"] < 100
     meter.add(torch.tensor(7.0), torch.tensor(1.0))
     assert meter.read()["loss"] == 7.0
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from fcmae.training.lock import RunLock
-lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match=f"in use by another run \\(host .*, process {holder.pid}, started 2"):
-            RunLock(tmp_path).acquire()
-        holder.kill()
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_locks_a_holder_counts_in_the_file(tmp_path, monkeypatch):
-    """As on a file system that knows no locks, by two that believe to be on different machines, or on the same."""
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
-    monkeypatch.setattr(RunLock, "BEAT", 0.05)
-    first = RunLock(tmp_path)
-    first.acquire()
-    with pytest.raises(UsageError, match=f"in use by another run .*, process {os.getpid()}, "):
-        RunLock(tmp_path).acquire()
-    told = json.loads(first.path.read_text())
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(Process, "is_here", lambda _: False)
-        with pytest.raises(UsageError, match="in use by another run"):
-            RunLock(tmp_path).acquire()
-        first.close()
-        for dead in ({**told, "place": "elsewhere"}, {**told, "host": "gone", "pid": 1}):
-            first.path.write_text(json.dumps(dead))
-            taken = RunLock(tmp_path)
-            taken.acquire()
-            taken.close()
-    first.path.write_text(json.dumps({**told, "born": "1"}))
-    RunLock(tmp_path).acquire()
-    assert json.loads(first.path.read_text())["pid"] == os.getpid()
 
 
 def test_a_changed_recipe_is_refused_key_by_key():

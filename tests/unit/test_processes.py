@@ -1,0 +1,143 @@
+"""One run a directory, and the watchdog over it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fcmae.errors import UsageError
+from fcmae.processes import Process, is_stopped
+from fcmae.training import lock as lock_module
+from fcmae.training.distributed import World
+from fcmae.training.lock import RunLock
+from fcmae.training.watchdog import Watchdog
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from fcmae.training.state import TrainState
+from fcmae.training.watchdog import Watchdog
+watchdog = Watchdog(0.5, Path(sys.argv[1]), rank=3)
+for _ in range(4):
+    time.sleep(0.2)
+    watchdog.beat()
+def stuck():
+    time.sleep(60)
+stuck()
+"""
+
+
+def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, tmp_path], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
+    assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from fcmae.processes import Process
+from fcmae.training.state import TrainState
+from fcmae.training.watchdog import Watchdog
+Watchdog(3600, Path(sys.argv[1]), rank=1)
+def stands():
+    print(os.getpid(), Process.this().born, flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        pass
+stands()
+"""
+
+
+def test_the_watchdog_of_one_rank_ends_a_stopped_one_and_gets_its_stacks(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None
+        pid, born = stopped.stdout.readline().split()
+        while not is_stopped(int(pid)):
+            time.sleep(0.01)
+        biting = HANGING.replace("rank=3", f"rank=0, siblings={{1: Process({pid}, {born!r}, Process.this().place)}}")
+        biting = f"from fcmae.processes import Process\n{biting}"
+        done = subprocess.run([sys.executable, "-c", biting, tmp_path], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"rank 1 (process {pid}) was stopped" in done.stderr
+        assert stopped.wait(10) == -signal.SIGKILL
+    assert "in stands" in (tmp_path / "stacks_rank1.txt").read_text()
+
+
+def test_a_process_with_the_number_of_a_dead_one_is_not_signalled():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        this = Process.this()
+        Process(other.pid, "1", this.place).send(signal.SIGKILL)
+        other.communicate(b"\n")
+        assert other.returncode == 0
+    assert this.is_alive()
+    assert not Process(this.pid, this.born, "elsewhere").is_alive()
+
+
+def test_the_watchdog_leaves_nothing_behind(tmp_path):
+    Watchdog(60, tmp_path, rank=0).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fcmae.training.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=f"in use by another run \\(host .*, process {holder.pid}, started 2"):
+            RunLock(tmp_path).acquire()
+        holder.kill()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_holder_counts_in_the_file(tmp_path, monkeypatch):
+    """As on a file system that knows no locks, by two that believe to be on different machines, or on the same."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(RunLock, "BEAT", 0.05)
+    first = RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(UsageError, match=f"in use by another run .*, process {os.getpid()}, "):
+        RunLock(tmp_path).acquire()
+    told = json.loads(first.path.read_text())
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Process, "is_here", lambda _: False)
+        with pytest.raises(UsageError, match="in use by another run"):
+            RunLock(tmp_path).acquire()
+        first.close()
+        for dead in ({**told, "place": "elsewhere"}, {**told, "host": "gone", "pid": 1}):
+            first.path.write_text(json.dumps(dead))
+            taken = RunLock(tmp_path)
+            taken.acquire()
+            taken.close()
+    first.path.write_text(json.dumps({**told, "born": "1"}))
+    RunLock(tmp_path).acquire()
+    assert json.loads(first.path.read_text())["pid"] == os.getpid()
