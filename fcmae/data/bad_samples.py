@@ -7,11 +7,12 @@ one line, and the same with any number of workers.
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from fcmae.data import shared
 from fcmae.data.collate import stack
 from fcmae.errors import ImageError, UsageError
 from fcmae.randomness import Stream, derive
@@ -56,6 +57,11 @@ class ErrorsAside(Dataset[Item]):
             except ImageError as error:
                 errors.append(error)
         return Item(None, errors)
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Item]:
+        """The samples of a batch: torch's loader asks for them by this name."""
+        shared.begin(len(keys))
+        return [self[key] for key in keys]
 
     def candidates(self, key: Any) -> Iterator[Any]:
         """The sample itself, then those that may take its place."""

@@ -7,9 +7,10 @@ cut into global batches (a remainder is left out of that epoch). Ranks and micro
 import contextlib
 import functools
 import multiprocessing.util
+import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fcmae import interrupt
 from fcmae.data import shared
 from fcmae.data.bad_samples import BadSamples, Batch, ErrorsAside, collate, errors_aside
-from fcmae.data.crops import Box, RandomCrop
+from fcmae.data.crops import Box, RandomCrop, Uniform
 from fcmae.data.on_device import Undecoded, is_for_device
 from fcmae.data.pixels import Encoded, LazyImage, open_image
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
 from fcmae.errors import UsageError, WorkerError
 from fcmae.processes import is_stopped
-from fcmae.randomness import Stream, generator, seed_globals
+from fcmae.randomness import Stream, derive, generator, seed_globals
 
 SampleKey = tuple[int, int]
 """(pass over the source, which is an epoch unless images give several crops; index into the source)."""
@@ -171,20 +172,22 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         image = self.source[key[1]].image
         opened = open_image(image, self.crop.format)
         if self.crops_per_image == 1 and not self.undecoded:
-            return self._cut(key, opened), self._noise(key)
+            return self._cut([key], opened)[0], self._noise(key)
         crops = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
         noise = torch.stack([self._noise(counters) for counters in crops])
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             return Undecoded(image, [self._draw(counters, opened) for counters in crops], self.crop.size), noise
-        return [self._cut(counters, opened) for counters in crops], noise
+        return self._cut(crops, opened), noise
 
-    def _cut(self, counters: tuple[int, ...], image: LazyImage) -> Tensor:
-        seed_globals(self.seed, Stream.AUGMENT, *counters)
-        return self.crop(image)
+    def _cut(self, crops: Sequence[tuple[int, ...]], image: LazyImage) -> list[Tensor]:
+        places = shared.places(len(crops), (self.crop.format.in_chans, *self.crop.size))
+        return [self.crop(image, self._uniform(counters), out) for counters, out in zip(crops, places, strict=True)]
 
     def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
-        seed_globals(self.seed, Stream.AUGMENT, *counters)
-        return self.crop.draw(image)[0]
+        return self.crop.draw(image, self._uniform(counters))[0]
+
+    def _uniform(self, counters: tuple[int, ...]) -> Uniform:
+        return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
 
     def _noise(self, counters: tuple[int, ...]) -> Tensor:
         return torch.rand(self.num_patches, generator=generator(self.seed, Stream.MASK, *counters))
@@ -308,6 +311,7 @@ def eval_loader(
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **kwargs) -> Iterator[Batch]:
     if workers:
         multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
+    exchange = shared.Exchange(workers)
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
     loader = DataLoader(
         dataset,
@@ -315,16 +319,16 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **k
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=functools.partial(_start_worker, prefetch),
+        worker_init_fn=functools.partial(_start_worker, exchange.number, exchange.used),
         collate_fn=collate,
         **kwargs,
     )
-    return shared.taken(iter(loader), workers, pin_memory)
+    return exchange.taken(iter(loader))
 
 
-def _start_worker(prefetch: int, _: int) -> None:
+def _start_worker(loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
-    shared.start_worker(prefetch)
+    shared.start_worker(loader, used, worker)
 
 
 @contextlib.contextmanager

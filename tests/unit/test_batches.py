@@ -56,43 +56,121 @@ def test_batches_stay_what_they_are(workers, prefetch):
         assert torch.equal(ours[1], theirs[1])
 
 
-def test_memory_is_used_again_once_nobody_holds_it():
-    memory = shared.Memory()
-    batch = torch.arange(24, dtype=torch.int16).view(2, 3, 4).transpose(1, 2)
-    first = memory.copy(batch)
-    part = first[1]
-    place = first.data_ptr()
-    assert torch.equal(first, batch)
-    assert first.stride() == batch.stride()
-    del first
-    second = memory.copy(batch + 1)
-    assert second.data_ptr() != place
-    assert torch.equal(part, batch[1])
+@pytest.fixture
+def worker(monkeypatch):
+    """Both ends in this process: an exchange, and the slots of its only worker."""
+    monkeypatch.setattr(shared, "_slots", [])
+    monkeypatch.setattr(shared, "_rows", [])
+    exchange = shared.Exchange(1)
+    shared.start_worker(exchange.number, exchange.used, 0)
+    return exchange
+
+
+def images(count, channels=3, dtype=np.uint8):
+    return [torch.from_numpy(noise(8, 6, channels, dtype=dtype)).permute(2, 0, 1) for _ in range(count)]
+
+
+def test_slots_are_used_again_once_nobody_holds_what_lies_in_them(worker):
+    first, second = (shared.stack(images(2)) for _ in range(2))
+    assert first.slot.number != second.slot.number
+    whole = first.tensor()
+    part = whole[1:]
+    worker.release()
+    assert shared.stack(images(2)).slot.number == 2  # the others are lent, or on their way
+    del whole
+    worker.release()
+    assert shared.stack(images(2)).slot.number == 3
+    kept = part.clone()
+    assert torch.equal(part, kept)
     del part
-    assert memory.copy(batch).data_ptr() == place
-    assert torch.equal(second, batch + 1)
+    worker.release()
+    again = shared.stack(images(2))
+    assert again.slot == first.slot
+    assert again.storage is None  # the training process knows this memory
+    assert shared.stack(images(9)).slot.number == 4
+    second.tensor()
+    worker.release()
+    larger = shared.stack(images(9))
+    assert larger.slot == second.slot
+    assert larger.storage is not None  # too small, so there is a new one
+    assert larger.tensor().shape == (9, 3, 8, 6)
 
 
-def test_slots_are_used_in_turn():
-    slots = shared.Slots(2)
-    first, second, third = (slots.empty((3, 4), torch.uint8) for _ in range(3))
-    assert first.data_ptr() == third.data_ptr() != second.data_ptr()
-    assert first.shape == (3, 4)
-    assert first.is_contiguous()
-    assert first.is_shared()
-    assert slots.empty((100, 100), torch.float32).shape == (100, 100)
+def test_without_a_slot_left_a_batch_travels_as_torch_sends_it(worker):
+    held = [shared.stack(images(2)) for _ in range(shared.SLOTS)]
+    assert {placed.slot.number for placed in held} == set(range(shared.SLOTS))
+    shared.begin(2)
+    assert shared.places(1, (3, 8, 6)) == [None]
+    found = images(2)
+    assert torch.equal(shared.stack(found), torch.stack(found))
 
 
+def test_slots_are_free_once_pinned(worker, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # no GPU here
+    found = images(2)
+    placed = shared.stack(found)
+    assert worker.used[0, 0] == 1
+    assert torch.equal(placed.pin_memory(), torch.stack(found))
+    assert worker.used.sum() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_images_keep_their_memory_order(dtype):
-    from fcmae.data.collate import stack_images
+def test_images_keep_their_memory_order(worker, channels, dtype):
+    found = images(2, channels, dtype)
+    batch = shared.stack(found).tensor()
+    assert batch.shape == (2, channels, 8, 6)
+    assert batch.stride()[2:] == (6 * channels, channels)
+    assert all(np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in zip(batch, found, strict=True))
+    batch = shared.stack([image.contiguous() for image in found]).tensor()
+    assert batch.is_contiguous()
+    assert all(np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in zip(batch, found, strict=True))
 
-    images = [torch.from_numpy(noise(8, 6, 3, dtype=dtype)).permute(2, 0, 1) for _ in range(2)]
-    batch = stack_images(images)
-    assert batch.shape == (2, 3, 8, 6)
-    assert batch.stride() == (144, 1, 18, 3)
-    assert all(np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in zip(batch, images, strict=True))
-    assert stack_images([image.contiguous() for image in images]).is_contiguous()
+
+def test_images_are_written_where_the_batch_will_be(worker):
+    shared.begin(2)
+    places = [*shared.places(2, (3, 8, 6)), *shared.places(2, (3, 8, 6))]
+    found = images(4)
+    for place, image in zip(places, found, strict=True):
+        place.copy_(image)
+    batch = shared.stack(places)
+    assert batch.tensor().data_ptr() == places[0].data_ptr()
+    assert torch.equal(batch.tensor(), torch.stack(found))
+
+
+@pytest.mark.parametrize("kind", ["left out", "elsewhere", "in another order"])
+def test_images_that_are_not_where_the_batch_would_be_are_copied(worker, kind):
+    shared.begin(3)
+    places = [shared.places(1, (3, 8, 6))[0] for _ in range(3)]
+    found = images(3)
+    for place, image in zip(places, found, strict=True):
+        place.copy_(image)
+    taken = {
+        "left out": places[:1] + places[2:],
+        "elsewhere": [places[0], found[1], places[2]],
+        "in another order": places[::-1],
+    }[kind]
+    expected = torch.stack([image.clone() for image in taken])
+    assert torch.equal(shared.stack(taken).tensor(), expected)
+    assert worker.used.sum() == 1
+
+
+def test_a_batch_with_images_that_cannot_be_read(worker):
+    """Its other images are those of a process that writes nothing in place."""
+    from fcmae.data.bad_samples import collate, errors_aside
+
+    class Torn(Files):
+        def __getitem__(self, index):
+            if index % 5 == 2:
+                raise ImageError(self.describe(index), "torn")
+            return super().__getitem__(index)
+
+    samples = errors_aside(MaskedImages(Torn(), pretrain_transform(CFG), 4, seed=0), 24, 0, skip=True)
+    keys = [(0, index) for index in range(8)]
+    ours = collate(samples.__getitems__(keys)).parts
+    theirs = [samples[key].parts for key in keys]
+    assert torch.equal(ours[0].tensor(), torch.stack([image for image, _ in theirs]))
+    assert torch.equal(ours[1].tensor(), torch.stack([mask for _, mask in theirs]))
 
 
 def test_several_crops_of_an_image_are_for_the_same_step():

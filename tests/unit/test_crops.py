@@ -1,13 +1,15 @@
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data import jpeg
-from fcmae.data.crops import GAP, Box, RandomCrop, cut, reduction
+from fcmae.data.crops import GAP, Box, RandomCrop, cut, random_part, reduction
 from fcmae.data.pixels import PixelFormat, decode, open_image
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError
@@ -38,24 +40,58 @@ def large_photo():
     return encoded(texture(768, 1024), "JPEG", quality=90)
 
 
-def test_crops_are_those_of_torchvision(photo):
-    """Bit for bit, from the same state of the global generator; decoded or not."""
-    size = list(CFG.size)
-    theirs = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(),
-        ]
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_crops_are_those_of_torchvision(photo, in_chans):
+    """Bit for bit, for the same box; decoded or not, in a place that is given or not."""
+    ours = pretrain_transform(
+        DataConfig(image_size=[48, 64], in_chans=in_chans, mean=[0] * in_chans, std=[1] * in_chans)
     )
-    ours = pretrain_transform(CFG)
-    pixels = decode(photo, 3).contiguous()
+    pixels = decode(photo, in_chans)
+    flips = set()
     for seed in range(40):
-        outputs = []
-        for transform, image in ((theirs, pixels), (ours, pixels), (ours, photo)):
-            torch.manual_seed(seed)
-            outputs.append(transform(image))
-        assert torch.equal(outputs[0], outputs[1])
-        assert torch.equal(outputs[0], outputs[2])
+        box, _ = ours.draw(open_image(photo, ours.format), random.Random(seed).random)
+        expected = F.resized_crop(
+            pixels.contiguous(), *box[:4], list(CFG.size), v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        expected = F.horizontal_flip(expected) if box.flip else expected
+        place = torch.zeros(48, 64, in_chans, dtype=torch.uint8).permute(2, 0, 1)
+        for image in (pixels, pixels.contiguous(), photo):
+            assert torch.equal(ours(image, random.Random(seed).random), expected)
+            assert ours(image, random.Random(seed).random, place) is place
+            assert torch.equal(place, expected)
+            place.zero_()
+        flips.add(box.flip)
+    assert flips == {False, True}
+
+
+def test_a_place_of_another_kind_is_not_used(photo):
+    place = torch.zeros(1, 48, 64, dtype=torch.uint8)
+    crop = cut(decode(photo, 3), Box(0, 0, 100, 100, True), (48, 64), place)
+    assert crop.shape == (3, 48, 64)
+    assert place.max() == 0
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (60, 400), (400, 60), (3, 2), (1, 1), (1, 9)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.5), (0.01, 0.02)])
+def test_boxes_are_those_of_torchvision(monkeypatch, size, scale):
+    """The same from the same uniform numbers, whether one fits at once, later, or not at all."""
+    ratio = (0.75, 4 / 3)
+    theirs = v2.RandomResizedCrop([8, 8], scale=scale, ratio=ratio)
+    image = torch.empty(1, *size, device="meta")
+    for seed in range(50):
+        numbers = random.Random(seed)
+        monkeypatch.setattr(
+            torch.Tensor,
+            "uniform_",
+            lambda self, low, high, numbers=numbers: self.fill_(low + (high - low) * numbers.random()),
+        )
+        monkeypatch.setattr(
+            torch, "randint", lambda low, high, size, numbers=numbers: torch.tensor([int(high * numbers.random())])
+        )
+        expected = theirs.make_params([image])
+        monkeypatch.undo()
+        part = random_part(size, scale, ratio, random.Random(seed).random)
+        assert dict(zip(("top", "left", "height", "width"), part, strict=True)) == expected
 
 
 @pytest.mark.parametrize("name", ["simplejpeg", "Pillow"])
@@ -74,10 +110,8 @@ def test_large_jpegs_are_decoded_to_a_fraction(large_photo, monkeypatch, name):
     cfg = DataConfig(image_size=[24, 32], crop_scale=[0.01, 0.5])
     exact = pretrain_transform(dataclasses.replace(cfg, exact_decode=True))
     for seed in range(40):
-        torch.manual_seed(seed)
-        ours = pretrain_transform(cfg)(large_photo).float()
-        torch.manual_seed(seed)
-        whole = exact(large_photo).float()
+        ours = pretrain_transform(cfg)(large_photo, random.Random(seed).random).float()
+        whole = exact(large_photo, random.Random(seed).random).float()
         assert (ours - whole).square().mean().sqrt() < 2
         shifted = (whole[..., 1:] - whole[..., :-1]).square().mean().sqrt()
         assert (ours - whole).square().mean().sqrt() < 0.3 * shifted
@@ -101,10 +135,8 @@ def test_boxes_of_reduced_images_are_on_their_grid():
 def test_pixels_are_decoded_once_for_all_crops(large_photo):
     image = open_image(large_photo, PixelFormat(3))
     assert image.pixels(1) is image.pixels(1)
-    torch.manual_seed(0)
-    first = RandomCrop(CFG)(image)
-    torch.manual_seed(0)
-    assert torch.equal(first, RandomCrop(CFG)(large_photo))
+    first = RandomCrop(CFG)(image, random.Random(0).random)
+    assert torch.equal(first, RandomCrop(CFG)(large_photo, random.Random(0).random))
 
 
 def test_padding_comes_before_the_crop(photo):
@@ -127,7 +159,6 @@ def test_sixteen_bits_stay_sixteen(in_chans):
     assert np.array_equal(whole.numpy(), values[..., ::-1])
     expected = (torch.from_numpy(values.astype(np.float32)) / 65535 - 0.5) / 0.1
     torch.testing.assert_close(normalize(torch.from_numpy(values), cfg.mean, cfg.std), expected)
-    torch.manual_seed(0)
     assert finetune_transform(cfg, AugmentConfig())(image).dtype == torch.float32
 
 
