@@ -28,9 +28,11 @@ from fcmae.bench import feed, photos
 from fcmae.bench.feed import FeedResult
 from fcmae.bench.measure import machine, parse
 from fcmae.bench.stages import Stages, measure_stages
-from fcmae.config import DataConfig, check
+from fcmae.config import DataConfig, PrepareConfig, check
+from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.prepare import MANIFEST_FILE, prepare
 from fcmae.data.sources import train_source
 from fcmae.data.transforms import pretrain_transform
 from fcmae.training.distributed import pick_device
@@ -48,7 +50,8 @@ class DataBenchConfig:
     """What ``fcmae bench data`` measures."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
-    """baseline; files: the same JPEGs, read by this package; shards: tar files of short side 256; raw: those as .npy"""
+    """baseline; files: the same JPEGs, read by this package; shards, raw: after ``fcmae prepare`` with a short side of
+    256, as JPEG and as .npy"""
     data: DataConfig = field(default_factory=DataConfig)
     """Crops and size for all variants; with ``data.path`` that data is measured too."""
     images: int = 2048
@@ -131,11 +134,11 @@ def make_files(cfg: DataBenchConfig, folder: Path) -> str:
     jpegs = folder / f"jpegs-{cfg.images}"
     if not jpegs.is_dir():
         photos.write_folder(jpegs, photos.variations(found, cfg.images))
-    files = photos.image_files(jpegs)
-    for variant, encode in (("shards", photos.jpeg_bytes), ("raw", photos.npy_bytes)):
+    source = PreparedDataConfig(name="imagefolder", path=str(jpegs))
+    for variant, encode in (("shards", "jpeg"), ("raw", "npy")):
         shards = folder / f"{variant}-{cfg.images}"
-        if variant in cfg.variants and not shards.is_dir():
-            photos.write_shards(shards, files, SHORT_SIDE, encode)
+        if variant in cfg.variants and not (shards / MANIFEST_FILE).is_file():
+            prepare(PrepareConfig(source, out=str(shards), short_side=SHORT_SIDE, encode=encode, workers=1))
     return origin
 
 

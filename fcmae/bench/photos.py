@@ -1,9 +1,7 @@
 """Image files like ImageNet's for benchmarks: 500 x 375 pixels on average, JPEG of quality 90, no two alike."""
 
-import io
 import random
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ QUALITY = 90
 CLASSES = 10
 SMALLEST = 300
 """Pixels a side below which a photograph is left out."""
-SHARD_IMAGES = 1000
 
 
 def photographs(folder: str | None) -> tuple[list[Image.Image], str]:
@@ -81,38 +78,3 @@ def write_folder(folder: Path, images: Iterator[Image.Image]) -> None:
         path = folder / f"class{index % CLASSES}" / f"{index:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=QUALITY)
-
-
-def write_shards(folder: Path, files: list[Path], short_side: int, encode: Callable[[Image.Image], bytes]) -> None:
-    """The images with their short side resized, in tar files: what ``fcmae prepare`` makes, without its care."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ending = "npy" if encode is npy_bytes else "jpg"
-    for first in range(0, len(files), SHARD_IMAGES):
-        with tarfile.open(folder / f"{first // SHARD_IMAGES:04}.tar", "w") as tar:
-            for index, file in enumerate(files[first : first + SHARD_IMAGES], first):
-                with Image.open(file) as image:
-                    scale = short_side / min(image.size)
-                    size = (round(image.width * scale), round(image.height * scale))
-                    data = encode(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-                _add(tar, f"{index:06}.{ending}", data)
-                _add(tar, f"{index:06}.cls", str(index % CLASSES).encode())
-
-
-def jpeg_bytes(image: Image.Image) -> bytes:
-    """JPEG of the quality of all."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=QUALITY)
-    return file.getvalue()
-
-
-def npy_bytes(image: Image.Image) -> bytes:
-    """The pixels themselves, ``[H, W, C]``."""
-    file = io.BytesIO()
-    np.save(file, np.asarray(image))
-    return file.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    tar.addfile(entry, io.BytesIO(data))

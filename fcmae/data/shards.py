@@ -30,6 +30,9 @@ MAGICS = {
 }
 """How the files of each format begin; other formats go by their names."""
 
+SUBSAMPLING = "4:2:0"
+"""Chroma of JPEGs at half the resolution, as most cameras and programs write them: a fifth faster to decode than whole."""
+
 
 class Encoding(NamedTuple):
     """How images are written: as they are, or no larger than ``short_side`` and then encoded anew.
@@ -92,7 +95,7 @@ def _encode_pixels(pixels: Tensor, quality: int | None) -> tuple[str, bytes]:
     if quality is None or len(pixels) == 4:
         picture.save(content, "PNG")
         return "png", content.getvalue()
-    picture.save(content, "JPEG", quality=quality)
+    picture.save(content, "JPEG", quality=quality, subsampling=SUBSAMPLING)
     return "jpg", content.getvalue()
 
 
