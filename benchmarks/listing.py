@@ -9,6 +9,7 @@ worker has for itself.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fcmae.bench.measure import machine
+from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.data.sources import ImageFolder
 
 CLASSES = 1000
@@ -43,8 +45,8 @@ class Paths(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return len(self.path(index)), self.label(index) or 0
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
+        return len(self.path(key[1])), self.label(key[1]) or 0
 
 
 class Plain(Paths):
@@ -94,10 +96,11 @@ def workers(folder: str, count: int, plain: bool) -> dict[str, float]:
     """What all processes take after many samples were looked up, and of it the loader workers."""
     source = ImageFolder(folder)
     dataset = Plain(folder) if plain else Paths(len(source), source.describe, source.label)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:READ].tolist()
-    loader = DataLoader(dataset, 256, sampler=order, num_workers=count, persistent_workers=count > 0)
-    batches = iter(loader)
-    for _ in batches:
+    plan = BatchPlan.create(len(dataset), 256, None, 1, seed=0)
+    batches = TrainBatches(
+        dataset, plan, rank=0, start_step=0, stop_step=plan.steps_per_epoch, workers=count, pin_memory=False
+    )
+    for _ in itertools.islice(batches, READ // 256):
         pass
     pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
     private = [memory_mib("Private_Dirty", pid) + memory_mib("Private_Clean", pid) for pid in pids]

@@ -4,8 +4,10 @@ The samples of optimizer step k are a function of the seed and k alone: a fresh 
 cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing.util
 import random
 import signal
@@ -311,6 +313,7 @@ def eval_loader(
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **kwargs) -> Iterator[Batch]:
     if workers:
         multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
+        _end_workers_at_exit()
     exchange = shared.Exchange(workers)
     # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
     loader = DataLoader(
@@ -328,7 +331,14 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **k
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
+    gc.freeze()  # a full collection writes to every object there is, and what is shared by the fork would be copied
     shared.start_worker(loader, used, worker)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Workers of iterators that are still alive when Python ends: it would send SIGTERM and wait for them for ever."""
+    atexit.register(_end_workers)  # runs before what multiprocessing has registered
 
 
 @contextlib.contextmanager
@@ -357,7 +367,8 @@ def _end_workers() -> None:
     # torch's handler would raise an error for each of them
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
     for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
+        if child.daemon:
+            child.kill()
+            child.join()
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)

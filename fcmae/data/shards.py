@@ -31,7 +31,7 @@ MAGICS = {
 """How the files of each format begin; other formats go by their names."""
 
 SUBSAMPLING = "4:2:0"
-"""Chroma of JPEGs at half the resolution, as most cameras and programs write them: a fifth faster to decode than whole."""
+"""JPEG's chroma at half the resolution, as most cameras and programs write it: a fifth faster to decode than whole."""
 
 
 class Encoding(NamedTuple):
