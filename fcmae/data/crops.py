@@ -62,6 +62,7 @@ class RandomCrop:
         self.pad = cfg.pad
         self.hflip = cfg.hflip
         self.exact = cfg.exact_decode
+        self.alone = cfg.crops_per_image == 1  # otherwise the image is decoded once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
 
@@ -75,7 +76,8 @@ class RandomCrop:
             image = LazyImage((padded.shape[-2], padded.shape[-1]), lambda _: padded)
         box, reduce = self.draw(image, uniform)
         if self.exact or reduce == 1:
-            return cut(image.pixels(1), box, self.size, out)
+            pixels, top = image.rows(box.top, box.top + box.height) if self.alone else (image.pixels(1), 0)
+            return cut(pixels, box._replace(top=box.top - top), self.size, out)
         return cut(image.pixels(reduce), box.divided(reduce), self.size, out)
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from fcmae.data.bands import segments
+
 try:
     import simplejpeg
 except ImportError:  # a platform without its wheel
     simplejpeg = None
 
 MAGIC = b"\xff\xd8\xff"
-SOI, APP1, SOS = b"\xff\xd8", b"\xe1", b"\xda"
-"""Markers: start of the image; metadata; start of the compressed pixels. The last two without their 0xff."""
+APP1 = 0xE1
+"""The segment of EXIF or XMP."""
 REDUCTIONS = (8, 4, 2)
 """Divisors of the size that libjpeg has fast code for."""
 COLORS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
@@ -50,22 +52,11 @@ def stored_size(data: bytes) -> Size | None:
 
 def orientation(data: bytes) -> int:
     """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are."""
-    if not _has_metadata(data):
+    if APP1 not in segments(data):  # much faster to know than to ask Pillow
         return 1
     with Image.open(io.BytesIO(data)) as image:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     return turn if turn in range(1, 9) else 1
-
-
-def _has_metadata(data: bytes) -> bool:
-    """Whether there is an APP1 segment, which holds EXIF or XMP: much faster to know than to ask Pillow."""
-    position = len(SOI)
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        if marker in (APP1, SOS):
-            return marker == APP1
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
 
 
 def decode(data: bytes, size: Size, in_chans: int, reduce: int = 1) -> np.ndarray:

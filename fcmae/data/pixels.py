@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fcmae.data import jpeg, scientific
+from fcmae.data.bands import cut_band
 from fcmae.data.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, UsageError
 
@@ -55,10 +56,21 @@ class LazyImage:
     ``reducible``: :meth:`pixels` can give a half, a quarter or an eighth of each side for less than the whole costs.
     """
 
-    def __init__(self, size: tuple[int, int], decode: Callable[[int], Tensor], reducible: bool = False) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        decode: Callable[[int], Tensor],
+        reducible: bool = False,
+        decode_rows: Callable[[int, int], tuple[Tensor, int]] | None = None,
+    ) -> None:
         self.size = size
         self.reducible = reducible
         self.pixels = functools.cache(decode)
+        self._decode_rows = decode_rows
+
+    def rows(self, top: int, bottom: int) -> tuple[Tensor, int]:
+        """The rows from ``top`` to before ``bottom``, or more, and the first that is there. Nothing is kept."""
+        return self._decode_rows(top, bottom) if self._decode_rows else (self.pixels(1), 0)
 
 
 def read_file(path: str | Path) -> Encoded:
@@ -91,7 +103,8 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
                 _check_size(*size)
                 turn = jpeg.orientation(image.data)
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
-                return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True)
+                rows = functools.partial(_decode_rows, image, size, to) if turn == 1 else None
+                return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True, rows)
         return _decoded(_decode_any(image.data, to))
 
 
@@ -130,6 +143,13 @@ def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, re
     with _explained(image.name):
         pixels = torch.from_numpy(jpeg.decode(image.data, size, to.in_chans, reduce))
         return _upright(pixels.permute(2, 0, 1), turn)
+
+
+def _decode_rows(image: Encoded, size: jpeg.Size, to: PixelFormat, top: int, bottom: int) -> tuple[Tensor, int]:
+    band = cut_band(image.data, top, bottom)
+    if band is None:
+        return _decode_jpeg(image, size, 1, to, 1), 0
+    return _decode_jpeg(Encoded(band.data, image.name), jpeg.Size(band.height, size.width), 1, to, 1), band.top
 
 
 def _decode_any(data: bytes, to: PixelFormat) -> Tensor:

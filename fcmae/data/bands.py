@@ -1,0 +1,82 @@
+"""A band of a JPEG as a JPEG of its own: of the rows that a crop needs the pixels are the same, bit for bit.
+
+libjpeg goes through all bits of a file up to the last row that is wanted, and no Python package asks it for less than
+the whole. But where each row of blocks ends with a restart marker, as ``fcmae prepare`` writes them, rows can be taken
+out: what is left is a JPEG of less height. Markers are those of ITU-T T.81, annex B.
+"""
+
+import re
+from typing import NamedTuple
+
+SOF0, SOS, DRI, EOI = 0xC0, 0xDA, 0xDD, 0xD9
+"""Baseline frame, scan, restart interval, end; each after 0xff."""
+RESTARTS = tuple(bytes([0xFF, 0xD0 + i]) for i in range(8))
+"""The restart markers, which take turns."""
+BLOCK = 8
+"""Pixels a side of a block."""
+MARGIN = 1
+"""Rows of pixels beyond a crop that its chroma is interpolated from."""
+
+_restart = re.compile(rb"\xff[\xd0-\xd7]")
+
+
+class Band(NamedTuple):
+    """A JPEG of some rows of another one, and where they are: from the row ``top`` on."""
+
+    data: bytes
+    top: int
+    height: int
+
+
+def segments(data: bytes) -> dict[int, int]:
+    """Where in a JPEG the content of each kind of segment starts, of the first of its kind, up to the first scan."""
+    found: dict[int, int] = {}
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and SOS not in found:
+        found.setdefault(data[position + 1], position + 4)
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
+    return found
+
+
+def cut_band(data: bytes, top: int, bottom: int) -> Band | None:
+    """The rows of pixels from ``top`` to before ``bottom``, and as many more as there have to be.
+
+    None if the file has no restart marker after each row of blocks, is not whole, or all rows are needed.
+    """
+    where = segments(data)
+    if not {SOF0, DRI, SOS} <= where.keys() or data[-2:] != bytes([0xFF, EOI]):
+        return None
+    frame, scan = where[SOF0], where[SOS]
+    height, width, components = _number(data, frame + 1), _number(data, frame + 3), data[frame + 5]
+    across, down = _sampling(data, frame, components)
+    if _number(data, where[DRI]) != -(-width // (BLOCK * across)) or data[scan] != components:
+        return None
+    first_row = scan + 2 * components + 4
+    ends = [match.start() for match in _restart.finditer(data, first_row)]
+    rows = -(-height // (BLOCK * down))
+    if [data[end + 1] & 7 for end in ends] != [i % 8 for i in range(rows - 1)]:
+        return None
+    first = max(0, top - MARGIN) // (BLOCK * down)
+    last = min(height - 1, bottom - 1 + MARGIN) // (BLOCK * down)
+    if last - first + 1 == rows:
+        return None
+    starts = [first_row, *(end + 2 for end in ends)]
+    ends.append(len(data) - 2)
+    band_top, band_bottom = first * BLOCK * down, min(height, (last + 1) * BLOCK * down)
+    pieces = [data[: frame + 1], (band_bottom - band_top).to_bytes(2, "big"), data[frame + 3 : first_row]]
+    for i in range(first, last + 1):
+        pieces += data[starts[i] : ends[i]], RESTARTS[(i - first) % 8]
+    pieces[-1] = data[-2:]
+    return Band(b"".join(pieces), band_top, band_bottom - band_top)
+
+
+def _number(data: bytes, position: int) -> int:
+    return data[position] << 8 | data[position + 1]
+
+
+def _sampling(data: bytes, frame: int, components: int) -> tuple[int, int]:
+    """Blocks that lie side by side, and one below the other, in what is coded together."""
+    if components == 1:
+        return 1, 1  # whatever the file says
+    factors = [data[frame + 7 + 3 * i] for i in range(components)]
+    return max(factor >> 4 for factor in factors), max(factor & 15 for factor in factors)
