@@ -49,7 +49,7 @@ class Arrays:
                 raise ValueError(f"{path} is cut off or not a safetensors file")
             header = json.loads(file.read(length))
         meta = json.loads(header.pop("__metadata__")["meta"])
-        mapped = np.memmap(path, np.uint8, "r")
+        mapped = np.asarray(np.memmap(path, np.uint8, "r"))  # of a plain array single values cost a third
         arrays = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
