@@ -119,7 +119,7 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int], out: Tensor | None = No
 
     In ``out``, and ``out`` itself, if that is given and fits the pixels.
     """
-    if out is not None and (out.dtype, len(out)) != (pixels.dtype, len(pixels)):
+    if out is not None and (out.dtype, out.shape[0]) != (pixels.dtype, pixels.shape[0]):
         out = None
     part = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
     if not box.flip:
@@ -142,7 +142,7 @@ def resize(pixels: Tensor, size: list[int], out: Tensor | None = None) -> Tensor
     """
     if pixels.dtype == torch.uint8 and len(size) == 2 and pixels.device.type == "cpu":
         # what torchvision's resize comes to, without what it does before
-        if len(pixels) not in (3, 4):
+        if pixels.shape[0] not in (3, 4):
             return _placed(interpolate(pixels[None], size, mode="bicubic", antialias=True)[0], out)
         # and without the rearrangement of channels, which would take as long as the filter
         if out is None:

@@ -144,25 +144,25 @@ class Rows:
     def __init__(self, slots: Slots, images: int) -> None:
         self.slots = slots
         self.images = images
-        self.handed: list[Tensor] = []
         self.found: tuple[Placed, Tensor] | None = None
+        self.rows: tuple[Tensor, ...] = ()
+        self.handed = 0
 
     def next(self, crops: int, shape: tuple[int, int, int]) -> Sequence[Tensor | None]:
         """Places for the crops ``[C, H, W]`` of one more image, channels last; None where there are none left."""
         if not self.handed:
             self.found = self.slots.place((self.images * crops, *shape[1:], shape[0]), torch.uint8)
-        first = len(self.handed)
-        if self.found is None or first + crops > len(self.found[1]):  # an image that could not be read has left its own
+            self.rows = self.found[1].permute(0, 3, 1, 2).unbind() if self.found else ()
+        first, self.handed = self.handed, self.handed + crops
+        if self.handed > len(self.rows):  # no slot, or an image that could not be read has left its own
             return [None] * crops
-        rows = self.found[1][first : first + crops].permute(0, 3, 1, 2).unbind()
-        self.handed += rows
-        return rows
+        return self.rows[first : self.handed]
 
     def batch(self, images: Sequence[Tensor]) -> Placed | None:
         """The batch, if it is these images in this order."""
-        if self.found is None or not len(images) == len(self.found[1]) == len(self.handed):
+        if self.found is None or not len(images) == len(self.rows) == self.handed:
             return None
-        return _channels_first(*self.found) if all(map(operator.is_, images, self.handed)) else None
+        return _channels_first(*self.found) if all(map(operator.is_, images, self.rows)) else None
 
     def give_back(self) -> None:
         """The batch lies elsewhere: the slot is free again."""

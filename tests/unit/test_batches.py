@@ -1,5 +1,10 @@
 """What travels from the workers to the training process: several crops, shared memory, files left to the device."""
 
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +19,7 @@ from fcmae.errors import ConfigError, ImageError, UsageError
 from tests.unit.test_pixels import encoded, exif, noise, smooth
 
 CFG = DataConfig(image_size=32)
+ROOT = Path(__file__).parents[2]
 
 
 class Files:
@@ -280,3 +286,29 @@ def test_a_file_that_nobody_can_decode_is_named():
 def test_config_mistakes_are_named(command, override, message):
     with pytest.raises(ConfigError, match=message):
         compose(command, override)
+
+
+class Frozen(torch.utils.data.Dataset):
+    """How many objects the garbage collector leaves alone."""
+
+    def __getitem__(self, key):
+        return torch.zeros(3), torch.tensor(gc.get_freeze_count())
+
+
+def test_workers_leave_the_objects_of_the_training_process_where_they_are():
+    """A full collection would write to each of them, and so copy what the fork shares."""
+    before = gc.get_freeze_count()
+    counts = next(batches(Frozen(), BatchPlan.create(24, 4, 2, 1, seed=0), 1))[1]
+    assert counts.min() > len(gc.get_objects()) // 2
+    assert gc.get_freeze_count() == before
+
+
+def test_workers_end_with_python():
+    """Also if batches are left, though they ignore the signal that Python would end them by."""
+    script = (
+        "from tests.unit.test_batches import *\n"
+        "dataset = MaskedImages(Files(), pretrain_transform(CFG), 4, seed=0)\n"
+        "left = batches(dataset, BatchPlan.create(24, 4, 2, 1, seed=0), 2)\n"
+        "next(left)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60, cwd=ROOT)
