@@ -121,6 +121,8 @@ class Slots:
         self.loader, self.worker = loader, worker
         self.used = used.numpy()
         self.storages: list[torch.UntypedStorage | None] = [None] * SLOTS
+        self.unknown: set[int] = set()
+        """Slots whose memory was not sent yet."""
 
     def place(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Placed, Tensor] | None:
         """An uninitialised tensor in a slot that nobody uses, as it travels and itself; None without such a slot."""
@@ -130,12 +132,19 @@ class Slots:
         self.used[number] = 1
         size = torch.Size(shape).numel() * dtype.itemsize
         storage = self.storages[number]
-        is_new = storage is None or storage.nbytes() < size
-        if storage is None or is_new:
+        if storage is None or storage.nbytes() < size:
             storage = self.storages[number] = torch.UntypedStorage._new_shared(size)
+            self.unknown.add(number)
         tensor = torch.empty(0, dtype=torch.uint8).set_(storage)[:size].view(dtype).view(*shape)
-        slot = Slot(self.loader, self.worker, number)
-        return Placed(slot, storage if is_new else None, dtype, tuple(shape), tensor.stride()), tensor
+        sent = storage if number in self.unknown else None
+        self.unknown.discard(number)
+        return Placed(Slot(self.loader, self.worker, number), sent, dtype, tuple(shape), tensor.stride()), tensor
+
+    def give_back(self, placed: Placed) -> None:
+        """What was placed is not sent: the slot is free again."""
+        if placed.storage is not None:
+            self.unknown.add(placed.slot.number)
+        self.used[placed.slot.number] = 0
 
 
 class Rows:
@@ -165,9 +174,9 @@ class Rows:
         return _channels_first(*self.found) if all(map(operator.is_, images, self.rows)) else None
 
     def give_back(self) -> None:
-        """The batch lies elsewhere: the slot is free again."""
+        """The batch lies elsewhere."""
         if self.found is not None:
-            self.slots.used[self.found[0].slot.number] = 0
+            self.slots.give_back(self.found[0])
 
 
 _slots: list[Slots] = []
@@ -195,6 +204,8 @@ def _keep_heap() -> None:
 
 def begin(images: int) -> None:
     """A batch of so many images follows."""
+    for rows in _rows:  # of a batch that was not stacked
+        rows.give_back()
     _rows[:] = [Rows(slots, images) for slots in _slots]
 
 

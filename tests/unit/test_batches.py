@@ -161,6 +161,16 @@ def test_images_that_are_not_where_the_batch_would_be_are_copied(worker, kind):
     assert worker.used.sum() == 1
 
 
+def test_the_slot_of_a_batch_that_comes_to_nothing_is_free_again(worker):
+    shared.begin(2)
+    assert shared.places(1, (3, 8, 6))[0] is not None
+    assert worker.used.sum() == 1
+    shared.begin(2)
+    assert worker.used.sum() == 0
+    batch = images(2)
+    assert torch.equal(shared.stack(batch).tensor(), torch.stack(batch))  # in the same slot, whose memory is sent now
+
+
 def test_a_batch_with_images_that_cannot_be_read(worker):
     """Its other images are those of a process that writes nothing in place."""
     from fcmae.data.bad_samples import collate, errors_aside
