@@ -8,16 +8,19 @@ out: what is left is a JPEG of less height. Markers are those of ITU-T T.81, ann
 import re
 from typing import NamedTuple
 
-SOF0, SOS, DRI, EOI = 0xC0, 0xDA, 0xDD, 0xD9
-"""Baseline frame, scan, restart interval, end; each after 0xff."""
+SOF0, SOS, DRI = 0xC0, 0xDA, 0xDD
+"""Baseline frame, scan, restart interval; each after 0xff."""
+END = b"\xff\xd9"
 RESTARTS = tuple(bytes([0xFF, 0xD0 + i]) for i in range(8))
 """The restart markers, which take turns."""
 BLOCK = 8
 """Pixels a side of a block."""
 MARGIN = 1
 """Rows of pixels beyond a crop that its chroma is interpolated from."""
+LEAST = 2
+"""Rows of blocks to leave out: looking for the markers takes as long as decoding one of sixteen."""
 
-_restart = re.compile(rb"\xff[\xd0-\xd7]")
+_restart = re.compile(rb"(\xff[\xd0-\xd7])")
 
 
 class Band(NamedTuple):
@@ -38,36 +41,38 @@ def segments(data: bytes) -> dict[int, int]:
     return found
 
 
-def cut_band(data: bytes, top: int, bottom: int) -> Band | None:
+def cut_band(data: bytes, where: dict[int, int], top: int, bottom: int) -> Band | None:
     """The rows of pixels from ``top`` to before ``bottom``, and as many more as there have to be.
 
-    None if the file has no restart marker after each row of blocks, is not whole, or all rows are needed.
+    None if the file has no restart marker after each row of blocks, is not whole, or nearly all rows are needed.
+
+    Args:
+        where: :func:`segments` of the file.
     """
-    where = segments(data)
-    if not {SOF0, DRI, SOS} <= where.keys() or data[-2:] != bytes([0xFF, EOI]):
+    if not (SOF0 in where and DRI in where and SOS in where and data[-2:] == END):
         return None
     frame, scan = where[SOF0], where[SOS]
     height, width, components = _number(data, frame + 1), _number(data, frame + 3), data[frame + 5]
     across, down = _sampling(data, frame, components)
     if _number(data, where[DRI]) != -(-width // (BLOCK * across)) or data[scan] != components:
         return None
-    first_row = scan + 2 * components + 4
-    ends = [match.start() for match in _restart.finditer(data, first_row)]
     rows = -(-height // (BLOCK * down))
-    if [data[end + 1] & 7 for end in ends] != [i % 8 for i in range(rows - 1)]:
-        return None
     first = max(0, top - MARGIN) // (BLOCK * down)
-    last = min(height - 1, bottom - 1 + MARGIN) // (BLOCK * down)
-    if last - first + 1 == rows:
+    end = min(height - 1, bottom - 1 + MARGIN) // (BLOCK * down) + 1
+    if rows - (end - first) < LEAST:
         return None
-    starts = [first_row, *(end + 2 for end in ends)]
-    ends.append(len(data) - 2)
-    band_top, band_bottom = first * BLOCK * down, min(height, (last + 1) * BLOCK * down)
-    pieces = [data[: frame + 1], (band_bottom - band_top).to_bytes(2, "big"), data[frame + 3 : first_row]]
-    for i in range(first, last + 1):
-        pieces += data[starts[i] : ends[i]], RESTARTS[(i - first) % 8]
-    pieces[-1] = data[-2:]
-    return Band(b"".join(pieces), band_top, band_bottom - band_top)
+    first_row = scan + 2 * components + 4
+    parts = _restart.split(data[first_row:-2])
+    markers = parts[1::2]
+    if markers != [RESTARTS[i % 8] for i in range(rows - 1)]:
+        return None
+    band_top, band_bottom = first * BLOCK * down, min(height, end * BLOCK * down)
+    parts = parts[2 * first : 2 * end - 1]
+    parts[1::2] = markers[: end - first - 1]  # they start anew
+    size = (band_bottom - band_top).to_bytes(2, "big")
+    return Band(
+        b"".join([data[: frame + 1], size, data[frame + 3 : first_row], *parts, END]), band_top, band_bottom - band_top
+    )
 
 
 def _number(data: bytes, position: int) -> int:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from fcmae.data.bands import segments
-
 try:
     import simplejpeg
 except ImportError:  # a platform without its wheel
@@ -50,9 +48,12 @@ def stored_size(data: bytes) -> Size | None:
         return Size(image.height, image.width) if image.mode in ("L", "RGB") else None
 
 
-def orientation(data: bytes) -> int:
-    """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are."""
-    if APP1 not in segments(data):  # much faster to know than to ask Pillow
+def orientation(data: bytes, where: dict[int, int]) -> int:
+    """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are.
+
+    ``where`` are the :func:`~fcmae.data.bands.segments` of the file.
+    """
+    if APP1 not in where:  # much faster to know than to ask Pillow
         return 1
     with Image.open(io.BytesIO(data)) as image:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from fcmae.data import jpeg
+from fcmae.data.bands import segments
 from fcmae.data.crops import Box, cut
 from fcmae.data.pixels import Encoded, LazyImage, decode
 
@@ -58,7 +59,7 @@ class PackedImages(NamedTuple):
 
 def is_for_device(image: Encoded, opened: LazyImage) -> bool:
     """Whether a file is an ordinary JPEG that is stored upright."""
-    return opened.reducible and jpeg.orientation(image.data) == 1
+    return opened.reducible and jpeg.orientation(image.data, segments(image.data)) == 1
 
 
 def pack(images: Sequence[Undecoded | list[Tensor]]) -> PackedImages:

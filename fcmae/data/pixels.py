@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fcmae.data import jpeg, scientific
-from fcmae.data.bands import cut_band
+from fcmae.data.bands import cut_band, segments
 from fcmae.data.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, UsageError
 
@@ -101,9 +101,10 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
             size = jpeg.stored_size(image.data)
             if size is not None:
                 _check_size(*size)
-                turn = jpeg.orientation(image.data)
+                where = segments(image.data)
+                turn = jpeg.orientation(image.data, where)
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
-                rows = functools.partial(_decode_rows, image, size, to) if turn == 1 else None
+                rows = functools.partial(_decode_rows, image, where, size, to) if turn == 1 else None
                 return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True, rows)
         return _decoded(_decode_any(image.data, to))
 
@@ -145,8 +146,10 @@ def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, re
         return _upright(pixels.permute(2, 0, 1), turn)
 
 
-def _decode_rows(image: Encoded, size: jpeg.Size, to: PixelFormat, top: int, bottom: int) -> tuple[Tensor, int]:
-    band = cut_band(image.data, top, bottom)
+def _decode_rows(
+    image: Encoded, where: dict[int, int], size: jpeg.Size, to: PixelFormat, top: int, bottom: int
+) -> tuple[Tensor, int]:
+    band = cut_band(image.data, where, top, bottom)
     if band is None:
         return _decode_jpeg(image, size, 1, to, 1), 0
     return _decode_jpeg(Encoded(band.data, image.name), jpeg.Size(band.height, size.width), 1, to, 1), band.top
