@@ -70,15 +70,20 @@ class RandomCrop:
         self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random, out: Tensor | None = None
     ) -> Tensor:
         """A crop drawn by ``uniform``, Python's global generator by default; in ``out`` if given."""
+        pixels, box = self.part(image, uniform)
+        return cut(pixels, box, self.size, out)
+
+    def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
+        """Pixels ``[C, H, W]``, of no more of the image than is needed, and the part of them that is chosen."""
         image = open_image(image, self.format)
         if self.pad:
             padded = F.pad(image.pixels(1), [self.pad])
             image = LazyImage((padded.shape[-2], padded.shape[-1]), lambda _: padded)
         box, reduce = self.draw(image, uniform)
-        if self.exact or reduce == 1:
-            pixels, top = image.rows(box.top, box.top + box.height) if self.alone else (image.pixels(1), 0)
-            return cut(pixels, box._replace(top=box.top - top), self.size, out)
-        return cut(image.pixels(reduce), box.divided(reduce), self.size, out)
+        if reduce > 1 and not self.exact:
+            return image.pixels(reduce), box.divided(reduce)
+        pixels, top = image.rows(box.top, box.top + box.height) if self.alone else (image.pixels(1), 0)
+        return pixels, box._replace(top=box.top - top)
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
         """The part that ``uniform`` chooses, and the fraction of the image that has enough pixels."""
