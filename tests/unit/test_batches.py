@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from fcmae.config import DataConfig, compose
 from fcmae.data import shared
+from fcmae.data.bad_samples import Batch, collate, errors_aside
 from fcmae.data.loader import BatchPlan, MaskedImages, MicroBatches, TrainBatches
 from fcmae.data.on_device import PackedImages, decode_all, pack
 from fcmae.data.sources.base import Sample
@@ -112,11 +114,14 @@ def test_without_a_slot_left_a_batch_travels_as_torch_sends_it(worker):
 
 
 def test_slots_are_free_once_pinned(worker, monkeypatch):
+    """As the thread of torch's loader does it, which finds what is placed wherever it is in a batch."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # no GPU here
-    found = images(2)
-    placed = shared.stack(found)
-    assert worker.used[0, 0] == 1
-    assert torch.equal(placed.pin_memory(), torch.stack(found))
+    found, masks = images(2), [torch.rand(4) for _ in range(2)]
+    batch = Batch([shared.stack(found), shared.stack(masks)], [], 0)
+    assert worker.used.sum() == 2
+    pinned = pin_memory(batch)
+    assert torch.equal(pinned.parts[0], torch.stack(found))
+    assert torch.equal(pinned.parts[1], torch.stack(masks))
     assert worker.used.sum() == 0
 
 
@@ -173,7 +178,6 @@ def test_the_slot_of_a_batch_that_comes_to_nothing_is_free_again(worker):
 
 def test_a_batch_with_images_that_cannot_be_read(worker):
     """Its other images are those of a process that writes nothing in place."""
-    from fcmae.data.bad_samples import collate, errors_aside
 
     class Torn(Files):
         def __getitem__(self, index):
