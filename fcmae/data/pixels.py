@@ -65,8 +65,15 @@ class LazyImage:
     ) -> None:
         self.size = size
         self.reducible = reducible
-        self.pixels = functools.cache(decode)
+        self._decode = decode
         self._decode_rows = decode_rows
+        self._decoded: dict[int, Tensor] = {}
+
+    def pixels(self, reduce: int) -> Tensor:
+        """``[C, H, W]``, each side divided by ``reduce`` and rounded up where that is possible."""
+        if reduce not in self._decoded:
+            self._decoded[reduce] = self._decode(reduce)
+        return self._decoded[reduce]
 
     def rows(self, top: int, bottom: int) -> tuple[Tensor, int]:
         """The rows from ``top`` to before ``bottom``, or more, and the first that is there. Nothing is kept."""
