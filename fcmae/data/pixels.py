@@ -156,7 +156,8 @@ def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, re
 def _decode_rows(
     image: Encoded, where: dict[int, int], size: jpeg.Size, to: PixelFormat, top: int, bottom: int
 ) -> tuple[Tensor, int]:
-    band = cut_band(image.data, where, top, bottom)
+    with _explained(image.name):
+        band = cut_band(image.data, where, top, bottom)
     if band is None:
         return _decode_jpeg(image, size, 1, to, 1), 0
     return _decode_jpeg(Encoded(band.data, image.name), jpeg.Size(band.height, size.width), 1, to, 1), band.top

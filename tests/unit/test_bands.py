@@ -6,10 +6,11 @@ from PIL import Image
 
 from fcmae.config import DataConfig
 from fcmae.data import jpeg
-from fcmae.data.bands import BLOCK, cut_band, segments
-from fcmae.data.pixels import Encoded, PixelFormat, decode, open_image
+from fcmae.data.bands import BLOCK, SOF0, cut_band, segments
+from fcmae.data.pixels import Encoded, PixelFormat, _decode_rows, decode, open_image
 from fcmae.data.shards import Encoding, encode
 from fcmae.data.transforms import pretrain_transform
+from fcmae.errors import ImageError
 from tests.unit.test_crops import texture
 from tests.unit.test_pixels import encoded, exif
 
@@ -97,6 +98,15 @@ def test_files_that_are_not_whole_have_no_bands(kind):
     }
     assert cut(data, 0, 1) is not None
     assert cut(damaged[kind], 0, 1) is None
+
+
+def test_a_header_without_sense_is_named():
+    data = bytearray(with_rows(texture(96, 64)))
+    where = segments(bytes(data))
+    for component in range(3):
+        data[where[SOF0] + 7 + 3 * component] = 0  # blocks of no size
+    with pytest.raises(ImageError, match="odd.jpg"):
+        _decode_rows(Encoded(bytes(data), "odd.jpg"), where, jpeg.Size(96, 64), PixelFormat(3), 0, 10)
 
 
 def test_a_band_leaves_out_two_rows_of_blocks_or_more():
