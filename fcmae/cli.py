@@ -16,6 +16,7 @@ from typing import Any
 
 from fcmae import interrupt, launch
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
+from fcmae.imports import quick_imports
 
 COMMANDS = {
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
@@ -131,43 +132,50 @@ def _submitted(run: Callable[[], None]) -> None:
 
 
 def _start_time() -> str:
-    from fcmae.training.distributed import start_time
+    with quick_imports():
+        from fcmae.training.distributed import start_time
 
     return start_time()
 
 
 def _pretrain(cfg: Any, run_dir: Path) -> None:
-    from fcmae.training.run import pretrain
+    with quick_imports():
+        from fcmae.training.run import pretrain
 
     print(pretrain(cfg, run_dir))
 
 
 def _finetune(cfg: Any, run_dir: Path) -> None:
-    from fcmae.training.run import finetune
+    with quick_imports():
+        from fcmae.training.run import finetune
 
     print(finetune(cfg, run_dir))
 
 
 def _evaluate(cfg: Any, _: Path) -> None:
-    from fcmae.evaluation.run import evaluate
+    with quick_imports():
+        from fcmae.evaluation.run import evaluate
 
     _report(evaluate(cfg), cfg.out)
 
 
 def _knn(cfg: Any, _: Path) -> None:
-    from fcmae.evaluation.run import knn
+    with quick_imports():
+        from fcmae.evaluation.run import knn
 
     _report(knn(cfg), cfg.out)
 
 
 def _probe(cfg: Any, _: Path) -> None:
-    from fcmae.evaluation.run import probe
+    with quick_imports():
+        from fcmae.evaluation.run import probe
 
     _report(probe(cfg), cfg.out)
 
 
 def _prepare(cfg: Any, _: Path) -> None:
-    from fcmae.data.prepare import prepare
+    with quick_imports():
+        from fcmae.data.prepare import prepare
 
     print(prepare(cfg))
 
@@ -190,7 +198,8 @@ def _reconstruct(args: list[str]) -> int:
     parser.add_argument("--mask-ratio", type=float, help="instead of the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     given = parser.parse_intermixed_args(args)
-    from fcmae.evaluation.run import reconstruct
+    with quick_imports():
+        from fcmae.evaluation.run import reconstruct
 
     picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
     picture.save(given.out)
@@ -212,7 +221,8 @@ def _export(args: list[str]) -> int:
     onnx_options = {name: True for name in ("half", "dynamic_size") if getattr(given, name)}
     if onnx_options and given.to != "onnx":
         raise UsageError("--half and --dynamic-size go with --to onnx only")
-    from fcmae.interchange.convert import export
+    with quick_imports():
+        from fcmae.interchange.convert import export
 
     result = export(
         given.checkpoint,
@@ -237,8 +247,9 @@ def _import(args: list[str]) -> int:
     parser.add_argument("--std", type=float, nargs="+")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     given = parser.parse_args(args)
-    from fcmae.interchange.convert import import_weights
-    from fcmae.interchange.network import Given
+    with quick_imports():
+        from fcmae.interchange.convert import import_weights
+        from fcmae.interchange.network import Given
 
     classes = None if given.classes is None else _lines(Path(given.classes))
     said = Given(classes, given.mean, given.std, given.image_size)
@@ -259,7 +270,8 @@ def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
     given = parser.parse_args(args)
-    from fcmae.doctor import run
+    with quick_imports():
+        from fcmae.doctor import run
 
     return run([Path(file) for file in given.golden])
 
@@ -271,7 +283,9 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_intermixed_args(args)
-    importlib.import_module(f"fcmae.bench.{given.what}").run(given.overrides, given.json)
+    with quick_imports():
+        benchmark = importlib.import_module(f"fcmae.bench.{given.what}")
+    benchmark.run(given.overrides, given.json)
     return 0
 
 
@@ -280,7 +294,8 @@ def _demo(args: list[str]) -> int:
     parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
     parser.add_argument("--data", help="a folder with Fashion-MNIST's four .gz files")
     given = parser.parse_args(args)
-    from fcmae.demo import run
+    with quick_imports():
+        from fcmae.demo import run
 
     run(Path(given.out), given.data)
     return 0

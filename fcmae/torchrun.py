@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from fcmae.errors import EXIT_RESUMABLE
+from fcmae.imports import quick_imports
 from fcmae.interrupt import SIGNALS
 
 
@@ -20,8 +21,9 @@ def main(arguments: list[str]) -> int:
     """Runs torchrun with its own arguments. Returns the exit code of the first rank that failed, or 0."""
     for number in SIGNALS:
         signal.signal(number, _pass_on)
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with quick_imports():
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun would leave its own behind
         try:

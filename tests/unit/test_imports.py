@@ -1,10 +1,14 @@
 """Who may import whom, by the syntax tree of every file."""
 
 import ast
+import gc
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from fcmae.imports import quick_imports
 
 PACKAGE = Path(__file__).parents[2] / "fcmae"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -12,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # part of the package: what of the package it may import
 ALLOWED = {
     "errors": set(),
+    "imports": set(),
     "interrupt": set(),
     "launch": set(),
     "processes": set(),
@@ -64,3 +69,23 @@ def test_imports(file):
     for name, places in ONLY_IN.items():
         if name in external:
             assert str(relative) in places or relative.parts[0] in places
+
+
+def test_the_garbage_collector_rests_during_imports(monkeypatch):
+    """And leaves alone what they made; where nothing was imported, it goes on as before."""
+    before = gc.get_freeze_count()
+    try:
+        with quick_imports():
+            assert not gc.isenabled()
+        assert gc.get_freeze_count() == before
+        with quick_imports():
+            monkeypatch.setitem(sys.modules, "made_by_this_test", ModuleType("made_by_this_test"))
+        assert gc.get_freeze_count() > before
+        assert gc.isenabled()
+        gc.disable()
+        with quick_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
