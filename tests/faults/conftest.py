@@ -1,13 +1,15 @@
 """After every test of faults: no process, shared memory or temporary file is left (row 12 of docs/reliability.md)."""
 
+import functools
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import COMMANDS, finish, processes, wait_until, weights_sha256
+from tests.faults.runs import COMMANDS, TINY, finish, processes, wait_until, weights_sha256
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,15 +33,35 @@ def _nothing_left(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory):
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """The directory of a run that nothing disturbed, made once: ``reference(command, ranks)``."""
+
+    @functools.cache
+    def run_dir(command: str, ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        finish(folder, *COMMANDS[command], "trainer.log_every=1", "hydra.run.dir=run", ranks=ranks)
+        return folder / "run"
+
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def undisturbed(reference: Callable[[str, int], Path]) -> Callable[[str, int], str]:
     """The SHA-256 of the weights at the end of an undisturbed run: ``undisturbed(command, ranks)``."""
-    known: dict[tuple[str, int], str] = {}
+    return lambda command, ranks: weights_sha256(reference(command, ranks))
 
-    def result(command: str, ranks: int) -> str:
-        if (command, ranks) not in known:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            finish(folder, *COMMANDS[command], "hydra.run.dir=run", ranks=ranks)
-            known[command, ranks] = weights_sha256(folder / "run")
-        return known[command, ranks]
 
-    return result
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], None]:
+    """``begun(command, run_dir)`` makes a run directory as the tiny run leaves it that is stopped after step 3.
+
+    The run is made once, and copied.
+    """
+
+    @functools.cache
+    def original(command: str) -> Path:
+        folder = tmp_path_factory.mktemp("begun")
+        finish(folder, *TINY[command], "hydra.run.dir=run", "trainer.max_steps=3", expect=75)
+        return folder / "run"
+
+    return lambda command, run_dir: shutil.copytree(original(command), run_dir, dirs_exist_ok=True)

@@ -20,7 +20,8 @@ SHORT = os.environ.get("FAULTS", "full") == "short"
 FULL_FORM = pytest.mark.skipif(SHORT, reason="only in the full form, make faults")
 LONGER = ("schedule.epochs=40", "trainer.eval_every_epochs=40", "trainer.log_every=5")
 """120 steps of pretraining, a checkpoint every three: about two seconds after the start-up."""
-COMMANDS = {"pretrain": (*TINY_PRETRAIN, *LONGER), "finetune": (*TINY_FINETUNE, *LONGER)}
+TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
+COMMANDS = {command: (*tiny, *LONGER) for command, tiny in TINY.items()}
 MARK = "FCMAE_FAULT_TEST"
 """Environment variable that marks every process of a test."""
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fcmae.training import checkpoint
-from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+from tests.conftest import TINY_PRETRAIN
 from tests.faults.runs import (
     COMMANDS,
     FULL_FORM,
     SHORT,
+    TINY,
     finish,
     kill_group,
     processes,
@@ -25,12 +26,11 @@ from tests.faults.runs import (
 )
 
 COMMANDS_TRIED = ["pretrain", pytest.param("finetune", marks=FULL_FORM)]
-TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
 
 
-def test_every_damage_is_noticed_and_the_one_before_used(tmp_path):
+def test_every_damage_is_noticed_and_the_one_before_used(tmp_path, reference):
     """120 damaged copies of a real run's newest checkpoint, and each file deleted."""
-    finish(tmp_path, *TINY_PRETRAIN, "hydra.run.dir=run")
+    shutil.copytree(reference("pretrain", 1), tmp_path / "run")
     checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
     older, newest = checkpoints.paths()
     whole = newest.read_bytes()
@@ -90,9 +90,9 @@ def small_disk(tmp_path):
     ("command", "policy"),
     [("pretrain", "stop"), ("pretrain", "continue"), pytest.param("finetune", "stop", marks=FULL_FORM)],
 )
-def test_disk_full_in_a_background_save(tmp_path, small_disk, command, policy):
+def test_disk_full_in_a_background_save(tmp_path, small_disk, begun, command, policy):
     """Room for one checkpoint and, after the disk fills up, not for another."""
-    finish(tmp_path, *TINY[command], "hydra.run.dir=disk", "trainer.max_steps=3", expect=75)
+    begun(command, small_disk)
     (small_disk / "filler").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * 4096 - 100_000))
     before = checkpoint.CheckpointDir(small_disk).paths()
     said = finish(tmp_path, *TINY[command], "hydra.run.dir=disk", f"trainer.on_save_error={policy}", expect=1)
@@ -135,10 +135,10 @@ sys.exit(main())
         ("fcmae.training.tasks", "write_encoder", "encoder.safetensors cannot be written", 9),
     ],
 )
-def test_disk_full_at_any_write(tmp_path, small_disk, module, name, said, finished):
+def test_disk_full_at_any_write(tmp_path, small_disk, begun, module, name, said, finished):
     """Not a byte is free from the given moment on. What is on the disk stays, and the run goes on later."""
     args = (*TINY_PRETRAIN, "hydra.run.dir=disk", "trainer.keep_checkpoints=1", "trainer.on_save_error=continue")
-    finish(tmp_path, *args, "trainer.max_steps=3", expect=75)
+    begun("pretrain", small_disk)
     metrics = small_disk / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"st')  # as a kill leaves it, so that the file is written anew
@@ -211,8 +211,8 @@ def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path, command):
     assert checkpoint.CheckpointDir(tmp_path / "run").load_latest(pytest.fail) is not None
 
 
-def test_what_does_not_belong_to_the_run_is_refused(tmp_path):
-    finish(tmp_path, *TINY_PRETRAIN, "hydra.run.dir=run", "trainer.max_steps=3", expect=75)
+def test_what_does_not_belong_to_the_run_is_refused(tmp_path, begun):
+    begun("pretrain", tmp_path / "run")
     digest = weights_sha256(tmp_path / "run")
     changed = (*TINY_PRETRAIN, "hydra.run.dir=run", "optim.lr=2e-3", "data.hflip=0.1", "data.workers=1")
     said = finish(tmp_path, *changed, expect=2)
@@ -236,8 +236,8 @@ class Code:
         return (os.mkdir, (str(self.proof),))
 
 
-def test_a_pickle_with_code_is_not_executed(tmp_path):
-    finish(tmp_path, *TINY_PRETRAIN, "hydra.run.dir=run", "trainer.max_steps=3", expect=75)
+def test_a_pickle_with_code_is_not_executed(tmp_path, begun):
+    begun("pretrain", tmp_path / "run")
     checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
     proof = tmp_path / "executed"
     checkpoint.write_atomically(checkpoints.path(4), {"format": checkpoint.FORMAT, "code": Code(proof)})

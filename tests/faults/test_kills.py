@@ -63,8 +63,6 @@ from pathlib import Path
 import torch
 from fcmae.training import checkpoint
 
-fatal, calls = int(sys.argv[2]), 0
-
 def deadly(function):
     def call(*args, **kwargs):
         global calls
@@ -74,38 +72,43 @@ def deadly(function):
         return function(*args, **kwargs)
     return call
 
-checkpoints = checkpoint.CheckpointDir(Path(sys.argv[1]), keep=2)
 checkpoint._HashingWriter.write = deadly(checkpoint._HashingWriter.write)
 os.fsync = deadly(os.fsync)
 Path.replace = deadly(Path.replace)
 Path.unlink = deadly(Path.unlink)
-for step in (1, 2, 3, 4):
-    checkpoints.save({"step": step, "model": {f"w{i}": torch.full((3000,), float(step)) for i in range(3)}})
-print(calls)
+for line in sys.stdin:
+    fatal, calls = int(line), 0
+    child = os.fork()  # has imported everything
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    checkpoints = checkpoint.CheckpointDir(Path(sys.argv[1], line.strip()), keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save({"step": step, "model": {f"w{i}": torch.full((3000,), float(step)) for i in range(3)}})
+    print(calls, flush=True)
+    os._exit(0)
 """
 
 
 @pytest.mark.timeout(1800)
 def test_killed_at_each_operation_of_a_save(tmp_path):
     """Four saves, of which the last two also delete; one SIGKILL before each operation in turn."""
-    whole = subprocess.run(
-        [sys.executable, "-c", SAVE_AND_DIE, str(tmp_path / "whole"), "0"], capture_output=True, text=True, check=True
-    )
-    calls = int(whole.stdout)
-    assert calls >= 50
-    points = range(1, calls + 1)
-    points = points[:: max(1, len(points) // 12)] if SHORT else points
-    for fatal in points:
-        folder = tmp_path / str(fatal)
-        died = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(folder), str(fatal)], check=False)
-        assert died.returncode == -signal.SIGKILL
-        checkpoints = checkpoint.CheckpointDir(folder)
-        checkpoints.sweep()
-        state = checkpoints.load_latest(pytest.fail)  # none is damaged, so none is reported
-        if fatal > calls // 4:
-            assert state is not None
-        if state is not None:
-            assert all(value.eq(state["step"]).all() for value in state["model"].values())
+    command = [sys.executable, "-c", SAVE_AND_DIE, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saves:
+        print(0, file=saves.stdin, flush=True)
+        calls, code = int(saves.stdout.readline()), int(saves.stdout.readline())
+        assert code == 0
+        assert calls >= 50
+        for fatal in range(1, calls + 1):
+            print(fatal, file=saves.stdin, flush=True)
+            assert int(saves.stdout.readline()) == -signal.SIGKILL
+            checkpoints = checkpoint.CheckpointDir(tmp_path / str(fatal))
+            checkpoints.sweep()
+            state = checkpoints.load_latest(pytest.fail)  # none is damaged, so none is reported
+            if fatal > calls // 4:
+                assert state is not None
+            if state is not None:
+                assert all(value.eq(state["step"]).all() for value in state["model"].values())
 
 
 DIE_IN_A_SAVE = """

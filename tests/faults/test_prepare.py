@@ -12,27 +12,36 @@ from tests.bad_files import encoded, picture
 
 pytestmark = pytest.mark.faults
 
+COMMAND = (sys.executable, "-m", "fcmae.cli", "prepare", "data.path=images", "samples_per_shard=2")
+
 
 def contents(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if "fcmae-index" not in p.name}
 
 
-@pytest.mark.parametrize("lines", [1, 10])
-def test_killed_and_started_again_is_as_if_never_killed(tmp_path, lines):
-    """And the processes of a killed one end with it: else two would write the same files."""
-    (tmp_path / "images").mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``images``, one of them damaged, and ``whole``, what becomes of them if nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("prepare")
+    (folder / "images").mkdir()
     for i in range(60):
         content = encoded(picture(30 + i, 90 - i, seed=i), "JPEG")
-        (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
-    command = [sys.executable, "-m", "fcmae.cli", "prepare", "data.path=images", "samples_per_shard=2"]
-    subprocess.run([*command, "out=whole", "workers=1"], cwd=tmp_path, check=True, capture_output=True)
-    process = subprocess.Popen([*command, "out=out", "workers=2"], cwd=tmp_path, stderr=subprocess.PIPE)
-    progress = tmp_path / "out" / "progress.jsonl"
+        (folder / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
+    subprocess.run([*COMMAND, "out=whole", "workers=1"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("lines", [1, 10])
+def test_killed_and_started_again_is_as_if_never_killed(folder, tmp_path, lines):
+    """And the processes of a killed one end with it: else two would write the same files."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([*COMMAND, f"out={out}", "workers=2"], cwd=folder, stderr=subprocess.PIPE)
+    progress = out / "progress.jsonl"
     while not progress.is_file() or progress.read_text().count("sha256") < lines:
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
     process.communicate()  # ends when nobody holds the other end of its messages
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    subprocess.run([*command, "out=out", "workers=2"], cwd=tmp_path, check=True, capture_output=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (out / "manifest.json").exists()
+    subprocess.run([*COMMAND, f"out={out}", "workers=2"], cwd=folder, check=True, capture_output=True)
+    assert contents(out) == contents(folder / "whole")
