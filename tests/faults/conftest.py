@@ -38,7 +38,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
 
     @functools.cache
     def run_dir(command: str, ranks: int) -> Path:
-        folder = tmp_path_factory.mktemp("undisturbed")
+        folder = tmp_path_factory.mktemp(f"undisturbed_{command}_{ranks}_")
         finish(folder, *COMMANDS[command], "trainer.log_every=1", "hydra.run.dir=run", ranks=ranks)
         return folder / "run"
 
@@ -60,7 +60,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Non
 
     @functools.cache
     def original(command: str) -> Path:
-        folder = tmp_path_factory.mktemp("begun")
+        folder = tmp_path_factory.mktemp(f"begun_{command}_")
         finish(folder, *TINY[command], "hydra.run.dir=run", "trainer.max_steps=3", expect=75)
         return folder / "run"
 

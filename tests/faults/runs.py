@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,21 @@ MARK = "FCMAE_FAULT_TEST"
 """Environment variable that marks every process of a test."""
 
 
-def start(folder: Path, *args: str, ranks: int = 1, script: Path | None = None) -> subprocess.Popen:
+def side_by_side(test: Callable[..., None], cases: Sequence[tuple[str, ...]], folder: Path) -> None:
+    """``test(OWN_FOLDER, *case)`` for every case, two at a time: a run of one rank keeps one core busy."""
+
+    def one(case: tuple[str, ...]) -> None:
+        own = folder / "-".join(case).replace(" ", "_")
+        own.mkdir()
+        test(own, *case)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, cases))
+
+
+def start(
+    folder: Path, *args: str, ranks: int = 1, script: Path | None = None, variables: dict[str, str] | None = None
+) -> subprocess.Popen:
     """Starts ``fcmae ARGS`` (or a script that ends up there) under torchrun for several ranks; stderr goes to a file.
 
     The process leads a group of its own.
@@ -36,7 +51,7 @@ def start(folder: Path, *args: str, ranks: int = 1, script: Path | None = None) 
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
     program = [str(script)] if script else ["-m", "fcmae.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder), **(variables or {})}
     with (folder / "stderr.txt").open("ab") as log:
         return subprocess.Popen(
             [*launcher, *program, *args],
@@ -59,13 +74,14 @@ def finish(folder: Path, *args: str, expect: int | None = 0, timeout: float = 24
 
 
 def processes(folder: Path) -> Iterator[tuple[int, str]]:
-    """Process id and command line of every living process of a test."""
-    mark = f"{MARK}={folder}".encode()
+    """Process id and command line of every living process started in a folder or below."""
+    mark = f"{MARK}={folder}/".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-                if alive and mark in (entry / "environ").read_bytes().split(b"\0"):
+                variables = (entry / "environ").read_bytes().split(b"\0") if alive else []
+                if any((variable + b"/").startswith(mark) for variable in variables):
                     yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue

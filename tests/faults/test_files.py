@@ -1,5 +1,6 @@
 """Rows 3, 4 and 11: damaged files, a full disk, and what does not belong together."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -19,13 +20,15 @@ from tests.faults.runs import (
     finish,
     kill_group,
     processes,
+    side_by_side,
     start,
     steps,
     wait_until,
     weights_sha256,
 )
 
-COMMANDS_TRIED = ["pretrain", pytest.param("finetune", marks=FULL_FORM)]
+STEPS = {"pretrain": 9, "finetune": 6}
+"""Of the tiny runs."""
 
 
 def test_every_damage_is_noticed_and_the_one_before_used(tmp_path, reference):
@@ -58,52 +61,56 @@ def test_every_damage_is_noticed_and_the_one_before_used(tmp_path, reference):
         gone.write_bytes(kept)
 
 
-@pytest.mark.parametrize("command", COMMANDS_TRIED)
-def test_a_damaged_checkpoint_in_the_real_command(tmp_path, undisturbed, command):
-    args = (*COMMANDS[command], "hydra.run.dir=run")
-    finish(tmp_path, *args, "trainer.max_steps=50", expect=75)
-    newest = checkpoint.CheckpointDir(tmp_path / "run").paths()[-1]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
-    said = finish(tmp_path, *args)
-    assert f"{newest.name} cannot be read: its checksum is wrong" in said
-    assert "resumed at step 48" in said
-    assert weights_sha256(tmp_path / "run") == undisturbed(command, 1)
+def test_a_damaged_checkpoint_in_the_real_command(tmp_path, reference, undisturbed):
+    def damage_and_resume(folder, command):
+        shutil.copytree(reference(command, 1), folder / "run")
+        newest = checkpoint.CheckpointDir(folder / "run").paths()[-1]
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+        said = finish(folder, *COMMANDS[command], "hydra.run.dir=run")
+        assert f"{newest.name} cannot be read: its checksum is wrong" in said
+        assert "resumed at step 117" in said
+        assert weights_sha256(folder / "run") == undisturbed(command, 1)
+
+    side_by_side(damage_and_resume, [("pretrain",), ("finetune",)], tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+@contextlib.contextmanager
+def small_disk(folder):
     """A file system of 1 MB."""
-    folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False, capture_output=True
     )
     if mounted.returncode:
         pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(
-    ("command", "policy"),
-    [("pretrain", "stop"), ("pretrain", "continue"), pytest.param("finetune", "stop", marks=FULL_FORM)],
-)
-def test_disk_full_in_a_background_save(tmp_path, small_disk, begun, command, policy):
+def test_disk_full_in_a_background_save(tmp_path, begun):
     """Room for one checkpoint and, after the disk fills up, not for another."""
-    begun(command, small_disk)
-    (small_disk / "filler").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * 4096 - 100_000))
-    before = checkpoint.CheckpointDir(small_disk).paths()
-    said = finish(tmp_path, *TINY[command], "hydra.run.dir=disk", f"trainer.on_save_error={policy}", expect=1)
-    assert "was not saved: No space left on device" in said
-    assert "Traceback" not in said
-    assert checkpoint.CheckpointDir(small_disk).paths() == before
-    assert checkpoint.read(before[0])["step"] == 3
-    if policy == "continue":
-        assert steps(small_disk)[-1] == 9
-    (small_disk / "filler").unlink()
-    finish(tmp_path, *TINY[command], "hydra.run.dir=disk", "trainer.keep_checkpoints=1")  # 1 MB has no room for three
+
+    def fill_up(folder, command, policy):
+        with small_disk(folder / "disk") as disk:
+            begun(command, disk)
+            (disk / "filler").write_bytes(b"0" * (os.statvfs(disk).f_bavail * 4096 - 100_000))
+            before = checkpoint.CheckpointDir(disk).paths()
+            args = (*TINY[command], "hydra.run.dir=disk")
+            said = finish(folder, *args, f"trainer.on_save_error={policy}", expect=1)
+            assert "was not saved: No space left on device" in said
+            assert "Traceback" not in said
+            assert checkpoint.CheckpointDir(disk).paths() == before
+            assert checkpoint.read(before[0])["step"] == 3
+            if policy == "continue":
+                assert steps(disk)[-1] == STEPS[command]
+            (disk / "filler").unlink()
+            finish(folder, *args, "trainer.keep_checkpoints=1")  # 1 MB has no room for three
+
+    side_by_side(fill_up, [("pretrain", "stop"), ("finetune", "stop"), ("pretrain", "continue")], tmp_path)
 
 
 FULL_AT = """
@@ -126,40 +133,45 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "said", "finished"),
-    [
-        pytest.param("fcmae.training.loop", "_write_config", "config.yaml cannot be written", 3, marks=FULL_FORM),
-        ("fcmae.training.logging", "_up_to", "metrics.jsonl cannot be written", 3),
-        ("fcmae.training.tasks", "reconstruction_picture", "MetricsFile could not write", 9),
-        ("fcmae.training.tasks", "write_encoder", "encoder.safetensors cannot be written", 9),
-    ],
-)
-def test_disk_full_at_any_write(tmp_path, small_disk, begun, module, name, said, finished):
+WRITES = [
+    ("_write_config", "fcmae.training.loop", "config.yaml cannot be written", 3),
+    ("_up_to", "fcmae.training.logging", "metrics.jsonl cannot be written", 3),
+    ("reconstruction_picture", "fcmae.training.tasks", "MetricsFile could not write", 9),
+    ("write_encoder", "fcmae.training.tasks", "encoder.safetensors cannot be written", 9),
+]
+
+
+def test_disk_full_at_any_write(tmp_path, begun):
     """Not a byte is free from the given moment on. What is on the disk stays, and the run goes on later."""
     args = (*TINY_PRETRAIN, "hydra.run.dir=disk", "trainer.keep_checkpoints=1", "trainer.on_save_error=continue")
-    begun("pretrain", small_disk)
-    metrics = small_disk / "metrics.jsonl"
-    with metrics.open("a") as file:
-        file.write('{"st')  # as a kill leaves it, so that the file is written anew
-    config, before = (small_disk / "config.yaml").read_bytes(), steps(small_disk)
-    script = tmp_path / "full.py"
-    script.write_text(FULL_AT.format(module=module, name=name))
-    told = finish(tmp_path, *args, script=script, expect=1)
-    assert said in told
-    assert "No space left on device" in told
-    assert "Traceback" not in told
-    if name == "_write_config":
-        assert (small_disk / "config.yaml").read_bytes() == config
-    assert steps(small_disk)[:3] == before == [1, 2, 3]
-    checkpoints = checkpoint.CheckpointDir(small_disk)
-    (latest,) = checkpoints.paths()
-    assert checkpoint.read(latest)["step"] == (3 if name != "write_encoder" else 9)
-    assert checkpoint.step_of(latest) <= finished
-    (small_disk / "filler").unlink()
-    finish(tmp_path, *args)
-    assert steps(small_disk) == list(range(1, 10))
-    assert (small_disk / "encoder.safetensors").is_file()
+    writes = {name: what for name, *what in WRITES}
+
+    def fill_up(folder, name):
+        module, said, finished = writes[name]
+        with small_disk(folder / "disk") as disk:
+            begun("pretrain", disk)
+            with (disk / "metrics.jsonl").open("a") as file:
+                file.write('{"st')  # as a kill leaves it, so that the file is written anew
+            config, before = (disk / "config.yaml").read_bytes(), steps(disk)
+            script = folder / "full.py"
+            script.write_text(FULL_AT.format(module=module, name=name))
+            told = finish(folder, *args, script=script, expect=1)
+            assert said in told
+            assert "No space left on device" in told
+            assert "Traceback" not in told
+            if name == "_write_config":
+                assert (disk / "config.yaml").read_bytes() == config
+            assert steps(disk)[:3] == before == [1, 2, 3]
+            checkpoints = checkpoint.CheckpointDir(disk)
+            (latest,) = checkpoints.paths()
+            assert checkpoint.read(latest)["step"] == (3 if name != "write_encoder" else 9)
+            assert checkpoint.step_of(latest) <= finished
+            (disk / "filler").unlink()
+            finish(folder, *args)
+            assert steps(disk) == list(range(1, 10))
+            assert (disk / "encoder.safetensors").is_file()
+
+    side_by_side(fill_up, [(name,) for name in writes], tmp_path)
 
 
 UNREADABLE = """
@@ -167,8 +179,8 @@ import os, sys
 from fcmae.errors import CheckpointError
 from fcmae.training import checkpoint, resume
 def read(path, *args, original=checkpoint.read):
-    if path.name == "step_00000009.pt" and os.environ["RANK"] == sys.argv.pop():
-        raise CheckpointError(f"checkpoint {path} cannot be read: Input/output error")
+    if path.name == "{name}" and os.environ["RANK"] == "{rank}":
+        raise CheckpointError(f"checkpoint {{path}} cannot be read: Input/output error")
     return original(path, *args)
 checkpoint.read = resume.read = read
 from fcmae.cli import main
@@ -177,38 +189,42 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=FULL_FORM)])
-def test_ranks_never_go_on_from_different_checkpoints(tmp_path, rank):
+def test_ranks_never_go_on_from_different_checkpoints(tmp_path, reference, rank):
     """The newest cannot be read by one of two ranks."""
-    args = (*TINY_PRETRAIN, "schedule.epochs=6", "hydra.run.dir=run")
-    finish(tmp_path, *args, "trainer.max_steps=9", expect=75)
+    shutil.copytree(reference("pretrain", 1), tmp_path / "run")
+    checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
+    older, newest = checkpoints.paths()
     script = tmp_path / "unreadable.py"
-    script.write_text(UNREADABLE.replace("sys.argv.pop()", repr(rank)))
+    script.write_text(UNREADABLE.format(name=newest.name, rank=rank))
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run")
     said = finish(tmp_path, *args, ranks=2, script=script, expect=0 if rank == "0" else 1)
-    assert "step_00000009.pt cannot be read: Input/output error" in said
+    assert f"{newest.name} cannot be read: Input/output error" in said
     if rank == "0":
-        assert "resumed at step 6" in said
-        assert (tmp_path / "run" / "checkpoints" / "step_00000009.pt.unused").is_file()
+        assert f"resumed at step {checkpoint.step_of(older)}" in said
+        assert newest.with_name(f"{newest.name}.unused").is_file()
     else:
-        assert checkpoint.CheckpointDir(tmp_path / "run").paths()[-1].name == "step_00000009.pt"
+        assert checkpoints.paths()[-1] == newest
 
 
-@pytest.mark.parametrize("command", COMMANDS_TRIED)
-def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path, command):
-    args = (*COMMANDS[command], "schedule.epochs=9999", "hydra.run.dir=run")
-    first = start(tmp_path, *args)
-    try:
-        wait_until((tmp_path / "run" / "run.lock").exists)
-        second = tmp_path / "second"
-        second.mkdir()
-        said = finish(second, *args[:-1], "hydra.run.dir=../run", expect=2)
-        assert f"is in use by another run (host {os.uname().nodename}, process {first.pid}, started" in said
-        assert first.poll() is None
-        wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
-        first.terminate()
-        assert first.wait(60) == 75
-    finally:
-        kill_group(first)
-    assert checkpoint.CheckpointDir(tmp_path / "run").load_latest(pytest.fail) is not None
+def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path):
+    def start_two(folder, command):
+        args = (*COMMANDS[command], "schedule.epochs=9999", "hydra.run.dir=run")
+        first = start(folder, *args)
+        try:
+            wait_until((folder / "run" / "run.lock").exists)
+            second = folder / "second"
+            second.mkdir()
+            said = finish(second, *args[:-1], "hydra.run.dir=../run", expect=2)
+            assert f"is in use by another run (host {os.uname().nodename}, process {first.pid}, started" in said
+            assert first.poll() is None
+            wait_until(lambda: max(steps(folder / "run"), default=0) >= 5)
+            first.terminate()
+            assert first.wait(60) == 75
+        finally:
+            kill_group(first)
+        assert checkpoint.CheckpointDir(folder / "run").load_latest(pytest.fail) is not None
+
+    side_by_side(start_two, [("pretrain",), ("finetune",)], tmp_path)
 
 
 def test_what_does_not_belong_to_the_run_is_refused(tmp_path, begun):

@@ -16,6 +16,7 @@ from tests.faults.runs import (
     COMMANDS,
     MARK,
     SHORT,
+    TINY,
     children,
     finish,
     kill_group,
@@ -88,7 +89,7 @@ def test_not_a_number_on_one_rank(tmp_path, command, kind):
 
 
 def test_a_skipped_step(tmp_path):
-    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.on_nonfinite=skip")
+    args = (*TINY["pretrain"], "hydra.run.dir=run", "trainer.on_nonfinite=skip")
     said = finish(tmp_path, *args, ranks=2, script=poisoned(tmp_path, "gradient"))
     assert "is not finite: skipped (1 so far)" in said
     assert '"skipped_steps": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()

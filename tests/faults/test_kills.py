@@ -11,12 +11,12 @@ import pytest
 from fcmae.training import checkpoint
 from tests.faults.runs import (
     COMMANDS,
-    FULL_FORM,
     SHORT,
     children,
     finish,
     kill_group,
     ranks_of,
+    side_by_side,
     start,
     steps,
     wait_until,
@@ -148,33 +148,32 @@ sys.exit(main())
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("command", "points"), [("pretrain", 4 if SHORT else 25), pytest.param("finetune", 25, marks=FULL_FORM)]
-)
-def test_the_real_command_killed_in_its_saves(tmp_path, undisturbed, monkeypatch, command, points):
+def test_the_real_command_killed_in_its_saves(tmp_path, undisturbed):
     """The second save of each process is its last, killed before another operation each time; the rest is resumed.
 
     The weights of the end are those of an undisturbed run.
     """
-    script = tmp_path / "dies.py"
-    script.write_text(DIE_IN_A_SAVE)
-    args = (*COMMANDS[command], "hydra.run.dir=run", "trainer.checkpoint_every_epochs=0.3")
-    monkeypatch.setenv("FATAL", "nan")
-    finish(tmp_path, *args, "trainer.max_steps=5", script=script, expect=75)
-    calls = int((tmp_path / "calls").read_text())
-    last = 6  # fsync of the file, rename, fsync of the folder, deletions
-    assert calls > points + last
-    checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
-    before = checkpoint.step_of(checkpoints.paths()[-1])
-    writes = range(1, calls - last, (calls - last) // (points - last)) if points > last else ()
-    fatal = [*writes, *range(calls - last, calls + 1)][-points:]
-    for number in fatal:
-        monkeypatch.setenv("FATAL", str(number))
-        finish(tmp_path, *args, script=script, expect=-signal.SIGKILL)
-        state = checkpoints.load_latest(pytest.fail)
-        assert state is not None
-        assert before + 1 <= state["step"] <= before + 2
-        before = state["step"]
-    monkeypatch.delenv("FATAL")
-    finish(tmp_path, *args)
-    assert sha256(tmp_path / "run") == undisturbed(command, 1)
+    points = 4 if SHORT else 25
+
+    def kill_at_each_point(folder, command):
+        script = folder / "dies.py"
+        script.write_text(DIE_IN_A_SAVE)
+        args = (*COMMANDS[command], "hydra.run.dir=run", "trainer.checkpoint_every_epochs=0.3")
+        finish(folder, *args, "trainer.max_steps=5", script=script, variables={"FATAL": "nan"}, expect=75)
+        calls = int((folder / "calls").read_text())
+        last = 6  # fsync of the file, rename, fsync of the folder, deletions
+        assert calls > points + last
+        checkpoints = checkpoint.CheckpointDir(folder / "run")
+        before = checkpoint.step_of(checkpoints.paths()[-1])
+        writes = range(1, calls - last, (calls - last) // (points - last)) if points > last else ()
+        fatal = [*writes, *range(calls - last, calls + 1)][-points:]
+        for number in fatal:
+            finish(folder, *args, script=script, variables={"FATAL": str(number)}, expect=-signal.SIGKILL)
+            state = checkpoints.load_latest(pytest.fail)
+            assert state is not None
+            assert before + 1 <= state["step"] <= before + 2
+            before = state["step"]
+        finish(folder, *args)
+        assert sha256(folder / "run") == undisturbed(command, 1)
+
+    side_by_side(kill_at_each_point, [("pretrain",), ("finetune",)], tmp_path)

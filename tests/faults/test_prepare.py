@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bad_files import encoded, picture
+from tests.faults.runs import side_by_side
 
 pytestmark = pytest.mark.faults
 
@@ -19,29 +20,25 @@ def contents(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if "fcmae-index" not in p.name}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``images``, one of them damaged, and ``whole``, what becomes of them if nothing disturbs it."""
-    folder = tmp_path_factory.mktemp("prepare")
-    (folder / "images").mkdir()
+def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
+    """And the processes of a killed one end with it: else two would write the same files."""
+    (tmp_path / "images").mkdir()
     for i in range(60):
         content = encoded(picture(30 + i, 90 - i, seed=i), "JPEG")
-        (folder / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
-    subprocess.run([*COMMAND, "out=whole", "workers=1"], cwd=folder, check=True, capture_output=True)
-    return folder
+        (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
+    subprocess.run([*COMMAND, "out=whole", "workers=1"], cwd=tmp_path, check=True, capture_output=True)
 
+    def kill_after(out, lines):
+        command = [*COMMAND, f"out={out}", "workers=2"]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+        progress = out / "progress.jsonl"
+        while not progress.is_file() or progress.read_text().count("sha256") < int(lines):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()  # ends when nobody holds the other end of its messages
+        assert not (out / "manifest.json").exists()
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        assert contents(out) == contents(tmp_path / "whole")
 
-@pytest.mark.parametrize("lines", [1, 10])
-def test_killed_and_started_again_is_as_if_never_killed(folder, tmp_path, lines):
-    """And the processes of a killed one end with it: else two would write the same files."""
-    out = tmp_path / "out"
-    process = subprocess.Popen([*COMMAND, f"out={out}", "workers=2"], cwd=folder, stderr=subprocess.PIPE)
-    progress = out / "progress.jsonl"
-    while not progress.is_file() or progress.read_text().count("sha256") < lines:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()  # ends when nobody holds the other end of its messages
-    assert not (out / "manifest.json").exists()
-    subprocess.run([*COMMAND, f"out={out}", "workers=2"], cwd=folder, check=True, capture_output=True)
-    assert contents(out) == contents(folder / "whole")
+    side_by_side(kill_after, [("1",), ("10",)], tmp_path)

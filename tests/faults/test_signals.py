@@ -7,7 +7,18 @@ import time
 import pytest
 
 from fcmae.training import checkpoint
-from tests.faults.runs import COMMANDS, SHORT, finish, kill_group, ranks_of, start, steps, wait_until, weights_sha256
+from tests.faults.runs import (
+    COMMANDS,
+    SHORT,
+    finish,
+    kill_group,
+    ranks_of,
+    side_by_side,
+    start,
+    steps,
+    wait_until,
+    weights_sha256,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -20,7 +31,7 @@ fsync = os.fsync
 def slow(descriptor):
     if threading.current_thread().name == "fcmae-saver":  # other files are written with care, too
         Path("saving").touch()
-        time.sleep(1)
+        time.sleep(0.5)
     fsync(descriptor)
 os.fsync = slow
 from fcmae.cli import main
@@ -30,7 +41,7 @@ sys.exit(main())
 
 def stopped(folder, command, signals, when, script=None):
     """Starts a run, sends the signals when a condition holds, and returns how long it took to end with 75."""
-    run = start(folder, *COMMANDS[command], "hydra.run.dir=run", script=script)
+    run = start(folder, *COMMANDS[command], "trainer.log_every=1", "hydra.run.dir=run", script=script)
     try:
         when(run)
         for number in signals:
@@ -48,41 +59,49 @@ def in_a_step(folder):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_each_signal_in_a_step_and_at_start_up(tmp_path, undisturbed, command):
-    for number in SIGNALS[:: 3 if SHORT else 1]:
-        assert stopped(tmp_path, command, [number], lambda _: time.sleep(0.4)) < 60
-        assert stopped(tmp_path, command, [number], in_a_step(tmp_path)) < 60
-    assert stopped(tmp_path, command, SIGNALS[1:], in_a_step(tmp_path)) < 60
-    finish(tmp_path, *COMMANDS[command], "hydra.run.dir=run")
-    assert weights_sha256(tmp_path / "run") == undisturbed(command, 1)
+def test_each_signal_in_a_step_and_at_start_up(tmp_path, undisturbed):
+    def stop_often(folder, command):
+        for number in SIGNALS[:: 3 if SHORT else 1]:
+            assert stopped(folder, command, [number], lambda _: time.sleep(0.4)) < 60
+            assert stopped(folder, command, [number], in_a_step(folder)) < 60
+        assert stopped(folder, command, SIGNALS[1:], in_a_step(folder)) < 60
+        finish(folder, *COMMANDS[command], "hydra.run.dir=run")
+        assert weights_sha256(folder / "run") == undisturbed(command, 1)
+
+    side_by_side(stop_often, [("pretrain",), ("finetune",)], tmp_path)
 
 
 @pytest.mark.timeout(900)
 def test_signals_in_a_save(tmp_path, undisturbed):
     """Three signals while a save is under way, of which it takes no notice."""
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_SAVE)
-    for numbers in [SIGNALS[:3]] if SHORT else [SIGNALS[:3], *([number] for number in SIGNALS)]:
-        (tmp_path / "saving").unlink(missing_ok=True)
-        stopped(tmp_path, "pretrain", numbers, lambda _: wait_until((tmp_path / "saving").exists), script)
-    assert checkpoint.CheckpointDir(tmp_path / "run").load_latest(pytest.fail) is not None
-    finish(tmp_path, *COMMANDS["pretrain"], "hydra.run.dir=run")
-    assert weights_sha256(tmp_path / "run") == undisturbed("pretrain", 1)
+
+    def stop_in_saves(folder, command):
+        script = folder / "slow.py"
+        script.write_text(SLOW_SAVE)
+        for numbers in [SIGNALS[:3]] if SHORT else [SIGNALS[:3], *([number] for number in SIGNALS)]:
+            (folder / "saving").unlink(missing_ok=True)
+            stopped(folder, command, numbers, lambda _: wait_until((folder / "saving").exists), script)
+        assert checkpoint.CheckpointDir(folder / "run").load_latest(pytest.fail) is not None
+        finish(folder, *COMMANDS[command], "hydra.run.dir=run")
+        assert weights_sha256(folder / "run") == undisturbed(command, 1)
+
+    side_by_side(stop_in_saves, [("pretrain",), ("finetune",)], tmp_path)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", ["one rank", "torchrun"])
-def test_two_ranks_stop_after_the_same_step(tmp_path, undisturbed, target):
-    args = (*COMMANDS["pretrain"], "hydra.run.dir=run")
-    run = start(tmp_path, *args, ranks=2)
-    try:
-        wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 10)
-        os.kill(ranks_of(tmp_path)[1] if target == "one rank" else run.pid, signal.SIGUSR1)
-        assert run.wait(60) == 1  # torchrun's exit code, whatever its ranks return
-    finally:
-        kill_group(run)
-    said = (tmp_path / "stderr.txt").read_text()
-    assert "fcmae pretrain: stopped after step" in said
+def test_two_ranks_stop_after_the_same_step(tmp_path, undisturbed):
+    """Whether one of them is asked to, or torchrun."""
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.log_every=1")
+    for target in ("one rank", "torchrun"):
+        begun = in_a_step(tmp_path)
+        run = start(tmp_path, *args, ranks=2)
+        try:
+            begun(run)
+            os.kill(ranks_of(tmp_path)[1] if target == "one rank" else run.pid, signal.SIGUSR1)
+            assert run.wait(60) == 1, target  # torchrun's exit code, whatever its ranks return
+        finally:
+            kill_group(run)
+        said = (tmp_path / "stderr.txt").read_text()
+        assert said.count("fcmae pretrain: stopped after step") == (1 if target == "one rank" else 2)
     finish(tmp_path, *args, ranks=2)
     assert weights_sha256(tmp_path / "run") == undisturbed("pretrain", 2)
