@@ -39,11 +39,14 @@ def kill_one(folder, args, rng, what, aim):
         kill_group(run)
 
 
+RUNS_AND_KILLS = {"pretrain": 5, "finetune": 3} if SHORT else {"pretrain": 13, "pretrain again": 13, "finetune": 9}
+
+
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("command", "kills"), [("pretrain", 5 if SHORT else 20), ("finetune", 3 if SHORT else 8)])
-def test_killed_at_random_and_resumed_equals_undisturbed(tmp_path, undisturbed, command, kills):
+@pytest.mark.parametrize(("name", "kills"), RUNS_AND_KILLS.items())
+def test_killed_at_random_and_resumed_equals_undisturbed(tmp_path, undisturbed, name, kills):
     """Launcher, rank or data worker by turns, each kill some steps after the last checkpoint."""
-    rng = random.Random(command)
+    command, rng = name.split()[0], random.Random(name)
     run_dir = tmp_path / "run"
     args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", "trainer.log_every=1")
     reached = 0
