@@ -157,6 +157,8 @@ def test_disk_full_at_any_write(tmp_path, begun):
             script.write_text(FULL_AT.format(module=module, name=name))
             told = finish(folder, *args, script=script, expect=1)
             assert said in told
+            full, over = (path.stat().st_mtime for path in (disk / "filler", folder / "stderr.txt"))
+            assert over - full <= 5
             assert "No space left on device" in told
             assert "Traceback" not in told
             if name == "_write_config":
