@@ -199,7 +199,7 @@ class _Training:
             workers=workers,
             pin_memory=world.device.type == "cuda",
             prefetch=cfg.data.prefetch,
-            timeout=cfg.trainer.hang_timeout,
+            timeout=cfg.trainer.hang_timeout + Watchdog.GRACE / 2,  # the watchdog, which leaves stacks, comes first
             skip=cfg.data.on_error == "skip",
         )
 
