@@ -11,10 +11,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ _started: dict[tuple[BlockShape, int], list[_Task]] = {}
 """Of every shape and device, what was started."""
 
 
-def start(shapes: Iterable[BlockShape]) -> list[Callable[[], object]]:
+def start(shapes: Iterable[BlockShape]) -> list[Callable[[], None]]:
     """Starts compiling the kernels of every shape that is new to this process.
 
     Returns:
@@ -84,28 +84,24 @@ def _wait(tasks: list[_Task]) -> None:
 def _work_off(tasks: SimpleQueue[_Task]) -> None:
     """Hands tasks to a process, one after another, until none are left. It ends with this one: its input does."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(
-        [sys.executable, "-m", "fcmae.kernels.precompile"],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while True:
-            try:
-                task = tasks.get_nowait()
-            except Empty:
-                return
+    program = [sys.executable, "-m", "fcmae.kernels.precompile"]
+    start_process = functools.partial(subprocess.Popen, program, env=environment, text=True, stderr=subprocess.DEVNULL)
+    with contextlib.suppress(OSError), start_process(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        answers = cast(TextIO, process.stdout)
+        for task in _left(tasks):
             try:
                 print(json.dumps([task.kernel, task.device, *task.shape]), file=process.stdin, flush=True)
-                process.stdout.readline()
-            except OSError:  # the process is gone
-                pass
+                answers.readline()
             finally:
                 task.done.set()
+    for task in _left(tasks):  # the process could not be started, or is gone
+        task.done.set()
+
+
+def _left(tasks: SimpleQueue[_Task]) -> Iterator[_Task]:
+    with contextlib.suppress(Empty):
+        while True:
+            yield tasks.get_nowait()
 
 
 def _serve() -> None:

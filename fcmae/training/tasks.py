@@ -209,6 +209,8 @@ def _validation(cfg: FinetuneConfig, classes: list[str]) -> Source:
     try:
         source = val_source(cfg.data)
     except UsageError as error:
+        if cfg.data.val_path is not None:
+            raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
     if require_labels(source, "data.val_path") != classes:
         raise UsageError("data.path and data.val_path have different classes")

@@ -1,7 +1,10 @@
 """The processes that compile kernels ahead: whatever becomes of a kernel, nobody waits for ever."""
 
+import subprocess
+import sys
 import threading
 
+import pytest
 import torch
 
 from fcmae.kernels import precompile
@@ -21,3 +24,13 @@ def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch):
             assert not thread.is_alive()
     monkeypatch.setattr(precompile, "Thread", None)
     assert len(precompile.start(shapes[:1])) == 1  # nothing new, no thread
+
+
+@pytest.mark.parametrize("program", [["/nowhere"], [sys.executable, "-c", ""]], ids=["does not start", "ends at once"])
+def test_without_a_process_nobody_waits(monkeypatch, program):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 98)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **kwargs: popen(program, **kwargs))
+    shapes = [precompile.BlockShape((2, 2), 2, sites, len(program), 7, None, "bfloat16") for sites in (1, 2, 4, 8)]
+    for wait in precompile.start(shapes):
+        wait()
