@@ -186,7 +186,7 @@ MISTAKES = {
     "key": (("pretrain", "optim.lrr=1"), "optim.lrr: unknown key"),
     "range": (("pretrain", "model.mask_ratio=2"), "model.mask_ratio is 2.0; allowed is a number in [0, 1)"),
     "no data": (("pretrain",), "data.path is not set"),
-    "folder": (("pretrain", "data.path=/nowhere"), "/nowhere is not a folder"),
+    "folder": (("pretrain", "data.path=/nowhere"), "data.path: /nowhere is not a folder"),
     "size": ((*TINY_PRETRAIN, "data.image_size=36"), "the nearest sizes that fit are 32 and 40"),
     "backbone": ((*TINY_PRETRAIN, "model.backbone=convnextv2_ato"), "did you mean convnextv2_atto"),
     "batch": ((*TINY_PRETRAIN, "trainer.global_batch_size=99"), "at most 24"),

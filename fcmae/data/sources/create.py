@@ -9,7 +9,7 @@ from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.own import create_own
 from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.webdataset import WebDataset
-from fcmae.errors import UsageError
+from fcmae.errors import ConfigError, UsageError
 
 WHAT = {
     "imagefolder": "the folder of {} images, data.{}=FOLDER",
@@ -36,18 +36,28 @@ def _create(cfg: DataConfig, train: bool) -> Source:
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":
         return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
-    path = cfg.path if train or (cfg.name == "hf" and cfg.val_path is None) else cfg.val_path
+    same = train or (cfg.name == "hf" and cfg.val_path is None)  # a data set of which another split is read
+    name, path = ("path", cfg.path) if same else ("val_path", cfg.val_path)
     if path is None:
-        what = WHAT[cfg.name].format("training" if train else "validation", f"{prefix}path")
-        raise UsageError(f"data.{prefix}path is not set; give {what}")
+        what = WHAT[cfg.name].format("training" if train else "validation", name)
+        raise UsageError(f"data.{name} is not set; give {what}")
+    if cfg.name == "hf":
+        path = _one(path, f"data.{name}", cfg.name)
+    try:
+        return _open(cfg, path, train)
+    except ConfigError:  # names its key
+        raise
+    except UsageError as error:
+        raise UsageError(f"data.{name}: {error}") from error
+
+
+def _open(cfg: DataConfig, path: Any, train: bool) -> Source:
     if cfg.name == "webdataset":
         return WebDataset(path, allow_cut=cfg.on_error == "skip", reindex=cfg.relist)
     if cfg.name == "hf":
         from fcmae.data.sources.huggingface import HuggingFace
 
-        split = cfg.split if train else cfg.val_split
-        path = _one(path, f"data.{prefix}path", cfg.name)
-        return HuggingFace(path, split, cfg.image_column, cfg.label_column)
+        return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column)
     return ImageFolder(path, cfg.relist)
 
 

@@ -27,7 +27,7 @@ class HuggingFace:
         try:
             import datasets
         except ImportError as error:
-            raise UsageError("data.name=hf needs the package datasets: pip install 'fcmae[hf]'") from error
+            raise ConfigError("data.name=hf needs the package datasets: pip install 'fcmae[hf]'") from error
         self.path, self.split = path, split
         rows = _load(path, split)
         column = _column("data.image_column", image_column, rows.features, datasets.Image)
