@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fcmae.kernels.depthwise_triton import add_partial_kernel, forward_kernel, taps_kernel, weight_grad_kernel
+from fcmae.kernels.target import target
 
 
 class _Plan(NamedTuple):
@@ -108,7 +109,7 @@ def _launch_forward(
 
 def _nvidia(plan: _Plan, x: Tensor) -> dict[str, int]:
     """What a launch can have on NVIDIA's GPUs alone."""
-    if not x.is_cuda or torch.version.hip is not None:
+    if not target(x).nvidia:
         return {"PREFETCH": False}
     return {"PREFETCH": plan.tiles_ahead > 0, **({"maxnreg": plan.registers} if plan.registers else {})}
 
@@ -126,8 +127,7 @@ def _divide(x: Tensor, plan: _Plan) -> tuple[int, int, tuple[int, int]]:
     n, v, s, _, c = x.shape
     tiles = n * v * (s // plan.rows)
     blocks = -(-c // _CHANNELS)
-    # Without a GPU (Triton's interpreter) two ranges are enough to exercise everything.
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-    ranges = max(2, processors * plan.programs // blocks)
+    # Without a GPU two ranges are enough to exercise everything.
+    ranges = max(2, target(x).processors * plan.programs // blocks)
     tiles_per_program = -(-tiles // ranges)
     return tiles, tiles_per_program, (blocks, -(-tiles // tiles_per_program))

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fcmae.kernels.target import target
+
 ALPHA = tl.constexpr(0.8493218002880191)
 """sqrt(log2(e) / 2)"""
 
@@ -260,8 +262,8 @@ def _fit(tiling: Tiling, x: Tensor) -> tuple[Tiling, int]:
     width = x.shape[2]
     while channels > 32 and width % channels:
         rows, channels = 2 * rows, channels // 2
-    # Triton's interpreter runs programs one after another, so there an image is a single program.
-    most = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    # Programs that do not run at the same time cannot wait for one another: without a GPU an image is a single one.
+    most = max(1, target(x).processors)
     while triton.cdiv(width, channels) > most:
         channels, warps = 2 * channels, min(2 * warps, 16)
     return Tiling(rows, channels, warps), triton.cdiv(width, channels)

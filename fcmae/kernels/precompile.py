@@ -1,8 +1,8 @@
 """Compiling the Triton kernels of a network side by side, before its first step needs them.
 
 A kernel takes seconds to compile, and a network needs a dozen, one after another where they are launched first. Here
-each is launched once on a single image by one of a few processes, as many as there are cores; Triton's cache on disk
-hands the result to this process, which meanwhile traces and compiles everything else.
+another program (:mod:`fcmae.kernels.compiler`) compiles them, in as many processes as there are cores; Triton's cache
+on disk hands the results to this process, which meanwhile traces and compiles everything else.
 """
 
 import contextlib
@@ -11,18 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Iterable
 from threading import Event, Thread
-from typing import NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import torch
-from torch import Tensor
 
-from fcmae.kernels.depthwise import neighbors
-
-MAX_PROCESSES = 16
-"""A process takes seconds of a core, and half a GiB of the GPU's memory, before it compiles anything."""
+from fcmae.kernels.target import target
 
 
 class BlockShape(NamedTuple):
@@ -40,11 +35,15 @@ class BlockShape(NamedTuple):
     dtype: str
     """Of the activations, as torch names it: ``bfloat16``."""
 
+    @property
+    def kernels(self) -> list[str]:
+        """Those that such blocks launch."""
+        return ["forward", "weight_grad", *(["gelu_grn", "gelu_grn_backward"] if self.hidden is not None else [])]
+
 
 class _Task(NamedTuple):
     kernel: str
     shape: BlockShape
-    device: int
     done: Event
 
 
@@ -61,19 +60,20 @@ def start(shapes: Iterable[BlockShape]) -> list[Callable[[], None]]:
     """
     device, shapes = torch.cuda.current_device(), list(shapes)
     new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
-    tasks: SimpleQueue[_Task] = SimpleQueue()
     for shape in new:
-        names = [name for name in KERNELS if shape.hidden is not None or not name.startswith("gelu_grn")]
-        _started[shape, device] = [_Task(name, shape, device, Event()) for name in names]
-        for task in _started[shape, device]:
-            tasks.put(task)
-    for _ in range(min(MAX_PROCESSES, _cores(), tasks.qsize())):
-        Thread(target=_work_off, args=(tasks,), daemon=True, name="precompile").start()
+        _started[shape, device] = [_Task(kernel, shape, Event()) for kernel in shape.kernels]
+    if new:
+        tasks = [task for shape in new for task in _started[shape, device]]
+        Thread(target=_compile, args=(tasks, _gpu()), daemon=True, name="precompile").start()
     return [functools.partial(_wait, _started[shape, device]) for shape in shapes]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _gpu() -> dict[str, Any]:
+    """What the current device is, for the compiler, which does not look at it."""
+    from triton.runtime import driver
+
+    found = driver.active.get_current_target()
+    return {"target": [found.backend, found.arch, found.warp_size], "gpu": target(torch.empty(0, device="cuda"))}
 
 
 def _wait(tasks: list[_Task]) -> None:
@@ -81,95 +81,16 @@ def _wait(tasks: list[_Task]) -> None:
         task.done.wait()
 
 
-def _work_off(tasks: SimpleQueue[_Task]) -> None:
-    """Hands tasks to a process, one after another, until none are left. It ends with this one: its input does."""
+def _compile(tasks: list[_Task], gpu: dict[str, Any]) -> None:
+    """Hands the tasks to the compiler and learns which are done. It ends with this process: its input does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    order = {**gpu, "processes": min(cores, len(tasks)), "tasks": [(task.kernel, task.shape) for task in tasks]}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = [sys.executable, "-m", "fcmae.kernels.precompile"]
-    start_process = functools.partial(subprocess.Popen, program, env=environment, text=True, stderr=subprocess.DEVNULL)
-    with contextlib.suppress(OSError), start_process(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        answers = cast(TextIO, process.stdout)
-        for task in _left(tasks):
-            try:
-                print(json.dumps([task.kernel, task.device, *task.shape]), file=process.stdin, flush=True)
-                answers.readline()
-            finally:
-                task.done.set()
-    for task in _left(tasks):  # the process could not be started, or is gone
+    program = [sys.executable, "-m", "fcmae.kernels.compiler"]
+    start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stderr=subprocess.DEVNULL)
+    with contextlib.suppress(OSError), start_compiler(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as compiler:
+        print(json.dumps(order), file=compiler.stdin, flush=True)
+        for number in cast(TextIO, compiler.stdout):
+            tasks[int(number)].done.set()
+    for task in tasks:  # the compiler could not be started, or is gone
         task.done.set()
-
-
-def _left(tasks: SimpleQueue[_Task]) -> Iterator[_Task]:
-    with contextlib.suppress(Empty):
-        while True:
-            yield tasks.get_nowait()
-
-
-def _serve() -> None:
-    """What the process does: a task a line, answered by a line when it is over.
-
-    It makes way for the process that waits, which meanwhile traces: with few cores that is what takes longest.
-    """
-    with contextlib.suppress(OSError):
-        os.nice(10)
-    for line in sys.stdin:
-        kernel, device, grid, *rest = json.loads(line)
-        with contextlib.suppress(Exception):
-            torch.cuda.set_device(device)
-            KERNELS[kernel](BlockShape(tuple(grid), *rest))
-            torch.cuda.synchronize()
-        print(flush=True)
-
-
-def _depthwise(shape: BlockShape) -> None:
-    from fcmae.kernels import depthwise_launch
-
-    x, weight, bias, tables = _depthwise_arguments(shape)
-    depthwise_launch.forward(x, weight, bias, *tables)
-    depthwise_launch.input_grad(x, weight, *tables)
-
-
-def _depthwise_weight_grad(shape: BlockShape) -> None:
-    from fcmae.kernels import depthwise_launch
-
-    x, _, _, tables = _depthwise_arguments(shape)
-    depthwise_launch.weight_grad(x, x, shape.kernel, *tables)
-
-
-def _depthwise_arguments(shape: BlockShape) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    s, c, k = shape.sites, shape.channels, shape.kernel
-    where = neighbors(torch.arange(shape.keep, device="cuda")[None], *shape.grid)
-    x = torch.zeros(1, shape.keep, s, s, c, dtype=getattr(torch, shape.dtype), device="cuda")
-    return x, torch.zeros(c, 1, k, k, device="cuda"), torch.zeros(c, device="cuda"), (where.slots, where.cells)
-
-
-def _gelu_grn(shape: BlockShape) -> None:
-    from fcmae.kernels.grn_triton import gelu_grn_forward
-
-    x, parameter = _gelu_grn_arguments(shape)
-    gelu_grn_forward(x, parameter, parameter, parameter, 1e-6)
-
-
-def _gelu_grn_backward(shape: BlockShape) -> None:
-    from fcmae.kernels.grn_triton import gelu_grn_backward
-
-    x, parameter = _gelu_grn_arguments(shape)
-    gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
-
-
-def _gelu_grn_arguments(shape: BlockShape) -> tuple[Tensor, Tensor]:
-    assert shape.hidden is not None
-    size = (1, shape.keep * shape.sites**2, shape.hidden)
-    x = torch.zeros(size, dtype=getattr(torch, shape.dtype), device="cuda")
-    return x, torch.zeros(shape.hidden, device="cuda")
-
-
-KERNELS: dict[str, Callable[[BlockShape], None]] = {
-    "depthwise": _depthwise,
-    "depthwise_weight_grad": _depthwise_weight_grad,
-    "gelu_grn": _gelu_grn,
-    "gelu_grn_backward": _gelu_grn_backward,
-}
-"""What each process compiles."""
-
-if __name__ == "__main__":
-    _serve()

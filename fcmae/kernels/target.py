@@ -1,0 +1,31 @@
+"""The GPU that Triton's kernels are divided and compiled for."""
+
+from typing import NamedTuple
+
+from torch import Tensor, cuda, version
+
+
+class Target(NamedTuple):
+    """What a launch depends on besides its arguments."""
+
+    processors: int
+    """Multiprocessors; 0 without a GPU, where Triton's interpreter runs programs one after another."""
+    nvidia: bool
+
+
+_instead: Target | None = None
+
+
+def target(x: Tensor) -> Target:
+    """That of a tensor's device."""
+    if _instead is not None:
+        return _instead
+    if not x.is_cuda:
+        return Target(0, False)
+    return Target(cuda.get_device_properties(x.device).multi_processor_count, version.hip is None)
+
+
+def pretend(gpu: Target) -> None:
+    """Has this process launch on any device as on ``gpu``."""
+    global _instead
+    _instead = gpu
