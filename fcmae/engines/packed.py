@@ -6,7 +6,6 @@ with a static shape. All layers but the depthwise convolution work per site, or 
 
 from collections.abc import Collection, Iterator
 
-import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
@@ -31,15 +30,13 @@ def packed(
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
-    shapes = _block_shapes(backbone, imgs, where, patch_size, grn_scope)
-    kernels_ready = precompile.start(shapes) if compiled and imgs.is_cuda else None
+    if compiled and imgs.is_cuda:
+        precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         run_block = recomputed(region(_block, compiled), number in recompute_stages)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
-        if kernels_ready is not None:
-            kernels_ready[number - 1]()
         for block in convnext.blocks(stage):
             x = run_block(block, x, where, grn_scope)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
@@ -47,21 +44,20 @@ def packed(
     return x
 
 
-def _block_shapes(
+def _shapes(
     backbone: ConvNeXt, imgs: Tensor, where: Neighbors, patch_size: int, grn_scope: str
-) -> Iterator[precompile.BlockShape]:
+) -> Iterator[precompile.Shape]:
     """What the kernels of every stage are specialised for."""
-    autocast = torch.is_autocast_enabled(imgs.device.type)
-    dtype = torch.get_autocast_dtype(imgs.device.type) if autocast else imgs.dtype
-    sites = patch_size // convnext.stem(backbone)[0].stride[0]
+    dtype, keep = precompile.dtype_of(imgs), where.index.shape[1]
+    side = patch_size // convnext.stem(backbone)[0].stride[0]
     for stage in convnext.stages(backbone):
         if isinstance(stage.downsample, nn.Sequential):
-            sites //= convnext.downsample(stage.downsample)[1].stride[0]
+            side //= convnext.downsample(stage.downsample)[1].stride[0]
         block = next(convnext.blocks(stage))
         channels, _, kernel, _ = block.conv_dw.weight.shape
-        hidden = block.mlp.fc1.weight.shape[0] if convnext.is_fused(block, imgs) and grn_scope == "image" else None
-        grid, name = (where.rows, where.cols), str(dtype).removeprefix("torch.")
-        yield precompile.BlockShape(grid, where.index.shape[1], sites, channels, kernel, hidden, name)
+        yield precompile.DepthwiseShape((where.rows, where.cols), keep, side, channels, kernel, dtype)
+        if convnext.is_fused(block, imgs) and grn_scope == "image":
+            yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:

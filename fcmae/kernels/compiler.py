@@ -1,12 +1,11 @@
 """Compiles Triton kernels into its cache on disk, side by side, for a GPU that this program does not touch.
 
-``python -m fcmae.kernels.compiler`` reads an order from :mod:`fcmae.kernels.precompile`, a line of JSON, and answers
-with the number of each task that is over, a line each. Kernels are launched on a small image in memory, by a process
-that Triton compiles for and does not run: opening the GPU takes seconds, and longer the more processes do.
+``python -m fcmae.kernels.compiler`` reads an order from :mod:`fcmae.kernels.precompile`, a line of JSON, and ends when
+it is done. Kernels are launched on a small image in memory, by a process that Triton compiles for and does not run:
+opening the GPU takes seconds, and longer the more processes do.
 """
 
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +23,6 @@ from triton.runtime.jit import JITFunction
 from fcmae.kernels import depthwise_launch
 from fcmae.kernels.depthwise import neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
-from fcmae.kernels.precompile import BlockShape
 from fcmae.kernels.target import Target, pretend
 
 
@@ -36,10 +34,11 @@ def main() -> None:
     torch.set_num_threads(1)
     compile_only(GPUTarget(*order["target"]))
     pretend(Target(*order["gpu"]))
-    with multiprocessing.get_context("fork").Pool(order["processes"]) as pool:
+    tasks = [(kernel, kind, shape) for kind, shape in order["shapes"] for kernel in KERNELS[kind]]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with multiprocessing.get_context("fork").Pool(min(cores, len(tasks))) as pool:
         Thread(target=_end_with_input, args=(pool.terminate,), daemon=True).start()
-        for number in pool.imap_unordered(_work_off, enumerate(order["tasks"])):
-            print(number, flush=True)
+        pool.map(_work_off, tasks, chunksize=1)
 
 
 def compile_only(gpu: GPUTarget) -> None:
@@ -76,48 +75,46 @@ def _end_with_input(terminate: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def _work_off(numbered: tuple[int, tuple[str, list[Any]]]) -> int:
-    number, (kernel, (grid, *rest)) = numbered
+def _work_off(task: tuple[str, str, list[Any]]) -> None:
+    kernel, kind, shape = task
     with contextlib.suppress(Exception):
-        KERNELS[kernel](BlockShape(tuple(grid), *rest))
-    return number
+        KERNELS[kind][kernel](*shape)
 
 
-def _forward(shape: BlockShape) -> None:
-    x, weight, bias, tables = _depthwise_arguments(shape)
+def _forward(*shape: Any) -> None:
+    x, weight, bias, tables = _depthwise_arguments(*shape)
     depthwise_launch.forward(x, weight, bias, *tables)
     depthwise_launch.input_grad(x, weight, *tables)
 
 
-def _weight_grad(shape: BlockShape) -> None:
-    x, _, _, tables = _depthwise_arguments(shape)
-    depthwise_launch.weight_grad(x, x, shape.kernel, *tables)
+def _weight_grad(*shape: Any) -> None:
+    x, weight, _, tables = _depthwise_arguments(*shape)
+    depthwise_launch.weight_grad(x, x, weight.shape[-1], *tables)
 
 
-def _depthwise_arguments(shape: BlockShape) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    s, c, k = shape.sites, shape.channels, shape.kernel
-    where = neighbors(torch.arange(shape.keep)[None], *shape.grid)
-    x = torch.zeros(1, shape.keep, s, s, c, dtype=getattr(torch, shape.dtype))
+def _depthwise_arguments(
+    grid: list[int], keep: int, s: int, c: int, k: int, dtype: str
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    where = neighbors(torch.arange(keep)[None], *grid)
+    x = torch.zeros(1, keep, s, s, c, dtype=getattr(torch, dtype))
     return x, torch.zeros(c, 1, k, k), torch.zeros(c), (where.slots, where.cells)
 
 
-def _gelu_grn(shape: BlockShape, backward: bool = False) -> None:
-    assert shape.hidden is not None
-    x = torch.zeros(1, shape.keep * shape.sites**2, shape.hidden, dtype=getattr(torch, shape.dtype))
-    parameter = torch.zeros(shape.hidden)
-    if backward:
-        gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
-    else:
-        gelu_grn_forward(x, parameter, parameter, parameter, 1e-6)
+def _gelu_grn(sites: int, channels: int, dtype: str) -> None:
+    x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    gelu_grn_forward(x, parameter, parameter, parameter, 1e-6)
 
 
-KERNELS: dict[str, Callable[[BlockShape], None]] = {
-    "forward": _forward,
-    "weight_grad": _weight_grad,
-    "gelu_grn": _gelu_grn,
-    "gelu_grn_backward": functools.partial(_gelu_grn, backward=True),
+def _gelu_grn_backward(sites: int, channels: int, dtype: str) -> None:
+    x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
+
+
+KERNELS: dict[str, dict[str, Callable[..., None]]] = {
+    "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
+    "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
 }
-"""By the names of :attr:`BlockShape.kernels`."""
+"""By the kind of shape; each is called with the shape's fields."""
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcmae.kernels import precompile
 from fcmae.kernels.depthwise_triton import add_partial_kernel, forward_kernel, taps_kernel, weight_grad_kernel
 from fcmae.kernels.target import target
 
@@ -69,6 +70,7 @@ def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Te
 
 def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the weight ``[C, 1, k, k]`` and the bias ``[C]``, float32; the same bits every time."""
+    precompile.wait()
     x, grad = x.contiguous(), grad.contiguous()
     _, _, s, _, c = x.shape
     plan = _plan(_WEIGHT_GRAD_PLANS, s)
@@ -89,6 +91,7 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor, *, turned: bool
 ) -> Tensor:
+    precompile.wait()
     x = x.contiguous()
     _, _, s, _, c = x.shape
     k = weight.shape[-1]

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fcmae.kernels import precompile
 from fcmae.kernels.target import target
 
 ALPHA = tl.constexpr(0.8493218002880191)
@@ -285,6 +286,7 @@ def gelu_grn_forward(
     x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, norms ``[N, D]`` and mean norms ``[N]``."""
+    precompile.wait()
     n, r, d = x.shape
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     input_bias = None if input_bias is None else input_bias.contiguous()
@@ -312,6 +314,7 @@ def gelu_grn_backward(
     dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias."""
+    precompile.wait()
     n, r, d = x.shape
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     input_bias = None if input_bias is None else input_bias.contiguous()

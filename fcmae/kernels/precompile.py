@@ -11,17 +11,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from threading import Event, Thread
-from typing import Any, NamedTuple, TextIO, cast
+from collections.abc import Iterable
+from threading import Thread
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fcmae.kernels.target import target
 
 
-class BlockShape(NamedTuple):
-    """What the kernels of a stage's blocks are specialised for."""
+class DepthwiseShape(NamedTuple):
+    """What the kernels of a packed depthwise convolution are specialised for."""
 
     grid: tuple[int, int]
     """Rows and columns of patches in an image, of which ``keep`` are visible."""
@@ -30,42 +31,52 @@ class BlockShape(NamedTuple):
     """A side of a patch."""
     channels: int
     kernel: int
-    hidden: int | None
-    """Channels of GELU and GRN; None where they are not fused."""
     dtype: str
     """Of the activations, as torch names it: ``bfloat16``."""
 
-    @property
-    def kernels(self) -> list[str]:
-        """Those that such blocks launch."""
-        return ["forward", "weight_grad", *(["gelu_grn", "gelu_grn_backward"] if self.hidden is not None else [])]
+
+class GeluGrnShape(NamedTuple):
+    """What the kernels of GELU and GRN are specialised for."""
+
+    sites: int
+    """Of an image."""
+    channels: int
+    dtype: str
 
 
-class _Task(NamedTuple):
-    kernel: str
-    shape: BlockShape
-    done: Event
+Shape = DepthwiseShape | GeluGrnShape
+
+_started: set[tuple[Shape, int]] = set()
+"""Shapes and devices."""
+_compiling: list[Thread] = []
 
 
-_started: dict[tuple[BlockShape, int], list[_Task]] = {}
-"""Of every shape and device, what was started."""
+def dtype_of(x: Tensor) -> str:
+    """Of the activations that follow from ``x``, as a shape names it."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return str(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).removeprefix("torch.")
 
 
-def start(shapes: Iterable[BlockShape]) -> list[Callable[[], None]]:
+def start(shapes: Iterable[Shape]) -> None:
     """Starts compiling the kernels of every shape that is new to this process.
 
-    Returns:
-        For each shape a function that waits until its kernels are there. A kernel that could not be compiled this way
-        is compiled, or fails, where it is launched.
+    A kernel that could not be compiled this way is compiled, or fails, where it is launched.
     """
-    device, shapes = torch.cuda.current_device(), list(shapes)
+    device = torch.cuda.current_device()
     new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
-    for shape in new:
-        _started[shape, device] = [_Task(kernel, shape, Event()) for kernel in shape.kernels]
     if new:
-        tasks = [task for shape in new for task in _started[shape, device]]
-        Thread(target=_compile, args=(tasks, _gpu()), daemon=True, name="precompile").start()
-    return [functools.partial(_wait, _started[shape, device]) for shape in shapes]
+        _started.update((shape, device) for shape in new)
+        _compiling.append(Thread(target=_compile, args=(new, _gpu()), daemon=True, name="precompile"))
+        _compiling[-1].start()
+
+
+def wait() -> None:
+    """Waits until what was started is over. Kernels are launched after this."""
+    while _compiling:
+        with contextlib.suppress(IndexError, ValueError):  # another thread waited too
+            thread = _compiling[0]
+            thread.join()
+            _compiling.remove(thread)
 
 
 def _gpu() -> dict[str, Any]:
@@ -76,21 +87,15 @@ def _gpu() -> dict[str, Any]:
     return {"target": [found.backend, found.arch, found.warp_size], "gpu": target(torch.empty(0, device="cuda"))}
 
 
-def _wait(tasks: list[_Task]) -> None:
-    for task in tasks:
-        task.done.wait()
-
-
-def _compile(tasks: list[_Task], gpu: dict[str, Any]) -> None:
-    """Hands the tasks to the compiler and learns which are done. It ends with this process: its input does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    order = {**gpu, "processes": min(cores, len(tasks)), "tasks": [(task.kernel, task.shape) for task in tasks]}
+def _compile(shapes: list[Shape], gpu: dict[str, Any]) -> None:
+    """Runs the compiler to its end. It ends with this process too: its input does."""
+    order = {**gpu, "shapes": [(type(shape).__name__, shape) for shape in shapes]}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = [sys.executable, "-m", "fcmae.kernels.compiler"]
-    start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stderr=subprocess.DEVNULL)
-    with contextlib.suppress(OSError), start_compiler(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as compiler:
+    start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stdin=subprocess.PIPE)
+    with (
+        contextlib.suppress(OSError),
+        start_compiler(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as compiler,
+    ):
         print(json.dumps(order), file=compiler.stdin, flush=True)
-        for number in cast(TextIO, compiler.stdout):
-            tasks[int(number)].done.set()
-    for task in tasks:  # the compiler could not be started, or is gone
-        task.done.set()
+        compiler.wait()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-def shape(sites, hidden=32):
-    return precompile.BlockShape((2, 2), 2, sites, 8, 3, hidden, "bfloat16")
+def shape(sites):
+    return precompile.DepthwiseShape((2, 2), 2, sites, 8, 3, "bfloat16")
 
 
 def compiled(tmp_path):
@@ -37,8 +37,8 @@ def compiled(tmp_path):
 
 def test_every_kernel_of_a_shape_is_compiled(tmp_path):
     pytest.importorskip("triton")
-    for ready in precompile.start([shape(2), shape(1, hidden=None), shape(2)]):
-        ready()
+    precompile.start([shape(2), shape(1), precompile.GeluGrnShape(8, 32, "bfloat16"), shape(2)])
+    precompile.wait()
     assert compiled(tmp_path) == {
         "forward_kernel": 2,
         "weight_grad_kernel": 2,
@@ -50,28 +50,33 @@ def test_every_kernel_of_a_shape_is_compiled(tmp_path):
 
 
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
-    """Each shape is tried once, and the compiler ends."""
+    """Each shape is tried once."""
     monkeypatch.setattr(precompile, "_gpu", lambda: {**H100, "target": ["cuda", "no number", 32]})
-    shapes = [shape(2), shape(4)]
-    ready = precompile.start(shapes)
-    assert len(ready) == 2
-    for wait in ready:
-        wait()
+    precompile.start([shape(2), shape(4)])
+    precompile.wait()
     assert not compiled(tmp_path)
-    for thread in threading.enumerate():
-        if thread.name == "precompile":
-            thread.join(60)
-            assert not thread.is_alive()
     monkeypatch.setattr(precompile, "Thread", None)
-    assert len(precompile.start(shapes[:1])) == 1  # nothing new, no thread
+    precompile.start([shape(2)])  # nothing new
 
 
 @pytest.mark.parametrize("program", [["/nowhere"], [sys.executable, "-c", ""]], ids=["does not start", "ends at once"])
 def test_without_a_compiler_nobody_waits(monkeypatch, program):
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **kwargs: popen(program, **kwargs))
-    for wait in precompile.start([shape(sites) for sites in (1, 2, 4, 8)]):
-        wait()
+    precompile.start([shape(sites) for sites in (1, 2, 4, 8)])
+    precompile.wait()
+
+
+def test_threads_wait_together(monkeypatch):
+    """As the one that computes gradients and the one that does all else."""
+    popen = subprocess.Popen
+    slow = [sys.executable, "-c", "import sys, time; sys.stdin.readline(); time.sleep(0.5)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **kwargs: popen(slow, **kwargs))
+    precompile.start([shape(1)])
+    with ThreadPoolExecutor(4) as pool:
+        for waiting in [pool.submit(precompile.wait) for _ in range(4)]:
+            waiting.result()
+    assert not precompile._compiling
 
 
 def test_the_compiler_ends_with_the_process_that_started_it():
@@ -79,10 +84,10 @@ def test_the_compiler_ends_with_the_process_that_started_it():
     program = """
 import os, time
 from fcmae.kernels import compiler
-compiler.KERNELS["endless"] = lambda shape: print(os.getpid(), flush=True) or time.sleep(600)
+compiler.KERNELS["GeluGrnShape"] = {"endless": lambda *shape: print(os.getpid(), flush=True) or time.sleep(600)}
 compiler.main()
 """
-    order = {**H100, "processes": 1, "tasks": [("endless", shape(1))]}
+    order = {**H100, "shapes": [("GeluGrnShape", [])]}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], text=True, **pipes) as process:
         print(json.dumps(order), file=process.stdin, flush=True)
