@@ -2,16 +2,19 @@
 
 A kernel takes seconds to compile, and a network needs a dozen, one after another where they are launched first. Here
 another program (:mod:`fcmae.kernels.compiler`) compiles them, in as many processes as there are cores; Triton's cache
-on disk hands the results to this process, which meanwhile traces and compiles everything else.
+on disk hands the results to this process, which meanwhile traces and compiles everything else. Once a machine has
+compiled the kernels of a network, a file in the cache says so. Of several ranks one has them compiled.
 """
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -66,7 +69,8 @@ def start(shapes: Iterable[Shape]) -> None:
     new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
     if new:
         _started.update((shape, device) for shape in new)
-        _compiling.append(Thread(target=_compile, args=(new, _gpu()), daemon=True, name="precompile"))
+        order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in new]})
+        _compiling.append(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
         _compiling[-1].start()
 
 
@@ -87,15 +91,48 @@ def _gpu() -> dict[str, Any]:
     return {"target": [found.backend, found.arch, found.warp_size], "gpu": target(torch.empty(0, device="cuda"))}
 
 
-def _compile(shapes: list[Shape], gpu: dict[str, Any]) -> None:
-    """Runs the compiler to its end. It ends with this process too: its input does."""
-    order = {**gpu, "shapes": [(type(shape).__name__, shape) for shape in shapes]}
+def _cache() -> Path:
+    """Triton's folder, from now on that of this process, the compiler, and the machine's other ranks.
+
+    torch.compile would change it, on its first use, to one for each GPU.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    return Path(os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0)))
+
+
+def _compile(order: str, cache: Path) -> None:
+    """Runs the compiler to its end, unless it did all this before. It ends with this process too: its input does."""
+    done = cache / f"fcmae-{_digest(order)}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = [sys.executable, "-m", "fcmae.kernels.compiler"]
     start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stdin=subprocess.PIPE)
-    with (
-        contextlib.suppress(OSError),
-        start_compiler(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as compiler,
-    ):
-        print(json.dumps(order), file=compiler.stdin, flush=True)
-        compiler.wait()
+    with contextlib.suppress(OSError), _locked(done.with_suffix(".lock")):
+        if done.exists():
+            return
+        with start_compiler(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as compiler:
+            print(order, file=compiler.stdin, flush=True)
+            compiler.wait()
+        if compiler.returncode == 0:
+            done.touch()
+
+
+def _digest(order: str) -> str:
+    """Of what the results depend on: the order, the kernels, and their compiler."""
+    import triton
+
+    digest = hashlib.sha256(f"{triton.__version__} {order}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Nobody else on this machine is in here."""
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield

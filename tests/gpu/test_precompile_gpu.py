@@ -37,7 +37,8 @@ def kernels(cache: Path) -> set[str]:
 
 
 def test_nothing_is_compiled_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     root = str(Path(fcmae.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     run_python(tmp_path, "-c", STEP.format(ahead=True))

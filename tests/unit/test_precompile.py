@@ -22,7 +22,10 @@ def gpu(monkeypatch, tmp_path):
     number = next(LAST)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: number)
     monkeypatch.setattr(precompile, "_gpu", lambda: H100)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    # as a user starts: torch.compile decides where Triton's cache is
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
 
 
 def shape(sites):
@@ -47,6 +50,7 @@ def test_every_kernel_of_a_shape_is_compiled(tmp_path):
         "_forward": 1,
         "_backward": 1,
     }
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
 
 
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
@@ -65,6 +69,32 @@ def test_without_a_compiler_nobody_waits(monkeypatch, program):
     monkeypatch.setattr(subprocess, "Popen", lambda _, **kwargs: popen(program, **kwargs))
     precompile.start([shape(sites) for sites in (1, 2, 4, 8)])
     precompile.wait()
+
+
+def test_ranks_and_later_runs_find_what_was_compiled(monkeypatch, tmp_path):
+    """But for other shapes; and a compiler that failed is tried again."""
+    pytest.importorskip("triton")
+    popen, exit_codes, started = subprocess.Popen, [1, 0, 0], []
+
+    def compiler(_, **kwargs):
+        started.append(exit_codes[len(started)])
+        program = f"import sys, time; sys.stdin.readline(); time.sleep(0.5); sys.exit({started[-1]})"
+        return popen([sys.executable, "-c", program], **kwargs)
+
+    def start_ranks(shapes):
+        for number in range(3):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda rank=number: rank)
+            precompile.start(shapes)
+        precompile.wait()
+        precompile._started.clear()
+
+    monkeypatch.setattr(subprocess, "Popen", compiler)
+    start_ranks([shape(1)])
+    assert started == [1, 0]
+    start_ranks([shape(1)])
+    assert started == [1, 0]
+    start_ranks([shape(1), shape(2)])
+    assert started == [1, 0, 0]
 
 
 def test_threads_wait_together(monkeypatch):
