@@ -96,9 +96,13 @@ def _cache() -> Path:
 
     torch.compile would change it, on its first use, to one for each GPU.
     """
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from triton import knobs
 
-    return Path(os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0)))
+    with contextlib.suppress(ImportError):  # private to torch; without it kernels are compiled twice
+        from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
+    return Path(knobs.cache.dir)
 
 
 def _compile(order: str, cache: Path) -> None:
