@@ -60,7 +60,8 @@ def _grn(x: Tensor, grn: GlobalResponseNorm, visible: Tensor, scope: str) -> Ten
     """GRN whose statistics come from visible sites, of each image or of the whole batch."""
     channels = grn.channel_dim % 4
     sites = tuple(d for d in range(0 if scope == "batch" else 1, 4) if d != channels)
-    norm = torch.linalg.vector_norm(torch.where(visible, x, 0), dim=sites, keepdim=True, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(torch.where(visible, x, 0), dim=sites, keepdim=True, dtype=dtype)
     response = (norm / (norm.mean(dim=channels, keepdim=True) + grn.eps)).to(x.dtype)
     weight, bias = (p.view(grn.wb_shape).to(x.dtype) for p in (grn.weight, grn.bias))
     return x + torch.addcmul(bias, weight, x * response)

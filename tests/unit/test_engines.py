@@ -44,27 +44,30 @@ def run(engine, backbone, imgs, mask, patch_size, scope):
     keep = int((~mask[0]).sum())
     backbone.zero_grad()
     visible = ENGINES[engine](backbone, imgs, mask, keep=keep, patch_size=patch_size, grn_scope=scope)
-    visible.backward(torch.randn(visible.shape, generator=torch.Generator().manual_seed(1)))
+    visible.backward(torch.randn(visible.shape, generator=torch.Generator().manual_seed(1)).to(visible.dtype))
     return visible.detach(), {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("engine", [engine for engine in ENGINE_NAMES if engine != "masked"])
-def test_every_engine_equals_masked(engine, case, scope):
+def test_every_engine_equals_masked(engine, case, scope, dtype, tolerance):
+    if engine == "minkowski" and dtype == torch.float32:
+        pytest.skip("its threads add in another order each time, which float64 tells from a mistake")
     kwargs, in_chans, size, ratio, mask_patch = CASES[case]
-    backbone = small_backbone(in_chans=in_chans, **kwargs)
+    backbone = small_backbone(in_chans=in_chans, **kwargs).to(dtype)
     patch_size = mask_patch or total_stride(backbone)
     rows, cols = grid_size(*size, patch_size)
-    imgs = torch.randn(3, in_chans, *size)
+    imgs = torch.randn(3, in_chans, *size, dtype=dtype)
     mask = random_mask(torch.rand(3, rows * cols), len_keep(rows * cols, ratio))
     expected, expected_grads = run("masked", backbone, imgs, mask, patch_size, scope)
     visible, grads = run(engine, backbone, imgs, mask, patch_size, scope)
     assert visible.shape == expected.shape
-    assert relative_error(visible, expected) < TOLERANCE
+    assert relative_error(visible, expected) < tolerance
     assert grads.keys() == expected_grads.keys() != set()
     for name, grad in grads.items():
-        assert relative_error(grad, expected_grads[name]) < TOLERANCE, name
+        assert relative_error(grad, expected_grads[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
