@@ -53,6 +53,37 @@ def test_every_kernel_of_a_shape_is_compiled(tmp_path):
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
 
 
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from fcmae.kernels.compiler import compile_only
+from fcmae.kernels import depthwise_launch, neighbors
+from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
+from fcmae.kernels.target import Target, pretend
+
+compile_only(GPUTarget("cuda", 90, 32))
+pretend(Target(132, True))
+where = neighbors(torch.stack([torch.randperm(4)[:2].sort().values for _ in range(7)]), 2, 2)
+x, weight, bias = torch.randn(7, 2, 2, 2, 8).bfloat16(), torch.randn(8, 1, 3, 3), torch.randn(8)
+depthwise_launch.forward(x, weight, bias, where.slots, where.cells)
+depthwise_launch.input_grad(x, weight, where.slots, where.cells)
+depthwise_launch.weight_grad(x, x, 3, where.slots, where.cells)
+h, parameter = torch.randn(7, 8, 32).bfloat16(), torch.randn(32)
+gelu_grn_forward(h, parameter, parameter, parameter, 1e-6)
+gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6)
+"""
+"""What a step launches on 7 images, on a GPU that only compiles."""
+
+
+def test_what_is_compiled_for_one_image_serves_a_batch(tmp_path):
+    pytest.importorskip("triton")
+    precompile.start([shape(2), precompile.GeluGrnShape(8, 32, "bfloat16")])
+    precompile.wait()
+    ahead = sorted(tmp_path.rglob("*.cubin"))
+    subprocess.run([sys.executable, "-c", LAUNCH], check=True)
+    assert sorted(tmp_path.rglob("*.cubin")) == ahead != []
+
+
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
     """Each shape is tried once."""
     monkeypatch.setattr(precompile, "_gpu", lambda: {**H100, "target": ["cuda", "no number", 32]})
