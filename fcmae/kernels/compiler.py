@@ -1,8 +1,8 @@
 """Compiles Triton kernels into its cache on disk, side by side, for a GPU that this program does not touch.
 
 ``python -m fcmae.kernels.compiler`` reads an order from :mod:`fcmae.kernels.precompile`, a line of JSON, and ends when
-it is done. Kernels are launched on a small image in memory, by a process that Triton compiles for and does not run:
-opening the GPU takes seconds, and longer the more processes do.
+it is done. Kernels are launched on a small image in memory, by processes in which Triton compiles and runs nothing: so
+they need neither the GPU's memory nor the time to open it.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class _NoDevice:
 
 def _end_with_input(terminate: Callable[[], None]) -> None:
     """Ends this program, whatever it does, when the one that started it is gone or needs no more."""
-    sys.stdin.read()
+    os.read(sys.stdin.fileno(), 1)  # without the lock of a buffer, which the end of Python would want
     terminate()
     os._exit(0)
 
