@@ -35,8 +35,7 @@ def main() -> None:
     compile_only(GPUTarget(*order["target"]))
     pretend(Target(*order["gpu"]))
     tasks = [(kernel, kind, shape) for kind, shape in order["shapes"] for kernel in KERNELS[kind]]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with multiprocessing.get_context("fork").Pool(min(cores, len(tasks))) as pool:
+    with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), len(tasks))) as pool:
         Thread(target=_end_with_input, args=(pool.terminate,), daemon=True).start()
         pool.map(_work_off, tasks, chunksize=1)
 

@@ -111,7 +111,8 @@ def _compile(order: str, cache: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = [sys.executable, "-m", "fcmae.kernels.compiler"]
     start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stdin=subprocess.PIPE)
-    with contextlib.suppress(OSError), _locked(done.with_suffix(".lock")):
+    # where there are no such locks, or no place for them, launches compile
+    with contextlib.suppress(ImportError, OSError), _locked(done.with_suffix(".lock")):
         if done.exists():
             return
         with start_compiler(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as compiler:
