@@ -40,7 +40,7 @@ def test_the_curve_of_two_gpus_is_that_of_one(fcmae, tmp_path, model):
 def test_a_cuda_graph_with_the_exchange_changes_no_bit(fcmae, tmp_path, micro_batch_size):
     """With micro-batches of 16 a step replays a graph without the exchange, then one with it."""
     args = (*RUN, "model=convnextv2_atto", "trainer.precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
-    for graph in ("true", "false"):
-        fcmae(*args, f"trainer.cuda_graph={graph}", f"hydra.run.dir={graph}", ranks=2, threads=8, timeout=400)
-    with_graph, without = (last_checkpoint(tmp_path / graph) for graph in ("true", "false"))
+    for name, graph in (("graph", "true"), ("eager", "false")):
+        fcmae(*args, f"trainer.cuda_graph={graph}", f"hydra.run.dir={name}", ranks=2, threads=8, timeout=400)
+    with_graph, without = (last_checkpoint(tmp_path / name) for name in ("graph", "eager"))
     assert_same_weights(with_graph["model"], without["model"])

@@ -8,24 +8,26 @@ from fcmae.masking import random_mask
 from fcmae.models import FCMAE
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.optim import create_optimizer
+from fcmae.training.schedule import CosineSchedule
 
 pytestmark = pytest.mark.gpu
 
 
-def train(steps: int, engine: str = "packed", graphed: bool = False, accumulate: bool = False):
+def train(
+    steps: int, engine: str = "packed", graphed: bool = False, accumulate: bool = False, dtype=torch.bfloat16, warmup=0
+):
     """Weights and losses after some steps on a few random images."""
     torch.manual_seed(0)
     model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=64).cuda()
     model.compile()
     optimizer = create_optimizer(model, OptimConfig())
-    for group in optimizer.param_groups:
-        group["lr"] = 3e-4
+    lr = CosineSchedule(3e-4, 0.0, warmup, steps)
     imgs = torch.randn(64, 3, 7, 7, device="cuda").repeat_interleave(32, 2).repeat_interleave(32, 3)
     imgs = imgs + 0.3 * torch.randn(64, 3, 224, 224, device="cuda")
     masks = [random_mask(torch.rand(64, 49, device="cuda"), 19) for _ in range(8)]
 
     def run(batch, _):
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             loss = model(batch[0], batch[1], 19).loss
         loss.backward()
         return loss.detach()
@@ -33,6 +35,8 @@ def train(steps: int, engine: str = "packed", graphed: bool = False, accumulate:
     backward = GraphedBackward(run, model, accumulate) if graphed else EagerBackward(run, model)
     losses = []
     for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
         backward.start_step()
         for _ in range(1 + accumulate):
             losses.append(backward([imgs, masks[step % 8]]).clone())
@@ -54,7 +58,13 @@ def test_a_cuda_graph_changes_no_bit(accumulate):
     assert_same(train(20, graphed=True, accumulate=accumulate)[0], train(20, accumulate=accumulate)[0])
 
 
-def test_packed_follows_the_masked_curve():
-    packed, masked = train(200)[1], train(200, engine="masked")[1]
-    assert masked[-1] < 0.9 * masked[0]
-    assert ((packed - masked).abs() / masked).max() < 0.01
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+def test_packed_follows_the_masked_curve(monkeypatch, dtype, tolerance):
+    """Warmed up as recipes are: from the first step at full rate bfloat16's rounding alone grows to 2% of a loss."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", dtype != torch.float32)
+    packed, masked = (train(200, engine, dtype=dtype, warmup=40)[1] for engine in ("packed", "masked"))
+    difference = ((packed - masked).abs() / masked).max().item()
+    print(f"\n{dtype}: losses {masked[0]:.4f} to {masked[-1]:.4f}, largest relative difference {difference:.1e}")
+    assert masked[-1] < 0.5 * masked[0]
+    assert difference < tolerance
