@@ -97,11 +97,11 @@ class GraphedBackward:
                 self.run(self.batch, True)
         torch.cuda.current_stream().wait_stream(stream)
         self.model.zero_grad(set_to_none=True)
-        if self.accumulate:
+        if self.accumulate and self.exchange is not None:
+            self.exchange.attach()
+        elif self.accumulate:
             for param in self._parameters():
                 param.grad = torch.zeros_like(param)
-            if self.exchange is not None:
-                self.exchange.attach()
         pool = None
         for last in (False, True) if self.accumulate and self.exchange is not None else (True,):
             graph = torch.cuda.CUDAGraph()

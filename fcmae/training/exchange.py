@@ -5,13 +5,17 @@ records it together with the backward pass, and steps are replayed on several GP
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES = 100 * 2**20
+"""So few of them: while a collective holds some of a GPU's cores, matrix products, which want all, take two turns."""
+LAST_SHARE = 1 / 32
+"""Of the bytes, for the last bucket: what the stem and the first stages have, and nothing hides."""
 
 
 class Bucket:
@@ -22,7 +26,7 @@ class Bucket:
         sizes = [p.numel() for p in params]
         self.flat = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
         self.views = [part.view_as(p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
-        self.missing = 0
+        self.missing: set[Tensor] = set()
         """Gradients that are still to come."""
         self.work: dist.Work | None = None
 
@@ -86,7 +90,7 @@ class GradientExchange:
             yield
             return
         for bucket in self.buckets:
-            bucket.missing = len(bucket.params)
+            bucket.missing = set(bucket.params)
         self._next = 0
         self._active = True
         try:
@@ -94,32 +98,46 @@ class GradientExchange:
         finally:
             self._active = False
         if self._next < len(self.buckets):
-            missing = next(self.names[p] for p in self.buckets[self._next].params if p.grad is None)
-            raise RuntimeError(f"the parameter {missing} got no gradient")
+            missing = self.buckets[self._next].missing
+            name = next(name for param, name in self.names.items() if param in missing)
+            raise RuntimeError(f"the parameter {name} got no gradient")
         for bucket in self.buckets:
             bucket.finish()
 
     def attach(self) -> None:
-        """Makes the buffers the gradients, for passes that add to them."""
+        """Makes the buffers, cleared, the gradients, for passes that add to them."""
         for bucket in self.buckets:
+            bucket.flat.zero_()
             bucket.attach()
 
     def _arrived(self, param: Tensor) -> None:
         """A parameter's gradient is complete: starts the buckets whose turn it is."""
         if not self._active:
             return
-        self._bucket[param].missing -= 1
-        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+        self._bucket[param].missing.discard(param)
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             self.buckets[self._next].launch(self.group)
             self._next += 1
 
 
 def _split(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
+    """Runs of at most ``limit`` bytes; the last parameters have one of their own, of ``LAST_SHARE`` at most."""
+    sizes = list(itertools.accumulate(_nbytes(param) for param in reversed(params)))
+    last = sum(size <= LAST_SHARE * sizes[-1] for size in sizes)
+    yield from _runs(params[: len(params) - last], limit)
+    yield from _runs(params[len(params) - last :], limit)
+
+
+def _nbytes(param: nn.Parameter) -> int:
+    return param.numel() * param.element_size()
+
+
+def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
     """Runs of parameters of one kind, of at most ``limit`` bytes, or of one parameter."""
     part: list[nn.Parameter] = []
     size = 0
     for param in params:
-        nbytes = param.numel() * param.element_size()
+        nbytes = _nbytes(param)
         other = bool(part) and (param.dtype, param.device) != (part[0].dtype, part[0].device)
         if part and (size + nbytes > limit or other):
             yield part

@@ -17,7 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _tf32() -> Iterator[None]:
     """As 16-bit training sets it; without it the compiler warns, and warnings are errors."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed

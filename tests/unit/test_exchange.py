@@ -50,6 +50,10 @@ def on_a_rank(rank: int, address: str, results: "mp.SimpleQueue") -> None:
     found = {size: gradients(network(rank), rank, RANKS, size) for size in (4, 1000, 2**20)}
     model = network(0)
     exchange = GradientExchange(model, RANKS, bucket_bytes=4)
+    with exchange():
+        model(torch.ones(1, 6)).sum().backward()
+    exchange.attach()
+    left = sum(p.grad.abs().sum().item() for p in model.parameters())
     error = ""
     try:
         with exchange():
@@ -58,7 +62,7 @@ def on_a_rank(rank: int, address: str, results: "mp.SimpleQueue") -> None:
         error = str(caught)
     dist.destroy_process_group()
     numbers = {size: [grad.tolist() for grad in grads] for size, grads in found.items()}
-    results.put((rank, numbers, error))
+    results.put((rank, numbers, error, left))
 
 
 def test_ranks_compute_the_gradient_of_the_whole_batch(tmp_path):
@@ -71,17 +75,19 @@ def test_ranks_compute_the_gradient_of_the_whole_batch(tmp_path):
     for process in ranks:
         process.join()
     whole = gradients(network(0), 0, 1)
-    for _, found, error in answers:
+    for _, found, error, left in answers:
         for grads in found.values():
             for grad, reference in zip(grads, whole, strict=True):
                 assert relative_error(torch.tensor(grad), reference) < 1e-6
+        assert left == 0, "passes that add would add to the last sum"
         assert error == "the parameter 4.bias got no gradient"
     assert answers[0][1] == answers[1][1]
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 4), (8 * 4, [2, 1, 1]), (100 * 4, [4])])
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 6), (8 * 4, [2, 1, 1, 2]), (200 * 4, [4, 2])])
 def test_buckets(limit, sizes):
-    params = [nn.Parameter(torch.zeros(n)) for n in (4, 4, 10, 6)]
+    """The last two have less than a 32nd of the bytes."""
+    params = [nn.Parameter(torch.zeros(n)) for n in (4, 4, 100, 6, 2, 1)]
     parts = list(_split(params, limit))
     assert [len(part) for part in parts] == sizes
     assert [p for part in parts for p in part] == params
