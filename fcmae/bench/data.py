@@ -113,19 +113,26 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
         results = measure(cfg, configs, workers, device)
         for line in table(results, cfg.step_speed):
             print(line, flush=True)
-        fed = feed_models(cfg, configs, workers, device)
-    if json_file is not None:
-        report = {
+        report: dict[str, Any] = {
             "machine": where,
             "config": asdict(cfg),
             "workers": workers,
             "photos": origin,
             "results": [asdict(result) for result in results],
-            "feeds": [asdict(result) for result in fed],
+            "feeds": [],
         }
+        _write(report, json_file)
+        for result in feed_models(cfg, configs, workers, device):
+            report["feeds"].append(asdict(result))
+            _write(report, json_file)
+    return results
+
+
+def _write(report: dict[str, Any], json_file: Path | None) -> None:
+    """After every row: what was measured is not lost when the rest isn't."""
+    if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
-    return results
 
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:
@@ -253,12 +260,11 @@ def _cpu_seconds_of(pid: int | None) -> float:
 
 def feed_models(
     cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device
-) -> list[FeedResult]:
+) -> Iterator[FeedResult]:
     """Measures and prints how fast each model trains from each variant."""
     ours = {variant: data for variant, data in configs.items() if variant != BASELINE}
     # the training process takes a core
     workers = cfg.workers or max(1, workers - 1)
-    results = []
     if cfg.models:
         print(
             f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"
@@ -266,8 +272,7 @@ def feed_models(
     data = feed.feeds(ours, cfg.crops, device)
     for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device):
         print(f"{result.model:17} {result.feed:30} {result.images_per_second:7.0f} {result.share:6.2f}", flush=True)
-        results.append(result)
-    return results
+        yield result
 
 
 def table(results: Sequence[DataResult], step_speeds: Sequence[float]) -> Iterator[str]:
