@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 100 * 2**20
-"""So few of them: while a collective holds some of a GPU's cores, matrix products, which want all, take two turns."""
+"""Few: every bucket holds up what runs beside it for a while (measured: docs/scale.md)."""
 LAST_SHARE = 1 / 32
 """Of the bytes, for the last bucket: what the stem and the first stages have, and nothing hides."""
 
