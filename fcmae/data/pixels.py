@@ -135,6 +135,8 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _check_size(height: int, width: int) -> None:
+    if not height or not width:
+        raise ValueError("it has no pixels")
     if height * width > MAX_PIXELS:
         raise ValueError(f"it has {width}x{height} pixels; allowed are {MAX_PIXELS}")
 
@@ -227,3 +229,11 @@ def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
         raise ValueError(f"it holds the value {pixels.max()}; data.bit_depth is {bit_depth}, which ends at {most}")
     scaled = pixels.astype(np.uint32) * 65535
     return torch.from_numpy(((scaled + most // 2) // most).astype(np.uint16))
+
+
+def to_stored(pixels: Tensor, bit_depth: int) -> Tensor:
+    """Decoded pixels as a file of ``bit_depth`` bits holds them, so that decoding gives them again."""
+    if pixels.dtype != torch.uint16 or bit_depth == 16:
+        return pixels
+    scaled = pixels.to(torch.int64) * (2**bit_depth - 1)
+    return ((scaled + 65535 // 2) // 65535).to(torch.uint16)

@@ -44,4 +44,6 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
 def _checked(pixels: np.ndarray, in_chans: int) -> np.ndarray:
     if len(pixels) != in_chans:
         raise ValueError(f"it has {len(pixels)} channels; data.in_chans is {in_chans}")
+    if not pixels.size:
+        raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch knows the machine's own byte order only

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.crops import resize
-from fcmae.data.pixels import EXTENSIONS, Encoded, PixelFormat, open_image
+from fcmae.data.pixels import EXTENSIONS, Encoded, PixelFormat, open_image, to_stored
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 
@@ -67,12 +67,12 @@ def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
     pixels = opened.pixels(1)
     if how.encode == "npy":
         larger = how.short_side is not None and min(opened.size) > how.short_side
-        return _npy(resize(pixels, [how.short_side]) if larger else pixels)  # type: ignore[list-item]  # not None then
+        return _npy(resize(pixels, [how.short_side]) if larger else pixels, how.to)  # type: ignore[list-item]  # not None then
     if isinstance(image, Encoded) and (how.short_side is None or min(opened.size) <= how.short_side):
         return ending_of(image), image.data
     if how.short_side is not None and min(opened.size) > how.short_side:
-        return _encode_pixels(resize(pixels, [how.short_side]), how.quality)
-    return _encode_pixels(pixels, None)
+        return _encode_pixels(resize(pixels, [how.short_side]), how.to, how.quality)
+    return _encode_pixels(pixels, how.to, None)
 
 
 def ending_of(image: Encoded) -> str:
@@ -86,10 +86,10 @@ def ending_of(image: Encoded) -> str:
     return ending[1:]
 
 
-def _encode_pixels(pixels: Tensor, quality: int | None) -> tuple[str, bytes]:
+def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tuple[str, bytes]:
     """JPEG of a quality, or None for what loses nothing, as far as a format can hold the pixels; else .npy."""
     if pixels.dtype != torch.uint8 or len(pixels) not in (1, 3, 4):
-        return _npy(pixels)
+        return _npy(pixels, to)
     content = io.BytesIO()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
     if quality is None or len(pixels) == 4:
@@ -100,10 +100,10 @@ def _encode_pixels(pixels: Tensor, quality: int | None) -> tuple[str, bytes]:
     return "jpg", content.getvalue()
 
 
-def _npy(pixels: Tensor) -> tuple[str, bytes]:
-    """``[H, W, C]``, the order in which the resize is fast."""
+def _npy(pixels: Tensor, to: PixelFormat) -> tuple[str, bytes]:
+    """``[H, W, C]``, the order in which the resize is fast; in the scale of the files that are kept as they are."""
     content = io.BytesIO()
-    np.save(content, pixels.permute(1, 2, 0).contiguous().numpy(), allow_pickle=False)
+    np.save(content, to_stored(pixels, to.bit_depth).permute(1, 2, 0).contiguous().numpy(), allow_pickle=False)
     return "npy", content.getvalue()
 
 

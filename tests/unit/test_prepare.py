@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcmae.config import compose
 from fcmae.data.crops import resize
-from fcmae.data.pixels import Encoded, PixelFormat, decode
+from fcmae.data.pixels import Encoded, PixelFormat, decode, to_stored
 from fcmae.data.prepare import prepare
 from fcmae.data.shards import Encoding, encode
 from fcmae.data.sources import ImageFolder, WebDataset
@@ -111,6 +111,29 @@ def test_pixels_without_a_file_are_kept_exactly(shape, dtype, bit_depth, ending)
     small, content = encode(pixels, Encoding(to, short_side=25))
     assert small == ("jpg" if shape[0] in (1, 3) and bit_depth == 8 else ending)
     assert decode(Encoded(content, "x"), *to).shape == (shape[0], 25, 30)
+
+
+@pytest.mark.parametrize("encode_as", ["jpeg", "npy"])
+def test_resized_images_of_12_bits_are_read_as_those_that_are_kept(encode_as, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, side in (("large", 100), ("small", 48)):
+        Image.fromarray(np.full((side, side), 2048, np.uint16)).save(tmp_path / "images" / f"{name}.png")
+    depth = ("data.in_chans=1", "data.bit_depth=12", "data.mean=[0.5]", "data.std=[0.5]")
+    run(tmp_path / "images", f"out={tmp_path / 'out'}", "short_side=64", f"encode={encode_as}", *depth)
+    shards = WebDataset(tmp_path / "out")
+    decoded = [decode(sample.image, 1, 12) for sample in shards]
+    assert sorted(len(pixels[0]) for pixels in decoded) == [48, 64]
+    white = 2048 / 4095 * 65535
+    assert all((pixels.int() - white).abs().max() < 1 for pixels in decoded)
+
+
+@pytest.mark.parametrize("bit_depth", range(9, 17))
+def test_what_is_stored_is_decoded_to_what_it_was(bit_depth):
+    stored = np.arange(2**bit_depth, dtype=np.uint16)[None]
+    content = io.BytesIO()
+    np.save(content, stored)
+    decoded = decode(Encoded(content.getvalue(), "x.npy"), 1, bit_depth)
+    assert torch.equal(to_stored(decoded, bit_depth), torch.from_numpy(stored)[None])
 
 
 def test_files_are_named_by_what_they_hold():
