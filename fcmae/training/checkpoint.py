@@ -4,14 +4,12 @@ A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and th
 ``torch.load`` reads it too (a zip archive may be followed by other bytes), but does not notice a flipped bit.
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +17,12 @@ import timm
 import torch
 
 from fcmae.errors import CheckpointError
+from fcmae.files import delete_strays, replacing, sync_folder
 
 FORMAT = 2
 MAGIC = b"fcmae256"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 PATTERN = re.compile(r"step_(\d+)\.pt")
-STRAY = re.compile(r"\.(\d+)\.tmp$")
-"""Ending of the temporary files of :func:`replacing`."""
 
 State = dict[str, Any]
 
@@ -72,47 +69,6 @@ def _save_with_checksum(state: State, file: IO[bytes]) -> None:
     except RuntimeError as error:
         raise writer.error or error from error
     file.write(MAGIC + writer.hash.digest())
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write; at the end of the block it takes the place of ``path``.
-
-    ``path`` is either the old file or the whole new one, also after a power cut.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a failed write does not know what it wrote to
-        raise
-    _sync_folder(path.parent)
-
-
-def delete_strays(run_dir: Path, pids: Collection[int] | None = None) -> None:
-    """Deletes the temporary files of :func:`replacing` in a run directory: all, or those of some processes."""
-    for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
-        found = STRAY.search(stray.name)
-        if found is not None and (pids is None or int(found[1]) in pids):
-            stray.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot do this, such as some in user space
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_atomically(path: Path, state: State) -> None:
@@ -223,7 +179,7 @@ class CheckpointDir:
         """
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         path = self.path(state["step"])
         write_atomically(path, {"format": FORMAT, "versions": versions(), **state})
         for old in self.paths()[: -self.keep]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fcmae.data.bad_samples import collate, errors_aside
 from fcmae.data.loader import BatchPlan, MicroBatches
 from fcmae.errors import NonFiniteLossError
-from fcmae.training.checkpoint import replacing
+from fcmae.files import replacing
 from fcmae.training.distributed import World
 from fcmae.training.tasks import Task
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
-from fcmae.training.checkpoint import replacing
+from fcmae.files import replacing
 
 
 class Sink(Protocol):

@@ -15,10 +15,11 @@ from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import EvaluationStopped, autocast
+from fcmae.files import replacing
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
-from fcmae.training.checkpoint import CheckpointDir, replacing
+from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
 from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious

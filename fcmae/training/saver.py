@@ -12,8 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import SaveError
+from fcmae.files import replacing
 from fcmae.training.build import backbone_weights
-from fcmae.training.checkpoint import CheckpointDir, State, replacing
+from fcmae.training.checkpoint import CheckpointDir, State
 
 
 class HostCopy:

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 from PIL import Image
 
 from fcmae.errors import UsageError
-from fcmae.training.checkpoint import replacing
+from fcmae.files import replacing
 
 
 def _has_key() -> bool:

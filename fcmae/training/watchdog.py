@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from fcmae.files import delete_strays
 from fcmae.processes import Process, is_stopped
-from fcmae.training.checkpoint import delete_strays
 
 DUMP = getattr(signal, "SIGURG", None)
 """Asks a rank for its stacks. Whoever does not expect it ignores it."""
