@@ -4,12 +4,19 @@ import contextlib
 import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
+from fcmae.errors import DiskError, UsageError
+
 STRAY = re.compile(r"\.(\d+)\.tmp$")
 """Ending of the temporary files of :func:`replacing`."""
+
+MARGIN = 2**16
+"""Bytes: a disk with less is full."""
 
 
 @contextlib.contextmanager
@@ -51,3 +58,55 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_output(key: str, path: str | Path) -> None:
+    """Raises UsageError before the work instead of after it, if no file can be written at ``path``; makes its folder.
+
+    Args:
+        key: what the user set to ``path``, for the message.
+    """
+    if os.path.isdir(path or "."):
+        raise UsageError(f"{key} is {str(path)!r}, a folder; allowed is a file")
+    if _is_special(path):
+        return
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{key} {path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write, which the user named: whole or not at all, unless it is a device or a pipe.
+
+    Raises DiskError.
+    """
+    try:
+        with open(path, "wb") if _is_special(path) else replacing(Path(os.path.realpath(path))) as file:
+            yield file
+    except OSError as error:
+        raise DiskError(f"{key} {path} cannot be written: {error.strerror or error}") from error
+
+
+def write_output(key: str, path: str | Path, text: str) -> None:
+    """Writes text to a file that the user named, as :func:`output` does."""
+    with output(key, path) as file:
+        file.write(text.encode(errors="surrogateescape"))
+
+
+def _is_special(path: str | Path) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def is_full(folder: Path, error: BaseException) -> bool:
+    """Whether ``error``, raised while files were written to ``folder``, is of a full disk.
+
+    Libraries that write by themselves do not all hand on the system's reason.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < MARGIN

@@ -5,11 +5,13 @@ missing, and ends with what it would have written at once.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import operator
+import os
 import shutil
 import sys
 import time
@@ -31,6 +33,7 @@ from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE
 from fcmae.data.statistics import sum_images
 from fcmae.errors import FCMAEError, ImageError, UsageError
+from fcmae.files import STRAY, delete_strays, write_output
 from fcmae.randomness import Stream, generator
 
 SETTINGS_FILE = "settings.json"
@@ -39,6 +42,7 @@ MANIFEST_FILE = "manifest.json"
 UNREADABLE_FILE = "unreadable.txt"
 TRIED = 64
 """Samples that an estimate is made from."""
+ALLOWED = "allowed is a new folder, an empty one, or that of the same command"
 CHUNK = 100
 """Samples that a process sums at a time."""
 
@@ -50,6 +54,9 @@ def prepare(cfg: PrepareConfig) -> str:
         return statistics(cfg, source)
     order = sample_order(cfg, len(source))
     how = Encoding(PixelFormat(cfg.data.in_chans, cfg.data.bit_depth), cfg.short_side, cfg.encode, cfg.quality)
+    names, now = shard_names(cfg, len(order)), settings(cfg, source)
+    if cfg.out is not None:
+        _check_folder(Path(cfg.out), names, now)
     print(estimate(cfg, source, how, order), file=sys.stderr, flush=True)
     if cfg.dry_run:
         return "nothing was written (dry_run=true)"
@@ -58,6 +65,7 @@ def prepare(cfg: PrepareConfig) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(out):
+            _begin(out, names, now)
             shards = _write_missing(cfg, source, how, order, out)
             return _finish(cfg, source, shards, out)
     except OSError as error:
@@ -69,6 +77,11 @@ def sample_order(cfg: PrepareConfig, count: int) -> list[int]:
     if not cfg.shuffle:
         return list(range(count))
     return torch.randperm(count, generator=generator(cfg.seed, Stream.ORDER)).tolist()
+
+
+def shard_names(cfg: PrepareConfig, count: int) -> list[str]:
+    """The tar files of that many samples."""
+    return [f"{cfg.split}-{i:06d}.tar" for i in range(-(-count // cfg.samples_per_shard))]
 
 
 def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]) -> str:
@@ -122,12 +135,12 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
 
 def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int], out: Path) -> list[Shard]:
     """Writes the tar files that are not there yet, and returns what is in all of them."""
-    _check_settings(out, settings(cfg, source))
+    delete_strays(out)
     for partial in out.glob(".*.part"):
         partial.unlink()
     done = {shard.name: shard for shard in _written(out)}
     parts = [order[first : first + cfg.samples_per_shard] for first in range(0, len(order), cfg.samples_per_shard)]
-    names = [f"{cfg.split}-{i:06d}.tar" for i in range(len(parts))]
+    names = shard_names(cfg, len(order))
     missing = [(part, out / name, how) for name, part in zip(names, parts, strict=True) if name not in done]
     left = sum(len(part) for part, _, _ in missing)
     with (
@@ -158,10 +171,10 @@ def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) 
     if count + len(unreadable) != len(source):
         raise FCMAEError(f"{out} has {count} images and {len(unreadable)} are unreadable, of {len(source)}")
     if source.classes is not None:
-        _write_whole(out / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes))
-    _write_whole(out / UNREADABLE_FILE, "".join(f"{name}\t{reason}\n" for name, reason in sorted(unreadable)))
+        write_output("out", out / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes))
+    write_output("out", out / UNREADABLE_FILE, "".join(f"{name}\t{reason}\n" for name, reason in sorted(unreadable)))
     manifest = {"images": count, "unreadable": len(unreadable), "shards": [dataclasses.asdict(s) for s in shards]}
-    _write_whole(out / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    write_output("out", out / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     (out / PROGRESS_FILE).unlink(missing_ok=True)
     named = f", {len(unreadable)} unreadable, listed in {out / UNREADABLE_FILE}" if unreadable else ""
     return f"{out}: {count:,} images in {len(shards)} tar files, {_gb(sum(s.bytes for s in shards))}, verified{named}"
@@ -191,38 +204,58 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
     return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}
 
 
-def _check_settings(out: Path, now: dict[str, Any]) -> None:
-    file = out / SETTINGS_FILE
-    if not file.is_file():
-        _write_whole(file, json.dumps(now, indent=1) + "\n")
-    before = json.loads(file.read_text())
-    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+def _begin(out: Path, names: list[str], now: dict[str, Any]) -> None:
+    """Writes down the settings in a folder that has none yet."""
+    _check_folder(out, names, now)
+    if not (out / SETTINGS_FILE).is_file():
+        write_output("out", out / SETTINGS_FILE, json.dumps(now, indent=1) + "\n")
+
+
+def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
+    """Raises UsageError for a folder with files of others, which would be overwritten, or begun with other settings."""
+    if not out.is_dir():
+        if os.path.lexists(out):
+            raise UsageError(f"out is {str(out)!r}, which is not a folder")
+        return
+    try:
+        found = sorted(name for name in os.listdir(out) if not name.startswith(".") and not STRAY.search(name))
+    except OSError as error:
+        raise UsageError(f"out={out} cannot be read: {error.strerror}") from error
+    if not found:
+        return
+    before = _read_json(out / SETTINGS_FILE) if SETTINGS_FILE in found else {}
+    if not now.keys() <= before.keys():
+        raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {found[0]}; {ALLOWED}")
+    changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before[key] != value]
     if changed:
-        raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); allowed is another folder")
+        raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); {ALLOWED}")
+    foreign = [name for name in found if name.endswith(".tar") and name not in names]
+    if foreign:
+        raise UsageError(f"out={out} has {foreign[0]}, which is not of fcmae prepare; {ALLOWED}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Nothing of a file that is damaged or holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _written(out: Path) -> Iterator[Shard]:
     """The tar files that an earlier run finished and that still have their size."""
-    manifest = out / MANIFEST_FILE
-    entries = json.loads(manifest.read_text())["shards"] if manifest.is_file() else []
+    entries = _read_json(out / MANIFEST_FILE).get("shards", [])
     if (out / PROGRESS_FILE).is_file():
         for line in (out / PROGRESS_FILE).read_text().splitlines():
-            try:
+            with contextlib.suppress(ValueError):  # cut off when the run was killed
                 entries.append(json.loads(line))
-            except ValueError:
-                continue  # cut off when the run was killed
     for entry in entries:
-        shard = Shard(**entry)
-        file = out / shard.name
-        if file.is_file() and file.stat().st_size == shard.bytes:
-            yield shard
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Replaces a file, whole or not at all."""
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(text, errors="surrogateescape")
-    partial.replace(file)
+        with contextlib.suppress(TypeError):  # changed since it was written
+            shard = Shard(**entry)
+            file = out / shard.name
+            if file.is_file() and file.stat().st_size == shard.bytes:
+                yield shard
 
 
 def _workers(cfg: PrepareConfig) -> int:

@@ -224,6 +224,7 @@ REFUSED = {
     ),
     "float npy": (lambda: npy(np.ones((8, 8))), 1, "its pixels are float64; allowed are integers of 8 or 16 bits"),
     "signed npy": (lambda: npy(np.ones((8, 8), np.int16)), 1, "its pixels are int16"),
+    "npy without pixels": (lambda: npy(noise(0, 5, 3)), 3, r"its shape is \[3, 0, 5\]: it has no pixels"),
     "objects in npy": (lambda: npy(np.array([[{}]], dtype=object)), 1, "allow_pickle"),
     "npy with four axes": (lambda: npy(noise(1, 2, 3, 4)), 1, r"its shape is \[1, 2, 3, 4\]; allowed is"),
     "npy with other channels": (lambda: npy(noise(5, 8, 8)), 3, "it has 5 channels; data.in_chans is 3"),

@@ -202,6 +202,48 @@ def test_other_settings_need_another_folder(folder, tmp_path):
         run(folder, f"out={tmp_path / 'out'}")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train-000000.tar", "somebody's"),
+        ("classes.txt", "somebody's"),
+        ("settings.json", '{"lr": 1}'),
+        ("settings.json", "["),
+        ("manifest.json", "{}"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("dry_run=true",)])
+def test_a_folder_with_files_of_others_is_refused(name, content, more, folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(UsageError, match=f"has files that are not of fcmae prepare, such as {name}; allowed is a new"):
+        run(folder, f"out={tmp_path / 'out'}", *more)
+    assert contents(tmp_path / "out") == {name: hashlib.sha256(content.encode()).hexdigest()}
+
+
+def test_neither_the_source_nor_a_file_is_a_folder_to_write_to(folder, tmp_path):
+    with pytest.raises(UsageError, match="has files that are not of fcmae prepare, such as cat"):
+        run(folder, f"out={folder}")
+    with pytest.raises(UsageError, match="which is not a folder"):
+        run(folder, f"out={folder / 'cat' / '00.jpg'}")
+
+
+def test_a_tar_file_too_many_is_refused(folder, tmp_path):
+    """Readers of the folder would read it too."""
+    run(folder, f"out={tmp_path / 'out'}")
+    (tmp_path / "out" / "train-000004.tar").touch()
+    with pytest.raises(UsageError, match=r"has train-000004.tar, which is not of fcmae prepare"):
+        run(folder, f"out={tmp_path / 'out'}")
+
+
+def test_a_damaged_manifest_is_written_anew(folder, tmp_path):
+    run(folder, f"out={tmp_path / 'out'}")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    run(folder, f"out={tmp_path / 'out'}")
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     run(folder, f"out={tmp_path / 'out'}", "dry_run=true")

@@ -1,0 +1,67 @@
+"""Files that the user names: refused before the work if they cannot be written, whole or not at all after it."""
+
+import contextlib
+import os
+
+import pytest
+
+from fcmae import files
+from fcmae.errors import DiskError, UsageError
+from fcmae.files import check_output, is_full, output, write_output
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "out.json"
+    check_output("out", path)
+    write_output("out", path, "old")
+    with contextlib.suppress(KeyError), output("out", path) as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_text() == "old"
+    write_output("out", path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["out.json"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    check_output("out", tmp_path / "link")
+    write_output("out", tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_device_is_written_to(tmp_path):
+    check_output("out", "/dev/null")
+    write_output("out", "/dev/null", "text")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out").write_text("old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(DiskError, match=r"^--out .*out cannot be written: No space left on device$"):
+        write_output("--out", tmp_path / "out", "new")
+    assert (tmp_path / "out").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+    assert is_full(tmp_path, OSError(28, "No space left on device"))
+    assert not is_full(tmp_path, FileNotFoundError(2, "No such file"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "out is '', a folder; allowed is a file"),
+        (".", "out is '.', a folder; allowed is a file"),
+        ("file/below", "out file/below cannot be written: (File exists|Not a directory)"),
+        ("/proc/nope", "out /proc/nope cannot be written: "),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=message):
+        check_output("out", path)
