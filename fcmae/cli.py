@@ -16,6 +16,7 @@ from typing import Any
 
 from fcmae import interrupt, launch
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
+from fcmae.files import check_output, output, write_output
 from fcmae.imports import quick_imports
 
 COMMANDS = {
@@ -90,10 +91,13 @@ def _hydra(command: str, overrides: list[str]) -> int:
     config.register_schemas()
     OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
 
+    begun = False
     failures: list[FCMAEError] = []
 
     @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
     def job(composed: DictConfig) -> None:
+        nonlocal begun
+        begun = True
         try:
             typed: Any = config.to_typed(composed, config.COMMANDS[command])
             run = functools.partial(_HYDRA[command], typed, Path(HydraConfig.get().runtime.output_dir))
@@ -109,6 +113,10 @@ def _hydra(command: str, overrides: list[str]) -> int:
         job()
     except HydraException as error:
         raise ConfigError(config.explain(error)) from error
+    except OSError as error:
+        if begun:
+            raise
+        raise UsageError(f"hydra.run.dir cannot be made: {error.filename}: {error.strerror}") from error
     finally:
         sys.argv = program
     if failures:
@@ -186,7 +194,7 @@ def _report(result: dict[str, Any] | None, out: str | None) -> None:
     line = json.dumps(result)
     print(line)
     if out is not None:
-        Path(out).write_text(line + "\n")
+        write_output("out", out, line + "\n")
 
 
 def _reconstruct(args: list[str]) -> int:
@@ -199,10 +207,13 @@ def _reconstruct(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     given = parser.parse_intermixed_args(args)
     with quick_imports():
+        from fcmae.evaluation.reconstruct import picture_format
         from fcmae.evaluation.run import reconstruct
-
+    kind = picture_format("--out", given.out)
+    check_output("--out", given.out)
     picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
-    picture.save(given.out)
+    with output("--out", given.out) as file:
+        picture.save(file, kind)
     print(given.out)
     return 0
 
@@ -283,6 +294,8 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_intermixed_args(args)
+    if given.json is not None:
+        check_output("--json", given.json)
     with quick_imports():
         benchmark = importlib.import_module(f"fcmae.bench.{given.what}")
     benchmark.run(given.overrides, given.json)

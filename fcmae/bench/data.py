@@ -35,6 +35,7 @@ from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
 from fcmae.data.prepare import MANIFEST_FILE, prepare
 from fcmae.data.sources import train_source
 from fcmae.data.transforms import pretrain_transform
+from fcmae.files import write_output
 from fcmae.training.distributed import pick_device
 
 BASELINE = "baseline"
@@ -131,8 +132,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
 def _write(report: dict[str, Any], json_file: Path | None) -> None:
     """After every row: what was measured is not lost when the rest isn't."""
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
 
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:

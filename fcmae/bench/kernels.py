@@ -17,6 +17,7 @@ from fcmae.config import check
 from fcmae.engines import convnext
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import DTYPES
+from fcmae.files import write_output
 from fcmae.kernels import gelu_grn, neighbors
 from fcmae.masking import grid_size, len_keep
 from fcmae.models import create_backbone
@@ -78,8 +79,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
     if json_file is not None:
         rows = [{**asdict(result), "ratio": result.ratio} for result in results]
         report = {"machine": where, "copy_gb_per_second": bandwidth / 1e9, "config": asdict(cfg), "results": rows}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
     return results
 
 

@@ -24,6 +24,7 @@ from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
 from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import autocast
+from fcmae.files import write_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import distributed
@@ -111,8 +112,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[Scaling
     if report is None:
         return []
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
     return [ScalingResult(**row) for row in report["results"]]
 
 

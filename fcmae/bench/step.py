@@ -19,6 +19,7 @@ from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import DTYPES, autocast
+from fcmae.files import write_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training.backward import EagerBackward, GraphedBackward
@@ -111,8 +112,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
                 "config": asdict(cfg),
                 "results": [asdict(result) for result in results],
             }
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
+            write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
 
     for result in _measure_all(cfg, device):
         results.append(result)

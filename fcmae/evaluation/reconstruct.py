@@ -1,12 +1,14 @@
 """Pictures of what a pretrained model sees and what it makes of it."""
 
+import os
+
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, check
 from fcmae.data.transforms import denormalize
 from fcmae.masking import grid_size, patchify, unpatchify, upsample_mask
 from fcmae.models import FCMAE
@@ -58,6 +60,14 @@ def reconstruction_picture(model: FCMAE, imgs: Tensor, data: DataConfig, mask: T
     scale = -(-MIN_TILE // max(tiles.shape[-2:]))
     tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     return _with_captions(F.to_pil_image(make_grid(tiles.cpu(), nrow=len(COLUMNS), padding=4, pad_value=1.0)))
+
+
+def picture_format(key: str, path: str) -> str:
+    """The format that a picture's name stands for, as Pillow calls it. Raises ConfigError."""
+    suffix = os.path.splitext(path)[1].lower()
+    kind = Image.registered_extensions().get(suffix, "")
+    check(key, path, kind in Image.SAVE, "a file whose name says its format, such as .png or .jpg")
+    return kind
 
 
 def _with_captions(grid: Image.Image) -> Image.Image:

@@ -26,6 +26,7 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
+from fcmae.files import check_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
@@ -53,6 +54,7 @@ def _connected(cfg: CheckpointConfig) -> Iterator[World]:
 @contextlib.contextmanager
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
+    _check_outputs(cfg, "out")
     file = checkpoint.resolve(cfg.checkpoint)
     identity = {"checkpoint": checkpoint.checksum(file)}  # first: a run in progress may go on to another file
     model, own = _load(str(file))
@@ -78,6 +80,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
     first.
     """
+    _check_outputs(cfg, "out", "per_class", "confusion")
     file = checkpoint.resolve(cfg.checkpoint)
     state = checkpoint.read(file)
     data = cfg.merge_data(config_of(state, file).data)
@@ -107,6 +110,13 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
             total = world.sum(confusion).cpu()
             world.on_main(lambda: _write_tables(cfg, classes, total))
         return result if world.is_main else None
+
+
+def _check_outputs(cfg: CheckpointConfig, *keys: str) -> None:
+    for key in keys:
+        path = getattr(cfg, key)
+        if path is not None:
+            check_output(key, path)
 
 
 def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:

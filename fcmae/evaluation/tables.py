@@ -1,6 +1,7 @@
 """Results of each class, written as JSON or CSV by the file's name."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fcmae.errors import UsageError
+from fcmae.files import write_output
 
 
 def write_per_class(path: Path, classes: list[str], confusion: Tensor) -> None:
@@ -16,23 +17,20 @@ def write_per_class(path: Path, classes: list[str], confusion: Tensor) -> None:
     images, right = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
     rows = [[name, n, r, 100 * r / n if n else None] for name, n, r in zip(classes, images, right, strict=True)]
     header = ["class", "images", "right", "top1"]
-    _write(path, {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}, [header, *rows])
+    _write("per_class", path, {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}, [header, *rows])
 
 
 def write_confusion(path: Path, classes: list[str], confusion: Tensor) -> None:
     """How many images of each class (rows) were taken for each class (columns)."""
     matrix = confusion.tolist()
     rows = [[name, *counts] for name, counts in zip(classes, matrix, strict=True)]
-    _write(path, {"classes": classes, "matrix": matrix}, [["true class", *classes], *rows])
+    _write("confusion", path, {"classes": classes, "matrix": matrix}, [["true class", *classes], *rows])
 
 
-def _write(path: Path, as_json: Any, as_rows: Iterable[Sequence[Any]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(as_json, file)
-            else:
-                csv.writer(file).writerows(as_rows)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
+def _write(key: str, path: Path, as_json: Any, as_rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    if path.suffix == ".json":
+        json.dump(as_json, text)
+    else:
+        csv.writer(text).writerows(as_rows)
+    write_output(key, path, text.getvalue())

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fcmae.errors import ExportError, UsageError
+from fcmae.errors import DiskError, ExportError, UsageError
+from fcmae.files import check_output, is_full
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
 
@@ -77,8 +78,14 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
     """
     if library not in IMPORTS:
         raise UsageError(f"--from is {library!r}; allowed is one of {', '.join(IMPORTS)}")
+    if os.path.lexists(out):
+        raise UsageError(f"--out {out} exists; name a file that is new")
+    check_output("--out", out)
     imported = IMPORTS[library].load(Path(path), given or Given())
-    imported.write(Path(out), library)
+    try:
+        imported.write(Path(out), library)
+    except OSError as error:
+        raise DiskError(f"--out {out} cannot be written: {error.strerror}") from error
     return imported.notes
 
 
@@ -97,10 +104,16 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists; name a directory that is new or empty")
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
     try:
         yield temporary
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
+        at_fault = is_full(temporary, error)
         shutil.rmtree(temporary)
+        if at_fault:
+            raise DiskError(f"--out {folder} cannot be written: the disk is full") from error
         raise

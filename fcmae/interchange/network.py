@@ -191,7 +191,6 @@ class Imported:
         if isinstance(self.cfg, FinetuneConfig):
             state["classes"] = self.classes
         model_of(state, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(path, state)
 
 

@@ -43,6 +43,19 @@ def test_a_classifier_comes_back_with_the_same_bits(tmp_path, library, backbone)
     assert isinstance(fcmae.load(tmp_path / "back.pt"), timm.models.ConvNeXt)
 
 
+def test_no_file_is_overwritten(tmp_path):
+    made.finetuned(tmp_path / "ours.pt")
+    export(tmp_path / "ours.pt", "timm", tmp_path / "out")
+    before = (tmp_path / "ours.pt").read_bytes()
+    with pytest.raises(UsageError, match="--out .*ours.pt exists; name a file that is new"):
+        import_weights(tmp_path / "out", "timm", tmp_path / "ours.pt")
+    assert (tmp_path / "ours.pt").read_bytes() == before
+    with pytest.raises(UsageError, match="--out .*ours.pt/x cannot be written"):
+        import_weights(tmp_path / "out", "timm", tmp_path / "ours.pt" / "x")
+    with pytest.raises(UsageError, match="--out .*ours.pt/x cannot be made: Not a directory"):
+        export(tmp_path / "ours.pt", "timm", tmp_path / "ours.pt" / "x")
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"stem_stride": 2}, {"stem_stride": 1, "backbone": "convnextv2_tiny"}])
 def test_a_backbone_by_way_of_timm(tmp_path, kwargs):
     weights = made.pretrained(tmp_path / "ours.pt", made.data_config(in_chans=4), **kwargs)
@@ -73,8 +86,8 @@ def test_golden_official_weights_alone_say_what_they_are(tmp_path, name, kind):
     torch.save({"model": weights, "args": argparse.Namespace(epochs=800)}, tmp_path / "official.pth")
     save_file(weights, tmp_path / "official.safetensors")
     for file in ("official.pth", "official.safetensors"):
-        import_weights(tmp_path / file, "official", tmp_path / "ours.pt")
-        model = fcmae.load(tmp_path / "ours.pt")
+        import_weights(tmp_path / file, "official", tmp_path / f"{file}.ours")
+        model = fcmae.load(tmp_path / f"{file}.ours")
         if kind == "dense":
             with torch.no_grad():
                 torch.testing.assert_close(model(golden["input.imgs"]), golden["output.logits"], rtol=1e-5, atol=1e-6)
