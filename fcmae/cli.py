@@ -150,14 +150,14 @@ def _pretrain(cfg: Any, run_dir: Path) -> None:
     with quick_imports():
         from fcmae.training.run import pretrain
 
-    print(pretrain(cfg, run_dir))
+    _say(pretrain(cfg, run_dir))
 
 
 def _finetune(cfg: Any, run_dir: Path) -> None:
     with quick_imports():
         from fcmae.training.run import finetune
 
-    print(finetune(cfg, run_dir))
+    _say(finetune(cfg, run_dir))
 
 
 def _evaluate(cfg: Any, _: Path) -> None:
@@ -186,6 +186,12 @@ def _prepare(cfg: Any, _: Path) -> None:
         from fcmae.data.prepare import prepare
 
     print(prepare(cfg))
+
+
+def _say(text: object) -> None:
+    """Prints once a launch."""
+    if launch.detect().rank == 0:
+        print(text)
 
 
 def _report(result: dict[str, Any] | None, out: str | None) -> None:

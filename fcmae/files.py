@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -46,6 +47,14 @@ def delete_strays(run_dir: Path, pids: Collection[int] | None = None) -> None:
         found = STRAY.search(stray.name)
         if found is not None and (pids is None or int(found[1]) in pids):
             stray.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, say: Callable[[str], object]) -> None:
+    """Renames a file that a run does without to ``*.unused``, beside those that are there, and says so."""
+    names = (f"{path.name}.unused{'' if i == 1 else i}" for i in itertools.count(1))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.replace(aside)
+    say(f"{path.name} is not used any more: renamed to {aside.name}")
 
 
 def sync_folder(folder: Path) -> None:

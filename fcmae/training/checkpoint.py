@@ -17,7 +17,7 @@ import timm
 import torch
 
 from fcmae.errors import CheckpointError
-from fcmae.files import delete_strays, replacing, sync_folder
+from fcmae.files import delete_strays, replacing, set_aside, sync_folder
 
 FORMAT = 2
 MAGIC = b"fcmae256"
@@ -168,9 +168,7 @@ class CheckpointDir:
         """
         for path in self.paths():
             if step_of(path) > step:
-                aside = path.with_name(f"{path.name}.unused")
-                path.replace(aside)
-                say(f"{path.name} is not used any more: renamed to {aside.name}")
+                set_aside(path, say)
 
     def save(self, state: State, keep_steps: Collection[int] = ()) -> Path:
         """Writes ``state``, then deletes all but the newest ``keep`` and those of ``keep_steps`` and its milestones.

@@ -15,7 +15,7 @@ from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import EvaluationStopped, autocast
-from fcmae.files import replacing
+from fcmae.files import replacing, set_aside
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
@@ -29,7 +29,7 @@ from fcmae.training.monitors import Monitor
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.recipe import check_recipe
 from fcmae.training.resume import newest_state, say
-from fcmae.training.saver import Saver
+from fcmae.training.saver import ENCODER_FILE, Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
 from fcmae.training.stop import StopAgreement, Verdict
@@ -79,6 +79,8 @@ class _Training:
         if world.is_main:
             self.checkpoints.sweep()
             self.checkpoints.set_aside(self.state.step, say)
+            if not cfg.trainer.resume:
+                _set_results_aside(run_dir)
             _write_config(run_dir, self.config)
             for line in (*task.notes, _summary(task, self.plan, self.state, total_steps, world)):
                 say(line)
@@ -300,6 +302,13 @@ def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreemen
     if step == stop_step < total_steps:
         return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
     return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
+
+
+def _set_results_aside(run_dir: Path) -> None:
+    """What a run that is begun anew would overwrite."""
+    for name in ("metrics.jsonl", ENCODER_FILE):
+        if (run_dir / name).is_file():
+            set_aside(run_dir / name, say)
 
 
 def _write_config(run_dir: Path, config: dict[str, Any]) -> None:

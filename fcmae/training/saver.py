@@ -110,6 +110,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+ENCODER_FILE = "encoder.safetensors"
+
+
 def write_encoder(path: Path, state: State) -> None:
     """Writes the backbone of a pretraining state alone, averaged if there is an average, under timm's names."""
     weights = {name: value.detach().cpu().contiguous() for name, value in backbone_weights(state).items()}

@@ -27,7 +27,7 @@ from fcmae.training.build import backbone_weights, build_classifier, build_fcmae
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
 from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
-from fcmae.training.saver import write_encoder
+from fcmae.training.saver import ENCODER_FILE, write_encoder
 
 
 class Task(Protocol):
@@ -125,9 +125,7 @@ class Pretraining:
     def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
         """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
         weights = (ema or self.model).state_dict()
-        write_encoder(
-            run_dir / "encoder.safetensors", {"task": self.name, "model": weights, "config": to_dict(self.cfg)}
-        )
+        write_encoder(run_dir / ENCODER_FILE, {"task": self.name, "model": weights, "config": to_dict(self.cfg)})
 
 
 class Finetuning:

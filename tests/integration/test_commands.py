@@ -1,6 +1,7 @@
 """The real commands, as a user runs them, on tiny data."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
     assert_same_weights(resumed["model"], undisturbed["model"])
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
     assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(pretrained)]
+
+
+def test_begun_anew_nothing_of_the_first_run_is_lost(fcmae, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    for again in ("", "2"):
+        done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", "trainer.resume=false", "seed=1")
+        for name in ("metrics.jsonl", "encoder.safetensors"):
+            assert f"{name} is not used any more: renamed to {name}.unused{again}" in done.stderr
+    for name in ("metrics.jsonl", "encoder.safetensors", "checkpoints/step_00000009.pt"):
+        assert (tmp_path / "run" / f"{name}.unused").read_bytes() == (pretrained / name).read_bytes()
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("overrides", [("data.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
