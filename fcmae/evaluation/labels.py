@@ -1,6 +1,7 @@
 """Files of labels beside the images: other annotations of a validation set, such as ImageNet-ReaL's or -V2's."""
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[i
     An image is named by its file name, with as many of its folders as wished. A class is its name, or else its number
     from 0. Without classes an image is left out of the accuracy.
 
-    Raises UsageError for a file that cannot be read, and naming an image that is missing or a class that isn't known.
+    Raises UsageError for a file that cannot be read, and naming an image that is missing, an entry that fits several
+    images or is there twice, or a class that isn't known.
     """
     names = [source.describe(index) for index in range(len(source))]
     given = _read(path)
@@ -28,9 +30,13 @@ def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[i
         if len(given) != len(names):
             raise UsageError(f"labels {path} has {len(given)} entries for {len(names)} images")
         in_order = sorted(range(len(names)), key=lambda index: Path(names[index]).name)
+        for one, other in itertools.pairwise(in_order):
+            if Path(names[one]).name == Path(names[other]).name:
+                several = f"{names[one]} and {names[other]}, whose file names have no order"
+                raise UsageError(f"labels {path} is a list, but there are {several}; allowed is an object or a .csv")
         of_image = dict(zip(in_order, given, strict=True))
     else:
-        of_image = {index: _find(given, name, path) for index, name in enumerate(names)}
+        of_image = {index: given[entry] for index, entry in enumerate(_entries(given, names, path))}
     numbers = {name: number for number, name in enumerate(classes)}
     accepted = [[_number(value, numbers, path) for value in _listed(of_image[index])] for index in range(len(names))]
     if not any(accepted):
@@ -42,8 +48,9 @@ def _read(path: Path) -> list[Any] | dict[str, Any]:
     try:
         with path.open(newline="") as file:
             if path.suffix == ".csv":
-                return {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in csv.reader(file) if row}
-            given = json.load(file)
+                rows = [row for row in csv.reader(file) if row]
+                return _unique((row[0], [cell.strip() for cell in row[1:] if cell.strip()]) for row in rows)
+            given = json.load(file, object_pairs_hook=_unique)
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"labels {path} cannot be read: {error}") from error
     if not isinstance(given, (list, dict)):
@@ -51,14 +58,33 @@ def _read(path: Path) -> list[Any] | dict[str, Any]:
     return given
 
 
-def _find(given: dict[str, Any], name: str, path: Path) -> Any:
-    """The entry of an image: the longest end of its path that is one."""
-    parts = Path(name).parts
-    for start in range(len(parts)):
-        end = "/".join(parts[start:])
-        if end in given:
-            return given[end]
-    raise UsageError(f"labels {path} has no entry for {name}")
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict. Raises ValueError if a name is there twice."""
+    given: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in given:
+            raise ValueError(f"{name} is there twice")
+        given[name] = value
+    return given
+
+
+def _entries(given: dict[str, Any], names: list[str], path: Path) -> list[str]:
+    """The entry of each image, which is that of no other: the longest end of its path that is one."""
+    entries = []
+    owner: dict[str, str] = {}
+    for name in names:
+        parts = Path(name).parts
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        entry = next((end for end in (name, *ends) if end in given), None)
+        if entry is None:
+            raise UsageError(f"labels {path} has no entry for {name}")
+        if entry in owner:
+            raise UsageError(
+                f"labels {path}: the entry {entry} fits {owner[entry]} and {name}; name them with their folders"
+            )
+        owner[entry] = name
+        entries.append(entry)
+    return entries
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -123,12 +123,41 @@ def test_labels_are_found_by_name_or_order(tmp_path, name, content):
         ("l.csv", "1.png,cow\n2.png,dog\n3.png,cat", "has the class 'cow'; allowed is a class's name or 0 to 1"),
         ("l.csv", "1.png,2\n2.png,dog\n3.png,cat", "has the class '2'"),
         ("l.json", "[[], [], []]", "has no class for any image"),
+        ("l.csv", "1.png,cat\n2.png,dog\n3.png,cat\n1.png,dog", "cannot be read: 1.png is there twice"),
+        ("l.json", '{"1.png": 0, "1.png": 1}', "cannot be read: 1.png is there twice"),
     ],
 )
 def test_a_mistake_in_a_file_of_labels_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
         read_accepted(tmp_path / name, Named(), ["cat", "dog"])
+
+
+class SameNames(Named):
+    names = ("val/a/1.png", "val/b/1.png", "val/b/2.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "l.csv",
+            "1.png,cat\n2.png,dog",
+            "the entry 1.png fits val/a/1.png and val/b/1.png; name them with their fold",
+        ),
+        (
+            "l.json",
+            "[[0], [1], [1]]",
+            "a list, but there are val/a/1.png and val/b/1.png, whose file names have no order",
+        ),
+    ],
+)
+def test_labels_that_fit_several_images_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_accepted(tmp_path / name, SameNames(), ["cat", "dog"])
+    (tmp_path / "folders.csv").write_text("a/1.png,cat\n1.png,dog\n2.png,dog")
+    assert read_accepted(tmp_path / "folders.csv", SameNames(), ["cat", "dog"]) == [[0], [1], [1]]
 
 
 def test_knn_votes_by_similarity():
