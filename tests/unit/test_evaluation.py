@@ -143,12 +143,12 @@ class SameNames(Named):
         (
             "l.csv",
             "1.png,cat\n2.png,dog",
-            "the entry 1.png fits val/a/1.png and val/b/1.png; name them with their fold",
+            "entry 1.png fits val/a/1.png and val/b/1.png; name them with",
         ),
         (
             "l.json",
             "[[0], [1], [1]]",
-            "a list, but there are val/a/1.png and val/b/1.png, whose file names have no order",
+            "val/a/1.png and val/b/1.png, whose file names have no order",
         ),
     ],
 )
