@@ -73,7 +73,7 @@ class GradientExchange:
         self._next = 0
         if size == 1:
             return
-        _broadcast(model, group)
+        broadcast(model, group)
         self.names = {param: name for name, param in model.named_parameters() if param.requires_grad}
         self.buckets = [Bucket(params) for params in _split(list(self.names)[::-1], bucket_bytes)]
         self._bucket: dict[Tensor, Bucket] = {param: bucket for bucket in self.buckets for param in bucket.params}
@@ -148,7 +148,7 @@ def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]
         yield part
 
 
-def _broadcast(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+def broadcast(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """The first rank's parameters and buffers for all."""
     with torch.no_grad():
         tensors = [*model.parameters(), *model.buffers()]

@@ -21,7 +21,7 @@ from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.distributed import World
-from fcmae.training.exchange import GradientExchange
+from fcmae.training.exchange import GradientExchange, broadcast
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
 from fcmae.training.logging import RunLogger
 from fcmae.training.meter import Meter
@@ -137,7 +137,7 @@ class _Training:
             batch = [part.to(world.device, non_blocking=True) for part in next(self.batches)]
             seed_step(self.cfg.seed, step, micro, world.rank, world.device)
             loss += self.backward(batch, last=micro == plan.accum_steps - 1)
-        grad_norm = _optimizer_step(self.state, self.guard, self.cfg.optim.clip_grad, step, loss)
+        grad_norm = _optimizer_step(self.state, self.guard, self.cfg.optim.clip_grad, step, loss, world)
         self.state.step += 1
         self.meter.add(loss, grad_norm)
         self.logger.progress.advance()
@@ -235,6 +235,8 @@ def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> Check
 def _create_state(task: Task, world: World) -> TrainState:
     cfg = task.cfg
     task.model.to(world.device)
+    if world.size > 1:
+        broadcast(task.model)  # the average begins with it; init_from may have had another checkpoint for each rank
     ema = None
     if cfg.trainer.ema_decay is not None:
         ema = ModelEmaV3(task.model, decay=cfg.trainer.ema_decay)
@@ -259,7 +261,9 @@ def _use_cuda_graph(task: Task, world: World) -> bool:
     return not found if trainer.cuda_graph is None else trainer.cuda_graph
 
 
-def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor) -> Tensor:
+def _optimizer_step(
+    state: TrainState, guard: FiniteGuard, clip_grad: float | None, step: int, loss: Tensor, world: World
+) -> Tensor:
     """One optimizer step, which changes nothing if the gradient isn't finite. Returns the gradient's norm."""
     state.scaler.unscale_(state.optimizer)
     params = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -269,11 +273,16 @@ def _optimizer_step(state: TrainState, guard: FiniteGuard, clip_grad: float | No
         torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm, foreach=True)
     if state.scaler.is_enabled():
         # An overflow in float16 is ordinary: the scaler skips the step and scales less. A loss is never scaled, and a
-        # gradient that is not finite although it was scaled down is no overflow of the scale's.
-        excused = state.scaler.get_scale() >= 1
-        guard.check(torch.isfinite(loss) & (torch.isfinite(norm) | excused), step)
-        state.scaler.step(state.optimizer)
+        # gradient that is not finite although it was scaled down is no overflow of the scale's. Of a rank's loss the
+        # others know from the gradient only, which does not tell it from an overflow. All of this waits for the device.
+        scale = state.scaler.get_scale()
+        finite = world.max((~torch.isfinite(loss)).float()) == 0
+        held = bool(guard.check(finite & (torch.isfinite(norm) | (scale >= 1)), step))
+        if not held:
+            state.scaler.step(state.optimizer)
         state.scaler.update()
+        if held or state.scaler.get_scale() < scale:  # then the scaler left everything as it was
+            return norm
     else:
         # Fused AdamW leaves everything as it is where found_inf is 1, without the host having to know.
         found_inf = guard.check(torch.isfinite(norm), step)

@@ -80,6 +80,27 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(param_groups(model, cfg), lr=0.0, betas=betas, fused=True)
 
 
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Puts the moments of a saved state dict back, parameter by parameter.
+
+    The groups stay as they are: their weight decay, betas and scales follow from the config, which may have changed.
+    """
+    moments = {
+        name: saved["state"][index]
+        for group in saved["param_groups"]
+        for name, index in zip(group["names"], group["params"], strict=True)
+        if index in saved["state"]
+    }
+    own = optimizer.state_dict()
+    names = {
+        index: name
+        for group in own["param_groups"]
+        for name, index in zip(group["names"], group["params"], strict=True)
+    }
+    own["state"] = {index: moments[name] for index, name in names.items() if name in moments}
+    optimizer.load_state_dict(own)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every group ``lr`` times its scale."""
     for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fcmae.training.build import load_state
 from fcmae.training.checkpoint import State
+from fcmae.training.optim import load_moments
 
 
 @dataclass
@@ -41,8 +42,9 @@ class TrainState:
         self.best = state["best"]
         self.evaluation_due = state.get("evaluation_due", False)
         load_state(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_moments(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # empty unless in fp16
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             load_state(self.ema.module, state["ema"] or state["model"], path)
 

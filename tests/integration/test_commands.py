@@ -193,6 +193,21 @@ def test_precisions(fcmae, tmp_path):
         assert metrics(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
 
 
+def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
+    """Where it is allowed: another precision, other groups of parameters."""
+    args = (*TINY_FINETUNE, "hydra.run.dir=run", "trainer.allow_changed_recipe=true")
+    fcmae(*args, "trainer.max_steps=2", check=75)
+    fcmae(*args, "trainer.max_steps=4", "optim.weight_decay=0", "trainer.precision=fp16", check=75)
+    assert last_checkpoint(tmp_path / "run")["scaler"]
+    fcmae(*args, "optim.weight_decay=0.3", "optim.betas=[0.8,0.9]", "optim.layer_decay=0.7")
+    state = last_checkpoint(tmp_path / "run")
+    assert state["step"] == 6
+    groups = state["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+    assert len({group["lr_scale"] for group in groups}) > 1
+
+
 MISTAKES = {
     "command": (("pretrian",), "unknown command 'pretrian'; allowed is one of pretrain"),
     "key": (("pretrain", "optim.lrr=1"), "optim.lrr: unknown key"),

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
@@ -17,7 +19,7 @@ from fcmae.training.finite import FiniteGuard, infectious
 from fcmae.training.logging import MetricsFile, Progress, RunLogger
 from fcmae.training.loop import _optimizer_step
 from fcmae.training.meter import Meter
-from fcmae.training.optim import create_optimizer, layer_scale, param_groups, set_lr
+from fcmae.training.optim import create_optimizer, layer_scale, load_moments, param_groups, set_lr
 from fcmae.training.recipe import HARMLESS, check_recipe
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
@@ -109,9 +111,49 @@ def test_only_a_scale_excuses_a_gradient_of_float16_that_is_not_finite(scale, no
     scaler.scale(layer(torch.full((1, 2), math.inf)).sum()).backward()
     before = layer.weight.detach().clone()
     guard = FiniteGuard(torch.device("cpu"))
-    _optimizer_step(TrainState(7, layer, optimizer, scaler, None), guard, None, 7, torch.tensor(1.0))
+    _optimizer_step(TrainState(7, layer, optimizer, scaler, None), guard, None, 7, torch.tensor(1.0), CPU)
     assert torch.equal(layer.weight, before)
     assert guard.first_bad_step(CPU) == (7 if noticed else None)
+
+
+@pytest.mark.parametrize(("skip", "moved"), [(False, [0, 1]), (True, [0, 1, 4])])
+def test_in_float16_nothing_changes_after_a_loss_that_is_not_finite(skip, moved):
+    """Nor at a step that the scaler leaves out, neither the weights nor their average."""
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state = TrainState(0, layer, optimizer, scaler, ModelEmaV3(layer, decay=0.5))
+    guard = FiniteGuard(torch.device("cpu"), skip=skip)
+    changed, averaged = [], []
+    for step, gradient in enumerate((1.0, 1.0, math.nan, math.inf, 1.0)):
+        weight, average = layer.weight.detach().clone(), state.ema.module.weight.clone()
+        for param in layer.parameters():
+            param.grad = scaler.scale(torch.full_like(param, gradient))
+        _optimizer_step(state, guard, None, step, torch.tensor(math.nan if step == 2 else 1.0), CPU)
+        changed += [step] * (not torch.equal(layer.weight, weight))
+        averaged += [step] * (not torch.equal(state.ema.module.weight, average))
+    assert changed == averaged == moved
+    assert guard.first_bad_step(CPU) == 2
+    assert guard.count(CPU) == 1
+
+
+def test_a_resumed_optimizer_has_the_moments_of_before_and_the_settings_of_now():
+    """Also where other settings make other groups."""
+    model = timm.create_model("convnextv2_atto", num_classes=3)
+    first = create_optimizer(model, OptimConfig(weight_decay=0.0))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    first.step()
+    now = OptimConfig(weight_decay=0.3, betas=[0.8, 0.9], layer_decay=0.5)
+    second = create_optimizer(model, now)
+    load_moments(second, first.state_dict())
+    assert len(second.param_groups) > len(first.param_groups)
+    for param in model.parameters():
+        assert first.state[param].keys() == second.state[param].keys()
+        assert all(torch.equal(first.state[param][key], second.state[param][key]) for key in first.state[param])
+    fresh = create_optimizer(model, now)
+    for loaded, made in zip(second.param_groups, fresh.param_groups, strict=True):
+        assert {k: v for k, v in loaded.items() if k != "params"} == {k: v for k, v in made.items() if k != "params"}
 
 
 def test_skipping_leaves_out_the_bad_step_alone():
