@@ -15,10 +15,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+SHAPES = 256
+"""For how many stages of networks and sizes of batches a process may compile a function."""
+
+
 @functools.cache
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     # Static shapes: each stage gets kernels of its own. A graph break is an error, not a slow surprise.
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+@functools.cache
+def _allow_shapes() -> None:
+    """Raises torch's limit of eight shapes for a function: it is there to find surprises, and two networks reach it."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * SHAPES)
 
 
 def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
@@ -33,4 +45,7 @@ def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
 
 def region(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
     """``function``, compiled if asked."""
-    return _compiled(function) if compiled else function
+    if not compiled:
+        return function
+    _allow_shapes()
+    return _compiled(function)

@@ -154,6 +154,16 @@ def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
     assert graphs.frame_count == compiled  # evaluation runs as it is
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_process_may_compile_more_networks_than_torch_expects(graphs):
+    """Each size of batch makes four variants of a block, one a stage; torch's limit is eight."""
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
+    model.compile()
+    for count in range(1, 5):
+        model(torch.randn(count, 3, 64, 64), random_mask(torch.rand(count, 4), 2), 2)
+    assert graphs.frame_count == 4 * 10
+
+
 def test_the_whole_model_compiles_into_one_graph():
     model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
     counter = CompileCounterWithBackend("aot_eager")
