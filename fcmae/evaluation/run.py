@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
-from fcmae.config import CheckpointConfig, DataConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
+from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
 from fcmae.data.sources import ImageFolder, Source, require_labels, val_source
@@ -31,13 +30,8 @@ from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
 from fcmae.training.build import config_of, model_of
+from fcmae.training.checkpoint import State
 from fcmae.training.distributed import World
-
-
-def _load(path: str, ema: bool = True) -> tuple[FCMAE | ConvNeXt, DataConfig]:
-    file = checkpoint.resolve(path)
-    state = checkpoint.read(file)
-    return model_of(state, file, ema), config_of(state, file).data
 
 
 @contextlib.contextmanager
@@ -55,18 +49,26 @@ def _connected(cfg: CheckpointConfig) -> Iterator[World]:
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
     _check_outputs(cfg, "out")
-    file = checkpoint.resolve(cfg.checkpoint)
-    identity = {"checkpoint": checkpoint.checksum(file)}  # first: a run in progress may go on to another file
-    model, own = _load(str(file))
-    backbone = model.backbone if isinstance(model, FCMAE) else model
     with _connected(cfg) as world:
-        data = cfg.merge_data(own)
+        file, state = _read(cfg.checkpoint, world)
+        model = model_of(state, file)
+        backbone = model.backbone if isinstance(model, FCMAE) else model
+        identity = {"checkpoint": checkpoint.checksum(file)}
+        data = cfg.merge_data(config_of(state, file).data)
         extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
         if cfg.cache is None:
             yield extractor, extractor
             return
         folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
         yield extractor, CachedExtractor(extractor, folder, identity)
+
+
+def _read(path: str, world: World) -> tuple[Path, State]:
+    """The same checkpoint on every rank, although the run that writes it may go on to another in between."""
+    file = world.from_main(lambda: checkpoint.resolve(path))
+    states: list[State] = []
+    world.together(lambda: states.append(checkpoint.read(file)))
+    return file, states[0]
 
 
 def _features_folder(file: Path) -> Path:
@@ -81,8 +83,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     first.
     """
     _check_outputs(cfg, "out", "per_class", "confusion")
-    file = checkpoint.resolve(cfg.checkpoint)
-    state = checkpoint.read(file)
+    with _connected(cfg) as world:
+        file, state = _read(cfg.checkpoint, world)
+        return _evaluate(cfg, file, state, world)
+
+
+def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> dict[str, float] | None:
     data = cfg.merge_data(config_of(state, file).data)
     if state["task"] == "pretrain":
         raise CheckpointError(
@@ -97,19 +103,18 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
     result: dict[str, float] = {}
-    with _connected(cfg) as world:
-        for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-            model = model_of(state, file, ema).to(world.device)
-            confusion = None
-            if tables:
-                confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-            share = classified(model, source, data, cfg.batch_size, cfg.precision, world)
-            metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
-            result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-        if confusion is not None:
-            total = world.sum(confusion).cpu()
-            world.on_main(lambda: _write_tables(cfg, classes, total))
-        return result if world.is_main else None
+    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
+        model = model_of(state, file, ema).to(world.device)
+        confusion = None
+        if tables:
+            confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
+        share = classified(model, source, data, cfg.batch_size, cfg.precision, world)
+        metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
+        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+    if confusion is not None:
+        total = world.sum(confusion).cpu()
+        world.on_main(lambda: _write_tables(cfg, classes, total))
+    return result if world.is_main else None
 
 
 def _check_outputs(cfg: CheckpointConfig, *keys: str) -> None:
@@ -162,7 +167,9 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
 
 def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int) -> Image.Image:
     """A picture of the reconstructions of image files, or of the images in folders, by a pretraining checkpoint."""
-    model, data = _load(path)
+    file = checkpoint.resolve(path)
+    state = checkpoint.read(file)
+    model, data = model_of(state, file), config_of(state, file).data
     if not isinstance(model, FCMAE):
         raise CheckpointError(f"{path} is of the task 'finetune' and has no decoder; give a pretraining checkpoint")
     if mask_ratio is not None:

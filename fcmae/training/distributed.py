@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor
 from fcmae import launch
 from fcmae.errors import EXIT_ERROR, PeerError, UsageError
 from fcmae.processes import Process
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class World:
         Raises what it raised there, and PeerError on the other ranks.
         """
         self.together(action if self.is_main else lambda: None)
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on the first rank, on every rank: an object that can be pickled.
+
+        Raises what it raised there, and PeerError on the other ranks.
+        """
+        result: list[Any] = [None]
+
+        def run() -> None:
+            result[0] = action()
+
+        self.on_main(run)
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        return result[0]
 
     def together(self, action: Callable[[], object]) -> None:
         """Runs ``action`` on every rank; where one fails, all of them end here.

@@ -110,3 +110,28 @@ def test_watching_knn_needs_labels(tmp_path, capfd):
     error = capfd.readouterr().err.strip()
     assert "monitor.knn_every_epochs is 20, but data.path has no labels" in error
     assert "\n" not in error
+
+
+ONE_CHECKPOINT = """
+import json
+from fcmae import launch
+from fcmae.config import EvaluateConfig, from_dict
+from fcmae.evaluation import run
+
+if launch.detect().rank > 0:
+    run.checkpoint.resolve = None  # another rank might find another checkpoint
+result = run.evaluate(from_dict(EvaluateConfig, {"checkpoint": "fine", "data": {"length": 31}, "batch_size": 4}))
+if result is not None:
+    print(json.dumps(result))
+"""
+
+
+def test_all_ranks_take_the_checkpoint_that_the_first_finds(folder, alone):
+    (folder / "one.py").write_text(ONE_CHECKPOINT)
+    done = run_python(folder, "one.py", ranks=2)
+    assert json.loads(done.stdout) == json.loads(alone.stdout)[0]
+
+
+def test_a_mistake_is_said_once(folder):
+    done = run_python(folder, "-m", "fcmae.cli", "knn", "checkpoint=nowhere", ranks=2, check=None)
+    assert done.stderr.count("fcmae knn: no checkpoint or run directory nowhere") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fcmae.data.arrays import one_at_a_time
 from fcmae.data.sources.base import Sample
 from fcmae.errors import UsageError
 
@@ -34,8 +35,12 @@ class FashionMNIST:
         return folder / f"{self.split}-{kind}-ubyte.gz"
 
     def _read(self, folder: Path, kind: str, header: int) -> np.ndarray:
-        with gzip.open(self._file(folder, kind)) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
+        path = self._file(folder, kind)
+        try:
+            with gzip.open(path) as file:
+                return np.frombuffer(file.read(), np.uint8, offset=header)
+        except (OSError, EOFError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}; delete it, or bring it whole") from error
 
     def _has_files(self, folder: Path) -> bool:
         return all(self._file(folder, kind).is_file() for kind in ("images-idx3", "labels-idx1"))
@@ -49,18 +54,24 @@ class FashionMNIST:
             return self.DEBIAN
         cache = self.CACHE.expanduser()
         raw = cache / "FashionMNIST" / "raw"
-        if not self._has_files(raw):
-            from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
-
-            try:
-                TorchvisionFashionMNIST(str(cache), download=True)
-            except (OSError, RuntimeError) as error:
-                raise UsageError(
-                    "Fashion-MNIST was not found. Three ways to bring it: data.path=FOLDER with the four .gz files; "
-                    "Debian's package, `apt-get install dataset-fashion-mnist`; or a network from which torchvision "
-                    f"can download it (tried just now: {error})"
-                ) from error
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(cache):  # the ranks of a run would write over each other's files
+                if not self._has_files(raw):
+                    self._download(cache)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                "Fashion-MNIST was not found. Three ways to bring it: data.path=FOLDER with the four .gz files; "
+                "Debian's package, `apt-get install dataset-fashion-mnist`; or a network from which torchvision "
+                f"can download it (tried just now: {error})"
+            ) from error
         return raw
+
+    @staticmethod
+    def _download(cache: Path) -> None:
+        from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
+
+        TorchvisionFashionMNIST(str(cache), download=True)
 
     def __len__(self) -> int:
         return len(self.labels)
