@@ -5,6 +5,7 @@ import mmap
 import os
 import pickle
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -286,19 +287,62 @@ def test_another_source_is_another_recipe():
 def test_a_source_of_ones_own():
     own = {"_target_": f"{__name__}.Squares", "count": 5}
     source = train_source(DataConfig(source=own))
-    assert isinstance(source, Squares)
     assert len(source) == 5
+    assert torch.equal(source[3].image, torch.full((3, 32, 32), 3, dtype=torch.uint8))
+    assert source.describe(3) == "square 3"
+    assert source.classes is None
     with pytest.raises(ConfigError, match=r"data.val_source is not set"):
         val_source(DataConfig(source=own))
     for given, message in (
         ({**own, "side": 3}, r"data.source: .*Squares does not take these arguments: .*side"),
         ({"_target_": "nowhere.Cls"}, r"data.source._target_ is 'nowhere.Cls'; allowed is a class .*nowhere"),
+        ({"_target_": "builtins.open", "file": "/nowhere"}, r"data.source: builtins.open refuses these .*/nowhere"),
         ({"_target_": "builtins.list"}, r"list is not a source of images; it lacks label, describe, classes"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_source(DataConfig(source=given))
     with pytest.raises(ConfigError, match=r"data.source is \{'count': 5\}; allowed is null, or _target_"):
         DataConfig(source={"count": 5})
+
+
+class Anything(Squares):
+    """What a test puts into it."""
+
+    samples: ClassVar[list] = []
+
+    def __init__(self, classes=None):
+        super().__init__(1)
+        self.classes = classes
+
+    def __getitem__(self, index):
+        return self.samples[0]
+
+
+GREY = torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (GREY, r"the source gives a Tensor; allowed is Sample\(image, label\)"),
+        (Sample(GREY.numpy(), 0), r"its image is a ndarray; allowed is a tensor or Encoded"),
+        (Sample(GREY.repeat(3, 1, 1), 0), r"its shape is \[3, 8, 8\]; allowed is \[C, H, W\] with 1 channels"),
+        (Sample(GREY[0], 0), r"its shape is \[8, 8\]"),
+        (Sample(GREY[:, :0], 0), r"its shape is \[1, 0, 8\]"),
+        (Sample(GREY.to(torch.uint16), 0), r"torch.uint16; allowed with data.bit_depth=8 is torch.uint8, or"),
+        (Sample(GREY.double(), 0), r"its pixels are torch.float64"),
+        (Sample(GREY, 2), r"its label is 2; allowed is 0 to 1"),
+        (Sample(GREY, None), r"its label is None; allowed is 0 to 1"),
+    ],
+)
+def test_samples_of_ones_own_source_are_checked(sample, message, monkeypatch):
+    monkeypatch.setattr(Anything, "samples", [sample])
+    own = {"_target_": f"{__name__}.Anything", "classes": ["cat", "dog"]}
+    source = train_source(DataConfig(source=own, in_chans=1, mean=[0.5], std=[0.5]))
+    with pytest.raises(ImageError, match=f"square 0: .*{message}"):
+        source[0]
+    monkeypatch.setattr(Anything, "samples", [Sample(GREY.float(), 1)])
+    assert source[0].label == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fcmae.config import DataConfig
+from fcmae.data.pixels import PixelFormat
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -31,7 +32,8 @@ def val_source(cfg: DataConfig) -> Source:
 def _create(cfg: DataConfig, train: bool) -> Source:
     prefix = "" if train else "val_"
     if cfg.source is not None or cfg.val_source is not None:
-        return create_own(cfg.source if train else cfg.val_source, f"data.{prefix}source")
+        to = PixelFormat(cfg.in_chans, cfg.bit_depth)
+        return create_own(cfg.source if train else cfg.val_source, f"data.{prefix}source", to)
     if cfg.name == "synthetic":
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":

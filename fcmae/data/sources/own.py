@@ -1,15 +1,76 @@
 """A source of one's own, by the name of its class."""
 
+import operator
 import pkgutil
 from typing import Any
 
-from fcmae.data.sources.base import Source
-from fcmae.errors import ConfigError, UsageError
+import torch
+from torch import Tensor
+
+from fcmae.data.pixels import Encoded, PixelFormat
+from fcmae.data.sources.base import Sample, Source
+from fcmae.errors import ConfigError, ImageError, UsageError
 
 METHODS = ("__len__", "__getitem__", "label", "describe", "classes")
 
 
-def create_own(given: dict[str, Any] | None, key: str) -> Source:
+class Own:
+    """A source of somebody's, whose samples are checked against the data config.
+
+    Raises ImageError naming a sample that is no :class:`Sample`, or has other channels, types or labels than it says.
+    """
+
+    def __init__(self, source: Source, to: PixelFormat) -> None:
+        self.source = source
+        self.to = to
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        problem = self._problem(sample)
+        if problem:
+            raise ImageError(self.describe(index), problem)
+        return Sample(sample[0], None if self.classes is None else int(sample[1]))  # type: ignore[arg-type]  # checked
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(index)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def _problem(self, sample: Any) -> str:
+        if not isinstance(sample, tuple) or len(sample) != 2:
+            return f"the source gives a {type(sample).__name__}; allowed is Sample(image, label)"
+        image, label = sample
+        if self.classes is not None and not _is_index(label, len(self.classes)):
+            return f"its label is {label!r}; allowed is 0 to {len(self.classes) - 1}"
+        if isinstance(image, Encoded):
+            return ""
+        if not isinstance(image, Tensor):
+            return f"its image is a {type(image).__name__}; allowed is a tensor or Encoded(bytes, name)"
+        # a float tensor is normalised already
+        integers = torch.uint8 if self.to.bit_depth == 8 else torch.uint16
+        if image.dtype not in (integers, torch.float32):
+            allowed = f"allowed with data.bit_depth={self.to.bit_depth} is {integers}"
+            return f"its pixels are {image.dtype}; {allowed}, or torch.float32 of normalised values"
+        if image.ndim != 3 or len(image) != self.to.in_chans or not image.numel():
+            allowed = f"allowed is [C, H, W] with {self.to.in_chans} channels (data.in_chans)"
+            return f"its shape is {list(image.shape)}; {allowed}"
+        return ""
+
+
+def _is_index(value: Any, count: int) -> bool:
+    """Whether it is an integer of whatever library, from 0 to before ``count``."""
+    try:
+        return 0 <= operator.index(value) < count
+    except TypeError:
+        return False
+
+
+def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Source:
     """Calls ``_target_``, a class that Python can import, with the other entries.
 
     Raises ConfigError if it is missing, cannot be imported, does not take the arguments or is not a source.
@@ -30,7 +91,9 @@ def create_own(given: dict[str, Any] | None, key: str) -> Source:
         raise
     except TypeError as error:
         raise ConfigError(f"{key}: {target} does not take these arguments: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
     missing = [name for name in METHODS if not hasattr(source, name)]
     if missing:
         raise ConfigError(f"{key}: {target} is not a source of images; it lacks {', '.join(missing)}")
-    return source
+    return Own(source, to)
