@@ -86,6 +86,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
     from fcmae import config
 
+    _check_run_dir(overrides)
     # Hydra would print errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register_schemas()
@@ -108,7 +109,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
             failures.append(error)  # raised here, Hydra would print a line of its own
 
     program = sys.argv
-    sys.argv = [f"fcmae {command}", *overrides]
+    sys.argv = [f"fcmae {command}", *config.quoted(overrides)]
     try:
         job()
     except HydraException as error:
@@ -122,6 +123,17 @@ def _hydra(command: str, overrides: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def _check_run_dir(overrides: list[str]) -> None:
+    """Raises UsageError where Hydra would write somewhere else and not say so."""
+    given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
+    if given and given[-1] in ("", "null", "''", '""'):
+        raise UsageError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
+    if given and {"-m", "--multirun"} & set(overrides):
+        raise UsageError(
+            f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
+        )
 
 
 def _submitted(run: Callable[[], None]) -> None:

@@ -81,6 +81,8 @@ def check_output(key: str, path: str | Path) -> None:
         return
     folder = Path(os.path.realpath(path)).parent
     try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -20,6 +20,7 @@ from fcmae.config.compose import compose, conf_dir, register_schemas
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
+from fcmae.config.quoting import quoted
 from fcmae.config.training import (
     PRECISIONS,
     LoggerConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "conf_dir",
     "explain",
     "from_dict",
+    "quoted",
     "register_schemas",
     "to_dict",
     "to_typed",

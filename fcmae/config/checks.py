@@ -1,5 +1,6 @@
 """Checks of values: one line that names the full key, what was given and what is allowed."""
 
+import math
 from typing import Any
 
 from fcmae.errors import ConfigError
@@ -20,11 +21,15 @@ def check_ratio(key: str, value: float) -> None:
 
 
 def check_positive(key: str, value: float | None) -> None:
-    check(key, value, value is None or value > 0, "a positive number")
+    check(key, value, value is None or 0 < value < math.inf, "a positive number")
 
 
 def check_not_negative(key: str, value: float | None) -> None:
-    check(key, value, value is None or value >= 0, "a number that is not negative")
+    check(key, value, value is None or 0 <= value < math.inf, "a number that is not negative")
+
+
+def check_seed(value: int) -> None:
+    check("seed", value, 0 <= value < 2**63, "an integer from 0 to 2**63 - 1")
 
 
 def check_neighbours(key: str, value: Any) -> list[int]:

@@ -1,10 +1,11 @@
 """What each Hydra command takes, made of the groups."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
+from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive, check_seed
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
@@ -26,7 +27,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        check_not_negative("seed", self.seed)
+        check_seed(self.seed)
 
 
 @dataclass
@@ -161,12 +162,14 @@ class ProbeConfig(FeaturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("optimizer", self.optimizer, ("lars", "sgd", "adamw"))
-        check("blr", self.blr, len(self.blr) > 0 and min(self.blr) > 0, "one positive number or more, in a list")
+        ok = len(self.blr) > 0 and all(0 < lr < math.inf for lr in self.blr)
+        check("blr", self.blr, ok, "one positive number or more, in a list")
         check("train_batch_size", self.train_batch_size, self.train_batch_size > 1, "2 or more")
         check_positive("epochs", self.epochs)
         check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")
-        for name in ("weight_decay", "momentum", "seed"):
+        for name in ("weight_decay", "momentum"):
             check_not_negative(name, getattr(self, name))
+        check_seed(self.seed)
 
 
 COMMANDS: dict[str, type] = {

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from fcmae.config.commands import COMMANDS
+from fcmae.config.quoting import quoted
 from fcmae.config.typed import explain, to_typed
 from fcmae.errors import ConfigError
 
@@ -35,6 +36,6 @@ def compose(command: str, overrides: list[str] | None = None) -> Any:
     register_schemas()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return to_typed(hydra.compose(command, overrides or []), COMMANDS[command])
+            return to_typed(hydra.compose(command, quoted(overrides or [])), COMMANDS[command])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error

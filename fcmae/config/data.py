@@ -1,10 +1,13 @@
 """Groups ``data`` and ``augment``: where samples come from and how they become tensors."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
 
+MAX_SIDE = 2**14
+"""Pixels."""
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
@@ -80,18 +83,18 @@ class DataConfig:
         check_one_of("data.on_error", self.on_error, ("raise", "skip"))
         check_ratio("data.max_bad", self.max_bad)
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
-        ok = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
-        check("data.image_size", self.image_size, ok, "a positive integer, or [height, width]")
+        ok = len(sides) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
+        check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1])
         check_positive("data.in_chans", self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
-        for name in ("mean", "std"):
+        for name, least, what in (("mean", -math.inf, "numbers"), ("std", 0, "positive numbers")):
             value = getattr(self, name)
-            ok = len(value) == self.in_chans and (name == "mean" or min(value) > 0)
-            check(f"data.{name}", value, ok, f"{self.in_chans} numbers, one a channel (data.in_chans)")
+            ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
+            check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one a channel (data.in_chans)")
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
-        ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]
+        ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf
         check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
         check_ratio("data.hflip", self.hflip)
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
@@ -115,6 +118,7 @@ def _paths(key: str, value: Any) -> str | list[str] | None:
     """A path or several as text, numbers too, which YAML makes of names such as 2024."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     ok = bool(parts) and all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts)
+    ok = ok and all(str(part) for part in parts)
     check(key, value, value is None or ok, "a path, or a list of paths")
     if value is None:
         return None

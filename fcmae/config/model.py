@@ -46,7 +46,7 @@ class FCMAEConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("model.mask_ratio", self.mask_ratio, 0 <= self.mask_ratio < 1, "a number in [0, 1)")
+        check("model.mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "a number in (0, 1)")
         check_positive("model.mask_patch_size", self.mask_patch_size)
         check_positive("model.decoder_embed_dim", self.decoder_embed_dim)
         check_positive("model.decoder_depth", self.decoder_depth)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive
+from fcmae.config.checks import check, check_one_of, check_positive, check_seed
 from fcmae.config.data import DataConfig
 
 
@@ -52,6 +52,6 @@ class PrepareConfig:
         check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
         for name in ("short_side", "samples_per_shard", "workers"):
             check_positive(name, getattr(self, name))
-        check_not_negative("seed", self.seed)
+        check_seed(self.seed)
         ok = bool(self.out) or self.data.stats or self.dry_run
         check("out", self.out, ok, "a folder to write to (none is needed with data.stats=true or dry_run=true)")

@@ -107,9 +107,10 @@ class TrainerConfig:
         check_one_of("trainer.precision", self.precision, PRECISIONS)
         check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
         positive = ["global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps"]
-        positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours", "hang_timeout"]
+        positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))
+        check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "seconds, up to 1e7")
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_not_negative("trainer.max_skipped", self.max_skipped)

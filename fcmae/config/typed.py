@@ -18,7 +18,22 @@ def to_typed(cfg: DictConfig, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(typed, schema)
+    _check_keys(cfg)
     return typed
+
+
+def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError for a key that a schema lacks: Hydra adds it where it is written ``+key=value``."""
+    schema = OmegaConf.get_type(cfg)
+    if not dataclasses.is_dataclass(schema):
+        return
+    names = [field.name for field in dataclasses.fields(schema)]
+    for key in map(str, cfg):
+        if key not in names:
+            raise ConfigError(f"{prefix}{key}: unknown key; allowed is one of {', '.join(names)}")
+        value = cfg._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none():
+            _check_keys(value, f"{prefix}{key}.")
 
 
 def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
@@ -54,5 +69,9 @@ def explain(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, Exception):
         return describe(cause)
+    override = getattr(error, "override", None)
+    if override:
+        reason = str(error).split("\n")[0]
+        return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
     message = str(error).split("Config search path:")[0]
     return " ".join(line.strip() for line in message.splitlines() if line.strip())

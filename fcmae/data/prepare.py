@@ -126,10 +126,11 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
     if not sums.pixels:
         raise UsageError(f"none of {count} images could be read, such as: {sums.unreadable[0]}")
     mean, std = (", ".join(f"{x:.4f}" for x in values) for values in (sums.mean(), sums.std()))
+    flat = "\n# a channel has one value everywhere; allowed in data.std are positive numbers" if "0.0000" in std else ""
     depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""
     return (
         f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})\n"
-        f"in_chans: {to.in_chans}\n{depth}mean: [{mean}]\nstd: [{std}]"
+        f"in_chans: {to.in_chans}\n{depth}mean: [{mean}]\nstd: [{std}]{flat}"
     )
 
 

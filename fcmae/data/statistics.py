@@ -29,7 +29,8 @@ class Sums:
 
     def std(self) -> list[float]:
         """Of the population, as the mean of squares minus the square of the mean, in float64."""
-        return np.sqrt(self.squares / self.pixels - (self.total / self.pixels) ** 2).tolist()
+        variance = self.squares / self.pixels - (self.total / self.pixels) ** 2
+        return np.sqrt(variance.clip(min=0)).tolist()  # of one value everywhere it is 0 but for rounding
 
 
 def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:

@@ -209,9 +209,18 @@ def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
 
 
 MISTAKES = {
+    "no run directory": (("pretrain", "hydra.run.dir="), "hydra.run.dir is ''; allowed is a folder"),
+    "run directory of a sweep": (
+        ("pretrain", "-m", "seed=1,2", "hydra.run.dir=x"),
+        "allowed with -m is hydra.sweep",
+    ),
+    "run directory below a file": (("pretrain", "hydra.run.dir=/dev/null/x"), "cannot be made: /dev/null/x: Not a dir"),
+    "output": (("knn", "checkpoint=x", "out=/dev/null/x"), "out /dev/null/x cannot be written: "),
+    "picture": (("reconstruct", "x", "y", "--out", "a.foo"), "--out is 'a.foo'; allowed is a file whose name says its"),
+    "benchmark": (("bench", "step", "--json", "/dev/null/x"), "--json /dev/null/x cannot be written"),
     "command": (("pretrian",), "unknown command 'pretrian'; allowed is one of pretrain"),
     "key": (("pretrain", "optim.lrr=1"), "optim.lrr: unknown key"),
-    "range": (("pretrain", "model.mask_ratio=2"), "model.mask_ratio is 2.0; allowed is a number in [0, 1)"),
+    "range": (("pretrain", "model.mask_ratio=2"), "model.mask_ratio is 2.0; allowed is a number in (0, 1)"),
     "no data": (("pretrain",), "data.path is not set"),
     "folder": (("pretrain", "data.path=/nowhere"), "data.path: /nowhere is not a folder"),
     "size": ((*TINY_PRETRAIN, "data.image_size=36"), "the nearest sizes that fit are 32 and 40"),

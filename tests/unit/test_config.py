@@ -2,7 +2,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fcmae.config import COMMANDS, KnnConfig, PretrainConfig, compose, conf_dir, from_dict, to_dict
+from fcmae.config import COMMANDS, KnnConfig, PretrainConfig, compose, conf_dir, from_dict, quoted, to_dict
 from fcmae.errors import ConfigError
 
 BAD = {
@@ -10,13 +10,26 @@ BAD = {
     "unknown key at the top": ("foo=1", r"foo: unknown key; allowed is one of name, seed"),
     "wrong type": ("optim.blr=fast", r"optim.blr: Value 'fast' of type 'str' could not be converted to Float"),
     "wrong type of a flag": ("trainer.resume=maybe", r"trainer.resume: .*maybe.* not a valid bool"),
+    "added key": ("+data.foo=1", r"^data.foo: unknown key; allowed is one of name, path"),
+    "added key at the top": ("+foo=1", r"^foo: unknown key; allowed is one of name, seed"),
+    "infinite epochs": ("schedule.epochs=inf", r"schedule.epochs is inf; allowed is a positive number"),
+    "infinite interval": ("trainer.checkpoint_every_epochs=inf", r"trainer.checkpoint_every_epochs is inf"),
+    "infinite timeout": ("trainer.hang_timeout=inf", r"trainer.hang_timeout is inf; allowed is seconds, up to 1e7"),
+    "infinite rate": ("optim.lr=inf", r"optim.lr is inf; allowed is a positive number"),
+    "infinite std": ("data.std=[inf,1,1]", r"data.std is \[inf, 1.0, 1.0\]; allowed is 3 positive numbers"),
+    "std of zero": ("data.std=[0,0,0]", r"data.std is \[0.0, 0.0, 0.0\]; allowed is 3 positive numbers"),
+    "mean that is none": ("data.mean=[nan,1,1]", r"data.mean is \[nan, 1.0, 1.0\]; allowed is 3 numbers"),
+    "infinite ratio": ("data.crop_ratio=[1,inf]", r"data.crop_ratio is \[1.0, inf\]"),
+    "large image": ("data.image_size=1000000", r"data.image_size is 1000000; allowed is an integer from 1 to 16384"),
+    "large seed": ("seed=99999999999999999999", r"seed is 9+; allowed is an integer from 0 to 2\*\*63 - 1"),
+    "no mask": ("model.mask_ratio=0", r"model.mask_ratio is 0.0; allowed is a number in \(0, 1\)"),
     "unknown option": (
         "model=resnet50",
         r"Could not find 'model/resnet50' Available options in 'model':.*convnextv2_base",
     ),
-    "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio is 1.0; allowed is a number in \[0, 1\)"),
+    "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio is 1.0; allowed is a number in \(0, 1\)"),
     "depths": ("model.depths=[1,2]", r"model.depths is \[1, 2\]; allowed is four positive integers"),
-    "image size": ("data.image_size=[224]", r"data.image_size is \[224\]; allowed is a positive integer"),
+    "image size": ("data.image_size=[224]", r"data.image_size is \[224\]; allowed is an integer from 1"),
     "mean": ("data.in_chans=1", r"data.mean is .*allowed is 1 numbers, one a channel"),
     "crop": ("data.crop_scale=[0.5,0.2]", r"data.crop_scale is"),
     "precision": (
@@ -28,6 +41,8 @@ BAD = {
     "seed": ("seed=-1", r"seed is -1"),
     "betas": ("optim.betas=[0.9]", r"optim.betas is \[0.9\]"),
     "syntax": ("optim blr", r"optim blr"),
+    "quotes": ("name=a(b", r"^name=a\(b: not an override \(.*\); values with spaces or brackets are quoted: 'KEY="),
+    "empty path": ("data.path=", r"data.path is ''; allowed is a path, or a list of paths"),
 }
 
 
@@ -98,3 +113,21 @@ def test_every_key_of_every_group_file_is_in_the_schema():
                 values = yaml.safe_load(file.read_text())
                 cfg = OmegaConf.merge(OmegaConf.structured(COMMANDS[command]), {group: values})
                 assert cfg is not None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["my photos (2024)", "a=b", "naïve", "train-{0000..0146}.tar", "it's", "a\\b", "x[1]", "a b\\'c", "photos", "a:b"],
+)
+def test_a_path_is_taken_as_the_shell_hands_it_on(path):
+    assert compose("pretrain", [f"data.path={path}"]).data.path == path
+
+
+def test_lists_sweeps_and_quoted_paths_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    same = ["data.path=[a,b]", "init_from=a,b", "data.path='a b'", "optim.lr=a(", "data.path=null", "-m", "+seed=1"]
+    assert quoted(same) == same
+    assert quoted(["data.path=~/x"]) == ["data.path='/home/me/x'"]
+    (tmp_path / "a,b").mkdir()
+    assert quoted(["data.path=a,b"]) == ["data.path='a,b'"]
