@@ -1,6 +1,7 @@
 """How a Hydra config, or a nested dict, becomes an instance of its schema, and what a mistake in it is called."""
 
 import dataclasses
+import re
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fcmae.errors import ConfigError
 
 T = TypeVar("T")
+UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:.*full_key: (\S+)", re.DOTALL)
+"""What Hydra says of a file with keys that a command's schema lacks."""
 
 
 def to_typed(cfg: DictConfig, schema: type[T]) -> T:
@@ -73,5 +76,8 @@ def explain(error: Exception) -> str:
     if override:
         reason = str(error).split("\n")[0]
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
+    unfit = UNFIT.match(str(error))
+    if unfit:
+        return f"{unfit[1]} does not fit this command, which has no key {unfit[2]}"
     message = str(error).split("Config search path:")[0]
     return " ".join(line.strip() for line in message.splitlines() if line.strip())

@@ -15,9 +15,8 @@ from fcmae.config import DataConfig
 from fcmae.data.bad_samples import readable
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
-from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source
+from fcmae.data.sources import Source, Subset, few_labels, require_classes, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, normalize
-from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 from fcmae.training.distributed import World
 
@@ -111,8 +110,7 @@ def labelled_sources(cfg: DataConfig) -> tuple[Source, Source, list[str]]:
     """Training and validation samples, and their classes. Raises UsageError if either has no labels, or others."""
     train, val = train_source(cfg), val_source(cfg)
     classes = require_labels(train, "data.path")
-    if require_labels(val, "data.val_path") != classes:
-        raise UsageError("data.path and data.val_path have different classes")
+    require_classes(val, "data.val_path", classes, "data.path")
     if cfg.labels_per_class is not None:
         train = few_labels(train, cfg.labels_per_class, seed=0)
     return train, val, classes

@@ -14,7 +14,7 @@ from torch import Tensor
 from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
-from fcmae.data.sources import ImageFolder, Source, require_labels, val_source
+from fcmae.data.sources import ImageFolder, Source, require_classes, val_source
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
@@ -97,8 +97,8 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     classes: list[str] = state["classes"]
     source = val_source(data)
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
-    if accepted is None and require_labels(source, "data.val_path") != classes:
-        raise CheckpointError(f"the classes of data.val_path differ from those {file} was trained with")
+    if accepted is None:
+        require_classes(source, "data.val_path", classes, str(file))
     tables = cfg.per_class is not None or cfg.confusion is not None
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")

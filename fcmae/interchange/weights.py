@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,8 +28,10 @@ def read(path: Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"no file {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path} cannot be read: it is no file of torch, or holds more than weights") from error
+    except Exception as error:  # of what is no such file the libraries raise all sorts
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise WeightsError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}; allowed is a dict")

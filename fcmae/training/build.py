@@ -84,9 +84,15 @@ def load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, e
         ],
     }
     if any(wrong.values()):
-        reasons = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+        reasons = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"the weights in {path} do not fit the model ({reasons})")
     model.load_state_dict(weights, strict=False)
+
+
+def _some(names: list[str]) -> str:
+    """The first of many."""
+    left = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {left} more" if left > 0 else "")
 
 
 def backbone_weights(state: State) -> dict[str, torch.Tensor]:

@@ -13,13 +13,13 @@ from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
-from fcmae.errors import ConfigError, Interrupted, SaveError
+from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError
 from fcmae.evaluation.features import EvaluationStopped, autocast
 from fcmae.files import replacing, set_aside
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
-from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.checkpoint import CheckpointDir, State
 from fcmae.training.distributed import World
 from fcmae.training.exchange import GradientExchange, broadcast
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
@@ -185,9 +185,15 @@ class _Training:
         """Takes the newest checkpoint's state, if its recipe is this one."""
         resumed = newest_state(self.checkpoints, self.world) if self.cfg.trainer.resume else None
         if resumed is not None:
-            if not self.cfg.trainer.allow_changed_recipe:
-                self.world.on_main(lambda: check_recipe(resumed["config"], self.config))
+            self.world.on_main(lambda: self._check_fits(resumed))
             self.state.load_state_dict(resumed, self.checkpoints.folder)
+
+    def _check_fits(self, resumed: State) -> None:
+        if resumed["task"] != self.task.name:
+            held = f"{self.run_dir} holds a run of fcmae {resumed['task']}"
+            raise CheckpointError(f"{held}; allowed for fcmae {self.task.name} is another hydra.run.dir")
+        if not self.cfg.trainer.allow_changed_recipe:
+            check_recipe(resumed["config"], self.config)
 
     def _read(self) -> TrainBatches:
         """The micro-batches of the steps that are left."""

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, TrainerConfig, to_dict
 from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
-from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source
+from fcmae.data.sources import Source, few_labels, require_classes, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
-from fcmae.errors import ConfigError, UsageError
+from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import reconstruction_picture
 from fcmae.masking import grid_size, random_mask
@@ -210,8 +210,7 @@ def _validation(cfg: FinetuneConfig, classes: list[str]) -> Source:
         if cfg.data.val_path is not None:
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
-    if require_labels(source, "data.val_path") != classes:
-        raise UsageError("data.path and data.val_path have different classes")
+    require_classes(source, "data.val_path", classes, "data.path")
     return source
 
 
@@ -224,12 +223,22 @@ def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:
     assert cfg.init_from is not None
     path = checkpoint.resolve(cfg.init_from)
     state = checkpoint.read(path)
-    load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
-    before = config_of(state, path).data
+    before = config_of(state, path)
+    try:
+        load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
+    except CheckpointError as error:
+        keys = [("model", name) for name in ("backbone", "depths", "dims", "stem_stride")] + [("data", "in_chans")]
+        given = {f"{group}.{name}": getattr(getattr(cfg, group), name) for group, name in keys}
+        theirs = {f"{group}.{name}": getattr(getattr(before, group), name) for group, name in keys}
+        differing = [f"{key} is {given[key]}; {path} has {theirs[key]}" for key in given if given[key] != theirs[key]]
+        if differing:
+            raise CheckpointError("; ".join(differing)) from error
+        raise
+    data = before.data
     differing = [
-        f"data.{name} is {getattr(cfg.data, name)}; {path} was trained with {getattr(before, name)}"
+        f"data.{name} is {getattr(cfg.data, name)}; {path} was trained with {getattr(data, name)}"
         for name in ("image_size", "mean", "std", "pad")
-        if getattr(cfg.data, name) != getattr(before, name)
+        if getattr(cfg.data, name) != getattr(data, name)
     ]
     if "classes" in state:
         differing.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")

@@ -193,6 +193,12 @@ def test_precisions(fcmae, tmp_path):
         assert metrics(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
 
 
+def test_a_run_of_the_other_kind_is_left_alone(fcmae, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    done = fcmae(*TINY_FINETUNE, "hydra.run.dir=run", check=2)
+    assert done.stderr.count("run holds a run of fcmae pretrain; allowed for fcmae finetune is another hydra.run") == 1
+
+
 def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
     """Where it is allowed: another precision, other groups of parameters."""
     args = (*TINY_FINETUNE, "hydra.run.dir=run", "trainer.allow_changed_recipe=true")
@@ -253,8 +259,8 @@ def test_a_classifier_has_no_decoder_and_a_decoder_no_classifier(capsys, pretrai
     wrong = [*TINY_FINETUNE, "model.dims=[8,12,16,32]", f"init_from={pretrained}", f"hydra.run.dir={tmp_path}"]
     assert main(wrong) == 2
     error = capsys.readouterr().err
-    assert "do not fit the model" in error
-    assert "stages.3.blocks.0.conv_dw.weight [24, 1, 7, 7] for [32, 1, 7, 7]" in error
+    assert "fcmae finetune: model.dims is [8, 12, 16, 32]; " in error
+    assert error.endswith("has [8, 12, 16, 24]\n")
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(capsys, tmp_path):

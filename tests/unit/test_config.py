@@ -23,6 +23,10 @@ BAD = {
     "large image": ("data.image_size=1000000", r"data.image_size is 1000000; allowed is an integer from 1 to 16384"),
     "large seed": ("seed=99999999999999999999", r"seed is 9+; allowed is an integer from 0 to 2\*\*63 - 1"),
     "no mask": ("model.mask_ratio=0", r"model.mask_ratio is 0.0; allowed is a number in \(0, 1\)"),
+    "experiment of another command": (
+        "experiment=in1k/finetune_base",
+        r"^experiment/in1k/finetune does not fit this command, which has no key model.head_init_scale$",
+    ),
     "unknown option": (
         "model=resnet50",
         r"Could not find 'model/resnet50' Available options in 'model':.*convnextv2_base",
@@ -131,3 +135,9 @@ def test_lists_sweeps_and_quoted_paths_stay_what_they_are(tmp_path, monkeypatch)
     assert quoted(["data.path=~/x"]) == ["data.path='/home/me/x'"]
     (tmp_path / "a,b").mkdir()
     assert quoted(["data.path=a,b"]) == ["data.path='a,b'"]
+
+
+@pytest.mark.parametrize("experiment", ["in1k/pretrain_1600ep", "budget/atto_pretrain", "fashion_mnist/pretrain"])
+def test_fine_tuning_refuses_a_recipe_of_pretraining(experiment):
+    with pytest.raises(ConfigError, match="does not fit this command, which has no key model.mask_ratio"):
+        compose("finetune", [f"experiment={experiment}"])

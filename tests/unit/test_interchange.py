@@ -43,6 +43,21 @@ def test_a_classifier_comes_back_with_the_same_bits(tmp_path, library, backbone)
     assert isinstance(fcmae.load(tmp_path / "back.pt"), timm.models.ConvNeXt)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"export A=1\n", "cannot be read: "),
+        (b"", "cannot be read: "),
+        (None, "cannot be read: it is no file of torch, or h"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_said(tmp_path, content, message):
+    file = tmp_path / "x.pt"
+    torch.save({"model": print}, file) if content is None else file.write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        import_weights(file, "official", tmp_path / "ours.pt")
+
+
 def test_no_file_is_overwritten(tmp_path):
     made.finetuned(tmp_path / "ours.pt")
     export(tmp_path / "ours.pt", "timm", tmp_path / "out")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
 from fcmae.data import arrays
-from fcmae.data.sources import ImageFolder, Sample, Synthetic, listing, train_source, val_source
+from fcmae.data.sources import ImageFolder, Sample, Synthetic, listing, require_classes, train_source, val_source
 from fcmae.errors import ConfigError, ImageError, UsageError
 from fcmae.training.recipe import check_recipe
 
@@ -358,6 +358,20 @@ def test_samples_of_ones_own_source_are_checked(sample, message, monkeypatch):
 def test_a_mistake_names_its_key(given, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "c"], "the 2 classes of data.val_path are not the 2 of data.path: c is in data.val_path only"),
+        (["a"], "the 1 classes of data.val_path are not the 2 of data.path: b is in data.path only"),
+        (["b", "a"], "the 2 classes of data.val_path are not the 2 of data.path: they are in another order"),
+    ],
+)
+def test_other_classes_are_named(classes, message):
+    with pytest.raises(UsageError, match=message):
+        require_classes(Anything(classes), "data.val_path", ["a", "b"], "data.path")
+    require_classes(Anything(["a", "b"]), "data.val_path", ["a", "b"], "data.path")
 
 
 def test_one_path_where_one_is_meant(tmp_path):

@@ -80,3 +80,14 @@ def require_labels(source: Source, key: str) -> list[str]:
     if source.classes is None:
         raise UsageError(f"{key} has no labels; sort the images into one folder a class")
     return source.classes
+
+
+def require_classes(source: Source, key: str, expected: list[str], whose: str) -> None:
+    """Raises UsageError if the classes of the source that ``key`` names are not those expected, which are another's."""
+    classes = require_labels(source, key)
+    if classes == expected:
+        return
+    alone = [(name, key) for name in classes if name not in expected]
+    alone += [(name, whose) for name in expected if name not in classes]
+    which = f"{alone[0][0]} is in {alone[0][1]} only" if alone else "they are in another order"
+    raise UsageError(f"the {len(classes)} classes of {key} are not the {len(expected)} of {whose}: {which}")
