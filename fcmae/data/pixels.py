@@ -24,7 +24,7 @@ from fcmae.data.bands import cut_band, segments
 from fcmae.data.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, UsageError
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".npy")
 """File names that end so, in any case, are taken for images."""
 
 MAX_PIXELS = 89_478_485

@@ -21,11 +21,17 @@ from fcmae.training.watchdog import Watchdog
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
+    device = distributed.pick_device(cfg.trainer.device).type
     try:
-        get_engine(cfg.engine.name, distributed.pick_device(cfg.trainer.device).type)
+        get_engine(cfg.engine.name, device)
     except ImportError as error:
         raise UsageError(str(error)) from error
-    return _run(Pretraining(cfg), run_dir)
+    task = Pretraining(cfg)
+    if cfg.data.decode_on == "gpu" and device == "cpu":
+        task.notes.append(
+            "data.decode_on=gpu: without a GPU the training process decodes on the CPU, one image at a time"
+        )
+    return _run(task, run_dir)
 
 
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
