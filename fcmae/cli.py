@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = args
     if command in _TRAINING:
         interrupt.install()
+    elif command == "prepare" and argv is None:
+        interrupt.take_for_ctrl_c()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")

@@ -3,16 +3,19 @@
 The command line installs this before torch is imported: SLURM's warning may arrive seconds after the start.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 STARTED = time.monotonic()
@@ -61,6 +64,34 @@ def shield_worker() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """In this block signals wait for its end. Processes that start here never get any."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    came: list[int] = []
+    # The mask, which processes inherit, does not do for this one: any thread may be given a signal, to be handled here.
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (*SIGNALS, HANG_UP)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def take_for_ctrl_c() -> None:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, so that processes of a pool end with this one."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, HANG_UP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, signal.default_int_handler)
 
 
 def die_with_parent() -> None:

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -32,9 +33,12 @@ def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequenc
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([work.__module__])  # imported once, not in every process
+    with interrupt.postponed():
+        resource_tracker.ensure_running()  # first: where it starts it ends the postponement
     pool = concurrent.futures.ProcessPoolExecutor(count, context, _start, (work, shared))
     try:
-        futures = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
+        with interrupt.postponed():  # the processes import for seconds before they ignore signals
+            futures = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     finally:

@@ -1,6 +1,8 @@
 """``fcmae prepare`` killed in the middle."""
 
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,3 +44,26 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
         assert contents(out) == contents(tmp_path / "whole")
 
     side_by_side(kill_after, [("1",), ("10",)], tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_while_it_starts_it_says_so_in_a_line(tmp_path, number):
+    """A terminal signals the whole group, in which processes are that only just start."""
+    (tmp_path / "images").mkdir()
+    for i in range(200):
+        (tmp_path / "images" / f"{i:03d}.png").write_bytes(encoded(picture(200, 200, seed=i), "PNG"))
+    for delay in (0.0, 1.0):
+        command = [*COMMAND, f"out=out_{delay}", "workers=2"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+        assert process.stderr is not None
+        estimate = process.stderr.readline()
+        assert "200 images in 100 tar files" in estimate
+        time.sleep(delay)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 1, said
+        assert said.rstrip().splitlines()[-1] == "fcmae prepare: interrupted"
+        assert "Traceback" not in said
+        assert "leaked" not in said
