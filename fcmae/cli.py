@@ -230,7 +230,8 @@ def _reconstruct(args: list[str]) -> int:
         from fcmae.evaluation.reconstruct import picture_format
         from fcmae.evaluation.run import reconstruct
     kind = picture_format("--out", given.out)
-    check_output("--out", given.out)
+    among = [image for image in given.images if Path(given.out).resolve().is_relative_to(Path(image).resolve())]
+    check_output("--out", given.out, [given.checkpoint, *([given.out] if among and Path(given.out).exists() else [])])
     picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
     with output("--out", given.out) as file:
         picture.save(file, kind)
@@ -315,7 +316,7 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_intermixed_args(args)
     if given.json is not None:
-        check_output("--json", given.json)
+        check_output("--json", given.json, json=True)
     with quick_imports():
         benchmark = importlib.import_module(f"fcmae.bench.{given.what}")
     benchmark.run(given.overrides, given.json)

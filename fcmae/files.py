@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -69,25 +69,36 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(key: str, path: str | Path) -> None:
+def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), json: bool = False) -> None:
     """Raises UsageError before the work instead of after it, if no file can be written at ``path``; makes its folder.
 
     Args:
         key: what the user set to ``path``, for the message.
+        kept: files that must not be overwritten, such as what is read.
+        json: a file that is there may be overwritten only if it begins like JSON: it might be anything of the user's.
     """
     if os.path.isdir(path or "."):
         raise UsageError(f"{key} is {str(path)!r}, a folder; allowed is a file")
     if _is_special(path):
         return
-    folder = Path(os.path.realpath(path)).parent
+    real = Path(os.path.realpath(path))
+    if any(os.path.realpath(other) == str(real) for other in kept):
+        raise UsageError(f"{key} is {str(path)!r}, which is read or written otherwise; allowed is another file")
     try:
-        if folder.exists() and not folder.is_dir():
+        if json and real.is_file() and not _begins_like_json(real):
+            raise UsageError(f"{key} is {str(path)!r}, which holds something else than JSON; allowed is a new file")
+        if real.parent.exists() and not real.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=real.parent):
             pass
     except OSError as error:
         raise UsageError(f"{key} {path} cannot be written: {error.strerror or error}") from error
+
+
+def _begins_like_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] in (b"", b"{", b"[")
 
 
 @contextlib.contextmanager

@@ -118,10 +118,13 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
 
 
 def _check_outputs(cfg: CheckpointConfig, *keys: str) -> None:
+    """Raises UsageError for a file that cannot be written, is read, or is named twice."""
+    used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
     for key in keys:
         path = getattr(cfg, key)
         if path is not None:
-            check_output(key, path)
+            check_output(key, path, used, json=key == "out")
+            used.append(path)
 
 
 def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:

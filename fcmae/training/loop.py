@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -13,9 +12,8 @@ from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
-from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError
+from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError, UsageError
 from fcmae.evaluation.features import EvaluationStopped, autocast
-from fcmae.files import replacing, set_aside
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
@@ -29,7 +27,8 @@ from fcmae.training.monitors import Monitor
 from fcmae.training.optim import create_optimizer, set_lr
 from fcmae.training.recipe import check_recipe
 from fcmae.training.resume import newest_state, say
-from fcmae.training.saver import ENCODER_FILE, Saver
+from fcmae.training.run_folder import check_folder, set_results_aside, write_config
+from fcmae.training.saver import Saver
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
 from fcmae.training.stop import StopAgreement, Verdict
@@ -73,6 +72,7 @@ class _Training:
         self.config = to_dict(cfg)
         self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan)
         self.state = _create_state(task, world)
+        world.on_main(lambda: check_folder(task.cfg, run_dir))
         self._resume()
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
@@ -80,8 +80,8 @@ class _Training:
             self.checkpoints.sweep()
             self.checkpoints.set_aside(self.state.step, say)
             if not cfg.trainer.resume:
-                _set_results_aside(run_dir)
-            _write_config(run_dir, self.config)
+                set_results_aside(run_dir)
+            write_config(run_dir, self.config)
             for line in (*task.notes, _summary(task, self.plan, self.state, total_steps, world)):
                 say(line)
         self.stop = StopAgreement(world, cfg.trainer.max_hours)
@@ -178,8 +178,11 @@ class _Training:
     def _save(self) -> None:
         act_on_non_finite(self.guard, self.task, self.plan, self.run_dir, self.world)
         task, state = self.task, self.state
-        self.saver.save(lambda: {"task": task.name, "config": self.config, **task.extra_state(), **state.state_dict()})
+        self.saver.save(lambda: {**self._identity(), **task.extra_state(), **state.state_dict()})
         self.watchdog.beat()
+
+    def _identity(self) -> State:
+        return {"task": self.task.name, "config": self.config, "num_samples": self.plan.num_samples}
 
     def _resume(self) -> None:
         """Takes the newest checkpoint's state, if its recipe is this one."""
@@ -193,7 +196,12 @@ class _Training:
             held = f"{self.run_dir} holds a run of fcmae {resumed['task']}"
             raise CheckpointError(f"{held}; allowed for fcmae {self.task.name} is another hydra.run.dir")
         if not self.cfg.trainer.allow_changed_recipe:
-            check_recipe(resumed["config"], self.config)
+            check_recipe(resumed["config"], self.config, (resumed.get("num_samples"), self.plan.num_samples))
+        if resumed["step"] > self.schedule.total_steps:
+            at = f"the run in {self.run_dir} is at step {resumed['step']}"
+            raise UsageError(
+                f"schedule.epochs={self.cfg.schedule.epochs:g} ends at step {self.schedule.total_steps}; {at}"
+            )
 
     def _read(self) -> TrainBatches:
         """The micro-batches of the steps that are left."""
@@ -317,21 +325,6 @@ def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreemen
     if step == stop_step < total_steps:
         return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
     return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
-
-
-def _set_results_aside(run_dir: Path) -> None:
-    """What a run that is begun anew would overwrite."""
-    for name in ("metrics.jsonl", ENCODER_FILE):
-        if (run_dir / name).is_file():
-            set_aside(run_dir / name, say)
-
-
-def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    from omegaconf import OmegaConf
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(run_dir / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
 def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:

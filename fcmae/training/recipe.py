@@ -51,8 +51,10 @@ WHOLE = ("data.source", "data.val_source")
 """Keys whose values are compared as one: what is in them depends on the class that they name."""
 
 
-def check_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Compares a checkpoint's config with the one to go on with.
+def check_recipe(
+    old: dict[str, Any], new: dict[str, Any], num_samples: tuple[int | None, int | None] = (None, None)
+) -> None:
+    """Compares a checkpoint's config with the one to go on with, and the numbers of training images where known.
 
     Raises UsageError with a line for each key of the recipe that changed. A key that only one of them knows, because
     another version wrote the checkpoint, is left alone.
@@ -63,6 +65,8 @@ def check_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
         for key, value in now.items()
         if key in before and before[key] != value and key not in HARMLESS and not key.startswith(HARMLESS_GROUPS)
     ]
+    if None not in num_samples and num_samples[0] != num_samples[1]:
+        changed.append(f"  training images: {num_samples[0]} -> {num_samples[1]}")
     if changed:
         raise UsageError(
             "the recipe differs from the run's so far; give its values again, or "

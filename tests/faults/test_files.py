@@ -134,7 +134,7 @@ sys.exit(main())
 
 
 WRITES = [
-    ("_write_config", "fcmae.training.loop", "config.yaml cannot be written", 3),
+    ("write_config", "fcmae.training.loop", "config.yaml cannot be written", 3),
     ("_up_to", "fcmae.training.logging", "metrics.jsonl cannot be written", 3),
     ("reconstruction_picture", "fcmae.training.tasks", "MetricsFile could not write", 9),
     ("write_encoder", "fcmae.training.tasks", "encoder.safetensors cannot be written", 9),
@@ -161,7 +161,7 @@ def test_disk_full_at_any_write(tmp_path, begun):
             assert over - full <= 5
             assert "No space left on device" in told
             assert "Traceback" not in told
-            if name == "_write_config":
+            if name == "write_config":
                 assert (disk / "config.yaml").read_bytes() == config
             assert steps(disk)[:3] == before == [1, 2, 3]
             checkpoints = checkpoint.CheckpointDir(disk)

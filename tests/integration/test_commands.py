@@ -82,13 +82,44 @@ def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
 
 def test_begun_anew_nothing_of_the_first_run_is_lost(fcmae, pretrained, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
+    names = ("config.yaml", "metrics.jsonl", "encoder.safetensors", "reconstructions")
     for again in ("", "2"):
         done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", "trainer.resume=false", "seed=1")
-        for name in ("metrics.jsonl", "encoder.safetensors"):
+        for name in names:
             assert f"{name} is not used any more: renamed to {name}.unused{again}" in done.stderr
-    for name in ("metrics.jsonl", "encoder.safetensors", "checkpoints/step_00000009.pt"):
+    for name in (*names[:3], "checkpoints/step_00000009.pt"):
         assert (tmp_path / "run" / f"{name}.unused").read_bytes() == (pretrained / name).read_bytes()
+    pictures = (folder.iterdir() for folder in (tmp_path / "run" / "reconstructions.unused", pretrained / names[3]))
+    assert len({tuple(sorted((path.name, path.read_bytes()) for path in paths)) for paths in pictures}) == 1
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "encoder.safetensors"])
+def test_a_folder_with_files_of_others_is_no_run_directory(fcmae, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("my: own")
+    done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=mine", check=2)
+    assert f"hydra.run.dir={tmp_path}/mine has {name}, which is not of fcmae; allowed is a new folder" in done.stderr
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == {name: "my: own"}
+
+
+def test_a_run_is_not_kept_among_its_images(fcmae, tmp_path):
+    for i in range(8):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    done = fcmae(*TINY_PRETRAIN, "data.name=imagefolder", "data.path=images", "hydra.run.dir=images/run", check=2)
+    assert (
+        f"hydra.run.dir={tmp_path}/images/run is in data.path=images, whose images its p" in done.stderr
+    )
+
+
+def test_other_images_and_a_shorter_schedule_are_no_way_to_go_on(fcmae, tmp_path):
+    fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", "trainer.max_steps=5", check=75)
+    done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", "data.length=32", check=2)
+    assert "  data.length: 24 -> 32\n  training images: 24 -> 32\n" in done.stderr
+    shorter = ("schedule.epochs=1", "trainer.allow_changed_recipe=true")
+    done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", *shorter, check=2)
+    assert f"schedule.epochs=1 ends at step 3; the run in {tmp_path}/run is at step 5" in done.stderr
 
 
 @pytest.mark.parametrize("overrides", [("data.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
@@ -124,6 +155,25 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == result
     knn = json.loads(fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1").stdout)
     assert knn["knn1"] == 100.0  # gallery and test images are the same
+
+
+def test_no_command_overwrites_what_it_reads(fcmae, pretrained, tmp_path):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "photo.png")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "photo.png", tmp_path / "folder" / "a.png")
+    checkpoint_file = sorted((pretrained / "checkpoints").iterdir())[-1]
+    (tmp_path / "labels.csv").write_text("a,1")
+    before = {path: path.read_bytes() for path in (*tmp_path.rglob("*.*"), checkpoint_file)}
+    for args, key in (
+        (("reconstruct", str(pretrained), "photo.png", "--out", "photo.png"), "--out is 'photo.png'"),
+        (("reconstruct", str(pretrained), "folder", "--out", "folder/a.png"), "--out is 'folder/a.png'"),
+        (("knn", f"checkpoint={checkpoint_file}", f"out={checkpoint_file}"), f"out is '{checkpoint_file}'"),
+        (("knn", f"checkpoint={pretrained}", "out=photo.png"), "out is 'photo.png', which holds something else"),
+        (("evaluate", "checkpoint=x", "labels=labels.csv", "per_class=labels.csv"), "per_class is 'labels.csv'"),
+        (("evaluate", "checkpoint=x", "per_class=a.json", "confusion=./a.json"), "confusion is './a.json'"),
+    ):
+        assert f"fcmae {args[0]}: {key}" in fcmae(*args, check=2).stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_finetune_resumes_bit_exactly(fcmae, tmp_path):

@@ -31,8 +31,9 @@ def test_export_and_import(runs, tmp_path, capsys, library):
         assert main(["export", str(runs / run), "--to", library, "--out", str(out), "--license", "mit"]) == 0
         assert "checked with timm" in capsys.readouterr().out
         source = out / file if library == "official" else out
-        assert main(["import", str(source), "--from", library, "--out", str(tmp_path / "back.pt")]) == 0
-        made.assert_same(Network.read(tmp_path / "back.pt").weights, Network.read(runs / run).weights)
+        back = tmp_path / f"{run}.pt"
+        assert main(["import", str(source), "--from", library, "--out", str(back)]) == 0
+        made.assert_same(Network.read(back).weights, Network.read(runs / run).weights)
         card = (out / "README.md").read_text()
         assert card.startswith('---\nlicense: "mit"\n')
         for part in ("## Data", "## Recipe", "| loss |", "## How to load it", "trained with torch", "## Licence"):

@@ -65,3 +65,20 @@ def test_what_cannot_be_written_is_refused_before(path, message, tmp_path, monke
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=message):
         check_output("out", path)
+
+
+def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(
+        UsageError, match="out is './labels.csv', which is read or written otherwise; allowed is a"
+    ):
+        check_output("out", "./labels.csv", [tmp_path / "labels.csv"])
+    check_output("out", "./labels.csv")
+
+
+def test_a_result_does_not_replace_what_is_no_result(tmp_path):
+    for content, allowed in ((b"", True), (b' {"top1": 1}', True), (b"PK\3\4", False), (b"\xff\xd8\xff", False)):
+        (tmp_path / "out").write_bytes(content)
+        with contextlib.nullcontext() if allowed else pytest.raises(UsageError, match="holds something else than JSON"):
+            check_output("out", tmp_path / "out", json=True)
