@@ -114,12 +114,18 @@ def _hydra(command: str, overrides: list[str]) -> int:
     sys.argv = [f"fcmae {command}", *config.quoted(overrides)]
     try:
         job()
+    except FCMAEError:
+        raise
     except HydraException as error:
         raise ConfigError(config.explain(error)) from error
     except OSError as error:
         if begun:
             raise
         raise UsageError(f"hydra.run.dir cannot be made: {error.filename}: {error.strerror}") from error
+    except Exception as error:
+        if begun or type(error).__name__ in JOB_ERRORS:
+            raise
+        raise ConfigError(config.explain(error)) from error  # Hydra's, OmegaConf's, YAML's, or a launcher's
     finally:
         sys.argv = program
     if failures:
@@ -127,8 +133,14 @@ def _hydra(command: str, overrides: list[str]) -> int:
     return 0
 
 
+JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
+"""submitit's, with the traceback of a job."""
+
+
 def _check_run_dir(overrides: list[str]) -> None:
-    """Raises UsageError where Hydra would write somewhere else and not say so."""
+    """Raises UsageError where Hydra would write somewhere else and not say so, or says what nobody understands."""
+    if {"-m", "--multirun"} & set(overrides) and {"-c", "--cfg"} & {o.partition("=")[0] for o in overrides}:
+        raise UsageError("--cfg prints the config of one run; allowed with it is no -m")
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     if given and given[-1] in ("", "null", "''", '""'):
         raise UsageError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")

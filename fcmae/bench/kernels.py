@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fcmae.bench.measure import copy_bandwidth, machine, median_ms, parse
+from fcmae.bench.measure import check_models, copy_bandwidth, machine, median_ms, parse
 from fcmae.config import check
 from fcmae.engines import convnext
 from fcmae.errors import UsageError
@@ -61,6 +61,7 @@ class KernelResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelResult]:
     """Measures, prints a table, and writes JSON if asked. Raises UsageError without a GPU."""
     cfg = parse(KernelConfig, overrides)
+    check_models(cfg.models, cfg.image_size, cfg.mask_ratio)
     if not torch.cuda.is_available():
         raise UsageError(f"bench kernels needs a GPU; torch {torch.__version__} sees none")
     device = torch.device("cuda")
@@ -86,12 +87,9 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
 def _measure_all(cfg: KernelConfig, bandwidth: float, device: torch.device) -> Iterator[KernelResult]:
     dtype = DTYPES.get(cfg.precision, torch.float32)
     for name in cfg.models:
-        try:
-            with torch.device("meta"):
-                backbone = create_backbone(name)
-            grid = grid_size(cfg.image_size, cfg.image_size, 32)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        with torch.device("meta"):
+            backbone = create_backbone(name)
+        grid = grid_size(cfg.image_size, cfg.image_size, 32)
         sites = 32
         for stage, layers in enumerate(convnext.stages(backbone)):
             strides = [convnext.stem(backbone)[0].stride[0]] if stage == 0 else []

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fcmae.config import from_dict
-from fcmae.errors import ConfigError
+from fcmae.config import check, from_dict
+from fcmae.errors import ConfigError, UsageError
+from fcmae.models import FCMAE
 
 CACHE_BYTES = 2**28
 """More than any L2 cache; writing as much empties it."""
@@ -31,6 +32,17 @@ def parse(schema: type[T], overrides: Sequence[str]) -> T:
         raise ConfigError(str(error)) from error
     assert isinstance(given, dict)
     return from_dict(schema, {str(key): value for key, value in given.items()})
+
+
+def check_models(names: Sequence[str], image_size: int, mask_ratio: float) -> None:
+    """Raises UsageError for no model, an unknown one, or images that cannot be masked so."""
+    check("models", list(names), bool(names), "one model or more, in a list")
+    try:
+        for name in names:
+            with torch.device("meta"):
+                FCMAE(name, mask_ratio=mask_ratio).len_keep(image_size, image_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fcmae import launch
-from fcmae.bench.measure import machine, parse
+from fcmae.bench.measure import check_models, machine, parse
 from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
 from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.errors import UsageError
@@ -94,12 +94,7 @@ class ScalingResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[ScalingResult]:
     """Measures, prints a table, and writes JSON if asked. Ranks but the first return nothing."""
     cfg = parse(ScalingConfig, overrides)
-    try:
-        for name in cfg.models:
-            with torch.device("meta"):
-                grid_size(cfg.image_size, cfg.image_size, FCMAE(name, mask_ratio=cfg.mask_ratio).mask_patch_size)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_models(cfg.models, cfg.image_size, cfg.mask_ratio)
     launched = launch.detect()
     if launched.size > 1:
         world = distributed.connect(cfg.device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.bench.measure import copy_bandwidth, machine, matmul_peak, parse
+from fcmae.bench.measure import check_models, copy_bandwidth, machine, matmul_peak, parse
 from fcmae.bench.profile import profile_step
 from fcmae.config import PRECISIONS, OptimConfig, check
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
@@ -89,6 +89,7 @@ class StepResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
+    check_models(cfg.models, cfg.image_size, cfg.mask_ratio)
     if cfg.deterministic:
         only_deterministic_algorithms()
     device = pick_device(cfg.device)
@@ -248,15 +249,12 @@ def _workload(
 ) -> tuple[Callable[..., Tensor], nn.Module, list[list[Tensor]], float]:
     """Loss function, trained model, batches, and floating-point operations an image of the visible linear layers."""
     imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
-    try:
-        fcmae = FCMAE(
-            name,
-            mask_ratio=cfg.mask_ratio,
-            engine=engine if engine in ENGINES else "packed",
-            recompute_stages=cfg.recompute_stages,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    fcmae = FCMAE(
+        name,
+        mask_ratio=cfg.mask_ratio,
+        engine=engine if engine in ENGINES else "packed",
+        recompute_stages=cfg.recompute_stages,
+    )
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
     flops = visible_matmul_flops(fcmae, keep, rows * cols)

@@ -146,7 +146,7 @@ class ProbeConfig(FeaturesConfig):
     """``fcmae probe``: linear classifiers on frozen features; ``experiment=in1k/probe`` is MAE's recipe."""
 
     optimizer: str = "sgd"
-    blr: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
+    blr: Any = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
     """Base learning rates, lr = blr * train_batch_size / 256; each trains a classifier of its own, all at once."""
     train_batch_size: int = 1024
     """Features a step; at most as many as there are training images."""
@@ -162,8 +162,10 @@ class ProbeConfig(FeaturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("optimizer", self.optimizer, ("lars", "sgd", "adamw"))
-        ok = len(self.blr) > 0 and all(0 < lr < math.inf for lr in self.blr)
-        check("blr", self.blr, ok, "one positive number or more, in a list")
+        rates = list(self.blr) if isinstance(self.blr, (list, tuple)) else [self.blr]
+        ok = bool(rates) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
+        check("blr", self.blr, ok, "a positive number, or a list of them")
+        self.blr = [float(rate) for rate in rates]
         check("train_batch_size", self.train_batch_size, self.train_batch_size > 1, "2 or more")
         check_positive("epochs", self.epochs)
         check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fcmae.config.commands import COMMANDS
 from fcmae.config.quoting import quoted
@@ -37,5 +38,7 @@ def compose(command: str, overrides: list[str] | None = None) -> Any:
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return to_typed(hydra.compose(command, quoted(overrides or [])), COMMANDS[command])
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(explain(error)) from error

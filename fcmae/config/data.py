@@ -8,6 +8,8 @@ from fcmae.config.checks import check, check_not_negative, check_one_of, check_p
 
 MAX_SIDE = 2**14
 """Pixels."""
+MAX_WORKERS = 512
+"""Of a rank: more than any machine has use for."""
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
@@ -98,8 +100,9 @@ class DataConfig:
         check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
         check_ratio("data.hflip", self.hflip)
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
-        for name in ("pad", "workers"):
-            check_not_negative(f"data.{name}", getattr(self, name))
+        check_not_negative("data.pad", self.pad)
+        ok = self.workers is None or 0 <= self.workers <= MAX_WORKERS
+        check("data.workers", self.workers, ok, f"0 to {MAX_WORKERS}, or null")
         check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and self.on_error == "raise"
         allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and on_error=raise"

@@ -27,8 +27,17 @@ def _quoted(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in PATHS or _is_known(override, value):
         return override
-    path = os.path.expanduser(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{path}'"
+    if value.startswith("[") and value.endswith("]"):
+        parts = ",".join(_in_quotes(part.strip()) for part in value[1:-1].split(","))
+        return f"{key}=[{parts}]"
+    return f"{key}={_in_quotes(value)}"
+
+
+def _in_quotes(path: str) -> str:
+    if len(path) > 1 and path[0] == path[-1] in ("'", '"'):
+        return path
+    escaped = os.path.expanduser(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _is_known(override: str, value: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -12,6 +13,10 @@ from fcmae.errors import ConfigError
 T = TypeVar("T")
 UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:.*full_key: (\S+)", re.DOTALL)
 """What Hydra says of a file with keys that a command's schema lacks."""
+OTHER_TYPE = re.compile(
+    r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
+)
+"""What Hydra says of a file that holds a list, or a number."""
 
 
 def to_typed(cfg: DictConfig, schema: type[T]) -> T:
@@ -72,6 +77,8 @@ def explain(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, Exception):
         return describe(cause)
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML: {' '.join(str(error).split())}"
     override = getattr(error, "override", None)
     if override:
         reason = str(error).split("\n")[0]
@@ -79,5 +86,11 @@ def explain(error: Exception) -> str:
     unfit = UNFIT.match(str(error))
     if unfit:
         return f"{unfit[1]} does not fit this command, which has no key {unfit[2]}"
+    other = OTHER_TYPE.match(str(error))
+    if other:
+        return f"{other[1]} holds a {other[2]}; allowed is keys and values"
+    if "Config group override must be" in str(error):
+        return f"a group such as data, optim or trainer is set to what is no name ({str(error).split('. ')[-1]})"
     message = str(error).split("Config search path:")[0]
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+    hint = "; it needs pip install 'fcmae[slurm]'" if "hydra/launcher/submitit" in message else ""
+    return " ".join(line.strip() for line in message.splitlines() if line.strip()) + hint

@@ -64,6 +64,9 @@ def prepare(cfg: PrepareConfig) -> str:
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out={out} cannot be made: {error.strerror}") from error
+    try:
         with one_at_a_time(out):
             _begin(out, names, now)
             shards = _write_missing(cfg, source, how, order, out)

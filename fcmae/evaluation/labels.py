@@ -46,7 +46,7 @@ def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[i
 
 def _read(path: Path) -> list[Any] | dict[str, Any]:
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
                 rows = [row for row in csv.reader(file) if row]
                 return _unique((row[0], [cell.strip() for cell in row[1:] if cell.strip()]) for row in rows)

@@ -140,6 +140,8 @@ def knn(cfg: KnnConfig) -> dict[str, float] | None:
         world = extractor.world
         limits = {"gallery": cfg.gallery, "queries": cfg.queries}
         result = knn_of(extractor.data, extract, world, ks=cfg.k, temperature=cfg.temperature, **limits)
+        most = int(result["gallery"])
+        check("k", cfg.k, max(cfg.k) <= most, f"at most {most}, the number of images to compare with")
         return result if world.is_main else None
 
 

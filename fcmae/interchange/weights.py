@@ -26,12 +26,12 @@ def read(path: Path) -> dict:
         # the official training scripts store their arguments beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"no file {path}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise WeightsError(f"no file {path}" + " but a folder" * path.is_dir()) from error
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} cannot be read: it is no file of torch, or holds more than weights") from error
     except Exception as error:  # of what is no such file the libraries raise all sorts
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = str(error).split("\n")[0] if isinstance(error, (OSError, RuntimeError)) else "it is no file of weights"
         raise WeightsError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}; allowed is a dict")

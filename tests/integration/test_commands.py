@@ -108,9 +108,7 @@ def test_a_run_is_not_kept_among_its_images(fcmae, tmp_path):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
     done = fcmae(*TINY_PRETRAIN, "data.name=imagefolder", "data.path=images", "hydra.run.dir=images/run", check=2)
-    assert (
-        f"hydra.run.dir={tmp_path}/images/run is in data.path=images, whose images its p" in done.stderr
-    )
+    assert f"hydra.run.dir={tmp_path}/images/run is in data.path=images, whose images its p" in done.stderr
 
 
 def test_other_images_and_a_shorter_schedule_are_no_way_to_go_on(fcmae, tmp_path):
@@ -265,6 +263,17 @@ def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
 
 
 MISTAKES = {
+    "config of a sweep": (
+        ("pretrain", "-m", "seed=1,2", "--cfg", "job"),
+        "--cfg prints the config of one run",
+    ),
+    "interpolation": (("pretrain", "hydra.run.dir=${foo}"), "hydra.run.dir: Interpolation key 'foo' not found"),
+    "benchmark without a model": (("bench", "step", "models=[]"), "models is []; allowed is one model or more"),
+    "size of a benchmark": (
+        ("bench", "step", "image_size=33"),
+        "image height 33 is not a multiple of the patch",
+    ),
+    "folder of weights": (("import", ".", "--from", "official", "--out", "new.pt"), "no file . but a folder"),
     "no run directory": (("pretrain", "hydra.run.dir="), "hydra.run.dir is ''; allowed is a folder"),
     "run directory of a sweep": (
         ("pretrain", "-m", "seed=1,2", "hydra.run.dir=x"),
@@ -287,6 +296,18 @@ MISTAKES = {
     "mixup": ((*TINY_FINETUNE, "augment.mixup=1", "trainer.micro_batch_size=1"), "an even number"),
     "golden": (("doctor", "--golden", "nowhere.safetensors"), "is not a golden file"),
 }
+
+
+def test_a_mistake_in_a_file_of_ones_own_config_names_it(fcmae, tmp_path):
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    for text, message in (
+        ("a: b: c", 'data/mine.yaml", line 1, column 5'),
+        ("- a", "data/mine holds a list"),
+    ):
+        (tmp_path / "own" / "data" / "mine.yaml").write_text(text)
+        done = fcmae("pretrain", "--config-dir=own", "data=mine", check=2)
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("case", MISTAKES)

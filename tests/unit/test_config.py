@@ -46,6 +46,8 @@ BAD = {
     "betas": ("optim.betas=[0.9]", r"optim.betas is \[0.9\]"),
     "syntax": ("optim blr", r"optim blr"),
     "quotes": ("name=a(b", r"^name=a\(b: not an override \(.*\); values with spaces or brackets are quoted: 'KEY="),
+    "group of no name": ("data=null", r"a group such as data, optim or trainer is set to what is no name"),
+    "many workers": ("data.workers=10000", r"data.workers is 10000; allowed is 0 to 512, or null"),
     "empty path": ("data.path=", r"data.path is ''; allowed is a path, or a list of paths"),
 }
 
@@ -86,9 +88,10 @@ def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
         ("pretrain", "monitor.knn_every_epochs=0", "monitor.knn_every_epochs is 0.0; allowed is a positive number"),
         ("knn", "k=[10,0]", r"k is \[10, 0\]; allowed is a positive integer, or a list of them"),
         ("knn", "pooling=max", "pooling is 'max'; allowed is one of norm, mean"),
-        ("probe", "blr=[]", r"blr is \[\]; allowed is one positive number or more, in a list"),
+        ("probe", "blr=[]", r"blr is \[\]; allowed is a positive number, or a list of them"),
         ("probe", "optimizer=lamb", "optimizer is 'lamb'; allowed is one of lars, sgd, adamw"),
         ("probe", "warmup_epochs=91", "warmup_epochs is 91; allowed is from 0 to epochs"),
+        ("probe", "blr=-0.1", r"blr is -0.1; allowed is a positive number, or a list of them"),
         ("probe", "train_batch_size=1", "train_batch_size is 1; allowed is 2 or more"),
     ],
 )
@@ -132,6 +135,7 @@ def test_lists_sweeps_and_quoted_paths_stay_what_they_are(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", "/home/me")
     same = ["data.path=[a,b]", "init_from=a,b", "data.path='a b'", "optim.lr=a(", "data.path=null", "-m", "+seed=1"]
     assert quoted(same) == same
+    assert quoted(["data.path=[a b,'c d',\"e f\",~/g(h)]"]) == ["data.path=['a b','c d',\"e f\",'/home/me/g(h)']"]
     assert quoted(["data.path=~/x"]) == ["data.path='/home/me/x'"]
     (tmp_path / "a,b").mkdir()
     assert quoted(["data.path=a,b"]) == ["data.path='a,b'"]

@@ -70,9 +70,7 @@ def test_what_cannot_be_written_is_refused_before(path, message, tmp_path, monke
 def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.csv").touch()
-    with pytest.raises(
-        UsageError, match="out is './labels.csv', which is read or written otherwise; allowed is a"
-    ):
+    with pytest.raises(UsageError, match="out is './labels.csv', which is read or written otherwise; allowed is a"):
         check_output("out", "./labels.csv", [tmp_path / "labels.csv"])
     check_output("out", "./labels.csv")
 

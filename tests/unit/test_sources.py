@@ -14,7 +14,16 @@ from PIL import Image
 
 from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
 from fcmae.data import arrays
-from fcmae.data.sources import ImageFolder, Sample, Synthetic, listing, require_classes, train_source, val_source
+from fcmae.data.sources import (
+    ImageFolder,
+    Sample,
+    Synthetic,
+    listing,
+    require_classes,
+    require_labels,
+    train_source,
+    val_source,
+)
 from fcmae.errors import ConfigError, ImageError, UsageError
 from fcmae.training.recipe import check_recipe
 
@@ -229,7 +238,15 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     rows = hf_rows.remove_columns("kind").add_column("class", [0, 1] * 3)
     rows.save_to_disk(tmp_path / "numbers")
     cfg = DataConfig(name="hf", path=str(tmp_path / "numbers"))
-    assert train_source(cfg).classes is None
+    source = train_source(cfg)
+    assert source.classes is None
+    with pytest.raises(
+        UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may name"
+    ):
+        require_labels(source, "data.path")
+    (tmp_path / "one.parquet").touch()
+    with pytest.raises(UsageError, match="one.parquet is a file; allowed is a folder with Parquet or Arrow files, or"):
+        train_source(DataConfig(name="hf", path=str(tmp_path / "one.parquet")))
     cfg.label_column = "class"
     assert train_source(cfg).classes == ["0", "1"]
     cfg.label_column = "picture"

@@ -10,7 +10,7 @@ import pytest
 import webdataset
 from webdataset import tariterators
 
-from fcmae.data.sources import WebDataset
+from fcmae.data.sources import WebDataset, require_labels
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
 from fcmae.errors import ImageError, UsageError
 from tests.unit.test_sources import png
@@ -65,6 +65,10 @@ def test_tar_files_without_labels(tmp_path):
     source = WebDataset(tmp_path)
     assert source.classes is None
     assert source[0].label is None
+    with pytest.raises(
+        UsageError, match=r"data.path has no labels: .* has no number from 0 on in a .cls, or as label or"
+    ):
+        require_labels(source, "data.path")
 
 
 def test_long_names_and_other_kinds_of_members(tmp_path):

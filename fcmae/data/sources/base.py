@@ -78,7 +78,7 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
 def require_labels(source: Source, key: str) -> list[str]:
     """The names of the classes. Raises UsageError if the source has none."""
     if source.classes is None:
-        raise UsageError(f"{key} has no labels; sort the images into one folder a class")
+        raise UsageError(f"{key} has no labels: {getattr(source, 'unlabelled', 'its source gives none')}")
     return source.classes
 
 

@@ -32,9 +32,11 @@ class HuggingFace:
         rows = _load(path, split)
         column = _column("data.image_column", image_column, rows.features, datasets.Image)
         if column is None:
-            raise UsageError(f"{path} has no column of images; its columns are {', '.join(rows.features)}")
+            columns = ", ".join(rows.features)
+            raise UsageError(f"{path} has no column of type Image; data.image_column may name one of {columns}")
         self.image_column = column
         self.classes: list[str] | None = None
+        self.unlabelled = f"no column is a ClassLabel; data.label_column may name one of {', '.join(rows.features)}"
         labels = _column("data.label_column", label_column, rows.features, datasets.ClassLabel)
         if labels is not None:
             self._read_labels(rows, labels)
@@ -45,6 +47,7 @@ class HuggingFace:
         if not str(kind).startswith(("int", "uint")):
             raise ConfigError(f"data.label_column is {column!r}, of {kind}; allowed is a column of integers")
         self.labels = rows.select_columns([column]).with_format("numpy")[:][column].astype(np.int32)
+        self.unlabelled = f"the column {column} has {self.labels.min(initial=0)}, at row {self.labels.argmin()}"
         if self.labels.min(initial=0) >= 0:
             count = int(self.labels.max(initial=0)) + 1
             self.classes = getattr(rows.features[column], "names", None) or [str(label) for label in range(count)]
@@ -72,6 +75,8 @@ def _load(path: str, split: str) -> Any:
     import datasets
 
     folder = Path(path)
+    if folder.is_file():
+        raise UsageError(f"{path} is a file; allowed is a folder with Parquet or Arrow files, or a name on the hub")
     try:
         if not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
             return datasets.load_dataset(path, split=split)

@@ -30,6 +30,13 @@ class ImageFolder:
             by_name = {name: i for i, name in enumerate(self.classes)}
             self.class_of = [[by_name[name] for name in listing.class_names] for listing in self.listings]
 
+    @property
+    def unlabelled(self) -> str:
+        """Why there are no classes."""
+        listing = next(listing for listing in self.listings if not listing.is_labelled)
+        stray = listing.path(int(listing.labels.argmin()))
+        return f"{stray} is in no folder of a class; allowed is one folder a class, and every image in one"
+
     def __len__(self) -> int:
         return self.ends[-1]
 

@@ -50,6 +50,14 @@ class WebDataset:
         self.classes = self._class_names()
         self._open = OpenFiles()
 
+    @property
+    def unlabelled(self) -> str:
+        """Why there are no classes."""
+        number = next(i for i, index in enumerate(self.indices) if not index.is_labelled)
+        position = int(self.indices[number].labels.argmin())
+        name = f"{self.shards[number]}/{self.indices[number].name(position)}"
+        return f"{name} has no number from 0 on in a .cls, or as label or cls in a .json, beside it"
+
     def _class_names(self) -> list[str] | None:
         if not all(index.is_labelled for index in self.indices):
             return None
