@@ -241,7 +241,7 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     source = train_source(cfg)
     assert source.classes is None
     with pytest.raises(
-        UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may name"
+        UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may"
     ):
         require_labels(source, "data.path")
     (tmp_path / "one.parquet").touch()
