@@ -240,9 +240,7 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     cfg = DataConfig(name="hf", path=str(tmp_path / "numbers"))
     source = train_source(cfg)
     assert source.classes is None
-    with pytest.raises(
-        UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may"
-    ):
+    with pytest.raises(UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may"):
         require_labels(source, "data.path")
     (tmp_path / "one.parquet").touch()
     with pytest.raises(UsageError, match="one.parquet is a file; allowed is a folder with Parquet or Arrow files, or"):

@@ -65,9 +65,7 @@ def test_tar_files_without_labels(tmp_path):
     source = WebDataset(tmp_path)
     assert source.classes is None
     assert source[0].label is None
-    with pytest.raises(
-        UsageError, match=r"data.path has no labels: .* has no number from 0 on in a .cls, or as lab"
-    ):
+    with pytest.raises(UsageError, match=r"data.path has no labels: .* has no number from 0 on in a .cls, or as lab"):
         require_labels(source, "data.path")
 
 
