@@ -63,9 +63,10 @@ def round_trip(network: Network, to: str, file: Path, folder: Path) -> str:
     """Imports what was exported and compares bits."""
     if to not in IMPORTS:
         return "no import"
-    import_weights(file, to, folder / "back.pt")
+    back = folder / f"{to}_{file.name}.back"
+    import_weights(file, to, back)
     whole = network.fcmae is not None and file.suffix == ".pth"
-    assert_same(weights_in(folder / "back.pt"), network.state["model"] if whole else network.weights)
+    assert_same(weights_in(back), network.state["model"] if whole else network.weights)
     return "the same bits"
 
 
