@@ -88,7 +88,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
     from fcmae import config
 
-    _check_run_dir(overrides)
+    _check_overrides(overrides)
     # Hydra would print errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register_schemas()
@@ -121,7 +121,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
     except OSError as error:
         if begun:
             raise
-        raise UsageError(f"hydra.run.dir cannot be made: {error.filename}: {error.strerror}") from error
+        what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be made"
+        raise UsageError(f"{what}: {error.filename}: {error.strerror}") from error
     except Exception as error:
         if begun or type(error).__name__ in JOB_ERRORS:
             raise
@@ -137,17 +138,22 @@ JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
 """submitit's, with the traceback of a job."""
 
 
-def _check_run_dir(overrides: list[str]) -> None:
-    """Raises UsageError where Hydra would write somewhere else and not say so, or says what nobody understands."""
-    if {"-m", "--multirun"} & set(overrides) and {"-c", "--cfg"} & {o.partition("=")[0] for o in overrides}:
+def _check_overrides(overrides: list[str]) -> None:
+    """Raises UsageError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
+    sweep = _is_sweep(overrides)
+    if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
         raise UsageError("--cfg prints the config of one run; allowed with it is no -m")
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     if given and given[-1] in ("", "null", "''", '""'):
         raise UsageError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
-    if given and {"-m", "--multirun"} & set(overrides):
+    if given and sweep:
         raise UsageError(
             f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
         )
+
+
+def _is_sweep(overrides: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(overrides))
 
 
 def _submitted(run: Callable[[], None]) -> None:

@@ -52,6 +52,7 @@ def set_results_aside(run_dir: Path) -> None:
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """Writes ``config.yaml``, whole. Raises OSError."""
     from omegaconf import OmegaConf
 
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,8 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == result
     knn = json.loads(fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1").stdout)
     assert knn["knn1"] == 100.0  # gallery and test images are the same
+    refused = fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=[1,31]", check=2).stderr
+    assert "fcmae knn: k is [1, 31]; allowed is at most 30, the number of images to compare with" in refused
 
 
 def test_no_command_overwrites_what_it_reads(fcmae, pretrained, tmp_path):
