@@ -93,4 +93,4 @@ def explain(error: Exception) -> str:
         return f"a group such as data, optim or trainer is set to what is no name ({str(error).split('. ')[-1]})"
     message = str(error).split("Config search path:")[0]
     hint = "; it needs pip install 'fcmae[slurm]'" if "hydra/launcher/submitit" in message else ""
-    return " ".join(line.strip() for line in message.splitlines() if line.strip()) + hint
+    return " ".join(line.strip() for line in message.splitlines() if line.strip()).rstrip(".") + hint
