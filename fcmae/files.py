@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -12,23 +13,28 @@ from pathlib import Path
 from typing import IO
 
 from fcmae.errors import DiskError, UsageError
+from fcmae.opening import check_link, create, open_regular, random_token
+from fcmae.processes import Process
 
-STRAY = re.compile(r"\.(\d+)\.tmp$")
-"""Ending of the temporary files of :func:`replacing`."""
+STRAY = re.compile(r"\.(\d+(?:-[0-9a-f]{8})?)(?:-[0-9a-f]{16})?\.tmp$")
+"""Ending of the temporary files of :func:`replacing`: process, machine, random. Older versions: the process."""
 
 MARGIN = 2**16
 """Bytes: a disk with less is full."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, permissions: int = 0o666) -> Iterator[IO[bytes]]:
     """A file to write; at the end of the block it takes the place of ``path``.
 
-    ``path`` is either the old file or the whole new one, also after a power cut.
+    ``path`` is either the old file or the whole new one, also after a power cut. A link at ``path`` is replaced too.
+
+    Args:
+        permissions: of the file, less those of the umask; 0o644 for what is trusted later.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as file:
+        with create(temporary, permissions) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -41,12 +47,23 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def delete_strays(run_dir: Path, pids: Collection[int] | None = None) -> None:
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` for a temporary file or folder: of this process, and used once."""
+    return path.with_name(f"{path.name}.{_tag(Process.this())}-{random_token()}.tmp")
+
+
+def delete_strays(run_dir: Path, processes: Collection[Process] | None = None) -> None:
     """Deletes the temporary files of :func:`replacing` in a run directory: all, or those of some processes."""
+    tags = None if processes is None else {_tag(process) for process in processes}
     for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
         found = STRAY.search(stray.name)
-        if found is not None and (pids is None or int(found[1]) in pids):
+        if found is not None and (tags is None or found[1] in tags):
             stray.unlink(missing_ok=True)
+
+
+def _tag(process: Process) -> str:
+    """The process in the name of a temporary file; numbers of processes repeat between containers and machines."""
+    return f"{process.pid}-{hashlib.sha256(process.place.encode()).hexdigest()[:8]}"
 
 
 def set_aside(path: Path, say: Callable[[str], object]) -> None:
@@ -79,9 +96,12 @@ def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), js
     """
     if os.path.isdir(path or "."):
         raise UsageError(f"{key} is {str(path)!r}, a folder; allowed is a file")
+    try:
+        real = _target(path)
+    except OSError as error:
+        raise UsageError(f"{key} {path} cannot be written: {error.strerror}") from error
     if _is_special(path):
         return
-    real = Path(os.path.realpath(path))
     if any(os.path.realpath(other) == str(real) for other in kept):
         raise UsageError(f"{key} is {str(path)!r}, which is read or written otherwise; allowed is another file")
     try:
@@ -97,7 +117,7 @@ def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), js
 
 
 def _begins_like_json(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(64).lstrip()[:1] in (b"", b"{", b"[")
 
 
@@ -108,7 +128,8 @@ def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
     Raises DiskError.
     """
     try:
-        with open(path, "wb") if _is_special(path) else replacing(Path(os.path.realpath(path))) as file:
+        target = _target(path)
+        with open(path, "wb") if _is_special(path) else replacing(target) as file:
             yield file
     except OSError as error:
         raise DiskError(f"{key} {path} cannot be written: {error.strerror or error}") from error
@@ -118,6 +139,11 @@ def write_output(key: str, path: str | Path, text: str) -> None:
     """Writes text to a file that the user named, as :func:`output` does."""
     with output(key, path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def _target(path: str | Path) -> Path:
+    """The file that the user named; a link stays one. Raises OSError for a link that another user made."""
+    return Path(os.path.realpath(check_link(Path(path))))
 
 
 def _is_special(path: str | Path) -> bool:

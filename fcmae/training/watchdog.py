@@ -80,7 +80,7 @@ class Watchdog:
             time.sleep(self.GRACE / 2)
             for process in stopped.values():
                 process.send(signal.SIGKILL)
-            delete_strays(self.path.parent, {os.getpid(), *(process.pid for process in stopped.values())})
+            delete_strays(self.path.parent, [Process.this(), *stopped.values()])
         finally:  # an error, such as a closed stderr, must not keep it from ending
             os._exit(1)
 

@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # part of the package: what of the package it may import
 ALLOWED = {
     "errors": set(),
-    "files": {"errors"},
+    "opening": set(),
+    "files": {"errors", "opening", "processes"},
     "imports": set(),
     "interrupt": set(),
     "launch": set(),
@@ -27,9 +28,9 @@ ALLOWED = {
     "kernels": {"kernels"},
     "engines": {"engines", "kernels", "masking"},
     "models": {"models", "engines", "kernels", "masking", "loss"},
-    "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "training"},
+    "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},
     "config": {"config", "errors"},
-    "data": {"data", "config", "errors", "files", "interrupt", "processes", "randomness"},
+    "data": {"data", "config", "errors", "files", "interrupt", "opening", "processes", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}
 ONLY_IN = {

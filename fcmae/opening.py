@@ -1,0 +1,167 @@
+"""How files are opened: only regular files are read, and what is written in place or trusted is not a link.
+
+A pipe or a device never hangs a reader. Files that fcmae creates have names that nobody can guess and are created
+exclusively, so a link that somebody else put there is never followed. A user's own image may be a link.
+
+Every error is an OSError with ``filename`` and a ``strerror`` of a few words.
+"""
+
+import errno
+import functools
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_CLOSE = getattr(os, "O_CLOEXEC", 0)
+_ALWAYS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | _CLOSE
+WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+ROOT = 0
+MAX_LINKS = 40
+
+
+def open_regular(path: str | os.PathLike, links: bool = True) -> IO[bytes]:
+    """A regular file to read. Opening never waits, as it would for a pipe.
+
+    Args:
+        links: follow a link at the end of ``path``.
+
+    Raises OSError, e.g. for a folder, a pipe, a device, or a link if ``links`` is false.
+    """
+    return os.fdopen(_open(path, os.O_RDONLY | (0 if links else _NO_LINK)), "rb")
+
+
+def read_regular(path: str | os.PathLike, most: int, links: bool = True) -> bytes:
+    """The content of a regular file of at most ``most`` bytes. Raises OSError."""
+    with open_regular(path, links) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", os.fspath(path))
+    return content
+
+
+def open_trusted(path: str | os.PathLike, owners: Collection[int] = ()) -> IO[bytes]:
+    """A file to read whose content is believed, such as a cache: regular, no link, and written by nobody else.
+
+    Args:
+        owners: user ids that are believed besides this user and root, e.g. the owner of the data.
+
+    Raises OSError, a PermissionError for a file that others own or may write.
+    """
+    file = open_regular(path, links=False)
+    problem = _distrust(os.fstat(file.fileno()), owners)
+    if problem:
+        file.close()
+        raise PermissionError(errno.EPERM, problem, os.fspath(path))
+    return file
+
+
+def open_to_change(path: str | os.PathLike, permissions: int = 0o666) -> IO[bytes]:
+    """A file to read and write in place, created if missing; without buffering, so each write is one system call.
+
+    Raises OSError for a link, for what is not a regular file, and for a file that has several names.
+    """
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, permissions)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "it has several names (hard links)", os.fspath(path))
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def create(path: str | os.PathLike, permissions: int = 0o666) -> IO[bytes]:
+    """A new file to write. Raises FileExistsError if there is anything at ``path``, a link too.
+
+    Args:
+        permissions: of the file, less those of the umask. What is trusted later must not be writable by others: 0o644.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | _CLOSE
+    return os.fdopen(os.open(path, flags, permissions), "w+b")
+
+
+def random_token() -> str:
+    """16 hexadecimal digits for the name of a temporary file, different in every process and container."""
+    return secrets.token_hex(8)
+
+
+def own_folder(path: Path) -> Path:
+    """Makes a folder, with those above it, for files of this user. It may be a link if this user or root made that.
+
+    Raises OSError.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    return check_link(path)
+
+
+def check_link(path: Path) -> Path:
+    """``path``, unless it is a link that another user made, or leads to one. Raises OSError."""
+    link = path
+    for _ in range(MAX_LINKS):
+        if not os.path.islink(link):
+            return path
+        if os.lstat(link).st_uid not in (_user(), ROOT):
+            raise PermissionError(errno.EPERM, f"{link} is a link of another user", str(path))
+        link = link.parent / os.readlink(link)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def private_folder(*candidates: Path) -> Path:
+    """The first of some folders that belongs to this user and that nobody else can write; made if missing.
+
+    If none does, a new one with a random name in the system's folder for temporary files. For what is run or believed
+    later.
+    """
+    for path in candidates:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(path):
+                path.mkdir(mode=0o700)
+            status = os.lstat(path)
+        except OSError:
+            continue
+        if stat.S_ISDIR(status.st_mode) and not _distrust(status, ()) and os.access(path, os.W_OK):
+            return path
+    return Path(tempfile.mkdtemp(prefix="fcmae-"))
+
+
+@functools.cache
+def cache_folder(kind: str) -> Path:
+    """A private folder of this user for files of one kind: ``~/.cache/fcmae/KIND``, or one for temporary files."""
+    home = Path(os.path.expanduser("~/.cache/fcmae"))
+    temporary = Path(tempfile.gettempdir(), f"fcmae-{_user()}-{kind}")
+    return private_folder(*([home / kind] if home.is_absolute() else []), temporary)
+
+
+def _open(path: str | os.PathLike, flags: int, permissions: int = 0o666) -> int:
+    try:
+        descriptor = os.open(path, flags | _ALWAYS, permissions)
+    except OSError as error:
+        if flags & _NO_LINK and os.path.islink(path):
+            raise OSError(errno.ELOOP, "it is a link", os.fspath(path)) from error
+        if error.errno == errno.ENXIO:  # a socket, or a pipe to write that nobody reads
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path)) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        os.set_blocking(descriptor, True)
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
+def _distrust(status: os.stat_result, owners: Collection[int]) -> str:
+    """Why a file or folder is not trusted; nothing if it is."""
+    if status.st_uid not in (_user(), ROOT, *owners):
+        return f"it belongs to another user ({status.st_uid})"
+    if status.st_mode & WRITTEN_BY_OTHERS:
+        return "others may write it"
+    return ""
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else ROOT
