@@ -7,7 +7,7 @@ from typing import Protocol
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
-from fcmae.engines.convnext import check_backbone, total_stride
+from fcmae.engines.convnext import check_backbone, check_no_drop_path, total_stride
 from fcmae.engines.masked import masked
 from fcmae.engines.minkowski import load as load_minkowski
 from fcmae.engines.minkowski import minkowski
@@ -21,7 +21,8 @@ class Engine(Protocol):
     """Runs a backbone over visible patches; every engine computes the same function.
 
     Args:
-        backbone: a timm ConvNeXt that passed :func:`check_backbone`; its weights are used in place.
+        backbone: a timm ConvNeXt that passed :func:`check_backbone`; its weights are used in place. In training it must
+            not drop paths (ValueError). What its ``set_grad_checkpointing`` says is added to ``recompute_stages``.
         imgs: ``[N, C, H, W]``, sides multiples of ``patch_size``.
         mask: bool ``[N, L]``, True = masked, ``keep`` visible patches in every row.
         keep: V, the visible patches of an image.
@@ -83,6 +84,7 @@ __all__ = [
     "Engine",
     "available_engines",
     "check_backbone",
+    "check_no_drop_path",
     "get_engine",
     "region",
     "total_stride",

@@ -25,10 +25,28 @@ def stages(backbone: ConvNeXt) -> Iterator[ConvNeXtStage]:
 
 
 def blocks(stage: ConvNeXtStage) -> Iterator[ConvNeXtBlock]:
-    """The residual blocks of a stage."""
+    """The residual blocks of a stage. Raises ValueError for one that would drop paths, which engines do not do."""
     for block in stage.blocks:
         assert isinstance(block, ConvNeXtBlock)
+        if block.training:
+            _check_drop_path(block)
         yield block
+
+
+def check_no_drop_path(backbone: ConvNeXt) -> None:
+    """Raises ValueError if a block drops paths in training."""
+    for stage in stages(backbone):
+        for block in stage.blocks:
+            _check_drop_path(block)
+
+
+def _check_drop_path(block: nn.Module) -> None:
+    rate = getattr(block.drop_path, "drop_prob", 0.0)
+    if rate:
+        raise ValueError(
+            f"backbone has a block with drop path {rate:.3g}, which engines do not compute in training; create it with "
+            "drop_path_rate=0"
+        )
 
 
 def stem(backbone: ConvNeXt) -> tuple[nn.Conv2d, nn.LayerNorm]:

@@ -28,7 +28,7 @@ def masked(
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     x = region(_apply, compiled)(backbone.stem, imgs)
     for number, stage in enumerate(convnext.stages(backbone), start=1):
-        run_block = recomputed(region(_block, compiled), number in recompute_stages)
+        run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
         x = region(_apply, compiled)(stage.downsample, x)
         visible = ~upsample_mask(mask, rows, cols, x.shape[-1] // cols).unsqueeze(1)
         for block in convnext.blocks(stage):

@@ -91,7 +91,7 @@ def minkowski(
     index = visible_indices(mask, keep)
     x, sites = _stem(*convnext.stem(backbone), imgs, index, rows, cols)
     for number, stage in enumerate(convnext.stages(backbone), start=1):
-        run_block = recomputed(_block, number in recompute_stages)
+        run_block = recomputed(_block, number in recompute_stages or stage.grad_checkpointing)
         if isinstance(stage.downsample, nn.Sequential):
             x, sites = _downsample(*convnext.downsample(stage.downsample), x, sites)
         for block in convnext.blocks(stage):

@@ -34,7 +34,7 @@ def packed(
         precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     for number, stage in enumerate(convnext.stages(backbone), start=1):
-        run_block = recomputed(region(_block, compiled), number in recompute_stages)
+        run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
         for block in convnext.blocks(stage):

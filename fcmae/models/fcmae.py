@@ -8,7 +8,7 @@ from timm.layers import trunc_normal_
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.engines import GRN_SCOPES, check_backbone, get_engine, region, total_stride
+from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_engine, region, total_stride
 from fcmae.loss import masked_pixel_loss, patch_target
 from fcmae.masking import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone
@@ -29,7 +29,8 @@ class FCMAE(nn.Module):
     """A ConvNeXt encoder over visible patches and a light decoder that predicts the masked pixels.
 
     Args:
-        backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining.
+        backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining, and it
+            must not drop paths.
         in_chans: image channels, when ``backbone`` is a name.
         mask_ratio: share of the patches that is masked, in [0, 1).
         mask_patch_size: pixels a side of a mask patch; a multiple of the total stride, which is the default.
@@ -67,6 +68,7 @@ class FCMAE(nn.Module):
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, in_chans=in_chans, **(backbone_kwargs or {}))
         check_backbone(backbone)
+        check_no_drop_path(backbone)
         for name, value, allowed in (("grn_scope", grn_scope, GRN_SCOPES), ("init", init, INITS)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")

@@ -3,11 +3,13 @@ import functools
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fcmae.engines import regions
 from fcmae.masking import random_mask
 from fcmae.models import FCMAE, create_backbone
+from tests.conftest import ENGINE_NAMES
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
 
@@ -89,6 +91,7 @@ def test_a_wrong_mask_is_refused(mask, message):
         ({"recompute_stages": [0]}, r"recompute_stages is \[0\]; allowed are some of 1, 2, 3, 4"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
+        ({"backbone_kwargs": {"drop_path_rate": 0.1}}, r"drop path 0.0\d+, .*; create it with drop_path_rate=0"),
     ],
 )
 def test_a_wrong_argument_is_named(kwargs, message):
@@ -101,17 +104,41 @@ def test_an_image_that_does_not_fit_names_what_does():
         FCMAE("convnextv2_atto")(torch.zeros(1, 3, 230, 224))
 
 
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_engines_do_not_ignore_drop_path(engine):
+    """Also where it was set after the model was made; in evaluation it does nothing anyway."""
+    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16)
+    imgs = torch.randn(1, 3, 64, 64)
+    model.backbone.stages[2].blocks[1].drop_path = DropPath(0.25)
+    with pytest.raises(ValueError, match="drop path 0.25"):
+        model(imgs)
+    model.eval()(imgs)
+
+
+def test_grad_checkpointing_of_the_backbone_recomputes_its_stages():
+    def kept(enable):
+        sizes = []
+        model = FCMAE("convnextv2_atto", decoder_embed_dim=16)
+        model.backbone.set_grad_checkpointing(enable)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(torch.randn(2, 3, 64, 64))
+        return sum(sizes)
+
+    assert kept(True) < 0.5 * kept(False)
+
+
 @pytest.mark.parametrize("engine", ["packed", "masked"])
 def test_recomputing_stages_changes_no_bit(engine):
     imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
     results = []
-    for stages in ((), (1, 3)):
+    for stages, timms in (((), False), ((1, 3), False), ((), True)):
         torch.manual_seed(0)
         model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, recompute_stages=stages)
+        model.backbone.set_grad_checkpointing(timms)
         model(imgs, mask).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, grad in results[0].items():
-        assert torch.equal(grad, results[1][name]), name
+        assert all(torch.equal(grad, result[name]) for result in results[1:]), name
 
 
 def test_recomputing_keeps_fewer_tensors():
