@@ -25,7 +25,7 @@ class Bucket:
         self.params = params
         sizes = [p.numel() for p in params]
         self.flat = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
-        self.views = [part.view_as(p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
+        self.views = [_as(part, p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
         self.missing: set[Tensor] = set()
         """Gradients that are still to come."""
         self.work: dist.Work | None = None
@@ -118,6 +118,12 @@ class GradientExchange:
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             self.buckets[self._next].launch(self.group)
             self._next += 1
+
+
+def _as(part: Tensor, param: Tensor) -> Tensor:
+    """``part`` with the shape and the strides of ``param``: fused optimizers walk both in the order of memory."""
+    strides = torch.empty_like(param, device="meta").stride()  # those of a dense tensor, whatever param is a view of
+    return part.as_strided(param.shape, strides, part.storage_offset())
 
 
 def _split(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:

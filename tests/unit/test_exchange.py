@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fcmae.training.backward import EagerBackward
-from fcmae.training.exchange import GradientExchange, _split
+from fcmae.training.exchange import Bucket, GradientExchange, _split
 from tests.conftest import relative_error
 
 RANKS = 2
@@ -96,3 +96,23 @@ def test_buckets(limit, sizes):
 def test_a_bucket_holds_one_kind_of_parameter():
     params = [nn.Parameter(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
     assert [len(part) for part in _split(params, 100)] == [1, 1]
+
+
+def test_gradients_keep_the_strides_of_their_parameters():
+    """Fused AdamW walks the gradient in the memory order of the parameter."""
+    start = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    alone, exchanged = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    gradient = torch.randn(4, 3, 2, 2)
+    alone.grad, exchanged.grad = gradient.contiguous(memory_format=torch.channels_last), gradient
+    bucket = Bucket([exchanged])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bucket.launch(None)
+        bucket.finish()
+    finally:
+        dist.destroy_process_group()
+    assert exchanged.grad.stride() == exchanged.stride()
+    assert torch.equal(exchanged.grad, gradient)
+    for param in (alone, exchanged):
+        torch.optim.AdamW([param], lr=0.1, fused=True).step()
+    assert torch.equal(alone, exchanged)
