@@ -114,10 +114,13 @@ class FeaturesConfig(CheckpointConfig):
     """``norm``: mean over the image, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone."""
     cache: str | None = "run"
     """Where features are kept: ``run``, the checkpoint's run's folder ``features``; or a folder; None = nowhere."""
+    seed: int = 0
+    """Draws the images of data.labels_per_class, and in ``probe`` initial weights, order and crops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("pooling", self.pooling, ("norm", "mean"))
+        check_seed(self.seed)
 
 
 @dataclass
@@ -157,7 +160,6 @@ class ProbeConfig(FeaturesConfig):
     """Of lars and sgd."""
     random_crops: bool = False
     """Features of a new random crop and flip every epoch (data.crop_scale, data.hflip), which cannot be kept."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +173,6 @@ class ProbeConfig(FeaturesConfig):
         check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")
         for name in ("weight_decay", "momentum"):
             check_not_negative(name, getattr(self, name))
-        check_seed(self.seed)
 
 
 COMMANDS: dict[str, type] = {

@@ -106,13 +106,16 @@ def first(source: Source, count: int | None) -> Source:
     return Subset(source, order[:count].tolist())
 
 
-def labelled_sources(cfg: DataConfig) -> tuple[Source, Source, list[str]]:
-    """Training and validation samples, and their classes. Raises UsageError if either has no labels, or others."""
+def labelled_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source, list[str]]:
+    """Training and validation samples, and their classes; ``seed`` draws ``data.labels_per_class``.
+
+    Raises UsageError if either has no labels, or others.
+    """
     train, val = train_source(cfg), val_source(cfg)
     classes = require_labels(train, "data.path")
     require_classes(val, "data.val_path", classes, "data.path")
     if cfg.labels_per_class is not None:
-        train = few_labels(train, cfg.labels_per_class, seed=0)
+        train = few_labels(train, cfg.labels_per_class, seed)
     return train, val, classes
 
 

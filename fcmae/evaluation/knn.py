@@ -66,12 +66,14 @@ def knn_of(
     temperature: float = 0.07,
     gallery: int | None = 20_000,
     queries: int | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """:func:`knn_accuracy` of validation images against training images, and how many of each.
 
-    ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all.
+    ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all. ``seed`` draws
+    ``data.labels_per_class``.
     """
-    train, val, classes = labelled_sources(data)
+    train, val, classes = labelled_sources(data, seed)
     known, asked = extract(first(train, gallery)), extract(first(val, queries))
     result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
     return {**result, "gallery": len(known.labels), "queries": len(asked.labels)}

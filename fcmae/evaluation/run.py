@@ -138,8 +138,16 @@ def knn(cfg: KnnConfig) -> dict[str, float] | None:
     """k-NN accuracy of a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
         world = extractor.world
-        limits = {"gallery": cfg.gallery, "queries": cfg.queries}
-        result = knn_of(extractor.data, extract, world, ks=cfg.k, temperature=cfg.temperature, **limits)
+        result = knn_of(
+            extractor.data,
+            extract,
+            world,
+            ks=cfg.k,
+            temperature=cfg.temperature,
+            gallery=cfg.gallery,
+            queries=cfg.queries,
+            seed=cfg.seed,
+        )
         most = int(result["gallery"])
         check("k", cfg.k, max(cfg.k) <= most, f"at most {most}, the number of images to compare with")
         return result if world.is_main else None
@@ -149,7 +157,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
     """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
         data, world = extractor.data, extractor.world
-        train, val, classes = labelled_sources(data)
+        train, val, classes = labelled_sources(data, cfg.seed)
 
         def cropped() -> Iterator[Features]:
             for epoch in itertools.count():

@@ -45,7 +45,7 @@ class OnlineKnn:
         self.cfg = cfg
         monitor = cfg.monitor
         try:
-            train, val, self.classes = labelled_sources(cfg.data)
+            train, val, self.classes = labelled_sources(cfg.data, cfg.seed)
         except UsageError as error:
             raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
         self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)

@@ -1,14 +1,17 @@
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fcmae.config import DataConfig
-from fcmae.data.sources import Sample, val_source
+from fcmae.config import DataConfig, compose
+from fcmae.data.sources import Sample, few_labels, train_source, val_source
 from fcmae.data.transforms import normalize
 from fcmae.errors import UsageError
+from fcmae.evaluation import run
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_accuracy, knn_predict
@@ -199,6 +202,28 @@ def test_extracting_leaves_the_model_in_training_mode():
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     Extractor(backbone.train(), DATA, CPU)(Known())
     assert all(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("command", ["knn", "probe"])
+def test_few_labels_are_drawn_by_the_seed(monkeypatch, command):
+    """As in fine-tuning: the same images for the same seed, others for another."""
+    data = DataConfig(name="synthetic", image_size=32, length=100, labels_per_class=3)
+    seen = []
+
+    def extract(source):
+        seen.append(getattr(source, "indices", None))
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def frozen(cfg):
+        yield SimpleNamespace(data=data, world=CPU), extract
+
+    monkeypatch.setattr(run, "_frozen", frozen)
+    for seed in (0, 1, 1):
+        with pytest.raises(KeyboardInterrupt):
+            getattr(run, command)(compose(command, ["checkpoint=x", f"seed={seed}"]))
+    assert seen == [few_labels(train_source(data), 3, seed).indices for seed in (0, 1, 1)]
+    assert seen[0] != seen[1]
 
 
 def test_knn_of_identical_images_is_perfect():
