@@ -43,7 +43,7 @@ def seed_globals(seed: int, stream: Stream, *counters: int) -> None:
     """
     derived = derive(seed, stream, *counters)
     random.seed(derived)
-    np.random.seed(derived & 0xFFFFFFFF)
+    np.random.seed(derived >> 32)  # torch takes the lower 32 bits; both run the Mersenne Twister from them
     torch.default_generator.manual_seed(derived)
 
 

@@ -5,10 +5,12 @@ A tensor of integers holds raw pixels and is normalised on the device (:func:`no
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -82,9 +84,16 @@ def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
     if cfg.in_chans != 3 or cfg.bit_depth != 8:
         what = f"data.in_chans={cfg.in_chans}" if cfg.in_chans != 3 else f"data.bit_depth={cfg.bit_depth}"
         raise ConfigError(f"augment.auto_augment is {policy!r}; allowed with {what} is null")
-    fill = tuple(round(255 * m) for m in cfg.mean)
-    params = {"translate_const": int(min(cfg.size) * 0.45), "img_mean": fill}
+    # The parameters of timm's create_transform. Without an interpolation timm draws bilinear or bicubic each time; the
+    # official recipe says bicubic.
+    params: dict[str, Any] = {
+        "translate_const": int(min(cfg.size) * 0.45),
+        "img_mean": tuple(min(255, round(255 * m)) for m in cfg.mean),
+        "interpolation": str_to_pil_interp("bicubic"),
+    }
     kind = policy.split("-")[0]
+    if kind == "augmix":
+        params["translate_pct"] = 0.3
     makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
         return makers.get(kind, auto_augment_transform)(policy, params)

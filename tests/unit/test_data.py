@@ -1,10 +1,14 @@
+import dataclasses
 import gzip
 import struct
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.loader import (
@@ -28,6 +32,7 @@ from fcmae.data.sources import (
 )
 from fcmae.data.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError, UsageError
+from fcmae.randomness import Stream, seed_globals
 
 
 def write_image(path, mode="RGB", size=(40, 30)):
@@ -142,6 +147,29 @@ def test_finetuning_samples_are_normalised_and_deterministic():
     assert (image.dtype, image.shape, label) == (torch.float32, (3, 32, 32), 3)
     assert torch.equal(image, dataset[0, 13][0])
     assert not torch.equal(image, dataset[1, 13][0])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original"])
+def test_augmentation_is_that_of_timms_create_transform(policy):
+    """Everything after crop and flip, bicubic throughout as in the official recipe, for equal random numbers."""
+    cfg = dataclasses.replace(CFG, mean=[1.0, 0.456, 0.406])
+    ours = finetune_transform(cfg, AugmentConfig(auto_augment=policy, random_erasing=0.5)).transforms[1:]
+    how = {"interpolation": "bicubic", "re_prob": 0.5, "re_mode": "pixel", "mean": cfg.mean, "std": cfg.std}
+    theirs = timm.data.create_transform(32, is_training=True, auto_augment=policy, **how).transforms[2:]
+    for seed in range(20):
+        image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+        results = []
+        for transforms, start in ((ours, image), (theirs, F.to_pil_image(image))):
+            seed_globals(seed, Stream.AUGMENT)
+            results.append(v2.Compose(transforms)(start))
+        torch.testing.assert_close(*results)
+
+
+def test_numpy_and_torch_draw_different_numbers():
+    """Both are Mersenne Twisters, of one stream if their seeds are the same."""
+    seed_globals(3, Stream.AUGMENT, 1, 2)
+    ours, theirs = (set(draw(0, 2**31, (20,)).tolist()) for draw in (torch.randint, np.random.randint))
+    assert not ours & theirs
 
 
 def test_auto_augment_needs_three_channels_and_a_known_policy():
