@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
-        return _hydra(command, rest) if command in _HYDRA else _TOOLS[command](rest)
+        return _hydra(command, rest, argv is None) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
         ranks_agree = isinstance(error, (Interrupted, SaveError))
         if not isinstance(error, PeerError) and (not ranks_agree or launch.detect().rank == 0):
@@ -78,8 +78,12 @@ def _usage() -> str:
     )
 
 
-def _hydra(command: str, overrides: list[str]) -> int:
-    """Composes the command's config with Hydra and runs it on the typed result."""
+def _hydra(command: str, overrides: list[str], alone: bool = False) -> int:
+    """Composes the command's config with Hydra and runs it on the typed result.
+
+    Args:
+        alone: this process does nothing else, so the command may hide GPUs that it does not use.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -103,6 +107,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
         begun = True
         try:
             typed: Any = config.to_typed(composed, config.COMMANDS[command])
+            if alone and HydraConfig.get().mode == RunMode.RUN and _device(typed) == "cpu":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
             run = functools.partial(_HYDRA[command], typed, Path(HydraConfig.get().runtime.output_dir))
             _submitted(run) if "SUBMITIT_EXECUTOR" in os.environ else run()
         except FCMAEError as error:
@@ -132,6 +138,10 @@ def _hydra(command: str, overrides: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def _device(cfg: Any) -> str | None:
+    return getattr(getattr(cfg, "trainer", cfg), "device", None)
 
 
 JOB_ERRORS = ("FailedJobError", "UncompletedJobError")

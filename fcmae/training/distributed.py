@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -126,6 +127,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def unused_accelerator() -> str | None:
+    """An accelerator of this machine that torch knows and fcmae cannot use, such as an Apple GPU (``mps``)."""
+    found = torch.accelerator.current_accelerator()
+    return None if found is None or found.type == "cuda" else f"this machine's accelerator ({found.type})"
+
+
 def connect(device: str, timeout: float = 1800.0) -> World:
     """Joins the other ranks, over NCCL on GPUs and gloo on CPUs. Call once, and :func:`disconnect` at the end.
 
@@ -135,6 +142,8 @@ def connect(device: str, timeout: float = 1800.0) -> World:
     picked = pick_device(device, launched.local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
+    elif device == "auto" and launched.rank == 0 and (other := unused_accelerator()):
+        print(f"device=auto takes the CPU: fcmae does not run on {other}", file=sys.stderr, flush=True)
     if launched.size == 1:
         return World(0, 1, 0, 1, picked)
     store, rank, size = _store()

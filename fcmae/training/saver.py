@@ -22,11 +22,12 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._from_gpu = False
 
     def __call__(self, state: State) -> State:
         """A copy of nested dicts, lists and tensors that shares nothing with ``state``; overwritten by the next."""
         copy = self._copy(state, "")
-        if torch.cuda.is_available():
+        if self._from_gpu:  # asking torch.cuda would open a GPU that a run on the CPU does not use
             torch.cuda.synchronize()
         return copy
 
@@ -38,6 +39,7 @@ class HostCopy:
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
+        self._from_gpu |= value.is_cuda
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             # The layout is the original's, so that a resumed run computes in the same order.

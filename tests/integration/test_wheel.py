@@ -50,9 +50,11 @@ def test_the_wheel_runs_from_any_folder(environment, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step_00000002.pt").is_file()
 
 
-def test_the_wheel_carries_conf_and_launch(environment):
+def test_the_wheel_carries_conf_and_the_launch_scripts(environment):
     package = next((environment.parents[1] / "lib").glob("python*/site-packages/fcmae"))
     checkout = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
     assert {p.relative_to(package) for p in (package / "conf").rglob("*.yaml")} == checkout
     for script in ("torchrun.sh", "install_minkowski.sh", "slurm/srun.sbatch", "slurm/torchrun.sbatch"):
-        assert (package / "launch" / script).is_file()
+        assert (package / "launchers" / script).is_file()
+    modules = {p.with_suffix("") for p in package.rglob("*.py")}
+    assert not [p for p in modules if p.is_dir()]  # a module and a folder of one name

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,14 @@ def test_imports(file):
     for name, places in ONLY_IN.items():
         if name in external:
             assert str(relative) in places or relative.parts[0] in places
+
+
+def test_contributing_has_the_same_rules():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
+    assert {part: set(re.findall(r"`(\w+)`", allowed)) for part, allowed in rows} == ALLOWED
+    for module, places in ONLY_IN.items():
+        assert all(f"`{place}`" in text for place in places), module
 
 
 def test_the_garbage_collector_rests_during_imports(monkeypatch):
