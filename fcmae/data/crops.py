@@ -152,7 +152,9 @@ def resize(pixels: Tensor, size: list[int], out: Tensor | None = None) -> Tensor
         # and without the rearrangement of channels, which would take as long as the filter
         if out is None:
             out = torch.empty((*size, len(pixels)), dtype=torch.uint8).permute(2, 0, 1)
-        _resize_into(pixels[None], size, False, None, None, out=out[None])
+        # From contiguous RGB to channels last, torch 2.14 writes past the end of its buffer.
+        source = pixels[None].contiguous(memory_format=torch.channels_last) if pixels.is_contiguous() else pixels[None]
+        _resize_into(source, size, False, None, None, out=out[None])
         return out
     if pixels.dtype != torch.uint16:
         return _placed(F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True), out)

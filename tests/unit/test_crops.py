@@ -64,6 +64,18 @@ def test_crops_are_those_of_torchvision(photo, in_chans):
     assert flips == {False, True}
 
 
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_whole_contiguous_image_is_resized_as_by_torchvision(in_chans, flip):
+    """With crop_scale=[1, 1], or in evaluation; torch's own filter writes out of bounds for RGB if asked directly."""
+    pixels = torch.randint(0, 256, (in_chans, 61, 83), dtype=torch.uint8)
+    expected = F.resize(pixels, list(CFG.size), v2.InterpolationMode.BICUBIC, antialias=True)
+    expected = expected.flip(-1) if flip else expected
+    place = torch.zeros(48, 64, in_chans, dtype=torch.uint8).permute(2, 0, 1)
+    for out in (None, place):
+        assert torch.equal(cut(pixels, Box(0, 0, 61, 83, flip), CFG.size, out), expected)
+
+
 def test_a_place_of_another_kind_is_not_used(photo):
     place = torch.zeros(1, 48, 64, dtype=torch.uint8)
     crop = cut(decode(photo, 3), Box(0, 0, 100, 100, True), (48, 64), place)
