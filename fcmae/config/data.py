@@ -63,8 +63,8 @@ class DataConfig:
     decode_on: str = "cpu"
     """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""
     crop_pct: float = 0.875
-    """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped. From 384 px
-    on the image is resized straight to the square, as the official code does."""
+    """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped; the aspect
+    ratio is kept. From 384 px on the image is resized straight to image_size, as the official code does."""
     workers: int | None = None
     """Loader processes a rank; None = from the cores this process may use; 0 = load in the training process."""
     prefetch: int = 2

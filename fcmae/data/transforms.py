@@ -43,15 +43,27 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
 
 
 def eval_transform(cfg: DataConfig) -> Transform:
-    """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels."""
+    """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels.
+
+    Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
+    ``create_transform(crop_mode="center")``.
+    """
     size = list(cfg.size)
     decoded = functools.partial(decode, in_chans=cfg.in_chans, bit_depth=cfg.bit_depth)
     steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
     if max(size) >= WARP_FROM:
         return v2.Compose([*steps, functools.partial(resize, size=size)])
-    short = [int(side / cfg.crop_pct) for side in size]
-    steps += [functools.partial(resize, size=[min(short)] if size[0] == size[1] else short)]
-    return v2.Compose([*steps, v2.CenterCrop(size)])
+    height, width = (int(side / cfg.crop_pct) for side in size)
+    return v2.Compose([*steps, functools.partial(_resize_to_cover, height=height, width=width), v2.CenterCrop(size)])
+
+
+def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
+    """``[C, H, W]`` to the smallest size of the same aspect ratio that covers ``height`` x ``width``."""
+    if height == width:
+        return resize(pixels, [height])  # rounds the long side down, as torchvision and timm do for squares
+    rows, cols = pixels.shape[-2:]
+    ratio = min(rows / height, cols / width)
+    return resize(pixels, [round(rows / ratio), round(cols / ratio)])
 
 
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from fcmae.data.sources import Source
 from fcmae.evaluation.features import Extractor, Features
 
-FORMAT = 1
+FORMAT = 2
+"""Rises when the same images would give other features: 2 keeps the aspect ratio for sizes that are not square."""
 IRRELEVANT = (
     *("workers", "prefetch", "relist", "path", "val_path", "labels_per_class"),
     *("crop_scale", "crop_ratio", "hflip", "crops_per_image", "decode_on"),

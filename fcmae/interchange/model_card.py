@@ -7,6 +7,7 @@ from typing import Any
 
 import fcmae
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
+from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
 
 LIBRARY_NAMES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "official": "pytorch"}
@@ -24,6 +25,7 @@ def write(network: Network, folder: Path, to: str, check: Check, license_name: s
         _table("Recipe", _recipe(network)),
         _metrics(network.path),
         f"## How to load it\n\n```python\n{_how_to_load(network, to)}\n```",
+        _input(network.cfg.data, to),
         _table("Versions", {**_versions(network), "export": f"{to}, {check}"}),
         f"## Licence\n\n{license_name or 'Not stated. `fcmae export --license TEXT` fills this in.'}",
     ]
@@ -68,6 +70,8 @@ def _data(data: DataConfig) -> dict[str, Any]:
     return {
         "source": data.name,
         "size (height, width)": f"{data.size[0]}, {data.size[1]}",
+        "channels": data.in_chans,
+        "bits per channel": data.bit_depth,
         "mean": data.mean,
         "std": data.std,
         "padding": data.pad or None,
@@ -124,23 +128,34 @@ def _versions(network: Network) -> dict[str, str]:
     return {f"trained with {name}": version for name, version in network.state["versions"].items()}
 
 
+def _input(data: DataConfig, to: str) -> str:
+    """How to make the network's input, if the other library has no transform that does it."""
+    reason = preprocessing.shortcoming(data, to)
+    if not reason and to in preprocessing.LIBRARIES:
+        return ""
+    return "\n\n".join(filter(None, ["## Input", reason, f"```python\n{preprocessing.steps(data)}\n```"]))
+
+
 def _how_to_load(network: Network, to: str) -> str:
     """Python code, with DIR for the directory or its name on the hub."""
+    exact = not preprocessing.shortcoming(network.cfg.data, to)
     if to == "onnx":
         return 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("DIR/model.onnx")'
     if to == "timm":
-        return (
-            "import timm\n\n"
-            'model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # from the hub: "hf-hub:OWNER/NAME"\n'
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
-        )
+        lines = [
+            "import timm\n",
+            'model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # from the hub: "hf-hub:OWNER/NAME"',
+        ]
+        if exact:
+            kind = "RGB" if network.model.in_chans == 3 else "L"
+            config = "timm.data.resolve_model_data_config(model)"
+            lines.append(f'transform = timm.data.create_transform(**{config})  # of Image.open(FILE).convert("{kind}")')
+        return "\n".join(lines)
     if to == "transformers":
         kind = "AutoModelForImageClassification" if network.classes else "AutoModel"
-        return (
-            f"from transformers import AutoImageProcessor, {kind}\n\n"
-            'processor = AutoImageProcessor.from_pretrained("DIR")\n'
-            f'model = {kind}.from_pretrained("DIR").eval()'
-        )
+        lines = [f"from transformers import AutoImageProcessor, {kind}\n"]
+        lines += ['processor = AutoImageProcessor.from_pretrained("DIR")'] if exact else []
+        return "\n".join([*lines, f'model = {kind}.from_pretrained("DIR").eval()'])
     return (
         "import torch\n\n"
         'weights = torch.load("DIR/FILE", weights_only=True)["model"]  # for the official ConvNeXt V2 code\n'

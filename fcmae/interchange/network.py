@@ -10,7 +10,16 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig, RunConfig, to_dict
+from fcmae.config import (
+    ClassifierConfig,
+    DataConfig,
+    FCMAEConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+)
 from fcmae.engines.convnext import blocks, grn, stages, stem
 from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
@@ -214,7 +223,7 @@ class Given:
             raise WeightsError(
                 f"the files do not say how their {in_chans} channels are normalised; give --mean and --std"
             )
-        return DataConfig(**{**values, "in_chans": in_chans})
+        return from_dict(DataConfig, {**values, "in_chans": in_chans}, prefix="data")
 
     def names(self, num_classes: int, known: list[str] | None = None) -> list[str]:
         """The names of ``num_classes`` classes: the user's, else ``known``, else 0, 1, ... Raises WeightsError."""

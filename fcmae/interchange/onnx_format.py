@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DataConfig
 from fcmae.errors import FCMAEError, UsageError
+from fcmae.interchange import preprocessing
 
 FILE_NAME = "model.onnx"
 INPUT = "pixel_values"
@@ -147,6 +148,7 @@ def _save(program: Any, data: DataConfig, file: Path) -> None:
             "mean": json.dumps(list(data.mean)),
             "std": json.dumps(list(data.std)),
             "crop_pct": json.dumps(data.crop_pct),
+            **{name: json.dumps(value) for name, value in preprocessing.extra(data).items()},
         }
     )
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())

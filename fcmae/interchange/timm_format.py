@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
 from fcmae.data.transforms import WARP_FROM
 from fcmae.errors import WeightsError
+from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Given, Imported, Network, difference, empty_classifier
 from fcmae.interchange.weights import HEAD_NORM, read_folder, translate
 
@@ -38,18 +39,20 @@ def _config(network: Network) -> dict[str, Any]:
     if network.classes:
         config["label_names"] = network.classes
     args = {"in_chans": network.model.in_chans, **network.backbone_config.backbone_kwargs()}
-    return {**config, "model_args": args, "pretrained_cfg": _pretrained_cfg(network.cfg.data, num_classes)}
+    data = network.cfg.data
+    config |= {"model_args": args, "pretrained_cfg": _pretrained_cfg(data, num_classes)}
+    return {**config, "fcmae": preprocessing.extra(data)}
 
 
 def _pretrained_cfg(data: DataConfig, num_classes: int) -> dict[str, Any]:
-    """The data config in timm's words; "squash" resizes both sides as :func:`fcmae.data.transforms.eval_transform`."""
+    """The data config in timm's words; "squash" is the resize to the exact size from 384 px on."""
     warp = max(data.size) >= WARP_FROM
     return {
         "input_size": [data.in_chans, *data.size],
         "fixed_input_size": False,
         "interpolation": "bicubic",
         "crop_pct": 1.0 if warp else data.crop_pct,
-        "crop_mode": "squash" if warp or data.size[0] != data.size[1] else "center",
+        "crop_mode": "squash" if warp else "center",
         "mean": data.mean,
         "std": data.std,
         "num_classes": num_classes,
@@ -80,7 +83,7 @@ def load(folder: Path, given: Given) -> Imported:
     num_classes = config.get("num_classes", pretrained.get("num_classes", 0)) if "head.fc.weight" in weights else 0
     in_chans = args.get("in_chans", pretrained.get("input_size", [3])[0])
     cfg = FinetuneConfig(
-        data=given.data(in_chans, _data(pretrained)),
+        data=given.data(in_chans, {**_data(pretrained), **preprocessing.read_extra(config)}),
         model=ClassifierConfig(
             backbone=config["architecture"].split(".")[0],
             depths=_list(args.get("depths")),

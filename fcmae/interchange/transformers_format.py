@@ -18,6 +18,7 @@ from torch import Tensor
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
 from fcmae.data.transforms import WARP_FROM
 from fcmae.errors import WeightsError
+from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Given, Imported, Network, Structure, difference, empty_classifier
 from fcmae.interchange.weights import StateDict, read_folder, translate
 
@@ -104,6 +105,7 @@ def config(structure: Structure, network: Network) -> dict[str, Any]:
         "image_size": data.size[0] if data.size[0] == data.size[1] else list(data.size),
         "torch_dtype": "float32",
         "timm_model": network.backbone_config.backbone,
+        "fcmae": preprocessing.extra(data),
     }
     if structure.version == 1:
         values["layer_scale_init_value"] = 1e-6
@@ -116,14 +118,14 @@ def config(structure: Structure, network: Network) -> dict[str, Any]:
 def preprocessor_config(data: DataConfig) -> dict[str, Any]:
     """``preprocessor_config.json``: evaluation as :func:`fcmae.data.transforms.eval_transform` and ``normalize`` do it.
 
-    ConvNextImageProcessor crops as we do, squares only; for other sizes CLIPImageProcessor resizes to a size and crops
-    the centre. None of them pads (``data.pad``).
+    ConvNextImageProcessor crops as we do, squares only. For other sizes CLIPImageProcessor resizes both sides to a size
+    and crops the centre: the same for images of the aspect ratio of ``image_size``. None of them pads (``data.pad``).
     """
     values: dict[str, Any] = {
         "do_resize": True,
         "resample": BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (2**data.bit_depth - 1),
         "do_normalize": True,
         "image_mean": data.mean,
         "image_std": data.std,
@@ -171,6 +173,7 @@ def load(folder: Path, given: Given) -> Imported:
     structure = _structure(content, folder, len(weights.get("classifier.weight", ())))
     processor = folder / "preprocessor_config.json"
     known = _data(_read_json(processor)) if processor.is_file() else {}
+    known |= preprocessing.read_extra(content)
     cfg = FinetuneConfig(
         data=given.data(structure.in_chans, known),
         model=ClassifierConfig(**structure.backbone_config(content.get("timm_model"))),

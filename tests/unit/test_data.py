@@ -202,6 +202,20 @@ def test_evaluation_crops_below_384_and_warps_from_there_on(size, raw):
         assert width < 50 * 0.9  # the centre of the short side
 
 
+@pytest.mark.parametrize("raw", [(60, 84), (84, 60), (150, 40), (31, 57), (64, 96)])
+@pytest.mark.parametrize(("size", "crop_pct"), [(32, 0.875), ([32, 64], 0.875), ([64, 32], 1.0), ([96, 64], 0.8)])
+def test_evaluation_keeps_the_aspect_ratio_as_timm_does(raw, size, crop_pct):
+    """To one level in 255 where no value is clipped: timm resizes with Pillow. Sizes and files that are no squares."""
+    cfg = DataConfig(image_size=size, crop_pct=crop_pct)
+    transform = timm.data.create_transform(
+        (3, *cfg.size), interpolation="bicubic", crop_pct=crop_pct, crop_mode="center", normalize=False
+    )
+    pixels = torch.randint(64, 192, (3, *raw), dtype=torch.uint8)
+    ours, theirs = eval_transform(cfg)(pixels), transform(F.to_pil_image(pixels))
+    assert ours.shape == (3, *cfg.size)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
 def test_a_plan_covers_each_sample_once_an_epoch():
     plan = BatchPlan.create(103, 20, 5, 2, seed=0)
     assert (plan.steps_per_epoch, plan.accum_steps) == (5, 2)

@@ -160,22 +160,27 @@ def test_a_stem_of_stride_2_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def processed(exported, data):
-    """An image as their processor and our evaluation make it."""
+def processed(exported, data, raw=(420, 300)):
+    """An image of ``raw`` pixels as their processor and our evaluation make it."""
     _, folder = exported("finetuned", data)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    pixels = (torch.rand(420, 300, data.in_chans) * 255).byte().numpy()
+    pixels = (torch.rand(*raw, data.in_chans) * 255).byte().numpy()
     image = Image.fromarray(np.squeeze(pixels))
     ours = normalize(eval_transform(data)(pil_to_tensor(image)), data.mean, data.std)
     return processor(image, return_tensors="pt")["pixel_values"][0], ours
 
 
-@pytest.mark.parametrize(
-    ("image_size", "in_chans"), [(64, 3), (64, 1), (64, 4), ([64, 96], 3), (384, 3), ([384, 416], 3)]
-)
+@pytest.mark.parametrize(("image_size", "in_chans"), [(64, 3), (64, 1), (64, 4), (384, 3), ([384, 416], 3)])
 def test_the_image_processor_gives_our_pixels(exported, image_size, in_chans):
     """Transformers 5 resizes with torchvision as we do: equal up to the rounding of the normalisation."""
     close(*processed(exported, made.data_config(in_chans, image_size, crop_pct=0.8)))
+
+
+def test_for_other_sizes_than_squares_the_image_processor_suits_images_of_that_aspect_ratio(exported, tmp_path):
+    """It can only resize both sides to a size: the card says so."""
+    data = made.data_config(3, [64, 96], crop_pct=0.8)
+    close(*processed(exported, data, (280, 420)))
+    assert "does not keep the aspect ratio" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_image_processor_crops_one_pixel_earlier_if_an_odd_number_is_cut_off(exported):

@@ -1,0 +1,72 @@
+"""What an export's model card says about making the network's input, where the other library's transform does not."""
+
+from typing import Any
+
+from fcmae.config import DataConfig
+from fcmae.data.jpeg import IMAGE_MODES
+from fcmae.data.transforms import WARP_FROM
+
+LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image processor"}
+
+
+EXTRA = ("bit_depth", "pad")
+"""Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
+
+
+def extra(data: DataConfig) -> dict[str, Any]:
+    """What an export's config.json holds under the key ``fcmae``."""
+    return {name: getattr(data, name) for name in EXTRA}
+
+
+def read_extra(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of :func:`extra` in a config.json, if it is one of ours."""
+    known = config.get("fcmae")
+    return {name: known[name] for name in EXTRA if name in known} if isinstance(known, dict) else {}
+
+
+def shortcoming(data: DataConfig, to: str) -> str:
+    """In which way the transform of library ``to`` differs from our evaluation; nothing if it does the same."""
+    if to not in LIBRARIES:
+        return ""
+    reasons = []
+    if data.bit_depth != 8:
+        reasons.append(f"reads 8 bits per channel, these images use {data.bit_depth}")
+    if to == "timm" and data.in_chans not in (1, 3):
+        reasons.append(f"reads grey or RGB images, these have {data.in_chans} channels")
+    if data.pad:
+        reasons.append(f"does not pad (data.pad={data.pad})")
+    if to == "transformers" and data.size[0] != data.size[1] and max(data.size) < WARP_FROM:
+        reasons.append("does not keep the aspect ratio for a size that is not square")
+    return f"{LIBRARIES[to]} {'; '.join(reasons)}. Use these steps instead." if reasons else ""
+
+
+def steps(data: DataConfig) -> str:
+    """Python code that makes the input ``imgs`` of a file's ``pixels`` as our evaluation does, but for its rounding."""
+    height, width = data.size
+    lines = ["import numpy as np", "import torch", "from torchvision.transforms.v2 import InterpolationMode"]
+    lines += ["from torchvision.transforms.v2 import functional as F", ""]
+    if data.bit_depth == 8 and data.in_chans in IMAGE_MODES:
+        lines.insert(2, "from PIL import Image")
+        mode = IMAGE_MODES[data.in_chans]
+        lines.append(f'pixels = np.atleast_3d(Image.open("FILE").convert("{mode}")).transpose(2, 0, 1)')
+    else:
+        lines.append(
+            f"# {data.in_chans} channels of {data.bit_depth} bits as integers [C, H, W]; TIFF: tifffile.imread"
+        )
+        lines.append('pixels = np.load("FILE.npy")')
+    lines.append(f"imgs = torch.from_numpy(pixels.astype(np.float32))[None] / {2**data.bit_depth - 1}")
+    if data.pad:
+        lines.append(f"imgs = F.pad(imgs, [{data.pad}])")
+    if max(data.size) >= WARP_FROM:
+        lines.append(f"size = [{height}, {width}]")
+    else:
+        resized = [int(side / data.crop_pct) for side in data.size]
+        lines.append(f"scale = max({resized[0]} / imgs.shape[2], {resized[1]} / imgs.shape[3])")
+        rounding = "int" if height == width else "round"
+        lines.append(f"size = [{rounding}(scale * side + 1e-6) for side in imgs.shape[2:]]")
+    lines += [
+        "imgs = F.resize(imgs, size, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)",
+        f"imgs = F.center_crop(imgs, [{height}, {width}])",
+        f"imgs = F.normalize(imgs, {list(data.mean)}, {list(data.std)})",
+    ]
+    return "\n".join(lines)
