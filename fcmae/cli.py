@@ -247,7 +247,7 @@ def _report(result: dict[str, Any] | None, out: str | None) -> None:
 
 def _reconstruct(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae reconstruct", description=COMMANDS["reconstruct"])
-    parser.add_argument("checkpoint", help="a pretraining run's directory or checkpoint")
+    parser.add_argument("checkpoint", help="a checkpoint of pretraining, RUN or RUN@STEP")
     parser.add_argument("images", nargs="+", help="image files or folders")
     parser.add_argument("--out", default="reconstruction.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")
@@ -269,7 +269,7 @@ def _reconstruct(args: list[str]) -> int:
 
 def _export(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae export", description=COMMANDS["export"])
-    parser.add_argument("checkpoint", help="a run's directory or a checkpoint: of pretraining the backbone is exported")
+    parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; of pretraining the backbone")
     parser.add_argument("--to", required=True, choices=["timm", "transformers", "official", "onnx"])
     parser.add_argument("--out", required=True, help="the directory to make")
     parser.add_argument("--no-check", action="store_true", help="do not load it with the other library and compare")

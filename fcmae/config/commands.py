@@ -44,7 +44,7 @@ class FinetuneConfig(RunConfig):
     """``fcmae finetune``."""
 
     init_from: str | None = None
-    """A pretraining run's directory or checkpoint; None = random weights."""
+    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights."""
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -67,7 +67,7 @@ class CheckpointConfig:
     """What commands on a checkpoint share: where it is, and what differs from its own data config."""
 
     checkpoint: str = ""
-    """A run's directory or a checkpoint file."""
+    """A checkpoint file, or a run's directory: RUN, RUN@best, RUN@last or RUN@STEP."""
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     batch_size: int = 256
     """Images a rank processes at once."""

@@ -32,6 +32,7 @@ from fcmae.training import checkpoint, distributed
 from fcmae.training.build import config_of, model_of
 from fcmae.training.checkpoint import State
 from fcmae.training.distributed import World
+from fcmae.training.resume import say
 
 
 @contextlib.contextmanager
@@ -68,6 +69,8 @@ def _read(path: str, world: World) -> tuple[Path, State]:
     file = world.from_main(lambda: checkpoint.resolve(path))
     states: list[State] = []
     world.together(lambda: states.append(checkpoint.read(file)))
+    if world.is_main:
+        say(checkpoint.describe(file, states[0]))
     return file, states[0]
 
 
@@ -182,6 +185,7 @@ def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: f
     """A picture of the reconstructions of image files, or of the images in folders, by a pretraining checkpoint."""
     file = checkpoint.resolve(path)
     state = checkpoint.read(file)
+    say(checkpoint.describe(file, state))
     model, data = model_of(state, file), config_of(state, file).data
     if not isinstance(model, FCMAE):
         raise CheckpointError(f"{path} is of the task 'finetune' and has no decoder; give a pretraining checkpoint")

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from fcmae.errors import DiskError, ExportError, UsageError
 from fcmae.files import check_output, is_full
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
+from fcmae.training.checkpoint import describe
 
 IMPORTS: dict[str, ModuleType] = {
     "official": official,
@@ -49,6 +51,7 @@ def export(
     if to not in EXPORTS:
         raise UsageError(f"--to is {to!r}; allowed is one of {', '.join(EXPORTS)}")
     network = Network.read(checkpoint, ema)
+    print(describe(network.path, network.state), file=sys.stderr, flush=True)
     with _new_folder(Path(folder)) as temporary:
         if to == "onnx":
             result = _export_onnx(network, temporary, check, onnx_options or {})

@@ -108,7 +108,8 @@ def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:
     """Rebuilds the model of a checkpoint from that file alone.
 
     Args:
-        path: a checkpoint, or a run's directory for its newest one.
+        path: a checkpoint file; or ``RUN``, ``RUN@best``, ``RUN@last`` or ``RUN@STEP``. Of ``RUN`` alone the best
+            checkpoint is taken where one was kept, else the newest.
         ema: take the averaged weights where the run kept some.
 
     Returns:

@@ -4,6 +4,7 @@ A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and th
 ``torch.load`` reads it too (a zip archive may be followed by other bytes), but does not notice a flipped bit.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -97,10 +98,19 @@ def _verify(file: IO[bytes]) -> None:
 
 def read(path: Path, map_location: str | torch.device = "cpu") -> State:
     """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file."""
-    try:
+
+    def load() -> State:
         with path.open("rb") as file:
             _verify(file)
-            state = torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
+
+    return _checked(path, load)
+
+
+def _checked(path: Path, load: Callable[[], State]) -> State:
+    """What ``load`` reads from ``path``. Raises CheckpointError naming the file."""
+    try:
+        state = load()
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
@@ -186,6 +196,17 @@ class CheckpointDir:
                 old.unlink(missing_ok=True)
         return path
 
+    def best(self) -> dict[str, Any] | None:
+        """The ``step`` and ``score`` of the best evaluation, if its checkpoint is there.
+
+        By the newest checkpoint that can be read.
+        """
+        for path in reversed(self.paths()):
+            with contextlib.suppress(CheckpointError):
+                best = _best_of(header(path))
+                return best if best is not None and self.path(best["step"]).is_file() else None
+        return None
+
     def load_latest(self, warn: Callable[[str], object], map_location: str | torch.device = "cpu") -> State | None:
         """The newest readable state, or None without a checkpoint. Each unreadable one is told to ``warn`` in a line.
 
@@ -202,14 +223,66 @@ class CheckpointDir:
         return None
 
 
+def header(path: Path) -> State:
+    """What a checkpoint file says, unverified; its tensors stay on the disk until they are used.
+
+    Raises CheckpointError naming the file.
+    """
+    return _checked(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
 def resolve(path: str | Path) -> Path:
-    """A checkpoint file from its path or its run's directory (the newest). Raises CheckpointError."""
-    path = Path(path)
-    if path.is_dir():
-        found = CheckpointDir(path).paths() or CheckpointDir(path.parent).paths() * (path.name == "checkpoints")
-        if not found:
-            raise CheckpointError(f"{path} has no checkpoint; looked for checkpoints/step_*.pt")
-        return found[-1]
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint or run directory {path}")
-    return path
+    """The checkpoint file that ``path`` names.
+
+    Args:
+        path: a checkpoint file; or a run's directory, ``RUN``: the best checkpoint where one was kept, else the newest;
+            or ``RUN@best``, ``RUN@last`` or ``RUN@STEP``.
+
+    Raises CheckpointError.
+    """
+    run, which = _split(str(path))
+    if run.is_file() and which is None:
+        return run
+    if not run.is_dir():
+        raise CheckpointError(f"no checkpoint or run directory {run}")
+    checkpoints = CheckpointDir(run)
+    if run.name == "checkpoints" and not checkpoints.paths():
+        checkpoints = CheckpointDir(run.parent)
+    steps = {step_of(file): file for file in checkpoints.paths()}
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoint; looked for checkpoints/step_*.pt")
+    if which in ("best", None):
+        best = checkpoints.best()
+        if best is None and which == "best":
+            raise CheckpointError(f"{run} has kept no best checkpoint; {run}@last is step {max(steps)}")
+        step = max(steps) if best is None else best["step"]
+    else:
+        step = max(steps) if which == "last" else int(which)
+    if step not in steps:
+        raise CheckpointError(f"{run} has no checkpoint of step {which}; it has steps {', '.join(map(str, steps))}")
+    return steps[step]
+
+
+def _split(path: str) -> tuple[Path, str | None]:
+    """``RUN@WHICH`` as two; a path that exists is one."""
+    run, at, which = path.rpartition("@")
+    known = which in ("best", "last") or (which.isascii() and which.isdecimal())
+    return (Path(run), which) if at and known and not os.path.lexists(path) else (Path(path), None)
+
+
+def _best_of(state: State) -> dict[str, Any] | None:
+    """The ``step`` and ``score`` of the best evaluation so far. Weights without a run have none."""
+    best = state.get("best")
+    known = isinstance(best, dict) and type(best.get("step")) is int and isinstance(best.get("score"), (int, float))
+    return best if known else None
+
+
+def describe(path: Path, state: State) -> str:
+    """The line that tells which checkpoint a command takes."""
+    step, best = state.get("step", 0), _best_of(state)
+    which = ""
+    if best is not None:
+        score = f"score {best['score']:.4g}"
+        same = best["step"] == step
+        which = f", {score}, the best so far" if same else f"; the best: step {best['step']}, {score}"
+    return f"checkpoint {path} (step {step}{which})"

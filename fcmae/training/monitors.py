@@ -10,6 +10,7 @@ from fcmae.config import PretrainConfig
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import Extractor, first, labelled_sources
 from fcmae.evaluation.knn import knn_accuracy
+from fcmae.models import FCMAE
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
 
@@ -51,8 +52,9 @@ class OnlineKnn:
         self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
-        """Looks at the weights themselves, averaged or not."""
+        """Looks at the weights that are exported: the averaged ones where the run keeps an average."""
+        backbone = ema.backbone if isinstance(ema, FCMAE) else self.backbone
         batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
-        extract = Extractor(self.backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
+        extract = Extractor(backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
         gallery, queries = extract(self.gallery), extract(self.queries)
         logger.log(step, knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k))

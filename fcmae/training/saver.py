@@ -94,6 +94,9 @@ class Saver:
 
     def _write(self, state: State) -> None:
         best = state["best"]
+        if best is not None and best["step"] != state["step"] and not self.checkpoints.path(best["step"]).is_file():
+            best = self.checkpoints.best()  # the new best was not saved, so the one before stays
+        state = {**state, "best": best}
         try:
             self.checkpoints.save(state, keep_steps=() if best is None else (best["step"],))
             if state["task"] == "pretrain" and self.checkpoints.is_milestone(state["step"]):

@@ -148,7 +148,7 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     assert state["classes"] == [str(i) for i in range(10)]
     logged = [m for m in metrics(run_dir) if "top1" in m][-1]
     assert logged.keys() == {"step", "top1", "top5", "ema_top1", "ema_top5"}
-    result = json.loads(fcmae("evaluate", "checkpoint=fine", "out=result.json", "batch_size=5").stdout)
+    result = json.loads(fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5").stdout)
     assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
     assert json.loads((tmp_path / "result.json").read_text()) == result
     knn = json.loads(fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1").stdout)

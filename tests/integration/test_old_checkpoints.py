@@ -60,7 +60,9 @@ def test_an_old_pretraining_run_fine_tunes(old_runs):
 
 def test_old_runs_are_evaluated(capsys):
     assert main(["evaluate", "checkpoint=finetune"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.err == "checkpoint finetune/checkpoints/step_00000006.pt (step 6, score 16.67, the best so far)\n"
+    result = json.loads(printed.out)
     assert result["images"] == 24
     assert result["ema_top1"] == pytest.approx(100 / 6)
     for run in ("pretrain", "finetune"):

@@ -152,6 +152,86 @@ def test_resolve_takes_a_run_its_checkpoint_folder_or_a_file(tmp_path):
         checkpoint.resolve(tmp_path.parent)
 
 
+def run_with_best(tmp_path, best=2):
+    """Checkpoints of steps 2 and 4, the first with the best score of 81.25."""
+    checkpoints = CheckpointDir(tmp_path / "run", keep=1)
+    for step, score in ((2, best and {"step": 2, "score": 81.25}), (4, best and {"step": best, "score": 81.25})):
+        checkpoints.save({"step": step, "best": score, "w": torch.zeros(3)}, keep_steps=[2])
+    return checkpoints
+
+
+def test_the_best_of_a_run_is_taken_where_one_was_kept(tmp_path):
+    checkpoints = run_with_best(tmp_path)
+    run, best, last = checkpoints.folder.parent, checkpoints.path(2), checkpoints.path(4)
+    for path in (run, f"{run}@best", f"{run}@2", best, f"{run}/checkpoints", f"{run}/checkpoints@best"):
+        assert checkpoint.resolve(path) == best, path
+    for path in (f"{run}@last", f"{run}@4", f"{run}@004", last):
+        assert checkpoint.resolve(path) == last, path
+    assert (
+        checkpoint.describe(best, checkpoint.read(best)) == f"checkpoint {best} (step 2, score 81.25, the best so far)"
+    )
+    assert checkpoint.describe(last, checkpoint.read(last)).endswith("(step 4; the best: step 2, score 81.25)")
+    last.write_bytes(last.read_bytes()[:50])  # the one before says which is the best
+    assert checkpoint.resolve(run) == best
+
+
+@pytest.mark.parametrize("best", [None, 3])
+def test_without_a_best_checkpoint_the_newest_is_taken(tmp_path, best):
+    """None was kept, or its file is missing."""
+    checkpoints = run_with_best(tmp_path, best)
+    run = checkpoints.folder.parent
+    assert checkpoint.resolve(run) == checkpoint.resolve(f"{run}@last") == checkpoints.path(4)
+    with pytest.raises(CheckpointError, match="run has kept no best checkpoint; .*run@last is step 4"):
+        checkpoint.resolve(f"{run}@best")
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 3; it has steps 2, 4"):
+        checkpoint.resolve(f"{run}@3")
+
+
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path):
+    checkpoints = CheckpointDir(tmp_path / "run@last")
+    path = checkpoints.save({"step": 1})
+    assert checkpoint.resolve(tmp_path / "run@last") == checkpoint.resolve(f"{tmp_path}/run@last@last") == path
+    for missing in ("me@home", "run@first", "run@", f"{path}@last", "run@²"):
+        with pytest.raises(CheckpointError, match="no checkpoint or run directory"):
+            checkpoint.resolve(missing)
+
+
+@pytest.mark.parametrize("best", ["yes", 3, [], {}, {"step": "x", "score": 1}, {"step": 1, "score": None}])
+def test_a_best_that_is_none_counts_as_none(tmp_path, best):
+    path = CheckpointDir(tmp_path).save({"step": 4, "best": best})
+    assert checkpoint.resolve(tmp_path) == path
+    assert checkpoint.describe(path, checkpoint.read(path)) == f"checkpoint {path} (step 4)"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_new_best_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch, capsys, restarted):
+    checkpoints = CheckpointDir(tmp_path, keep=1)
+    saver = Saver(checkpoints, "continue", enabled=True)
+
+    def save(step, best, fails=False):
+        nonlocal saver
+        if restarted:
+            saver = Saver(checkpoints, "continue", enabled=True)
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+            saver.save(lambda: {"task": "finetune", "step": step, "best": {"step": best, "score": float(best)}})
+            saver.close()
+
+    save(1, best=1)
+    save(2, best=1)
+    save(3, best=3, fails=True)
+    assert "step_00000003.pt was not saved: disk full" in capsys.readouterr().err
+    save(4, best=3)
+    save(5, best=3)
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [1, 5]
+    assert checkpoint.read(checkpoints.path(5))["best"] == {"step": 1, "score": 1.0}
+    assert checkpoint.resolve(tmp_path) == checkpoints.path(1)
+    save(6, best=6)
+    save(7, best=6)
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [6, 7]
+
+
 def test_what_is_not_ours_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="was not written by fcmae"):

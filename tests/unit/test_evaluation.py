@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -19,7 +20,11 @@ from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
+from fcmae.training import monitors
+from fcmae.training.build import build_fcmae
 from fcmae.training.distributed import World
+from fcmae.training.monitors import OnlineKnn
+from tests.conftest import TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 DATA = DataConfig(name="synthetic", image_size=32, length=23, workers=0, crop_pct=1.0)
@@ -256,3 +261,16 @@ def test_a_picture_has_a_row_an_image_and_four_columns(in_chans):
     picture = reconstruction_picture(model, normalize(raw, data.mean, data.std), data)
     assert picture.width == 4 * (2 * 64 + 4) + 4
     assert picture.height == 2 * (2 * 64 + 4) + 4 + 16
+
+
+def test_the_monitor_measures_the_averaged_weights(monkeypatch):
+    """The run's encoder file, ``init_from`` and ``fcmae knn`` take them too."""
+    cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "monitor=knn"])
+    weights, average = build_fcmae(cfg), build_fcmae(dataclasses.replace(cfg, seed=1))
+    monitor = OnlineKnn(weights.backbone, cfg)
+    measured = []
+    monkeypatch.setattr(monitors, "knn_accuracy", lambda gallery, *_, **__: measured.append(gallery.values))
+    for ema, expected in ((average, average), (None, weights)):
+        monitor(ema, 1, SimpleNamespace(log=lambda *_: None), CPU, lambda: False)  # type: ignore[arg-type]
+        assert torch.equal(measured[-1], Extractor(expected.backbone, cfg.data, CPU)(monitor.gallery).values)
+    assert not torch.equal(*measured)
