@@ -13,6 +13,7 @@ from fcmae.data.sources import train_source
 from fcmae.errors import Interrupted, UsageError
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
+from fcmae.files import output, write_output
 from fcmae.models import FCMAE
 from fcmae.training.build import build_fcmae, load
 from fcmae.training.distributed import World, pick_device, start_time
@@ -56,7 +57,8 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
     after = _knn(model, cfg.data, device)
     task = Pretraining(cfg)
     task.model = model
-    task.picture(device).save(out / "reconstruction.png")
+    with output("--out", out / "reconstruction.png") as file:
+        task.picture(device).save(file, "PNG")
     _plot_loss(runs / "pretrain" / "metrics.jsonl", out / "loss.png")
 
     few: FinetuneConfig = compose("finetune", [*finetuning, f"init_from={pretrained}"])
@@ -76,7 +78,7 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
         "images_per_second": images_per_second,
     }
     summary = {name: round(value, 2) for name, value in summary.items()}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_output("--out", out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(_table(summary, labels, out))
     return summary
 
@@ -148,5 +150,6 @@ def _plot_loss(metrics: Path, path: Path) -> None:
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="loss on masked patches", title="FCMAE pretraining on Fashion-MNIST")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with output("--out", path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

@@ -65,11 +65,20 @@ def open_to_change(path: str | os.PathLike, permissions: int = 0o666) -> IO[byte
 
     Raises OSError for a link, for what is not a regular file, and for a file that has several names.
     """
-    descriptor = _open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, permissions)
+    return os.fdopen(_open_in_place(path, os.O_RDWR, permissions), "r+b", buffering=0)
+
+
+def open_to_append(path: str | os.PathLike) -> IO[str]:
+    """A text file to append to, created if missing. Raises OSError as :func:`open_to_change` does."""
+    return os.fdopen(_open_in_place(path, os.O_WRONLY | os.O_APPEND), "a")
+
+
+def _open_in_place(path: str | os.PathLike, flags: int, permissions: int = 0o666) -> int:
+    descriptor = _open(path, flags | os.O_CREAT | _NO_LINK, permissions)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
         raise OSError(errno.EMLINK, "it has several names (hard links)", os.fspath(path))
-    return os.fdopen(descriptor, "r+b", buffering=0)
+    return descriptor
 
 
 def create(path: str | os.PathLike, permissions: int = 0o666) -> IO[bytes]:

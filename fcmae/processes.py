@@ -5,6 +5,7 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class Process:
     def this(cls) -> "Process":
         """The calling process."""
         return cls(os.getpid(), _born(os.getpid()), _place())
+
+    @classmethod
+    def told(cls, values: Any) -> "Process":
+        """A process that a file or another machine names. Raises ValueError for values of other types."""
+        pid, born, place = (
+            (values.get(name) for name in ("pid", "born", "place")) if isinstance(values, dict) else 3 * [0]
+        )
+        if type(pid) is not int or pid <= 0 or not isinstance(born, str) or not isinstance(place, str):
+            raise ValueError("it names no process")
+        return cls(pid, born, place)
 
     def is_here(self) -> bool:
         """Whether this process is of the caller's machine and container."""

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import struct
+import sys
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from fcmae.files import replacing
+from fcmae.opening import cache_folder, open_to_change
+
 HOME = Path("~/.cache/fcmae/index")
 """Where files are kept whose place beside the data cannot be written to."""
+
+PATIENCE = 10.0
+"""Seconds after which a process says that it waits for another."""
 
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
@@ -60,12 +68,8 @@ class Arrays:
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all. Raises OSError."""
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_bytes(save(self.arrays, {"meta": json.dumps(self.meta)}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, 0o644) as file:
+            file.write(save(self.arrays, {"meta": json.dumps(self.meta)}))
 
 
 class Strings:
@@ -134,12 +138,41 @@ def _places(target: Path, suffix: str) -> list[Path]:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """In this block the processes of a machine that work on ``folder`` wait for each other, where that is possible."""
+    """In this block the processes of this user that work on ``folder`` wait for each other, where that is possible.
+
+    The lock is a file in the user's own cache: whoever may read a folder could hold a lock on the folder itself. Who
+    waits longer than :data:`PATIENCE` prints a line that says for what.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every network file system
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(folder, stack)
         yield
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    import fcntl
+
+    digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=16).hexdigest()
+    path = cache_folder("locks") / f"{digest}.lock"
+    while True:
+        file = open_to_change(path, 0o600)
+        timer = threading.Timer(PATIENCE, _say_waiting, [folder, path])
+        timer.daemon = True
+        timer.start()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except BaseException:
+            file.close()
+            raise
+        finally:
+            timer.cancel()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                stack.enter_context(file)
+                stack.callback(path.unlink, missing_ok=True)  # before the lock is released
+                return
+        file.close()  # its holder deleted it after we opened it
+
+
+def _say_waiting(folder: Path, path: Path) -> None:
+    print(f"waiting for another process that reads {folder} (it holds {path})", file=sys.stderr, flush=True)

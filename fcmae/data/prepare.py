@@ -34,12 +34,15 @@ from fcmae.data.sources.webdataset import CLASSES_FILE
 from fcmae.data.statistics import sum_images
 from fcmae.errors import FCMAEError, ImageError, UsageError
 from fcmae.files import STRAY, delete_strays, write_output
+from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
 
 SETTINGS_FILE = "settings.json"
 PROGRESS_FILE = "progress.jsonl"
 MANIFEST_FILE = "manifest.json"
 UNREADABLE_FILE = "unreadable.txt"
+MAX_JSON = 2**28
+"""Bytes of one of these files."""
 TRIED = 64
 """Samples that an estimate is made from."""
 ALLOWED = "allowed is a new folder, an empty one, or that of the same command"
@@ -148,7 +151,7 @@ def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: lis
     missing = [(part, out / name, how) for name, part in zip(names, parts, strict=True) if name not in done]
     left = sum(len(part) for part, _, _ in missing)
     with (
-        (out / PROGRESS_FILE).open("a") as progress,
+        open_to_append(out / PROGRESS_FILE) as progress,
         tqdm(total=len(order), initial=len(order) - left, desc="writing", unit=" images", disable=None) as bar,
     ):
         progress.write("\n")  # after a line that was cut off
@@ -241,18 +244,22 @@ def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     """Nothing of a file that is damaged or holds something else."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = json.loads(_read(file))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _read(file: Path) -> str:
+    return read_regular(file, MAX_JSON, links=False).decode()
 
 
 def _written(out: Path) -> Iterator[Shard]:
     """The tar files that an earlier run finished and that still have their size."""
     entries = _read_json(out / MANIFEST_FILE).get("shards", [])
-    if (out / PROGRESS_FILE).is_file():
-        for line in (out / PROGRESS_FILE).read_text().splitlines():
-            with contextlib.suppress(ValueError):  # cut off when the run was killed
+    if os.path.lexists(out / PROGRESS_FILE):
+        for line in _read(out / PROGRESS_FILE).splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # cut off when the run was killed
                 entries.append(json.loads(line))
     for entry in entries:
         with contextlib.suppress(TypeError):  # changed since it was written

@@ -18,6 +18,7 @@ from fcmae.data.crops import resize
 from fcmae.data.pixels import EXTENSIONS, Encoded, PixelFormat, open_image, to_stored
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
+from fcmae.files import replacing
 
 MAGICS = {
     b"\xff\xd8\xff": "jpg",
@@ -113,27 +114,20 @@ def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encodin
     Raises OSError.
     """
     shard = Shard(path.name, 0, 0, "", [])
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            hashed = _Hashed(file)
-            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-                for index in indices:
-                    try:
-                        image, label = source[index]
-                        ending, content = encode(image, how)
-                    except ImageError as error:
-                        shard.unreadable.append([error.name, error.reason])
-                        continue
-                    _add(tar, f"{index:09d}.{ending}", content)
-                    if label is not None:
-                        _add(tar, f"{index:09d}.cls", str(label).encode())
-                    shard.samples += 1
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        hashed = _Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for index in indices:
+                try:
+                    image, label = source[index]
+                    ending, content = encode(image, how)
+                except ImageError as error:
+                    shard.unreadable.append([error.name, error.reason])
+                    continue
+                _add(tar, f"{index:09d}.{ending}", content)
+                if label is not None:
+                    _add(tar, f"{index:09d}.cls", str(label).encode())
+                shard.samples += 1
     shard.bytes, shard.sha256 = hashed.count, hashed.digest.hexdigest()
     return shard
 

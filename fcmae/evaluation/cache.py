@@ -1,6 +1,5 @@
 """Features on disk, for as long as everything that they follow from is what it was."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,10 +12,12 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fcmae.data.sources import Source
 from fcmae.evaluation.features import Extractor, Features
+from fcmae.files import replacing
+from fcmae.opening import open_trusted, own_folder
 
 FORMAT = 2
 """Rises when the same images would give other features: 2 keeps the aspect ratio for sizes that are not square."""
@@ -77,7 +78,12 @@ class CachedExtractor:
 
     def _read(self, wanted: str) -> Features | None:
         path = self._path(wanted)
-        if not path.is_file():
+        try:
+            open_trusted(path).close()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _say(f"features in {path} are not used: {error.strerror}; they are extracted again")
             return None
         try:
             with safe_open(path, "pt", device=str(self.extract.world.device)) as file:
@@ -93,15 +99,12 @@ class CachedExtractor:
     def _write(self, wanted: str, features: Features) -> None:
         """Whole or not at all; a full disk is no reason to stop."""
         path = self._path(wanted)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder)
             tensors = {name: value.cpu().contiguous() for name, value in features._asdict().items()}
-            save_file(tensors, temporary, {"wanted": wanted})
-            temporary.replace(path)
+            with replacing(path, 0o644) as file:
+                file.write(save(tensors, {"wanted": wanted}))
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             _say(f"features are not kept in {path}: {error}")
 
     def _share(self, found: Features | None) -> Features | None:

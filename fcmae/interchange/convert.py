@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fcmae.errors import DiskError, ExportError, UsageError
-from fcmae.files import check_output, is_full
+from fcmae.files import check_output, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
 from fcmae.training.checkpoint import describe
@@ -106,7 +106,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary directory that becomes ``folder`` at the end, or is removed after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists; name a directory that is new or empty")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    temporary = temporary_path(folder.with_name(f".{folder.name}"))
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -19,6 +19,7 @@ import torch
 
 from fcmae.errors import CheckpointError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
+from fcmae.opening import own_folder
 
 FORMAT = 2
 MAGIC = b"fcmae256"
@@ -185,8 +186,9 @@ class CheckpointDir:
 
         Raises OSError, with the older checkpoints as they were.
         """
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        is_new = not self.folder.is_dir()
+        own_folder(self.folder)
+        if is_new:
             sync_folder(self.folder.parent)
         path = self.path(state["step"])
         write_atomically(path, {"format": FORMAT, "versions": versions(), **state})

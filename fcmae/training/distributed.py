@@ -17,6 +17,7 @@ from fcmae.errors import EXIT_ERROR, PeerError, UsageError
 from fcmae.processes import Process
 
 T = TypeVar("T")
+START_FORMAT = "%Y-%m-%d_%H-%M-%S"
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,28 @@ def start_time() -> str:
 
     The processes of a launch would each read their own clock, and their run directories would differ.
     """
-    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    now = datetime.datetime.now().strftime(START_FORMAT)
     if launch.detect().size == 1:
         return now
     store, rank, _ = _store()
     if rank == 0:
         store.set("fcmae/start_time", now)
-    return store.get("fcmae/start_time").decode()
+    return _checked_time(store.get("fcmae/start_time"))
+
+
+def _checked_time(told: bytes) -> str:
+    """The start time that another rank says; it becomes a folder's name. Raises UsageError."""
+    try:
+        time = told.decode("ascii")
+        if datetime.datetime.strptime(time, START_FORMAT).strftime(START_FORMAT) == time:
+            return time
+    except ValueError:
+        pass
+    address = launch.detect().meeting
+    raise UsageError(
+        f"{told[:40]!r}, which the ranks were told at {address}, is not a time such as 2026-01-31_23-59-59; "
+        "another program answers there: set another MASTER_PORT"
+    )
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -168,7 +184,7 @@ def siblings(world: World) -> dict[int, Process]:
     store, rank, size = _store()
     store.set(f"fcmae/process/{rank}", json.dumps(asdict(Process.this())))
     others = (other for other in range(size) if other != rank)
-    told = {other: Process(**json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
+    told = {other: Process.told(json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
     return {other: process for other, process in told.items() if process.is_here()}
 
 

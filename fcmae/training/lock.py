@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fcmae.errors import UsageError
+from fcmae.opening import open_regular, open_to_change
 from fcmae.processes import Process
 
 try:
@@ -20,6 +21,7 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
 
 HELD = (errno.EACCES, errno.EAGAIN)
 """What locking fails with if another process has the lock. Anything else: this file system has no locks."""
+MAX_BYTES = 4096
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -36,7 +38,7 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "run.lock"
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._closed = threading.Event()
 
     def acquire(self) -> None:
@@ -46,7 +48,7 @@ class RunLock:
         while self._file is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = self.path.open("a+")
+                file = open_to_change(self.path)
             except OSError as error:
                 raise UsageError(f"{self.path} cannot be written: {error.strerror}") from error
             try:
@@ -72,17 +74,17 @@ class RunLock:
             self._file.close()
             self._file = None
 
-    def _refuse(self, file: IO[str]) -> None:
+    def _refuse(self, file: IO[bytes]) -> None:
         told = _read(file)
         holder = f"host {told['host']}, process {told['pid']}, started {told['started']}" if told else "not yet named"
         file.close()
         raise UsageError(f"{self.path.parent} is in use by another run ({holder})")
 
-    def _wait_for_a_free_file(self, file: IO[str]) -> None:
+    def _wait_for_a_free_file(self, file: IO[bytes]) -> None:
         """Without locks: raises UsageError if the holder that the file names is alive."""
         told = _read(file)
         if told is not None:
-            holder = Process(told["pid"], told["born"], told["place"])
+            holder = Process.told(told)
             if holder.is_here():
                 if holder.is_alive():
                     self._refuse(file)
@@ -104,7 +106,7 @@ class RunLock:
 
     def _read_anew(self) -> dict[str, Any] | None:
         """NFS shows what others wrote to whoever opens a file after that."""
-        with self.path.open() as file:
+        with open_regular(self.path, links=False) as file:
             return _read(file)
 
     def _keep_counting(self) -> None:
@@ -112,7 +114,7 @@ class RunLock:
         while not self._closed.wait(self.BEAT):
             count += 1
             try:
-                with self.path.open("r+") as file:
+                with open_to_change(self.path) as file:
                     _write(file, {**_this(), "count": count})
             except OSError:
                 continue  # the disk may be full; whoever wants this directory waits for three counts
@@ -122,24 +124,25 @@ def _this() -> dict[str, Any]:
     return {"host": socket.gethostname(), "started": STARTED, **asdict(Process.this())}
 
 
-def _write(file: IO[str], holder: dict[str, Any]) -> None:
+def _write(file: IO[bytes], holder: dict[str, Any]) -> None:
     file.seek(0)
     file.truncate()
-    json.dump(holder, file)
-    file.flush()
+    file.write(json.dumps(holder).encode())
 
 
-def _read(file: IO[str]) -> dict[str, Any] | None:
+def _read(file: IO[bytes]) -> dict[str, Any] | None:
     """The holder that a lock file names, if it does."""
     file.seek(0)
     try:
-        told = json.load(file)
-        return told if {"host", "pid", "started", "born", "place"} <= told.keys() else None
-    except (ValueError, AttributeError):
+        told = json.loads(file.read(MAX_BYTES))
+        Process.told(told)
+        named = isinstance(told.get("host"), str) and isinstance(told.get("started"), str)
+        return told if named and (told["host"] + told["started"]).isprintable() else None
+    except (ValueError, RecursionError):
         return None
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.opening import open_regular, open_to_append, own_folder
 
 
 class Sink(Protocol):
@@ -32,20 +34,24 @@ class MetricsFile:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir = run_dir
         path = run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines: list[str] = []
+        names = 1
+        if os.path.lexists(path):
+            with open_regular(path, links=False) as file:
+                lines = file.read().decode().splitlines(keepends=True)
+                names = os.fstat(file.fileno()).st_nlink
         kept = _up_to(lines, start_step)
-        if kept != lines:
-            with replacing(path) as file:
-                file.write("".join(kept).encode())
-        self.file = path.open("a")
+        if kept != lines or names > 1:  # a backup made of hard links stays as it is
+            with replacing(path) as new:
+                new.write("".join(kept).encode())
+        self.file = open_to_append(path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
-        folder = self.run_dir / "reconstructions"
-        folder.mkdir(exist_ok=True)
+        folder = own_folder(self.run_dir / "reconstructions")
         with replacing(folder / f"{name}_{step:08d}.png") as file:
             image.save(file, "PNG")
 

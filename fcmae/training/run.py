@@ -40,6 +40,8 @@ def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+LINKS = (errno.ELOOP, errno.EMLINK)
+"""What :mod:`fcmae.opening` says of a link where a run would write."""
 
 
 @contextlib.contextmanager
@@ -48,7 +50,7 @@ def _disk_explained(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (*DISK_ERRORS, *LINKS):
             raise
         raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
 

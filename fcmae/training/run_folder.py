@@ -8,11 +8,14 @@ import yaml
 from fcmae.config import RunConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
+from fcmae.opening import read_regular
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.resume import say
 from fcmae.training.saver import ENCODER_FILE
 
 CONFIG_FILE = "config.yaml"
+MAX_CONFIG = 2**20
+"""Bytes of a config file."""
 RESULTS = (CONFIG_FILE, "metrics.jsonl", ENCODER_FILE, "reconstructions")
 """What a run that is begun anew would overwrite; checkpoints are numbered."""
 
@@ -38,7 +41,7 @@ def _is_ours(run_dir: Path) -> bool:
     if CheckpointDir(run_dir).paths():
         return True
     try:
-        content = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
+        content = yaml.safe_load(read_regular(run_dir / CONFIG_FILE, MAX_CONFIG, links=False))
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(content, dict) and {"data", "model", "schedule", "trainer"} <= content.keys()

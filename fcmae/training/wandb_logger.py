@@ -12,6 +12,7 @@ from PIL import Image
 
 from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.opening import read_regular
 
 
 def _has_key() -> bool:
@@ -40,9 +41,10 @@ class WandbLogger:
             raise UsageError("logger.wandb needs the package wandb; install it or set logger.wandb=disabled") from error
         self._image = wandb.Image
         id_file = run_dir / "wandb_id"
-        if not id_file.is_file():
+        if not os.path.lexists(id_file):
             with replacing(id_file) as file:
                 file.write(secrets.token_hex(4).encode())
+        run_id = read_regular(id_file, 64, links=False).decode()
         if mode == "auto":
             mode = "online" if _has_key() else "offline"
 
@@ -50,7 +52,7 @@ class WandbLogger:
             return wandb.init(
                 project=project,
                 name=name,
-                id=id_file.read_text(),
+                id=run_id,
                 resume="allow" if online else None,
                 dir=run_dir,
                 config=config,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fcmae.files import delete_strays
+from fcmae.opening import open_to_append
 from fcmae.processes import Process, is_stopped
 
 DUMP = getattr(signal, "SIGURG", None)
@@ -38,7 +39,8 @@ class Watchdog:
         self.rank = rank
         self.siblings = siblings or {}
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w")
+        self._file = open_to_append(self.path)
+        self._file.truncate(0)
         self._closed = threading.Event()
         if DUMP is not None:
             faulthandler.register(DUMP, self._file)

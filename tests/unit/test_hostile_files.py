@@ -1,0 +1,222 @@
+"""Run directories, locks, caches and what other machines say, prepared by somebody who means harm."""
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from fcmae import opening
+from fcmae.data import arrays
+from fcmae.data.arrays import one_at_a_time
+from fcmae.errors import DiskError, UsageError
+from fcmae.evaluation.cache import CachedExtractor
+from fcmae.evaluation.features import Features
+from fcmae.processes import Process
+from fcmae.training import distributed, run
+from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.lock import RunLock
+from fcmae.training.logging import MetricsFile
+from fcmae.training.watchdog import Watchdog
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A file of the user's that nothing may change."""
+    file = tmp_path / "precious"
+    file.write_text("precious\n")
+    yield file
+    assert file.read_text() == "precious\n"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def other_user(monkeypatch):
+    """This process is another user than the one that the files of the test belong to."""
+    monkeypatch.setattr(opening, "_user", lambda: os.geteuid() + 1)
+    monkeypatch.setattr(opening, "ROOT", -1)
+
+
+IN_PLACE = {
+    "run.lock": lambda folder: RunLock(folder).acquire(),
+    "stacks_rank0.txt": lambda folder: Watchdog(60.0, folder, 0).close(),
+    "metrics.jsonl": lambda folder: MetricsFile(folder, 0).close(),
+}
+
+
+@pytest.mark.parametrize("target", ["precious", "new"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_a_run_writes_in_place_is_no_link(name, target, run_dir, precious):
+    (run_dir / name).symlink_to(precious.with_name(target))
+    refused = pytest.raises((DiskError, UsageError), match=rf"{name} cannot be written: it is a link$")
+    with refused, run._disk_explained(run_dir):
+        IN_PLACE[name](run_dir)
+    assert not precious.with_name("new").exists()
+
+
+def test_what_a_run_writes_in_place_is_no_hard_link(run_dir, precious):
+    for name in IN_PLACE:
+        os.link(precious, run_dir / name)
+        with contextlib.suppress(DiskError, UsageError), run._disk_explained(run_dir):
+            IN_PLACE[name](run_dir)
+
+
+def test_a_backup_of_hard_links_keeps_its_metrics(run_dir):
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    os.link(run_dir / "metrics.jsonl", run_dir / "backup")
+    with contextlib.closing(MetricsFile(run_dir, 1)) as metrics:
+        metrics.log(2, {})
+    assert (run_dir / "backup").read_text() == '{"step": 1}\n'
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_a_run_writes_in_place_is_no_pipe(name, run_dir):
+    """Opening one would wait for ever for somebody who reads it."""
+    os.mkfifo(run_dir / name)
+    with pytest.raises((OSError, UsageError), match="not a regular file"):
+        IN_PLACE[name](run_dir)
+
+
+def test_folders_of_a_run_are_no_links_of_others(run_dir, tmp_path, other_user):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("checkpoints", "reconstructions"):
+        (run_dir / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="checkpoints is a link of another user"):
+        CheckpointDir(run_dir).save({"step": 1})
+    with contextlib.closing(MetricsFile(run_dir, 0)) as metrics, pytest.raises(PermissionError, match="is a link of"):
+        metrics.picture(1, "picture", None)
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_checkpoints_may_lie_elsewhere_if_the_user_says_so(run_dir, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run_dir / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    CheckpointDir(run_dir).save({"step": 1})
+    assert os.listdir(tmp_path / "elsewhere") == ["step_00000001.pt"]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"pid": "../../../tmp", "born": "1", "place": "", "host": "h", "started": "s"},
+        {"pid": 1, "born": [], "place": "", "host": "h", "started": "s"},
+        {"pid": 1, "born": "1", "place": "", "host": "\x1b[2J", "started": "s"},
+        {"pid": 1, "born": "1", "place": "", "host": {}, "started": "s"},
+        [],
+        "deep",
+    ],
+)
+def test_a_lock_file_of_anything_is_taken_over(told, run_dir):
+    content = "[" * 100_000 if told == "deep" else json.dumps(told)
+    (run_dir / "run.lock").write_text(content)
+    with contextlib.closing(RunLock(run_dir)) as lock:
+        lock.acquire()
+        assert json.loads((run_dir / "run.lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "values", [{}, [], {"pid": "1", "born": "", "place": ""}, {"pid": -1, "born": "", "place": ""}]
+)
+def test_a_process_that_is_none_gets_no_signal(values):
+    with pytest.raises(ValueError, match="it names no process"):
+        Process.told(values)
+
+
+def test_a_start_time_from_the_network_names_no_folder(monkeypatch):
+    assert distributed._checked_time(b"2026-01-31_23-59-59") == "2026-01-31_23-59-59"
+    for told in (b"../../home/me", b"/tmp/x", b"2026-01-31_23-59-59/..", b"\xff", b"", b"2026-1-31_23-59-59"):
+        with pytest.raises(UsageError, match="is not a time such as .*; another program answers there"):
+            distributed._checked_time(told)
+
+
+class Extract:
+    """An extractor that counts how often it is asked."""
+
+    def __init__(self, world):
+        self.world = world
+        self.count = 0
+
+    def __call__(self, source):
+        self.count += 1
+        return Features(torch.ones(2, 3), torch.tensor([0, 1]))
+
+
+def cached(folder, monkeypatch):
+    extract = Extract(distributed.World(0, 1, 0, 1, torch.device("cpu")))
+    found = CachedExtractor(extract, folder, {})
+    monkeypatch.setattr(CachedExtractor, "_describe", lambda self, source: "wanted")
+    return extract, found
+
+
+def test_features_that_others_may_write_are_not_used(run_dir, precious, monkeypatch, capsys):
+    extract, features = cached(run_dir, monkeypatch)
+    features(None)
+    assert features(None).values.tolist() == [[1.0] * 3] * 2
+    assert extract.count == 1
+    (file,) = run_dir.iterdir()
+    file.chmod(0o666)
+    features(None)
+    assert extract.count == 2
+    assert "are not used: others may write it; they are extracted again" in capsys.readouterr().err
+    assert not file.stat().st_mode & opening.WRITTEN_BY_OTHERS
+    file.unlink()
+    file.symlink_to(precious)
+    features(None)
+    assert extract.count == 3
+    assert not file.is_symlink()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    opening.cache_folder.cache_clear()
+    yield tmp_path / "home"
+    opening.cache_folder.cache_clear()
+
+
+def test_a_reader_of_the_data_cannot_block_a_start(tmp_path, home):
+    """Whoever may read a folder can lock it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    descriptor = os.open(data, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    entered = threading.Event()
+
+    def start():
+        with one_at_a_time(data):
+            entered.set()
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    assert entered.wait(60)
+    thread.join()
+    os.close(descriptor)
+    assert not list((home / ".cache/fcmae/locks").iterdir())
+
+
+def test_who_waits_for_another_says_so(tmp_path, home, monkeypatch, capfd):
+    monkeypatch.setattr(arrays, "PATIENCE", 0.01)
+    order = []
+
+    def second():
+        with one_at_a_time(tmp_path):
+            order.append("second")
+
+    with one_at_a_time(tmp_path):
+        thread = threading.Thread(target=second, daemon=True)
+        thread.start()
+        while "waiting for another process that reads" not in capfd.readouterr().err:
+            thread.join(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
