@@ -33,7 +33,8 @@ def knn_predict(
     predicted = [torch.empty(len(ks), 0, dtype=torch.int64, device=queries.device)]
     for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // len(gallery))):
         similarity, nearest = (chunk @ gallery.t()).topk(min(max(ks), len(gallery)), dim=1)
-        weight = (similarity / temperature).exp()
+        # Votes relative to the nearest's: exp(1 / temperature) is infinite below a temperature of 0.0113.
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = [
             torch.zeros(len(chunk), num_classes, device=chunk.device).scatter_add_(
                 1, labels[nearest[:, :k]], weight[:, :k]

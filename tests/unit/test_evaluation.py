@@ -182,6 +182,16 @@ def test_one_very_near_neighbour_outvotes_two_far_ones():
     assert knn_predict(query, gallery, labels, [3], 10.0, 2).tolist() == [[1]]
 
 
+@pytest.mark.parametrize("temperature", [10.0, 0.07, 0.0114, 0.005, 1e-4])
+def test_votes_do_not_overflow_at_any_temperature(temperature):
+    gallery, labels, queries = torch.randn(200, 8), torch.randint(0, 5, (200,)), torch.randn(100, 8)
+    gallery = F.normalize(gallery + 0.3 * F.one_hot(labels, 8))
+    similarity, nearest = (F.normalize(queries).double() @ gallery.double().t()).topk(20)
+    votes = torch.zeros(100, 5, dtype=torch.float64)
+    votes.scatter_add_(1, labels[nearest], torch.softmax(similarity / temperature, 1))
+    assert torch.equal(knn_predict(queries, gallery, labels, [20], temperature, 5)[0], votes.argmax(1))
+
+
 def test_several_k_at_once_and_in_chunks_are_what_each_is_alone(monkeypatch):
     gallery, labels, queries = torch.randn(40, 8), torch.randint(0, 4, (40,)), torch.randn(30, 8)
     together = knn_predict(queries, gallery, labels, [1, 5, 100], 0.07, 4)
