@@ -106,9 +106,14 @@ def patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return kernels.linear(x, weight.flatten(1), conv.bias)
 
 
+def is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is exact GELU, neither an approximation of it nor a subclass."""
+    return type(act) in (GELU, nn.GELU) and getattr(act, "approximate", "none") == "none"
+
+
 def is_fused(block: ConvNeXtBlock, x: Tensor) -> bool:
     """Whether one kernel adds the bias of the block's first linear layer, and does GELU and GRN."""
-    return x.is_cuda and grn(block) is not None and isinstance(block.mlp.act, GELU | nn.GELU)
+    return x.is_cuda and grn(block) is not None and is_gelu(block.mlp.act)
 
 
 def pointwise(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
@@ -128,7 +133,7 @@ def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
     fc1, act, grn_layer = block.mlp.fc1, block.mlp.act, grn(block)
     if grn_layer is None:
         return act(linear(x, fc1))
-    if not isinstance(act, GELU | nn.GELU):
+    if not is_gelu(act):
         h = act(linear(x, fc1))
         return kernels.grn(_images(h, grn_scope), grn_layer.weight, grn_layer.bias, grn_layer.eps).view_as(h)
     # A GPU's kernel adds fc1's bias, see gelu_grn; on a CPU the product does.

@@ -20,7 +20,7 @@ from fcmae.config import (
     from_dict,
     to_dict,
 )
-from fcmae.engines.convnext import blocks, grn, stages, stem
+from fcmae.engines.convnext import blocks, grn, is_gelu, stages, stem
 from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
@@ -70,9 +70,9 @@ class Structure:
             if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
                 raise WeightsError(f"{name} has eps {module.eps}; other libraries compute with 1e-06")
         for block in (block for stage in stages(model) for block in blocks(stage)):
-            if block.conv_dw.kernel_size != (7, 7) or type(block.mlp.act).__name__ != "GELU":
+            if block.conv_dw.kernel_size != (7, 7) or not is_gelu(block.mlp.act):
                 raise WeightsError(
-                    f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and GELU"
+                    f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and exact GELU"
                 )
         if not isinstance(model.norm_pre, nn.Identity) or not isinstance(model.head.pre_logits, nn.Identity):
             raise WeightsError("the head is not norm and linear layer after the pooling; other libraries have these")

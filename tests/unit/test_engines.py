@@ -1,8 +1,11 @@
 """Sparse = dense: every engine computes the masked engine's function, outputs and gradients."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from torch import nn
 
 from fcmae.engines import ENGINES, check_backbone, get_engine, total_stride
@@ -73,6 +76,20 @@ def test_every_engine_equals_masked(engine, case, scope, dtype, tolerance):
     assert grads.keys() == expected_grads.keys() != set()
     for name, grad in grads.items():
         assert relative_error(grad, expected_grads[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("act", [*_ACT_LAYER_DEFAULT, nn.GELU, partial(nn.GELU, approximate="tanh")], ids=str)
+def test_every_activation_of_timm_is_the_one_that_is_computed(act):
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(4, 4, 4, 4), act_layer=act).double()
+    for param in backbone.parameters():
+        nn.init.normal_(param, std=0.5)
+    imgs = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    mask = torch.tensor([[True, False, False, True]] * 2)
+    expected, expected_grads = run("masked", backbone, imgs, mask, 32, "image")
+    visible, grads = run("packed", backbone, imgs, mask, 32, "image")
+    assert relative_error(visible, expected) < 1e-12
+    for name, grad in grads.items():
+        assert relative_error(grad, expected_grads[name]) < 1e-10, name
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -25,6 +26,14 @@ def test_the_table_of_sizes_is_timms():
         with torch.device("meta"):
             model = create_backbone(name)
         assert Structure.of(model).backbone_config() == {"backbone": name, "stem_stride": 4}
+
+
+@pytest.mark.parametrize("act", ["gelu_tanh", "quick_gelu", partial(torch.nn.GELU, approximate="tanh")], ids=str)
+def test_an_approximation_of_gelu_is_not_exported_as_gelu(act):
+    with torch.device("meta"):
+        model = create_backbone("convnextv2_atto", act_layer=act)
+    with pytest.raises(WeightsError, match="other libraries have 7 x 7 and exact GELU"):
+        Structure.of(model)
 
 
 @pytest.mark.parametrize("backbone", ["convnextv2_atto", "convnextv2_tiny", "convnext_tiny"])
