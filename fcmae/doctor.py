@@ -14,6 +14,7 @@ from fcmae.engines import ENGINES, available_engines, get_engine
 from fcmae.errors import UsageError
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
+from fcmae.precision import set_tf32
 
 TOLERANCE = 1e-5
 """Largest relative error, ||a - b|| / ||b||, between float32 results that are to be equal."""
@@ -41,8 +42,7 @@ def run(golden: list[Path]) -> int:
     print(f"{'python':16} {platform.python_version()} on {platform.platform()}")
     for index in range(torch.cuda.device_count()):
         print(f"{f'cuda:{index}':16} {torch.cuda.get_device_name(index)}")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    set_tf32("float32")
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     failed = 0
     for device in devices:

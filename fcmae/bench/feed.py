@@ -13,9 +13,9 @@ from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
 from fcmae.data.sources import train_source
 from fcmae.data.transforms import normalize, pretrain_transform
 from fcmae.errors import UsageError
-from fcmae.evaluation.features import autocast
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
+from fcmae.precision import autocast, fastest
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.optim import create_optimizer
 
@@ -89,7 +89,7 @@ def training_step(name: str, data: DataConfig, device: torch.device) -> tuple[Ca
 
     def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
         imgs, noise = batch
-        with autocast(device, "bf16" if device.type == "cuda" else "float32"):
+        with autocast(device, fastest(device)):
             loss = model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss
         loss.backward()
         return loss.detach()

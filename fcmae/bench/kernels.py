@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fcmae import precision
 from fcmae.bench.measure import check_models, copy_bandwidth, machine, median_ms, parse
 from fcmae.config import check
+from fcmae.config.checks import check_one_of
 from fcmae.engines import convnext
 from fcmae.errors import UsageError
-from fcmae.evaluation.features import DTYPES
 from fcmae.files import write_output
 from fcmae.kernels import gelu_grn, neighbors
 from fcmae.masking import grid_size, len_keep
@@ -31,13 +32,13 @@ class KernelConfig:
     batch_size: int = 256
     image_size: int = 224
     mask_ratio: float = 0.6
-    precision: str = "bf16"
+    precision: str = "auto"
     repeats: int = 30
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "image_size", "repeats"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
-        check("precision", self.precision, self.precision in (*DTYPES, "float32"), "one of float32, bf16, fp16")
+        check_one_of("precision", self.precision, (precision.AUTO, *precision.BY_DEMAND))
 
 
 @dataclass
@@ -65,6 +66,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
     if not torch.cuda.is_available():
         raise UsageError(f"bench kernels needs a GPU; torch {torch.__version__} sees none")
     device = torch.device("cuda")
+    cfg.precision = precision.settle("precision", cfg.precision, device)
     where, bandwidth = machine(device), copy_bandwidth(device)
     print(f"{where['gpu']}, torch {where['torch']}, {cfg.precision}, batch {cfg.batch_size}, mask {cfg.mask_ratio}; "
           f"copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
@@ -85,7 +87,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
 
 
 def _measure_all(cfg: KernelConfig, bandwidth: float, device: torch.device) -> Iterator[KernelResult]:
-    dtype = DTYPES.get(cfg.precision, torch.float32)
+    dtype = precision.dtype_of(cfg.precision)
     for name in cfg.models:
         with torch.device("meta"):
             backbone = create_backbone(name)

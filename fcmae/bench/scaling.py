@@ -18,12 +18,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fcmae import launch
+from fcmae import launch, precision
 from fcmae.bench.measure import check_models, machine, parse
 from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
-from fcmae.config import PRECISIONS, OptimConfig, check
+from fcmae.config import OptimConfig, check
+from fcmae.config.checks import check_one_of
 from fcmae.errors import UsageError
-from fcmae.evaluation.features import autocast
 from fcmae.files import write_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
@@ -48,7 +48,7 @@ class ScalingConfig:
     batch_size: int = 256
     image_size: int = 224
     mask_ratio: float = 0.6
-    precision: str = "bf16"
+    precision: str = "auto"
     device: str = "auto"
     compile: bool | None = None
     """None = on GPUs."""
@@ -60,7 +60,7 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         for mode in self.modes:
             check("modes", mode, mode in (WEAK, STRONG), f"some of {WEAK}, {STRONG}")
-        check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        check_one_of("precision", self.precision, precision.PRECISIONS)
         ok = self.ranks is None or (len(self.ranks) > 0 and all(n > 0 for n in self.ranks))
         check("ranks", self.ranks, ok, "positive integers")
         for name in ("batch_size", "image_size", "repeats"):
@@ -148,7 +148,9 @@ def _spawned(rank: int, cfg: ScalingConfig, size: int, port: int, results: Any) 
 
 def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
     """Every row, in the same processes, so that each shape is compiled once. The report is the first rank's."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
+    cfg.precision = precision.settle(
+        "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
+    )
     counts = _counts(cfg, world.size)
     where = machine(world.device)
     say = print if world.is_main else _quiet
@@ -207,7 +209,7 @@ def _times(
 
     def time_steps(exchanging: bool) -> float:
         def run(batch: Sequence[Tensor], last: bool) -> Tensor:
-            with autocast(device, cfg.precision):
+            with precision.autocast(device, cfg.precision):
                 loss = model(batch[0], batch[1], keep).loss
             with exchange(last and exchanging):
                 (loss / count).backward()

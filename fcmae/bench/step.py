@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae import precision
 from fcmae.bench.measure import check_models, copy_bandwidth, machine, matmul_peak, parse
 from fcmae.bench.profile import profile_step
-from fcmae.config import PRECISIONS, OptimConfig, check
+from fcmae.config import OptimConfig, check
+from fcmae.config.checks import check_one_of
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.errors import UsageError
-from fcmae.evaluation.features import DTYPES, autocast
 from fcmae.files import write_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
@@ -49,7 +50,7 @@ class StepConfig:
     """Halved for an engine until it fits into memory."""
     image_size: int = 224
     mask_ratio: float = 0.6
-    precision: str = "bf16"
+    precision: str = "auto"
     device: str = "auto"
     deterministic: bool = False
     """As ``trainer.deterministic``; ``benchmarks/determinism.py`` measures with and without."""
@@ -60,7 +61,7 @@ class StepConfig:
         for engine in self.engines:
             allowed = (*ENGINES, SUPERVISED)
             check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
-        check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        check_one_of("precision", self.precision, precision.PRECISIONS)
         for name in ("batch_size", "image_size", "repeats", "warm_up"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
 
@@ -94,9 +95,9 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
         only_deterministic_algorithms()
     device = pick_device(cfg.device)
     _check_engines(cfg, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
+    cfg.precision = precision.settle("precision", cfg.precision, device)
     where = machine(device)
-    dtype = DTYPES.get(cfg.precision, torch.float32)
+    dtype = precision.dtype_of(cfg.precision)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
     print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
           f"mask {cfg.mask_ratio}; matmul {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
@@ -167,7 +168,7 @@ def _measure(
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
     def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
-        with autocast(device, cfg.precision):
+        with precision.autocast(device, cfg.precision):
             value = loss(*batch)
         value.backward()
         return value.detach()
@@ -320,7 +321,7 @@ def depthwise_traffic(model: FCMAE, batch_size: int, cfg: StepConfig) -> int:
     """Bytes that the encoder's depthwise convolutions have to move in a step: forward, input and weight gradient each
     read or write two arrays of the visible sites."""
     keep = model.len_keep(cfg.image_size, cfg.image_size)
-    size = DTYPES.get(cfg.precision, torch.float32).itemsize
+    size = precision.dtype_of(cfg.precision).itemsize
     side, total = model.mask_patch_size // convnext.stem(model.backbone)[0].stride[0], 0
     for stage in convnext.stages(model.backbone):
         if isinstance(stage.downsample, nn.Sequential):

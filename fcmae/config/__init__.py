@@ -22,7 +22,6 @@ from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.quoting import quoted
 from fcmae.config.training import (
-    PRECISIONS,
     LoggerConfig,
     MonitorConfig,
     OptimConfig,
@@ -33,7 +32,6 @@ from fcmae.config.typed import explain, from_dict, to_dict, to_typed
 
 __all__ = [
     "COMMANDS",
-    "PRECISIONS",
     "AugmentConfig",
     "CheckpointConfig",
     "ClassifierConfig",

@@ -9,8 +9,9 @@ from fcmae.config.checks import check, check_neighbours, check_not_negative, che
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
-from fcmae.config.training import PRECISIONS, LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
+from fcmae.precision import PRECISIONS
 
 
 @dataclass
@@ -71,7 +72,8 @@ class CheckpointConfig:
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     batch_size: int = 256
     """Images a rank processes at once."""
-    precision: str = "float32"
+    precision: str = "auto"
+    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as for trainer.precision in a new run."""
     device: str = "auto"
     out: str | None = None
     """A JSON file for the result."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
+from fcmae.precision import PRECISIONS
 
-PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -65,7 +65,9 @@ class TrainerConfig:
     """Samples an optimizer step over all ranks: part of the recipe."""
     micro_batch_size: int | None = None
     """Samples a rank processes at once; None = a rank's whole share. The rest is accumulated."""
-    precision: str = "float32"
+    precision: str = "auto"
+    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
+    has it, fp16 on an older one, float32 on a CPU."""
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
-from fcmae.evaluation.features import autocast, batches, never
+from fcmae.evaluation.features import batches, never
+from fcmae.precision import autocast
 from fcmae.training.distributed import World
 
 

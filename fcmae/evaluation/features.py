@@ -1,6 +1,5 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,10 +16,9 @@ from fcmae.data.cores import default_workers
 from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
 from fcmae.data.sources import Source, Subset, few_labels, require_classes, require_labels, train_source, val_source
 from fcmae.data.transforms import eval_transform, normalize
+from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
 from fcmae.training.distributed import World
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EvaluationStopped(Exception):
@@ -30,13 +28,6 @@ class EvaluationStopped(Exception):
 def never() -> bool:
     """No wish to stop."""
     return False
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Autocast to ``bf16`` or ``fp16``; nothing for ``float32`` and ``tf32``."""
-    if precision not in DTYPES:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
 
 
 class Images(NamedTuple):

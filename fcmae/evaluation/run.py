@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fcmae import precision
 from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
@@ -37,10 +38,12 @@ from fcmae.training.resume import say
 
 @contextlib.contextmanager
 def _connected(cfg: CheckpointConfig) -> Iterator[World]:
-    """The ranks of this launch, with the matrix multiplications that ``cfg.precision`` allows."""
+    """The ranks of this launch. ``cfg.precision`` becomes the one that they compute in."""
     world = distributed.connect(cfg.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision != "float32"
     try:
+        cfg.precision = precision.settle(
+            "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
+        )
         yield world
     finally:
         distributed.disconnect()

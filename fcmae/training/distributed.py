@@ -47,6 +47,10 @@ class World:
         """The largest ``value`` of the ranks."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
+    def smallest(self, value: int) -> int:
+        """The smallest ``value`` of the ranks."""
+        return -int(self.max(torch.tensor(-value)))
+
     def _reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:
             value = value.clone()

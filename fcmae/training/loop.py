@@ -8,12 +8,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+from fcmae import precision
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError, UsageError
-from fcmae.evaluation.features import EvaluationStopped, autocast
+from fcmae.evaluation.features import EvaluationStopped
 from fcmae.randomness import seed_step
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
@@ -69,11 +70,15 @@ class _Training:
             round(cfg.schedule.warmup_epochs * self.plan.steps_per_epoch),
             max(1, round(cfg.schedule.epochs * self.plan.steps_per_epoch)),
         )
-        self.config = to_dict(cfg)
         self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan)
-        self.state = _create_state(task, world)
         world.on_main(lambda: check_folder(task.cfg, run_dir))
-        self._resume()
+        resumed = newest_state(self.checkpoints, world) if cfg.trainer.resume else None
+        _settle_precision(cfg.trainer, world, resumed)
+        self.config = to_dict(cfg)
+        self.state = _create_state(task, world)
+        if resumed is not None:
+            self._resume(resumed)
+            del resumed  # its tensors
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
         if world.is_main:
@@ -184,12 +189,10 @@ class _Training:
     def _identity(self) -> State:
         return {"task": self.task.name, "config": self.config, "num_samples": self.plan.num_samples}
 
-    def _resume(self) -> None:
-        """Takes the newest checkpoint's state, if its recipe is this one."""
-        resumed = newest_state(self.checkpoints, self.world) if self.cfg.trainer.resume else None
-        if resumed is not None:
-            self.world.on_main(lambda: self._check_fits(resumed))
-            self.state.load_state_dict(resumed, self.checkpoints.folder)
+    def _resume(self, resumed: State) -> None:
+        """Takes a checkpoint's state, if its recipe is this one."""
+        self.world.on_main(lambda: self._check_fits(resumed))
+        self.state.load_state_dict(resumed, self.checkpoints.folder)
 
     def _check_fits(self, resumed: State) -> None:
         if resumed["task"] != self.task.name:
@@ -224,11 +227,11 @@ class _Training:
         """The forward and backward pass of a micro-batch, with the exchange of gradients after the last of a step."""
         # Not self: whoever holds the result would hold the loader's workers with it.
         task, model, world, accum_steps = self.task, self.task.model, self.world, self.plan.accum_steps
-        scaler, precision = self.state.scaler, self.cfg.trainer.precision
+        scaler, kind = self.state.scaler, self.cfg.trainer.precision
         exchange = GradientExchange(model, world.size)
 
         def run(batch: Sequence[Tensor], last: bool) -> Tensor:
-            with autocast(world.device, precision):
+            with precision.autocast(world.device, kind):
                 loss = task.loss(model, batch) / accum_steps
             with exchange(last):
                 scaler.scale(infectious(loss) / world.size).backward()
@@ -244,6 +247,19 @@ def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> Check
     if cfg.keep_every_epochs is not None:
         keep_every = max(1, round(cfg.keep_every_epochs * plan.steps_per_epoch))
     return CheckpointDir(run_dir, cfg.keep_checkpoints, keep_every)
+
+
+def _settle_precision(cfg: TrainerConfig, world: World, resumed: State | None) -> None:
+    """``cfg.precision`` becomes what the run computes in, and what its config and checkpoints record."""
+    recorded = None if resumed is None else resumed["config"]["trainer"].get("precision")
+    cfg.precision = precision.settle(
+        "trainer.precision",
+        cfg.precision,
+        world.device,
+        recorded=recorded,
+        smallest=world.smallest,
+        main=world.is_main,
+    )
 
 
 def _create_state(task: Task, world: World) -> TrainState:

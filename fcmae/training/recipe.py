@@ -3,6 +3,7 @@
 from typing import Any
 
 from fcmae.errors import UsageError
+from fcmae.precision import AUTO
 
 HARMLESS = frozenset(
     {
@@ -63,7 +64,10 @@ def check_recipe(
     changed = [
         f"  {key}: {before[key]!r} -> {value!r}"
         for key, value in now.items()
-        if key in before and before[key] != value and key not in HARMLESS and not key.startswith(HARMLESS_GROUPS)
+        if key in before
+        and before[key] not in (value, AUTO)  # AUTO: imported weights, which nothing was computed in
+        and key not in HARMLESS
+        and not key.startswith(HARMLESS_GROUPS)
     ]
     if None not in num_samples and num_samples[0] != num_samples[1]:
         changed.append(f"  training images: {num_samples[0]} -> {num_samples[1]}")

@@ -5,8 +5,6 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
@@ -61,8 +59,6 @@ def _run(task: Task, run_dir: Path) -> Path:
         only_deterministic_algorithms()
     # The watchdog, which leaves stacks, comes before an error about a collective.
     world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout + 5 * Watchdog.GRACE)
-    torch.backends.cuda.matmul.allow_tf32 = cfg.trainer.precision != "float32"
-    torch.backends.cudnn.allow_tf32 = cfg.trainer.precision != "float32"
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.disconnect)
         stack.enter_context(_disk_explained(run_dir))

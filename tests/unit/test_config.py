@@ -38,7 +38,7 @@ BAD = {
     "crop": ("data.crop_scale=[0.5,0.2]", r"data.crop_scale is"),
     "precision": (
         "trainer.precision=int8",
-        r"trainer.precision is 'int8'; allowed is one of float32, tf32, bf16, fp16",
+        r"trainer.precision is 'int8'; allowed is one of auto, float32, tf32, bf16, fp16",
     ),
     "engine": ("engine.name=dense", r"engine.name is 'dense'; allowed is one of packed, masked"),
     "warm-up": ("schedule.warmup_epochs=900", r"schedule.warmup_epochs is 900.*from 0 to schedule.epochs \(800\)"),

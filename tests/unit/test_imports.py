@@ -30,7 +30,8 @@ ALLOWED = {
     "engines": {"engines", "kernels", "masking"},
     "models": {"models", "engines", "kernels", "masking", "loss"},
     "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},
-    "config": {"config", "errors"},
+    "precision": {"errors"},
+    "config": {"config", "errors", "precision"},
     "data": {"data", "config", "errors", "files", "interrupt", "opening", "processes", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}

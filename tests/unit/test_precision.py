@@ -1,0 +1,124 @@
+"""What ``precision=auto`` chooses, on which machine, and what a resumed run makes of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fcmae import precision
+from fcmae.cli import main
+from fcmae.config import compose
+from fcmae.errors import UsageError
+from fcmae.training import checkpoint
+from fcmae.training.recipe import check_recipe
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+
+PACKAGE = Path(precision.__file__).parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PLAIN = [arg for arg in TINY_PRETRAIN if not arg.startswith("trainer.precision")]
+
+
+@pytest.fixture(autouse=True)
+def _tf32_as_before():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+
+
+@pytest.fixture(params=[True, False], ids=["new GPU", "old GPU"])
+def has_bf16(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return request.param
+
+
+def test_auto_on_the_cpu(capsys):
+    assert precision.settle("trainer.precision", "auto", CPU) == "float32"
+    assert capsys.readouterr().err == "trainer.precision=auto takes float32 on the CPU\n"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_auto_on_a_gpu(has_bf16, capsys):
+    assert precision.settle("precision", "auto", GPU) == ("bf16" if has_bf16 else "fp16")
+    assert capsys.readouterr().err == f"precision=auto takes {'bf16' if has_bf16 else 'fp16'} on a GPU\n"
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_ranks_take_what_all_of_them_compute(has_bf16, capsys):
+    """The other rank's GPU is an old one."""
+    old = precision.BY_DEMAND.index("fp16")
+    assert precision.settle("precision", "auto", GPU, smallest=lambda own: min(own, old)) == "fp16"
+    assert precision.settle("precision", "auto", GPU, smallest=lambda own: min(own, old), main=False) == "fp16"
+    assert capsys.readouterr().err.count("precision=auto takes fp16") == 1
+
+
+def test_bf16_is_refused_by_every_rank_where_one_lacks_it(has_bf16):
+    if has_bf16:
+        assert precision.settle("precision", "bf16", GPU) == "bf16"
+    with pytest.raises(UsageError, match=r"^trainer.precision=bf16: a GPU.* does not compute bf16; .* takes fp16$"):
+        precision.settle("trainer.precision", "bf16", GPU, smallest=lambda own: min(own, 1))
+
+
+def test_auto_stays_what_the_run_used(has_bf16, capsys):
+    assert precision.settle("trainer.precision", "auto", CPU, recorded="bf16") == "bf16"
+    assert "takes bf16 as in the run so far" in capsys.readouterr().err
+    assert precision.settle("trainer.precision", "auto", CPU, recorded="auto") == "float32"  # imported weights
+    assert precision.settle("trainer.precision", "float32", CPU, recorded="bf16") == "float32"  # and the recipe differs
+    if not has_bf16:
+        with pytest.raises(UsageError, match="the run so far used it; .*=fp16 trainer.allow_changed_recipe=true"):
+            precision.settle("trainer.precision", "auto", GPU, recorded="bf16")
+
+
+@pytest.mark.parametrize("name", precision.PRECISIONS[1:])
+def test_autocast(name):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+    with precision.autocast(CPU, name):
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype == precision.dtype_of(name)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "knn", "probe"])
+def test_auto_is_the_default(command):
+    cfg = compose(command, ["checkpoint=run"] if command in ("evaluate", "knn", "probe") else [])
+    assert getattr(cfg, "trainer", cfg).precision == "auto"
+
+
+def test_one_module_chooses():
+    """Autocast, TF32 and its relatives are set nowhere else."""
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "precision.py":
+            for word in ("allow_tf32", "fp32_precision", "matmul_precision", "torch.autocast("):
+                assert word not in file.read_text(), file
+
+
+def recorded(run: Path) -> tuple[str, str]:
+    """In config.yaml, and in the newest checkpoint."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    state = checkpoint.read(checkpoint.resolve(run))
+    return config["trainer"]["precision"], state["config"]["trainer"]["precision"]
+
+
+def test_a_run_records_what_it_chose_and_goes_on_with_it(tmp_path, capsys):
+    """Also one of a version whose default was bf16 on a CPU."""
+    new, old = f"hydra.run.dir={tmp_path}/new", f"hydra.run.dir={tmp_path}/old"
+    assert main([*PLAIN, new, "trainer.max_steps=1"]) == 75
+    assert recorded(tmp_path / "new") == ("float32", "float32")
+    assert main([*PLAIN, old, "trainer.max_steps=1", "trainer.precision=bf16"]) == 75
+    assert main([*PLAIN, old, "trainer.max_steps=2"]) == 75
+    assert recorded(tmp_path / "old") == ("bf16", "bf16")
+    assert "trainer.precision=auto takes bf16 as in the run so far" in capsys.readouterr().err
+    assert main([*PLAIN, old, "trainer.max_steps=3", "trainer.precision=float32"]) == 2
+    assert "trainer.precision: 'bf16' -> 'float32'" in capsys.readouterr().err
+    check_recipe({"trainer": {"precision": "auto"}}, {"trainer": {"precision": "float32"}})  # imported weights
+
+
+def test_fine_tuning_and_evaluation_settle_it_too(tmp_path, capsys):
+    args = [arg for arg in TINY_FINETUNE if not arg.startswith("trainer.precision")]
+    assert main([*args, f"hydra.run.dir={tmp_path}/run", "schedule.epochs=1", "schedule.warmup_epochs=0"]) == 0
+    assert recorded(tmp_path / "run") == ("float32", "float32")
+    assert main(["evaluate", f"checkpoint={tmp_path}/run"]) == 0
+    assert capsys.readouterr().err.count("\nprecision=auto takes float32 on the CPU\n") == 1
