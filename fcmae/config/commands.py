@@ -63,6 +63,10 @@ DataOverrides = dataclasses.make_dataclass(
 )
 
 
+CHANNELS = ("in_chans", "bit_depth", "mean", "std", "pad", "decode_on")
+"""Keys of group ``data`` whose values have to fit each other."""
+
+
 @dataclass
 class CheckpointConfig:
     """What commands on a checkpoint share: where it is, and what differs from its own data config."""
@@ -83,11 +87,25 @@ class CheckpointConfig:
         check_positive("batch_size", self.batch_size)
         check_one_of("precision", self.precision, PRECISIONS)
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        # Before the checkpoint is read; what depends on its channels is checked with them.
+        alone = {name: value for name, value in self._given().items() if name not in CHANNELS}
+        from_dict(DataConfig, alone, prefix="data")
 
     def merge_data(self, own: DataConfig) -> DataConfig:
-        """The checkpoint's data config with what was given on the command line."""
-        given = {k: v for k, v in dataclasses.asdict(self.data).items() if v is not None}
-        return from_dict(DataConfig, {**dataclasses.asdict(own), **given}, prefix="data")
+        """The checkpoint's data config with what was given on the command line.
+
+        Images that are given take the place of the checkpoint's, whether a path or a source tells where they are.
+        """
+        given, values = self._given(), dataclasses.asdict(own)
+        for source, path in (("source", "path"), ("val_source", "val_path")):
+            if not given.keys().isdisjoint({"name", path}):
+                values[source] = None
+            elif source in given or values[source] is not None:
+                values[path] = None
+        return from_dict(DataConfig, {**values, **given}, prefix="data")
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self.data).items() if value is not None}
 
 
 @dataclass

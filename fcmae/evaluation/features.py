@@ -14,7 +14,7 @@ from fcmae.config import DataConfig
 from fcmae.data.bad_samples import readable
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
-from fcmae.data.sources import Source, Subset, few_labels, require_classes, require_labels, train_source, val_source
+from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
@@ -97,17 +97,26 @@ def first(source: Source, count: int | None) -> Source:
     return Subset(source, order[:count].tolist())
 
 
-def labelled_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source, list[str]]:
-    """Training and validation samples, and their classes; ``seed`` draws ``data.labels_per_class``.
+class Labelled(NamedTuple):
+    """Training and validation samples with labels of the same ``classes``, and what the user should know, by line."""
 
-    Raises UsageError if either has no labels, or others.
+    train: Source
+    val: Source
+    classes: list[str]
+    notes: list[str]
+
+
+def labelled_sources(cfg: DataConfig, seed: int) -> Labelled:
+    """The sources of a data config; ``seed`` draws ``data.labels_per_class``.
+
+    Raises UsageError if either has no labels, or the validation samples have a class that the training samples lack.
     """
     train, val = train_source(cfg), val_source(cfg)
     classes = require_labels(train, "data.path")
-    require_classes(val, "data.val_path", classes, "data.path")
+    val, notes = with_classes(val, "data.val_path", classes, "data.path")
     if cfg.labels_per_class is not None:
         train = few_labels(train, cfg.labels_per_class, seed)
-    return train, val, classes
+    return Labelled(train, val, classes, notes)
 
 
 class Features(NamedTuple):

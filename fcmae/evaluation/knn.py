@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, check
 from fcmae.data.sources import Source
 from fcmae.evaluation.features import Features, first, labelled_sources
 from fcmae.training.distributed import World
+from fcmae.training.resume import say
 
 SIMILARITIES = 2**27
 """Most similarities that are computed at once: half a GiB."""
@@ -58,6 +59,12 @@ def knn_accuracy(
     return {f"knn{k}": 100 * count / len(val.labels) for k, count in zip(ks, right.tolist(), strict=True)}
 
 
+def check_neighbours(key: str, ks: Sequence[int], gallery: Source) -> None:
+    """Raises ConfigError if there are fewer images than neighbours."""
+    most = len(gallery)
+    check(key, list(ks), max(ks) <= most, f"at most {most}, the number of images to compare with")
+
+
 def knn_of(
     data: DataConfig,
     extract: Callable[[Source], Features],
@@ -74,7 +81,11 @@ def knn_of(
     ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all. ``seed`` draws
     ``data.labels_per_class``.
     """
-    train, val, classes = labelled_sources(data, seed)
-    known, asked = extract(first(train, gallery)), extract(first(val, queries))
+    train, val, classes, notes = labelled_sources(data, seed)
+    train, val = first(train, gallery), first(val, queries)
+    check_neighbours("k", ks, train)
+    for note in notes if world.is_main else ():
+        say(note)
+    known, asked = extract(train), extract(val)
     result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
     return {**result, "gallery": len(known.labels), "queries": len(asked.labels)}

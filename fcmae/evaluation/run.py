@@ -15,7 +15,7 @@ from fcmae import precision
 from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
-from fcmae.data.sources import ImageFolder, Source, require_classes, val_source
+from fcmae.data.sources import ImageFolder, Source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
@@ -55,10 +55,10 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
     _check_outputs(cfg, "out")
     with _connected(cfg) as world:
         file, state = _read(cfg.checkpoint, world)
+        data = cfg.merge_data(config_of(state, file).data)
         model = model_of(state, file)
         backbone = model.backbone if isinstance(model, FCMAE) else model
         identity = {"checkpoint": checkpoint.checksum(file)}
-        data = cfg.merge_data(config_of(state, file).data)
         extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
         if cfg.cache is None:
             yield extractor, extractor
@@ -104,7 +104,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     source = val_source(data)
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
     if accepted is None:
-        require_classes(source, "data.val_path", classes, str(file))
+        source, notes = with_classes(source, "data.val_path", classes, str(file))
+        for note in notes if world.is_main else ():
+            say(note)
     tables = cfg.per_class is not None or cfg.confusion is not None
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
@@ -163,7 +165,9 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
     """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
         data, world = extractor.data, extractor.world
-        train, val, classes = labelled_sources(data, cfg.seed)
+        train, val, classes, notes = labelled_sources(data, cfg.seed)
+        for note in notes if world.is_main else ():
+            say(note)
 
         def cropped() -> Iterator[Features]:
             for epoch in itertools.count():

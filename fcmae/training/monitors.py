@@ -9,7 +9,7 @@ from torch import nn
 from fcmae.config import PretrainConfig
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import Extractor, first, labelled_sources
-from fcmae.evaluation.knn import knn_accuracy
+from fcmae.evaluation.knn import check_neighbours, knn_accuracy
 from fcmae.models import FCMAE
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
@@ -35,7 +35,7 @@ class Monitor(NamedTuple):
 class OnlineKnn:
     """k-NN accuracy of an encoder in training, logged as ``knnK``: validation images against training images.
 
-    Raises UsageError, before anything is trained, if either has no labels.
+    Raises UsageError, before anything is trained, if either has no labels or ``monitor.knn_k`` is too large.
     """
 
     BATCH_SIZE = 256
@@ -46,10 +46,11 @@ class OnlineKnn:
         self.cfg = cfg
         monitor = cfg.monitor
         try:
-            train, val, self.classes = labelled_sources(cfg.data, cfg.seed)
+            train, val, self.classes, self.notes = labelled_sources(cfg.data, cfg.seed)
         except UsageError as error:
             raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
         self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
+        check_neighbours("monitor.knn_k", monitor.knn_k, self.gallery)
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         """Looks at the weights that are exported: the averaged ones where the run keeps an average."""

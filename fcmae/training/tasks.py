@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, TrainerConfig, to_dict
 from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
-from fcmae.data.sources import Source, few_labels, require_classes, require_labels, train_source, val_source
+from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
@@ -84,6 +84,7 @@ class Pretraining:
         self.monitors = _at_evaluations(cfg.trainer, self._log_picture)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
+            self.notes += knn.notes
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
     def dataset(self) -> Dataset:
@@ -139,17 +140,18 @@ class Finetuning:
         self.source = train_source(cfg.data)
         self.classes = require_labels(self.source, "data.path")
         self.monitors: list[Monitor] = []
+        self.notes: list[str] = []
         if cfg.trainer.eval_every_epochs is not None:
-            self.val_source = _validation(cfg, self.classes)
+            self.val_source, self.notes = _validation(cfg, self.classes)
             self.monitors = _at_evaluations(cfg.trainer, self._log_accuracy)
         if cfg.model.num_classes not in (None, len(self.classes)):
             raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
-        self.notes: list[str] = []
+            _check_batch(len(self.source), cfg)
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
         if cfg.init_from is not None:
-            self.notes = _initialise(self.model, cfg)
+            self.notes += _initialise(self.model, cfg)
         self.mixup: Mixup | None = None
         if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
             self.mixup = Mixup(
@@ -202,16 +204,25 @@ def _at_evaluations(cfg: TrainerConfig, look: Look) -> list[Monitor]:
     return [] if cfg.eval_every_epochs is None else [Monitor(cfg.eval_every_epochs, look)]
 
 
-def _validation(cfg: FinetuneConfig, classes: list[str]) -> Source:
-    """The validation images of the same classes. Raises UsageError."""
+def _check_batch(images: int, cfg: FinetuneConfig) -> None:
+    """Raises ConfigError if ``data.labels_per_class`` leaves fewer images than a batch has."""
+    batch, fits = cfg.trainer.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
+    if images < batch:
+        raise ConfigError(
+            f"data.labels_per_class={cfg.data.labels_per_class} leaves {images} training images, fewer than "
+            f"trainer.global_batch_size={batch}; give trainer.global_batch_size={fits}"
+        )
+
+
+def _validation(cfg: FinetuneConfig, classes: list[str]) -> tuple[Source, list[str]]:
+    """The validation images, of some or all of the classes, and a line for the user. Raises UsageError."""
     try:
         source = val_source(cfg.data)
     except UsageError as error:
         if cfg.data.val_path is not None:
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
-    require_classes(source, "data.val_path", classes, "data.path")
-    return source
+    return with_classes(source, "data.val_path", classes, "data.path")
 
 
 def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:

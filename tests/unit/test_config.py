@@ -100,6 +100,21 @@ def test_ranges_of_evaluation(command, override, message):
         compose(command, [override, *(["checkpoint=x"] if command != "pretrain" else [])])
 
 
+@pytest.mark.parametrize("command", ["evaluate", "knn", "probe"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.on_error=ignore", "data.on_error is 'ignore'; allowed is one of raise, skip"),
+        ("data.workers=-1", "data.workers is -1; allowed is 0 to 512"),
+        ("data.image_size=many", "data.image_size is 'many'"),
+        ("data.source={count: 5}", "data.source is {'count': 5}; allowed is null, or _target_"),
+    ],
+)
+def test_data_that_is_given_is_checked_before_the_checkpoint_is_read(command, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(command, ["checkpoint=x", override])
+
+
 def test_one_k_is_a_list_of_one():
     assert compose("knn", ["checkpoint=x", "k=5"]).k == [5]
     assert compose("knn", ["checkpoint=x"]).k == [10, 20]

@@ -11,11 +11,11 @@ from torch import nn
 from fcmae.config import DataConfig, compose
 from fcmae.data.sources import Sample, few_labels, train_source, val_source
 from fcmae.data.transforms import normalize
-from fcmae.errors import UsageError
+from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import run
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.features import Extractor
-from fcmae.evaluation.knn import knn_accuracy, knn_predict
+from fcmae.evaluation.knn import knn_accuracy, knn_of, knn_predict
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
@@ -24,6 +24,7 @@ from fcmae.training import monitors
 from fcmae.training.build import build_fcmae
 from fcmae.training.distributed import World
 from fcmae.training.monitors import OnlineKnn
+from fcmae.training.tasks import Pretraining
 from tests.conftest import TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -284,3 +285,15 @@ def test_the_monitor_measures_the_averaged_weights(monkeypatch):
         monitor(ema, 1, SimpleNamespace(log=lambda *_: None), CPU, lambda: False)  # type: ignore[arg-type]
         assert torch.equal(measured[-1], Extractor(expected.backbone, cfg.data, CPU)(monitor.gallery).values)
     assert not torch.equal(*measured)
+
+
+def test_too_many_neighbours_are_refused_before_features_are_extracted():
+    """And before pretraining, where ``monitor=knn`` asks for them."""
+    extract = pytest.fail
+    with pytest.raises(ConfigError, match=r"k is \[3, 24\]; allowed is at most 23, the number of images"):
+        knn_of(DATA, extract, CPU, ks=[3, 24])
+    with pytest.raises(ConfigError, match=r"k is \[6\]; allowed is at most 5"):
+        knn_of(DATA, extract, CPU, ks=[6], gallery=5)
+    cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "monitor=knn", "monitor.knn_k=[1,25]"])
+    with pytest.raises(ConfigError, match=r"monitor.knn_k is \[1, 25\]; allowed is at most 24"):
+        Pretraining(cfg)

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from timm.layers import DropPath
 
+from fcmae.cli import main
 from fcmae.config import DataConfig, FinetuneConfig, compose, to_dict
 from fcmae.data.sources import Sample
-from fcmae.errors import CheckpointError, Interrupted
+from fcmae.errors import CheckpointError, ConfigError, Interrupted
 from fcmae.evaluation.classify import classified
 from fcmae.interchange.convert import import_weights
 from fcmae.training import checkpoint
@@ -111,6 +112,40 @@ def test_a_classifier_of_other_classes_gives_its_backbone_and_not_its_head(tmp_p
     for name, value in task.model.state_dict().items():
         assert name.startswith("head.fc.") or torch.equal(value, weights[name]), name
     assert task.notes == [f"{tmp_path}/in22k.pt is a classifier of 7 classes; its head is not used"]
+
+
+def test_a_batch_that_fits_few_labels_is_named():
+    """Synthetic images have 10 classes."""
+    few = ("data.length=40", "data.labels_per_class=3", "trainer.global_batch_size=32")
+    expected = "data.labels_per_class=3 leaves 30 training images, fewer than trainer.global_batch_size=32; give "
+    with pytest.raises(ConfigError, match=f"{expected}trainer.global_batch_size=30"):
+        Finetuning(config(*few))
+    assert len(Finetuning(config(*few, "trainer.global_batch_size=30")).source) == 30
+
+
+def test_validation_images_may_lack_a_class(tmp_path, three_classes, capsys):
+    """Finetune, evaluate, knn and probe name it; labels are matched by name."""
+    for name in "ac":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (80, 100, 200)).save(tmp_path / "val" / name / "0.png")
+    run, data = f"{tmp_path}/run", (*three_classes, f"data.val_path={tmp_path}/val")
+    assert main([*TINY_FINETUNE, *data, f"hydra.run.dir={run}", "data.image_size=32"]) == 0
+    assert "data.val_path lacks 1 of the 3 classes of data.path: b\n" in capsys.readouterr().err
+    assert main(["evaluate", f"checkpoint={run}", f"per_class={run}/classes.json"]) == 0
+    printed = capsys.readouterr()
+    assert f"data.val_path lacks 1 of the 3 classes of {run}/checkpoints/step_" in printed.err
+    assert json.loads(printed.out)["images"] == 2
+    per_class = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert {name: row["images"] for name, row in per_class.items()} == {"a": 1, "b": 0, "c": 1}
+    for command in (("knn", "k=1"), ("probe", "epochs=1", "warmup_epochs=0")):
+        assert main([*command, f"checkpoint={run}", "cache=null"]) == 0
+        printed = capsys.readouterr()
+        assert "data.val_path lacks 1 of the 3 classes of data.path: b\n" in printed.err
+        assert json.loads(printed.out)
+    (tmp_path / "val" / "d").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "val" / "d" / "0.png")
+    assert main(["evaluate", f"checkpoint={run}"]) == 2
+    assert "the 3 classes of data.val_path are not among the 3 of" in capsys.readouterr().err
 
 
 def test_a_head_of_the_same_shape_is_not_used_either(tmp_path):

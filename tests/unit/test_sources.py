@@ -19,10 +19,10 @@ from fcmae.data.sources import (
     Sample,
     Synthetic,
     listing,
-    require_classes,
     require_labels,
     train_source,
     val_source,
+    with_classes,
 )
 from fcmae.errors import ConfigError, ImageError, UsageError
 from fcmae.training.recipe import check_recipe
@@ -287,6 +287,31 @@ def test_a_source_of_ones_own_on_the_command_line():
     assert len(train_source(merged)) == 7
 
 
+def test_given_images_take_the_place_of_a_checkpoints_own_source():
+    own = DataConfig(
+        source={"_target_": f"{__name__}.Squares", "count": 5},
+        val_source={"_target_": f"{__name__}.Squares", "count": 6},
+    )
+
+    def merged(*given, own=own):
+        data = compose("knn", ["checkpoint=x", *given]).merge_data(own)
+        return (data.name, data.path, data.val_path, data.source, data.val_source)
+
+    assert merged() == ("imagefolder", None, None, own.source, own.val_source)
+    assert merged("data.path=A", "data.val_path=B") == ("imagefolder", "A", "B", None, None)
+    assert merged("data.val_path=B") == ("imagefolder", None, "B", own.source, None)
+    assert merged("data.name=webdataset", "data.val_path=B") == ("webdataset", None, "B", None, None)
+    folders = DataConfig(path="A", val_path="B")
+    target = {"_target_": f"{__name__}.Squares", "count": 7}
+    given = f"data.source={{_target_: {__name__}.Squares, count: 7}}"
+    assert merged(given, own=folders) == ("imagefolder", None, "B", target, None)
+    # A checkpoint of an older version may have both; its source was used.
+    assert merged(own=DataConfig(path="A", source=target)) == ("imagefolder", None, None, target, None)
+    for both in ({"path": "A", "source": target}, {"val_path": "A", "val_source": target}):
+        with pytest.raises(ConfigError, match="source and data.(val_)?path=A are both set; give one of them"):
+            (train_source if "path" in both else val_source)(DataConfig(**both))
+
+
 def test_another_source_is_another_recipe():
     def config(**data):
         return to_dict(PretrainConfig(data=DataConfig(**data)))
@@ -378,15 +403,35 @@ def test_a_mistake_names_its_key(given, message):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["a", "c"], "the 2 classes of data.val_path are not the 2 of data.path: c is in data.val_path only"),
-        (["a"], "the 1 classes of data.val_path are not the 2 of data.path: b is in data.path only"),
-        (["b", "a"], "the 2 classes of data.val_path are not the 2 of data.path: they are in another order"),
+        (["a", "x"], "the 2 classes of data.val_path are not among the 3 of data.path: x"),
+        ([str(i) for i in range(12)], "the 12 classes .* of data.path: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
+        (None, "data.val_path has no labels: its source gives none"),
     ],
 )
-def test_other_classes_are_named(classes, message):
+def test_unknown_classes_are_refused(classes, message):
     with pytest.raises(UsageError, match=message):
-        require_classes(Anything(classes), "data.val_path", ["a", "b"], "data.path")
-    require_classes(Anything(["a", "b"]), "data.val_path", ["a", "b"], "data.path")
+        with_classes(Anything(classes), "data.val_path", ["a", "b", "c"], "data.path")
+
+
+@pytest.mark.parametrize(
+    ("classes", "notes"),
+    [
+        (["a", "b", "c"], []),
+        (["c", "a"], ["data.val_path lacks 1 of the 3 classes of data.path: b"]),
+        (["c"], ["data.val_path lacks 2 of the 3 classes of data.path: a, b"]),
+        (["c", "b", "a"], []),
+    ],
+)
+def test_labels_are_matched_by_the_names_of_classes(monkeypatch, classes, notes):
+    expected = ["a", "b", "c"]
+    monkeypatch.setattr(Anything, "samples", [Sample(GREY, classes.index("c"))])
+    monkeypatch.setattr(Anything, "label", lambda self, index: self[index].label)
+    source, said = with_classes(Anything(classes), "data.val_path", expected, "data.path")
+    assert said == notes
+    assert source.classes == expected
+    assert source.label(0) == source[0].label == 2
+    assert (len(source), source.describe(0)) == (len(Anything(classes)), "square 0")
+    assert pickle.loads(pickle.dumps(source))[0].label == 2
 
 
 def test_one_path_where_one_is_meant(tmp_path):

@@ -3,7 +3,7 @@
 A module for each kind; :mod:`fcmae.data.sources.base` has the interface.
 """
 
-from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_classes, require_labels
+from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_labels, with_classes
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -19,8 +19,8 @@ __all__ = [
     "Synthetic",
     "WebDataset",
     "few_labels",
-    "require_classes",
     "require_labels",
     "train_source",
     "val_source",
+    "with_classes",
 ]

@@ -82,12 +82,54 @@ def require_labels(source: Source, key: str) -> list[str]:
     return source.classes
 
 
-def require_classes(source: Source, key: str, expected: list[str], whose: str) -> None:
-    """Raises UsageError if the classes of the source that ``key`` names are not those expected, which are another's."""
+class Relabelled:
+    """Another source with its labels counted in the order of ``classes``, which has all of its classes."""
+
+    def __init__(self, source: Source, classes: list[str]) -> None:
+        assert source.classes is not None
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.source = source
+        self.numbers = [numbers[name] for name in source.classes]
+        self.classes: list[str] | None = classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, label = self.source[index]
+        return Sample(image, None if label is None else self.numbers[label])
+
+    def label(self, index: int) -> int | None:
+        label = self.source.label(index)
+        return None if label is None else self.numbers[label]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+
+def with_classes(source: Source, key: str, expected: list[str], whose: str) -> tuple[Source, list[str]]:
+    """The source with its labels counted in the order of ``expected``, and a line that names classes it lacks, if any.
+
+    Args:
+        key: names the source in messages.
+        whose: has the expected classes.
+
+    Raises UsageError if the source has no labels, or a class that is not expected.
+    """
     classes = require_labels(source, key)
     if classes == expected:
-        return
-    alone = [(name, key) for name in classes if name not in expected]
-    alone += [(name, whose) for name in expected if name not in classes]
-    which = f"{alone[0][0]} is in {alone[0][1]} only" if alone else "they are in another order"
-    raise UsageError(f"the {len(classes)} classes of {key} are not the {len(expected)} of {whose}: {which}")
+        return source, []
+    known, present = set(expected), set(classes)
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise UsageError(
+            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: {_some(unknown)}"
+        )
+    missing = [name for name in expected if name not in present]
+    note = f"{key} lacks {len(missing)} of the {len(expected)} classes of {whose}: {_some(missing)}"
+    return Relabelled(source, expected), [note] if missing else []
+
+
+def _some(names: list[str]) -> str:
+    """The first ten names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

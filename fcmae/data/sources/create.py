@@ -31,9 +31,12 @@ def val_source(cfg: DataConfig) -> Source:
 
 def _create(cfg: DataConfig, train: bool) -> Source:
     prefix = "" if train else "val_"
-    if cfg.source is not None or cfg.val_source is not None:
-        to = PixelFormat(cfg.in_chans, cfg.bit_depth)
-        return create_own(cfg.source if train else cfg.val_source, f"data.{prefix}source", to)
+    own, path = (cfg.source, cfg.path) if train else (cfg.val_source, cfg.val_path)
+    if own is not None and path is not None:
+        raise ConfigError(f"data.{prefix}source and data.{prefix}path={path} are both set; give one of them")
+    other = cfg.val_source if train else cfg.source
+    if own is not None or (other is not None and path is None):
+        return create_own(own, f"data.{prefix}source", PixelFormat(cfg.in_chans, cfg.bit_depth))
     if cfg.name == "synthetic":
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":
