@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae import interrupt, launch
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, SaveError, UsageError
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, UsageError
 from fcmae.files import check_output, output, write_output
 from fcmae.imports import quick_imports
 
@@ -48,25 +48,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = args
     if command in _TRAINING:
-        interrupt.install()
-    elif command == "prepare" and argv is None:
-        interrupt.take_for_ctrl_c()
+        interrupt.install(functools.partial(_tell, command))
+    elif argv is None:
+        interrupt.watch(functools.partial(_tell, command))
+        if command == "prepare":
+            interrupt.take_for_ctrl_c()
     try:
         if command not in COMMANDS:
-            raise UsageError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
+            raise ConfigError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
         return _hydra(command, rest, argv is None) if command in _HYDRA else _TOOLS[command](rest)
     except FCMAEError as error:
-        ranks_agree = isinstance(error, (Interrupted, SaveError))
-        if not isinstance(error, PeerError) and (not ranks_agree or launch.detect().rank == 0):
+        here = launch.detect()
+        first = {"rank": True, "machine": here.local_rank == 0, "launch": here.rank == 0}[error.raised_by]
+        if first and not isinstance(error, PeerError):
             print(f"fcmae {command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"fcmae {command}: interrupted", file=sys.stderr)
+        _tell(command, "interrupted")
         return EXIT_ERROR
     finally:
         if command in _TRAINING:
             # torchrun, for one, sends each signal twice.
             (interrupt.ignore if argv is None else interrupt.uninstall)()
+
+
+def _tell(command: str, line: str) -> None:
+    """Prints a line to stderr, once a launch."""
+    if launch.detect().rank == 0:
+        print(f"fcmae {command}: {line}", file=sys.stderr, flush=True)
 
 
 def _usage() -> str:
@@ -128,7 +137,9 @@ def _hydra(command: str, overrides: list[str], alone: bool = False) -> int:
         if begun:
             raise
         what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be made"
-        raise UsageError(f"{what}: {error.filename}: {error.strerror}") from error
+        refused = UsageError(f"{what}: {error.filename}: {error.strerror}")
+        refused.raised_by = "machine"
+        raise refused from error
     except Exception as error:
         if begun or type(error).__name__ in JOB_ERRORS:
             raise
@@ -149,15 +160,15 @@ JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
 
 
 def _check_overrides(overrides: list[str]) -> None:
-    """Raises UsageError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
+    """Raises ConfigError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
     sweep = _is_sweep(overrides)
     if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
-        raise UsageError("--cfg prints the config of one run; allowed with it is no -m")
+        raise ConfigError("--cfg prints the config of one run; allowed with it is no -m")
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     if given and given[-1] in ("", "null", "''", '""'):
-        raise UsageError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
+        raise ConfigError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
     if given and sweep:
-        raise UsageError(
+        raise ConfigError(
             f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
         )
 

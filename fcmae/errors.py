@@ -9,6 +9,8 @@ class FCMAEError(Exception):
     """Something went wrong that one line explains; the command prints it without a traceback."""
 
     exit_code = EXIT_ERROR
+    raised_by = "rank"
+    """What else raises the same, so that it is printed once: ``launch``, all ranks; ``machine``, those of a machine."""
 
 
 class UsageError(FCMAEError):
@@ -19,6 +21,8 @@ class UsageError(FCMAEError):
 
 class ConfigError(UsageError, ValueError):
     """A config key that is unknown, of the wrong type or out of range; the message names the full key."""
+
+    raised_by = "launch"
 
 
 class ImageError(UsageError):
@@ -56,6 +60,8 @@ class WorkerError(FCMAEError):
 class SaveError(FCMAEError):
     """A checkpoint could not be written; the older ones are as they were."""
 
+    raised_by = "launch"
+
 
 class DiskError(FCMAEError):
     """The run directory cannot be written."""
@@ -65,6 +71,7 @@ class Interrupted(FCMAEError):
     """The run stopped early, saved, and can be resumed."""
 
     exit_code = EXIT_RESUMABLE
+    raised_by = "launch"
 
 
 class PeerError(FCMAEError):

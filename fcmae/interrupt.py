@@ -1,20 +1,27 @@
-"""Signals that ask a run to stop: noted at once, acted upon between two steps. Imports nothing that takes time.
+"""Signals that ask a run to stop. The first is noted, and acted upon between two steps; a second one ends the process.
 
-The command line installs this before torch is imported: SLURM's warning may arrive seconds after the start.
+The command line installs this before torch is imported: SLURM's warning may arrive seconds after the start. Imports
+nothing that takes time, and imports where POSIX signals are missing (Windows).
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""What ends a process when it comes a second time. SIGUSR1 and SIGUSR2 only ask: SLURM sends SIGTERM after them."""
+DOUBLED = 0.5
+"""Seconds in which a signal counts as the same one: torchrun and srun send each twice."""
 HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
@@ -23,23 +30,46 @@ STARTED = time.monotonic()
 
 _received: list[str] = []
 _before: dict[signal.Signals, Any] = {}
+_watchers: list["_Watcher"] = []
 
 
-def install() -> None:
-    """From now on the signals are noted instead of ending the process; a second one changes nothing."""
+def install(say: Callable[[str], object] | None = None) -> None:
+    """From now on the signals are noted instead of ending the process; a second one ends it, see :func:`watch`.
+
+    Args:
+        say: is given a line at the first SIGINT or SIGTERM, and one at the end, from another thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may; whoever calls from another one handles signals himself
+    watch(say, "stops as soon as it can, and saves; another {} ends it at once")
     for number in SIGNALS:
-        _before[number] = signal.signal(number, _note)
+        _before.setdefault(number, signal.signal(number, _note))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun, killed, would leave its ranks behind
 
 
 def uninstall() -> None:
-    """Forgets what was received and restores the handlers of before."""
+    """Forgets what was received, restores the handlers of before, and stops watching."""
     _received.clear()
     while _before:
         signal.signal(*_before.popitem())
+    _stop_watching()
+
+
+def watch(say: Callable[[str], object] | None = None, at_first: str = "") -> None:
+    """From now on a second SIGINT or SIGTERM ends this process, whatever it is doing. Call in the main thread.
+
+    The main thread may be in a call that lasts, such as a collective or a compilation, and Python's handlers wait for
+    its end. So a thread reads the descriptor to which Python writes each signal at once. A signal whose handler is the
+    system's default is not seen.
+    """
+    _stop_watching()
+    _watchers.append(_Watcher(say or (lambda _: None), at_first))
+
+
+def _stop_watching() -> None:
+    while _watchers:
+        _watchers.pop().close()
 
 
 def ignore() -> None:
@@ -49,6 +79,7 @@ def ignore() -> None:
     """
     for number in _before:
         signal.signal(number, signal.SIG_IGN)
+    _stop_watching()
 
 
 def received() -> str | None:
@@ -83,7 +114,11 @@ def postponed() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in came:
-            signal.raise_signal(number)
+            handler = handlers[number]
+            if callable(handler):
+                handler(number, None)  # sent again it would count as a second one
+            else:
+                signal.raise_signal(number)
 
 
 def take_for_ctrl_c() -> None:
@@ -98,6 +133,69 @@ def die_with_parent() -> None:
     """SIGKILL for this process as soon as its parent is dead. Linux only; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Watcher:
+    """The thread of :func:`watch`."""
+
+    def __init__(self, say: Callable[[str], object], at_first: str) -> None:
+        self.say = say
+        self.at_first = at_first
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._outer = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, name="fcmae-signals", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._outer)
+        self._writer.close()  # which ends the thread
+        self._thread.join()
+        self._reader.close()
+
+    def drop(self) -> None:
+        """Closes the descriptors of a process that was forked, and has no such thread."""
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+        self._writer.close()
+        self._reader.close()
+
+    def _run(self) -> None:
+        first: float | None = None
+        while arrived := self._reader.recv(64):
+            ending = [signal.Signals(number) for number in arrived if number in ENDING]
+            now = time.monotonic()
+            if ending and first is None:
+                first = now
+                if self.at_first:
+                    self._tell(f"{ending[0].name}: {self.at_first.format(ending[0].name)}")
+            elif ending and first is not None and now - first >= DOUBLED:
+                self._end(ending[0])
+
+    def _end(self, number: signal.Signals) -> None:
+        """The exit code is the one that a shell gives for the signal."""
+        with contextlib.suppress(Exception):
+            # Not imported here, since the main thread may be importing it. Without it there are no children.
+            for child in sys.modules["multiprocessing.process"].active_children():
+                child.kill()
+        line = f"ended at once by a second {number.name}; nothing more was saved"
+        teller = threading.Thread(target=self._tell, args=(line,), daemon=True)  # stderr may be a full pipe
+        teller.start()
+        teller.join(0.5)
+        os._exit(128 + number)
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(Exception):
+            self.say(line)
+
+
+def _drop_watchers() -> None:
+    while _watchers:
+        _watchers.pop().drop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_watchers)
 
 
 def _note(number: int, _: FrameType | None) -> None:

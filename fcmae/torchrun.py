@@ -12,14 +12,15 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
+from fcmae import interrupt
 from fcmae.errors import EXIT_RESUMABLE
 from fcmae.imports import quick_imports
-from fcmae.interrupt import SIGNALS
 
 
 def main(arguments: list[str]) -> int:
     """Runs torchrun with its own arguments. Returns the exit code of the first rank that failed, or 0."""
-    for number in SIGNALS:
+    interrupt.watch(lambda line: print(f"torchrun: {line}", file=sys.stderr, flush=True))
+    for number in interrupt.SIGNALS:
         signal.signal(number, _pass_on)
     with quick_imports():
         from torch.distributed import run

@@ -326,7 +326,8 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, prefetch: int, **k
         collate_fn=collate,
         **kwargs,
     )
-    return exchange.taken(iter(loader))
+    batches = exchange.taken(iter(loader))
+    return _from_workers(batches) if workers else batches
 
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
@@ -356,9 +357,17 @@ def explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and reason.startswith("DataLoader"):
             named = f" (stopped: process {', '.join(map(str, stopped))})" if stopped else ""
             raise WorkerError(reason.split("\n")[0] + named) from error
-        if isinstance(error, (EOFError, ConnectionError)):  # what is left of a batch that was under way
-            raise WorkerError(f"a data worker died while it sent a batch ({reason})") from error
         raise
+
+
+def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches of a loader with workers. Raises WorkerError if one dies while it sends a batch."""
+    try:
+        yield from batches
+    except (EOFError, ConnectionError) as error:
+        if "in DataLoader worker process" in str(error):  # raised there, by reading a sample
+            raise
+        raise WorkerError(f"a data worker died while it sent a batch ({error})") from error
 
 
 def _end_workers() -> None:

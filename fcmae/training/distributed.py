@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcmae import launch
-from fcmae.errors import EXIT_ERROR, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, FCMAEError, PeerError, UsageError
 from fcmae.processes import Process
 
 T = TypeVar("T")
@@ -69,32 +69,32 @@ class World:
 
         Raises what it raised there, and PeerError on the other ranks.
         """
-        result: list[Any] = [None]
-
-        def run() -> None:
-            result[0] = action()
-
-        self.on_main(run)
+        result: list[Any] = [self.together(action if self.is_main else lambda: None)]
         if self.size > 1:
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return result[0]
 
-    def together(self, action: Callable[[], object]) -> None:
-        """Runs ``action`` on every rank; where one fails, all of them end here.
+    def together(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns; every rank runs it, and where one fails, all of them end here.
 
-        Raises what it raised on this rank, or PeerError if it failed on others only.
+        Raises what it raised, on the first rank that failed, and PeerError on the others: the ranks mostly make the
+        same mistake, of which one line is enough.
         """
         failure: Exception | None = None
         try:
-            action()
+            result = action()
         except Exception as error:
             failure = error
         exit_code = 0 if failure is None else getattr(failure, "exit_code", EXIT_ERROR)
-        exit_code = int(self.max(torch.tensor(exit_code)))
-        if failure is not None:
+        before_others = 0 if failure is None else self.size - self.rank
+        exit_code, first = map(int, self.max(torch.tensor([exit_code, before_others])))
+        if failure is not None and first == before_others:
+            if isinstance(failure, FCMAEError):
+                failure.raised_by = "rank"
             raise failure
         if exit_code:
-            raise PeerError(exit_code)
+            raise PeerError(exit_code) from failure
+        return result
 
 
 @functools.cache

@@ -37,7 +37,7 @@ from fcmae.training.tasks import Task
 from fcmae.training.watchdog import Watchdog
 
 
-def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
+def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog, stop: StopAgreement) -> Path:
     """Trains a task to the end of its schedule, continuing what ``run_dir`` holds.
 
     Returns:
@@ -46,24 +46,17 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> Path:
     Raises NonFiniteLossError, with the weights and checkpoints of before; SaveError if a checkpoint cannot be written;
     Interrupted at ``trainer.max_steps``, after ``trainer.max_hours`` and at a signal (see :mod:`fcmae.interrupt`).
     """
-    return _Training(task, run_dir, world, watchdog).run()
+    return _Training(task, run_dir, world, watchdog, stop).run()
 
 
 class _Training:
     """What :func:`train` is made of, set up and resumed; :meth:`run` is the loop."""
 
-    def __init__(self, task: Task, run_dir: Path, world: World, watchdog: Watchdog) -> None:
+    def __init__(self, task: Task, run_dir: Path, world: World, watchdog: Watchdog, stop: StopAgreement) -> None:
         cfg = task.cfg
-        self.task, self.cfg, self.run_dir, self.world, self.watchdog = task, cfg, run_dir, world, watchdog
-        self.plan = BatchPlan.create(
-            len(task.source),
-            cfg.trainer.global_batch_size,
-            cfg.trainer.micro_batch_size,
-            world.size,
-            cfg.seed,
-            cfg.data.crops_per_image,
-        )
-        task.prepare(self.plan)
+        self.task, self.cfg, self.run_dir = task, cfg, run_dir
+        self.world, self.watchdog, self.stop = world, watchdog, stop
+        self.plan = world.together(lambda: _plan(task, world))
         self.schedule = CosineSchedule(
             cfg.optim.peak_lr(self.plan.global_batch_size),
             cfg.schedule.min_lr,
@@ -72,8 +65,11 @@ class _Training:
         )
         self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan)
         world.on_main(lambda: check_folder(task.cfg, run_dir))
+        stop.before_training(run_dir)
         resumed = newest_state(self.checkpoints, world) if cfg.trainer.resume else None
+        stop.before_training(run_dir)
         _settle_precision(cfg.trainer, world, resumed)
+        self.graphed = world.together(lambda: _use_cuda_graph(task, world))
         self.config = to_dict(cfg)
         self.state = _create_state(task, world)
         if resumed is not None:
@@ -89,8 +85,8 @@ class _Training:
             write_config(run_dir, self.config)
             for line in (*task.notes, _summary(task, self.plan, self.state, total_steps, world)):
                 say(line)
-        self.stop = StopAgreement(world, cfg.trainer.max_hours)
-        self.verdict = self.stop.at_once()
+        stop.before_training(run_dir)
+        self.verdict = Verdict.GO_ON
         if cfg.trainer.compile if cfg.trainer.compile is not None else world.device.type == "cuda":
             task.model.compile()
         self.batches = self._read()
@@ -237,9 +233,24 @@ class _Training:
                 scaler.scale(infectious(loss) / world.size).backward()
             return loss.detach()
 
-        if _use_cuda_graph(task, world):
+        if self.graphed:
             return GraphedBackward(run, model, accum_steps > 1, exchange)
         return EagerBackward(run, model)
+
+
+def _plan(task: Task, world: World) -> BatchPlan:
+    """The batches of a task. Raises UsageError where sizes do not fit."""
+    cfg = task.cfg
+    plan = BatchPlan.create(
+        len(task.source),
+        cfg.trainer.global_batch_size,
+        cfg.trainer.micro_batch_size,
+        world.size,
+        cfg.seed,
+        cfg.data.crops_per_image,
+    )
+    task.prepare(plan)
+    return plan
 
 
 def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> CheckpointDir:

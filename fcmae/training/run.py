@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fcmae.config import FinetuneConfig, PretrainConfig
+import torch
+
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
@@ -13,13 +15,22 @@ from fcmae.training import distributed
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
+from fcmae.training.stop import StopAgreement
 from fcmae.training.tasks import Finetuning, Pretraining, Task
 from fcmae.training.watchdog import Watchdog
 
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
-    device = distributed.pick_device(cfg.trainer.device).type
+    return _run(cfg, run_dir, lambda device: _pretraining(cfg, device.type))
+
+
+def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
+    """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
+    return _run(cfg, run_dir, lambda _: Finetuning(cfg))
+
+
+def _pretraining(cfg: PretrainConfig, device: str) -> Pretraining:
     try:
         get_engine(cfg.engine.name, device)
     except ImportError as error:
@@ -29,12 +40,7 @@ def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
         task.notes.append(
             "data.decode_on=gpu: without a GPU the training process decodes on the CPU, one image at a time"
         )
-    return _run(task, run_dir)
-
-
-def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
-    """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(Finetuning(cfg), run_dir)
+    return task
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -53,14 +59,17 @@ def _disk_explained(run_dir: Path) -> Iterator[None]:
         raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
 
 
-def _run(task: Task, run_dir: Path) -> Path:
-    cfg = task.cfg
+def _run(cfg: RunConfig, run_dir: Path, create: Callable[[torch.device], Task]) -> Path:
     if cfg.trainer.deterministic:
         only_deterministic_algorithms()
     # The watchdog, which leaves stacks, comes before an error about a collective.
     world = distributed.connect(cfg.trainer.device, cfg.trainer.hang_timeout + 5 * Watchdog.GRACE)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.disconnect)
+        stop = StopAgreement(world, cfg.trainer.max_hours)
+        stop.before_training(run_dir)
+        task = world.together(lambda: create(world.device))
+        stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
@@ -68,4 +77,4 @@ def _run(task: Task, run_dir: Path) -> Path:
         stack.enter_context(contextlib.closing(watchdog))
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())
-        return train(task, run_dir, world, watchdog)
+        return train(task, run_dir, world, watchdog, stop)

@@ -2,12 +2,14 @@
 
 import time
 from enum import IntEnum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fcmae import interrupt
+from fcmae.errors import Interrupted
 from fcmae.training.distributed import World
 
 
@@ -39,6 +41,12 @@ class StopAgreement:
     def at_once(self) -> Verdict:
         """The verdict on the wishes of this moment; the ranks wait for each other."""
         return Verdict(int(self.world.max(torch.tensor(self._wish(failed=False)))))
+
+    def before_training(self, run_dir: Path) -> None:
+        """Between two phases of the set-up: raises Interrupted, on all ranks, if one of them wishes to stop."""
+        if self.at_once() != Verdict.GO_ON:
+            again = f"the same command with hydra.run.dir={run_dir} goes on"
+            raise Interrupted(f"stopped before the first step ({self.reason()}); {again}")
 
     def wished(self) -> bool:
         """Whether this rank wishes to stop; the others may not know."""

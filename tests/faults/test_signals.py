@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fcmae import interrupt
 from fcmae.training import checkpoint
 from tests.faults.runs import (
     COMMANDS,
@@ -105,3 +106,73 @@ def test_two_ranks_stop_after_the_same_step(tmp_path, undisturbed):
         assert said.count("fcmae pretrain: stopped after step") == (1 if target == "one rank" else 2)
     finish(tmp_path, *args, ranks=2)
     assert weights_sha256(tmp_path / "run") == undisturbed("pretrain", 2)
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+def stuck(*args, **kwargs):
+    Path("reached").touch()
+    time.sleep(3600)
+{hook}
+from fcmae.cli import main
+sys.exit(main())
+"""
+HOOKS = {
+    "imports": """
+class Finder:
+    find_spec = staticmethod(lambda name, *_: stuck() if name == "torch" else None)
+sys.meta_path.insert(0, Finder)
+""",
+    "listing": "import fcmae.data.sources.listing as listing; listing._walk = stuck",
+    "resume": "import fcmae.training.loop as loop; loop.newest_state = stuck",
+    "compilation": "import os; os.environ['CXX'] = os.path.abspath('compiler')",
+    "step": "import fcmae.training.loop as loop; loop.seed_step = stuck",
+    "evaluation": "import fcmae.evaluation.classify as classify; classify.batches = stuck",
+    "save": """
+import os, threading
+fsync = os.fsync
+os.fsync = lambda file: stuck() if threading.current_thread().name == "fcmae-saver" else fsync(file)
+""",
+}
+PHASES = [
+    (command, phase)
+    for phase in (("imports", "listing", "compilation") if SHORT else HOOKS)
+    for command in (("finetune",) if phase == "evaluation" else ("pretrain",))
+]
+
+
+@pytest.mark.timeout(900)
+def test_a_second_signal_ends_a_run_wherever_it_is(tmp_path):
+    """The first is noted; without the second, these would stand still for an hour."""
+
+    def end(folder, command, phase):
+        script, compiler = folder / "stuck.py", folder / "compiler"
+        script.write_text(STUCK.format(hook=HOOKS[phase]))
+        compiler.write_text("#!/bin/sh\ntouch reached\nexec sleep 3600\n")
+        compiler.chmod(0o755)
+        own = {
+            "listing": ("data.name=imagefolder", f"data.path={folder}"),
+            "compilation": ("trainer.compile=true",),
+            "step": ("data.workers=2",),
+        }
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        args = (*COMMANDS[command], "hydra.run.dir=run", *own.get(phase, ()))
+        run = start(folder, *args, script=script, variables=variables)
+        try:
+            wait_until((folder / "reached").exists)
+            run.send_signal(signal.SIGINT)
+            wait_until(lambda: "SIGINT: stops as soon as it can" in (folder / "stderr.txt").read_text())
+            time.sleep(1.2 * interrupt.DOUBLED)
+            run.send_signal(signal.SIGINT)
+            assert run.wait(60) == 130
+        finally:
+            kill_group(run)
+        said = (folder / "stderr.txt").read_text()
+        assert said.endswith(f"fcmae {command}: ended at once by a second SIGINT; nothing more was saved\n")
+        assert "Traceback" not in said
+        for path in folder.rglob("*.tmp"):  # of the save; the next run deletes it
+            assert phase == "save"
+            path.unlink()
+
+    side_by_side(end, PHASES, tmp_path)

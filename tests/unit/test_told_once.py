@@ -1,0 +1,93 @@
+"""One mistake, one line, on any number of ranks; and only a data worker's death is told as one."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fcmae.cli import main
+from fcmae.data.loader import _from_workers, explained
+from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
+from fcmae.training.distributed import World
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Among(World):
+    """A rank of two, whose peer gives fixed values to every reduction."""
+
+    peer: tuple[int, int] = (0, 0)
+
+    def _reduce(self, value, op):
+        return torch.maximum(value, torch.tensor(self.peer))
+
+
+def among(rank, peer):
+    return Among(rank, 2, rank, 2, CPU, peer)
+
+
+def fail():
+    raise ConfigError("k is 0")
+
+
+def test_the_first_rank_that_fails_tells():
+    """The peer gives its exit code and how many ranks, itself included, come after it."""
+    for rank, peer in ((0, (2, 1)), (0, (0, 0)), (1, (0, 0))):
+        with pytest.raises(ConfigError, match="k is 0") as caught:
+            among(rank, peer).together(fail)
+        assert caught.value.raised_by == "rank"
+    with pytest.raises(PeerError) as silent:
+        among(1, (2, 2)).together(fail)
+    assert silent.value.exit_code == 2
+    with pytest.raises(PeerError):
+        among(0, (1, 1)).together(lambda: None)
+    assert among(0, (0, 0)).together(lambda: 7) == 7
+
+
+MISTAKES = {
+    "unknown key": ("pretrain", "optim.lrr=1"),
+    "no config": ("pretrain", "model=foo"),
+    "no command": ("pretain",),
+    "sweep": ("pretrain", "-m", "hydra.run.dir=x"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_every_rank_reads_in_its_command_is_told_by_the_first(monkeypatch, capsys, case, rank):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(MISTAKES[case]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == (1 if rank == 0 else 0)
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [(0, 1), (1, 0)])
+def test_what_a_machine_lacks_is_told_by_its_first_rank(monkeypatch, capsys, tmp_path, local_rank, lines):
+    (tmp_path / "file").touch()
+    for name, value in {"RANK": 2 + local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["pretrain", f"hydra.run.dir={tmp_path}/file/run"]) == 2
+    assert capsys.readouterr().err.count("hydra.run.dir cannot be made") == lines
+
+
+def raising(error):
+    raise error
+    yield
+
+
+def test_a_worker_that_dies_is_told_as_such():
+    for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
+        with pytest.raises(WorkerError, match="a data worker died while it sent a batch"):
+            next(_from_workers(raising(error)))
+
+
+def test_a_connection_of_others_is_not_told_as_a_dead_worker():
+    """By a sample that is read over a network, or by anything else in training."""
+    reading = ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nOriginal Traceback ...")
+    with pytest.raises(ConnectionError, match="Caught"):
+        next(_from_workers(raising(reading)))
+    with pytest.raises(ConnectionError, match="of a logger"), explained():
+        raise ConnectionError("of a logger")
+    with pytest.raises(UsageError), explained():
+        raise UsageError("another")
