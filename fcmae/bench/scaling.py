@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fcmae import launch, precision
+from fcmae import launch, precision, toolchain
 from fcmae.bench.measure import check_models, machine, parse
 from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
 from fcmae.config import OptimConfig, check
@@ -146,8 +146,13 @@ def _spawned(rank: int, cfg: ScalingConfig, size: int, port: int, results: Any) 
         results.put(report)
 
 
+def _compiles(cfg: ScalingConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
 def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
     """Every row, in the same processes, so that each shape is compiled once. The report is the first rank's."""
+    toolchain.check("compile", _compiles(cfg, world.device), world.device.type)
     cfg.precision = precision.settle(
         "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
     )
@@ -196,7 +201,7 @@ def _times(
     torch.manual_seed(0)
     device = world.device
     model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
-    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+    if _compiles(cfg, device):
         model.compile()
     exchange = GradientExchange(model, count, group)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae import precision
+from fcmae import precision, toolchain
 from fcmae.bench.measure import check_models, copy_bandwidth, machine, matmul_peak, parse
 from fcmae.bench.profile import profile_step
 from fcmae.config import OptimConfig, check
@@ -95,6 +95,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
         only_deterministic_algorithms()
     device = pick_device(cfg.device)
     _check_engines(cfg, device)
+    toolchain.check("compile", any(_compile_modes(cfg, device)), device.type)
     cfg.precision = precision.settle("precision", cfg.precision, device)
     where = machine(device)
     dtype = precision.dtype_of(cfg.precision)
@@ -136,11 +137,14 @@ def _check_engines(cfg: StepConfig, device: torch.device) -> None:
         raise UsageError(str(error)) from error
 
 
+def _compile_modes(cfg: StepConfig, device: torch.device) -> list[bool]:
+    return cfg.compile if cfg.compile is not None else [device.type == "cuda"]
+
+
 def _measure_all(cfg: StepConfig, device: torch.device) -> Iterator[StepResult]:
-    compile_modes = cfg.compile if cfg.compile is not None else [device.type == "cuda"]
     for model in cfg.models:
         for engine in cfg.engines:
-            for compiled in compile_modes:
+            for compiled in _compile_modes(cfg, device):
                 batch_size = cfg.batch_size
                 while True:
                     try:

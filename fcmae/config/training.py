@@ -105,6 +105,10 @@ class TrainerConfig:
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; None = none."""
 
+    def compiles(self, device: str) -> bool:
+        """Whether a run on that type of device uses torch.compile."""
+        return device == "cuda" if self.compile is None else self.compile
+
     def __post_init__(self) -> None:
         check_one_of("trainer.precision", self.precision, PRECISIONS)
         check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))

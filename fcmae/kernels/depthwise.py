@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.toolchain import HAS_C_COMPILER
+
 try:
     from fcmae.kernels import depthwise_launch
 except ImportError:  # Triton has no build for this platform
@@ -126,6 +128,7 @@ def _use_triton(x: Tensor, weight: Tensor) -> bool:
     """Whether the Triton kernels take this call; float64 and sizes that overflow the registers go the plain way."""
     return (
         depthwise_launch is not None
+        and HAS_C_COMPILER
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and weight.shape[-1] <= depthwise_launch.MAX_KERNEL

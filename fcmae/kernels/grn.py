@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.toolchain import HAS_C_COMPILER
+
 try:
     from fcmae.kernels.grn_triton import gelu_grn_triton
 
-    HAS_TRITON = True
+    HAS_TRITON = HAS_C_COMPILER
 except ModuleNotFoundError:
     HAS_TRITON = False
 

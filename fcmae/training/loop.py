@@ -87,7 +87,7 @@ class _Training:
                 say(line)
         stop.before_training(run_dir)
         self.verdict = Verdict.GO_ON
-        if cfg.trainer.compile if cfg.trainer.compile is not None else world.device.type == "cuda":
+        if cfg.trainer.compiles(world.device.type):
             task.model.compile()
         self.batches = self._read()
         steps = self.state.step, self.stop_step

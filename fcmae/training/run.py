@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fcmae import toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
@@ -68,6 +69,8 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[torch.device], Task]) 
         stack.callback(distributed.disconnect)
         stop = StopAgreement(world, cfg.trainer.max_hours)
         stop.before_training(run_dir)
+        kind = world.device.type
+        world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
         task = world.together(lambda: create(world.device))
         stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))
