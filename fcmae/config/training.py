@@ -147,7 +147,7 @@ class LoggerConfig:
     """Group ``logger``; metrics.jsonl is always written."""
 
     wandb: str = "auto"
-    """``auto`` = online with an API key, offline without."""
+    """``auto`` = what WANDB_MODE says, else online with an API key, offline without."""
     project: str = "fcmae"
     tensorboard: bool = False
     progress: bool = True

@@ -16,6 +16,7 @@ from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.opening import open_regular, open_to_append, own_folder
+from fcmae.training.wandb_logger import WandbLogger, wandb_mode
 
 
 class Sink(Protocol):
@@ -123,6 +124,17 @@ class Progress:
         self.bar.close()
 
 
+def create_sinks(cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: Path, start_step: int) -> list[Sink]:
+    """The files and services that the config asks for. Only for the first rank. Raises UsageError."""
+    sinks: list[Sink] = [MetricsFile(run_dir, start_step)]
+    if cfg.tensorboard:
+        sinks.append(TensorBoard(run_dir))
+    mode = wandb_mode(cfg)
+    if mode != "disabled":
+        sinks.append(WandbLogger(mode, cfg, name, run_dir, config))
+    return sinks
+
+
 class RunLogger:
     """Passes metrics and pictures to every sink; on ranks other than the first there are none."""
 
@@ -130,22 +142,6 @@ class RunLogger:
         self.sinks = [*sinks, progress]
         self.progress = progress
         self._told: set[str] = set()
-
-    @classmethod
-    def create(
-        cls, cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: Path, steps: tuple[int, int], main: bool
-    ) -> "RunLogger":
-        """The sinks that the config asks for. ``steps``: the first and the last step of this process."""
-        sinks: list[Sink] = []
-        if main:
-            sinks.append(MetricsFile(run_dir, steps[0]))
-            if cfg.tensorboard:
-                sinks.append(TensorBoard(run_dir))
-            if cfg.wandb != "disabled":
-                from fcmae.training.wandb_logger import WandbLogger
-
-                sinks.append(WandbLogger(cfg.wandb, cfg.project, name, run_dir, config))
-        return cls(sinks, Progress(name, *steps, enabled=main and cfg.progress))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._each(lambda sink: sink.log(step, metrics))

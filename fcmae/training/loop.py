@@ -22,7 +22,7 @@ from fcmae.training.checkpoint import CheckpointDir, State
 from fcmae.training.distributed import World
 from fcmae.training.exchange import GradientExchange, broadcast
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
-from fcmae.training.logging import RunLogger
+from fcmae.training.logging import Progress, RunLogger, Sink, create_sinks
 from fcmae.training.meter import Meter
 from fcmae.training.monitors import Monitor
 from fcmae.training.optim import create_optimizer, set_lr
@@ -90,8 +90,7 @@ class _Training:
         if cfg.trainer.compiles(world.device.type):
             task.model.compile()
         self.batches = self._read()
-        steps = self.state.step, self.stop_step
-        self.logger = RunLogger.create(cfg.logger, cfg.name, self.config, run_dir, steps, world.is_main)
+        self.logger = self._logger()
         self.meter = Meter(world, self.plan.global_batch_size)
         self.guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
         self.saver = Saver(self.checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
@@ -218,6 +217,14 @@ class _Training:
             timeout=cfg.trainer.hang_timeout + Watchdog.GRACE / 2,  # the watchdog, which leaves stacks, comes first
             skip=cfg.data.on_error == "skip",
         )
+
+    def _logger(self) -> RunLogger:
+        """What passes metrics on; on ranks other than the first to nothing."""
+        cfg, step = self.cfg, self.state.step
+        sinks: list[Sink] = []
+        self.world.on_main(lambda: sinks.extend(create_sinks(cfg.logger, cfg.name, self.config, self.run_dir, step)))
+        shown = self.world.is_main and cfg.logger.progress
+        return RunLogger(sinks, Progress(cfg.name, step, self.stop_step, enabled=shown))
 
     def _backward(self) -> EagerBackward | GraphedBackward:
         """The forward and backward pass of a micro-batch, with the exchange of gradients after the last of a step."""

@@ -18,6 +18,7 @@ from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.stop import StopAgreement
 from fcmae.training.tasks import Finetuning, Pretraining, Task
+from fcmae.training.wandb_logger import wandb_mode
 from fcmae.training.watchdog import Watchdog
 
 
@@ -71,6 +72,7 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[torch.device], Task]) 
         stop.before_training(run_dir)
         kind = world.device.type
         world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
+        world.on_main(lambda: wandb_mode(cfg.logger))
         task = world.together(lambda: create(world.device))
         stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))

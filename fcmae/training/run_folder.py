@@ -12,6 +12,7 @@ from fcmae.opening import read_regular
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.resume import say
 from fcmae.training.saver import ENCODER_FILE
+from fcmae.training.wandb_logger import ID_FILE
 
 CONFIG_FILE = "config.yaml"
 MAX_CONFIG = 2**20
@@ -49,7 +50,7 @@ def _is_ours(run_dir: Path) -> bool:
 
 def set_results_aside(run_dir: Path) -> None:
     """Renames what a run left that is now begun anew."""
-    for name in RESULTS:
+    for name in (*RESULTS, ID_FILE):
         if (run_dir / name).exists():
             set_aside(run_dir / name, say)
 

@@ -3,75 +3,131 @@
 import netrc
 import os
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from PIL import Image
 
+from fcmae.config import LoggerConfig
+from fcmae.data.bad_samples import tell_once
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.opening import read_regular
+from fcmae.training.resume import say
+
+ID_FILE = "wandb_id"
+"""In a run directory: the id of its wandb run."""
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
-def _has_key() -> bool:
-    """Whether there is an API key where ``wandb login`` or the user puts it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def wandb_mode(cfg: LoggerConfig) -> str:
+    """``online``, ``offline`` or ``disabled``, as the config says, or with ``auto`` wandb's own settings, or a key.
+
+    Raises UsageError if wandb is missing although the config asks for it, if it has no API key although it is to be
+    online, or if its environment variables or settings files are wrong.
+    """
+    if cfg.wandb == "disabled" or (cfg.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        return "disabled"
     try:
-        return netrc.netrc().authenticators(host) is not None
+        import wandb
+
+        settings = wandb.setup().settings
+    except ImportError as error:
+        if cfg.wandb == "auto":
+            tell_once("wandb is not installed, so it logs nothing (logger.wandb=disabled leaves this line out)")
+            return "disabled"
+        raise UsageError(f"logger.wandb is {cfg.wandb}, but wandb is not installed: pip install wandb") from error
+    except Exception as error:  # e.g. pydantic's, of WANDB_MODE=foo
+        raise UsageError(f"wandb does not accept its settings (WANDB_* or wandb/settings): {_line(error)}") from error
+    mode, asked = cfg.wandb, f"logger.wandb={cfg.wandb}"
+    if mode == "auto":
+        asked = "WANDB_MODE"
+        mode = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode)
+        if mode == "online" and "WANDB_MODE" not in os.environ:
+            mode = "online" if _has_key(settings.base_url) else "offline"
+    if mode not in ("offline", "disabled") and not _has_key(settings.base_url):
+        raise UsageError(
+            f"{asked} needs an API key of {settings.base_url}: run `wandb login`, set WANDB_API_KEY, or set "
+            "logger.wandb=offline"
+        )
+    return mode
+
+
+def _has_key(server: str) -> bool:
+    """Whether there is an API key where ``wandb login`` or the user puts it."""
+    if any(os.environ.get(name) for name in KEYS):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(server).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 class WandbLogger:
-    """A wandb run that continues when its run directory does.
+    """A wandb run that continues when its run directory does, online and offline.
+
+    Its id is kept in the run directory, and wandb's files go to ``run_dir/wandb``. Every process of an offline run
+    leaves a folder there. They have one id, and ``resume`` is recorded in each, so that ``wandb sync`` appends them to
+    one run. WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_RESUME, WANDB_DIR and WANDB_SILENT come before ours, where
+    the config does not name another project.
 
     Args:
-        mode: ``auto`` (online with an API key, else offline), ``online`` or ``offline``.
-        run_dir: wandb's files go to ``run_dir/wandb``; the run's id is kept there.
+        mode: what :func:`wandb_mode` returned, not ``disabled``.
+        name: the display name.
+        config: shown with the run.
     """
 
-    def __init__(self, mode: str, project: str, name: str, run_dir: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UsageError("logger.wandb needs the package wandb; install it or set logger.wandb=disabled") from error
+    def __init__(self, mode: str, cfg: LoggerConfig, name: str, run_dir: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        given = wandb.setup().settings
         self._image = wandb.Image
-        id_file = run_dir / "wandb_id"
-        if not os.path.lexists(id_file):
-            with replacing(id_file) as file:
-                file.write(secrets.token_hex(4).encode())
-        run_id = read_regular(id_file, 64, links=False).decode()
-        if mode == "auto":
-            mode = "online" if _has_key() else "offline"
-
-        def init(online: bool) -> Any:
-            return wandb.init(
-                project=project,
-                name=name,
-                id=run_id,
-                resume="allow" if online else None,
-                dir=run_dir,
-                config=config,
-                mode="online" if online else "offline",
-                settings=wandb.Settings(silent=True),
-            )
-
+        arguments: dict[str, Any] = {"config": config}
+        if not given.project or cfg.project != LoggerConfig().project:
+            arguments["project"] = cfg.project
+        if not given.run_name:
+            arguments["name"] = name
+        if not given.run_id:
+            arguments["id"] = _run_id(run_dir / ID_FILE)
+        if not given.resume:
+            arguments["resume"] = "allow"
+        if "WANDB_DIR" not in os.environ:
+            arguments["dir"] = run_dir
+        if "WANDB_SILENT" not in os.environ:
+            arguments["settings"] = wandb.Settings(silent=True)
         try:
-            self._run = init(mode == "online")
+            self._run = wandb.init(mode=mode, **arguments)
         except wandb.errors.CommError as error:  # training does not wait for a server
-            reason = str(error).splitlines()[0]
-            print(f"wandb cannot be reached, so this process logs offline: {reason}", file=sys.stderr, flush=True)
-            self._run = init(online=False)
+            say(f"wandb cannot be reached, so this process logs offline: {_line(error)}")
+            mode = "offline"
+            self._run = wandb.init(mode=mode, **arguments)
+        except wandb.errors.Error as error:
+            raise UsageError(f"wandb cannot be started: {_line(error)}") from error
+        if mode == "offline":
+            folder = Path(self._run.settings.sync_dir).parent
+            say(f"wandb logs offline; to upload all processes of this run: wandb sync {folder}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
+        self._run.log(metrics, step=self._at(step))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
-        self._run.log({name: self._image(image)}, step=step)
+        self._run.log({name: self._image(image)}, step=self._at(step))
 
     def close(self) -> None:
         self._run.finish()
+
+    def _at(self, step: int) -> int:
+        """wandb would drop what a process that resumed online logs for steps that it knows, such as an evaluation."""
+        return max(step, self._run.starting_step)
+
+
+def _run_id(file: Path) -> str:
+    if not os.path.lexists(file):
+        with replacing(file) as new:
+            new.write(secrets.token_hex(4).encode())
+    return read_regular(file, 64, links=False).decode()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:3]) or repr(error)
