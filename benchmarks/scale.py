@@ -56,7 +56,8 @@ def line(model: str, gpu: str, row: dict, gpus: int, gpus_per_node: int, epochs:
 def gradient_bytes(model: str) -> int:
     """float32, encoder and decoder."""
     with torch.device("meta"):
-        return 4 * sum(p.numel() for p in FCMAE(model).parameters() if p.requires_grad)
+        params = FCMAE(model).named_parameters()
+        return 4 * sum(p.numel() for name, p in params if not name.startswith("backbone.head."))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FCMAE", "load"]
+__all__ = ["FCMAE", "load", "save"]
 
 if TYPE_CHECKING:
+    from fcmae.interchange.save import save
     from fcmae.models import FCMAE
     from fcmae.training.build import load
+
+_HOMES = {"FCMAE": "fcmae.models", "load": "fcmae.training.build", "save": "fcmae.interchange.save"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and timm when they are needed, so that the command line starts at once."""
-    if name == "FCMAE":
-        from fcmae.models import FCMAE
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fcmae' has no attribute {name!r}")
+    import importlib
 
-        return FCMAE
-    if name == "load":
-        from fcmae.training.build import load
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return load
-    raise AttributeError(f"module 'fcmae' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

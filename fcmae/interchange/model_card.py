@@ -82,7 +82,7 @@ def _data(data: DataConfig) -> dict[str, Any]:
 
 def _recipe(network: Network) -> dict[str, Any]:
     if "imported_from" in network.state:
-        return {"weights imported from": f"{network.state['imported_from']} files; trained elsewhere"}
+        return {"weights imported from": f"{network.state['imported_from']}; trained elsewhere"}
     cfg: RunConfig = network.cfg
     optim: OptimConfig = cfg.optim
     return {

@@ -69,33 +69,37 @@ class FCMAE(nn.Module):
             backbone = create_backbone(backbone, in_chans=in_chans, **(backbone_kwargs or {}))
         check_backbone(backbone)
         check_no_drop_path(backbone)
-        for name, value, allowed in (("grn_scope", grn_scope, GRN_SCOPES), ("init", init, INITS)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {mask_ratio}; allowed is a number in [0, 1)")
+        _check_one_of("init", init, INITS)
         self.patch_size = total_stride(backbone)
         self.mask_patch_size = mask_patch_size or self.patch_size
-        if self.mask_patch_size % self.patch_size:
-            raise ValueError(
-                f"mask_patch_size is {mask_patch_size}; allowed is a multiple of the backbone's total stride, "
-                f"{self.patch_size}"
-            )
         self.engine = get_engine(engine)
         self._compiled = False
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.grn_scope = grn_scope
         self.recompute_stages = tuple(recompute_stages)
-        if not set(self.recompute_stages) <= {1, 2, 3, 4}:
-            raise ValueError(f"recompute_stages is {list(self.recompute_stages)}; allowed are some of 1, 2, 3, 4")
         self.backbone = backbone
-        self.backbone.head.requires_grad_(False)
         pixels = self.patch_size**2 * backbone.in_chans
         self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, pixels)
         _init_decoder(self.decoder)
         if init == "official":
             _init_official(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks what the constructor checks. ``engine`` may be a name. Raises ValueError."""
+        if name == "engine" and isinstance(value, str):
+            value = get_engine(value)
+        elif name == "mask_ratio" and not 0 <= value < 1:
+            raise ValueError(f"mask_ratio is {value}; allowed is a number in [0, 1)")
+        elif name == "mask_patch_size" and (value < 1 or value % self.patch_size):
+            raise ValueError(
+                f"mask_patch_size is {value}; allowed is a multiple of the backbone's total stride, {self.patch_size}"
+            )
+        elif name == "grn_scope":
+            _check_one_of(name, value, GRN_SCOPES)
+        elif name == "recompute_stages" and not set(value) <= {1, 2, 3, 4}:
+            raise ValueError(f"recompute_stages is {list(value)}; allowed are some of 1, 2, 3, 4")
+        super().__setattr__(name, value)
 
     def forward(self, imgs: Tensor, mask: Tensor | None = None, keep: int | None = None) -> FCMAEOutput:
         """Reconstructs the masked patches of normalised images.
@@ -159,6 +163,11 @@ class FCMAE(nn.Module):
                 f"mask leaves {sorted(counts)} patches visible; allowed is one number, at least 1, for all images"
             )
         return counts.pop()
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")
 
 
 def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
         depths = tuple(len(stage.blocks) for stage in stages(model))
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, param in model.named_parameters():
-        if not param.requires_grad:
+        if not param.requires_grad or name.startswith("backbone.head."):  # no part of pretraining
             continue
         decay = cfg.weight_decay if param.ndim > 1 else 0.0
         scale = 1.0

@@ -76,6 +76,7 @@ class Pretraining:
     def __init__(self, cfg: PretrainConfig) -> None:
         self.cfg = cfg
         self.model: FCMAE = build_fcmae(cfg)
+        self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = train_source(cfg.data)
         rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols

@@ -1,0 +1,71 @@
+"""``fcmae.save``: a model that was trained in a loop of the user's own, as a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models.convnext import ConvNeXt
+
+from fcmae.config import ClassifierConfig, DataConfig, EngineConfig, FCMAEConfig, FinetuneConfig, PretrainConfig
+from fcmae.errors import UsageError
+from fcmae.interchange.network import Given, Imported, Structure
+from fcmae.models import FCMAE
+
+
+def save(
+    model: FCMAE | ConvNeXt,
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    bit_depth: int = 8,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Writes a checkpoint that ``fcmae.load``, every command and ``init_from`` read. It holds no optimizer.
+
+    Args:
+        model: an FCMAE, or a timm ConvNeXt that is a classifier.
+        path: the file to write, such as ``model.pt``; one that is there is replaced.
+        image_size: of the training images, in pixels: the side, or (height, width).
+        mean, std: of pixel values in 0..1, one number per channel; None = ImageNet's, for three channels only.
+        bit_depth: bits per channel that the images use, 8 to 16.
+        classes: a classifier's names of classes; None = 0, 1, 2, ...
+
+    Raises UsageError for a model that a checkpoint cannot hold.
+    """
+    backbone = model.backbone if isinstance(model, FCMAE) else model
+    if not isinstance(backbone, ConvNeXt) or (backbone is model and not backbone.num_classes):
+        raise UsageError(f"model must be an FCMAE or a timm ConvNeXt with a classifier; got {type(model).__name__}")
+    normalised: dict[str, Any] = {
+        name: list(value) for name, value in (("mean", mean), ("std", std)) if value is not None
+    }
+    if backbone.in_chans != 3 and len(normalised) < 2:
+        raise UsageError(f"mean and std must be given for a model of {backbone.in_chans} channels")
+    data = DataConfig(in_chans=backbone.in_chans, image_size=image_size, bit_depth=bit_depth, **normalised)
+    network = Structure.of(backbone).backbone_config(_architecture(backbone))
+    weights = {key: value.detach().cpu() for key, value in model.state_dict().items() if "backbone.head.fc." not in key}
+    if isinstance(model, FCMAE):
+        imported = Imported(_pretrain_config(model, data, network), weights)
+    else:
+        cfg = FinetuneConfig(data=data, model=ClassifierConfig(**network))
+        imported = Imported(cfg, weights, Given(list(classes) if classes else None).names(backbone.num_classes))
+    imported.write(Path(path), "fcmae.save")
+
+
+def _architecture(backbone: ConvNeXt) -> str | None:
+    """The name that timm created it by."""
+    description: Any = backbone.pretrained_cfg
+    return (description or {}).get("architecture")
+
+
+def _pretrain_config(model: FCMAE, data: DataConfig, network: dict[str, Any]) -> PretrainConfig:
+    cfg = FCMAEConfig(
+        **network,
+        mask_ratio=model.mask_ratio,
+        mask_patch_size=model.mask_patch_size,
+        norm_pix_loss=model.norm_pix_loss,
+        decoder_embed_dim=model.decoder.proj.out_features,
+        decoder_depth=len(model.decoder.blocks),
+    )
+    return PretrainConfig(data=data, model=cfg, engine=EngineConfig(grn_scope=model.grn_scope))
