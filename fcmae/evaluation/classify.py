@@ -12,6 +12,9 @@ from fcmae.evaluation.features import batches, never
 from fcmae.precision import autocast
 from fcmae.training.distributed import World
 
+TOP5_FROM = 6
+"""Classes from which on the accuracy of five guesses says anything."""
+
 
 class Classified(NamedTuple):
     """A batch: float32 logits ``[N, classes]``; int64 labels or -1; int64 places in the source."""
@@ -50,6 +53,8 @@ def accuracy(
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
+    There is no ``top5`` of fewer than six classes, which would be 100.
+
     Args:
         share: what this rank :func:`classified`.
         accepted: the classes that are right for each image, instead of the source's label; images with none are left
@@ -57,7 +62,7 @@ def accuracy(
         confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
             (rows). It needs one class an image.
     """
-    counts = torch.zeros(3, dtype=torch.float64, device=world.device)
+    counts = torch.zeros(4, dtype=torch.float64, device=world.device)
     for logits, labels, places in share:
         right = (
             labels[:, None]
@@ -67,12 +72,16 @@ def accuracy(
         counted = (right >= 0).any(dim=1)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2)
-        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum()])
+        of_many = counted.sum() * (logits.shape[1] >= TOP5_FROM)
+        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum(), of_many])
         if confusion is not None:
             pairs = right[counted, 0], ranked[counted, 0]
             confusion.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
-    top1, top5, images = world.sum(counts).tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
+    top1, top5, images, of_many = world.sum(counts).tolist()
+    result = {"top1": 100 * top1 / images}
+    if of_many:
+        result["top5"] = 100 * top5 / images
+    return {**result, "images": images}
 
 
 def _padded(classes: list[Sequence[int]], device: torch.device) -> Tensor:

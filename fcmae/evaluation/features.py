@@ -1,6 +1,6 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,7 +116,14 @@ def labelled_sources(cfg: DataConfig, seed: int) -> Labelled:
     val, notes = with_classes(val, "data.val_path", classes, "data.path")
     if cfg.labels_per_class is not None:
         train = few_labels(train, cfg.labels_per_class, seed)
-    return Labelled(train, val, classes, notes)
+    return Labelled(train, val, classes, notes + one_class(classes))
+
+
+def one_class(classes: Sequence[str]) -> list[str]:
+    """A note that an accuracy over a single class says nothing, if there is only one."""
+    if len(classes) != 1:
+        return []
+    return [f"warning: all images are of one class, {classes[0]}: any network has an accuracy of 100 %"]
 
 
 class Features(NamedTuple):

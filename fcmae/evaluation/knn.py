@@ -14,12 +14,14 @@ from fcmae.training.resume import say
 
 SIMILARITIES = 2**27
 """Most similarities that are computed at once: half a GiB."""
+SAME = 1e-4
+"""Normalised features that differ by less are of the same image, or of images that the network cannot tell apart."""
 
 
 @torch.inference_mode()
 def knn_predict(
     queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The class that the k most similar gallery features vote for, for several k.
 
     Args:
@@ -28,10 +30,11 @@ def knn_predict(
         temperature: a neighbour's vote is exp(cosine similarity / temperature).
 
     Returns:
-        int64 ``[len(ks), q]``.
+        The classes, int64 ``[len(ks), q]``, and which queries are in the gallery too (:data:`SAME`), bool ``[q]``.
     """
     gallery = F.normalize(gallery, dim=1)
     predicted = [torch.empty(len(ks), 0, dtype=torch.int64, device=queries.device)]
+    copies = [torch.empty(0, dtype=torch.bool, device=queries.device)]
     for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // len(gallery))):
         similarity, nearest = (chunk @ gallery.t()).topk(min(max(ks), len(gallery)), dim=1)
         # Votes relative to the nearest's: exp(1 / temperature) is infinite below a temperature of 0.0113.
@@ -43,7 +46,8 @@ def knn_predict(
             for k in ks
         ]
         predicted.append(torch.stack(votes).argmax(dim=2))
-    return torch.cat(predicted, dim=1)
+        copies.append((chunk - gallery[nearest[:, 0]]).norm(dim=1) < SAME)
+    return torch.cat(predicted, dim=1), torch.cat(copies)
 
 
 def knn_accuracy(
@@ -51,12 +55,23 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """Accuracy in percent of ``val`` against the gallery ``train`` for each k, as ``knnK``.
 
-    Every rank has all features; they share the queries.
+    ``copies`` is how many images of ``val`` are in the gallery too, so that their own label votes. Every rank has all
+    features; they share the queries.
     """
     mine = slice(world.rank, None, world.size)
-    predicted = knn_predict(val.values[mine], train.values, train.labels, ks, temperature, num_classes)
-    right = world.sum((predicted == val.labels[mine]).sum(dim=1))
-    return {f"knn{k}": 100 * count / len(val.labels) for k, count in zip(ks, right.tolist(), strict=True)}
+    predicted, copies = knn_predict(val.values[mine], train.values, train.labels, ks, temperature, num_classes)
+    right = world.sum(torch.cat([(predicted == val.labels[mine]).sum(dim=1), copies.sum()[None]])).tolist()
+    named = {f"knn{k}": 100 * count / len(val.labels) for k, count in zip(ks, right[:-1], strict=True)}
+    return {**named, "copies": right[-1]}
+
+
+def warn_of_copies(result: dict[str, float], queries: int, world: World) -> None:
+    """Prints a line, once a launch, if validation images are in the gallery too."""
+    if result["copies"] and world.is_main:
+        say(
+            f"warning: {result['copies']:.0f} of {queries} validation images have the features of a training image, "
+            "whose label then counts: data.path and data.val_path must have no image in common"
+        )
 
 
 def check_neighbours(key: str, ks: Sequence[int], gallery: Source) -> None:
@@ -88,4 +103,5 @@ def knn_of(
         say(note)
     known, asked = extract(train), extract(val)
     result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
+    warn_of_copies(result, len(asked.labels), world)
     return {**result, "gallery": len(known.labels), "queries": len(asked.labels)}

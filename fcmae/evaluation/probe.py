@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fcmae.config import ProbeConfig
 from fcmae.data.loader import BatchPlan
+from fcmae.evaluation.classify import TOP5_FROM
 from fcmae.evaluation.features import Features
 from fcmae.randomness import Stream, seed_globals
 from fcmae.training.distributed import World
@@ -27,12 +28,15 @@ HEAD_STD = 0.01
 """Of the initial weights, as MAE's."""
 
 
-class HeadResult(TypedDict):
-    """What a learning rate came to; accuracies in percent."""
-
+class _Top1(TypedDict):
     blr: float
     lr: float
     top1: float
+
+
+class HeadResult(_Top1, total=False):
+    """What a learning rate came to; accuracies in percent. There is no ``top5`` of fewer than six classes."""
+
     top5: float
 
 
@@ -126,7 +130,8 @@ def probe(epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeCon
     if heads is not None:
         result[mine] = accuracies(heads, val)
     measured = world.sum(result).tolist()
-    return [
-        HeadResult(blr=blr, lr=lr, top1=top1, top5=top5)
-        for blr, lr, (top1, top5) in zip(cfg.blr, lrs, measured, strict=True)
-    ]
+    results = []
+    for blr, lr, (top1, top5) in zip(cfg.blr, lrs, measured, strict=True):
+        head = HeadResult(blr=blr, lr=lr, top1=top1)
+        results.append(HeadResult(**head, top5=top5) if classes >= TOP5_FROM else head)
+    return results

@@ -21,7 +21,7 @@ from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy, classified
-from fcmae.evaluation.features import Extractor, Features, labelled_sources
+from fcmae.evaluation.features import Extractor, Features, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruction_picture
@@ -105,7 +105,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
     if accepted is None:
         source, notes = with_classes(source, "data.val_path", classes, str(file))
-        for note in notes if world.is_main else ():
+        for note in notes + one_class(classes) if world.is_main else ():
             say(note)
     tables = cfg.per_class is not None or cfg.confusion is not None
     if tables and accepted is not None and max(map(len, accepted)) > 1:
@@ -178,9 +178,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
         heads = linear.probe(epochs, known, len(classes), cfg, world)
         best = max(heads, key=lambda head: head["top1"])
         result = {
-            "top1": best["top1"],
-            "top5": best["top5"],
-            "blr": best["blr"],
+            **{name: best[name] for name in ("top1", "top5", "blr") if name in best},
             "chosen": f"the best of {len(heads)} learning rates, on the validation images themselves",
             "images": len(known.labels),
             "all": heads,

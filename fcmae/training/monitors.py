@@ -9,7 +9,7 @@ from torch import nn
 from fcmae.config import PretrainConfig
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import Extractor, first, labelled_sources
-from fcmae.evaluation.knn import check_neighbours, knn_accuracy
+from fcmae.evaluation.knn import check_neighbours, knn_accuracy, warn_of_copies
 from fcmae.models import FCMAE
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
@@ -49,6 +49,7 @@ class OnlineKnn:
             train, val, self.classes, self.notes = labelled_sources(cfg.data, cfg.seed)
         except UsageError as error:
             raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
+        self.warned = False
         self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
         check_neighbours("monitor.knn_k", monitor.knn_k, self.gallery)
 
@@ -58,4 +59,8 @@ class OnlineKnn:
         batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
         extract = Extractor(backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
         gallery, queries = extract(self.gallery), extract(self.queries)
-        logger.log(step, knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k))
+        result = knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k)
+        if not self.warned:
+            warn_of_copies(result, len(queries.labels), world)
+        self.warned = True
+        logger.log(step, {name: value for name, value in result.items() if name != "copies"})

@@ -189,7 +189,7 @@ class Finetuning:
             batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
             share = classified(network, self.val_source, self.cfg.data, batch_size, trainer.precision, world, stop)
             result = accuracy(share, world)
-            metrics |= {f"{prefix}{name}": result[name] for name in ("top1", "top5")}
+            metrics |= {f"{prefix}{name}": value for name, value in result.items() if name != "images"}
             network.train(was_training)
         logger.log(step, metrics)
         return metrics.get("ema_top1", metrics["top1"])

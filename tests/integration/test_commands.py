@@ -151,8 +151,10 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     result = json.loads(fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5").stdout)
     assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    knn = json.loads(fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1").stdout)
-    assert knn["knn1"] == 100.0  # gallery and test images are the same
+    same = fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1")
+    knn = json.loads(same.stdout)
+    assert (knn["knn1"], knn["copies"]) == (100.0, 30)  # gallery and test images are the same
+    assert "warning: 30 of 30 validation images have the features of a training image" in same.stderr
     refused = fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=[1,31]", check=2).stderr
     assert "fcmae knn: k is [1, 31]; allowed is at most 30, the number of images to compare with" in refused
 

@@ -13,9 +13,9 @@ from fcmae.data.sources import Sample, few_labels, train_source, val_source
 from fcmae.data.transforms import normalize
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import run
-from fcmae.evaluation.classify import accuracy, classified
-from fcmae.evaluation.features import Extractor
-from fcmae.evaluation.knn import knn_accuracy, knn_of, knn_predict
+from fcmae.evaluation.classify import Classified, accuracy, classified
+from fcmae.evaluation.features import Extractor, Features, one_class
+from fcmae.evaluation.knn import knn_accuracy, knn_of, knn_predict, warn_of_copies
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
@@ -173,14 +173,14 @@ def test_knn_votes_by_similarity():
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.0]])
     labels = torch.tensor([0, 0, 1, 1, 2])
     queries = torch.tensor([[2.0, 0.1], [0.0, 3.0], [-5.0, 0.0]])
-    assert knn_predict(queries, gallery, labels, [3], 0.07, 3).tolist() == [[0, 1, 2]]
+    assert knn_predict(queries, gallery, labels, [3], 0.07, 3)[0].tolist() == [[0, 1, 2]]
 
 
 def test_one_very_near_neighbour_outvotes_two_far_ones():
     gallery = torch.tensor([[1.0, 0.0], [0.5, 0.87], [0.5, -0.87]])
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1])
-    assert knn_predict(query, gallery, labels, [3], 0.07, 2).tolist() == [[0]]
-    assert knn_predict(query, gallery, labels, [3], 10.0, 2).tolist() == [[1]]
+    assert knn_predict(query, gallery, labels, [3], 0.07, 2)[0].tolist() == [[0]]
+    assert knn_predict(query, gallery, labels, [3], 10.0, 2)[0].tolist() == [[1]]
 
 
 @pytest.mark.parametrize("temperature", [10.0, 0.07, 0.0114, 0.005, 1e-4])
@@ -190,15 +190,15 @@ def test_votes_do_not_overflow_at_any_temperature(temperature):
     similarity, nearest = (F.normalize(queries).double() @ gallery.double().t()).topk(20)
     votes = torch.zeros(100, 5, dtype=torch.float64)
     votes.scatter_add_(1, labels[nearest], torch.softmax(similarity / temperature, 1))
-    assert torch.equal(knn_predict(queries, gallery, labels, [20], temperature, 5)[0], votes.argmax(1))
+    assert torch.equal(knn_predict(queries, gallery, labels, [20], temperature, 5)[0][0], votes.argmax(1))
 
 
 def test_several_k_at_once_and_in_chunks_are_what_each_is_alone(monkeypatch):
     gallery, labels, queries = torch.randn(40, 8), torch.randint(0, 4, (40,)), torch.randn(30, 8)
-    together = knn_predict(queries, gallery, labels, [1, 5, 100], 0.07, 4)
+    together, _ = knn_predict(queries, gallery, labels, [1, 5, 100], 0.07, 4)
     monkeypatch.setattr("fcmae.evaluation.knn.SIMILARITIES", 280)
     for row, k in zip(together, [1, 5, 100], strict=True):
-        assert torch.equal(row, knn_predict(queries, gallery, labels, [k], 0.07, 4)[0])
+        assert torch.equal(row, knn_predict(queries, gallery, labels, [k], 0.07, 4)[0][0])
     nearest = (F.normalize(queries) @ F.normalize(gallery).t()).argmax(1)
     assert torch.equal(together[0], labels[nearest])
 
@@ -245,7 +245,29 @@ def test_few_labels_are_drawn_by_the_seed(monkeypatch, command):
 def test_knn_of_identical_images_is_perfect():
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     features = Extractor(backbone, DATA, CPU)(val_source(DATA))
-    assert knn_accuracy(features, features, 10, CPU, ks=[1]) == {"knn1": 100}
+    result = knn_accuracy(features, features, 10, CPU, ks=[1])
+    assert result == {"knn1": 100, "copies": 23}
+
+
+def test_validation_images_in_the_gallery_and_one_class_are_said(capsys):
+    gallery = Features(torch.randn(40, 8), torch.arange(40) % 2)
+    queries = Features(torch.cat([gallery.values[:3] * 2, torch.randn(7, 8)]), torch.zeros(10, dtype=torch.int64))
+    result = knn_accuracy(gallery, queries, 2, CPU, ks=[1, 5])
+    assert result["copies"] == 3
+    warn_of_copies({**result, "copies": 0}, 10, CPU)
+    assert capsys.readouterr().err == ""
+    warn_of_copies(result, 10, CPU)
+    assert capsys.readouterr().err.startswith("warning: 3 of 10 validation images have the features of a training")
+    assert one_class([]) == one_class(["cat", "dog"]) == []
+    assert one_class(["cat"]) == ["warning: all images are of one class, cat: any network has an accuracy of 100 %"]
+
+
+@pytest.mark.parametrize(("classes", "reported"), [(5, False), (6, True)])
+def test_top5_is_reported_of_six_classes_or_more(classes, reported):
+    share = [Classified(torch.randn(8, classes), torch.arange(8) % classes, torch.arange(8))]
+    assert ("top5" in accuracy(share, CPU)) == reported
+    result = accuracy(share, CPU, accepted=[[index % classes] for index in range(8)])
+    assert result.keys() == {"top1", "images"} | ({"top5"} if reported else set())
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -274,17 +296,23 @@ def test_a_picture_has_a_row_an_image_and_four_columns(in_chans):
     assert picture.height == 2 * (2 * 64 + 4) + 4 + 16
 
 
-def test_the_monitor_measures_the_averaged_weights(monkeypatch):
+def test_the_monitor_measures_the_averaged_weights(monkeypatch, capsys):
     """The run's encoder file, ``init_from`` and ``fcmae knn`` take them too."""
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "monitor=knn"])
     weights, average = build_fcmae(cfg), build_fcmae(dataclasses.replace(cfg, seed=1))
     monitor = OnlineKnn(weights.backbone, cfg)
     measured = []
-    monkeypatch.setattr(monitors, "knn_accuracy", lambda gallery, *_, **__: measured.append(gallery.values))
+
+    def accuracy(gallery, *_, **__):
+        measured.append(gallery.values)
+        return {"knn10": 50.0, "copies": 24}
+
+    monkeypatch.setattr(monitors, "knn_accuracy", accuracy)
     for ema, expected in ((average, average), (None, weights)):
         monitor(ema, 1, SimpleNamespace(log=lambda *_: None), CPU, lambda: False)  # type: ignore[arg-type]
         assert torch.equal(measured[-1], Extractor(expected.backbone, cfg.data, CPU)(monitor.gallery).values)
     assert not torch.equal(*measured)
+    assert capsys.readouterr().err.count("warning: 24 of 24 validation images have the features of a training") == 1
 
 
 def test_too_many_neighbours_are_refused_before_features_are_extracted():

@@ -37,7 +37,7 @@ def clusters(count: int, seed: int) -> Features:
 def test_it_learns_what_is_linearly_separable(optimizer, blr):
     result = probe(repeat(clusters(300, 0)), clusters(90, 1), 3, config(optimizer=optimizer, blr=[blr]), CPU)
     assert result[0]["top1"] > 95
-    assert result[0]["top5"] == 100
+    assert "top5" not in result[0]  # of three classes
     assert result[0]["lr"] == pytest.approx(blr * 32 / 256)
 
 
