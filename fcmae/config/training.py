@@ -90,8 +90,8 @@ class TrainerConfig:
     max_skipped: int = 10
     """Steps that may be skipped before the run stops after all."""
     hang_timeout: float = 1800.0
-    """Seconds without a finished step, evaluation or save (the first step compiles) after which the run ends, leaving
-    the stacks of every rank; also how long ranks and data workers are waited for."""
+    """Seconds without a finished step, batch of an evaluation or part of a save (the first step compiles) after which
+    the run ends, leaving the stacks of every rank; also how long ranks and data workers are waited for."""
     eval_every_epochs: float | None = 1.0
     """Fine-tuning: evaluation; pretraining: a reconstruction picture; None = never, and no validation images needed."""
     resume: bool = True

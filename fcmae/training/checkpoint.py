@@ -47,25 +47,32 @@ class _HashingWriter:
     torch replaces an OSError such as "No space left on device" by one about positions in its archive.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], alive: Callable[[], object]) -> None:
         self.file = file
+        self.alive = alive
         self.hash = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
         try:
-            return self.file.write(data)
+            written = self.file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
+        self.alive()
+        return written
 
     def flush(self) -> None:
         self.file.flush()
 
 
-def _save_with_checksum(state: State, file: IO[bytes]) -> None:
-    writer = _HashingWriter(file)
+def nothing() -> None:
+    """Where nobody asks whether reading and writing goes on."""
+
+
+def _save_with_checksum(state: State, file: IO[bytes], alive: Callable[[], object] = nothing) -> None:
+    writer = _HashingWriter(file, alive)
     try:
         torch.save(state, writer)  # type: ignore[arg-type]  # it calls write and flush
     except RuntimeError as error:
@@ -73,13 +80,16 @@ def _save_with_checksum(state: State, file: IO[bytes]) -> None:
     file.write(MAGIC + writer.hash.digest())
 
 
-def write_atomically(path: Path, state: State) -> None:
-    """Saves ``state`` and its checksum. Raises OSError, with the old file in place, e.g. if the disk is full."""
+def write_atomically(path: Path, state: State, alive: Callable[[], object] = nothing) -> None:
+    """Saves ``state`` and its checksum. Raises OSError, with the old file in place, e.g. if the disk is full.
+
+    ``alive`` is called whenever a part is written.
+    """
     with replacing(path) as file:
-        _save_with_checksum(state, file)
+        _save_with_checksum(state, file, alive)
 
 
-def _verify(file: IO[bytes]) -> None:
+def _verify(file: IO[bytes], alive: Callable[[], object]) -> None:
     """Reads the file once and compares its checksum. Raises ValueError if it is not what was written."""
     size = file.seek(0, os.SEEK_END) - TRAILER_BYTES
     file.seek(max(0, size))
@@ -92,17 +102,21 @@ def _verify(file: IO[bytes]) -> None:
         block = file.read(min(size, 2**24))
         digest.update(block)
         size -= len(block)
+        alive()
     if digest.digest() != trailer[len(MAGIC) :]:
         raise ValueError("its checksum is wrong, so its content changed after it was written")
     file.seek(0)
 
 
-def read(path: Path, map_location: str | torch.device = "cpu") -> State:
-    """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file."""
+def read(path: Path, map_location: str | torch.device = "cpu", alive: Callable[[], object] = nothing) -> State:
+    """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file.
+
+    ``alive`` is called whenever a part is read.
+    """
 
     def load() -> State:
         with path.open("rb") as file:
-            _verify(file)
+            _verify(file, alive)
             return torch.load(file, map_location=map_location, weights_only=True)
 
     return _checked(path, load)
@@ -145,13 +159,17 @@ def step_of(path: Path) -> int:
 class CheckpointDir:
     """The checkpoints of one run, ``step_00000123.pt`` after 123 optimizer steps.
 
-    The newest ``keep`` stay, and as milestones those after multiples of ``keep_every`` steps.
+    The newest ``keep`` stay, and as milestones those after multiples of ``keep_every`` steps. ``alive`` is called
+    whenever a part of one is read or written.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, keep: int = 2, keep_every: int | None = None, alive: Callable[[], object] = nothing
+    ) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
         self.keep_every = keep_every
+        self.alive = alive
 
     def paths(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -191,7 +209,7 @@ class CheckpointDir:
         if is_new:
             sync_folder(self.folder.parent)
         path = self.path(state["step"])
-        write_atomically(path, {"format": FORMAT, "versions": versions(), **state})
+        write_atomically(path, {"format": FORMAT, "versions": versions(), **state}, self.alive)
         for old in self.paths()[: -self.keep]:
             step = step_of(old)
             if step not in keep_steps and not self.is_milestone(step):
@@ -217,7 +235,7 @@ class CheckpointDir:
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return read(path, map_location)
+                return read(path, map_location, self.alive)
             except CheckpointError as error:
                 warn(f"{error}; trying the one before")
         if paths:

@@ -63,7 +63,7 @@ class _Training:
             round(cfg.schedule.warmup_epochs * self.plan.steps_per_epoch),
             max(1, round(cfg.schedule.epochs * self.plan.steps_per_epoch)),
         )
-        self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan)
+        self.checkpoints = _checkpoint_dir(run_dir, cfg.trainer, self.plan, watchdog)
         world.on_main(lambda: check_folder(task.cfg, run_dir))
         stop.before_training(run_dir)
         resumed = newest_state(self.checkpoints, world) if cfg.trainer.resume else None
@@ -86,6 +86,7 @@ class _Training:
             for line in (*task.notes, _summary(task, self.plan, self.state, total_steps, world)):
                 say(line)
         stop.before_training(run_dir)
+        watchdog.beat()
         self.verdict = Verdict.GO_ON
         if cfg.trainer.compiles(world.device.type):
             task.model.compile()
@@ -165,7 +166,7 @@ class _Training:
         best = False
         try:
             for monitor in _due_monitors(self.task, state.step, self.stop_step, self.plan):
-                score = monitor.look(state.average, state.step, self.logger, self.world, self.stop.wished)
+                score = monitor.look(state.average, state.step, self.logger, self.world, self._wish)
                 best |= state.improves(score)
                 self.meter.restart()
                 self.watchdog.beat()
@@ -174,6 +175,11 @@ class _Training:
             return best
         state.evaluation_due = False
         return best
+
+    def _wish(self) -> bool:
+        """Whether this rank wishes to stop. Monitors ask before every batch, so they do not stand still."""
+        self.watchdog.beat()
+        return self.stop.wished()
 
     def _save(self) -> None:
         act_on_non_finite(self.guard, self.task, self.plan, self.run_dir, self.world)
@@ -260,11 +266,11 @@ def _plan(task: Task, world: World) -> BatchPlan:
     return plan
 
 
-def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan) -> CheckpointDir:
+def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan, watchdog: Watchdog) -> CheckpointDir:
     keep_every: int | None = None
     if cfg.keep_every_epochs is not None:
         keep_every = max(1, round(cfg.keep_every_epochs * plan.steps_per_epoch))
-    return CheckpointDir(run_dir, cfg.keep_checkpoints, keep_every)
+    return CheckpointDir(run_dir, cfg.keep_checkpoints, keep_every, watchdog.beat)
 
 
 def _settle_precision(cfg: TrainerConfig, world: World, resumed: State | None) -> None:

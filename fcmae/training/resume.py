@@ -23,7 +23,7 @@ def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:
     def follow() -> None:
         nonlocal state
         if not world.is_main and step >= 0:
-            state = read(checkpoints.path(step), world.device)
+            state = read(checkpoints.path(step), world.device, checkpoints.alive)
 
     world.on_main(find)
     step = int(world.max(torch.tensor(-1 if state is None else state["step"])))

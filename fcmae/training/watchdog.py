@@ -48,7 +48,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="fcmae-watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Something was finished: a step, an evaluation, a save."""
+        """Something was finished: a step, a batch of an evaluation, a part of a save."""
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self.timeout + 2 * self.GRACE, exit=True, file=self._file)
 
