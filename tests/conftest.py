@@ -1,16 +1,22 @@
 """What several tests share: golden files, small models, the command line in a process of its own."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 from safetensors import safe_open
+
+from tests import in_process, preloaded
+from tests.cpu_time import pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -37,19 +43,53 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 Command = Callable[..., subprocess.CompletedProcess]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+def start_python(
+    folder: Path,
+    *args: str,
+    ranks: int = 1,
+    threads: int = 1,
+    fresh: bool = False,
+    stdout: IO | int = subprocess.DEVNULL,
+    stderr: IO | int = subprocess.DEVNULL,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen | preloaded.Process:
+    """Starts ``python ARGS`` in ``folder``, as ranks of one launch for several. It leads a session of its own.
+
+    Args:
+        threads: they decide the order of summation.
+        fresh: start an interpreter, and torchrun, which takes seconds; needed where imports are the point.
+        variables: environment variables besides those of this process.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(variables or {})}
+    if fresh or not preloaded.is_possible():
+        launcher = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launcher, *args]
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+    with open(os.devnull, "wb") as nowhere:
+        files = [nowhere if file == subprocess.DEVNULL else file for file in (stdout, stderr)]
+        return preloaded.Process(args, folder, environment, ranks, *files)
 
 
 def run_python(
-    folder: Path, *args: str, ranks: int = 1, check: int | None = 0, threads: int = 1, timeout: int = 240
+    folder: Path, *args: str, check: int | None = 0, timeout: int = 240, **kwargs: Any
 ) -> subprocess.CompletedProcess:
-    """Runs ``python ARGS`` in ``folder``, under torchrun for several ranks. Threads decide the order of summation."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [*launcher, *args], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    """Runs ``python ARGS`` to its end; ``kwargs`` are those of :func:`start_python`. ``check`` is the exit code."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start_python(folder, *args, stdout=stdout, stderr=stderr, **kwargs)
+        try:
+            code = process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for file in (stdout, stderr):
+            file.seek(0)
+        done = subprocess.CompletedProcess(args, code, stdout.read(), stderr.read())
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
@@ -57,12 +97,18 @@ def run_python(
 
 @pytest.fixture
 def fcmae(tmp_path: Path) -> Command:
-    """Runs ``fcmae ARGS`` as a user would, in an empty folder."""
+    """Runs ``fcmae ARGS`` as a user would, in an empty folder and a process of its own; see :func:`run_python`."""
 
     def run(*args: str, **kwargs: Any) -> subprocess.CompletedProcess:
         return run_python(tmp_path, "-m", "fcmae.cli", *args, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def fcmae_here(tmp_path: Path) -> Command:
+    """Runs ``fcmae ARGS`` in an empty folder and in this process, where modules can be patched; see in_process.py."""
+    return functools.partial(in_process.run, tmp_path)
 
 
 TINY = (
