@@ -67,6 +67,10 @@ class DiskError(FCMAEError):
     """The run directory cannot be written."""
 
 
+class OutOfMemory(FCMAEError):
+    """The memory of a device does not suffice; the message names the key to change."""
+
+
 class Interrupted(FCMAEError):
     """The run stopped early, saved, and can be resumed."""
 

@@ -4,9 +4,11 @@ The crop, flip and mask of a sample follow from (seed, epoch, sample index); wha
 So a run does not depend on its number of workers, ranks or restarts.
 """
 
+import contextlib
 import hashlib
 import random
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
@@ -45,6 +47,19 @@ def seed_globals(seed: int, stream: Stream, *counters: int) -> None:
     random.seed(derived)
     np.random.seed(derived >> 32)  # torch takes the lower 32 bits; both run the Mersenne Twister from them
     torch.default_generator.manual_seed(derived)
+
+
+@contextlib.contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """The global generators, that of ``device`` too, are after this block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int, device: torch.device) -> None:

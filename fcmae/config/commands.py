@@ -39,6 +39,12 @@ class PretrainConfig(RunConfig):
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found, scope = self.trainer.micro_batch_size == "auto", self.engine.grn_scope
+        allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
+        check("engine.grn_scope", scope, not (found and scope == "batch"), allowed)
+
 
 @dataclass
 class FinetuneConfig(RunConfig):

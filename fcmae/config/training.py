@@ -63,8 +63,9 @@ class TrainerConfig:
 
     global_batch_size: int = 4096
     """Samples an optimizer step over all ranks: part of the recipe."""
-    micro_batch_size: int | None = None
-    """Samples a rank processes at once; None = a rank's whole share. The rest is accumulated."""
+    micro_batch_size: Any = None
+    """Samples a rank processes at once; None = a rank's whole share. The rest is accumulated. ``auto`` = as many as fit
+    into the GPU's memory."""
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
     has it, fp16 on an older one, float32 on a CPU."""
@@ -112,7 +113,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_one_of("trainer.precision", self.precision, PRECISIONS)
         check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
-        positive = ["global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "max_steps"]
+        micro = self.micro_batch_size
+        ok = micro in (None, "auto") or (type(micro) is int and micro > 0)
+        check("trainer.micro_batch_size", micro, ok, "a positive integer, auto or null")
+        positive = ["global_batch_size", "log_every", "keep_checkpoints", "max_steps"]
         positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcmae import precision
+from fcmae import memory, precision
 from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import read_file
@@ -44,9 +44,16 @@ def _connected(cfg: CheckpointConfig) -> Iterator[World]:
         cfg.precision = precision.settle(
             "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
         )
-        yield world
+        with memory.explained(world.device, lambda: _how_to_shrink(cfg)):
+            yield world
     finally:
         distributed.disconnect()
+
+
+def _how_to_shrink(cfg: CheckpointConfig) -> str:
+    """What to change where memory runs out."""
+    steps = f" or train_batch_size (now {cfg.train_batch_size})" if isinstance(cfg, ProbeConfig) else ""
+    return f"batch_size is {cfg.batch_size}; set a smaller one{steps}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from fcmae import precision
+from fcmae import memory, precision
 from fcmae.config import PretrainConfig, TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
@@ -16,6 +16,7 @@ from fcmae.engines import HOST_BOUND
 from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError, UsageError
 from fcmae.evaluation.features import EvaluationStopped
 from fcmae.randomness import seed_step
+from fcmae.training import micro_batch
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir, State
@@ -44,9 +45,12 @@ def train(task: Task, run_dir: Path, world: World, watchdog: Watchdog, stop: Sto
         The last checkpoint.
 
     Raises NonFiniteLossError, with the weights and checkpoints of before; SaveError if a checkpoint cannot be written;
-    Interrupted at ``trainer.max_steps``, after ``trainer.max_hours`` and at a signal (see :mod:`fcmae.interrupt`).
+    Interrupted at ``trainer.max_steps``, after ``trainer.max_hours`` and at a signal (see :mod:`fcmae.interrupt`);
+    OutOfMemory.
     """
-    return _Training(task, run_dir, world, watchdog, stop).run()
+    asked = task.cfg.trainer.micro_batch_size
+    with memory.explained(world.device, lambda: micro_batch.how_to_shrink(task.cfg, world, asked)):
+        return _Training(task, run_dir, world, watchdog, stop).run()
 
 
 class _Training:
@@ -56,7 +60,8 @@ class _Training:
         cfg = task.cfg
         self.task, self.cfg, self.run_dir = task, cfg, run_dir
         self.world, self.watchdog, self.stop = world, watchdog, stop
-        self.plan = world.together(lambda: _plan(task, world))
+        asked = cfg.trainer.micro_batch_size
+        self.plan = world.together(lambda: _plan(task, world, None if asked == micro_batch.AUTO else asked))
         self.schedule = CosineSchedule(
             cfg.optim.peak_lr(self.plan.global_batch_size),
             cfg.schedule.min_lr,
@@ -75,6 +80,8 @@ class _Training:
         if resumed is not None:
             self._resume(resumed)
             del resumed  # its tensors
+        if cfg.trainer.micro_batch_size == micro_batch.AUTO:
+            self._fit()
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
         if world.is_main:
@@ -96,6 +103,15 @@ class _Training:
         self.guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
         self.saver = Saver(self.checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
         self.backward = self._backward()
+
+    def _fit(self) -> None:
+        """Settles the size of micro-batches, which the config then holds."""
+        self.plan = micro_batch.find(self.task, lambda size: _plan(self.task, self.world, size), self.state, self.world)
+        self.cfg.trainer.micro_batch_size = self.plan.micro_batch_size
+        self.config = to_dict(self.cfg)
+        self.watchdog.beat()
+        if self.world.is_main:
+            say(f"trainer.micro_batch_size=auto takes {self.plan.micro_batch_size}")
 
     def run(self) -> Path:
         """The steps that are left."""
@@ -251,13 +267,13 @@ class _Training:
         return EagerBackward(run, model)
 
 
-def _plan(task: Task, world: World) -> BatchPlan:
+def _plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
     """The batches of a task. Raises UsageError where sizes do not fit."""
     cfg = task.cfg
     plan = BatchPlan.create(
         len(task.source),
         cfg.trainer.global_batch_size,
-        cfg.trainer.micro_batch_size,
+        micro_batch_size,
         world.size,
         cfg.seed,
         cfg.data.crops_per_image,

@@ -1,12 +1,11 @@
 """Means of the training metrics, read without making every step wait for the device."""
 
-import resource
-import sys
 import time
 
 import torch
 from torch import Tensor
 
+from fcmae import memory
 from fcmae.training.distributed import World
 
 
@@ -45,13 +44,5 @@ class Meter:
             "loss": loss,
             "grad_norm": grad_norm,
             "images_per_second": images_per_second,
-            "memory_gib": _peak_memory(self.world.device) / 2**30,
+            "memory_gib": memory.peak(self.world.device) / 2**30,
         }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

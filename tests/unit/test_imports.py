@@ -27,6 +27,7 @@ ALLOWED = {
     "masking": set(),
     "loss": {"masking"},
     "toolchain": {"errors"},
+    "memory": {"errors"},
     "kernels": {"kernels", "toolchain"},
     "engines": {"engines", "kernels", "masking"},
     "models": {"models", "engines", "kernels", "masking", "loss"},

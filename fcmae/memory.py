@@ -1,0 +1,52 @@
+"""Memory of a device: how much is in use, and one line where there is none left."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fcmae.errors import OutOfMemory
+
+SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""In messages of torch's errors, of CUDA's libraries, and of the CPU's allocator."""
+GIB = 2**30
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error is of memory that could not be had, or followed from one that is, as in a CUDA graph."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def explained(device: torch.device, what_to_do: Callable[[], str]) -> Iterator[None]:
+    """In this block an error for lack of memory is an OutOfMemory of one line: what is in use, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(f"out of memory on {in_use(device)}: {what_to_do()}") from error
+
+
+def in_use(device: torch.device) -> str:
+    """The device and what is in use of it, for a message."""
+    own = f"this process held up to {peak(device) / GIB:.1f} GiB"
+    if device.type != "cuda":
+        return f"the CPU ({own})"
+    free, total = torch.cuda.mem_get_info(device)
+    name, used = torch.cuda.get_device_name(device), (total - free) / GIB
+    return f"{name} ({used:.1f} of {total / GIB:.1f} GiB in use, {own})"
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
