@@ -1,6 +1,7 @@
 """A run that stands still ends, and leaves the Python stacks of every rank."""
 
 import faulthandler
+import itertools
 import os
 import signal
 import sys
@@ -17,10 +18,15 @@ DUMP = getattr(signal, "SIGURG", None)
 """Asks a rank for its stacks. Whoever does not expect it ignores it."""
 
 
+KEPT = 4
+"""Files of stacks that earlier processes of a rank left."""
+
+
 class Watchdog:
     """Ends the process with exit code 1 if nothing was finished for ``timeout`` seconds, whatever it hangs in.
 
-    Every rank has one, and writes its stacks to ``stacks_rank{R}.txt``. A thread does this; if it cannot run either,
+    Every rank has one, and writes its stacks to ``stacks_rank{R}.txt``; those of earlier processes are kept as
+    ``stacks_rank{R}.txt.1`` (the newest of them) and so on. A thread does this; if it cannot run either,
     because something holds the interpreter's lock, a timer of :mod:`faulthandler`, which needs no lock, does so a
     little later. The first one to bite also makes the other ranks of its machine write theirs: its end may end them.
 
@@ -39,8 +45,8 @@ class Watchdog:
         self.rank = rank
         self.siblings = siblings or {}
         run_dir.mkdir(parents=True, exist_ok=True)
+        _keep_earlier(self.path)
         self._file = open_to_append(self.path)
-        self._file.truncate(0)
         self._closed = threading.Event()
         if DUMP is not None:
             faulthandler.register(DUMP, self._file)
@@ -104,3 +110,13 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _keep_earlier(path: Path) -> None:
+    """Numbers the stacks that an earlier process left, so that a resumed run does not overwrite them."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, KEPT + 1))]
+    for newer, older in reversed(list(itertools.pairwise(names))):
+        if newer.exists():
+            newer.replace(older)

@@ -16,7 +16,7 @@ from fcmae.processes import Process, is_stopped
 from fcmae.training import lock as lock_module
 from fcmae.training.distributed import World
 from fcmae.training.lock import RunLock
-from fcmae.training.watchdog import Watchdog
+from fcmae.training.watchdog import KEPT, Watchdog
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -43,6 +43,20 @@ def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
     assert done.returncode == 1
     assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
     assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
+
+
+def test_stacks_of_earlier_processes_are_kept(tmp_path):
+    """So many of them; what a killed process left empty is no evidence."""
+    path = tmp_path / "stacks_rank3.txt"
+    for number in range(KEPT + 3):
+        Watchdog(3600, tmp_path, rank=3).close()
+        assert not path.exists()
+        path.write_text(f"stacks of process {number}")
+    path.write_text("")
+    Watchdog(3600, tmp_path, rank=3).close()
+    left = [(tmp_path / f"stacks_rank3.txt.{number}").read_text() for number in range(1, KEPT + 1)]
+    assert left == [f"stacks of process {number}" for number in range(KEPT + 1, 1, -1)]
+    assert len(list(tmp_path.iterdir())) == KEPT
 
 
 STOPPED = """
