@@ -1,6 +1,5 @@
 """What each stage from a file to a batch on the device takes, in one process."""
 
-import io
 import random
 import statistics
 import time
@@ -13,6 +12,7 @@ from PIL import Image
 from fcmae.config import DataConfig
 from fcmae.data.collate import stack
 from fcmae.data.crops import cut
+from fcmae.data.formats import open_picture
 from fcmae.data.pixels import Encoded
 from fcmae.data.sources import train_source
 from fcmae.data.transforms import pretrain_transform
@@ -56,7 +56,7 @@ def _measure(data: DataConfig, theirs: Callable | None, batch_size: int, device:
         stages["decode"], parts = _timed(lambda sample: crop.part(sample, numbers.random), samples)
         stages["crop"], crops = _timed(lambda part: cut(*part, data.size), parts)
     else:
-        stages["decode"], pictures = _timed(lambda file: Image.open(io.BytesIO(file.data)).convert("RGB"), files)
+        stages["decode"], pictures = _timed(_decode_by_pillow, files)
         stages["crop"], crops = _timed(theirs, pictures)
     groups = [crops[i : i + batch_size] for i in range(0, len(crops), batch_size)]
     noise = torch.rand(49)
@@ -65,6 +65,11 @@ def _measure(data: DataConfig, theirs: Callable | None, batch_size: int, device:
     seconds, _ = _timed(lambda batch: batch[0].to(device, copy=True), batches)
     stages["copy"] = seconds / batch_size
     return stages, kilobytes
+
+
+def _decode_by_pillow(file: Encoded) -> Image.Image:
+    with open_picture(file.data) as image:
+        return image.convert("RGB")
 
 
 def _timed(call: Callable[[S], T], items: Sequence[S]) -> tuple[float, list[T]]:

@@ -40,6 +40,9 @@ class DataConfig:
     """At an image that cannot be read: ``raise``, or ``skip``: another one takes its place."""
     max_bad: float = 0.001
     """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
+    max_pixels: int = 89_478_485
+    """Images with more pixels cannot be read: a small file may claim to be large enough to fill the memory. The default
+    is Pillow's."""
     in_chans: int = 3
     bit_depth: int = 8
     """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
@@ -107,7 +110,7 @@ class DataConfig:
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and self.on_error == "raise"
         allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and on_error=raise"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
-        for name in ("crops_per_image", "labels_per_class", "length", "prefetch"):
+        for name in ("crops_per_image", "labels_per_class", "length", "max_pixels", "prefetch"):
             check_positive(f"data.{name}", getattr(self, name))
 
     @property

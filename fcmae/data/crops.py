@@ -18,6 +18,8 @@ from fcmae.data.pixels import Encoded, LazyImage, PixelFormat, open_image
 GAP = 2
 """A JPEG is decoded to a fraction of its size if the crop still has this many times the pixels a side that it becomes.
 The resize then has enough to filter: the result differs from that of the whole by less than docs/pixels.md states."""
+NARROW = 16
+"""Ratio of sides from which an image is resized in another way, as its memory would otherwise grow with the ratio."""
 TRIES = 10
 """Parts that are drawn before one in the middle is taken."""
 
@@ -57,7 +59,7 @@ class RandomCrop:
     """
 
     def __init__(self, cfg: DataConfig) -> None:
-        self.format = PixelFormat(cfg.in_chans, cfg.bit_depth)
+        self.format = PixelFormat.of(cfg)
         self.size = cfg.size
         self.pad = cfg.pad
         self.hflip = cfg.hflip
@@ -145,6 +147,9 @@ def resize(pixels: Tensor, size: list[int], out: Tensor | None = None) -> Tensor
 
     In ``out``, and ``out`` itself, if given. uint8 of three or four channels on the CPU comes with its channels last.
     """
+    height, width = pixels.shape[-2:]
+    if len(size) == 2 and height > NARROW * size[0] and size[1] > NARROW * width:
+        pixels = _by_torchvision(pixels, [size[0], width])  # torch would bring all rows to their new width first
     if pixels.dtype == torch.uint8 and len(size) == 2 and pixels.device.type == "cpu":
         # what torchvision's resize comes to, without what it does before
         if pixels.shape[0] not in (3, 4):
@@ -156,10 +161,28 @@ def resize(pixels: Tensor, size: list[int], out: Tensor | None = None) -> Tensor
         source = pixels[None].contiguous(memory_format=torch.channels_last) if pixels.is_contiguous() else pixels[None]
         _resize_into(source, size, False, None, None, out=out[None])
         return out
+    return _placed(_by_torchvision(pixels, size), out)
+
+
+def _by_torchvision(pixels: Tensor, size: list[int]) -> Tensor:
     if pixels.dtype != torch.uint16:
-        return _placed(F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True), out)
+        return F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
     resized = F.resize(pixels.float(), size, v2.InterpolationMode.BICUBIC, antialias=True)
-    return _placed(resized.round_().clamp_(0, 65535).to(torch.uint16), out)
+    return resized.round_().clamp_(0, 65535).to(torch.uint16)
+
+
+def middle(pixels: Tensor, height: int, width: int) -> Tensor:
+    """``[C, H, W]``, of a long image only the middle: what a centre crop of about ``height`` x ``width`` is made of."""
+    ratio = min(pixels.shape[-2] / height, pixels.shape[-1] / width)
+    rows = _shortened(pixels.shape[-2], math.ceil(NARROW * height * ratio))
+    cols = _shortened(pixels.shape[-1], math.ceil(NARROW * width * ratio))
+    top, left = (pixels.shape[-2] - rows) // 2, (pixels.shape[-1] - cols) // 2
+    return pixels[..., top : top + rows, left : left + cols]
+
+
+def _shortened(side: int, most: int) -> int:
+    """At most ``most``, or one more so that the middle stays where it is."""
+    return side if side <= most else most + (side - most) % 2
 
 
 def _placed(resized: Tensor, out: Tensor | None) -> Tensor:

@@ -4,11 +4,14 @@ Both decode to the same pixels, so what is installed changes the speed alone. Bo
 eighth of the size by an inverse DCT of the low frequencies alone, for much less than the whole takes.
 """
 
-import io
+import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
+
+from fcmae.data.bands import SOF0, SOS
+from fcmae.data.formats import open_picture
 
 try:
     import simplejpeg
@@ -18,6 +21,8 @@ except ImportError:  # a platform without its wheel
 MAGIC = b"\xff\xd8\xff"
 APP1 = 0xE1
 """The segment of EXIF or XMP."""
+MAX_SCANS = 64
+"""Progressive files have about ten."""
 REDUCTIONS = (8, 4, 2)
 """Divisors of the size that libjpeg has fast code for."""
 COLORS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
@@ -35,8 +40,10 @@ class Size(NamedTuple):
     width: int
 
 
-def stored_size(data: bytes) -> Size | None:
-    """The size that the header states; None if the image is not grey, YCbCr or RGB. Raises what Pillow raises."""
+def stored_size(data: bytes, max_pixels: float = math.inf) -> Size | None:
+    """The size that the header states; None if the image is not grey, YCbCr or RGB. Raises what Pillow raises,
+    and ValueError where Pillow finds more than ``max_pixels``.
+    """
     if simplejpeg is not None:
         try:
             height, width, color, _ = simplejpeg.decode_jpeg_header(data)
@@ -44,8 +51,19 @@ def stored_size(data: bytes) -> Size | None:
             color = None
         if color in COLOR_SPACES:
             return Size(height, width)
-    with Image.open(io.BytesIO(data)) as image:
+    with open_picture(data, max_pixels) as image:
         return Size(image.height, image.width) if image.mode in ("L", "RGB") else None
+
+
+def check_scans(data: bytes, where: dict[int, int]) -> None:
+    """Raises ValueError for a file of very many scans, each of which goes through all pixels for a few bytes.
+
+    ``where`` are the :func:`~fcmae.data.bands.segments` of the file.
+    """
+    components, scanned = where.get(SOF0, 0) + 5, where.get(SOS, 0)
+    baseline = SOF0 in where and data[components : components + 1] == data[scanned : scanned + 1]
+    if not baseline and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ValueError(f"it is a JPEG of {scans} scans; at most {MAX_SCANS} are read")
 
 
 def orientation(data: bytes, where: dict[int, int]) -> int:
@@ -55,7 +73,7 @@ def orientation(data: bytes, where: dict[int, int]) -> int:
     """
     if APP1 not in where:  # much faster to know than to ask Pillow
         return 1
-    with Image.open(io.BytesIO(data)) as image:
+    with open_picture(data) as image:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     return turn if turn in range(1, 9) else 1
 
@@ -68,7 +86,7 @@ def decode(data: bytes, size: Size, in_chans: int, reduce: int = 1) -> np.ndarra
             return simplejpeg.decode_jpeg(data, COLORS[in_chans], False, False, height, width, reduce)
         except ValueError:
             pass  # damaged, or of an unusual kind: Pillow shall judge
-    with Image.open(io.BytesIO(data)) as image:
+    with open_picture(data) as image:
         image.draft("L" if in_chans == 1 else "RGB", (size.width // reduce, size.height // reduce))
         pixels = np.array(image.convert(IMAGE_MODES[in_chans]))
     return pixels.reshape(*pixels.shape[:2], in_chans)

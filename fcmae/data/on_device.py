@@ -4,6 +4,7 @@ The loader's workers read files and draw the crops; a batch travels as bytes and
 device. nvJPEG's pixels differ a little from libjpeg's, so the key is part of the recipe.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from fcmae.data.crops import Box, cut
 from fcmae.data.pixels import Encoded, LazyImage, decode
 
 CHANNELS = 3
+CHECKED = sys.maxsize
+"""Pixels that a file may have: the worker that read it knows data.max_pixels."""
 
 
 class Undecoded(NamedTuple):
@@ -94,7 +97,9 @@ def decode_all(files: Sequence[Tensor], names: Sequence[str], device: torch.devi
                 pairs = zip(files, names, strict=True)
                 return [pixels for file, name in pairs for pixels in decode_all([file], [name], device)]
     pairs = zip(files, names, strict=True)
-    return [decode(Encoded(file.numpy().tobytes(), name), CHANNELS).to(device) for file, name in pairs]
+    return [
+        decode(Encoded(file.numpy().tobytes(), name), CHANNELS, max_pixels=CHECKED).to(device) for file, name in pairs
+    ]
 
 
 def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -6,32 +6,30 @@ and a transform may decode only what it needs. docs/pixels.md has the rules as a
 
 import contextlib
 import functools
-import io
-import warnings
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL import ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fcmae.config import DataConfig
 from fcmae.data import jpeg, scientific
 from fcmae.data.bands import cut_band, segments
+from fcmae.data.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, UsageError
-
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".npy")
-"""File names that end so, in any case, are taken for images."""
-
-MAX_PIXELS = 89_478_485
-"""Larger images are refused: a small file may claim to be large enough to fill the memory. The limit is Pillow's."""
+from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
 """Pillow's modes whose conversion keeps the scale of brightness; it would clip others."""
+
+MAX_BYTES = 2**32
+"""Of a file: one of nothing but a length takes no room on a disk."""
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -44,10 +42,18 @@ class Encoded(NamedTuple):
 
 
 class PixelFormat(NamedTuple):
-    """What images become: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` is above 8."""
+    """What images become: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` is above 8.
+
+    Images with more than ``max_pixels`` pixels are refused.
+    """
 
     in_chans: int
     bit_depth: int = 8
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, cfg: DataConfig) -> "PixelFormat":
+        return cls(cfg.in_chans, cfg.bit_depth, cfg.max_pixels)
 
 
 class LazyImage:
@@ -83,18 +89,21 @@ class LazyImage:
 def read_file(path: str | Path) -> Encoded:
     """The bytes of an image file. Raises ImageError naming it."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise ImageError(str(path), f"it has {size} bytes; at most {MAX_BYTES} are read")
             return Encoded(file.read(), str(path))
     except OSError as error:
         raise ImageError(str(path), error.strerror or str(error)) from error
 
 
-def decode(image: Encoded | Tensor, in_chans: int, bit_depth: int = 8) -> Tensor:
+def decode(image: Encoded | Tensor, in_chans: int, bit_depth: int = 8, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image as uint8 (uint16 if ``bit_depth`` is above 8) ``[in_chans, H, W]``; a tensor is returned as it is.
 
     Raises ImageError naming the file, whatever is wrong with it.
     """
-    return open_image(image, PixelFormat(in_chans, bit_depth)).pixels(1)
+    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels)).pixels(1)
 
 
 def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
@@ -104,11 +113,14 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
     if isinstance(image, Tensor):
         return _decoded(image)
     with _explained(image.name):
-        if image.data.startswith(jpeg.MAGIC) and to.in_chans in jpeg.COLORS and to.bit_depth == 8:
-            size = jpeg.stored_size(image.data)
+        is_jpeg = image.data.startswith(jpeg.MAGIC)
+        where = segments(image.data) if is_jpeg else {}
+        if is_jpeg:
+            jpeg.check_scans(image.data, where)
+        if is_jpeg and to.in_chans in jpeg.COLORS and to.bit_depth == 8:
+            size = jpeg.stored_size(image.data, to.max_pixels)
             if size is not None:
-                _check_size(*size)
-                where = segments(image.data)
+                check_size(*size, to.max_pixels)
                 turn = jpeg.orientation(image.data, where)
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
                 rows = functools.partial(_decode_rows, image, where, size, to) if turn == 1 else None
@@ -129,16 +141,9 @@ def _explained(name: str) -> Iterator[None]:
     except UsageError:  # one of ours, or a package that is missing
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(name, "its bytes are of no image format that Pillow knows") from error
+        raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error
     except Exception as error:
         raise ImageError(name, str(error).split("\n")[0] or type(error).__name__) from error
-
-
-def _check_size(height: int, width: int) -> None:
-    if not height or not width:
-        raise ValueError("it has no pixels")
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"it has {width}x{height} pixels; allowed are {MAX_PIXELS}")
 
 
 def _upright(pixels: Tensor, turn: int) -> Tensor:
@@ -173,33 +178,32 @@ def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
         raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; allowed: TIFF and .npy")
     try:
         pixels = _decode_by_pillow(data, to)
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except UnidentifiedImageError:
         if not data.startswith(scientific.TIFF_MAGICS):
             raise
         pixels = None
     if pixels is None:
-        return _to_depth(scientific.read_tiff(data, to.in_chans, MAX_PIXELS), to.bit_depth)
+        return _to_depth(scientific.read_tiff(data, to.in_chans, to.max_pixels), to.bit_depth)
     return pixels
 
 
 def _decode_by_pillow(data: bytes, to: PixelFormat) -> Tensor | None:
     """What Pillow makes of a file; None for a TIFF that it does not read rightly."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata; the size is checked here
-        with Image.open(io.BytesIO(data)) as image:
-            _check_size(image.height, image.width)
-            if isinstance(image, TiffImageFile) and (
-                image.n_frames > 1 or to.in_chans not in IMAGE_MODES or _has_wide_colour(image)
-            ):
-                return None
-            if to.in_chans not in IMAGE_MODES:
-                raise ValueError(f"it has {len(image.getbands())} channels; data.in_chans is {to.in_chans}")
-            if image.mode.startswith("I;16"):
-                return _to_depth(_repeated(np.array(ImageOps.exif_transpose(image)), to.in_chans), to.bit_depth)
-            if image.mode not in EIGHT_BIT_MODES:
-                raise ValueError(f"its pixels are {image.mode}; allowed are integers of 8 or 16 bits")
-            upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans]))
-            return _to_depth(upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1), to.bit_depth)
+    with open_picture(data, to.max_pixels) as image:
+        if isinstance(image, TiffImageFile) and (
+            image.is_animated or to.in_chans not in IMAGE_MODES or _has_wide_colour(image)
+        ):
+            return None
+        if isinstance(image, TiffImageFile):
+            check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), to.max_pixels, "tiles of ")
+        if to.in_chans not in IMAGE_MODES:
+            raise ValueError(f"it has {len(image.getbands())} channels; data.in_chans is {to.in_chans}")
+        if image.mode.startswith("I;16"):
+            return _to_depth(_repeated(np.array(ImageOps.exif_transpose(image)), to.in_chans), to.bit_depth)
+        if image.mode not in EIGHT_BIT_MODES:
+            raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
+        upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans]))
+        return _to_depth(upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1), to.bit_depth)
 
 
 def _repeated(grey: np.ndarray, in_chans: int) -> np.ndarray:
@@ -218,8 +222,7 @@ def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
     """uint8 for a depth of 8; else uint16, 65535 for the largest value of ``bit_depth`` bits. Raises ValueError."""
     if pixels.dtype == np.uint8:
         return torch.from_numpy(pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257)
-    if pixels.dtype != np.uint16:
-        raise ValueError(f"its pixels are {pixels.dtype}; allowed are integers of 8 or 16 bits (uint8, uint16)")
+    scientific.check_type(pixels.dtype)
     if bit_depth == 8:
         raise ValueError("its pixels have 16 bits; data.bit_depth is 8; allowed is 9 to 16, as many as are used")
     if bit_depth == 16:

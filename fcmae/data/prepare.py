@@ -56,7 +56,7 @@ def prepare(cfg: PrepareConfig) -> str:
     if cfg.data.stats:
         return statistics(cfg, source)
     order = sample_order(cfg, len(source))
-    how = Encoding(PixelFormat(cfg.data.in_chans, cfg.data.bit_depth), cfg.short_side, cfg.encode, cfg.quality)
+    how = Encoding(PixelFormat.of(cfg.data), cfg.short_side, cfg.encode, cfg.quality)
     names, now = shard_names(cfg, len(order)), settings(cfg, source)
     if cfg.out is not None:
         _check_folder(Path(cfg.out), names, now)
@@ -117,7 +117,7 @@ def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]
 
 def statistics(cfg: PrepareConfig, source: Source) -> str:
     """Mean and standard deviation as lines of a data config. Raises UsageError if no image can be read."""
-    to = PixelFormat(cfg.data.in_chans, cfg.data.bit_depth)
+    to = PixelFormat.of(cfg.data)
     count = min(len(source), cfg.data.stats_samples or len(source))
     chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
     chunks = [(chosen[first : first + CHUNK], to) for first in range(0, count, CHUNK)]

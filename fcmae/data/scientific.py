@@ -1,49 +1,151 @@
 """Files of scientific images: .npy, and TIFF with any number of channels (``fcmae[tiff]``)."""
 
+import importlib.util
 import io
+import logging
+import math
+import struct
+import zlib
+from typing import Any
 
 import numpy as np
 
+from fcmae.data.bands import SOF0, segments
+from fcmae.data.formats import check_size
+from fcmae.data.jpeg import check_scans
 from fcmae.errors import UsageError
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_PAGES = 4096
+"""Of a TIFF. Its pages may be its channels."""
+JPEG, DEFLATE, ZSTD = (7,), (8, 32946), (50000,)
+COMPRESSIONS = (1, 5, 32773, *JPEG, *DEFLATE, *ZSTD)
+"""TIFF's numbers of no compression, LZW, PackBits and those above: what they give can be limited or checked before."""
+CHUNK = 2**20
+SMALL = CHUNK // 16
+"""Bytes of deflate that become 64 MiB at most."""
 
 
 def read_npy(data: bytes, in_chans: int) -> np.ndarray:
     """A .npy file as ``[C, H, W]``: of ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``. Raises ValueError."""
-    pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version in readers:  # the next is that of structures, which np.load shows
+        shape, _, dtype = readers[version](file)
+        if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+            raise ValueError("it is cut off")
+    file.seek(0)
+    pixels = np.load(file, allow_pickle=False)
     if pixels.ndim == 2:
         pixels = pixels[None]
     if pixels.ndim != 3:
         raise ValueError(f"its shape is {list(pixels.shape)}; allowed is [H, W], [C, H, W] or [H, W, C]")
     if pixels.shape[0] != in_chans and pixels.shape[2] == in_chans:
         pixels = pixels.transpose(2, 0, 1)
-    return _checked(pixels, in_chans)
+    _check_channels(len(pixels), in_chans)
+    if not pixels.size:
+        raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
+    return _native(pixels)
 
 
 def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
-    """A TIFF file as ``[C, H, W]``: its samples, or else its pages, are the channels. Raises ValueError."""
+    """A TIFF file as ``[C, H, W]``: its samples, or else its pages, are the channels. Raises ValueError.
+
+    Sizes and channels are checked before pixels are decoded. No other file is opened, whatever the metadata name.
+    """
     try:
         import tifffile
     except ImportError:
         raise UsageError("this kind of TIFF needs tifffile: pip install 'fcmae[tiff]'") from None
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is in the exception, too
+    _check_pages(data)
+    closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
+    with tifffile.TiffFile(io.BytesIO(data), **closed) as file:
         series = file.series[0]
         shape = dict(zip(series.axes, series.shape, strict=True))
-        if shape["Y"] * shape["X"] > max_pixels:
-            raise ValueError(f"it has {shape['X']}x{shape['Y']} pixels; allowed are {max_pixels}")
+        height, width = shape.get("Y", 0), shape.get("X", 0)
+        check_size(height, width, max_pixels)
         channels = [axis for axis in series.axes if axis not in "YX" and shape[axis] > 1]
         if len(channels) > 1:
             raise ValueError(f"its axes are {series.axes}; allowed is one beside Y and X")
+        _check_channels(math.prod(series.shape) // (height * width), in_chans)
+        check_type(series.dtype)
+        for page in series.pages:
+            _check_segments(data, page or series.keyframe, max_pixels)
         order = sorted(range(len(series.axes)), key=lambda i: "YX".find(series.axes[i]))
-        pixels = series.asarray().transpose(order)
-        return _checked(pixels.reshape(-1, shape["Y"], shape["X"]), in_chans)
+        return _native(series.asarray().transpose(order).reshape(-1, height, width))
 
 
-def _checked(pixels: np.ndarray, in_chans: int) -> np.ndarray:
-    if len(pixels) != in_chans:
-        raise ValueError(f"it has {len(pixels)} channels; data.in_chans is {in_chans}")
-    if not pixels.size:
-        raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
+def check_type(dtype: np.dtype) -> None:
+    """Raises ValueError for other pixels than uint8 and uint16."""
+    if dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"its pixels are {dtype}; they must be integers of 8 or 16 bits (uint8, uint16)")
+
+
+def _check_channels(count: int, in_chans: int) -> None:
+    if count != in_chans:
+        raise ValueError(f"it has {count} channels; data.in_chans is {in_chans}")
+
+
+def _native(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch knows the machine's own byte order only
+
+
+def _check_pages(data: bytes) -> None:
+    """Follows the chain of pages. Raises ValueError for one that is too long or never ends."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    (count, entry), number = ("Q", 20) if big else ("H", 12), "Q" if big else "I"
+    position, seen = (8 if big else 4), set[int]()
+    while position + struct.calcsize(number) <= len(data):
+        (page,) = struct.unpack_from(order + number, data, position)
+        if page in seen or len(seen) == MAX_PAGES:
+            raise ValueError("its pages form a circle" if page in seen else f"it has more than {MAX_PAGES} pages")
+        if not page or page + struct.calcsize(count) > len(data):
+            return
+        seen.add(page)
+        position = page + struct.calcsize(count) + entry * struct.unpack_from(order + count, data, page)[0]
+
+
+def _check_segments(data: bytes, page: Any, max_pixels: int) -> None:
+    """Raises ValueError for strips or tiles of a page that would decode to more than the image or tile has."""
+    kind = int(page.compression)
+    if kind not in COMPRESSIONS:
+        raise ValueError(f"its compression is {page.compression.name}; convert it to deflate, LZW or none")
+    if kind in ZSTD and not _has_imagecodecs():
+        raise ValueError("its compression is ZSTD, which needs imagecodecs: pip install imagecodecs")
+    tile = page.tilewidth * page.tilelength * page.tiledepth if page.is_tiled else 1
+    check_size(tile, 1, max_pixels, "tiles of ")
+    if kind not in JPEG + DEFLATE or (kind in DEFLATE and _has_imagecodecs()):
+        return  # decoded into memory of the right size
+    most = max(tile, page.imagewidth * page.imagelength)
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        segment = data[offset : offset + count]
+        if kind in JPEG:
+            _check_jpeg(segment, most)
+        elif len(segment) > SMALL:
+            _check_deflated(segment, most * page.samplesperpixel * page.dtype.itemsize)
+
+
+def _has_imagecodecs() -> bool:
+    return importlib.util.find_spec("imagecodecs") is not None
+
+
+def _check_jpeg(segment: bytes, most: int) -> None:
+    where = segments(segment)
+    frame = next((where[kind] for kind in (SOF0, SOF0 + 1, SOF0 + 2) if kind in where), len(segment))
+    height, width = struct.unpack_from(">HH", segment, frame + 1)
+    if height * width > most:
+        raise ValueError(f"it holds a JPEG of {width}x{height} pixels, more than the image has")
+    check_scans(segment, where)
+
+
+def _check_deflated(segment: bytes, most: int) -> None:
+    inflate = zlib.decompressobj()
+    while segment and most >= 0:
+        most -= len(inflate.decompress(segment, CHUNK))
+        segment = inflate.unconsumed_tail
+    if most < 0:
+        raise ValueError("it is compressed from more bytes than its pixels have")

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.crops import resize
-from fcmae.data.pixels import EXTENSIONS, Encoded, PixelFormat, open_image, to_stored
+from fcmae.data.formats import EXTENSIONS
+from fcmae.data.pixels import Encoded, PixelFormat, open_image, to_stored
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 from fcmae.files import replacing

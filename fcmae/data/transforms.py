@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.crops import RandomCrop, resize
-from fcmae.data.pixels import Encoded, LazyImage, decode
+from fcmae.data.crops import RandomCrop, middle, resize
+from fcmae.data.pixels import Encoded, LazyImage, PixelFormat, decode
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -49,7 +49,7 @@ def eval_transform(cfg: DataConfig) -> Transform:
     ``create_transform(crop_mode="center")``.
     """
     size = list(cfg.size)
-    decoded = functools.partial(decode, in_chans=cfg.in_chans, bit_depth=cfg.bit_depth)
+    decoded = functools.partial(decode, **PixelFormat.of(cfg)._asdict())
     steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
     if max(size) >= WARP_FROM:
         return v2.Compose([*steps, functools.partial(resize, size=size)])
@@ -58,7 +58,11 @@ def eval_transform(cfg: DataConfig) -> Transform:
 
 
 def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    """``[C, H, W]`` to the smallest size of the same aspect ratio that covers ``height`` x ``width``."""
+    """``[C, H, W]`` to the smallest size of the same aspect ratio that covers ``height`` x ``width``.
+
+    Of a very long image only the middle is resized, from which the centre crop comes.
+    """
+    pixels = middle(pixels, height, width)
     if height == width:
         return resize(pixels, [height])  # rounds the long side down, as torchvision and timm do for squares
     rows, cols = pixels.shape[-2:]

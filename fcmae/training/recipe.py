@@ -38,6 +38,7 @@ HARMLESS = frozenset(
         # what happens when something goes wrong
         "data.on_error",
         "data.max_bad",
+        "data.max_pixels",
         "trainer.on_save_error",
         "trainer.on_nonfinite",
         "trainer.max_skipped",

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data import jpeg
-from fcmae.data.crops import GAP, Box, RandomCrop, cut, random_part, reduction
+from fcmae.data.crops import GAP, Box, RandomCrop, cut, middle, random_part, reduction, resize
 from fcmae.data.pixels import PixelFormat, decode, open_image
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError
@@ -190,3 +190,31 @@ def test_auto_augment_needs_eight_bits():
 def test_evaluation_takes_files_and_pixels(photo):
     transform = eval_transform(CFG)
     assert torch.equal(transform(photo), transform(decode(photo, 3)))
+
+
+@pytest.mark.parametrize("shape", [(100, 1600), (8, 200), (33, 1057), (1000, 9)])
+def test_of_long_images_evaluation_resizes_the_middle_alone(shape):
+    """To a ratio of 16 the whole, bit for bit as before; beyond it the result may be shifted by half a pixel."""
+    whole = torch.from_numpy(texture(*shape).transpose(2, 0, 1))
+    expected = F.center_crop(F.resize(whole, [256], v2.InterpolationMode.BICUBIC, antialias=True), [224])
+    difference = (eval_transform(DataConfig())(whole).int() - expected.int()).abs().float()
+    assert difference.max() <= (0 if shape == (100, 1600) else 12)
+    assert difference.mean() < 1
+    assert middle(whole, 256, 256).shape[1:] == {8: (8, 128), 33: (33, 529), 1000: (144, 9)}.get(shape[0], shape)
+
+
+def test_a_tall_image_is_resized_in_its_height_first():
+    tall = torch.from_numpy(texture(2000, 3).transpose(2, 0, 1))
+    expected = F.resize(tall, [64, 64], v2.InterpolationMode.BICUBIC, antialias=True)
+    difference = (resize(tall, [64, 64]).int() - expected.int()).abs().float()
+    assert difference.max() <= 4  # uint8 is rounded between the two
+    assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (3, 3), (60, 80)])
+def test_images_with_their_channels_first_are_resized_as_others(channels, shape):
+    """As in a .npy file; torch's own function ends the process."""
+    image = torch.from_numpy(noise(channels, *shape))
+    expected = torch.nn.functional.interpolate(image[None], (384, 384), mode="bicubic", antialias=True)[0]
+    assert torch.equal(eval_transform(DataConfig(image_size=384))(image), expected)

@@ -220,9 +220,9 @@ REFUSED = {
     "float TIFF": (
         lambda: encoded(np.ones((8, 8), np.float32), "TIFF"),
         1,
-        "its pixels are F; allowed are integers of 8",
+        "its pixels are F; they must be integers of 8",
     ),
-    "float npy": (lambda: npy(np.ones((8, 8))), 1, "its pixels are float64; allowed are integers of 8 or 16 bits"),
+    "float npy": (lambda: npy(np.ones((8, 8))), 1, "its pixels are float64; they must be integers of 8 or 16 bits"),
     "signed npy": (lambda: npy(np.ones((8, 8), np.int16)), 1, "its pixels are int16"),
     "npy without pixels": (lambda: npy(noise(0, 5, 3)), 3, r"its shape is \[3, 0, 5\]: it has no pixels"),
     "objects in npy": (lambda: npy(np.array([[{}]], dtype=object)), 1, "allow_pickle"),
@@ -256,19 +256,11 @@ def test_what_cannot_be_read_is_named(library, case):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF"])
-def test_decompression_bombs_are_refused_without_being_decoded(library, monkeypatch, kind):
-    monkeypatch.setattr(pixels, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+def test_decompression_bombs_are_refused_without_being_decoded(library, kind):
     image = encoded(smooth(), kind)
-    with pytest.raises(ImageError, match=rf"{image.name}: it has 50x30 pixels; allowed are 1499"):
-        open_image(image, PixelFormat(3))
-
-
-def test_a_real_decompression_bomb_takes_no_memory():
-    """30,000 x 30,000 pixels in a file of a few kB."""
-    file = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(file, "PNG")
-    with pytest.raises(ImageError, match="30000|bomb"):
-        decode(Encoded(file.getvalue(), "bomb.png"), 3)
+    message = f"{image.name}: it has 50x30 pixels; data.max_pixels is 1499; set data.max_pixels=1500 to read it"
+    with pytest.raises(ImageError, match=message):
+        open_image(image, PixelFormat(3, max_pixels=1499))
 
 
 def test_an_error_survives_the_way_from_a_worker():

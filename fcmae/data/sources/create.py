@@ -36,7 +36,7 @@ def _create(cfg: DataConfig, train: bool) -> Source:
         raise ConfigError(f"data.{prefix}source and data.{prefix}path={path} are both set; give one of them")
     other = cfg.val_source if train else cfg.source
     if own is not None or (other is not None and path is None):
-        return create_own(own, f"data.{prefix}source", PixelFormat(cfg.in_chans, cfg.bit_depth))
+        return create_own(own, f"data.{prefix}source", PixelFormat.of(cfg))
     if cfg.name == "synthetic":
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
-from fcmae.data.pixels import EXTENSIONS
+from fcmae.data.formats import EXTENSIONS
 from fcmae.errors import UsageError
 
 SUFFIX = ".fcmae-listing"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fcmae.data.arrays import Arrays, Strings, StringsBuilder, find_kept, keep
-from fcmae.data.pixels import EXTENSIONS
+from fcmae.data.formats import EXTENSIONS
 from fcmae.errors import UsageError
 
 SUFFIX = ".fcmae-index"

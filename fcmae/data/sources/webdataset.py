@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fcmae.data.arrays import one_at_a_time
-from fcmae.data.pixels import EXTENSIONS, Encoded
+from fcmae.data.formats import EXTENSIONS
+from fcmae.data.pixels import Encoded
 from fcmae.data.sources.base import Sample
 from fcmae.data.sources.tar_index import ShardIndex, index_shard
 from fcmae.errors import ImageError, UsageError
