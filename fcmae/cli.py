@@ -259,11 +259,14 @@ def _report(result: dict[str, Any] | None, out: str | None) -> None:
 def _reconstruct(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae reconstruct", description=COMMANDS["reconstruct"])
     parser.add_argument("checkpoint", help="a checkpoint of pretraining, RUN or RUN@STEP")
-    parser.add_argument("images", nargs="+", help="image files or folders")
+    what = "image files, folders, or data.KEY=VALUE for the images of a data config, such as data.source"
+    parser.add_argument("images", nargs="+", help=what)
     parser.add_argument("--out", default="reconstruction.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")
     parser.add_argument("--mask-ratio", type=float, help="instead of the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    which = "one channel to show as grey, or three as red, green and blue, such as 0,2,4"
+    parser.add_argument("--channels", type=_integers, metavar="N[,N,N]", help=which)
     given = parser.parse_intermixed_args(args)
     with quick_imports():
         from fcmae.evaluation.reconstruct import picture_format
@@ -271,11 +274,17 @@ def _reconstruct(args: list[str]) -> int:
     kind = picture_format("--out", given.out)
     among = [image for image in given.images if Path(given.out).resolve().is_relative_to(Path(image).resolve())]
     check_output("--out", given.out, [given.checkpoint, *([given.out] if among and Path(given.out).exists() else [])])
-    picture = reconstruct(given.checkpoint, given.images, given.max_images, given.mask_ratio, given.seed)
+    options = {name: getattr(given, name) for name in ("max_images", "mask_ratio", "seed", "channels")}
+    picture = reconstruct(given.checkpoint, given.images, **options)
     with output("--out", given.out) as file:
-        picture.save(file, kind)
+        picture.image.save(file, kind)
+    print(picture.display, file=sys.stderr)
     print(given.out)
     return 0
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _export(args: list[str]) -> int:

@@ -58,7 +58,7 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
     task = Pretraining(cfg)
     task.model = model
     with output("--out", out / "reconstruction.png") as file:
-        task.picture(device).save(file, "PNG")
+        task.picture(device).image.save(file, "PNG")
     _plot_loss(runs / "pretrain" / "metrics.jsonl", out / "loss.png")
 
     few: FinetuneConfig = compose("finetune", [*finetuning, f"init_from={pretrained}"])

@@ -4,10 +4,11 @@ Hydra composes, OmegaConf checks names and types against these classes, ``__post
 :func:`to_typed` sees a DictConfig.
 """
 
-from fcmae.config.checks import check
+from fcmae.config.checks import check, check_channels
 from fcmae.config.commands import (
     COMMANDS,
     CheckpointConfig,
+    DataOverrides,
     EvaluateConfig,
     FeaturesConfig,
     FinetuneConfig,
@@ -28,7 +29,7 @@ from fcmae.config.training import (
     ScheduleConfig,
     TrainerConfig,
 )
-from fcmae.config.typed import explain, from_dict, to_dict, to_typed
+from fcmae.config.typed import explain, from_dict, from_dotlist, to_dict, to_typed
 
 __all__ = [
     "COMMANDS",
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointConfig",
     "ClassifierConfig",
     "DataConfig",
+    "DataOverrides",
     "EngineConfig",
     "EvaluateConfig",
     "FCMAEConfig",
@@ -52,10 +54,12 @@ __all__ = [
     "ScheduleConfig",
     "TrainerConfig",
     "check",
+    "check_channels",
     "compose",
     "conf_dir",
     "explain",
     "from_dict",
+    "from_dotlist",
     "quoted",
     "register_schemas",
     "to_dict",

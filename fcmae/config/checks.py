@@ -1,6 +1,7 @@
 """Checks of values: one line that names the full key, what was given and what is allowed."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fcmae.errors import ConfigError
@@ -38,3 +39,9 @@ def check_neighbours(key: str, value: Any) -> list[int]:
     ok = len(numbers) > 0 and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in numbers)
     check(key, value, ok, "a positive integer, or a list of them")
     return numbers
+
+
+def check_channels(key: str, channels: Sequence[int] | None, in_chans: int) -> None:
+    """One channel or three that an image has; None = chosen by the program."""
+    ok = channels is None or (len(channels) in (1, 3) and all(0 <= channel < in_chans for channel in channels))
+    check(key, channels, ok, f"one channel or three, each from 0 to {in_chans - 1} (data.in_chans={in_chans})")

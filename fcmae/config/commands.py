@@ -5,7 +5,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive, check_seed
+from fcmae.config.checks import (
+    check,
+    check_channels,
+    check_neighbours,
+    check_not_negative,
+    check_one_of,
+    check_positive,
+    check_seed,
+)
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
@@ -44,6 +52,7 @@ class PretrainConfig(RunConfig):
         found, scope = self.trainer.micro_batch_size == "auto", self.engine.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("engine.grn_scope", scope, not (found and scope == "batch"), allowed)
+        check_channels("logger.channels", self.logger.channels, self.data.in_chans)
 
 
 @dataclass

@@ -156,6 +156,9 @@ class LoggerConfig:
     tensorboard: bool = False
     progress: bool = True
     """A progress bar on a terminal; a line every ``trainer.log_every`` steps elsewhere."""
+    channels: list[int] | None = None
+    """Channels of the images that reconstruction pictures show: one as grey, or three as red, green and blue. None =
+    the first as grey of one or two, the first three of more."""
 
     def __post_init__(self) -> None:
         check_one_of("logger.wandb", self.wandb, WANDB_MODES)

@@ -52,6 +52,15 @@ def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
         raise ConfigError(describe(error, prefix)) from error
 
 
+def from_dotlist(schema: type[T], overrides: list[str], group: str) -> T:
+    """A group's instance from overrides ``GROUP.KEY=VALUE``. Raises ConfigError naming the full key."""
+    try:
+        values = OmegaConf.from_dotlist([override.removeprefix(f"{group}.") for override in overrides])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{' '.join(overrides)}: {explain(error)}") from error
+    return from_dict(schema, values, prefix=group)  # type: ignore[arg-type]  # OmegaConf merges its own kind too
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A typed config as a nested dict of plain values, for config.yaml and checkpoints."""
     values = OmegaConf.to_container(OmegaConf.structured(cfg))

@@ -31,7 +31,7 @@ from fcmae.data.shards import Encoding, Shard, encode, write_shard
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE
-from fcmae.data.statistics import sum_images
+from fcmae.data.statistics import left_out, sum_images
 from fcmae.errors import FCMAEError, ImageError, UsageError
 from fcmae.files import STRAY, delete_strays, write_output
 from fcmae.opening import open_to_append, read_regular
@@ -46,6 +46,8 @@ MAX_JSON = 2**28
 TRIED = 64
 """Samples that an estimate is made from."""
 ALLOWED = "allowed is a new folder, an empty one, or that of the same command"
+FLAT = 1e-6
+"""A smaller standard deviation is the rounding of a channel of one value: a 16-bit level is 1.5e-5."""
 CHUNK = 100
 """Samples that a process sums at a time."""
 
@@ -127,12 +129,12 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
             parts[i] = part
             bar.update(len(chunks[i][0]))
     sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in one order, whoever was first
-    for message in sums.unreadable:
-        print(f"{message}; left out", file=sys.stderr)
+    for line in left_out(sums.unreadable):
+        print(line, file=sys.stderr)
     if not sums.pixels:
         raise UsageError(f"none of {count} images could be read, such as: {sums.unreadable[0]}")
-    mean, std = (", ".join(f"{x:.4f}" for x in values) for values in (sums.mean(), sums.std()))
-    flat = "\n# a channel has one value everywhere; allowed in data.std are positive numbers" if "0.0000" in std else ""
+    mean, std = (", ".join(f"{x:#.6g}" for x in values) for values in (sums.mean(), sums.std()))
+    flat = "\n# a channel has one value everywhere; data.std must be positive" if min(sums.std()) < FLAT else ""
     depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""
     return (
         f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})\n"

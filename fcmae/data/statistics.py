@@ -1,5 +1,6 @@
 """Mean and standard deviation of images, channel by channel."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class Sums:
     pixels: int
     total: np.ndarray
     squares: np.ndarray
-    unreadable: list[str]
+    unreadable: list[ImageError]
 
     def __add__(self, other: "Sums") -> "Sums":
         pixels, total, squares = self.pixels + other.pixels, self.total + other.total, self.squares + other.squares
@@ -40,9 +41,21 @@ def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
         try:
             pixels = decode(source[index].image, *to)
         except ImageError as error:
-            sums.unreadable.append(str(error))
+            sums.unreadable.append(error)
             continue
         white = 1.0 if pixels.dtype.is_floating_point else float(torch.iinfo(pixels.dtype).max)
         values = pixels.flatten(1).double() / white
         sums += Sums(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy(), [])
     return sums
+
+
+def left_out(errors: Iterable[ImageError]) -> list[str]:
+    """A line for each kind of reason, whatever the numbers in it: what holds for all images is said once."""
+    kinds: dict[str, list[ImageError]] = {}
+    for error in errors:
+        kinds.setdefault(re.sub(r"\d+", "", error.reason), []).append(error)
+    lines = []
+    for alike in kinds.values():
+        others = f" and {len(alike) - 1} more images" if len(alike) > 1 else ""
+        lines.append(f"left out {alike[0].name}{others}: {alike[0].reason}")
+    return lines

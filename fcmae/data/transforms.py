@@ -84,9 +84,9 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of :func:`normalize`: pixels in 0..1, clipped."""
+    """The inverse of :func:`normalize`: black is 0 and white is 1; nothing is clipped."""
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
-    return (imgs * scale + shift).clamp(0, 1)
+    return imgs * scale + shift
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,6 +1,8 @@
 """Pictures of what a pretrained model sees and what it makes of it."""
 
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -9,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
 from fcmae.config import DataConfig, check
-from fcmae.data.transforms import denormalize
+from fcmae.evaluation.display import Display, choose, rgb
 from fcmae.masking import grid_size, patchify, unpatchify, upsample_mask
 from fcmae.models import FCMAE
 
@@ -45,21 +47,32 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
     return unpatchify(pred, model.patch_size, height, width), pixels
 
 
-def reconstruction_picture(model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None) -> Image.Image:
+class Picture(NamedTuple):
+    """A picture, and in a line what of the images it shows."""
+
+    image: Image.Image
+    display: Display
+
+
+def reconstruction_picture(
+    model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None, channels: Sequence[int] | None = None
+) -> Picture:
     """A row an image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
 
     Args:
-        imgs: normalised ``[N, C, H, W]``; of more than three channels the first three are shown.
+        imgs: normalised ``[N, C, H, W]``.
+        channels: one channel to show as grey or three as red, green and blue; None: see :func:`.display.choose`.
     """
     pred, hidden = reconstruct(model, imgs, mask)
-    original, pred = (denormalize(x.float(), data.mean, data.std) for x in (imgs, pred))
+    display = choose(imgs, data, channels)
+    original, pred = rgb(display, imgs, pred, data=data)
     tiles = torch.stack(
         [original, torch.where(hidden, GREY, original), pred, torch.where(hidden, pred, original)], dim=1
     ).flatten(0, 1)
-    tiles = tiles[:, :3] if tiles.shape[1] >= 3 else tiles[:, :1].expand(-1, 3, -1, -1)
     scale = -(-MIN_TILE // max(tiles.shape[-2:]))
     tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    return _with_captions(F.to_pil_image(make_grid(tiles.cpu(), nrow=len(COLUMNS), padding=4, pad_value=1.0)))
+    grid = F.to_pil_image(make_grid(tiles.cpu(), nrow=len(COLUMNS), padding=4, pad_value=1.0))
+    return Picture(_with_captions(grid), display)
 
 
 def picture_format(key: str, path: str) -> str:

@@ -8,23 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fcmae import memory, precision
-from fcmae.config import CheckpointConfig, EvaluateConfig, FeaturesConfig, KnnConfig, ProbeConfig, check
+from fcmae.config import (
+    CheckpointConfig,
+    DataOverrides,
+    EvaluateConfig,
+    FeaturesConfig,
+    KnnConfig,
+    ProbeConfig,
+    check,
+    check_channels,
+    from_dotlist,
+)
 from fcmae.data.loader import CroppedImages
-from fcmae.data.pixels import read_file
-from fcmae.data.sources import ImageFolder, Source, val_source, with_classes
+from fcmae.data.pixels import Encoded, read_file
+from fcmae.data.sources import ImageFolder, Source, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy, classified
-from fcmae.evaluation.features import Extractor, Features, labelled_sources, one_class
+from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
-from fcmae.evaluation.reconstruct import reconstruction_picture
+from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.files import check_output
 from fcmae.masking import grid_size, random_mask
@@ -193,25 +202,50 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
         return result if world.is_main else None
 
 
-def reconstruct(path: str, images: Sequence[str], max_images: int, mask_ratio: float | None, seed: int) -> Image.Image:
-    """A picture of the reconstructions of image files, or of the images in folders, by a pretraining checkpoint."""
+def reconstruct(
+    path: str,
+    images: Sequence[str],
+    *,
+    max_images: int = 16,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    channels: Sequence[int] | None = None,
+) -> Picture:
+    """A picture of reconstructions by a pretraining checkpoint.
+
+    Args:
+        images: image files; folders, of which the first images are taken; and overrides ``data.KEY=VALUE`` of the
+            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``.
+        max_images: rows.
+        mask_ratio: instead of the checkpoint's.
+        seed: of the masks.
+        channels: see :func:`fcmae.evaluation.display.choose`.
+    """
+    check("--max-images", max_images, max_images > 0, "a positive integer")
+    overrides = [image for image in images if image.startswith("data.") and "=" in image]
+    named = CheckpointConfig(checkpoint=path, data=from_dotlist(DataOverrides, overrides, "data"))
     file = checkpoint.resolve(path)
     state = checkpoint.read(file)
     say(checkpoint.describe(file, state))
-    model, data = model_of(state, file), config_of(state, file).data
+    cfg, model = config_of(state, file), model_of(state, file)
+    data = named.merge_data(cfg.data)
     if not isinstance(model, FCMAE):
         raise CheckpointError(f"{path} is of the task 'finetune' and has no decoder; give a pretraining checkpoint")
     if mask_ratio is not None:
         check("--mask-ratio", mask_ratio, 0 <= mask_ratio < 1, "a number in [0, 1)")
         model.mask_ratio = mask_ratio
-    check("--max-images", max_images, max_images > 0, "a positive integer")
-    files = [file for image in images for file in _files(image, max_images)]
+    check_channels("--channels", channels, data.in_chans)
+    channels = channels or cfg.logger.channels
+    files = [file for image in images if image not in overrides for file in _files(image, max_images)]
+    samples: list[Tensor | Encoded] = [read_file(file) for file in files[:max_images]]
+    if overrides:
+        source = first(train_source(data), max(0, max_images - len(samples)))
+        samples += [source[index].image for index in range(len(source))]
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
-    raw = torch.stack([transform(read_file(file)) for file in files[:max_images]])
-    imgs = normalize(raw, data.mean, data.std)
+    imgs = torch.stack([normalize(transform(sample), data.mean, data.std) for sample in samples])
     rows, cols = grid_size(*data.size, model.mask_patch_size)
     noise = torch.rand(len(imgs), rows * cols, generator=torch.Generator().manual_seed(seed))
-    return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.size)))
+    return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.size)), channels)
 
 
 def _files(image: str, count: int) -> list[str]:

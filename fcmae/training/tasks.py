@@ -18,7 +18,7 @@ from fcmae.data.sources import Source, few_labels, require_labels, train_source,
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
-from fcmae.evaluation.reconstruct import reconstruction_picture
+from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.randomness import Stream, generator
@@ -27,6 +27,7 @@ from fcmae.training.build import backbone_weights, build_classifier, build_fcmae
 from fcmae.training.distributed import World
 from fcmae.training.logging import RunLogger
 from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
+from fcmae.training.resume import say
 from fcmae.training.saver import ENCODER_FILE, write_encoder
 
 
@@ -82,6 +83,7 @@ class Pretraining:
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes: list[str] = []
+        self._told = False
         self.monitors = _at_evaluations(cfg.trainer, self._log_picture)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
@@ -103,10 +105,14 @@ class Pretraining:
 
     def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
-            logger.picture(step, "reconstruction", self.picture(world.device))
+            picture = self.picture(world.device)
+            if picture.display.stretched and not self._told:
+                say(f"reconstruction pictures show {picture.display} (logger.channels chooses)")
+            self._told = True
+            logger.picture(step, "reconstruction", picture.image)
 
     @torch.no_grad()
-    def picture(self, device: torch.device) -> Any:
+    def picture(self, device: torch.device) -> Picture:
         """The first images of a fixed random order, with fixed masks, reconstructed."""
         data = self.cfg.data
         samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data)))
@@ -117,7 +123,7 @@ class Pretraining:
         mask = random_mask(torch.rand(len(imgs), self.num_patches, generator=rng), self.keep).to(device)
         imgs = normalize(imgs, data.mean, data.std)
         was_training = self.model.training
-        picture = reconstruction_picture(self.model.eval(), imgs, data, mask)
+        picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)
         self.model.train(was_training)
         return picture
 

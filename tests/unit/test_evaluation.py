@@ -291,7 +291,7 @@ def test_a_picture_has_a_row_an_image_and_four_columns(in_chans):
     data = DataConfig(image_size=64, in_chans=in_chans, mean=[0.5] * in_chans, std=[0.2] * in_chans)
     model = FCMAE("convnextv2_atto", in_chans=in_chans, decoder_embed_dim=16)
     raw = torch.randint(0, 256, (2, in_chans, 64, 64), dtype=torch.uint8)
-    picture = reconstruction_picture(model, normalize(raw, data.mean, data.std), data)
+    picture = reconstruction_picture(model, normalize(raw, data.mean, data.std), data).image
     assert picture.width == 4 * (2 * 64 + 4) + 4
     assert picture.height == 2 * (2 * 64 + 4) + 4 + 16
 
