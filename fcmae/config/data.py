@@ -10,6 +10,7 @@ MAX_SIDE = 2**14
 """Pixels."""
 MAX_WORKERS = 512
 """Of a rank: more than any machine has use for."""
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
@@ -48,9 +49,11 @@ class DataConfig:
     """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
     image_size: Any = 224
     """Pixels a side, or [height, width]."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Of pixel values in 0..1, one number a channel."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Of pixel values in 0..1, one number per channel. Empty, with ``std``, for a source of your own whose pixels are
+    float32 and normalised already; so is the default for other channels than three."""
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    """Standard deviation of pixel values in 0..1, one number per channel."""
     pad: int = 0
     """Pixels added on each side before anything else."""
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
@@ -93,10 +96,7 @@ class DataConfig:
         self.image_size = (sides[0], sides[1])
         check_positive("data.in_chans", self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
-        for name, least, what in (("mean", -math.inf, "numbers"), ("std", 0, "positive numbers")):
-            value = getattr(self, name)
-            ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
-            check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one a channel (data.in_chans)")
+        self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
         ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf
@@ -112,6 +112,20 @@ class DataConfig:
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
         for name in ("crops_per_image", "labels_per_class", "length", "max_pixels", "prefetch"):
             check_positive(f"data.{name}", getattr(self, name))
+
+    def _check_normalisation(self) -> None:
+        own = self.source is not None or self.val_source is not None
+        if own and self.in_chans != 3 and (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
+            self.mean, self.std = [], []
+        if own and not self.mean and not self.std:
+            return
+        for name, least, what in (("mean", -math.inf, "numbers"), ("std", 0, "positive numbers")):
+            value = getattr(self, name)
+            ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
+            allowed = (
+                f"{self.in_chans} {what}, one a channel (data.in_chans); fcmae prepare data.stats=true prints them"
+            )
+            check(f"data.{name}", value, ok, allowed)
 
     @property
     def size(self) -> tuple[int, int]:

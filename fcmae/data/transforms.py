@@ -73,10 +73,13 @@ def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Raw ``[..., C, H, W]`` to normalised float32, contiguous; a float tensor is returned as it is.
 
-    Of uint8 255 is 1, of uint16 65535.
+    Of uint8 255 is 1, of uint16 65535. Raises ConfigError for raw pixels without ``mean``.
     """
     if imgs.dtype.is_floating_point:
         return imgs
+    if not mean:
+        kind = str(imgs.dtype).removeprefix("torch.")
+        raise ConfigError(f"data.mean and data.std are not set, but pixels are {kind}, not float32; give both")
     white = torch.iinfo(imgs.dtype).max
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
@@ -84,7 +87,9 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of :func:`normalize`: black is 0 and white is 1; nothing is clipped."""
+    """The inverse of :func:`normalize`: black is 0 and white is 1; nothing is clipped. As it is without ``mean``."""
+    if not mean:
+        return imgs
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     return imgs * scale + shift
 

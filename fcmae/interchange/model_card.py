@@ -72,8 +72,8 @@ def _data(data: DataConfig) -> dict[str, Any]:
         "size (height, width)": f"{data.size[0]}, {data.size[1]}",
         "channels": data.in_chans,
         "bits per channel": data.bit_depth,
-        "mean": data.mean,
-        "std": data.std,
+        "mean": data.mean or "normalised by the source",
+        "std": data.std or "normalised by the source",
         "padding": data.pad or None,
         "evaluation crop": data.crop_pct,
         "labelled images of a class": data.labels_per_class,
@@ -130,6 +130,8 @@ def _versions(network: Network) -> dict[str, str]:
 
 def _input(data: DataConfig, to: str) -> str:
     """How to make the network's input, if the other library has no transform that does it."""
+    if not data.mean:
+        return "## Input\n\nfloat32, normalised by the source that it was trained with; not 0 to 1."
     reason = preprocessing.shortcoming(data, to)
     if not reason and to in preprocessing.LIBRARIES:
         return ""

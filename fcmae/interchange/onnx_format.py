@@ -141,12 +141,13 @@ def _save(program: Any, data: DataConfig, file: Path) -> None:
     from fcmae import __version__
 
     ClearMetadataAndDocStringPass()(program.model)
+    mean, std = map(list, preprocessing.mean_and_std(data))
     program.model.metadata_props.update(
         {
             "fcmae": __version__,
             "image_size": json.dumps(data.size),
-            "mean": json.dumps(list(data.mean)),
-            "std": json.dumps(list(data.std)),
+            "mean": json.dumps(mean),
+            "std": json.dumps(std),
             "crop_pct": json.dumps(data.crop_pct),
             **{name: json.dumps(value) for name, value in preprocessing.extra(data).items()},
         }

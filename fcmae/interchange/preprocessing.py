@@ -13,6 +13,11 @@ EXTRA = ("bit_depth", "pad")
 """Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
 
 
+def mean_and_std(data: DataConfig) -> tuple[list[float], list[float]]:
+    """Of the channels; 0 and 1 where the pixels are normalised already."""
+    return data.mean or [0.0] * data.in_chans, data.std or [1.0] * data.in_chans
+
+
 def extra(data: DataConfig) -> dict[str, Any]:
     """What an export's config.json holds under the key ``fcmae``."""
     return {name: getattr(data, name) for name in EXTRA}
@@ -29,6 +34,8 @@ def shortcoming(data: DataConfig, to: str) -> str:
     if to not in LIBRARIES:
         return ""
     reasons = []
+    if not data.mean:
+        reasons.append("normalises pixels, these are normalised already")
     if data.bit_depth != 8:
         reasons.append(f"reads 8 bits per channel, these images use {data.bit_depth}")
     if to == "timm" and data.in_chans not in (1, 3):

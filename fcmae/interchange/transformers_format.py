@@ -127,8 +127,7 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / (2**data.bit_depth - 1),
         "do_normalize": True,
-        "image_mean": data.mean,
-        "image_std": data.std,
+        **dict(zip(("image_mean", "image_std"), preprocessing.mean_and_std(data), strict=True)),
     }
     height, width = data.size
     if height == width:

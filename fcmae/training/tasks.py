@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, TrainerConfig, to_dict
 from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
-from fcmae.data.sources import Source, few_labels, require_labels, train_source, val_source, with_classes
+from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
@@ -145,6 +145,9 @@ class Finetuning:
         self.cfg = cfg
         self.transform = finetune_transform(cfg.data, cfg.augment)
         self.source = train_source(cfg.data)
+        policy = cfg.augment.auto_augment
+        if policy is not None and cfg.data.source is not None and gives_float(self.source):
+            raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
         self.classes = require_labels(self.source, "data.path")
         self.monitors: list[Monitor] = []
         self.notes: list[str] = []

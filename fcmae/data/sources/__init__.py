@@ -7,6 +7,7 @@ from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
+from fcmae.data.sources.own import gives_float
 from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.webdataset import WebDataset
 
@@ -19,6 +20,7 @@ __all__ = [
     "Synthetic",
     "WebDataset",
     "few_labels",
+    "gives_float",
     "require_labels",
     "train_source",
     "val_source",

@@ -7,7 +7,7 @@ from fcmae.data.pixels import PixelFormat
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
-from fcmae.data.sources.own import create_own
+from fcmae.data.sources.own import create_own, gives_float
 from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
@@ -36,7 +36,13 @@ def _create(cfg: DataConfig, train: bool) -> Source:
         raise ConfigError(f"data.{prefix}source and data.{prefix}path={path} are both set; give one of them")
     other = cfg.val_source if train else cfg.source
     if own is not None or (other is not None and path is None):
-        return create_own(own, f"data.{prefix}source", PixelFormat.of(cfg))
+        source = create_own(own, f"data.{prefix}source", PixelFormat.of(cfg))
+        if not cfg.mean and gives_float(source) is False:
+            raise ConfigError(
+                f"data.mean and data.std are not set, but data.{prefix}source does not give float32; give both, one "
+                "number per channel (fcmae prepare data.stats=true prints them)"
+            )
+        return source
     if cfg.name == "synthetic":
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":

@@ -62,6 +62,15 @@ class Own:
         return ""
 
 
+def gives_float(source: Source) -> bool | None:
+    """Whether the first image is float32, which is normalised already; None if it cannot be read."""
+    try:
+        image = source[0].image
+    except (ImageError, IndexError):
+        return None
+    return isinstance(image, Tensor) and image.is_floating_point()
+
+
 def _is_index(value: Any, count: int) -> bool:
     """Whether it is an integer of whatever library, from 0 to before ``count``."""
     try:
