@@ -74,6 +74,11 @@ def measured() -> Speeds:
     return speeds
 
 
+def _config(command: str, experiment: str, size: str) -> PretrainConfig | FinetuneConfig:
+    cfg = compose(command, [f"experiment={experiment}", f"model=convnextv2_{size}"])
+    return cfg.settled({}) if isinstance(cfg, FinetuneConfig) else cfg
+
+
 def recipes(file: Path) -> list[Recipe]:
     """What an experiment file is for: one size, all of them where the model is left open, or none."""
     text = file.read_text()
@@ -86,10 +91,7 @@ def recipes(file: Path) -> list[Recipe]:
     own = [size for size in SIZES if re.search(rf"(^|[/_]){size}(_|$)", name)]
     if not own and match[1] == "finetune":
         return []  # what the files of the sizes share
-    return [
-        Recipe(name, match[1], size, compose(match[1], [f"experiment={name}", f"model=convnextv2_{size}"]), published)
-        for size in own or SIZES
-    ]
+    return [Recipe(name, match[1], size, _config(match[1], name, size), published) for size in own or SIZES]
 
 
 def cost_lines(recipe: Recipe, speeds: Speeds) -> list[str]:

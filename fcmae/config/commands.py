@@ -19,6 +19,7 @@ from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
+from fcmae.config.unset import UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
 from fcmae.precision import PRECISIONS
 
 
@@ -60,8 +61,10 @@ class FinetuneConfig(RunConfig):
     """``fcmae finetune``."""
 
     init_from: str | None = None
-    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights."""
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights. Not read any more once
+    the run has a checkpoint of its own."""
+    data: DataConfig = field(default_factory=UnsetDataConfig)
+    model: ClassifierConfig = field(default_factory=UnsetClassifierConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -69,6 +72,14 @@ class FinetuneConfig(RunConfig):
         crops, device = self.data.crops_per_image, self.data.decode_on
         check("data.crops_per_image", crops, crops == 1, "1 in fine-tuning")
         check("data.decode_on", device, device == "cpu", "cpu in fine-tuning")
+
+    def settled(self, known: dict[str, dict[str, Any]]) -> "FinetuneConfig":
+        """With a value for every key: what is given, else ``known`` (group: key: value), else the standard value.
+
+        Raises ConfigError.
+        """
+        data = settled_data(self.data, known.get("data", {}))
+        return dataclasses.replace(self, data=data, model=settled_model(self.model, known.get("model", {})))
 
 
 DataOverrides = dataclasses.make_dataclass(

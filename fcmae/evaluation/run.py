@@ -46,15 +46,16 @@ from fcmae.training.resume import say
 
 
 @contextlib.contextmanager
-def _connected(cfg: CheckpointConfig) -> Iterator[World]:
-    """The ranks of this launch. ``cfg.precision`` becomes the one that they compute in."""
+def _opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
+    """The ranks of this launch, and the checkpoint. ``cfg.precision`` becomes the one that the ranks compute in."""
     world = distributed.connect(cfg.device)
     try:
+        file, state = _read(cfg.checkpoint, world)
         cfg.precision = precision.settle(
             "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
         )
         with memory.explained(world.device, lambda: _how_to_shrink(cfg)):
-            yield world
+            yield world, file, state
     finally:
         distributed.disconnect()
 
@@ -69,8 +70,7 @@ def _how_to_shrink(cfg: CheckpointConfig) -> str:
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
     _check_outputs(cfg, "out")
-    with _connected(cfg) as world:
-        file, state = _read(cfg.checkpoint, world)
+    with _opened(cfg) as (world, file, state):
         data = cfg.merge_data(config_of(state, file).data)
         model = model_of(state, file)
         backbone = model.backbone if isinstance(model, FCMAE) else model
@@ -87,7 +87,7 @@ def _read(path: str, world: World) -> tuple[Path, State]:
     """The same checkpoint on every rank, although the run that writes it may go on to another in between."""
     file = world.from_main(lambda: checkpoint.resolve(path))
     states: list[State] = []
-    world.together(lambda: states.append(checkpoint.read(file)))
+    world.together(lambda: states.append(checkpoint.read(file, mmap=True)))
     if world.is_main:
         say(checkpoint.describe(file, states[0]))
     return file, states[0]
@@ -105,8 +105,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     first.
     """
     _check_outputs(cfg, "out", "per_class", "confusion")
-    with _connected(cfg) as world:
-        file, state = _read(cfg.checkpoint, world)
+    with _opened(cfg) as (world, file, state):
         return _evaluate(cfg, file, state, world)
 
 
@@ -225,7 +224,7 @@ def reconstruct(
     overrides = [image for image in images if image.startswith("data.") and "=" in image]
     named = CheckpointConfig(checkpoint=path, data=from_dotlist(DataOverrides, overrides, "data"))
     file = checkpoint.resolve(path)
-    state = checkpoint.read(file)
+    state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
     cfg, model = config_of(state, file), model_of(state, file)
     data = named.merge_data(cfg.data)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fcmae.config import PretrainConfig, RunConfig
+from fcmae.engines import HOST_BOUND
+from fcmae.errors import ConfigError
 from fcmae.training.exchange import GradientExchange
 
 Pass = Callable[[Sequence[Tensor], bool], Tensor]
@@ -110,3 +113,19 @@ class GraphedBackward:
                 loss = self.run(self.batch, last)
             self.recorded[last] = graph, loss
             pool = graph.pool()
+
+
+def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
+    """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
+    trainer = cfg.trainer
+    engine = cfg.engine.name if isinstance(cfg, PretrainConfig) else None
+    obstacles = {
+        "a CPU": device.type != "cuda",
+        "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
+        f"engine={engine}": engine in HOST_BOUND,
+        "fine-tuning (drop path and mixup draw random numbers)": engine is None,
+    }
+    found = [name for name, present in obstacles.items() if present]
+    if trainer.cuda_graph and found:
+        raise ConfigError(f"trainer.cuda_graph is True; allowed with {' and '.join(found)} is false or null")
+    return not found if trainer.cuda_graph is None else trainer.cuda_graph

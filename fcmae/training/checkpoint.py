@@ -108,16 +108,22 @@ def _verify(file: IO[bytes], alive: Callable[[], object]) -> None:
     file.seek(0)
 
 
-def read(path: Path, map_location: str | torch.device = "cpu", alive: Callable[[], object] = nothing) -> State:
+def read(
+    path: Path, map_location: str | torch.device = "cpu", alive: Callable[[], object] = nothing, mmap: bool = False
+) -> State:
     """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file.
 
-    ``alive`` is called whenever a part is read.
+    Args:
+        alive: called whenever a part is read.
+        mmap: leave tensors on the disk until they are used: for what takes a part of them, at once.
     """
 
     def load() -> State:
         with path.open("rb") as file:
             _verify(file, alive)
-            return torch.load(file, map_location=map_location, weights_only=True)
+            if not mmap:
+                return torch.load(file, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
 
     return _checked(path, load)
 

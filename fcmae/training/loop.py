@@ -9,15 +9,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fcmae import memory, precision
-from fcmae.config import PretrainConfig, TrainerConfig, to_dict
+from fcmae.config import TrainerConfig, to_dict
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
-from fcmae.engines import HOST_BOUND
-from fcmae.errors import CheckpointError, ConfigError, Interrupted, SaveError, UsageError
+from fcmae.errors import CheckpointError, Interrupted, SaveError, UsageError
 from fcmae.evaluation.features import EvaluationStopped
 from fcmae.randomness import seed_step
 from fcmae.training import micro_batch
-from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.backward import EagerBackward, GraphedBackward, use_cuda_graph
 from fcmae.training.bad import count_bad_samples
 from fcmae.training.checkpoint import CheckpointDir, State
 from fcmae.training.distributed import World
@@ -73,8 +72,10 @@ class _Training:
         stop.before_training(run_dir)
         resumed = newest_state(self.checkpoints, world) if cfg.trainer.resume else None
         stop.before_training(run_dir)
+        if resumed is None:
+            world.on_main(task.initialise)
         _settle_precision(cfg.trainer, world, resumed)
-        self.graphed = world.together(lambda: _use_cuda_graph(task, world))
+        self.graphed = use_cuda_graph(cfg, world.device)
         self.config = to_dict(cfg)
         self.state = _create_state(task, world)
         if resumed is not None:
@@ -306,29 +307,13 @@ def _create_state(task: Task, world: World) -> TrainState:
     cfg = task.cfg
     task.model.to(world.device)
     if world.size > 1:
-        broadcast(task.model)  # the average begins with it; init_from may have had another checkpoint for each rank
+        broadcast(task.model)  # the first rank alone has read init_from; the average begins with it
     ema = None
     if cfg.trainer.ema_decay is not None:
         ema = ModelEmaV3(task.model, decay=cfg.trainer.ema_decay)
     optimizer = create_optimizer(task.model, cfg.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.trainer.precision == "fp16")
     return TrainState(0, task.model, optimizer, scaler, ema)
-
-
-def _use_cuda_graph(task: Task, world: World) -> bool:
-    """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
-    trainer = task.cfg.trainer
-    engine = task.cfg.engine.name if isinstance(task.cfg, PretrainConfig) else None
-    obstacles = {
-        "a CPU": world.device.type != "cuda",
-        "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
-        f"engine={engine}": engine in HOST_BOUND,
-        "fine-tuning (drop path and mixup draw random numbers)": task.name != "pretrain",
-    }
-    found = [name for name, present in obstacles.items() if present]
-    if trainer.cuda_graph and found:
-        raise ConfigError(f"trainer.cuda_graph is True; allowed with {' and '.join(found)} is false or null")
-    return not found if trainer.cuda_graph is None else trainer.cuda_graph
 
 
 def _optimizer_step(

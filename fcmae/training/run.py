@@ -5,15 +5,16 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from fcmae import toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loader import explained
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
 from fcmae.training import distributed
+from fcmae.training.backward import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
+from fcmae.training.distributed import World
+from fcmae.training.initial import find_start
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.stop import StopAgreement
@@ -24,12 +25,12 @@ from fcmae.training.watchdog import Watchdog
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir, lambda device: _pretraining(cfg, device.type))
+    return _run(cfg, run_dir, lambda world: _pretraining(cfg, world.device.type))
 
 
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir, lambda _: Finetuning(cfg))
+    return _run(cfg, run_dir, lambda world: Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir))))
 
 
 def _pretraining(cfg: PretrainConfig, device: str) -> Pretraining:
@@ -61,7 +62,7 @@ def _disk_explained(run_dir: Path) -> Iterator[None]:
         raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
 
 
-def _run(cfg: RunConfig, run_dir: Path, create: Callable[[torch.device], Task]) -> Path:
+def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Task]) -> Path:
     if cfg.trainer.deterministic:
         only_deterministic_algorithms()
     # The watchdog, which leaves stacks, comes before an error about a collective.
@@ -72,8 +73,9 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[torch.device], Task]) 
         stop.before_training(run_dir)
         kind = world.device.type
         world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
+        world.together(lambda: use_cuda_graph(cfg, world.device))
         world.on_main(lambda: wandb_mode(cfg.logger))
-        task = world.together(lambda: create(world.device))
+        task = world.together(lambda: create(world))
         stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))

@@ -16,15 +16,15 @@ from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
-from fcmae.errors import CheckpointError, ConfigError, UsageError
+from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.randomness import Stream, generator
-from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, build_classifier, build_fcmae, config_of, load_state
+from fcmae.training.build import build_classifier, build_fcmae
 from fcmae.training.distributed import World
+from fcmae.training.initial import Start, find_start, load_backbone, settle
 from fcmae.training.logging import RunLogger
 from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
 from fcmae.training.resume import say
@@ -46,6 +46,10 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def initialise(self) -> None:
+        """Loads the weights that a new run begins with, on the first rank; a resumed run does without."""
+        ...
 
     def dataset(self) -> Dataset:
         """Training samples by (epoch, index)."""
@@ -89,6 +93,9 @@ class Pretraining:
             knn = OnlineKnn(self.model.backbone, cfg)
             self.notes += knn.notes
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
+
+    def initialise(self) -> None:
+        pass
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
@@ -141,7 +148,9 @@ class Finetuning:
 
     name = "finetune"
 
-    def __init__(self, cfg: FinetuneConfig) -> None:
+    def __init__(self, cfg: FinetuneConfig, start: Start | None = None) -> None:
+        self.start = find_start(cfg) if start is None else start
+        cfg, self.notes = settle(cfg, self.start)
         self.cfg = cfg
         self.transform = finetune_transform(cfg.data, cfg.augment)
         self.source = train_source(cfg.data)
@@ -150,9 +159,9 @@ class Finetuning:
             raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
         self.classes = require_labels(self.source, "data.path")
         self.monitors: list[Monitor] = []
-        self.notes: list[str] = []
         if cfg.trainer.eval_every_epochs is not None:
-            self.val_source, self.notes = _validation(cfg, self.classes)
+            self.val_source, notes = _validation(cfg, self.classes)
+            self.notes += notes
             self.monitors = _at_evaluations(cfg.trainer, self._log_accuracy)
         if cfg.model.num_classes not in (None, len(self.classes)):
             raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
@@ -160,8 +169,6 @@ class Finetuning:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
             _check_batch(len(self.source), cfg)
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
-        if cfg.init_from is not None:
-            self.notes += _initialise(self.model, cfg)
         self.mixup: Mixup | None = None
         if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
             self.mixup = Mixup(
@@ -170,6 +177,10 @@ class Finetuning:
                 label_smoothing=cfg.augment.label_smoothing,
                 num_classes=len(self.classes),
             )
+
+    def initialise(self) -> None:
+        if self.start.path is not None:
+            load_backbone(self.model, self.start.path)
 
     def dataset(self) -> Dataset:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
@@ -233,34 +244,3 @@ def _validation(cfg: FinetuneConfig, classes: list[str]) -> tuple[Source, list[s
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
     return with_classes(source, "data.val_path", classes, "data.path")
-
-
-def _initialise(model: ConvNeXt, cfg: FinetuneConfig) -> list[str]:
-    """Loads the backbone of ``cfg.init_from``, strictly; the classifier keeps its initial weights.
-
-    Returns:
-        What differs in the images that the checkpoint was trained with, a line each.
-    """
-    assert cfg.init_from is not None
-    path = checkpoint.resolve(cfg.init_from)
-    state = checkpoint.read(path)
-    before = config_of(state, path)
-    try:
-        load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
-    except CheckpointError as error:
-        keys = [("model", name) for name in ("backbone", "depths", "dims", "stem_stride")] + [("data", "in_chans")]
-        given = {f"{group}.{name}": getattr(getattr(cfg, group), name) for group, name in keys}
-        theirs = {f"{group}.{name}": getattr(getattr(before, group), name) for group, name in keys}
-        differing = [f"{key} is {given[key]}; {path} has {theirs[key]}" for key in given if given[key] != theirs[key]]
-        if differing:
-            raise CheckpointError("; ".join(differing)) from error
-        raise
-    data = before.data
-    differing = [
-        f"data.{name} is {getattr(cfg.data, name)}; {path} was trained with {getattr(data, name)}"
-        for name in ("image_size", "mean", "std", "pad")
-        if getattr(cfg.data, name) != getattr(data, name)
-    ]
-    if "classes" in state:
-        differing.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
-    return differing

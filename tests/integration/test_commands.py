@@ -188,6 +188,27 @@ def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
     assert_same_weights(whole["ema"], parts["ema"])
 
 
+ONE_READER = """
+import sys
+from fcmae import launch
+from fcmae.cli import main
+from fcmae.training import checkpoint
+
+if launch.detect().rank > 0:
+    checkpoint.header = checkpoint.resolve = checkpoint.read = None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_first_rank_alone_reads_what_fine_tuning_starts_from(fcmae, pretrained, tmp_path):
+    args = (*TINY_FINETUNE, f"init_from={pretrained}", "schedule.epochs=1")
+    (tmp_path / "one_reader.py").write_text(ONE_READER)
+    run_python(tmp_path, "one_reader.py", *args, "hydra.run.dir=ranks", ranks=2)
+    fcmae(*args, "hydra.run.dir=alone")
+    losses = [[m["loss"] for m in metrics(tmp_path / name) if "loss" in m] for name in ("ranks", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_finetuning_starts_from_the_pretrained_encoder(fcmae, pretrained, tmp_path):
     fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "optim.lr=1e-12", "schedule.min_lr=0", "hydra.run.dir=fine")
     encoder = {
@@ -298,6 +319,14 @@ MISTAKES = {
     "checkpoint": (("evaluate", "checkpoint=nowhere"), "no checkpoint or run directory nowhere"),
     "init": ((*TINY_FINETUNE, "init_from=nowhere"), "no checkpoint or run directory nowhere"),
     "mixup": ((*TINY_FINETUNE, "augment.mixup=1", "trainer.micro_batch_size=1"), "an even number"),
+    "cuda graph": (
+        ("pretrain", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere"),
+        "trainer.cuda_graph is True; allowed with a CPU is false or null",
+    ),
+    "cuda graph of fine-tuning": (
+        ("finetune", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere", "init_from=nowhere"),
+        "trainer.cuda_graph is True; allowed with a CPU and fine-tuning",
+    ),
     "golden": (("doctor", "--golden", "nowhere.safetensors"), "is not a golden file"),
 }
 

@@ -87,7 +87,7 @@ def name_of(file: Path) -> str:
 
 
 def finetuning(size: str) -> FinetuneConfig:
-    return compose("finetune", [f"experiment=in1k/finetune_{size}"])
+    return compose("finetune", [f"experiment=in1k/finetune_{size}"]).settled({})
 
 
 def plan_of(cfg: PretrainConfig | FinetuneConfig, ranks: int, data: str = "in1k") -> BatchPlan:
@@ -187,7 +187,7 @@ def test_imagenet_finetuning(size: str) -> None:
 
 @pytest.mark.parametrize("size", IN22K)
 def test_imagenet_22k(size: str) -> None:
-    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/finetune_{size}"])
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/finetune_{size}"]).settled({})
     assert recipe_of(cfg) == IN22K[size]
     assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (224, 224))
     assert (cfg.augment.auto_augment, cfg.augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
@@ -200,7 +200,7 @@ def test_imagenet_22k(size: str) -> None:
 @pytest.mark.parametrize(("size", "pixels"), [(size, px) for size, of_px in TO_1K_PUBLISHED.items() for px in of_px])
 def test_imagenet_22k_to_1k(size: str, pixels: int) -> None:
     name = f"in22k/to_1k_{size}_{pixels}"
-    cfg: FinetuneConfig = compose("finetune", [f"experiment={name}"])
+    cfg: FinetuneConfig = compose("finetune", [f"experiment={name}"]).settled({})
     assert recipe_of(cfg) == TO_1K[size]
     assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (pixels, pixels))
     assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
@@ -302,7 +302,7 @@ def test_layer_decay_is_the_official_one(size: str) -> None:
 @pytest.mark.parametrize("stage", ["finetune_{}", "to_1k_{}_384"])
 def test_layer_decay_from_22k_has_the_official_layers(size: str, stage: str) -> None:
     """Another factor than on ImageNet-1K, over the same layers."""
-    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/{stage.format(size)}"])
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=in22k/{stage.format(size)}"]).settled({})
     golden, ours = golden_layers(size), official_layers(cfg)
     assert cfg.optim.layer_decay is not None
     for name, (scale, decay) in ours.items():

@@ -1,6 +1,8 @@
 """Fine-tuning does what the official code does: targets, average, drop path, head, and where its weights come from."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fcmae.data.sources import Sample
 from fcmae.errors import CheckpointError, ConfigError, Interrupted
 from fcmae.evaluation.classify import classified
 from fcmae.interchange.convert import import_weights
-from fcmae.training import checkpoint
+from fcmae.training import checkpoint, initial
 from fcmae.training.build import build_classifier, load
 from fcmae.training.distributed import World
 from fcmae.training.run import finetune
@@ -24,7 +26,9 @@ CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def config(*overrides: str) -> FinetuneConfig:
-    return compose("finetune", [*TINY_FINETUNE[1:], *overrides])
+    """Without ``init_from`` every key has a value."""
+    cfg: FinetuneConfig = compose("finetune", [*TINY_FINETUNE[1:], *overrides])
+    return cfg if cfg.init_from else cfg.settled({})
 
 
 def write_classifier(path, cfg: FinetuneConfig, classes: int) -> dict[str, torch.Tensor]:
@@ -76,7 +80,7 @@ def test_without_mixing_the_loss_is_label_smoothing():
 
 
 def test_drop_path_grows_linearly_over_all_blocks():
-    cfg = compose("finetune", ["experiment=in1k/finetune_base"]).model
+    cfg = compose("finetune", ["experiment=in1k/finetune_base"]).settled({}).model
     with torch.device("meta"):
         model = build_classifier(cfg, 3, 1000, seed=0)
     rates = [block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0
@@ -85,7 +89,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
 
 
 def test_the_head_starts_at_a_thousandth():
-    cfg = compose("finetune", ["experiment=in1k/finetune_atto"]).model
+    cfg = compose("finetune", ["experiment=in1k/finetune_atto"]).settled({}).model
     model = build_classifier(cfg, 3, 1000, seed=0)
     assert model.head.fc.weight.std().item() == pytest.approx(2e-5, rel=0.02)
     assert model.head.fc.bias.abs().max() == 0
@@ -107,11 +111,12 @@ def test_the_average_is_the_official_one(tmp_path):
 def test_a_classifier_of_other_classes_gives_its_backbone_and_not_its_head(tmp_path, three_classes):
     weights = write_classifier(tmp_path / "in22k.pt", config(), classes=7)
     task = Finetuning(config(*three_classes, f"init_from={tmp_path}/in22k.pt", "model.head_init_scale=0.001"))
+    task.initialise()
     assert task.model.head.fc.weight.shape == (3, 24)
     assert task.model.head.fc.weight.abs().max() < 0.02
     for name, value in task.model.state_dict().items():
         assert name.startswith("head.fc.") or torch.equal(value, weights[name]), name
-    assert task.notes == [f"{tmp_path}/in22k.pt is a classifier of 7 classes; its head is not used"]
+    assert task.notes[1] == f"{tmp_path}/in22k.pt is a classifier of 7 classes; its head is not used"
 
 
 def test_a_batch_that_fits_few_labels_is_named():
@@ -151,24 +156,130 @@ def test_validation_images_may_lack_a_class(tmp_path, three_classes, capsys):
 def test_a_head_of_the_same_shape_is_not_used_either(tmp_path):
     weights = write_classifier(tmp_path / "other.pt", config(), classes=10)
     task = Finetuning(config(f"init_from={tmp_path}/other.pt"))
+    task.initialise()
     assert not torch.equal(task.model.head.fc.weight, weights["head.fc.weight"])
     assert torch.equal(task.model.head.norm.weight, weights["head.norm.weight"])
 
 
 def test_a_backbone_that_does_not_fit_is_refused(tmp_path):
-    write_classifier(tmp_path / "wide.pt", config("model.dims=[8,12,16,32]"), classes=10)
-    with pytest.raises(CheckpointError, match=r"^model.dims is \[8, 12, 16, 24\]; .*wide.pt has \[8, 12, 16, 32\]$"):
+    """By its config, else by its weights."""
+    weights = write_classifier(tmp_path / "wide.pt", config("model.dims=[8,12,16,32]"), classes=10)
+    with pytest.raises(ConfigError, match=r"^model.dims is \[8, 12, 16, 24\]; .*wide.pt has \[8, 12, 16, 32\]$"):
         Finetuning(config(f"init_from={tmp_path}/wide.pt"))
+    state = {"task": "finetune", "config": to_dict(config()), "classes": ["0", "1"], "model": weights, "ema": None}
+    checkpoint.write_atomically(tmp_path / "wrong.pt", {"format": checkpoint.FORMAT, **state})
+    with pytest.raises(CheckpointError, match=r"wrong.pt do not fit the model .*of another shape: head.norm.bias"):
+        Finetuning(config(f"init_from={tmp_path}/wrong.pt")).initialise()
+
+
+UNTOLD = [o for o in TINY_FINETUNE[1:] if not o.startswith(("model", "data.image_size"))]
+"""Without what ``init_from`` knows."""
+OTHER = (
+    *("model=demo", "model.dims=[8,12,16,24]", "model.depths=[1,1,1,1]"),
+    *("data.in_chans=2", "data.bit_depth=12", "data.image_size=[32,48]", "data.mean=[0.3,0.4]", "data.std=[0.1,0.2]"),
+)
+TAKEN = (
+    "taken from init_from: model.backbone=convnextv2_atto model.depths=[1, 1, 1, 1] model.dims=[8, 12, 16, 24] "
+    "model.stem_stride=1 data.in_chans=2 data.bit_depth=12 data.image_size=[32, 48] data.mean=[0.3, 0.4] "
+    "data.std=[0.1, 0.2]"
+)
+
+
+def test_network_and_images_are_those_of_init_from_where_they_are_not_set(tmp_path):
+    """A key is unset where no config file and no override sets it."""
+    before = config(*OTHER)
+    write_classifier(tmp_path / "own.pt", before, classes=10)
+    task = Finetuning(compose("finetune", [*UNTOLD, f"init_from={tmp_path}/own.pt"]))
+    assert (task.cfg.model, task.cfg.data) == (before.model, before.data)
+    assert task.notes[-1] == TAKEN
+    given = ("data.image_size=64", "data.bit_depth=8", "data.pad=2", "model.stem_stride=1", "data.mean=[0.3,0.4]")
+    task = Finetuning(compose("finetune", [*UNTOLD, *given, f"init_from={tmp_path}/own.pt"]))
+    assert task.cfg.data.size == (64, 64)
+    assert task.cfg.data.std == [0.1, 0.2]
+    assert task.notes[2:] == [
+        f"data.pad is 2; {tmp_path}/own.pt was trained with 0",
+        "taken from init_from: model.backbone=convnextv2_atto model.depths=[1, 1, 1, 1] model.dims=[8, 12, 16, 24] "
+        "data.in_chans=2 data.std=[0.1, 0.2]",
+        f"data.bit_depth is 8; {tmp_path}/own.pt was trained with 12",
+        f"data.image_size is [64, 64]; {tmp_path}/own.pt was trained with [32, 48]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model=convnextv2_pico", "model.backbone is convnextv2_pico; {} has convnextv2_atto"),
+        ("model.stem_stride=4", "model.stem_stride is 4; {} has 1"),
+        ("model.depths=[1,1,2,1]", "model.depths is [1, 1, 2, 1]; {} has [1, 1, 1, 1]"),
+        ("data.in_chans=3", "data.in_chans is 3; {} has 2"),
+        ("data.mean=[0.5,0.5]", "data.mean is [0.5, 0.5]; {} has [0.3, 0.4]"),
+        ("data.std=[0.5,0.5]", "data.std is [0.5, 0.5]; {} has [0.1, 0.2]"),
+    ],
+)
+def test_what_contradicts_init_from_is_refused(tmp_path, given, message):
+    file = tmp_path / "own.pt"
+    write_classifier(file, config(*OTHER), classes=10)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message.format(file))}$"):
+        Finetuning(compose("finetune", [*UNTOLD, given, f"init_from={file}"]))
+
+
+def test_without_init_from_unset_keys_have_their_standard_values():
+    cfg = Finetuning(compose("finetune", UNTOLD)).cfg
+    assert (cfg.model.backbone, cfg.model.stem_stride, cfg.data.size) == ("convnextv2_atto", 4, (224, 224))
+    assert (cfg.data.in_chans, cfg.data.mean) == (3, DataConfig().mean)
+    assert type(cfg.data) is DataConfig
+    with pytest.raises(ConfigError, match=r"data.mean is .*; allowed is 1 numbers, one a channel"):
+        Finetuning(compose("finetune", [*UNTOLD, "data.in_chans=1"]))
+    for wrong in ("data.mean=[0.5,nan]", "data.image_size=0", "data.bit_depth=99", "model.stem_stride=3"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            compose("finetune", [*UNTOLD, wrong])  # before anything is read
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_run_with_a_checkpoint_of_its_own_does_not_look_at_init_from(tmp_path, monkeypatch, gone):
+    """It may have been moved, replaced or damaged; what was taken from it is known. Resuming equals never stopping."""
+    file, common = tmp_path / "pretrained.pt", (*UNTOLD, "trainer.ema_decay=0.5", f"init_from={tmp_path}/pretrained.pt")
+    write_classifier(file, config(*OTHER), classes=10)
+    finetune(compose("finetune", common), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        finetune(compose("finetune", [*common, "trainer.max_steps=4"]), tmp_path / "run")
+    file.unlink() if gone else file.write_bytes(b"damaged")
+    for overrides in (common, [o for o in common if not o.startswith("init_from")]):
+        with monkeypatch.context() as patch:
+            patch.setattr(initial, "load_backbone", pytest.fail)
+            finetune(compose("finetune", overrides), tmp_path / "run")
+    states = [checkpoint.read(checkpoint.resolve(tmp_path / name)) for name in ("whole@last", "run@last")]
+    for name, value in states[0]["ema"].items():
+        assert torch.equal(value, states[1]["ema"][name]), name
+    assert {**states[1]["config"], "init_from": None} == {**states[0]["config"], "init_from": None}
+    with pytest.raises(CheckpointError, match="pretrained.pt"):
+        finetune(compose("finetune", [*common, "trainer.resume=false"]), tmp_path / "run")
+
+
+def test_only_weights_are_taken_from_a_checkpoint_with_an_optimizer(tmp_path):
+    """A checkpoint of which most is moments: they are not brought to memory."""
+    write_classifier(tmp_path / "own.pt", config(), classes=10)
+    state = checkpoint.read(tmp_path / "own.pt")
+    checkpoint.write_atomically(tmp_path / "own.pt", {**state, "optimizer": {"moments": torch.zeros(2**26)}})
+    task = Finetuning(config(f"init_from={tmp_path}/own.pt"))
+    before = anonymous_memory()
+    task.initialise()
+    assert anonymous_memory() - before < 2**26
+    assert torch.equal(task.model.head.norm.weight, state["model"]["head.norm.weight"])
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
 
 
 def test_fine_tuning_at_another_size_works_and_is_stated(tmp_path):
     write_classifier(tmp_path / "small.pt", config(), classes=10)
-    new = ("data.image_size=64", "data.std=[0.2,0.2,0.2]", "trainer.max_steps=1", "data.length=8")
+    new = ("data.image_size=64", "trainer.max_steps=1", "data.length=8")
     cfg = config(f"init_from={tmp_path}/small.pt", *new)
-    assert Finetuning(cfg).notes[:2] == [
-        f"data.image_size is (64, 64); {tmp_path}/small.pt was trained with (32, 32)",
-        f"data.std is [0.2, 0.2, 0.2]; {tmp_path}/small.pt was trained with [0.229, 0.224, 0.225]",
-    ]
+    said = f"data.image_size is [64, 64]; {tmp_path}/small.pt was trained with [32, 32]"
+    assert Finetuning(cfg).notes[-1] == said
     with pytest.raises(Interrupted):
         finetune(cfg, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from fcmae.engines import available_engines, get_engine
 from fcmae.errors import ConfigError
 from fcmae.masking import random_mask
 from fcmae.models import FCMAE
+from fcmae.training.backward import use_cuda_graph
 from fcmae.training.build import build_fcmae, model_of
-from fcmae.training.distributed import World
-from fcmae.training.loop import _use_cuda_graph
 from tests.conftest import TINY_PRETRAIN, relative_error
 
 MESSAGE = r"engine minkowski: not installed \(.*launch/install_minkowski.sh builds and installs MinkowskiEngine\)"
@@ -64,14 +62,13 @@ def test_absent_its_checkpoints_load_all_the_same(absent):
 
 def test_it_is_never_recorded_in_a_cuda_graph():
     """Without a GPU: what the loop decides there."""
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cuda"))
+    device = torch.device("cuda")
     for engine, graphed in (("packed", True), ("minkowski", False)):
         cfg = compose("pretrain", ["model=demo", f"engine={engine}"])
-        task = SimpleNamespace(cfg=cfg, name="pretrain")
-        assert _use_cuda_graph(task, world) is graphed
+        assert use_cuda_graph(cfg, device) is graphed
     cfg.trainer.cuda_graph = True
     with pytest.raises(ConfigError, match="allowed with engine=minkowski is false or null"):
-        _use_cuda_graph(task, world)
+        use_cuda_graph(cfg, device)
 
 
 @pytest.mark.minkowski
