@@ -22,16 +22,20 @@ def patch_target(imgs: Tensor, patch_size: int, norm_pix: bool = True, eps: floa
     return target
 
 
-def masked_pixel_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def masked_pixel_loss(pred: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error over a masked patch's pixels, then over the masked patches of the batch.
 
     Args:
         pred, target: ``[N, L, P]``.
         mask: bool ``[N, L]``, True = masked.
+        weight: ``[N]``, a factor on the error of each image.
 
     Returns:
         A float32 scalar; 0 if nothing is masked.
     """
     per_patch = (pred.float() - target.float()).square().mean(dim=-1)
     # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
-    return torch.where(mask, per_patch, 0.0).sum() / mask.sum().clamp(min=1)
+    errors = torch.where(mask, per_patch, 0.0)
+    if weight is not None:
+        errors = errors * weight[:, None]
+    return errors.sum() / mask.sum().clamp(min=1)

@@ -1,7 +1,8 @@
 """Counter-based randomness: every random number is a function of a seed and of what it is for, not of what ran before.
 
-The crop, flip and mask of a sample follow from (seed, epoch, sample index); what is random in a step from (seed, step).
-So a run does not depend on its number of workers, ranks or restarts.
+The crop, flip and mask of a sample follow from (seed, epoch, sample index); what is random in a step (drop path, mixup)
+from (seed, step, position of the sample in the global batch). So a run does not depend on its number of workers, ranks,
+micro-batches or restarts.
 """
 
 import contextlib
@@ -10,9 +11,13 @@ import random
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
+T = TypeVar("T", int, Tensor)
 
 
 class Stream(IntEnum):
@@ -25,6 +30,7 @@ class Stream(IntEnum):
     INIT = 4
     SUBSET = 5
     REPLACE = 6
+    STEP_SAMPLES = 7
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:
@@ -41,7 +47,7 @@ def generator(seed: int, stream: Stream, *counters: int) -> torch.Generator:
 def seed_globals(seed: int, stream: Stream, *counters: int) -> None:
     """Seeds the global CPU generators of Python, NumPy and torch, for libraries that draw from those.
 
-    Whoever relies on a global generator seeds it first: training does before every step.
+    Whoever relies on a global generator seeds it first.
     """
     derived = derive(seed, stream, *counters)
     random.seed(derived)
@@ -62,8 +68,34 @@ def preserved(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def seed_step(seed: int, step: int, micro: int, rank: int, device: torch.device) -> None:
-    """Seeds what is random within a training step: drop path, mixup."""
-    seed_globals(seed, Stream.STEP, step, micro, rank)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(derive(seed, Stream.STEP, step, micro, rank))
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """What draws for the whole global batch of an optimizer step, the same on every rank."""
+    return np.random.Generator(np.random.Philox(derive(seed, Stream.STEP, step)))
+
+
+def sample_keys(seed: int, step: int, positions: range) -> Tensor:
+    """A 63-bit key for each sample of an optimizer step, at its position in the global batch: int64 ``[n]``."""
+    keys = np.random.Philox(derive(seed, Stream.STEP_SAMPLES, step)).random_raw(positions.stop)[positions.start :]
+    return torch.from_numpy((keys >> np.uint64(1)).astype(np.int64))
+
+
+def uniform(keys: Tensor, counter: int) -> Tensor:
+    """A number in [0, 1) for each sample, a function of its key and of ``counter``: float32 ``[n]``.
+
+    The same on every device, compiled or not.
+    """
+    mixed = _mix(_mix((keys & _WORD) ^ _mix(counter)) ^ (keys >> 32))
+    return (mixed >> 8).float() * 2.0**-24
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: T) -> T:
+    """A bijection of 32-bit words that changes half of the bits at random (C. Wellons, hash-prospector).
+
+    Its factors have 31 bits, so that a product fits a signed word of 64.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _WORD
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _WORD
+    return x ^ (x >> 15)

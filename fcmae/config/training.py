@@ -64,8 +64,8 @@ class TrainerConfig:
     global_batch_size: int = 4096
     """Samples an optimizer step over all ranks: part of the recipe."""
     micro_batch_size: Any = None
-    """Samples a rank processes at once; None = a rank's whole share. The rest is accumulated. ``auto`` = as many as fit
-    into the GPU's memory."""
+    """Samples that a rank processes at once, at most; None = a rank's whole share. The rest is accumulated. ``auto`` =
+    as many as fit into the GPU's memory."""
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
     has it, fp16 on an older one, float32 on a CPU."""

@@ -1,8 +1,4 @@
-"""From a source to batches: which samples make up which step, and how a sample is read.
-
-The samples of optimizer step k are a function of the seed and k alone: a fresh random order of the source every epoch,
-cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch.
-"""
+"""From a source to batches: how a sample is read, and the loader of what a plan wants."""
 
 import atexit
 import contextlib
@@ -13,12 +9,11 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from fcmae import interrupt
 from fcmae.data import shared
@@ -26,119 +21,12 @@ from fcmae.data.bad_samples import BadSamples, Batch, ErrorsAside, collate, erro
 from fcmae.data.crops import Box, RandomCrop, Uniform
 from fcmae.data.on_device import Undecoded, is_for_device
 from fcmae.data.pixels import Encoded, LazyImage, open_image
+from fcmae.data.plan import BatchPlan, MicroBatches, SampleKey
 from fcmae.data.sources import Source
 from fcmae.data.transforms import Transform
-from fcmae.errors import UsageError, WorkerError
+from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
 from fcmae.randomness import Stream, derive, generator, seed_globals
-
-SampleKey = tuple[int, int]
-"""(pass over the source, which is an epoch unless images give several crops; index into the source)."""
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which samples every optimizer step and every rank gets.
-
-    ``global_batch_size`` samples a step are cut into ``accum_steps`` micro-batches of ``micro_batch_size`` on each of
-    ``world_size`` ranks. Of each image ``crops_per_image`` samples are made, for the same step. An epoch stays so many
-    samples as there are images, and so a schedule its length: a pass over the images takes ``crops_per_image`` epochs.
-    """
-
-    num_samples: int
-    global_batch_size: int
-    micro_batch_size: int
-    world_size: int = 1
-    seed: int = 0
-    crops_per_image: int = 1
-
-    @classmethod
-    def create(
-        cls,
-        num_samples: int,
-        global_batch_size: int,
-        micro_batch_size: int | None,
-        world_size: int,
-        seed: int,
-        crops_per_image: int = 1,
-    ) -> "BatchPlan":
-        """A plan. Raises UsageError, naming the sizes that fit, where the parts don't divide the whole."""
-        share, rest = divmod(global_batch_size, world_size)
-        if rest:
-            raise UsageError(
-                f"trainer.global_batch_size is {global_batch_size}; with {world_size} ranks allowed is a multiple of "
-                f"{world_size}"
-            )
-        if share % crops_per_image:
-            raise UsageError(
-                f"data.crops_per_image is {crops_per_image}; allowed is a divisor of a rank's share of {share} samples"
-            )
-        micro = min(micro_batch_size or share, share)
-        if micro % crops_per_image:
-            raise UsageError(
-                f"trainer.micro_batch_size is {micro_batch_size}; allowed with data.crops_per_image={crops_per_image} "
-                f"is a multiple of {crops_per_image}"
-            )
-        if share % micro:
-            fits = max(m for m in range(1, micro + 1) if share % m == 0)
-            raise UsageError(
-                f"trainer.micro_batch_size is {micro_batch_size}; allowed is a divisor of a rank's share of {share} "
-                f"samples a step, such as {fits}"
-            )
-        if num_samples < global_batch_size:
-            raise UsageError(
-                f"trainer.global_batch_size is {global_batch_size}; allowed with {num_samples} training images is at "
-                f"most {num_samples}"
-            )
-        return cls(num_samples, global_batch_size, micro, world_size, seed, crops_per_image)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_samples // self.global_batch_size
-
-    @property
-    def accum_steps(self) -> int:
-        return self.global_batch_size // (self.world_size * self.micro_batch_size)
-
-    @property
-    def steps_per_pass(self) -> int:
-        """Steps that read every image once, but for a remainder; without several crops an epoch's."""
-        return self.num_samples // (self.global_batch_size // self.crops_per_image)
-
-    def order(self, epoch: int) -> Tensor:
-        """The order of the source in a pass over it, int64 ``[num_samples]``."""
-        return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch))
-
-    def global_batch(self, step: int) -> list[SampleKey]:
-        """The images of an optimizer step, the same for any number of ranks."""
-        epoch, position = divmod(step, self.steps_per_pass)
-        count = self.global_batch_size // self.crops_per_image
-        return [(epoch, index) for index in self.order(epoch)[position * count : (position + 1) * count].tolist()]
-
-
-class MicroBatches(Sampler[list[SampleKey]]):
-    """A rank's micro-batches from ``start_step`` to ``stop_step``; starting late costs no reading."""
-
-    def __init__(self, plan: BatchPlan, rank: int, start_step: int, stop_step: int) -> None:
-        self.plan = plan
-        self.rank = rank
-        self.start_step = start_step
-        self.stop_step = stop_step
-
-    def __len__(self) -> int:
-        return (self.stop_step - self.start_step) * self.plan.accum_steps
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        plan = self.plan
-        current, order = -1, torch.empty(0)
-        for step in range(self.start_step, self.stop_step):
-            epoch, position = divmod(step, plan.steps_per_pass)
-            if epoch != current:
-                current, order = epoch, plan.order(epoch)
-            count = plan.micro_batch_size // plan.crops_per_image
-            for micro in range(plan.accum_steps):
-                first = ((position * plan.accum_steps + micro) * plan.world_size + self.rank) * count
-                yield [(epoch, index) for index in order[first : first + count].tolist()]
 
 
 class MaskedImages(Dataset[tuple[Any, Tensor]]):
@@ -243,6 +131,8 @@ class CroppedImages(Dataset[tuple[Tensor, int]]):
 class TrainBatches:
     """Micro-batches of one rank from ``start_step`` to ``stop_step``, in order; an iterator over their parts.
 
+    They hold no padding. Where a rank has no sample of a step, one is read for its shapes, and is not counted if bad.
+
     Args:
         dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
         prefetch: micro-batches that each worker is ahead.
@@ -268,6 +158,7 @@ class TrainBatches:
         keys = MicroBatches(plan, rank, start_step, stop_step)
         loader = _loader(samples, workers, pin_memory, prefetch, batch_sampler=keys, timeout=timeout if workers else 0)
         self.plan = plan
+        self.rank = rank
         self.bad = BadSamples(skip)
         self._batches: Iterator[Batch] = iter(loader)
         self._taken = start_step * plan.accum_steps
@@ -279,9 +170,10 @@ class TrainBatches:
 
     def __next__(self) -> list[Tensor]:
         batch = next(self._batches)
-        epoch = self._taken // self.plan.accum_steps // self.plan.steps_per_epoch
+        step, micro = divmod(self._taken, self.plan.accum_steps)
         self._taken += 1
-        return self.bad.take(batch, epoch, replaced=True)
+        bad = self.bad if self.plan.part(micro, self.rank) else BadSamples(self.bad.skip)
+        return bad.take(batch, step // self.plan.steps_per_epoch, replaced=True)
 
     def bad_samples(self, step: int) -> list[int]:
         """Samples of this rank that could not be read: since last asked; then in each epoch from the last time's on.

@@ -101,7 +101,9 @@ class FCMAE(nn.Module):
             raise ValueError(f"recompute_stages is {list(value)}; allowed are some of 1, 2, 3, 4")
         super().__setattr__(name, value)
 
-    def forward(self, imgs: Tensor, mask: Tensor | None = None, keep: int | None = None) -> FCMAEOutput:
+    def forward(
+        self, imgs: Tensor, mask: Tensor | None = None, keep: int | None = None, weight: Tensor | None = None
+    ) -> FCMAEOutput:
         """Reconstructs the masked patches of normalised images.
 
         Args:
@@ -109,6 +111,7 @@ class FCMAE(nn.Module):
             mask: bool ``[N, L]``, True = masked, equally many visible patches in every row; random if None.
             keep: the visible patches in a row of ``mask``. Without it the mask is counted and checked, for which the
                 host waits for the device.
+            weight: ``[N]``, a factor on the error of each image in the loss.
         """
         if mask is None:
             mask, keep = self.random_mask(imgs)
@@ -128,7 +131,7 @@ class FCMAE(nn.Module):
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
         pred = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
-        loss = region(_loss, compiled)(imgs, pred, sites.flatten(1), self.patch_size, self.norm_pix_loss)
+        loss = region(_loss, compiled)(imgs, pred, sites.flatten(1), weight, self.patch_size, self.norm_pix_loss)
         return FCMAEOutput(loss, pred, mask)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -174,9 +177,9 @@ def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> 
     return decoder(visible, sites, index)
 
 
-def _loss(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
+def _loss(imgs: Tensor, pred: Tensor, mask: Tensor, weight: Tensor | None, patch_size: int, norm_pix: bool) -> Tensor:
     """Target and loss in one region, so that the target need not be stored."""
-    return masked_pixel_loss(pred, patch_target(imgs, patch_size, norm_pix), mask)
+    return masked_pixel_loss(pred, patch_target(imgs, patch_size, norm_pix), mask, weight)
 
 
 def _init_decoder(decoder: Decoder) -> None:

@@ -14,7 +14,6 @@ from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.errors import CheckpointError, Interrupted, SaveError, UsageError
 from fcmae.evaluation.features import EvaluationStopped
-from fcmae.randomness import seed_step
 from fcmae.training import micro_batch
 from fcmae.training.backward import EagerBackward, GraphedBackward, use_cuda_graph
 from fcmae.training.bad import count_bad_samples
@@ -26,7 +25,8 @@ from fcmae.training.logging import Progress, RunLogger, Sink, create_sinks
 from fcmae.training.meter import Meter
 from fcmae.training.monitors import Monitor
 from fcmae.training.optim import create_optimizer, set_lr
-from fcmae.training.recipe import check_recipe
+from fcmae.training.padding import Padding
+from fcmae.training.recipe import MICRO_BATCH, check_recipe
 from fcmae.training.resume import newest_state, say
 from fcmae.training.run_folder import check_folder, set_results_aside, write_config
 from fcmae.training.saver import Saver
@@ -100,7 +100,8 @@ class _Training:
             task.model.compile()
         self.batches = self._read()
         self.logger = self._logger()
-        self.meter = Meter(world, self.plan.global_batch_size)
+        self.padding = Padding(self.plan, world.rank, world.device)
+        self.meter = Meter(world, self.plan.global_batch_size, self.plan.share(world.rank))
         self.guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
         self.saver = Saver(self.checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
         self.backward = self._backward()
@@ -152,8 +153,8 @@ class _Training:
         self.backward.start_step()
         loss = torch.zeros((), device=world.device)
         for micro in range(plan.accum_steps):
-            batch = [part.to(world.device, non_blocking=True) for part in next(self.batches)]
-            seed_step(self.cfg.seed, step, micro, world.rank, world.device)
+            parts = [*next(self.batches), *self.task.draw(step, plan.read(micro, world.rank))]
+            batch = self.padding(micro, [part.to(world.device, non_blocking=True) for part in parts])
             loss += self.backward(batch, last=micro == plan.accum_steps - 1)
         grad_norm = _optimizer_step(self.state, self.guard, self.cfg.optim.clip_grad, step, loss, world)
         self.state.step += 1
@@ -205,7 +206,8 @@ class _Training:
         self.watchdog.beat()
 
     def _identity(self) -> State:
-        return {"task": self.task.name, "config": self.config, "num_samples": self.plan.num_samples}
+        sizes = {"num_samples": self.plan.num_samples, "micro_batch_size": self.plan.micro_batch_size}
+        return {"task": self.task.name, "config": self.config, **sizes}
 
     def _resume(self, resumed: State) -> None:
         """Takes a checkpoint's state, if its recipe is this one."""
@@ -217,7 +219,10 @@ class _Training:
             held = f"{self.run_dir} holds a run of fcmae {resumed['task']}"
             raise CheckpointError(f"{held}; allowed for fcmae {self.task.name} is another hydra.run.dir")
         if not self.cfg.trainer.allow_changed_recipe:
-            check_recipe(resumed["config"], self.config, (resumed.get("num_samples"), self.plan.num_samples))
+            numbers = {"training images": (resumed.get("num_samples"), self.plan.num_samples)}
+            if self.task.mixes_micro_batch:
+                numbers[MICRO_BATCH] = resumed.get("micro_batch_size"), self.plan.micro_batch_size
+            check_recipe(resumed["config"], self.config, numbers)
         if resumed["step"] > self.schedule.total_steps:
             at = f"the run in {self.run_dir} is at step {resumed['step']}"
             raise UsageError(
@@ -253,12 +258,14 @@ class _Training:
         """The forward and backward pass of a micro-batch, with the exchange of gradients after the last of a step."""
         # Not self: whoever holds the result would hold the loader's workers with it.
         task, model, world, accum_steps = self.task, self.task.model, self.world, self.plan.accum_steps
+        padded = self.plan.padding > 0
         scaler, kind = self.state.scaler, self.cfg.trainer.precision
         exchange = GradientExchange(model, world.size)
 
         def run(batch: Sequence[Tensor], last: bool) -> Tensor:
             with precision.autocast(world.device, kind):
-                loss = task.loss(model, batch) / accum_steps
+                parts, weight = (batch[:-1], batch[-1]) if padded else (batch, None)
+                loss = task.loss(model, parts, weight) / accum_steps
             with exchange(last):
                 scaler.scale(infectious(loss) / world.size).backward()
             return loss.detach()
@@ -278,6 +285,7 @@ def _plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
         world.size,
         cfg.seed,
         cfg.data.crops_per_image,
+        task.pairs,
     )
     task.prepare(plan)
     return plan
@@ -371,8 +379,7 @@ def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreemen
 def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
     params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
     start = f"resumed at step {state.step}" if state.step else "from the start"
-    batch = f"{plan.global_batch_size} = {world.size} x {plan.micro_batch_size} x {plan.accum_steps}"
     return (
-        f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {batch} "
+        f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {plan} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
     )

@@ -93,6 +93,7 @@ class Trial:
         with preserved(self.device):
             item = errors_aside(task.dataset(), plan.num_samples, plan.seed, skip)[0, 0]
             self.sample: list[Tensor] = BadSamples(skip).take(collate([item]), 0, replaced=True)
+            self.sample += task.draw(0, range(1))
         weights = sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
         # AdamW's moments come with the first step; the buffers of an exchange are beside the gradients.
         self.later = weights * (2 * (not state.optimizer.state) + (world.size > 1))

@@ -1,5 +1,6 @@
 """What of a config is the recipe: on resuming, it is what it was."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fcmae.errors import UsageError
@@ -49,14 +50,16 @@ HARMLESS = frozenset(
 HARMLESS_GROUPS = ("logger.", "monitor.")
 
 
+MICRO_BATCH = "samples of a micro-batch, whose statistics engine.grn_scope=batch takes"
+"""What else is part of the recipe then."""
 WHOLE = ("data.source", "data.val_source")
 """Keys whose values are compared as one: what is in them depends on the class that they name."""
 
 
 def check_recipe(
-    old: dict[str, Any], new: dict[str, Any], num_samples: tuple[int | None, int | None] = (None, None)
+    old: dict[str, Any], new: dict[str, Any], numbers: Mapping[str, tuple[int | None, int | None]] | None = None
 ) -> None:
-    """Compares a checkpoint's config with the one to go on with, and the numbers of training images where known.
+    """Compares a checkpoint's config with the one to go on with, and ``numbers`` that are in neither, where known.
 
     Raises UsageError with a line for each key of the recipe that changed. A key that only one of them knows, because
     another version wrote the checkpoint, is left alone.
@@ -70,8 +73,9 @@ def check_recipe(
         and key not in HARMLESS
         and not key.startswith(HARMLESS_GROUPS)
     ]
-    if None not in num_samples and num_samples[0] != num_samples[1]:
-        changed.append(f"  training images: {num_samples[0]} -> {num_samples[1]}")
+    for name, (given, value) in (numbers or {}).items():
+        if None not in (given, value) and given != value:
+            changed.append(f"  {name}: {given} -> {value}")
     if changed:
         raise UsageError(
             "the recipe differs from the run's so far; give its values again, or "

@@ -1,12 +1,12 @@
 """The two things that are trained. A task knows its model, samples, loss and evaluation; the loop knows the rest."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,11 +21,13 @@ from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
-from fcmae.randomness import Stream, generator
+from fcmae.randomness import Stream, generator, sample_keys, step_generator
 from fcmae.training.build import build_classifier, build_fcmae
 from fcmae.training.distributed import World
+from fcmae.training.drop_path import draw_paths_by_sample
 from fcmae.training.initial import Start, find_start, load_backbone, settle
 from fcmae.training.logging import RunLogger
+from fcmae.training.mixup import Mixup
 from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
 from fcmae.training.resume import say
 from fcmae.training.saver import ENCODER_FILE, write_encoder
@@ -40,6 +42,10 @@ class Task(Protocol):
     """What is looked at while training goes on, in this order."""
     notes: list[str]
     """What the user should know before training starts, a line each."""
+    pairs: bool
+    """Whether the samples at positions 2i and 2i + 1 of a global batch need each other."""
+    mixes_micro_batch: bool
+    """Whether a sample's loss depends on all others of its micro-batch."""
 
     @property
     def cfg(self) -> RunConfig: ...
@@ -59,8 +65,20 @@ class Task(Protocol):
         """Checks what depends on the sizes of batches, before the first is read."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a micro-batch on the device, by ``model``, which is :attr:`model`."""
+    def draw(self, step: int, positions: range) -> list[Tensor]:
+        """What is random in an optimizer step for the samples at these positions of its global batch.
+
+        Tensors ``[n, ...]`` on the CPU; functions of the seed, the step and the position.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
+        """The mean loss of a micro-batch on the device, by ``model``, which is :attr:`model`.
+
+        Args:
+            batch: the parts of the samples of :meth:`dataset`, then those of :meth:`draw`.
+            weight: ``[N]``, a factor on the loss of each sample.
+        """
         ...
 
     def extra_state(self) -> dict[str, Any]:
@@ -76,6 +94,7 @@ class Pretraining:
     """FCMAE pretraining (ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
     name = "pretrain"
+    pairs = False
     PICTURES = 8
 
     def __init__(self, cfg: PretrainConfig) -> None:
@@ -88,6 +107,7 @@ class Pretraining:
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes: list[str] = []
         self._told = False
+        self.mixes_micro_batch = cfg.engine.grn_scope == "batch"
         self.monitors = _at_evaluations(cfg.trainer, self._log_picture)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
@@ -103,12 +123,20 @@ class Pretraining:
         return MaskedImages(self.source, crop, self.num_patches, self.cfg.seed, data.crops_per_image, undecoded)
 
     def prepare(self, plan: BatchPlan) -> None:
-        pass
+        if self.mixes_micro_batch and plan.padding:
+            size, ranks = plan.global_batch_size, plan.world_size
+            fit = f"trainer.micro_batch_size must divide the {size // ranks} samples of a rank"
+            if size % ranks:
+                fit = f"trainer.global_batch_size={size} must be a multiple of the {ranks} ranks"
+            raise ConfigError(f"engine.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def draw(self, step: int, positions: range) -> list[Tensor]:
+        return []
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
         imgs, noise = batch
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
-        return model(imgs, random_mask(noise, self.keep), self.keep).loss
+        return model(imgs, random_mask(noise, self.keep), self.keep, weight).loss
 
     def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
@@ -147,6 +175,7 @@ class Finetuning:
     """Supervised training of the dense classifier, from pretrained or random weights."""
 
     name = "finetune"
+    mixes_micro_batch = False
 
     def __init__(self, cfg: FinetuneConfig, start: Start | None = None) -> None:
         self.start = find_start(cfg) if start is None else start
@@ -169,14 +198,9 @@ class Finetuning:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
             _check_batch(len(self.source), cfg)
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
-        self.mixup: Mixup | None = None
-        if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=cfg.augment.mixup,
-                cutmix_alpha=cfg.augment.cutmix,
-                label_smoothing=cfg.augment.label_smoothing,
-                num_classes=len(self.classes),
-            )
+        self.keys = draw_paths_by_sample(self.model)
+        self.pairs = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
+        self.mixup = Mixup(cfg.augment.mixup, cfg.augment.cutmix, len(self.classes), cfg.data.size)
 
     def initialise(self) -> None:
         if self.start.path is not None:
@@ -186,18 +210,23 @@ class Finetuning:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
 
     def prepare(self, plan: BatchPlan) -> None:
-        if self.mixup is not None and plan.micro_batch_size % 2:
-            raise ConfigError(
-                f"trainer.micro_batch_size is {plan.micro_batch_size}; allowed with augment.mixup or augment.cutmix is "
-                "an even number (images are mixed in pairs)"
-            )
+        pass
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        imgs, labels = batch
-        if self.mixup is None:
-            return F.cross_entropy(model(imgs), labels, label_smoothing=self.cfg.augment.label_smoothing)
-        imgs, targets = self.mixup(imgs, labels)
-        return F.cross_entropy(model(imgs), targets)
+    def draw(self, step: int, positions: range) -> list[Tensor]:
+        drawn = [sample_keys(self.cfg.seed, step, positions)]
+        if self.pairs:
+            pairs = (self.cfg.trainer.global_batch_size + 1) // 2
+            mixes = self.mixup.draw(step_generator(self.cfg.seed, step), pairs)
+            drawn.append(mixes[torch.tensor(positions) // 2])
+        return drawn
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
+        imgs, targets, self.keys.values, *mixes = batch
+        if mixes:
+            imgs, targets = self.mixup(imgs, targets, *mixes)
+        smoothing = self.cfg.augment.label_smoothing
+        losses = F.cross_entropy(model(imgs), targets, label_smoothing=smoothing, reduction="none")
+        return losses.mean() if weight is None else (losses * weight).mean()
 
     def _log_accuracy(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}

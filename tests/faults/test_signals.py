@@ -127,7 +127,7 @@ sys.meta_path.insert(0, Finder)
     "listing": "import fcmae.data.sources.listing as listing; listing._walk = stuck",
     "resume": "import fcmae.training.loop as loop; loop.newest_state = stuck",
     "compilation": "import os; os.environ['CXX'] = os.path.abspath('compiler')",
-    "step": "import fcmae.training.loop as loop; loop.seed_step = stuck",
+    "step": "import fcmae.training.loop as loop; loop.set_lr = stuck",
     "evaluation": "import fcmae.evaluation.classify as classify; classify.batches = stuck",
     "save": """
 import os, threading

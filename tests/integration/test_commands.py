@@ -318,7 +318,10 @@ MISTAKES = {
     "batch": ((*TINY_PRETRAIN, "trainer.global_batch_size=99"), "at most 24"),
     "checkpoint": (("evaluate", "checkpoint=nowhere"), "no checkpoint or run directory nowhere"),
     "init": ((*TINY_FINETUNE, "init_from=nowhere"), "no checkpoint or run directory nowhere"),
-    "mixup": ((*TINY_FINETUNE, "augment.mixup=1", "trainer.micro_batch_size=1"), "an even number"),
+    "mixup": (
+        (*TINY_FINETUNE, "augment.mixup=1", "trainer.micro_batch_size=1"),
+        "must be at least 2 with augment.mixup",
+    ),
     "cuda graph": (
         ("pretrain", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere"),
         "trainer.cuda_graph is True; allowed with a CPU is false or null",

@@ -38,7 +38,7 @@ def test_a_signal_to_torchrun_stops_its_ranks_and_75_comes_back(tmp_path):
 
 def test_a_mistake_is_2(tmp_path):
     (tmp_path / "tmp").mkdir()
-    run = start(tmp_path, *TINY_PRETRAIN, "trainer.global_batch_size=7")
+    run = start(tmp_path, *TINY_PRETRAIN, "trainer.global_batch_size=25")
     _, said = run.communicate(timeout=120)
     assert run.returncode == 2, said
-    assert "trainer.global_batch_size is 7; with 2 ranks allowed is a multiple of 2" in said
+    assert "trainer.global_batch_size is 25; allowed with 24 training images is at most 24" in said

@@ -191,7 +191,8 @@ def many(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "micro", "workers"), [(1, 8, 1), (1, 8, 3), (1, 2, 2), (2, 4, 0), (2, 2, 1), (4, 1, 0), (8, 1, 0)]
+    ("ranks", "micro", "workers"),
+    [(1, 8, 1), (1, 8, 3), (1, 2, 2), (2, 4, 0), (2, 2, 1), (4, 1, 0), (8, 1, 0), (3, 2, 1)],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a small machine
 def test_batches_are_the_same_for_any_ranks_micro_batches_and_workers(many, ranks, micro, workers):

@@ -54,20 +54,16 @@ def three_classes(tmp_path):
 def test_the_loss_is_cross_entropy_with_the_soft_targets_of_mixup():
     """SoftTargetCrossEntropy of the official code: the mean of -sum(target * log softmax)."""
     task = Finetuning(config("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1"))
-    seen = []
-    mix = task.mixup
-
-    def remember(imgs, labels):
-        seen.append(mix(imgs, labels))
-        return seen[-1]
-
-    task.mixup = remember
+    imgs, labels, (keys, drawn) = torch.randn(8, 3, 32, 32), torch.arange(8), task.draw(0, range(8))
     model = task.model.eval()
-    loss = task.loss(model, (torch.randn(8, 3, 32, 32), torch.arange(8)))
-    imgs, targets = seen[0]
+    mixed, targets = task.mixup(imgs, labels, drawn)
+    targets = 0.9 * targets + 0.1 / 10
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert (targets > 0.02).sum(1).max() == 2  # two images each, and 0.1 / 10 on every class
-    torch.testing.assert_close(loss, -(targets * model(imgs).log_softmax(1)).sum(1).mean())
+    losses = -(targets * model(mixed).log_softmax(1)).sum(1)
+    torch.testing.assert_close(task.loss(model, [imgs, labels, keys, drawn]), losses.mean())
+    weight = torch.rand(8)
+    torch.testing.assert_close(task.loss(model, [imgs, labels, keys, drawn], weight), (weight * losses).mean())
 
 
 def test_without_mixing_the_loss_is_label_smoothing():
@@ -76,7 +72,7 @@ def test_without_mixing_the_loss_is_label_smoothing():
     imgs, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
     log_p = task.model.eval()(imgs).log_softmax(1)
     expected = -(0.8 * log_p[range(6), labels] + 0.2 * log_p.mean(1)).mean()
-    torch.testing.assert_close(task.loss(task.model, (imgs, labels)), expected)
+    torch.testing.assert_close(task.loss(task.model, [imgs, labels, *task.draw(0, range(6))]), expected)
 
 
 def test_drop_path_grows_linearly_over_all_blocks():

@@ -35,9 +35,9 @@ def limit(monkeypatch):
         return tried
 
     def limited(loss, most):
-        def run(self, model, batch):
+        def run(self, model, batch, weight=None):
             tried.append(len(batch[0]))
-            value = loss(self, model, batch)
+            value = loss(self, model, batch, weight)
             if len(batch[0]) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return value

@@ -204,6 +204,17 @@ def test_the_meter_leaves_out_what_is_not_finite():
     assert meter.read()["loss"] == 2.0
 
 
+def test_a_loss_counts_for_the_share_of_its_rank():
+    """Also where another rank's is not finite: the sums over ranks are stood in for."""
+    losses, shares = (0.5, math.nan, 1.0), (1.25, 1.25, 0.5)  # a rank's loss is the mean over all that it processes
+    meters = [Meter(CPU, 8, share) for share in shares]
+    for meter, loss in zip(meters, losses, strict=True):
+        meter.add(torch.tensor(loss), torch.tensor(5.0))
+    total = Meter(CPU, 8)
+    total.loss, total.finite = (sum(getattr(meter, name) for meter in meters) for name in ("loss", "finite"))
+    assert total.read()["loss"] == pytest.approx(1.5 / 1.75)
+
+
 class BrokenSink:
     """Fails like a process of wandb that died."""
 

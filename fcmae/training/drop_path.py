@@ -1,0 +1,49 @@
+"""Stochastic depth (arXiv 1603.09382) whose draws belong to the sample, not to a generator's state."""
+
+from timm.layers import DropPath
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from fcmae.randomness import uniform
+
+
+class SampleKeys:
+    """The keys of the samples in the batch that a model is about to see, see :func:`fcmae.randomness.sample_keys`."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+        """int64 ``[N]``, on the model's device."""
+
+
+class SampleDropPath(DropPath):
+    """timm's ``DropPath`` where each sample's draw is a function of its key and of ``layer``.
+
+    So it is the same for any division into micro-batches and ranks. Integer arithmetic on the device: torch.compile
+    fuses it, and a CUDA graph replays it with other keys.
+    """
+
+    def __init__(self, drop_prob: float, layer: int, keys: SampleKeys) -> None:
+        super().__init__(drop_prob)
+        self.layer = layer
+        self.keys = keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        assert self.keys.values is not None, "the keys of the batch are not set"
+        kept = uniform(self.keys.values, self.layer) >= self.drop_prob
+        return x * (kept / (1 - self.drop_prob)).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def draw_paths_by_sample(model: nn.Module) -> SampleKeys:
+    """Replaces the drop path of every block in place; names of parameters stay.
+
+    Returns:
+        Where to put the keys of the samples before each training step's forward pass.
+    """
+    keys = SampleKeys()
+    blocks = [module for module in model.modules() if isinstance(module, ConvNeXtBlock)]
+    for layer, block in enumerate(blocks):
+        if isinstance(block.drop_path, DropPath):
+            block.drop_path = SampleDropPath(block.drop_path.drop_prob, layer, keys)
+    return keys

@@ -1,0 +1,116 @@
+"""An optimizer step is the same on any number of ranks and for any micro-batch, to 1e-6 in float32."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fcmae.config import compose
+from fcmae.data.loader import TrainBatches
+from fcmae.data.plan import BatchPlan
+from fcmae.errors import ConfigError, Interrupted, UsageError
+from fcmae.training.padding import Padding
+from fcmae.training.run import pretrain
+from fcmae.training.tasks import Finetuning, Pretraining, Task
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
+
+CPU = torch.device("cpu")
+STEP = 3
+BATCH = ("data.length=200", "trainer.global_batch_size=64", "schedule.epochs=1")
+MIXING = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.5")
+OVERRIDES = {
+    "pretrain": [*TINY_PRETRAIN[1:], *BATCH, "schedule.warmup_epochs=0", "data.crops_per_image=2"],
+    "finetune": [*TINY_FINETUNE[1:], *BATCH, *MIXING],
+}
+TASKS = {"pretrain": Pretraining, "finetune": Finetuning}
+
+
+def gradient(task: Task, ranks: int, micro: int | None) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of a step: the mean over ranks, which the exchange takes, of what each computes."""
+    cfg = task.cfg
+    plan = BatchPlan.create(200, 64, micro, ranks, cfg.seed, cfg.data.crops_per_image, task.pairs)
+    task.model.train().zero_grad()
+    total = torch.zeros(())
+    for rank in range(ranks):
+        batches = TrainBatches(
+            task.dataset(), plan, rank=rank, start_step=STEP, stop_step=STEP + 1, workers=0, pin_memory=False
+        )
+        padding = Padding(plan, rank, CPU)
+        for number in range(plan.accum_steps):
+            batch = padding(number, [*next(batches), *task.draw(STEP, plan.read(number, rank))])
+            parts, weight = (batch[:-1], batch[-1]) if plan.padding else (batch, None)
+            if task.name == "finetune":
+                parts[0] = parts[0].to(next(task.model.parameters()).dtype)
+            assert {len(part) for part in parts} == {plan.micro_batch_size}
+            loss = task.loss(task.model, parts, weight) / plan.accum_steps / ranks
+            loss.backward()
+            total += loss.detach()
+    grads = [param.grad.flatten() for param in task.model.parameters() if param.grad is not None]
+    return total, torch.cat(grads)
+
+
+@pytest.fixture(
+    scope="module", params=[("pretrain", torch.float32), ("finetune", torch.float32), ("finetune", torch.float64)]
+)
+def alone(request):
+    """A task, and the loss and gradient of one rank."""
+    name, dtype = request.param
+    torch.manual_seed(0)
+    task = TASKS[name](compose(name, OVERRIDES[name]))
+    for param in task.model.to(dtype).parameters():
+        torch.nn.init.normal_(param, std=0.1)  # some start at 0
+    return task, *gradient(task, 1, None)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 10), (2, None), (3, None), (3, 8), (7, 6), (40, None)])
+def test_any_number_of_ranks_takes_the_same_step(alone, ranks, micro):
+    task, loss, grads = alone
+    ours = gradient(task, ranks, micro)
+    assert ours[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relative_error(ours[1], grads) < (1e-6 if grads.dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "message"),
+    [
+        (3, None, "trainer.global_batch_size=64 must be a multiple of the 3 ranks"),
+        (2, 7, "trainer.micro_batch_size must divide the 32 samples of a rank"),
+    ],
+)
+def test_statistics_of_a_batch_hold_no_padding(ranks, micro, message):
+    task = Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *BATCH, "engine.grn_scope=batch"]))
+    task.prepare(BatchPlan.create(200, 64, 8, 2, 0))
+    with pytest.raises(ConfigError, match=message):
+        task.prepare(BatchPlan.create(200, 64, micro, ranks, 0))
+
+
+def test_another_micro_batch_is_refused_on_resuming_where_it_changes_the_result(tmp_path):
+    def run(folder, scope, micro, steps, *overrides):
+        sizes = (f"trainer.micro_batch_size={micro}", f"trainer.max_steps={steps}", f"engine.grn_scope={scope}")
+        with pytest.raises(Interrupted):
+            pretrain(compose("pretrain", [*TINY_PRETRAIN[1:], *sizes, *overrides]), tmp_path / folder)
+
+    run("image", "image", 4, 1)
+    run("image", "image", 3, 2)
+    run("batch", "batch", 4, 1)
+    with pytest.raises(UsageError, match=r"micro-batch, whose statistics engine.grn_scope=batch takes: 4 -> 2$"):
+        run("batch", "batch", 2, 2)
+    run("batch", "batch", 2, 2, "trainer.allow_changed_recipe=true")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_three_processes_train_as_one(fcmae, fcmae_here, tmp_path, name):
+    args = (name, *OVERRIDES[name], "trainer.eval_every_epochs=null")
+    fcmae(*args, "hydra.run.dir=three", ranks=3)
+    fcmae_here(*args, "hydra.run.dir=one")
+    three, one = (metrics(tmp_path / run) for run in ("three", "one"))
+    assert len(one) == 3
+    for ours, expected in zip(three, one, strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6 if ours["step"] == 1 else 1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
