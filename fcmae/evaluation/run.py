@@ -192,7 +192,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
         known = extract(val)
         heads = linear.probe(epochs, known, len(classes), cfg, world)
         best = max(heads, key=lambda head: head["top1"])
-        result = {
+        result: dict[str, Any] = {
             **{name: best[name] for name in ("top1", "top5", "blr") if name in best},
             "chosen": f"the best of {len(heads)} learning rates, on the validation images themselves",
             "images": len(known.labels),

@@ -83,7 +83,7 @@ class WandbLogger:
 
         given = wandb.setup().settings
         self._image = wandb.Image
-        arguments: dict[str, Any] = {"config": config}
+        arguments: dict[str, Any] = {"config": config, "mode": mode}
         if not given.project or cfg.project != LoggerConfig().project:
             arguments["project"] = cfg.project
         if not given.run_name:
@@ -97,11 +97,11 @@ class WandbLogger:
         if "WANDB_SILENT" not in os.environ:
             arguments["settings"] = wandb.Settings(silent=True)
         try:
-            self._run = wandb.init(mode=mode, **arguments)
+            self._run = wandb.init(**arguments)
         except wandb.errors.CommError as error:  # training does not wait for a server
             say(f"wandb cannot be reached, so this process logs offline: {_line(error)}")
-            mode = "offline"
-            self._run = wandb.init(mode=mode, **arguments)
+            mode = arguments["mode"] = "offline"
+            self._run = wandb.init(**arguments)
         except wandb.errors.Error as error:
             raise UsageError(f"wandb cannot be started: {_line(error)}") from error
         if mode == "offline":
