@@ -9,7 +9,7 @@ import torch
 
 from fcmae.cli import main
 from fcmae.config import compose, to_dict
-from fcmae.doctor import run as doctor
+from fcmae.doctor.agreement import agree
 from fcmae.engines import available_engines, get_engine
 from fcmae.errors import ConfigError
 from fcmae.masking import random_mask
@@ -48,7 +48,7 @@ def test_absent_commands_say_so_and_measure_nothing(absent, fcmae, tmp_path, cap
 
 
 def test_absent_doctor_skips_it(absent, capsys):
-    assert doctor([]) == 0
+    assert agree([]) == 0
     assert "skip cpu engine minkowski: not installed (" in capsys.readouterr().out
 
 
@@ -93,7 +93,7 @@ def test_bench_step_measures_it(tmp_path):
 
 @pytest.mark.minkowski
 def test_doctor_checks_it(capsys):
-    assert doctor([]) == 0
+    assert agree([]) == 0
     out = capsys.readouterr().out
     assert "ok   cpu engine minkowski = masked, convnextv2_atto" in out
     assert "skip" not in out

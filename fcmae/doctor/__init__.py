@@ -1,0 +1,23 @@
+"""``fcmae doctor``: what is installed, what of the machine is in the way, and whether the engines compute the same."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from fcmae.doctor.agreement import agree
+from fcmae.doctor.machine import findings, version_of
+
+PACKAGES = ("fcmae", "torch", "torchvision", "timm", "hydra-core", "triton", "wandb", "MinkowskiEngine")
+
+
+def run(golden: list[Path]) -> int:
+    """Prints the report; returns 0, or 1 if engines disagree. What of the machine is in the way is a warning."""
+    for name in PACKAGES:
+        print(f"{name:16} {version_of(name) or 'not installed'}")
+    print(f"{'python':16} {platform.python_version()} on {platform.platform()}")
+    for index in range(torch.cuda.device_count()):
+        print(f"{f'cuda:{index}':16} {torch.cuda.get_device_name(index)}")
+    for finding in findings():
+        print(finding)
+    return 1 if agree(golden) else 0
