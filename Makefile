@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults test-slurm lint format demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults test-slurm lint format reference demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -48,6 +48,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/config.md, from the dataclasses of fcmae/config; a test compares.
+reference: $(VENV)/.dev
+	$(BIN)/python -m fcmae.config.reference > docs/config.md
 
 # Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
 demo-data:

@@ -30,6 +30,7 @@ class RunConfig:
     name: str = "default"
     """Names the run directory, runs/NAME/TIME."""
     seed: int = 0
+    """Of everything random: initial weights, order, crops, masks, augmentation, drop path."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -105,6 +106,7 @@ class CheckpointConfig:
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as for trainer.precision in a new run."""
     device: str = "auto"
+    """``auto`` = cuda if there is one, else cpu."""
     out: str | None = None
     """A JSON file for the result."""
 
@@ -195,13 +197,17 @@ class ProbeConfig(FeaturesConfig):
     """``fcmae probe``: linear classifiers on frozen features; ``experiment=in1k/probe`` is MAE's recipe."""
 
     optimizer: str = "sgd"
+    """``sgd`` with momentum, ``lars`` as MAE, or ``adamw``."""
     blr: Any = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
     """Base learning rates, lr = blr * train_batch_size / 256; each trains a classifier of its own, all at once."""
     train_batch_size: int = 1024
     """Features a step; at most as many as there are training images."""
     epochs: int = 90
+    """Times that every feature is seen."""
     warmup_epochs: int = 10
+    """Epochs in which the learning rate rises linearly; half a cosine to zero follows."""
     weight_decay: float = 0.0
+    """On the classifier's weights, not its bias."""
     momentum: float = 0.9
     """Of lars and sgd."""
     random_crops: bool = False

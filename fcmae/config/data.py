@@ -19,6 +19,7 @@ class DataConfig:
     """Group ``data``: where samples come from and how they become tensors."""
 
     name: str = "imagefolder"
+    """What kind of source ``path`` and ``val_path`` are."""
     path: Any = None
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
     such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; fashion_mnist: the folder with
@@ -26,11 +27,13 @@ class DataConfig:
     val_path: Any = None
     """Validation images, in the same way; hf: None = the same as ``path``; fashion_mnist has its own."""
     source: Any = None
-    """A training source of one's own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
+    """A training source of your own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
     val_source: Any = None
+    """A validation source of your own, in the same way."""
     split: str = "train"
     """hf: the training split."""
     val_split: str = "validation"
+    """hf: the validation split."""
     image_column: str | None = None
     """hf: the column of images; None = the only one of that kind."""
     label_column: str | None = None
@@ -45,6 +48,7 @@ class DataConfig:
     """Images with more pixels cannot be read: a small file may claim to be large enough to fill the memory. The default
     is Pillow's."""
     in_chans: int = 3
+    """Channels: 1 grey, 3 RGB, 4 RGBA, which image files are converted to; others as the files have them."""
     bit_depth: int = 8
     """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
     image_size: Any = 224
@@ -61,6 +65,7 @@ class DataConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Aspect ratio (width / height) of a training crop before it is resized."""
     hflip: float = 0.5
+    """Probability that a training crop is mirrored left to right."""
     exact_decode: bool = False
     """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
     crops_per_image: int = 1
@@ -152,9 +157,13 @@ class AugmentConfig:
     auto_augment: str | None = None
     """A timm policy, the paper's is ``rand-m9-mstd0.5-inc1``."""
     random_erasing: float = 0.0
+    """Probability that a rectangle of an image is replaced by noise."""
     mixup: float = 0.0
+    """Mixing pairs of images and labels: alpha of the beta distribution of the shares; 0 = none."""
     cutmix: float = 0.0
+    """Pasting a rectangle of another image, labels in proportion: alpha, likewise; with both one is drawn per batch."""
     label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes."""
 
     def __post_init__(self) -> None:
         for name in ("random_erasing", "label_smoothing"):

@@ -37,12 +37,17 @@ class FCMAEConfig(BackboneConfig):
     """Group ``model`` in pretraining."""
 
     mask_ratio: float = 0.6
+    """Share of the mask patches of each image that is masked."""
     mask_patch_size: int | None = None
     """Pixels a side; a multiple of the total stride, which is the default."""
     decoder_embed_dim: int = 512
+    """Width of the decoder."""
     decoder_depth: int = 1
+    """Blocks of the decoder."""
     norm_pix_loss: bool = True
+    """Normalise the pixels to predict by the mean and deviation of their patch."""
     init: str = "timm"
+    """Initial weights: ``timm``, of standard deviation 0.02, or ``official``, the official code's (docs/faq.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +65,7 @@ class ClassifierConfig(BackboneConfig):
     num_classes: int | None = None
     """None = as many as the training data has."""
     drop_path_rate: float = 0.0
+    """Probability that the last block is left out for a sample (stochastic depth); it rises linearly from 0."""
     head_init_scale: float = 1.0
     """Factor on the initial weights and bias of the classifier; 0.001 of timm's std 0.02 is the paper's 2e-5."""
 
@@ -75,8 +81,9 @@ class EngineConfig:
     """Group ``engine``: how the backbone runs over visible patches."""
 
     name: str = "packed"
+    """``packed``, ``masked`` or ``minkowski`` (docs/engines.md); all compute the same."""
     grn_scope: str = "image"
-    """``batch`` is the official code's, for parity."""
+    """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages, 1 to 4, whose activations are recomputed instead of kept; `fcmae bench step` prints the cost."""
 

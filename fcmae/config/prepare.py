@@ -39,8 +39,11 @@ class PrepareConfig:
     quality: int = 90
     """Of JPEG, for images that are encoded anew; those that JPEG cannot hold become PNG or .npy."""
     samples_per_shard: int = 2000
+    """Images per tar file."""
     shuffle: bool = True
+    """Write the images in an order drawn by the seed."""
     seed: int = 0
+    """Draws the order, and the images of data.stats_samples."""
     workers: int | None = None
     """Processes; None = as many as the cores this process may use."""
     dry_run: bool = False

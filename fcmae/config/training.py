@@ -20,6 +20,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     """On weights with two or more dimensions; never on biases, norms, GRN or the mask token."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay of the running mean of gradients and of their squares."""
     layer_decay: float | None = None
     """Factor on the learning rate for each layer further from the head; None = none."""
     layer_decay_type: str = "single"
@@ -47,8 +48,11 @@ class ScheduleConfig:
     """Group ``schedule``: linear warm-up, then half a cosine to ``min_lr``, per step."""
 
     epochs: float = 800
+    """Length of training; an epoch is as many samples as there are training images."""
     warmup_epochs: float = 40
+    """Epochs of linear warm-up, part of ``epochs``."""
     min_lr: float = 0.0
+    """The learning rate at the end."""
 
     def __post_init__(self) -> None:
         check_positive("schedule.epochs", self.epochs)
@@ -80,6 +84,7 @@ class TrainerConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_epochs: float = 1.0
+    """Epochs between checkpoints; there is one at the end and at every stop, too."""
     keep_checkpoints: int = 2
     """The newest that stay; in fine-tuning the best stays too."""
     keep_every_epochs: float | None = None
@@ -135,6 +140,7 @@ class MonitorConfig:
     knn_every_epochs: float | None = None
     """k-NN accuracy of the frozen features of data.val_path against those of data.path; None = never."""
     knn_k: Any = field(default_factory=lambda: [10, 20])
+    """How many neighbours vote: a number or several."""
     knn_gallery: int | None = 20_000
     """Training images to compare with, the first of a fixed random order; None = all."""
     knn_queries: int | None = 5_000
@@ -153,7 +159,9 @@ class LoggerConfig:
     wandb: str = "auto"
     """``auto`` = what WANDB_MODE says, else online with an API key, offline without."""
     project: str = "fcmae"
+    """Project of wandb."""
     tensorboard: bool = False
+    """Write TensorBoard's files too (``pip install 'fcmae[tensorboard]'``)."""
     progress: bool = True
     """A progress bar on a terminal; a line every ``trainer.log_every`` steps elsewhere."""
     channels: list[int] | None = None
