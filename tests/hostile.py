@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fcmae.config import DataConfig
@@ -78,7 +79,7 @@ def measure(cases: dict[str, Case]) -> dict[str, Taken]:
 
 
 def _read_all(cases: dict[str, Case], send: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # the threads of the parent are not here, and work for them would wait for ever
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.RLIM_INFINITY))
     for case in cases.values():
         with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as errors:

@@ -1,5 +1,8 @@
 """Checkpoints with random weights, for the tests of exports and imports."""
 
+import hashlib
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +70,24 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint."""
     return checkpoint.read(path)["model"]
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def classifier(folder: Path, change: Change = lambda state: None) -> Path:
+    """A classifier's checkpoint in a run's folder, whose state was changed as nothing checks it."""
+    path = folder / "run" / "checkpoints" / "step_00000007.pt"
+    path.parent.mkdir(parents=True)
+    finetuned(path)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return sealed(path, buffer.getvalue())
+
+
+def sealed(path: Path, archive: bytes) -> Path:
+    """A checkpoint of any archive: whoever makes one can make its checksum."""
+    path.write_bytes(archive + checkpoint.MAGIC + hashlib.sha256(archive).digest())
+    return path

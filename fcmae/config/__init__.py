@@ -18,8 +18,10 @@ from fcmae.config.commands import (
     RunConfig,
 )
 from fcmae.config.compose import compose, conf_dir, register_schemas
-from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.plain import check_plain
+from fcmae.config.portable import portable, without_arguments
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.quoting import quoted
 from fcmae.config.training import (
@@ -33,6 +35,7 @@ from fcmae.config.typed import explain, from_dict, from_dotlist, to_dict, to_typ
 
 __all__ = [
     "COMMANDS",
+    "NAMED_BY",
     "AugmentConfig",
     "CheckpointConfig",
     "ClassifierConfig",
@@ -55,13 +58,16 @@ __all__ = [
     "TrainerConfig",
     "check",
     "check_channels",
+    "check_plain",
     "compose",
     "conf_dir",
     "explain",
     "from_dict",
     "from_dotlist",
+    "portable",
     "quoted",
     "register_schemas",
     "to_dict",
     "to_typed",
+    "without_arguments",
 ]

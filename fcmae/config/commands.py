@@ -14,7 +14,7 @@ from fcmae.config.checks import (
     check_positive,
     check_seed,
 )
-from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
@@ -109,6 +109,8 @@ class CheckpointConfig:
     """``auto`` = cuda if there is one, else cpu."""
     out: str | None = None
     """A JSON file for the result."""
+    allow: list[str] = field(default_factory=list)
+    """Classes, PACKAGE.CLASS, that may be called although only the checkpoint names them, as its data.source."""
 
     def __post_init__(self) -> None:
         check("checkpoint", self.checkpoint, bool(self.checkpoint), "a run's directory or a checkpoint file")
@@ -122,7 +124,8 @@ class CheckpointConfig:
     def merge_data(self, own: DataConfig) -> DataConfig:
         """The checkpoint's data config with what was given on the command line.
 
-        Images that are given take the place of the checkpoint's, whether a path or a source tells where they are.
+        Images that are given take the place of the checkpoint's, whether a path or a source tells where they are. A
+        source of the checkpoint's own can be opened only if ``allow`` has its class.
         """
         given, values = self._given(), dataclasses.asdict(own)
         for source, path in (("source", "path"), ("val_source", "val_path")):
@@ -130,6 +133,9 @@ class CheckpointConfig:
                 values[source] = None
             elif source in given or values[source] is not None:
                 values[path] = None
+        for source in ("source", "val_source"):
+            if values[source] is not None and values[source]["_target_"] in self.allow:
+                values[source].pop(NAMED_BY, None)
         return from_dict(DataConfig, {**values, **given}, prefix="data")
 
     def _given(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ MAX_SIDE = 2**14
 MAX_WORKERS = 512
 """Of a rank: more than any machine has use for."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+NAMED_BY = "_named_by_"
+"""Entry of a source of the user's own that a file names, not the user; its value is the file."""
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 

@@ -8,6 +8,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fcmae.config.plain import check_plain
 from fcmae.errors import ConfigError
 
 T = TypeVar("T")
@@ -45,7 +46,11 @@ def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
 
 
 def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """A schema's instance from a nested dict, names and types checked. Raises ConfigError naming the full key."""
+    """A schema's instance from a nested dict, names and types checked.
+
+    The values may come from a file: they must be plain, and none is resolved. Raises ConfigError naming the full key.
+    """
+    check_plain(values, prefix)
     try:
         return to_typed(OmegaConf.merge(OmegaConf.structured(schema), values), schema)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
@@ -55,10 +60,10 @@ def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
 def from_dotlist(schema: type[T], overrides: list[str], group: str) -> T:
     """A group's instance from overrides ``GROUP.KEY=VALUE``. Raises ConfigError naming the full key."""
     try:
-        values = OmegaConf.from_dotlist([override.removeprefix(f"{group}.") for override in overrides])
+        given = OmegaConf.from_dotlist([override.removeprefix(f"{group}.") for override in overrides])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{' '.join(overrides)}: {explain(error)}") from error
-    return from_dict(schema, values, prefix=group)  # type: ignore[arg-type]  # OmegaConf merges its own kind too
+    return from_dict(schema, OmegaConf.to_container(given), prefix=group)  # type: ignore[arg-type]  # a dict
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

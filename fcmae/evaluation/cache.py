@@ -60,6 +60,8 @@ class CachedExtractor:
     def _describe(self, source: Source) -> str:
         extract = self.extract
         data = {name: value for name, value in asdict(extract.data).items() if name not in IRRELEVANT}
+        for name in ("source", "val_source"):  # its arguments may hold a password
+            data[name] = hashlib.sha256(repr(data[name]).encode()).hexdigest()
         described: dict[str, Any] = {
             "format": FORMAT,
             **self.identity,

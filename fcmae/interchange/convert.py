@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fcmae.errors import DiskError, ExportError, UsageError
+from fcmae.errors import DiskError, ExportError, FCMAEError, UsageError, WeightsError
 from fcmae.files import check_output, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
@@ -84,7 +84,13 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
     if os.path.lexists(out):
         raise UsageError(f"--out {out} exists; name a file that is new")
     check_output("--out", out)
-    imported = IMPORTS[library].load(Path(path), given or Given())
+    try:
+        imported = IMPORTS[library].load(Path(path), given or Given())
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, FCMAEError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(f"{path} does not hold weights of {library} as they should be ({reason})") from error
     try:
         imported.write(Path(out), library)
     except OSError as error:

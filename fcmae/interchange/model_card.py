@@ -1,7 +1,9 @@
 """The model card ``README.md`` of an export: data, recipe, steps, metrics, licence, how to load it, versions."""
 
+import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import fcmae
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
+from fcmae.opening import open_regular
 
 LIBRARY_NAMES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "official": "pytorch"}
 CURVES = ("loss", "top1", "top5", "ema_top1", "ema_top5")
 """The metrics of metrics.jsonl that a card reports."""
+LONGEST_LINE, MAX_METRICS = 2**16, 2**28
+"""Bytes of a line of metrics.jsonl, and of all that are read."""
 
 
 def write(network: Network, folder: Path, to: str, check: Check, license_name: str | None) -> None:
@@ -47,6 +52,20 @@ def _title(network: Network) -> str:
     return f"# {network.backbone_config.backbone}, {what}\n\n{how} fcmae {fcmae.__version__}."
 
 
+LONGEST = 100
+"""Characters of a name in a card."""
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")
+_MARKUP = re.compile(r"[&<>|`*\[\]\\!~$@#{}]|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+def _text(value: Any) -> Any:
+    """Text of a checkpoint's, such as the name of a class, that is only text in Markdown and HTML."""
+    if not isinstance(value, str):
+        return value
+    shown = _UNSEEN.sub(" ", value[:LONGEST]) + ("..." if len(value) > LONGEST else "")
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", shown)
+
+
 def _table(title: str, rows: dict[str, Any]) -> str:
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
@@ -61,7 +80,7 @@ def _network(network: Network) -> dict[str, Any]:
         "depths": model.depths,
         "dims": model.dims,
         "stem stride": model.stem_stride,
-        "classes": ", ".join(network.classes[:20]) + (", ..." if len(network.classes) > 20 else "") or None,
+        "classes": ", ".join(map(_text, network.classes[:20])) + (", ..." if len(network.classes) > 20 else "") or None,
     }
 
 
@@ -82,7 +101,7 @@ def _data(data: DataConfig) -> dict[str, Any]:
 
 def _recipe(network: Network) -> dict[str, Any]:
     if "imported_from" in network.state:
-        return {"weights imported from": f"{network.state['imported_from']}; trained elsewhere"}
+        return {"weights imported from": f"{_text(network.state['imported_from'])}; trained elsewhere"}
     cfg: RunConfig = network.cfg
     optim: OptimConfig = cfg.optim
     return {
@@ -108,24 +127,32 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
         "initial weights": "pretrained" if cfg.init_from else "random",
         "drop path": cfg.model.drop_path_rate,
         "EMA decay": cfg.trainer.ema_decay,
-        **{name.replace("_", " "): value or None for name, value in dataclasses.asdict(cfg.augment).items()},
+        **{name.replace("_", " "): _text(value) or None for name, value in dataclasses.asdict(cfg.augment).items()},
     }
 
 
 def _metrics(checkpoint: Path) -> str:
     """The last value of each metric in the run's metrics.jsonl, if it lies where the run wrote it."""
     file = checkpoint.parent.parent / "metrics.jsonl"
-    if checkpoint.parent.name != "checkpoints" or not file.is_file():
-        return ""
     last: dict[str, str] = {}
-    for line in file.read_text().splitlines():
-        values = json.loads(line)
-        last |= {name: f"{values[name]:.4g} (step {values['step']})" for name in CURVES if name in values}
-    return _table("Metrics", last)
+    if checkpoint.parent.name != "checkpoints":
+        return ""
+    with contextlib.suppress(OSError), open_regular(file, links=False) as lines:
+        while (line := lines.readline(LONGEST_LINE)) and lines.tell() <= MAX_METRICS:
+            with contextlib.suppress(ValueError, RecursionError):  # cut off, or not of a run
+                last |= _numbers(json.loads(line))
+    return _table("Metrics", last) if last else ""
+
+
+def _numbers(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return {}
+    known = {name: values[name] for name in CURVES if type(values.get(name)) in (int, float)}
+    return {name: f"{value:.4g} (step {values['step']})" for name, value in known.items()}
 
 
 def _versions(network: Network) -> dict[str, str]:
-    return {f"trained with {name}": version for name, version in network.state["versions"].items()}
+    return {f"trained with {_text(name)}": _text(version) for name, version in network.state["versions"].items()}
 
 
 def _input(data: DataConfig, to: str) -> str:

@@ -25,7 +25,7 @@ from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint
-from fcmae.training.build import build_classifier, build_fcmae, config_of, model_of
+from fcmae.training.build import build_classifier, build_fcmae, check_size, config_of, model_of
 from fcmae.training.checkpoint import State
 
 # The models known to timm: (depths, first width), each stage twice as wide as the one before.
@@ -233,11 +233,22 @@ class Given:
         return list(names)
 
 
-def empty_classifier(cfg: FinetuneConfig, num_classes: int) -> StateDict:
-    """The names and shapes of a classifier's weights, with a backbone's untrained final norm."""
+def empty_classifier(cfg: FinetuneConfig, weights: StateDict, path: Path) -> StateDict:
+    """The names and shapes of the weights of a classifier for ``weights``, or of a backbone with its untrained norm.
+
+    Raises CheckpointError if the config is of a larger network than the weights of ``path`` are for.
+    """
+    num_classes = count_classes(weights)
+    check_size(cfg, num_classes, weights, path)
     return build_classifier(cfg.model, cfg.data.in_chans, num_classes, cfg.seed).state_dict()
 
 
-def empty_fcmae(cfg: PretrainConfig) -> StateDict:
-    """The names and shapes of a pretraining model's weights."""
+def count_classes(weights: StateDict) -> int:
+    """The classes of a classifier by the weights of its last layer, under the name of any library; else 0."""
+    return max(len(weights.get(name, ())) for name in ("head.fc.weight", "head.weight", "classifier.weight"))
+
+
+def empty_fcmae(cfg: PretrainConfig, weights: StateDict, path: Path) -> StateDict:
+    """The names and shapes of a pretraining model's weights. Raises CheckpointError as :func:`empty_classifier`."""
+    check_size(cfg, 0, weights, path)
     return build_fcmae(cfg).state_dict()

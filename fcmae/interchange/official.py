@@ -20,7 +20,9 @@ from fcmae.config import (
     FCMAEConfig,
     FinetuneConfig,
     PretrainConfig,
+    check_plain,
     from_dict,
+    portable,
     to_dict,
 )
 from fcmae.errors import WeightsError
@@ -201,12 +203,8 @@ def export(network: Network, folder: Path) -> None:
 
 
 def _description(network: Network) -> dict[str, Any]:
-    """What an official file cannot say, in plain values: task, config without paths, class names."""
-    config = to_dict(network.cfg)
-    config["data"] |= {"path": None, "val_path": None}
-    if "init_from" in config:
-        config["init_from"] = None
-    return {"task": network.state["task"], "config": config, "classes": network.classes}
+    """What an official file cannot say, in plain values: task, portable config, class names."""
+    return {"task": network.state["task"], "config": portable(to_dict(network.cfg)), "classes": network.classes}
 
 
 def check(network: Network, folder: Path) -> Check:
@@ -240,20 +238,21 @@ def load(path: Path, given: Given) -> Imported:
     """An official file: sparse pretraining checkpoint, ``*_fcmae.pt`` or classifier. Raises WeightsError."""
     content = read(path)
     weights = as_float32(content.get("model", content), path)
-    description = content.get("fcmae", {})
+    description = content.get("fcmae") or {}
+    check_plain(description)
     if "mask_token" in weights:
-        return _load_sparse(weights, description, given)
+        return _load_sparse(weights, description, given, path)
     structure = _structure(weights)
     cfg = FinetuneConfig(data=_data(structure, description, given), model=_classifier_config(structure, description))
-    converted = from_classifier(weights, empty_classifier(cfg, structure.num_classes))
+    converted = from_classifier(weights, empty_classifier(cfg, weights, path))
     classes = given.names(structure.num_classes, description.get("classes"))
     return Imported(cfg, converted, classes)
 
 
-def _load_sparse(weights: StateDict, description: dict[str, Any], given: Given) -> Imported:
+def _load_sparse(weights: StateDict, description: dict[str, Any], given: Given, path: Path) -> Imported:
     structure = _structure(weights, "encoder.", "kernel")
     if description:
-        cfg = from_dict(PretrainConfig, description["config"])
+        cfg = from_dict(PretrainConfig, portable(description["config"]))
     else:
         decoder: dict[str, Any] = {
             "decoder_depth": _count(weights, r"decoder\.(\d+)\."),
@@ -261,7 +260,7 @@ def _load_sparse(weights: StateDict, description: dict[str, Any], given: Given) 
         }
         model = FCMAEConfig(**structure.backbone_config(), **decoder)
         cfg = PretrainConfig(data=given.data(structure.in_chans), model=model, engine=EngineConfig(grn_scope="batch"))
-    return Imported(cfg, from_pretraining(weights, empty_fcmae(cfg)))
+    return Imported(cfg, from_pretraining(weights, empty_fcmae(cfg, weights, path)))
 
 
 def _classifier_config(structure: Structure, description: dict[str, Any]) -> ClassifierConfig:
@@ -274,7 +273,7 @@ def _data(structure: Structure, description: dict[str, Any], given: Given) -> Da
     """Group ``data``: what was exported, else what the user gave."""
     if not description:
         return given.data(structure.in_chans)
-    return given.data(structure.in_chans, {**description["config"]["data"]})
+    return given.data(structure.in_chans, portable(description["config"])["data"])
 
 
 def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> Structure:

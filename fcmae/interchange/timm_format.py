@@ -10,12 +10,12 @@ from typing import Any
 import timm
 from safetensors.torch import save_file
 
-from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, difference, empty_classifier
-from fcmae.interchange.weights import HEAD_NORM, read_folder, translate
+from fcmae.interchange.network import Check, Given, Imported, Network, count_classes, difference, empty_classifier
+from fcmae.interchange.weights import HEAD_NORM, read_folder, read_json, translate
 
 MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
 """The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
@@ -79,18 +79,14 @@ def load(folder: Path, given: Given) -> Imported:
             f"{folder}/config.json has model_args {', '.join(unknown)}; known are {', '.join(MODEL_ARGS)}"
         )
     weights = read_folder(folder)
-    num_classes = config.get("num_classes", pretrained.get("num_classes", 0)) if "head.fc.weight" in weights else 0
+    num_classes = count_classes(weights)
     in_chans = args.get("in_chans", pretrained.get("input_size", [3])[0])
+    model = {"depths": args.get("depths"), "dims": args.get("dims"), "stem_stride": args.get("patch_size", 4)}
     cfg = FinetuneConfig(
         data=given.data(in_chans, {**_data(pretrained), **preprocessing.read_extra(config)}),
-        model=ClassifierConfig(
-            backbone=config["architecture"].split(".")[0],
-            depths=_list(args.get("depths")),
-            dims=_list(args.get("dims")),
-            stem_stride=args.get("patch_size", 4),
-        ),
+        model=from_dict(ClassifierConfig, {"backbone": config["architecture"].split(".")[0], **model}, "model_args"),
     )
-    like = empty_classifier(cfg, num_classes)
+    like = empty_classifier(cfg, weights, folder)
     headless = num_classes == 0 and not HEAD_NORM.keys() & weights.keys()
     names = {name: name for name in like if not (headless and name in HEAD_NORM)}
     known = config.get("label_names") or pretrained.get("label_names")
@@ -100,10 +96,7 @@ def load(folder: Path, given: Given) -> Imported:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder}/config.json cannot be read: {error}") from error
+    config = read_json(folder / "config.json")
     if "architecture" not in config:
         raise WeightsError(f"{folder}/config.json has no architecture; it is not a directory of timm's")
     return config

@@ -15,12 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, Structure, difference, empty_classifier
-from fcmae.interchange.weights import StateDict, read_folder, translate
+from fcmae.interchange.network import (
+    Check,
+    Given,
+    Imported,
+    Network,
+    Structure,
+    count_classes,
+    difference,
+    empty_classifier,
+)
+from fcmae.interchange.weights import StateDict, read_folder, read_json, translate
 
 MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
 CLASSES = {1: "ConvNext", 2: "ConvNextV2"}
@@ -167,17 +176,17 @@ def check(network: Network, folder: Path) -> Check:
 
 def load(folder: Path, given: Given) -> Imported:
     """A directory of Transformers', ours or one downloaded from the hub. Raises WeightsError."""
-    content = _read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     weights = {_modern_name(name): value for name, value in read_folder(folder).items()}
-    structure = _structure(content, folder, len(weights.get("classifier.weight", ())))
+    structure = _structure(content, folder, count_classes(weights))
     processor = folder / "preprocessor_config.json"
-    known = _data(_read_json(processor)) if processor.is_file() else {}
+    known = _data(read_json(processor)) if processor.is_file() else {}
     known |= preprocessing.read_extra(content)
     cfg = FinetuneConfig(
         data=given.data(structure.in_chans, known),
-        model=ClassifierConfig(**structure.backbone_config(content.get("timm_model"))),
+        model=from_dict(ClassifierConfig, structure.backbone_config(content.get("timm_model")), prefix="model"),
     )
-    like = empty_classifier(cfg, structure.num_classes)
+    like = empty_classifier(cfg, weights, folder)
     ours = translate(weights, like, names(like, structure.version), "Transformers")
     id2label = content.get("id2label", {}) if structure.num_classes else {}
     labels = [id2label[index] for index in sorted(id2label, key=int)]
@@ -223,10 +232,3 @@ def _data(processor: dict[str, Any]) -> dict[str, Any]:
             values["crop_pct"] = size["height"] / processor["size"]["height"]
     values["crop_pct"] = processor.get("crop_pct") or values.get("crop_pct")
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error

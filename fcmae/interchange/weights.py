@@ -1,18 +1,23 @@
 """State dicts and files of weights, whatever the library: read without running code, translated strictly."""
 
-import argparse
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fcmae.errors import WeightsError
+from fcmae.opening import open_regular, read_regular
+from fcmae.training import torch_file
 
 StateDict = dict[str, Tensor]
 
+MAX_JSON = 2**24
+"""Bytes of a config.json."""
 LOSSLESS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_NORM = {"head.norm.weight": torch.ones, "head.norm.bias": torch.zeros}
 """The final norm of a timm ConvNeXt and its initial values; pretraining leaves it as it is."""
@@ -21,20 +26,33 @@ HEAD_NORM = {"head.norm.weight": torch.ones, "head.norm.bias": torch.zeros}
 def read(path: Path) -> dict:
     """What a .safetensors or torch file holds; no code in it is executed. Raises WeightsError naming the file."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # the official training scripts store their arguments beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                torch_file.check_safetensors(file)
+                return load_file(path)
+            content = torch_file.load(file, namespaces=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise WeightsError(f"no file {path}" + " but a folder" * path.is_dir()) from error
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} cannot be read: it is no file of torch, or holds more than weights") from error
     except Exception as error:  # of what is no such file the libraries raise all sorts
-        reason = str(error).split("\n")[0] if isinstance(error, (OSError, RuntimeError)) else "it is no file of weights"
+        known = isinstance(error, (OSError, RuntimeError, ValueError))
+        reason = str(error).split("\n")[0] if known else "it is no file of weights"
+        reason = getattr(error, "strerror", None) or reason
         raise WeightsError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}; allowed is a dict")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises WeightsError."""
+    try:
+        content = json.loads(read_regular(path, MAX_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}; expected an object")
     return content
 
 

@@ -1,12 +1,15 @@
 """Models from configs and from checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.convnext import ConvNeXt
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from fcmae.config import ClassifierConfig, FinetuneConfig, PretrainConfig, RunConfig, from_dict
+from fcmae.config import NAMED_BY, ClassifierConfig, FinetuneConfig, PretrainConfig, RunConfig, from_dict
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
@@ -14,6 +17,8 @@ from fcmae.randomness import Stream, seed_globals
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import State
 
+MARGIN = 2**20
+"""Weights that a network may have beyond twice those of the file that it comes from."""
 SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
@@ -60,11 +65,56 @@ def build_classifier(cfg: ClassifierConfig, in_chans: int, num_classes: int, see
 
 
 def config_of(state: State, path: Path) -> RunConfig:
-    """The typed config that a checkpoint was trained with."""
+    """The typed config that a checkpoint was trained with. Sources that it names as classes are marked: not called.
+
+    Raises CheckpointError, ConfigError.
+    """
     schema = SCHEMAS.get(state.get("task", ""))
     if schema is None:
         raise CheckpointError(f"{path} is of the task {state.get('task')!r}; known are {', '.join(SCHEMAS)}")
-    return from_dict(schema, state["config"])
+    lacking = [name for name in ("config", "model") if state.get(name) is None]
+    if lacking:
+        raise CheckpointError(f"{path} has no {lacking[0]}")
+    cfg = from_dict(schema, state["config"])
+    for name in ("source", "val_source"):
+        given = getattr(cfg.data, name)
+        if given is not None:
+            setattr(cfg.data, name, {**given, NAMED_BY: str(path)})
+    return cfg
+
+
+class _LinspaceOnCpu(TorchFunctionMode):
+    """timm before 1.0.22 reads the values of a ``linspace`` while it builds a network."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {})})
+
+
+def check_size(cfg: RunConfig, num_classes: int, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises CheckpointError if the network of a config that comes from a file is larger than the weights beside it.
+
+    For it would be built, and might take any memory, before the weights are found not to fit.
+    """
+    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
+    blocks = sum(cfg.model.depths or []) + getattr(cfg.model, "decoder_depth", 0)
+    if blocks > len(weights):
+        raise CheckpointError(f"{path} has {len(weights)} tensors for the {blocks} blocks of its config")
+    try:
+        with torch.device("meta"), _LinspaceOnCpu():  # nothing is allocated
+            model = build_model(cfg, num_classes)
+        needed = sum(parameter.numel() for parameter in model.parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise CheckpointError(f"{path} has a config of no network: {str(error).splitlines()[0]}") from error
+    present = sum(value.numel() for value in weights.values())
+    if needed > 2 * present + MARGIN:
+        raise CheckpointError(f"{path} has {present:,} weights; the network of its config needs {needed:,}")
+
+
+def build_model(cfg: PretrainConfig | FinetuneConfig, num_classes: int) -> FCMAE | ConvNeXt:
+    """The network of a config with its initial weights. Raises UsageError."""
+    if isinstance(cfg, PretrainConfig):
+        return build_fcmae(cfg)
+    return build_classifier(cfg.model, cfg.data.in_chans, num_classes, cfg.seed)
 
 
 def load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, except_prefix: str = "\0") -> None:
@@ -123,14 +173,12 @@ def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:
 def model_of(state: State, path: Path, ema: bool = True) -> FCMAE | ConvNeXt:
     """The model in a checkpoint's state, in evaluation mode."""
     cfg = config_of(state, path)
-    model: FCMAE | ConvNeXt
-    if isinstance(cfg, PretrainConfig):
-        if cfg.engine.name not in available_engines():
-            cfg.engine.name = "packed"  # computes the same
-        model = build_fcmae(cfg)
-    else:
-        assert isinstance(cfg, FinetuneConfig)
-        model = build_classifier(cfg.model, cfg.data.in_chans, len(state["classes"]), cfg.seed)
+    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
+    if isinstance(cfg, PretrainConfig) and cfg.engine.name not in available_engines():
+        cfg.engine.name = "packed"  # computes the same
     weights = (state.get("ema") if ema else None) or state["model"]
+    num_classes = len(state.get("classes") or [])
+    check_size(cfg, num_classes, weights, path)
+    model = build_model(cfg, num_classes)
     load_state(model, weights, path)
     return model.eval()

@@ -16,10 +16,13 @@ from typing import IO, Any
 
 import timm
 import torch
+from torch import Tensor
 
-from fcmae.errors import CheckpointError
+from fcmae.config import check_plain
+from fcmae.errors import CheckpointError, ConfigError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
-from fcmae.opening import own_folder
+from fcmae.opening import open_regular, own_folder
+from fcmae.training import torch_file
 
 FORMAT = 2
 MAGIC = b"fcmae256"
@@ -119,11 +122,11 @@ def read(
     """
 
     def load() -> State:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             _verify(file, alive)
             if not mmap:
-                return torch.load(file, map_location=map_location, weights_only=True)
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+                return torch_file.load(file, map_location)
+        return torch_file.load_mapped(path, map_location)
 
     return _checked(path, load)
 
@@ -139,7 +142,31 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of fcmae (format {FORMAT})")
+    known = {name: state[name] for name in ENTRIES if state.get(name) is not None}
+    wrong = [name for name, value in known.items() if not ENTRIES[name](value)]
+    if wrong:
+        raise CheckpointError(f"{path} is not a checkpoint of fcmae: its entry {wrong[0]!r} has another type")
+    try:
+        check_plain(known.get("config"))
+    except ConfigError as error:
+        raise CheckpointError(f"the config in {path} is refused: {error}") from error
     return state
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "task": lambda value: isinstance(value, str),
+    "step": lambda value: type(value) is int and 0 <= value < 2**63,
+    "config": lambda value: isinstance(value, dict),
+    "model": _is_weights,
+    "ema": _is_weights,
+    "classes": lambda value: isinstance(value, list) and all(type(name) is str for name in value),
+    "versions": lambda value: isinstance(value, dict) and all(type(t) is str for pair in value.items() for t in pair),
+}
+"""What the entries of a checkpoint that commands use must be, where there are any."""
 
 
 def checksum(path: Path) -> str:
@@ -148,7 +175,7 @@ def checksum(path: Path) -> str:
     Raises CheckpointError naming the file.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
             return file.read().hex()
     except OSError as error:
@@ -254,7 +281,7 @@ def header(path: Path) -> State:
 
     Raises CheckpointError naming the file.
     """
-    return _checked(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return _checked(path, lambda: torch_file.load_mapped(path))
 
 
 def resolve(path: str | Path) -> Path:

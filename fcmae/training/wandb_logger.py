@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 from PIL import Image
 
-from fcmae.config import LoggerConfig
+from fcmae.config import LoggerConfig, without_arguments
 from fcmae.data.bad_samples import tell_once
 from fcmae.errors import UsageError
 from fcmae.files import replacing
@@ -83,7 +83,7 @@ class WandbLogger:
 
         given = wandb.setup().settings
         self._image = wandb.Image
-        arguments: dict[str, Any] = {"config": config, "mode": mode}
+        arguments: dict[str, Any] = {"config": without_arguments(config), "mode": mode}
         if not given.project or cfg.project != LoggerConfig().project:
             arguments["project"] = cfg.project
         if not given.run_name:

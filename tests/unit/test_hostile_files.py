@@ -1,26 +1,37 @@
 """Run directories, locks, caches and what other machines say, prepared by somebody who means harm."""
 
 import contextlib
+import dataclasses
 import fcntl
+import html
 import json
 import os
+import re
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from fcmae import opening
+from fcmae.config import DataConfig, EvaluateConfig, PretrainConfig, check_plain, from_dict, without_arguments
 from fcmae.data import arrays
 from fcmae.data.arrays import one_at_a_time
-from fcmae.errors import DiskError, UsageError
+from fcmae.data.sources import Sample, Synthetic, train_source
+from fcmae.errors import ConfigError, DiskError, UsageError
 from fcmae.evaluation.cache import CachedExtractor
-from fcmae.evaluation.features import Features
+from fcmae.evaluation.features import Extractor, Features
+from fcmae.evaluation.run import evaluate
+from fcmae.interchange import model_card
+from fcmae.interchange.convert import export, import_weights
 from fcmae.processes import Process
-from fcmae.training import distributed, run
+from fcmae.training import checkpoint, distributed, run
 from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.lock import RunLock
 from fcmae.training.logging import MetricsFile
 from fcmae.training.watchdog import Watchdog
+from tests.interchange import CLASSES, classifier
 
 
 @pytest.fixture
@@ -53,14 +64,17 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("target", ["precious", "new"])
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_a_run_writes_in_place_is_no_link(name, target, run_dir, precious):
-    (run_dir / name).symlink_to(precious.with_name(target))
+def test_what_a_run_writes_in_place_is_no_link(name, run_dir, precious):
+    (run_dir / name).symlink_to(precious.with_name("new"))
     refused = pytest.raises((DiskError, UsageError), match=rf"{name} cannot be written: it is a link$")
     with refused, run._disk_explained(run_dir):
         IN_PLACE[name](run_dir)
     assert not precious.with_name("new").exists()
+    (run_dir / name).unlink()
+    (run_dir / name).symlink_to(precious)
+    with contextlib.suppress(DiskError, UsageError), run._disk_explained(run_dir):  # earlier stacks are renamed
+        IN_PLACE[name](run_dir)
 
 
 def test_what_a_run_writes_in_place_is_no_hard_link(run_dir, precious):
@@ -220,3 +234,152 @@ def test_who_waits_for_another_says_so(tmp_path, home, monkeypatch, capfd):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_class_that_the_user_allows_is_called(tmp_path, monkeypatch):
+    """By the name that the checkpoint gives it, and no other."""
+    path = classifier(
+        tmp_path, lambda state: state["config"]["data"].update(val_source={"_target_": PLUGIN, "count": 3})
+    )
+    monkeypatch.setattr(Squares, "made", 0)
+
+    def run(*allow):
+        return evaluate(EvaluateConfig(checkpoint=str(path), device="cpu", allow=list(allow)))
+
+    for allow in ((), (f"{PLUGIN}2",)):
+        with pytest.raises(ConfigError, match=rf"names the class {PLUGIN} as its data.val_source.*allow=\[{PLUGIN}\]$"):
+            run(*allow)
+    assert Squares.made == 0
+    assert run(PLUGIN)["images"] == 3
+    assert Squares.made == 1
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.check_output", "builtins.exec", "builtins.dict"])
+def test_what_is_no_source_is_not_called_even_if_the_user_names_it(target, tmp_path):
+    """A mistake, or a class that a checkpoint named and the user allowed."""
+    given = {"_target_": target, "command": f"touch {tmp_path}/touched"}
+    with pytest.raises(
+        ConfigError, match=rf"data.source._target_ is '{target}', which must be a class with the methods"
+    ):
+        train_source(DataConfig(source=given))
+    assert not os.listdir(tmp_path)
+
+
+class Squares:
+    """A source of someone's own, which counts how often one was made."""
+
+    made = 0
+    classes: ClassVar[list] = CLASSES
+
+    def __init__(self, count):
+        type(self).made += 1
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return Sample(torch.zeros(3, 64, 64, dtype=torch.uint8), index)
+
+    def label(self, index):
+        return index
+
+    def describe(self, index):
+        return f"square {index}"
+
+
+PLUGIN = f"{__name__}.Squares"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"data": {"path": "${oc.env:HOME}"}}, "data.path: must not be an interpolation"),
+        ({"name": "a ${now:%Y}"}, "name: must not be an interpolation"),
+        ({"data": {"source": {"${oc.env:HOME}": 1}}}, "data.source: a key must be a text"),
+        ({"seed": 2**64}, "seed: must be an integer of at most 64 bits"),
+        ({"name": "x" * 100_000}, "name: must have at most 65536 characters"),
+        ({"optim": {"betas": torch.ones(2)}}, "optim.betas: must be a plain value; got a Tensor"),
+        ({1: 2}, "the config: a key must be a text"),
+        ([{}] * 30_000, "the config has more than 20000 values"),
+    ],
+)
+def test_a_config_from_a_file_is_plain(value, problem):
+    with pytest.raises(ConfigError, match=problem):
+        from_dict(PretrainConfig, value)
+
+
+def test_a_config_that_holds_itself_is_refused():
+    circle = {}
+    circle["data"] = circle
+    with pytest.raises(ConfigError, match="nested more than 16 levels deep"):
+        check_plain(circle)
+
+
+SECRET = {"_target_": PLUGIN, "password": "the password"}
+
+
+def test_what_leaves_the_machine_has_no_arguments_and_no_paths(tmp_path):
+    def change(state):
+        state["config"]["data"].update(source=SECRET, path="/home/me/images", val_source=SECRET)
+        state["config"].update(name="the secret project", init_from="/home/me/runs/1")
+
+    path = classifier(tmp_path, change)
+    config = checkpoint.read(path)["config"]
+    assert "password" not in str(without_arguments(config))
+    for library in ("timm", "transformers", "official"):
+        export(path, library, tmp_path / library, check=False)
+        found = b"".join(file.read_bytes() for file in (tmp_path / library).iterdir())
+        for private in (b"password", b"/home/me", b"secret", b"Squares"):
+            assert private not in found
+    import_weights(next((tmp_path / "official").glob("*.pt")), "official", tmp_path / "back.pt")
+    assert checkpoint.read(tmp_path / "back.pt")["config"]["data"]["mean"] == config["data"]["mean"]
+
+
+def test_features_that_are_kept_have_no_arguments(run_dir):
+    data = DataConfig(source=SECRET, val_source=SECRET)
+    extract = Extractor(nn.Identity(), data, distributed.World(0, 1, 0, 1, torch.device("cpu")))
+    source = Synthetic(2, 3, (8, 8))
+    wanted = CachedExtractor(extract, run_dir, {})._describe(source)
+    assert "password" not in wanted
+    other = dataclasses.replace(extract, data=DataConfig(source={**SECRET, "password": "x"}, val_source=SECRET))
+    assert CachedExtractor(other, run_dir, {})._describe(source) != wanted
+
+
+def test_names_are_only_text_in_a_model_card(tmp_path):
+    bad = [
+        "a|b",
+        "<script>alert(1)</script>",
+        "![x](http://evil.com/?)",
+        "c\n\n# heading",
+        "`d` *e* _f_",
+        "@g www.h.com",
+    ]
+
+    def change(state):
+        state.update(classes=bad[:3], versions={"fcmae": "1\n# <b>", "![x](y)": "0"})
+
+    export(classifier(tmp_path, change), "timm", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for markup in ("<script", "<b>", "![", "](", "a|b", "http://evil"):
+        assert markup not in card
+    shown = [html.unescape(model_card._text(name)) for name in bad]
+    assert shown == [name.replace("\n\n", " ") for name in bad]
+    for name in bad[3:]:
+        assert not re.search(r"\n|(?<!&)#(?!\d)|[`*@]|\b_|www\.", model_card._text(name))
+
+
+def test_metrics_of_others_are_numbers(tmp_path):
+    path = classifier(tmp_path)
+    lines = [
+        '{"step": 1, "top1": "<b>"}',
+        "[" * 100_000,
+        '{"step": "<b>", "top1": 1}',
+        "[]",
+        '{"step": 7, "top1": 50.0}',
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    export(path, "timm", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| top1 | 50 (step 7) |" in card
+    assert "<b>" not in card

@@ -336,13 +336,25 @@ def test_a_source_of_ones_own():
     for given, message in (
         ({**own, "side": 3}, r"data.source: .*Squares does not take these arguments: .*side"),
         ({"_target_": "nowhere.Cls"}, r"data.source._target_ is 'nowhere.Cls'; allowed is a class .*nowhere"),
-        ({"_target_": "builtins.open", "file": "/nowhere"}, r"data.source: builtins.open refuses these .*/nowhere"),
-        ({"_target_": "builtins.list"}, r"list is not a source of images; it lacks label, describe, classes"),
+        (
+            {"_target_": "builtins.open", "file": "/nowhere"},
+            r"must be a class with the methods .*; it is a builtin",
+        ),
+        ({"_target_": "builtins.list"}, r"it is a class without label, describe$"),
+        ({"_target_": f"{__name__}.Nameless"}, r"Nameless must have the attribute classes"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_source(DataConfig(source=given))
     with pytest.raises(ConfigError, match=r"data.source is \{'count': 5\}; allowed is null, or _target_"):
         DataConfig(source={"count": 5})
+
+
+class Nameless(Squares):
+    """Without the names of classes."""
+
+    def __init__(self):
+        super().__init__(1)
+        del self.classes
 
 
 class Anything(Squares):

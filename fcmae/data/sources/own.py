@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.config import NAMED_BY
 from fcmae.data.pixels import Encoded, PixelFormat
 from fcmae.data.sources.base import Sample, Source
 from fcmae.errors import ConfigError, ImageError, UsageError
 
-METHODS = ("__len__", "__getitem__", "label", "describe", "classes")
+METHODS = ("__len__", "__getitem__", "label", "describe")
 
 
 class Own:
@@ -82,18 +83,33 @@ def _is_index(value: Any, count: int) -> bool:
 def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Source:
     """Calls ``_target_``, a class that Python can import, with the other entries.
 
+    What is not a class with the methods of a source is not called, and neither is what a checkpoint names.
+
     Raises ConfigError if it is missing, cannot be imported, does not take the arguments or is not a source.
     """
     if given is None:
         raise ConfigError(f"{key} is not set; give {key}._target_=PACKAGE.CLASS and its arguments")
     arguments = dict(given)
     target = arguments.pop("_target_")
+    if NAMED_BY in arguments:
+        named = ascii(target)[1:-1]
+        raise ConfigError(
+            f"{arguments[NAMED_BY]} names the class {named} as its {key}; code that a file names is not run. Give your "
+            f"own images, or if you trust this class: allow=[{named}]"
+        )
     try:
         create = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{key}._target_ is {target!r}; allowed is a class that Python finds, PACKAGE.CLASS ({error})"
         ) from error
+    kind = "is a class" if isinstance(create, type) else f"is a {type(create).__name__}"
+    lacking = [name for name in METHODS if not callable(getattr(create, name, None))]
+    if not isinstance(create, type) or lacking:
+        raise ConfigError(
+            f"{key}._target_ is {target!r}, which must be a class with the methods {', '.join(METHODS)}; "
+            f"it {kind}{' without ' + ', '.join(lacking) if lacking else ''}"
+        )
     try:
         source = create(**arguments)
     except UsageError:
@@ -102,7 +118,6 @@ def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Sourc
         raise ConfigError(f"{key}: {target} does not take these arguments: {error}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
-    missing = [name for name in METHODS if not hasattr(source, name)]
-    if missing:
-        raise ConfigError(f"{key}: {target} is not a source of images; it lacks {', '.join(missing)}")
+    if not hasattr(source, "classes"):
+        raise ConfigError(f"{key}: {target} must have the attribute classes: names, or None without labels")
     return Own(source, to)

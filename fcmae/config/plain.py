@@ -1,0 +1,45 @@
+"""What a config that comes from a file may hold."""
+
+from typing import Any
+
+from fcmae.errors import ConfigError
+
+MAX_DEPTH = 16
+MAX_VALUES = 20_000
+MAX_CHARACTERS = 2**16
+MAX_INTEGER = 2**64
+
+
+def check_plain(values: Any, prefix: str = "") -> None:
+    """Raises ConfigError naming the full key, unless ``values`` are nested dicts and lists of plain values, not too
+    many, without an interpolation ``${...}``: that of a file could read this machine's environment.
+    """
+    left, count = [(prefix, values, 0)], 0
+    while left:
+        key, value, depth = left.pop()
+        count += 1
+        too_many = count + len(left) > MAX_VALUES
+        problem = f"the config has more than {MAX_VALUES} values" if too_many else _problem(value, depth)
+        if problem:
+            raise ConfigError(f"{key or 'the config'}: {problem}")
+        if isinstance(value, dict):
+            if any(type(name) is not str or _problem(name, 0) for name in value):
+                raise ConfigError(f"{key or 'the config'}: a key must be a text of at most {MAX_CHARACTERS} characters")
+            left += [(f"{key}.{name}" if key else name, item, depth + 1) for name, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            left += [(key, item, depth + 1) for item in value]
+
+
+def _problem(value: Any, depth: int) -> str:
+    """Why a value must not be in a config; nothing if it may."""
+    if type(value) not in (dict, list, tuple, str, int, float, bool, type(None)):
+        return f"must be a plain value; got a {type(value).__name__}"
+    if depth > MAX_DEPTH:
+        return f"is nested more than {MAX_DEPTH} levels deep"
+    if isinstance(value, str) and "${" in value:
+        return f"must not be an interpolation; got {value[:40]!r}"
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        return f"must have at most {MAX_CHARACTERS} characters; got {len(value)}"
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+        return "must be an integer of at most 64 bits"
+    return ""
