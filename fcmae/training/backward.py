@@ -123,7 +123,7 @@ def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
         "a CPU": device.type != "cuda",
         "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
         f"engine={engine}": engine in HOST_BOUND,
-        "fine-tuning (drop path and mixup draw random numbers)": engine is None,
+        "fine-tuning": engine is None,
     }
     found = [name for name, present in obstacles.items() if present]
     if trainer.cuda_graph and found:

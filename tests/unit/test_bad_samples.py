@@ -147,6 +147,16 @@ def test_bad_samples_are_counted_by_epoch():
         assert len(epochs) == (1 if step % 4 else 2)
 
 
+def test_a_bad_sample_is_counted_by_one_rank():
+    """Of three ranks that share two samples one reads the first again, for its shapes."""
+    plan = BatchPlan.create(100, 2, None, 3, seed=0)
+    bad = [plan.global_batch(0)[0][1]]
+    ranks = [read(Numbered(100, bad), plan, rank=rank, stop_step=1, skip=True) for rank in range(3)]
+    firsts = [next(rank)[0][0].tolist() for rank in ranks]
+    assert len({tuple(first) for first in firsts}) == 2
+    assert sum(rank.bad_samples(1)[0] for rank in ranks) == 1
+
+
 def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
     (folder / "a.jpg").write_text("no image")
     dataset = EvaluationImages(ImageFolder(folder), eval_transform(CFG))
