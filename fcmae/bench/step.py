@@ -19,6 +19,7 @@ from fcmae.bench.profile import profile_step
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
+from fcmae.engines.dense import dense
 from fcmae.errors import UsageError
 from fcmae.files import write_output
 from fcmae.masking import grid_size, random_mask
@@ -30,6 +31,8 @@ from fcmae.training.optim import create_optimizer
 
 SUPERVISED = "timm"
 """The yardstick: timm's own forward over whole images with a classifier, no masking at all."""
+DENSE = "dense"
+"""The same step on the kernels of :mod:`fcmae.engines.dense`."""
 DISTINCT_BATCHES = 4
 """Batches that take turns, so that no step finds its data in a cache."""
 
@@ -59,7 +62,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         for engine in self.engines:
-            allowed = (*ENGINES, SUPERVISED)
+            allowed = (*ENGINES, SUPERVISED, DENSE)
             check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
         check_one_of("precision", self.precision, precision.PRECISIONS)
         for name in ("batch_size", "image_size", "repeats", "warm_up"):
@@ -131,7 +134,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
 def _check_engines(cfg: StepConfig, device: torch.device) -> None:
     """Raises UsageError for an engine that is not installed, before anything is measured."""
     try:
-        for engine in set(cfg.engines) - {SUPERVISED}:
+        for engine in set(cfg.engines) - {SUPERVISED, DENSE}:
             get_engine(engine, device.type)
     except ImportError as error:
         raise UsageError(str(error)) from error
@@ -264,13 +267,16 @@ def _workload(
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
     flops = visible_matmul_flops(fcmae, keep, rows * cols)
     batches: list[list[Tensor]] = []
-    if engine == SUPERVISED:
-        model = create_backbone(name, num_classes=1000).to(device).to(memory_format=torch.channels_last)
+    if engine in (SUPERVISED, DENSE):
+        model = create_backbone(name, num_classes=1000).to(device)
+        if engine == SUPERVISED:
+            model.to(memory_format=torch.channels_last)
         for _ in range(DISTINCT_BATCHES):
             batches.append([imgs, torch.randint(0, 1000, (batch_size,), device=device)])
 
         def supervised_loss(imgs: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(_supervised_forward(model, imgs, compiled), labels)
+            forward = _supervised_forward if engine == SUPERVISED else _dense_forward
+            return F.cross_entropy(forward(model, imgs, compiled), labels)
 
         return supervised_loss, model, batches, flops
     fcmae.to(device)
@@ -289,6 +295,10 @@ def _supervised_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor
         for layers in convnext.blocks(stage):
             x = block(layers, x)
     return between(model.head, x)
+
+
+def _dense_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
+    return region(_between, compiled)(model.head, dense(model, imgs, compiled=compiled)[-1])
 
 
 # Two functions, because torch compiles one for eight different shapes at most.
