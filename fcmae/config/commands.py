@@ -15,7 +15,7 @@ from fcmae.config.checks import (
     check_seed,
 )
 from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
-from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
@@ -66,6 +66,7 @@ class FinetuneConfig(RunConfig):
     the run has a checkpoint of its own."""
     data: DataConfig = field(default_factory=UnsetDataConfig)
     model: ClassifierConfig = field(default_factory=UnsetClassifierConfig)
+    engine: ClassifierEngineConfig = field(default_factory=ClassifierEngineConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:

@@ -92,3 +92,18 @@ class EngineConfig:
         check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4")
         check_one_of("engine.name", self.name, ("packed", "masked", "minkowski"))
         check_one_of("engine.grn_scope", self.grn_scope, ("image", "batch"))
+
+
+@dataclass
+class ClassifierEngineConfig:
+    """Group ``engine`` in fine-tuning: how the classifier runs over whole images."""
+
+    name: str = "dense"
+    """``dense``: on the kernels of the packed engine; ``timm``: timm's own forward."""
+    recompute_stages: list[int] = field(default_factory=list)
+    """Stages, 1 to 4, whose activations ``dense`` recomputes instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        ok = set(self.recompute_stages) <= ({1, 2, 3, 4} if self.name == "dense" else set())
+        check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4; none with engine=timm")
+        check_one_of("engine.name", self.name, ("dense", "timm"))

@@ -76,7 +76,7 @@ class TrainerConfig:
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None
-    """Replay pretraining steps from a CUDA graph; None = where it can be: on GPUs, not in fp16."""
+    """Replay steps from a CUDA graph; None = where it can be: on GPUs, not in fp16, not with engine=timm."""
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     deterministic: bool = False

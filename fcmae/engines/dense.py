@@ -55,11 +55,11 @@ def dense(
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, layouts[0])
     before, maps = layouts[0], []
     for number, (stage, layout) in enumerate(zip(convnext.stages(backbone), layouts, strict=True), start=1):
-        run_block = recomputed(region(_block, compiled), number in recompute_stages)
+        run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x, before, layout)
         where = _all_visible(len(imgs), layout, imgs.device) if layout.side else None
-        for block in convnext.blocks(stage):
+        for block in stage.blocks:
             x = run_block(block, x, where)
         before = layout
         maps.append(_untiled(x, layout).permute(0, 3, 1, 2))
@@ -86,7 +86,8 @@ def _shapes(backbone: ConvNeXt, imgs: Tensor, layouts: list[Layout]) -> Iterator
     """What the kernels of every stage are specialised for."""
     dtype = precompile.dtype_of(imgs)
     for stage, (height, width, side) in zip(convnext.stages(backbone), layouts, strict=True):
-        block = next(convnext.blocks(stage))
+        block = stage.blocks[0]
+        assert isinstance(block, ConvNeXtBlock)
         channels, _, kernel, _ = block.conv_dw.weight.shape
         rows, cols = height // side, width // side
         yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig, RunConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.engines import HOST_BOUND
 from fcmae.errors import ConfigError
 from fcmae.training.exchange import GradientExchange
@@ -118,12 +118,12 @@ class GraphedBackward:
 def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
     """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
     trainer = cfg.trainer
-    engine = cfg.engine.name if isinstance(cfg, PretrainConfig) else None
+    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
+    engine = cfg.engine.name
     obstacles = {
         "a CPU": device.type != "cuda",
         "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
-        f"engine={engine}": engine in HOST_BOUND,
-        "fine-tuning": engine is None,
+        f"engine={engine}": engine in (*HOST_BOUND, "timm"),
     }
     found = [name for name, present in obstacles.items() if present]
     if trainer.cuda_graph and found:

@@ -97,7 +97,7 @@ class _Training:
         watchdog.beat()
         self.verdict = Verdict.GO_ON
         if cfg.trainer.compiles(world.device.type):
-            task.model.compile()
+            task.compile()
         self.batches = self._read()
         self.logger = self._logger()
         self.padding = Padding(self.plan, world.rank, world.device)

@@ -16,6 +16,7 @@ from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
@@ -63,6 +64,10 @@ class Task(Protocol):
 
     def prepare(self, plan: BatchPlan) -> None:
         """Checks what depends on the sizes of batches, before the first is read."""
+        ...
+
+    def compile(self) -> None:
+        """Has the network compiled by torch, for training."""
         ...
 
     def draw(self, step: int, positions: range) -> list[Tensor]:
@@ -129,6 +134,9 @@ class Pretraining:
             if size % ranks:
                 fit = f"trainer.global_batch_size={size} must be a multiple of the {ranks} ranks"
             raise ConfigError(f"engine.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
+
+    def compile(self) -> None:
+        self.model.compile()
 
     def draw(self, step: int, positions: range) -> list[Tensor]:
         return []
@@ -199,6 +207,7 @@ class Finetuning:
             _check_batch(len(self.source), cfg)
         self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
         self.keys = draw_paths_by_sample(self.model)
+        self._compiled = False
         self.pairs = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
         self.mixup = Mixup(cfg.augment.mixup, cfg.augment.cutmix, len(self.classes), cfg.data.size)
 
@@ -211,6 +220,12 @@ class Finetuning:
 
     def prepare(self, plan: BatchPlan) -> None:
         pass
+
+    def compile(self) -> None:
+        if self.cfg.engine.name == "dense":
+            self._compiled = True
+        else:
+            self.model.compile()
 
     def draw(self, step: int, positions: range) -> list[Tensor]:
         drawn = [sample_keys(self.cfg.seed, step, positions)]
@@ -225,8 +240,16 @@ class Finetuning:
         if mixes:
             imgs, targets = self.mixup(imgs, targets, *mixes)
         smoothing = self.cfg.augment.label_smoothing
-        losses = F.cross_entropy(model(imgs), targets, label_smoothing=smoothing, reduction="none")
+        losses = F.cross_entropy(self._logits(model, imgs), targets, label_smoothing=smoothing, reduction="none")
         return losses.mean() if weight is None else (losses * weight).mean()
+
+    def _logits(self, model: nn.Module, imgs: Tensor) -> Tensor:
+        engine = self.cfg.engine
+        if engine.name == "timm":
+            return model(imgs)
+        assert isinstance(model, ConvNeXt)
+        maps = dense(model, imgs, compiled=self._compiled, recompute_stages=engine.recompute_stages)
+        return model.forward_head(maps[-1])
 
     def _log_accuracy(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}

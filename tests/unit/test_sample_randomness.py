@@ -100,12 +100,13 @@ def test_pairs_are_mixed_as_timm_mixes_them_for_the_same_share_and_box(mixup, cu
 def test_random_steps_are_compiled_once_and_change_nothing():
     """Other keys are another input, so a step is neither compiled again nor repeated."""
     mixing = ("augment.mixup=0.8", "augment.cutmix=1.0", "model.drop_path_rate=0.5")
-    task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], *mixing]))
+    task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], *mixing, "engine=timm"]))
+    dense = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], *mixing]))
     imgs, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     torch.compiler.reset()
     counter = CompileCounter()
 
-    def losses():
+    def losses(task=task):
         return [task.loss(task.model, [imgs, labels, *task.draw(step, range(8))]).item() for step in range(3)]
 
     eager = losses()
@@ -113,3 +114,4 @@ def test_random_steps_are_compiled_once_and_change_nothing():
     assert losses() == pytest.approx(eager, rel=1e-6)
     assert counter.frame_count == 1
     assert len(set(eager)) == 3
+    assert losses(dense) == pytest.approx(eager, rel=1e-5)
