@@ -98,10 +98,10 @@ def cost_lines(recipe: Recipe, speeds: Speeds) -> list[str]:
     """The arithmetic of an experiment's GPU-hours, a line for each GPU that its step was measured on."""
     pixels, batch = recipe.cfg.data.size[0], recipe.cfg.trainer.global_batch_size
     backbone = recipe.cfg.model.backbone
-    # Dense layers with masks are the same network and more, so their speed is a lower bound of timm's.
+    # timm's forward and masked dense layers are slower: lower bounds of the speed.
     engines = {"packed": ""}
     if recipe.task == "finetune":
-        engines = {"timm": "", "masked": " at most (by masked dense layers)"}
+        engines = {"dense": "", "timm": " at most (engine=timm)", "masked": " at most (by masked dense layers)"}
     lines = []
     for gpu in sorted({key[0] for key in speeds}):
         for engine, remark in engines.items():
