@@ -7,15 +7,13 @@ import argparse
 import functools
 import importlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fcmae import interrupt, launch
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, Interrupted, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError
 from fcmae.files import check_output, output, write_output
 from fcmae.imports import quick_imports
 
@@ -56,12 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
-        return _hydra(command, rest, argv is None) if command in _HYDRA else _TOOLS[command](rest)
+        if command in _TOOLS:
+            return _TOOLS[command](rest)
+        from fcmae.hydra_run import run  # after signals are handled
+
+        return run(command, rest, _HYDRA[command], argv is None)
     except FCMAEError as error:
-        here = launch.detect()
-        first = {"rank": True, "machine": here.local_rank == 0, "launch": here.rank == 0}[error.raised_by]
-        if first and not isinstance(error, PeerError):
-            print(f"fcmae {command}: {error}", file=sys.stderr)
+        if not isinstance(error, PeerError) and _tells(error):
+            for line in error.mistakes if isinstance(error, ConfigError) else [error]:
+                print(f"fcmae {command}: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         _tell(command, "interrupted")
@@ -70,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in _TRAINING:
             # torchrun, for one, sends each signal twice.
             (interrupt.ignore if argv is None else interrupt.uninstall)()
+
+
+def _tells(error: FCMAEError) -> bool:
+    """Whether this rank prints an error that others may have, too."""
+    here = launch.detect()
+    if error.raised_by == "rank":
+        ranks = sys.modules.get("fcmae.training.distributed")  # before it is imported the ranks have not met
+        return ranks is None or ranks.is_first_to_say(str(error))
+    return (here.local_rank if error.raised_by == "machine" else here.rank) == 0
 
 
 def _tell(command: str, line: str) -> None:
@@ -85,118 +95,6 @@ def _usage() -> str:
         f"usage: fcmae COMMAND ...\n\n{lines}\n\n"
         f"Hydra commands ({', '.join(_HYDRA)}): KEY=VALUE overrides; `--cfg job` prints the config."
     )
-
-
-def _hydra(command: str, overrides: list[str], alone: bool = False) -> int:
-    """Composes the command's config with Hydra and runs it on the typed result.
-
-    Args:
-        alone: this process does nothing else, so the command may hide GPUs that it does not use.
-    """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf import DictConfig, OmegaConf
-
-    from fcmae import config
-
-    _check_overrides(overrides)
-    # Hydra would print errors itself, in several lines, and exit with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    config.register_schemas()
-    OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
-
-    begun = False
-    failures: list[FCMAEError] = []
-
-    @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
-    def job(composed: DictConfig) -> None:
-        nonlocal begun
-        begun = True
-        try:
-            typed: Any = config.to_typed(composed, config.COMMANDS[command])
-            if alone and HydraConfig.get().mode == RunMode.RUN and _device(typed) == "cpu":
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
-            run = functools.partial(_HYDRA[command], typed, Path(HydraConfig.get().runtime.output_dir))
-            _submitted(run) if "SUBMITIT_EXECUTOR" in os.environ else run()
-        except FCMAEError as error:
-            if HydraConfig.get().mode != RunMode.RUN:
-                raise  # a sweep's launcher collects it, perhaps from another machine
-            failures.append(error)  # raised here, Hydra would print a line of its own
-
-    program = sys.argv
-    sys.argv = [f"fcmae {command}", *config.quoted(overrides)]
-    try:
-        job()
-    except FCMAEError:
-        raise
-    except HydraException as error:
-        raise ConfigError(config.explain(error)) from error
-    except OSError as error:
-        if begun:
-            raise
-        what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be made"
-        refused = UsageError(f"{what}: {error.filename}: {error.strerror}")
-        refused.raised_by = "machine"
-        raise refused from error
-    except Exception as error:
-        if begun or type(error).__name__ in JOB_ERRORS:
-            raise
-        raise ConfigError(config.explain(error)) from error  # Hydra's, OmegaConf's, YAML's, or a launcher's
-    finally:
-        sys.argv = program
-    if failures:
-        raise failures[0]
-    return 0
-
-
-def _device(cfg: Any) -> str | None:
-    return getattr(getattr(cfg, "trainer", cfg), "device", None)
-
-
-JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
-"""submitit's, with the traceback of a job."""
-
-
-def _check_overrides(overrides: list[str]) -> None:
-    """Raises ConfigError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
-    sweep = _is_sweep(overrides)
-    if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
-        raise ConfigError("--cfg prints the config of one run; allowed with it is no -m")
-    given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
-    if given and given[-1] in ("", "null", "''", '""'):
-        raise ConfigError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
-    if given and sweep:
-        raise ConfigError(
-            f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
-        )
-
-
-def _is_sweep(overrides: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(overrides))
-
-
-def _submitted(run: Callable[[], None]) -> None:
-    """Runs a job that submitit started. It saves first, and then submitit puts it back into the queue."""
-    interrupt.install()
-    try:
-        run()
-    except Interrupted:
-        received = interrupt.received()
-        interrupt.uninstall()
-        if received:
-            signal.raise_signal(signal.Signals[received])
-        raise
-    finally:
-        interrupt.uninstall()
-
-
-def _start_time() -> str:
-    with quick_imports():
-        from fcmae.training.distributed import start_time
-
-    return start_time()
 
 
 def _pretrain(cfg: Any, run_dir: Path) -> None:

@@ -20,9 +20,13 @@ class UsageError(FCMAEError):
 
 
 class ConfigError(UsageError, ValueError):
-    """A config key that is unknown, of the wrong type or out of range; the message names the full key."""
+    """Config keys that are unknown, of the wrong type or out of range; a line for each names the full key."""
 
     raised_by = "launch"
+
+    @property
+    def mistakes(self) -> list[str]:
+        return str(self).split("\n")
 
 
 class ImageError(UsageError):

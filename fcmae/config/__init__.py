@@ -4,7 +4,7 @@ Hydra composes, OmegaConf checks names and types against these classes, ``__post
 :func:`to_typed` sees a DictConfig.
 """
 
-from fcmae.config.checks import check, check_channels
+from fcmae.config.checks import check, check_channels, mistaken
 from fcmae.config.commands import (
     COMMANDS,
     CheckpointConfig,
@@ -17,9 +17,11 @@ from fcmae.config.commands import (
     ProbeConfig,
     RunConfig,
 )
-from fcmae.config.compose import compose, conf_dir, register_schemas
+from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
+from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.places import check_outputs, check_places, not_set
 from fcmae.config.plain import check_plain
 from fcmae.config.portable import portable, without_arguments
 from fcmae.config.prepare import PrepareConfig
@@ -58,12 +60,19 @@ __all__ = [
     "TrainerConfig",
     "check",
     "check_channels",
+    "check_cuda_graph",
+    "check_outputs",
+    "check_places",
     "check_plain",
     "compose",
     "conf_dir",
+    "every_mistake",
     "explain",
     "from_dict",
     "from_dotlist",
+    "graph_obstacles",
+    "mistaken",
+    "not_set",
     "portable",
     "quoted",
     "register_schemas",

@@ -1,16 +1,49 @@
-"""Checks of values: one line that names the full key, what was given and what is allowed."""
+"""Checks of values: one line that names the full key, what was given and what is allowed.
 
+A check raises what is wrong. In a block of :func:`collected` it goes on, so that all mistakes of a config are told at
+once; what comes after a check must therefore bear the value that it refused.
+"""
+
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fcmae.errors import ConfigError
 
+_collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
 
-def check(key: str, value: Any, ok: bool, allowed: str) -> None:
-    """Raises ConfigError unless ``ok``: names the full key, what was given and what is allowed."""
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[str]]:
+    """In this block mistakes are appended to the list, a line each, instead of being raised."""
+    mistakes: list[str] = []
+    token = _collected.set(mistakes)
+    try:
+        yield mistakes
+    finally:
+        _collected.reset(token)
+
+
+def mistake(line: str) -> None:
+    """Raises ConfigError, or collects the line."""
+    mistakes = _collected.get()
+    if mistakes is None:
+        raise ConfigError(line)
+    mistakes.append(line)
+
+
+def mistaken() -> bool:
+    """Whether a mistake was collected."""
+    return bool(_collected.get())
+
+
+def check(key: str, value: Any, ok: bool, allowed: str) -> bool:
+    """Whether ``ok``. Otherwise a mistake that names the full key, what was given and what is allowed."""
     if not ok:
-        raise ConfigError(f"{key} is {value!r}; allowed is {allowed}")
+        mistake(f"{key} is {value!r}; allowed is {allowed}")
+    return ok
 
 
 def check_one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -33,11 +66,12 @@ def check_seed(value: int) -> None:
     check("seed", value, 0 <= value < 2**63, "an integer from 0 to 2**63 - 1")
 
 
-def check_neighbours(key: str, value: Any) -> list[int]:
-    """Numbers of neighbours from a number or a list of them."""
+def check_neighbours(key: str, value: Any, gallery_key: str, gallery: int | None) -> list[int]:
+    """Numbers of neighbours from a number or a list of them, at most as many as there are images to compare with."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     ok = len(numbers) > 0 and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in numbers)
-    check(key, value, ok, "a positive integer, or a list of them")
+    if check(key, value, ok, "a positive integer, or a list of them") and gallery is not None and gallery > 0:
+        check(key, value, max(numbers) <= gallery, f"at most {gallery_key} ({gallery})")
     return numbers
 
 

@@ -14,6 +14,7 @@ from fcmae.config.checks import (
     check_positive,
     check_seed,
 )
+from fcmae.config.conflicts import check_finetuning, check_pretraining
 from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
@@ -55,6 +56,7 @@ class PretrainConfig(RunConfig):
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("engine.grn_scope", scope, not (found and scope == "batch"), allowed)
         check_channels("logger.channels", self.logger.channels, self.data.in_chans)
+        check_pretraining(self)
 
 
 @dataclass
@@ -71,9 +73,7 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        crops, device = self.data.crops_per_image, self.data.decode_on
-        check("data.crops_per_image", crops, crops == 1, "1 in fine-tuning")
-        check("data.decode_on", device, device == "cpu", "cpu in fine-tuning")
+        check_finetuning(self)
 
     def settled(self, known: dict[str, dict[str, Any]]) -> "FinetuneConfig":
         """With a value for every key: what is given, else ``known`` (group: key: value), else the standard value.
@@ -193,7 +193,7 @@ class KnnConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.k = check_neighbours("k", self.k)
+        self.k = check_neighbours("k", self.k, "gallery", self.gallery)
         check_positive("temperature", self.temperature)
         check_positive("gallery", self.gallery)
         check_positive("queries", self.queries)
@@ -225,8 +225,8 @@ class ProbeConfig(FeaturesConfig):
         check_one_of("optimizer", self.optimizer, ("lars", "sgd", "adamw"))
         rates = list(self.blr) if isinstance(self.blr, (list, tuple)) else [self.blr]
         ok = bool(rates) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
-        check("blr", self.blr, ok, "a positive number, or a list of them")
-        self.blr = [float(rate) for rate in rates]
+        if check("blr", self.blr, ok, "a positive number, or a list of them"):
+            self.blr = [float(rate) for rate in rates]
         check("train_batch_size", self.train_batch_size, self.train_batch_size > 1, "2 or more")
         check_positive("epochs", self.epochs)
         check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")

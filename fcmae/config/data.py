@@ -99,8 +99,8 @@ class DataConfig:
         check_ratio("data.max_bad", self.max_bad)
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         ok = len(sides) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
-        check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
-        self.image_size = (sides[0], sides[1])
+        ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
+        self.image_size = (sides[0], sides[1]) if ok else (224, 224)
         check_positive("data.in_chans", self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
         self._check_normalisation()

@@ -147,7 +147,7 @@ class MonitorConfig:
     """Validation images to classify, likewise."""
 
     def __post_init__(self) -> None:
-        self.knn_k = check_neighbours("monitor.knn_k", self.knn_k)
+        self.knn_k = check_neighbours("monitor.knn_k", self.knn_k, "monitor.knn_gallery", self.knn_gallery)
         for name in ("knn_every_epochs", "knn_gallery", "knn_queries"):
             check_positive(f"monitor.{name}", getattr(self, name))
 

@@ -1,13 +1,16 @@
 """How a Hydra config, or a nested dict, becomes an instance of its schema, and what a mistake in it is called."""
 
 import dataclasses
+import difflib
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fcmae.config.checks import collected, mistake
 from fcmae.config.plain import check_plain
 from fcmae.errors import ConfigError
 
@@ -20,26 +23,46 @@ OTHER_TYPE = re.compile(
 """What Hydra says of a file that holds a list, or a number."""
 
 
-def to_typed(cfg: DictConfig, schema: type[T]) -> T:
-    """The composed config as an instance of its schema. Raises ConfigError for a value missing or out of range."""
-    try:
-        typed = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+def to_typed(cfg: DictConfig, schema: type[T], also: Callable[[T], object] | None = None) -> T:
+    """The composed config as an instance of its schema.
+
+    Args:
+        also: further checks of the instance, in which values may be wrong.
+
+    Raises ConfigError with all values that are missing or out of range and all keys that are unknown.
+    """
+    typed: Any = None
+    with collected() as mistakes:
+        try:
+            typed = OmegaConf.to_object(cfg)
+            _check_keys(cfg)
+            if also is not None:
+                also(typed)
+        except ConfigError as error:
+            mistakes += error.mistakes
+        except OmegaConfBaseException as error:
+            mistakes.append(explain(error))
+        except Exception:
+            if not mistakes:  # otherwise because of one of them
+                raise
+    if mistakes and typed is None:
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+    if mistakes:
+        mistake("\n".join(dict.fromkeys(mistakes)))
     assert isinstance(typed, schema)
-    _check_keys(cfg)
     return typed
 
 
 def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
-    """Raises ConfigError for a key that a schema lacks: Hydra adds it where it is written ``+key=value``."""
+    """Notes each key that a schema lacks: Hydra adds it where it is written ``+key=value``."""
     schema = OmegaConf.get_type(cfg)
     if not dataclasses.is_dataclass(schema):
         return
     names = [field.name for field in dataclasses.fields(schema)]
     for key in map(str, cfg):
         if key not in names:
-            raise ConfigError(f"{prefix}{key}: unknown key; allowed is one of {', '.join(names)}")
+            mistake(f"{prefix}{key}: unknown key; allowed is one of {', '.join(names)}")
+            continue
         value = cfg._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none():
             _check_keys(value, f"{prefix}{key}.")
@@ -84,6 +107,16 @@ def describe(error: Exception, prefix: str = "") -> str:
     return f"{key}: {reason}" if key else reason
 
 
+def _experiments(name: str) -> list[str]:
+    """The names of the experiments, those first that are most like ``name``."""
+    from fcmae.config.compose import conf_dir
+
+    folder = conf_dir() / "experiment"
+    names = [str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")]
+    name = name.removeprefix("experiment/")
+    return sorted(names, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+
+
 def explain(error: Exception) -> str:
     """One line for whatever Hydra or OmegaConf raised while composing."""
     cause: BaseException | None = error
@@ -97,6 +130,9 @@ def explain(error: Exception) -> str:
     if override:
         reason = str(error).split("\n")[0]
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
+    if missing.startswith("experiment/"):
+        return f"Could not find {missing!r}; there are, the closest first: {', '.join(_experiments(missing))}"
     unfit = UNFIT.match(str(error))
     if unfit:
         return f"{unfit[1]} does not fit this command, which has no key {unfit[2]}"

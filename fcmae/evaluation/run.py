@@ -20,6 +20,7 @@ from fcmae.config import (
     ProbeConfig,
     check,
     check_channels,
+    check_outputs,
     from_dotlist,
 )
 from fcmae.data.loader import CroppedImages
@@ -35,7 +36,6 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
-from fcmae.files import check_output
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
@@ -50,6 +50,7 @@ def _opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
     """The ranks of this launch, and the checkpoint. ``cfg.precision`` becomes the one that the ranks compute in."""
     world = distributed.connect(cfg.device)
     try:
+        world.on_main(lambda: check_outputs(cfg))
         file, state = _read(cfg.checkpoint, world)
         cfg.precision = precision.settle(
             "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
@@ -69,7 +70,6 @@ def _how_to_shrink(cfg: CheckpointConfig) -> str:
 @contextlib.contextmanager
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
-    _check_outputs(cfg, "out")
     with _opened(cfg) as (world, file, state):
         data = cfg.merge_data(config_of(state, file).data)
         model = model_of(state, file)
@@ -104,7 +104,6 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
     first.
     """
-    _check_outputs(cfg, "out", "per_class", "confusion")
     with _opened(cfg) as (world, file, state):
         return _evaluate(cfg, file, state, world)
 
@@ -138,16 +137,6 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         total = world.sum(confusion).cpu()
         world.on_main(lambda: _write_tables(cfg, classes, total))
     return result if world.is_main else None
-
-
-def _check_outputs(cfg: CheckpointConfig, *keys: str) -> None:
-    """Raises UsageError for a file that cannot be written, is read, or is named twice."""
-    used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
-    for key in keys:
-        path = getattr(cfg, key)
-        if path is not None:
-            check_output(key, path, used, json=key == "out")
-            used.append(path)
 
 
 def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:

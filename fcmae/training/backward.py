@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, check_cuda_graph, graph_obstacles
 from fcmae.engines import HOST_BOUND
-from fcmae.errors import ConfigError
 from fcmae.training.exchange import GradientExchange
 
 Pass = Callable[[Sequence[Tensor], bool], Tensor]
@@ -117,15 +116,8 @@ class GraphedBackward:
 
 def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
     """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
-    trainer = cfg.trainer
     assert isinstance(cfg, PretrainConfig | FinetuneConfig)
-    engine = cfg.engine.name
-    obstacles = {
-        "a CPU": device.type != "cuda",
-        "trainer.precision=fp16": trainer.precision == "fp16",  # the scale of the loss would be recorded
-        f"engine={engine}": engine in (*HOST_BOUND, "timm"),
-    }
-    found = [name for name, present in obstacles.items() if present]
-    if trainer.cuda_graph and found:
-        raise ConfigError(f"trainer.cuda_graph is True; allowed with {' and '.join(found)} is false or null")
-    return not found if trainer.cuda_graph is None else trainer.cuda_graph
+    obstacles = graph_obstacles(cfg, device.type)
+    if cfg.engine.name in (*HOST_BOUND, "timm"):
+        obstacles.append(f"engine={cfg.engine.name}")
+    return check_cuda_graph(cfg, obstacles)

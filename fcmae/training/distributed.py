@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -101,6 +102,17 @@ class World:
 def _store() -> tuple[dist.Store, int, int]:
     """The store through which the ranks find each other, the rank and the number of ranks."""
     return next(dist.rendezvous(launch.detect().meeting))
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other rank of this launch has said the same line; True where they have not met."""
+    if launch.detect().size == 1 or not _store.cache_info().currsize:
+        return True
+    store, _, _ = _store()
+    try:
+        return store.add(f"fcmae/said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended
+        return True
 
 
 @functools.cache

@@ -104,7 +104,7 @@ class WandbLogger:
             self._run = wandb.init(**arguments)
         except wandb.errors.Error as error:
             raise UsageError(f"wandb cannot be started: {_line(error)}") from error
-        if mode == "offline":
+        if arguments["mode"] == "offline":
             folder = Path(self._run.settings.sync_dir).parent
             say(f"wandb logs offline; to upload all processes of this run: wandb sync {folder}")
 

@@ -34,7 +34,7 @@ BAD = {
     "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio is 1.0; allowed is a number in \(0, 1\)"),
     "depths": ("model.depths=[1,2]", r"model.depths is \[1, 2\]; allowed is four positive integers"),
     "image size": ("data.image_size=[224]", r"data.image_size is \[224\]; allowed is an integer from 1"),
-    "mean": ("data.in_chans=1", r"data.mean is .*allowed is 1 numbers, one a channel"),
+    "mean": ("data.mean=[0.5]", r"data.mean is .*allowed is 3 numbers, one a channel"),
     "crop": ("data.crop_scale=[0.5,0.2]", r"data.crop_scale is"),
     "precision": (
         "trainer.precision=int8",
@@ -72,7 +72,7 @@ def test_from_dict_names_the_full_key():
 
 
 def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
-    own = compose("pretrain", ["data=fashion_mnist"]).data
+    own = compose("pretrain", ["model=demo", "data=fashion_mnist"]).data
     cfg = compose("knn", ["checkpoint=x", "data.path=/y"])
     assert isinstance(cfg, KnnConfig)
     merged = cfg.merge_data(own)

@@ -24,7 +24,8 @@ ALLOWED = {
     "launch": set(),
     "processes": set(),
     "randomness": set(),
-    "masking": set(),
+    "grid": set(),
+    "masking": {"grid"},
     "loss": {"masking"},
     "toolchain": {"errors"},
     "memory": {"errors"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "models": {"models", "engines", "kernels", "masking", "loss"},
     "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},
     "precision": {"errors"},
-    "config": {"config", "errors", "precision"},
+    "config": {"config", "errors", "files", "grid", "precision"},
     "data": {"data", "config", "errors", "files", "interrupt", "opening", "processes", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}
@@ -41,7 +42,7 @@ ONLY_IN = {
     "wandb": {"training/wandb_logger.py"},
     "MinkowskiEngine": {"engines/minkowski.py"},
     "triton": {"kernels", "bench"},
-    "hydra": {"config/compose.py", "config/quoting.py", "cli.py"},
+    "hydra": {"config/compose.py", "config/quoting.py", "hydra_run.py"},
     "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},

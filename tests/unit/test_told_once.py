@@ -1,13 +1,15 @@
 """One mistake, one line, on any number of ranks; and only a data worker's death is told as one."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from fcmae.cli import main
+from fcmae.cli import _tells, main
 from fcmae.data.loader import _from_workers, explained
 from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
+from fcmae.training import distributed
 from fcmae.training.distributed import World
 
 CPU = torch.device("cpu")
@@ -46,8 +48,8 @@ def test_the_first_rank_that_fails_tells():
 
 
 MISTAKES = {
-    "unknown key": ("pretrain", "optim.lrr=1"),
-    "no config": ("pretrain", "model=foo"),
+    "unknown key": ("pretrain", "data=synthetic", "optim.lrr=1"),
+    "no config": ("pretrain", "data=synthetic", "model=foo"),
     "no command": ("pretain",),
     "sweep": ("pretrain", "-m", "hydra.run.dir=x"),
 }
@@ -69,6 +71,25 @@ def test_what_a_machine_lacks_is_told_by_its_first_rank(monkeypatch, capsys, tmp
         monkeypatch.setenv(name, str(value))
     assert main(["pretrain", f"hydra.run.dir={tmp_path}/file/run"]) == 2
     assert capsys.readouterr().err.count("hydra.run.dir cannot be made") == lines
+
+
+def test_the_same_error_of_several_ranks_is_told_once(monkeypatch):
+    """Where it is not raised together: by the store that the ranks share."""
+
+    class Store:
+        count: dict[str, int] = {}  # noqa: RUF012
+
+        def add(self, key, number):
+            self.count[key] = self.count.get(key, 0) + number
+            return self.count[key]
+
+    store = functools.cache(lambda: (Store(), 0, 2))
+    store()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_store", store)
+    said = [_tells(UsageError(line)) for line in ("a", "a", "b")]
+    assert said == [True, False, True]
 
 
 def raising(error):

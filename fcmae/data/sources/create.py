@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, not_set
 from fcmae.data.pixels import PixelFormat
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
@@ -11,12 +11,6 @@ from fcmae.data.sources.own import create_own, gives_float
 from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
-
-WHAT = {
-    "imagefolder": "the folder of {} images, data.{}=FOLDER",
-    "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
-    "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
-}
 
 
 def train_source(cfg: DataConfig) -> Source:
@@ -50,8 +44,7 @@ def _create(cfg: DataConfig, train: bool) -> Source:
     same = train or (cfg.name == "hf" and cfg.val_path is None)  # a data set of which another split is read
     name, path = ("path", cfg.path) if same else ("val_path", cfg.val_path)
     if path is None:
-        what = WHAT[cfg.name].format("training" if train else "validation", name)
-        raise UsageError(f"data.{name} is not set; give {what}")
+        raise UsageError(not_set(cfg.name, name))
     if cfg.name == "hf":
         path = _one(path, f"data.{name}", cfg.name)
     try:

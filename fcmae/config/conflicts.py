@@ -1,0 +1,66 @@
+"""Values that are right by themselves and do not fit each other, found before data is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fcmae.config.checks import check, mistake
+from fcmae.grid import grid_size, len_keep
+
+if TYPE_CHECKING:
+    from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
+
+TOTAL_STRIDE = {1: 8, 2: 32, 4: 32}
+"""Pixels a site of the last stage, by model.stem_stride: timm downsamples once more after a stem of 2."""
+
+
+def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
+    """What keeps a run's steps from being replayed from a CUDA graph, as far as its config tells.
+
+    Args:
+        device: ``cuda`` or another type; ``auto`` = not known yet.
+    """
+    obstacles = {
+        "a CPU": device not in ("cuda", "auto"),
+        "trainer.precision=fp16": cfg.trainer.precision == "fp16",  # the scale of the loss would be recorded
+    }
+    return [name for name, present in obstacles.items() if present]
+
+
+def check_cuda_graph(cfg: RunConfig, obstacles: list[str]) -> bool:
+    """Whether steps are replayed from a CUDA graph. A mistake where that was asked for and cannot be."""
+    asked = cfg.trainer.cuda_graph
+    if asked and obstacles:
+        mistake(f"trainer.cuda_graph is True; allowed with {' and '.join(obstacles)} is false or null")
+    return not obstacles if asked is None else asked and not obstacles
+
+
+def check_pretraining(cfg: PretrainConfig) -> None:
+    """Patches against image, batch against crops, CUDA graph."""
+    check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
+    batch, crops = cfg.trainer.global_batch_size, cfg.data.crops_per_image
+    ok = crops < 1 or batch % crops == 0
+    check("trainer.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")
+    stride = TOTAL_STRIDE.get(cfg.model.stem_stride)
+    patch = cfg.model.mask_patch_size or stride
+    if stride is None or patch is None or patch < 1:
+        return
+    allowed = f"a multiple of {stride}, the total stride with model.stem_stride={cfg.model.stem_stride}"
+    if check("model.mask_patch_size", patch, patch % stride == 0, allowed):
+        try:
+            rows, columns = grid_size(*cfg.data.size, patch)
+        except ValueError as error:
+            mistake(f"data.image_size: {error}")
+            return
+        if 0 < cfg.model.mask_ratio < 1:
+            try:
+                len_keep(rows * columns, cfg.model.mask_ratio)
+            except ValueError as error:
+                mistake(f"model.{error}")
+
+
+def check_finetuning(cfg: FinetuneConfig) -> None:
+    """What only pretraining can do."""
+    check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
+    check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
+    check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))

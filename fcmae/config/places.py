@@ -1,0 +1,83 @@
+"""Folders and files that a config names and that are not there, found together with what is wrong in its values."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fcmae.config.checks import mistake
+from fcmae.config.commands import CheckpointConfig, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.data import DataConfig
+from fcmae.config.prepare import PrepareConfig
+from fcmae.errors import UsageError
+from fcmae.files import check_output
+
+WHAT = {
+    "imagefolder": "the folder of {} images, data.{}=FOLDER",
+    "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
+    "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
+}
+
+
+def not_set(name: str, key: str) -> str:
+    """What to say where images are needed and ``data.KEY`` does not name them."""
+    return f"data.{key} is not set; give {WHAT[name].format('training' if key == 'path' else 'validation', key)}"
+
+
+def check_places(cfg: Any, run_dir: Path) -> None:
+    """Notes every folder or file of a command's config that is missing, and every output that cannot be written.
+
+    Args:
+        run_dir: a run that has a checkpoint does not need what it was initialised from.
+    """
+    if isinstance(cfg, FinetuneConfig) and cfg.init_from and not any((run_dir / "checkpoints").glob("step_*.pt")):
+        _check_checkpoint("init_from", cfg.init_from)
+    if isinstance(cfg, CheckpointConfig):
+        if cfg.checkpoint:
+            _check_checkpoint("checkpoint", cfg.checkpoint)
+        check_outputs(cfg)
+    if isinstance(cfg, (RunConfig, PrepareConfig)):
+        for key in _needed(cfg):
+            _check_images(cfg.data, key)
+
+
+def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
+    if isinstance(cfg, PrepareConfig):
+        yield "path" if cfg.split == "train" else "val_path"
+        return
+    yield "path"
+    compared = cfg.monitor.knn_every_epochs if isinstance(cfg, PretrainConfig) else cfg.trainer.eval_every_epochs
+    if compared is not None and cfg.data.val_path is not None:  # without it another message is more helpful
+        yield "val_path"
+
+
+def _check_images(data: DataConfig, key: str) -> None:
+    path = getattr(data, key)
+    if data.source is not None or data.val_source is not None or data.name not in ("imagefolder", "webdataset"):
+        return
+    if path is None:
+        mistake(not_set(data.name, key))
+        return
+    for one in path if isinstance(path, list) else [path]:
+        if data.name == "imagefolder" and not os.path.isdir(one):
+            mistake(f"data.{key}: {one} is not a folder")
+        elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
+            mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of some")
+
+
+def _check_checkpoint(key: str, path: str) -> None:
+    if not os.path.exists(path) and not os.path.isdir(path.rpartition("@")[0]):
+        mistake(f"{key}: no checkpoint or run directory {path}")
+
+
+def check_outputs(cfg: CheckpointConfig) -> None:
+    """Notes each file of results that cannot be written, is read, or is named twice; makes their folders."""
+    used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
+    for key in ("out", "per_class", "confusion"):
+        path = getattr(cfg, key, None)
+        if path is not None:
+            try:
+                check_output(key, path, used, json=key == "out")
+            except UsageError as error:
+                mistake(str(error))
+            used.append(path)

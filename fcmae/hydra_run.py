@@ -1,0 +1,138 @@
+"""One command under Hydra: composing its config, telling what is wrong in it, and running it here or in a sweep."""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fcmae import config, interrupt, launch
+from fcmae.errors import ConfigError, FCMAEError, Interrupted, UsageError
+from fcmae.imports import quick_imports
+
+
+def run(command: str, overrides: list[str], action: Callable[[Any, Path], object], alone: bool = False) -> int:
+    """Composes the command's config with Hydra, and calls ``action`` with the typed result and the run directory.
+
+    Args:
+        alone: this process does nothing else, so the command may hide GPUs that it does not use.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    _check_overrides(overrides)
+    # Hydra would print errors itself, in several lines, and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    config.register_schemas()
+    OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
+
+    begun = False
+    failures: list[FCMAEError] = []
+
+    @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        nonlocal begun
+        begun = True
+        try:
+            run_dir = Path(HydraConfig.get().runtime.output_dir)
+            typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: _check_places(cfg, run_dir))
+            if alone and HydraConfig.get().mode == RunMode.RUN and _device(typed) == "cpu":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
+            task = functools.partial(action, typed, run_dir)
+            _submitted(task) if "SUBMITIT_EXECUTOR" in os.environ else task()
+        except FCMAEError as error:
+            if HydraConfig.get().mode != RunMode.RUN:
+                raise  # a sweep's launcher collects it, perhaps from another machine
+            failures.append(error)  # raised here, Hydra would print a line of its own
+
+    program = sys.argv
+    sys.argv = [f"fcmae {command}", *config.quoted(overrides)]
+    try:
+        job()
+    except FCMAEError:
+        raise
+    except HydraException as error:
+        raise ConfigError(_mistakes(command, overrides, error)) from error
+    except OSError as error:
+        if begun:
+            raise
+        what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be made"
+        refused = UsageError(f"{what}: {error.filename}: {error.strerror}")
+        refused.raised_by = "machine"
+        raise refused from error
+    except Exception as error:
+        if begun or type(error).__name__ in JOB_ERRORS:
+            raise
+        # Hydra's, OmegaConf's, YAML's, or a launcher's
+        raise ConfigError(_mistakes(command, overrides, error)) from error
+    finally:
+        sys.argv = program
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _device(cfg: Any) -> str | None:
+    return getattr(getattr(cfg, "trainer", cfg), "device", None)
+
+
+def _mistakes(command: str, overrides: list[str], error: Exception) -> str:
+    """All mistakes in overrides that Hydra cannot compose, a line each; options may say where else to look."""
+    if any(override.startswith("-") for override in overrides):
+        return config.explain(error)
+    return config.every_mistake(command, config.quoted(overrides), error, lambda cfg: _check_places(cfg, Path()))
+
+
+def _check_places(cfg: Any, run_dir: Path) -> None:
+    """With several ranks, what is missing on one machine may be there on another: that is told after they have met."""
+    if launch.detect().size == 1 or config.mistaken():
+        config.check_places(cfg, run_dir)
+
+
+JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
+"""submitit's, with the traceback of a job."""
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Raises ConfigError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
+    sweep = _is_sweep(overrides)
+    if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
+        raise ConfigError("--cfg prints the config of one run; allowed with it is no -m")
+    given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
+    if given and given[-1] in ("", "null", "''", '""'):
+        raise ConfigError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
+    if given and sweep:
+        raise ConfigError(
+            f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
+        )
+
+
+def _is_sweep(overrides: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(overrides))
+
+
+def _submitted(task: Callable[[], object]) -> None:
+    """Runs a job that submitit started. It saves first, and then submitit puts it back into the queue."""
+    interrupt.install()
+    try:
+        task()
+    except Interrupted:
+        received = interrupt.received()
+        interrupt.uninstall()
+        if received:
+            signal.raise_signal(signal.Signals[received])
+        raise
+    finally:
+        interrupt.uninstall()
+
+
+def _start_time() -> str:
+    with quick_imports():
+        from fcmae.training.distributed import start_time
+
+    return start_time()

@@ -1,0 +1,153 @@
+"""Mistakes of a command that can be found before data is read are told together, a line each."""
+
+import pytest
+
+from fcmae.cli import main
+from fcmae.config import compose, from_dict
+from fcmae.config.conflicts import TOTAL_STRIDE
+from fcmae.config.data import DataConfig
+from fcmae.engines import total_stride
+from fcmae.errors import ConfigError
+from fcmae.models import create_backbone
+
+
+def told(capfd, *args):
+    assert main(list(args)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    start = f"fcmae {args[0]}: "
+    assert all(line.startswith(start) for line in lines), lines
+    return [line.removeprefix(start) for line in lines]
+
+
+TOGETHER = {
+    "values of all groups, and folders": (
+        "pretrain data.path=/nowhere data.image_size=33 optim.lr=-1 seed=-1 schedule.epochs=0 data.mean=[1] "
+        "monitor.knn_every_epochs=1 data.val_path=/nor/here",
+        [
+            "data.mean is [1.0]; allowed is 3 numbers, one a channel (data.in_chans)",
+            "optim.lr is -1.0; allowed is a positive number",
+            "schedule.epochs is 0.0; allowed is a positive number",
+            "schedule.warmup_epochs is 40.0; allowed is from 0 to schedule.epochs (0)",
+            "seed is -1; allowed is an integer from 0 to 2**63 - 1",
+            "data.image_size: image height 33 is not a multiple of the patch of 32 px; the nearest sizes that fit are "
+            "32 and 64",
+            "data.path: /nowhere is not a folder",
+            "data.val_path: /nor/here is not a folder",
+        ],
+    ),
+    "keys, types, files and values": (
+        "pretrain data=synthetic optim.lrr=1 optim.blr=fast model=resnet model.mask_ratio=1 optim(=1 +data.foo=1",
+        [
+            "optim.lrr: unknown key",
+            "optim.blr: Value 'fast' of type 'str' could not be converted to Float",
+            "In 'pretrain': Could not find 'model/resnet'",
+            "optim(=1: not an override",
+            "data.foo: unknown key",
+            "model.mask_ratio is 1.0; allowed is a number in (0, 1)",
+        ],
+    ),
+    "a value whose check is followed by others": (
+        "pretrain data=synthetic data.image_size=[1,2,3] data.hflip=2",
+        ["data.image_size is [1, 2, 3]; allowed is", "data.hflip is 2.0; allowed is a number from 0 to 1"],
+    ),
+    "what does not fit each other": (
+        "pretrain data=synthetic model.mask_patch_size=48 trainer.device=cpu trainer.cuda_graph=true "
+        "trainer.precision=fp16 trainer.global_batch_size=9 data.crops_per_image=2 monitor.knn_k=30 "
+        "monitor.knn_gallery=20",
+        [
+            "monitor.knn_k is 30; allowed is at most monitor.knn_gallery (20)",
+            "trainer.cuda_graph is True; allowed with a CPU and trainer.precision=fp16 is false or null",
+            "trainer.global_batch_size is 9; allowed is a multiple of data.crops_per_image (2)",
+            "model.mask_patch_size is 48; allowed is a multiple of 32, the total stride with model.stem_stride=4",
+        ],
+    ),
+    "fine-tuning": (
+        "finetune data=synthetic init_from=/nowhere trainer.cuda_graph=true trainer.device=cpu model.num_classes=1 "
+        "data.decode_on=gpu",
+        [
+            "model.num_classes is 1; allowed is 2 or more",
+            "data.decode_on is 'gpu'; allowed is cpu in fine-tuning",
+            "trainer.cuda_graph is True; allowed with a CPU is false or null",
+            "init_from: no checkpoint or run directory /nowhere",
+        ],
+    ),
+    "k-NN": (
+        "knn checkpoint=/nowhere@best k=[5,30] gallery=20 data.on_error=foo out=/dev/null/x precision=int8",
+        [
+            "precision is 'int8'; allowed is one of",
+            "data.on_error is 'foo'; allowed is one of raise, skip",
+            "k is [5, 30]; allowed is at most gallery (20)",
+            "checkpoint: no checkpoint or run directory /nowhere@best",
+            "out /dev/null/x cannot be written: ",
+        ],
+    ),
+    "a linear probe": (
+        "probe checkpoint= blr=[a] epochs=-1",
+        ["checkpoint is ''; allowed is", "blr is ['a']; allowed is", "epochs is -1; allowed", "warmup_epochs is 10; a"],
+    ),
+    "prepare": (
+        "prepare data.path=/nowhere quality=0",
+        [
+            "quality is 0; allowed is 1 to 100",
+            "out is None; allowed is a folder",
+            "data.path: /nowhere is not a folder",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_mistakes_are_told_together(capfd, case):
+    command, expected = TOGETHER[case]
+    lines = told(capfd, *command.split())
+    missing = [start for start in expected if not any(line.startswith(start) for line in lines)]
+    assert (missing, len(lines)) == ([], len(expected)), lines
+
+
+def test_from_python_they_are_one_error():
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain", ["data=synthetic", "optim.lr=-1", "seed=-1"])
+    assert caught.value.mistakes == [
+        "optim.lr is -1.0; allowed is a positive number",
+        "seed is -1; allowed is an integer from 0 to 2**63 - 1",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        from_dict(DataConfig, {"hflip": 2, "max_bad": 2})
+    assert len(caught.value.mistakes) == 2
+    with pytest.raises(ConfigError, match=r"data.hflip is 2; allowed is a number from 0 to 1$"):
+        DataConfig(hflip=2)
+
+
+def test_what_a_run_with_checkpoints_was_initialised_from_is_not_needed(capfd, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000001.pt").touch()
+    args = ("finetune", "data=synthetic", "init_from=/nowhere", "optim.lr=-1", f"hydra.run.dir={tmp_path}")
+    assert told(capfd, *args) == ["optim.lr is -1.0; allowed is a positive number"]
+
+
+def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, capfd):
+    """Another machine may have them. With other mistakes they are told at once, since all ranks end."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("fcmae.cli._pretrain", None)
+    monkeypatch.setitem(main.__globals__["_HYDRA"], "pretrain", lambda *_: print("begun"))
+    args = ["pretrain", "data.path=/nowhere", "hydra.run.dir=."]
+    assert main(args) == 0
+    assert capfd.readouterr().out == "begun\n"
+    assert told(capfd, *args, "seed=-1")[1:] == ["data.path: /nowhere is not a folder"]
+
+
+@pytest.mark.parametrize("name", ["foo", "in1k/finetune_bas", "fashion_mnist"])
+def test_experiments_are_named_the_closest_first(capfd, name):
+    (line,) = told(capfd, "finetune", "data=synthetic", f"experiment={name}")
+    start = f"Could not find 'experiment/{name}'; there are, the closest first: "
+    assert line.startswith(start)
+    names = line.removeprefix(start).split(", ")
+    assert {"in1k/finetune_base", "fashion_mnist/finetune_100", "budget/base_pretrain"} <= set(names)
+    assert name == "foo" or names[0] in ("in1k/finetune_base", "fashion_mnist/pretrain")
+
+
+@pytest.mark.parametrize("stem_stride", TOTAL_STRIDE)
+def test_the_total_stride_is_that_of_the_network(stem_stride):
+    kwargs = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "patch_size": stem_stride}
+    assert total_stride(create_backbone("convnextv2_atto", **kwargs)) == TOTAL_STRIDE[stem_stride]
