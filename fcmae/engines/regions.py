@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fcmae.kernels.caches import use_private_cache
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,8 +28,12 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def _allow_shapes() -> None:
-    """Raises torch's limit of eight shapes for a function: it is there to find surprises, and two networks reach it."""
+def _prepare() -> None:
+    """Sees to a private cache, and raises torch's limit of eight shapes for a function.
+
+    The limit is there to find surprises, and two networks reach it.
+    """
+    use_private_cache()
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, SHAPES)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * SHAPES)
@@ -47,5 +53,5 @@ def region(function: Callable[P, R], compiled: bool) -> Callable[P, R]:
     """``function``, compiled if asked."""
     if not compiled:
         return function
-    _allow_shapes()
+    _prepare()
     return _compiled(function)

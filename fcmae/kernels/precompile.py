@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcmae.kernels.caches import use_private_cache
 from fcmae.kernels.target import target
+from fcmae.opening import create, open_to_change
 
 
 class DepthwiseShape(NamedTuple):
@@ -98,6 +100,7 @@ def _cache() -> Path:
     """
     from triton import knobs
 
+    use_private_cache()
     with contextlib.suppress(ImportError):  # private to torch; without it kernels are compiled twice
         from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
@@ -108,9 +111,7 @@ def _cache() -> Path:
 def _compile(order: str, cache: Path) -> None:
     """Runs the compiler to its end, unless it did all this before. It ends with this process too: its input does."""
     done = cache / f"fcmae-{_digest(order)}"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = [sys.executable, "-m", "fcmae.kernels.compiler"]
-    start_compiler = functools.partial(subprocess.Popen, program, env=environment, text=True, stdin=subprocess.PIPE)
+    start_compiler = functools.partial(subprocess.Popen, _program(), text=True, stdin=subprocess.PIPE)
     # where there are no such locks, or no place for them, launches compile
     with contextlib.suppress(ImportError, OSError), _locked(done.with_suffix(".lock")):
         if done.exists():
@@ -119,7 +120,20 @@ def _compile(order: str, cache: Path) -> None:
             print(order, file=compiler.stdin, flush=True)
             compiler.wait()
         if compiler.returncode == 0:
-            done.touch()
+            create(done, 0o600).close()
+
+
+def _program() -> list[str]:
+    """The compiler, with the libraries of this process. ``python -m`` would import those in the current folder.
+
+    ``-I`` leaves that folder out, in Python 3.10 too, and the environment's folders, which are given instead.
+    """
+    import triton
+
+    loaded = [str(Path(str(file)).parents[1]) for file in (torch.__file__, triton.__file__, Path(__file__).parent)]
+    folders = [folder for folder in sys.path if folder and os.path.abspath(folder) != os.getcwd()]
+    code = "import sys; sys.path[:] = sys.argv[1:]; from fcmae.kernels import compiler; compiler.main()"
+    return [sys.executable, "-I", "-c", code, *dict.fromkeys([*loaded, *folders])]
 
 
 def _digest(order: str) -> str:
@@ -138,6 +152,6 @@ def _locked(file: Path) -> Iterator[None]:
     import fcntl
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as opened:
+    with open_to_change(file, 0o600) as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield

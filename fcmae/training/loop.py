@@ -14,6 +14,7 @@ from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
 from fcmae.errors import CheckpointError, Interrupted, SaveError, UsageError
 from fcmae.evaluation.features import EvaluationStopped
+from fcmae.kernels.caches import use_private_cache
 from fcmae.training import micro_batch
 from fcmae.training.backward import EagerBackward, GraphedBackward, use_cuda_graph
 from fcmae.training.bad import count_bad_samples
@@ -97,6 +98,7 @@ class _Training:
         watchdog.beat()
         self.verdict = Verdict.GO_ON
         if cfg.trainer.compiles(world.device.type):
+            use_private_cache()
             task.compile()
         self.batches = self._read()
         self.logger = self._logger()

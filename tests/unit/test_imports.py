@@ -29,7 +29,7 @@ ALLOWED = {
     "loss": {"masking"},
     "toolchain": {"errors"},
     "memory": {"errors"},
-    "kernels": {"kernels", "toolchain"},
+    "kernels": {"kernels", "opening", "toolchain"},
     "engines": {"engines", "kernels", "masking"},
     "models": {"models", "engines", "kernels", "masking", "loss"},
     "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},

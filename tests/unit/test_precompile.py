@@ -1,15 +1,19 @@
 """Compiling kernels ahead, for a GPU that is not here: whatever becomes of a kernel, nobody waits for ever."""
 
+import functools
 import json
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._inductor.runtime import cache_dir_utils
 
-from fcmae.kernels import precompile
+from fcmae.kernels import caches, precompile
 from fcmae.kernels.target import Target
 
 H100 = {"target": ["cuda", 90, 32], "gpu": Target(132, True)}
@@ -126,6 +130,66 @@ def test_ranks_and_later_runs_find_what_was_compiled(monkeypatch, tmp_path):
     assert started == [1, 0]
     start_ranks([shape(1), shape(2)])
     assert started == [1, 0, 0]
+
+
+def test_nothing_in_the_current_folder_is_imported(tmp_path, monkeypatch):
+    """Nor in folders that the environment names, but those that this process imports from."""
+    pytest.importorskip("triton")
+    for name in ("torch", "triton", "json", "fcmae"):
+        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path(__file__).with_name('touched').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    precompile.start([precompile.GeluGrnShape(8, 32, "bfloat16")])
+    precompile.wait()
+    assert compiled(tmp_path) == {"_forward": 1, "_backward": 1}
+    assert not (tmp_path / "touched").exists()
+
+
+def test_compiled_code_is_kept_where_nobody_else_writes(tmp_path, monkeypatch):
+    """What lies there is run."""
+    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(tmp_path / "usual"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def chosen(given=None):
+        if given is None:
+            monkeypatch.delenv(caches.VARIABLE)
+        else:
+            monkeypatch.setenv(caches.VARIABLE, str(given))
+        caches.use_private_cache()
+        return os.environ[caches.VARIABLE]
+
+    assert chosen() == chosen(tmp_path / "usual") == str(tmp_path / "usual")
+    assert stat.S_IMODE((tmp_path / "usual").stat().st_mode) == 0o700
+    assert chosen("/chosen") == "/chosen"
+    (tmp_path / "usual").chmod(0o777)
+    ours = chosen()
+    assert ours == str(tmp_path / f"fcmae-{os.getuid()}-inductor")
+    os.rmdir(ours)
+    os.symlink(tmp_path, ours)
+    random = chosen()
+    assert random not in (ours, str(tmp_path / "usual"))
+    assert stat.S_IMODE(os.stat(random).st_mode) == 0o700
+
+
+@pytest.mark.parametrize("what", ["lock", "done"])
+def test_a_planted_link_is_not_written_through(what, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(subprocess, "Popen", functools.partial(_ends_well, subprocess.Popen))
+    order = '{"order": 1}'
+    done = tmp_path / f"fcmae-{precompile._digest(order)}"
+    planted = done.with_suffix(".lock") if what == "lock" else done
+    for target in ("precious", "new"):
+        (tmp_path / "precious").write_text("text")
+        planted.symlink_to(tmp_path / target)
+        precompile._compile(order, tmp_path)
+        planted.unlink(missing_ok=True)
+        assert (tmp_path / "precious").read_text() == "text"
+        assert not (tmp_path / "new").exists()
+
+
+def _ends_well(popen, _, **kwargs):
+    return popen([sys.executable, "-c", "import sys; sys.stdin.readline()"], **kwargs)
 
 
 def test_threads_wait_together(monkeypatch):
