@@ -16,7 +16,7 @@ from fcmae.training import distributed
 
 disconnect, distributed.disconnect = distributed.disconnect, lambda: None  # several commands in one process
 ranks = sys.argv[1]
-common = {"data": {"length": 31}, "batch_size": 4}
+common = {"data": {"length": 31}, "batch_size": 4, "precision": "float32"}
 tables = {"per_class": f"per_class_{ranks}.json", "confusion": f"confusion_{ranks}.json"}
 probe = {"checkpoint": "pretrained", **common, "train_batch_size": 8, "epochs": 4, "warmup_epochs": 1}
 probe |= {"cache": f"features_{ranks}"}
