@@ -5,6 +5,11 @@ EXIT_USAGE = 2
 EXIT_RESUMABLE = 75
 
 
+def shown(name: str) -> str:
+    """A file's name for a message: in quotes and escaped if it would change or end the line."""
+    return name if name.isprintable() else repr(name)
+
+
 class FCMAEError(Exception):
     """Something went wrong that one line explains; the command prints it without a traceback."""
 
@@ -33,7 +38,7 @@ class ImageError(UsageError):
     """An image that cannot be read or does not fit the config; names the file."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"cannot read the image {name}: {reason}")
+        super().__init__(f"cannot read the image {shown(name)}: {reason}")
         self.name = name
         self.reason = reason
 

@@ -1,12 +1,14 @@
-"""Files made to do harm, each with what reads it, and a child process that measures what reading them takes.
+"""Image files made to do harm, each with what reads it, and a child process that measures what reading takes.
 
-``python -m tests.hostile`` prints a table: size of the file, what was said, MiB of memory, seconds of CPU time.
+``python -m tests.hostile_sources`` prints a table: size of the file, what was said, MiB of memory, seconds of CPU time.
 """
 
+import contextlib
 import io
 import multiprocessing
 import os
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -82,28 +84,42 @@ def _read_all(cases: dict[str, Case], send: Any) -> None:
     torch.set_num_threads(1)  # the threads of the parent are not here, and work for them would wait for ever
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.RLIM_INFINITY))
     for case in cases.values():
-        with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as errors:
+        with _folder() as folder, tempfile.TemporaryFile() as errors:
             os.dup2(errors.fileno(), 2)
-            folder = Path(name)
             read = case.make(folder)
             size = sum(min(file.lstat().st_size, file.lstat().st_blocks * 512) for file in _files(folder))
             used = resource.getrusage(resource.RUSAGE_SELF)
             spent = int(used.ru_utime + used.ru_stime)
             resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, resource.RLIM_INFINITY))
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            before, began = _status("VmHWM"), os.times()
+            before, began, written = _status("VmHWM"), os.times(), os.fstat(2).st_size
             try:
                 said = repr(read())
             except Exception as error:  # whatever it is, it is told
                 said = f"{type(error).__name__}: {error}"
             ended = os.times()
             seconds = ended.user + ended.system - began.user - began.system
-            printed = os.pread(2, 2000, 0).decode(errors="replace")
+            printed = os.pread(2, 2000, written).decode(errors="replace")
             send.send(Taken(said[:2000], (_status("VmHWM") - before) // MIB, seconds, size, printed))
 
 
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    name = tempfile.mkdtemp()
+    yield Path(name)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)  # for folders in folders
+    shutil.rmtree(name)
+    sys.setrecursionlimit(limit)
+
+
 def _files(folder: Path) -> Iterator[Path]:
-    return (Path(path, name) for path, _, names in os.walk(folder) for name in names)
+    """Of folders in folders too, which ``os.walk`` does not follow for ever."""
+    left = [folder]
+    while left:
+        entries = list(os.scandir(left.pop()))
+        left += [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        yield from (Path(entry) for entry in entries if not entry.is_dir(follow_symlinks=False))
 
 
 def _status(key: str) -> int:
@@ -296,15 +312,7 @@ IMAGES = {
 }
 
 
-CASES = IMAGES
-
-
 def table(taken: dict[str, Taken]) -> Iterable[str]:
     yield f"{'file':36} {'bytes':>9} {'MiB':>6} {'CPU s':>6}  said"
     for name, what in taken.items():
         yield f"{name:36} {what.size:9} {what.memory:6} {what.seconds:6.2f}  {what.said[:150]} {what.printed[:60]!r}"
-
-
-if __name__ == "__main__":
-    chosen = {name: case for name, case in CASES.items() if not sys.argv[1:] or any(a in name for a in sys.argv[1:])}
-    print(*table(measure(chosen)), sep="\n")

@@ -39,7 +39,11 @@ class DataConfig:
     image_column: str | None = None
     """hf: the column of images; None = the only one of that kind."""
     label_column: str | None = None
-    """hf: the column of labels; None = the only one of that kind, if there is one."""
+    """hf: the column of labels: ClassLabel, integers or strings; None = the only ClassLabel, if there is one."""
+    config_name: str | None = None
+    """hf: the configuration ("subset") of data.path; None = the default."""
+    revision: str | None = None
+    """hf: the branch, tag or commit of data.path on the hub."""
     relist: bool = False
     """Look at folders and tar files anew although nothing seems to have changed since."""
     on_error: str = "raise"

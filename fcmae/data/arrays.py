@@ -1,7 +1,7 @@
 """Arrays kept in a file: what was found out about a million files once, at hand for every process at no cost.
 
 A file is memory-mapped, so all processes of a machine share its pages, however many loader workers there are, and
-opening it reads only a header. The format is safetensors.
+opening it reads only a header. The format is safetensors. A file that others wrote or may write is not believed.
 """
 
 import contextlib
@@ -12,15 +12,16 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
+from fcmae.data.bad_samples import tell_main
 from fcmae.files import replacing
-from fcmae.opening import cache_folder, open_to_change
+from fcmae.opening import cache_folder, open_to_change, open_trusted
 
 HOME = Path("~/.cache/fcmae/index")
 """Where files are kept whose place beside the data cannot be written to."""
@@ -28,48 +29,64 @@ HOME = Path("~/.cache/fcmae/index")
 PATIENCE = 10.0
 """Seconds after which a process says that it waits for another."""
 
+MAX_HEADER = 2**20
+"""Bytes."""
+CHUNK = 2**20
+"""Bytes of strings that are looked through at once."""
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
 class Arrays:
     """Named arrays and a ``meta`` dict, from a file (memory-mapped, pickled as its path) or in memory."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Path | None = None) -> None:
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        meta: dict[str, Any],
+        path: Path | None = None,
+        owners: Collection[int] = (),
+    ) -> None:
         self.arrays = arrays
         self.meta = meta
         self.path = path
+        self.owners = owners
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         if self.path is not None:
-            return Arrays.open, (self.path,)
+            return Arrays.open, (self.path, self.owners)
         return Arrays, (self.arrays, self.meta)
 
     @classmethod
-    def open(cls, path: Path) -> "Arrays":
-        """Maps a file. Raises OSError, or ValueError for one that is not whole."""
-        with path.open("rb") as file:
+    def open(cls, path: Path, owners: Collection[int] = ()) -> "Arrays":
+        """Maps a file of this user, root or one of ``owners``. Raises OSError, or ValueError for a damaged one."""
+        with open_trusted(path, owners) as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            start = 8 + length
-            if start > path.stat().st_size:
-                raise ValueError(f"{path} is cut off or not a safetensors file")
+            if length > min(MAX_HEADER, size - 8):
+                raise ValueError("it is cut off or not a safetensors file")
             header = json.loads(file.read(length))
-        meta = json.loads(header.pop("__metadata__")["meta"])
-        mapped = np.asarray(np.memmap(path, np.uint8, "r"))  # of a plain array single values cost a third
-        arrays = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            if start + last > len(mapped):
-                raise ValueError(f"{path} is cut off")
-            arrays[name] = mapped[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return cls(arrays, meta, path)
+            mapped = np.asarray(np.memmap(file, np.uint8, "r"))  # of a plain array single values cost a third
+        try:
+            meta = json.loads(header.pop("__metadata__")["meta"])
+            arrays = {name: _array(mapped[8 + length :], **entry) for name, entry in header.items()}
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"its header is damaged ({error})") from error
+        return cls(arrays, meta, path, owners)
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all. Raises OSError."""
         with replacing(path, 0o644) as file:
             file.write(save(self.arrays, {"meta": json.dumps(self.meta)}))
+
+
+def _array(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    first, last = data_offsets
+    if not 0 <= first <= last <= len(data):
+        raise ValueError("it is cut off")
+    return data[first:last].view(_DTYPES[dtype]).reshape(shape)
 
 
 class Strings:
@@ -87,6 +104,24 @@ class Strings:
 
     def __iter__(self) -> Iterator[bytes]:
         return (self[i] for i in range(len(self)))
+
+    def check(self, paths: bool = False) -> None:
+        """Raises ValueError if the offsets do not fit the data, or ``paths`` are not relative or leave their folder."""
+        if self.data.dtype != np.uint8 or self.offsets.dtype != np.int64 or self.data.ndim != 1 != self.offsets.ndim:
+            raise ValueError("its strings have other types")
+        lengths = np.diff(self.offsets)
+        if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.data) or (lengths < 0).any():
+            raise ValueError("its strings have other lengths")
+        if paths and (self.data[self.offsets[:-1][lengths > 0]] == ord("/")).any():
+            raise ValueError("it names files by absolute paths")
+        for first in range(0, len(self.data) if paths else 0, CHUNK):
+            chunk = self.data[first : first + CHUNK + 1]
+            if not chunk.min():
+                raise ValueError("it has a name with a zero byte")
+            dots = chunk == ord(".")
+            found = np.searchsorted(self.offsets, np.flatnonzero(dots[:-1] & dots[1:]) + first, "right") - 1
+            if any(b".." in self[i].split(b"/") for i in np.unique(found)):
+                raise ValueError("it names files outside of its folder")
 
 
 class StringsBuilder:
@@ -107,27 +142,46 @@ class StringsBuilder:
         return {name: np.frombuffer(self.data, np.uint8), f"{name}_offsets": np.frombuffer(self.offsets, np.int64)}
 
 
-def find_kept(target: Path, suffix: str, is_valid: Callable[[Arrays], bool]) -> Arrays | None:
-    """What :func:`keep` kept about ``target``, if it is there, whole and still valid."""
+def find_kept(target: Path, suffix: str, is_current: Callable[[Arrays], bool]) -> Arrays | None:
+    """What :func:`keep` kept about ``target``, if it is there, is to be believed, whole and still valid.
+
+    Args:
+        is_current: whether it is still valid; raises ValueError if it holds what it cannot.
+    """
+    problems = []
     for path in _places(target, suffix):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            kept = Arrays.open(path)
-            if is_valid(kept):
+        try:
+            kept = Arrays.open(path, _owners(target))
+            if is_current(kept):
                 return kept
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problems.append(f"{path} is not used: {reason}; {target} is read again")
+    if problems:
+        tell_main(problems[0])
     return None
 
 
 def keep(arrays: Arrays, target: Path, suffix: str) -> Arrays:
     """Keeps arrays about ``target`` beside it, or where that cannot be written in :data:`HOME`; opened from there.
 
-    Where neither can be written they stay in memory.
+    Where neither can be written they stay in memory. Another user's file is left alone.
     """
     for path in _places(target, suffix):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            if hasattr(os, "geteuid") and os.path.lexists(path) and os.lstat(path).st_uid != os.geteuid():
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays.save(path)
-            return Arrays.open(path)
+            return Arrays.open(path, _owners(target))
     return arrays
+
+
+def _owners(target: Path) -> list[int]:
+    """Who is believed about ``target`` besides this user and root: its owner may change it as well."""
+    return [target.stat().st_uid]
 
 
 def _places(target: Path, suffix: str) -> list[Path]:

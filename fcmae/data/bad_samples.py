@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from fcmae import launch
 from fcmae.data import shared
 from fcmae.data.collate import stack
 from fcmae.errors import ImageError, UsageError
@@ -94,6 +95,12 @@ def tell_once(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def tell_main(message: str) -> None:
+    """Prints a message, the first time, on the first rank."""
+    if launch.detect().rank == 0:
+        tell_once(message)
+
+
 class BadSamples:
     """What a process makes of the samples that its loader could not read.
 
@@ -116,7 +123,10 @@ class BadSamples:
         """
         for error in batch.errors:
             if not self.skip:
-                raise ImageError(error.name, f"{error.reason} (data.on_error=skip would go on without it)")
+                hint = "data.on_error=skip would go on without it"
+                if batch.parts is None and batch.left_out > 1:
+                    hint = f"no image of this batch of {batch.left_out} can be read; data.on_error=skip would not help"
+                raise ImageError(error.name, f"{error.reason} ({hint})")
             tell_once(f"{error}; skipped")
             self.counts[epoch] += 1
         if replaced and batch.left_out:

@@ -81,7 +81,10 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
 def check_type(dtype: np.dtype) -> None:
     """Raises ValueError for other pixels than uint8 and uint16."""
     if dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"its pixels are {dtype}; they must be integers of 8 or 16 bits (uint8, uint16)")
+        raise ValueError(
+            f"its pixels are {dtype}; they must be integers of 8 or 16 bits (uint8, uint16); convert the files, or "
+            "give normalised float32 by a data.source of your own (docs/data.md)"
+        )
 
 
 def _check_channels(count: int, in_chans: int) -> None:

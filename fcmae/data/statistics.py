@@ -11,6 +11,9 @@ from fcmae.data.pixels import PixelFormat, decode
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 
+PART = 2**22
+"""Pixels that are taken to float64 at a time."""
+
 
 @dataclass
 class Sums:
@@ -44,8 +47,9 @@ def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
             sums.unreadable.append(error)
             continue
         white = 1.0 if pixels.dtype.is_floating_point else float(torch.iinfo(pixels.dtype).max)
-        values = pixels.flatten(1).double() / white
-        sums += Sums(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy(), [])
+        for part in pixels.flatten(1).split(PART, dim=1):
+            values = part.double() / white
+            sums += Sums(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy(), [])
     return sums
 
 

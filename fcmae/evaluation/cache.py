@@ -1,9 +1,11 @@
 """Features on disk, for as long as everything that they follow from is what it was."""
 
+import glob
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fcmae.config import DataConfig
 from fcmae.data.sources import Source
+from fcmae.data.sources.webdataset import expand_braces
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.files import replacing
 from fcmae.opening import open_trusted, own_folder
@@ -66,7 +70,7 @@ class CachedExtractor:
             "format": FORMAT,
             **self.identity,
             "data": data,
-            "images": fingerprint(source, extract.data.path, extract.data.val_path),
+            "images": fingerprint(source, extract.data),
             "precision": extract.precision,
             "pooling": extract.pooling,
             "device": extract.world.device.type,
@@ -92,6 +96,8 @@ class CachedExtractor:
                 if (file.metadata() or {}).get("wanted") != wanted:
                     return None
                 features = Features(file.get_tensor("values"), file.get_tensor("labels"))
+            if features.values.shape != (*features.labels.shape, self.extract.backbone.num_features):
+                raise SafetensorError("its arrays have other sizes")
         except (OSError, SafetensorError) as error:
             _say(f"features in {path} cannot be read: {error}; they are extracted again")
             return None
@@ -128,26 +134,56 @@ class CachedExtractor:
         return found
 
 
-def fingerprint(source: Source, *paths: str | list[str] | None) -> str:
+def fingerprint(source: Source, data: DataConfig) -> str:
     """A hash of a source's images and labels: of their names and, where there are files, sizes and times of change.
 
-    ``paths``: files or folders that the source may read; the files directly in them, such as shards, count too.
+    If samples are not files of their own, every file counts that the config names, those in folders in folders too.
     """
-    digest = hashlib.sha256(f"{len(source)} {source.classes}".encode())
+    digest = hashlib.sha256(f"{len(source)} {source.classes}".encode(errors="surrogateescape"))
+    are_files = True
     for index in range(len(source)):
         name = source.describe(index)
-        digest.update(f"{name} {source.label(index)} {_stamp(Path(name))}\n".encode())
-    for file in (file for path in paths for file in _files(path)):
-        digest.update(f"{file} {_stamp(file)}\n".encode())
+        stamp = _stamp(Path(name))
+        are_files = are_files and bool(stamp)
+        digest.update(f"{name} {source.label(index)} {stamp}\n".encode(errors="surrogateescape"))
+    for file in [] if are_files else _files(source, data):
+        digest.update(f"{file} {_stamp(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _files(paths: str | list[str] | None) -> list[Path]:
-    """Files, and those directly in folders: shards, idx files."""
-    found: list[Path] = []
-    for path in map(Path, [paths] if isinstance(paths, str) else paths or []):
-        found += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return found
+def _files(source: Source, data: DataConfig) -> Iterator[Path]:
+    """What a source may read: shards, tables, what the arguments of a source of the user's name."""
+    while hasattr(source, "source"):
+        source = source.source
+    given = [getattr(source, "files", []), data.path, data.val_path, data.source, data.val_source]
+    for text in given:
+        for path in _texts(text):
+            for name in [path] if os.path.exists(path) else expand_braces(path):
+                for found in [name] if os.path.exists(name) else sorted(glob.glob(name)):
+                    yield from _below(Path(found))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """A file, or all files in a folder and its folders, each of which counts once, however links lead to it."""
+    left, seen = [path], set()
+    while left:
+        path = left.pop()
+        if not path.is_dir():
+            yield path
+            continue
+        status = path.stat()
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            left += sorted(path.iterdir(), reverse=True)
 
 
 def _stamp(file: Path) -> str:

@@ -51,7 +51,7 @@ def _read(path: Path) -> list[Any] | dict[str, Any]:
                 rows = [row for row in csv.reader(file) if row]
                 return _unique((row[0], [cell.strip() for cell in row[1:] if cell.strip()]) for row in rows)
             given = json.load(file, object_pairs_hook=_unique)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f"labels {path} cannot be read: {error}") from error
     if not isinstance(given, (list, dict)):
         raise UsageError(f"labels {path} holds a {type(given).__name__}; allowed is a list or an object")

@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -155,6 +156,19 @@ def test_a_bad_sample_is_counted_by_one_rank():
     firsts = [next(rank)[0][0].tolist() for rank in ranks]
     assert len({tuple(first) for first in firsts}) == 2
     assert sum(rank.bad_samples(1)[0] for rank in ranks) == 1
+
+
+def test_the_hint_is_right_where_all_files_are_alike(folder):
+    for i in range(4):
+        (folder / f"good_{i}.png").unlink()
+        np.save(folder / f"{i}.npy", np.ones((3, 40, 40), np.float32))
+    wrong = "its pixels are float32; they must be integers of 8 or 16 bits .*; convert the files, or give .*data.source"
+    hint = r"\(no image of this batch of 4 can be read; data.on_error=skip would not help\)"
+    with pytest.raises(ImageError, match=f"npy: {wrong} .* {hint}"):
+        next(batches(ImageFolder(folder), skip=False))
+    (folder / "good.png").write_bytes(encoded(picture(), "PNG"))
+    with pytest.raises(ImageError, match=f"npy: {wrong}.*\\(data.on_error=skip would go on without it\\)"):
+        next(batches(ImageFolder(folder), skip=False))
 
 
 def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):

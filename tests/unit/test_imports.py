@@ -35,7 +35,7 @@ ALLOWED = {
     "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},
     "precision": {"errors"},
     "config": {"config", "errors", "files", "grid", "precision"},
-    "data": {"data", "config", "errors", "files", "interrupt", "opening", "processes", "randomness"},
+    "data": {"data", "config", "errors", "files", "interrupt", "launch", "opening", "processes", "randomness"},
 }
 PURE = {"masking", "loss", "kernels"}
 ONLY_IN = {

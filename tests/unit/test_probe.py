@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from fcmae.config import DataConfig, ProbeConfig
-from fcmae.data.sources import train_source
+from fcmae.data.sources import Synthetic, train_source
 from fcmae.evaluation.cache import CachedExtractor, fingerprint
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.probe import Heads, create_optimizer, probe
@@ -173,8 +173,34 @@ def test_a_cache_that_cannot_be_written_is_a_line(images, tmp_path, capsys):
 
 def test_a_fingerprint_is_of_the_labels_too():
     source = train_source(DataConfig(name="synthetic", length=12))
-    before = fingerprint(source)
-    assert before == fingerprint(source)
-    assert before != fingerprint(train_source(DataConfig(name="synthetic", length=13)))
+    before = fingerprint(source, DataConfig())
+    assert before == fingerprint(source, DataConfig())
+    assert before != fingerprint(train_source(DataConfig(name="synthetic", length=13)), DataConfig())
     source.label = lambda index: 0
-    assert fingerprint(source) != before
+    assert fingerprint(source, DataConfig()) != before
+
+
+class Stored(Synthetic):
+    """A source of the user's that reads a file."""
+
+    def __init__(self, file):
+        super().__init__(3, 3, (8, 8))
+
+
+@pytest.mark.parametrize("name", ["data/deep/a.parquet", "train-001.tar", "cells/a.npy", "a.npy"])
+def test_a_fingerprint_is_of_every_file_that_a_source_may_read(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"1")
+    (file.parent / "loop").symlink_to(file.parent)
+    cfg = {
+        "data/deep/a.parquet": DataConfig(name="hf", path=str(tmp_path)),
+        "train-001.tar": DataConfig(name="webdataset", val_path=[str(tmp_path / "train-{000..002}.tar")]),
+        "cells/a.npy": DataConfig(name="webdataset", path=str(tmp_path / "c*" / "a.np?")),
+        "a.npy": DataConfig(source={"_target_": f"{__name__}.Stored", "file": str(file)}),
+    }[name]
+    source = Stored(file)
+    before = fingerprint(source, cfg)
+    assert fingerprint(source, cfg) == before
+    os.utime(file, (1, 1))
+    assert fingerprint(source, cfg) != before

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
 from fcmae.data import arrays
+from fcmae.data.bad_samples import tell_once
 from fcmae.data.sources import (
     ImageFolder,
     Sample,
@@ -54,6 +55,7 @@ def names(source, root):
 @pytest.fixture(autouse=True)
 def kept_from_the_first(tmp_path, monkeypatch):
     """Every listing is kept, and nothing outside the test's folder."""
+    tell_once.cache_clear()
     monkeypatch.setattr(listing, "KEEP_FROM", 1)
     monkeypatch.setattr(arrays, "HOME", tmp_path / "home")
 
@@ -202,6 +204,38 @@ def test_a_listing_costs_a_worker_nothing(tmp_path):
     assert isinstance(memory, mmap.mmap)
 
 
+def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys, scans):
+    """At every start, the listing kept or not; once in a process."""
+    root = tmp_path / "images"
+    touch(root, "a/1.jpg", "b/2.jpg", "b/3.heic", "b/4.HEIC", "b/README", "b/.DS_Store", "c/x\n.jfif")
+    line = f"{root}: 2 images (.jpg .jpeg .png .ppm .pgm .bmp .gif .tif .tiff .webp .npy); not read: 2 .heic, "
+    line += "1 without an ending, 1 .jfif, such as b/"
+    for _ in range(2):
+        tell_once.cache_clear()
+        ImageFolder(root)
+        told = capsys.readouterr().err.splitlines()
+        assert [text.startswith(line) for text in told if not text.startswith("listed")] == [True]
+    assert len(scans) == 4  # the second time nothing is listed
+    ImageFolder(root)
+    assert not capsys.readouterr().err
+    for i in range(200):
+        (root / f"x.{i}").touch()
+    (root / "b" / "2.jpg").unlink()
+    (root / "a" / "1.jpg").unlink()
+    with pytest.raises(
+        UsageError, match=r"has no images; looked for .*; not read: 104 of other kinds, .*, 96 others, such as x"
+    ):
+        ImageFolder(root)
+
+
+def test_only_the_first_rank_tells_of_them(tmp_path, capsys, monkeypatch):
+    touch(tmp_path / "images", "a/1.jpg", "a/2.heic")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ImageFolder(tmp_path / "images")
+    assert "not read" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def hf_rows():
     datasets = pytest.importorskip("datasets")
@@ -248,8 +282,49 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     cfg.label_column = "class"
     assert train_source(cfg).classes == ["0", "1"]
     cfg.label_column = "picture"
-    with pytest.raises(ConfigError, match="data.label_column is 'picture', .*allowed is a column of integers"):
+    with pytest.raises(
+        ConfigError, match="data.label_column is 'picture', .*it must be a column of integers or strings"
+    ):
         train_source(cfg)
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        (["dog", "cat", "dog"], ["cat", "dog"], [1, 0, 1]),
+        ([2, 0, 1], ["0", "1", "2"], [2, 0, 1]),
+        ([2, None, 1], None, "the column kind is empty at row 1"),
+        (["dog", None, "cat"], None, "the column kind is empty at row 1"),
+        ([0, 3_000_000_000, 1], None, "the column kind has 3000000000, at row 1, but there are 3 rows"),
+        ([0, 1, -1], None, "the column kind has -1, at row 2"),
+    ],
+)
+def test_labels_of_a_column(tmp_path, hf_rows, values, classes, labels):
+    rows = hf_rows.remove_columns("kind").select(range(3)).add_column("kind", values)
+    rows.save_to_disk(tmp_path / "rows")
+    source = train_source(DataConfig(name="hf", path=str(tmp_path / "rows"), label_column="kind"))
+    assert source.classes == classes
+    if classes is None:
+        assert labels in source.unlabelled
+        assert source[0].label is None
+    else:
+        assert [source[i].label for i in range(3)] == [source.label(i) for i in range(3)] == labels
+
+
+def test_a_configuration_and_a_revision_are_asked_for(tmp_path, hf_rows, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("one", "two"))
+    for count, name in enumerate(("one", "two"), 1):
+        hf_rows.select(range(count)).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    cfg = DataConfig(name="hf", path=str(tmp_path / "data"), config_name="two", revision="v1", val_split="train")
+    assert (len(train_source(cfg)), len(val_source(cfg))) == (2, 2)
+    with pytest.raises(UsageError, match=r"cannot load the data set .*one.*two"):
+        train_source(DataConfig(name="hf", path=str(tmp_path / "data")))
+    (tmp_path / "data" / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: ../a.parquet\n---\n")
+    hf_rows.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"data.path: .*data names the file .*a.parquet, which is outside of it"):
+        train_source(DataConfig(name="hf", path=str(tmp_path / "data")))
 
 
 def test_the_package_datasets_is_asked_for(monkeypatch):
@@ -395,6 +470,17 @@ def test_samples_of_ones_own_source_are_checked(sample, message, monkeypatch):
         source[0]
     monkeypatch.setattr(Anything, "samples", [Sample(GREY.float(), 1)])
     assert source[0].label == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_no_numbers_are_told_of_the_input(monkeypatch, value):
+    image = GREY.float()
+    image[0, 3, 4] = value
+    monkeypatch.setattr(Anything, "samples", [Sample(image, 1)])
+    own = {"_target_": f"{__name__}.Anything", "classes": ["cat", "dog"]}
+    source = train_source(DataConfig(source=own, in_chans=1, mean=[0.5], std=[0.5]))
+    with pytest.raises(ImageError, match=r"square 0: it has values that are infinite or not a number \(NaN\); replace"):
+        source[0]
 
 
 @pytest.mark.parametrize(

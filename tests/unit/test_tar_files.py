@@ -6,14 +6,23 @@ import os
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
 import webdataset
 from webdataset import tariterators
 
-from fcmae.data.sources import WebDataset, require_labels
+from fcmae.config import DataConfig
+from fcmae.data.arrays import Arrays
+from fcmae.data.bad_samples import tell_once
+from fcmae.data.sources import WebDataset, require_labels, train_source
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
 from fcmae.errors import ImageError, UsageError
 from tests.unit.test_sources import png
+
+
+@pytest.fixture(autouse=True)
+def nothing_told():
+    tell_once.cache_clear()
 
 
 def write_tar(path, samples):
@@ -93,7 +102,7 @@ def test_an_index_is_kept_until_the_tar_file_changes(tmp_path, monkeypatch):
     assert len(WebDataset(tmp_path)) == 3
     assert (tmp_path / ".a.tar.fcmae-index").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", None)  # the headers are not read again
+        patch.setattr(tarfile.TarInfo, "frombuf", None)  # the headers are not read again
         assert len(pickle.loads(pickle.dumps(WebDataset(tmp_path)))) == 3
     write_tar(tmp_path / "a.tar", {"1": SAMPLES["0003"]})
     assert len(WebDataset(tmp_path)) == 1
@@ -159,3 +168,133 @@ def test_braces():
     assert expand_braces("a-{08..11}/{x,y}.tar")[:3] == ["a-08/x.tar", "a-08/y.tar", "a-09/x.tar"]
     assert len(expand_braces("a-{08..11}/{x,y}.tar")) == 8
     assert expand_braces("a{b}.tar") == ["a{b}.tar"]
+
+
+LABELLED = {
+    "fractions": [f"img_0.{i}_x.{kind}" for i in range(5) for kind in ("png", "cls")],
+    "UIDs": [f"1.2.840.{i}.{kind}" for i in range(5) for kind in ("png", "cls")],
+    "one of each": [f"img_{i}.5.{kind}" for i in range(5) for kind in ("PNG", "cls")],
+    "Kaggle's": [f"{pet}.{i}.{kind}" for pet in ("cat", "dog") for i in range(3) for kind in ("png", "json")],
+}
+
+
+def tar_of(path, names):
+    """A tar file of these names: images by their number, labels by that of the image before or after."""
+    images = [name for name in names if name.lower().endswith("png")]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            content = png(images.index(name)) if name in images else b'{"label": 1}' if "json" in name else b"1"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return images
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_dots_in_names_do_not_make_one_sample_of_many(tmp_path, kind, capsys):
+    images = tar_of(tmp_path / "a.tar", LABELLED[kind])
+    source = WebDataset(tmp_path)
+    assert [source.describe(i) for i in range(len(source))] == [f"{tmp_path}/a.tar/{name}" for name in images]
+    assert [source.label(i) for i in range(len(source))] == [1] * len(images)
+    assert [source[i].image.data for i in range(len(source))] == [png(i) for i in range(len(source))]
+    assert "names end at the last dot" in capsys.readouterr().err
+    tar_of(tmp_path / "a.tar", images)  # without labels, too
+    assert len(WebDataset(tmp_path)) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["0.png", "0.seg.png", "1.png", "1.seg.png"], ["0.png", "1.png"]),
+        (["0.left.png", "0.right.png", "1.left.png", "1.right.png"], ["0.left.png", "1.left.png"]),
+        (["0.0.png", "0.1.png", "0.cls", "1.0.png", "1.1.png", "1.cls"], ["0.0.png", "1.0.png"]),
+        (["a.b.png", "a.cls", "img_0.png"], ["a.b.png", "img_0.png"]),
+    ],
+)
+def test_webdatasets_own_names_are_read_by_its_rule(tmp_path, names, read, capsys):
+    tar_of(tmp_path / "a.tar", names)
+    source = WebDataset(tmp_path)
+    assert [source.describe(i) for i in range(len(source))] == [f"{tmp_path}/a.tar/{name}" for name in read]
+    further = sum("png" in name for name in names) - len(read)
+    told = capsys.readouterr().err
+    assert (f"{further} further images of samples are left out, such as {names[1]} beside {names[0]}" in told) == (
+        further > 0
+    )
+
+
+def test_names_that_follow_two_rules_are_refused(tmp_path):
+    tar_of(tmp_path / "a.tar", ["0.left.png", "0.cls", "scan_1.5.png", "scan_1.6.png", "scan_1.7.png"])
+    with pytest.raises(UsageError, match=r"a.tar: 2 images .*such as scan_1.5.png and scan_1.6.png, but other files"):
+        WebDataset(tmp_path)
+    tar_of(tmp_path / "a.tar", ["scan_1.png", "scan_1.5.png"])
+    with pytest.raises(UsageError, match=r"a.tar: 1 images .*such as scan_1.png and scan_1.5.png"):
+        WebDataset(tmp_path)
+    tar_of(tmp_path / "a.tar", ["0.png", "1.png", "1.png", "1.cls"])
+    with pytest.raises(UsageError, match=r"a.tar: 1.png is there twice"):
+        WebDataset(tmp_path)
+
+
+def test_samples_without_an_image_are_counted(tmp_path, capsys):
+    for i in range(2):
+        tar_of(tmp_path / f"{i}.tar", [f"{i}.png", f"{i}.cls", "2.heic", "2.cls", "3.txt"])
+    assert len(WebDataset(tmp_path)) == 2
+    assert "1.tar: 2 images; 4 samples without an image are left out, such as 2.heic\n" in capsys.readouterr().err
+
+
+def test_a_class_that_cannot_be(tmp_path):
+    tar_of(tmp_path / "a.tar", ["0.png", "0.cls"])
+    write_tar(tmp_path / "b.tar", {"1": {"png": png(), "cls": b"65537"}})
+    source = WebDataset(tmp_path)
+    assert (len(source), source.classes) == (2, None)
+    with pytest.raises(
+        UsageError, match=r"b.tar/1.png has the class 65537, but there are 2 images; if that is right, na"
+    ):
+        require_labels(source, "data.path")
+    write_tar(tmp_path / "b.tar", {"1": {"png": png(), "cls": b"65536"}})
+    assert len(WebDataset(tmp_path).classes) == 65537
+
+
+@pytest.mark.parametrize("url", ["https://x.org/{000..100}.tar", "s3://bucket/a.tar", "pipe:curl x", "hf://datasets/x"])
+def test_urls_are_refused(url):
+    with pytest.raises(UsageError, match=r"data.path: .* is a URL, which is not supported yet; download the tar files"):
+        train_source(DataConfig(name="webdataset", path=url))
+
+
+@pytest.mark.parametrize("name", ["offsets", "sizes", "labels", "names_offsets"])
+def test_an_index_that_cannot_be_is_made_again(tmp_path, name, capsys):
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    WebDataset(tmp_path)
+    file = tmp_path / ".a.tar.fcmae-index"
+    made = Arrays.open(file)
+    for bad in (np.full(3, 2**30), np.full(3, -9), np.zeros(2)):
+        arrays = {key: np.array(value) for key, value in made.arrays.items()}
+        arrays[name] = bad.astype(arrays[name].dtype)
+        Arrays(arrays, made.meta).save(file)
+        if name in ("sizes", "labels") and bad[0] == 2**30:
+            continue  # may be, as far as an index goes
+        source = WebDataset(tmp_path)
+        assert [source.label(i) for i in range(3)] == [3, 1, 0]
+        assert source[2].image.data == png(3)
+        assert f"{file} is not used: it" in capsys.readouterr().err
+        tell_once.cache_clear()
+
+
+def test_an_index_of_another_user_is_not_believed(tmp_path, capsys, monkeypatch):
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    WebDataset(tmp_path)
+    file = tmp_path / ".a.tar.fcmae-index"
+    file.chmod(0o666)
+    WebDataset(tmp_path)
+    assert f"{file} is not used: others may write it; {tmp_path}/a.tar is read again\n" in capsys.readouterr().err
+    assert file.stat().st_mode & 0o022 == 0
+    if os.geteuid() == 0:
+        os.chown(file, 12345, -1)
+        monkeypatch.setattr("fcmae.data.arrays.HOME", tmp_path / "home")
+        assert len(WebDataset(tmp_path)) == 3
+        assert f"{file} is not used: it belongs to another user" in capsys.readouterr().err
+        assert file.stat().st_uid == 12345  # and is left alone
+        assert len(WebDataset(tmp_path)) == 3
+        assert not capsys.readouterr().err  # the one in the cache is found
+        os.chown(tmp_path / "a.tar", 12345, -1)  # its owner may change the images as well
+        monkeypatch.setattr(tarfile.TarInfo, "frombuf", None)
+        assert len(WebDataset(tmp_path)) == 3

@@ -9,6 +9,9 @@ from fcmae.data.pixels import Encoded
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 
+LIKELY_CLASSES = 2**16
+"""Classes that may be known by their numbers; more of them only if there are as many images."""
+
 
 class Sample(NamedTuple):
     """``image``: uint8 ``[C, H, W]``, or a file not yet decoded. ``label``: the class's index, or None."""
@@ -73,6 +76,11 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
                 f"data.labels_per_class is {per_class}; class {source.classes[label]} has {len(indices)} images"
             )
     return Subset(source, sorted(index for indices in chosen.values() for index in indices))
+
+
+def class_names(largest: int, images: int) -> list[str] | None:
+    """Names of classes known by numbers up to ``largest`` alone; None if there cannot be so many."""
+    return [str(label) for label in range(largest + 1)] if largest <= max(images, LIKELY_CLASSES) else None
 
 
 def require_labels(source: Source, key: str) -> list[str]:

@@ -61,7 +61,8 @@ def _open(cfg: DataConfig, path: Any, train: bool) -> Source:
     if cfg.name == "hf":
         from fcmae.data.sources.huggingface import HuggingFace
 
-        return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column)
+        which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
+        return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column, *which)
     return ImageFolder(path, cfg.relist)
 
 

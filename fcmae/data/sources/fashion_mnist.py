@@ -1,6 +1,8 @@
 """Fashion-MNIST in its idx files."""
 
 import gzip
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,10 @@ import torch
 from fcmae.data.arrays import one_at_a_time
 from fcmae.data.sources.base import Sample
 from fcmae.errors import UsageError
+from fcmae.opening import open_regular
+
+MOST = 60_000
+"""Images of the larger split."""
 
 
 class FashionMNIST:
@@ -28,19 +34,27 @@ class FashionMNIST:
         self.split = "train" if train else "t10k"
         where = self._find(folder)
         # idx format: a header of 4 bytes and 4 more for each dimension, then the values
-        self.images = self._read(where, "images-idx3", 16).reshape(-1, 1, 28, 28)
-        self.labels = self._read(where, "labels-idx1", 8)
+        self.images = self._read(where, "images-idx3", 16, (1, 28, 28))
+        self.labels = self._read(where, "labels-idx1", 8, ())
+        if len(self.images) != len(self.labels) or self.labels.max(initial=0) >= len(self.classes):
+            labels = self._file(where, "labels-idx1")
+            raise UsageError(f"{labels} does not hold a class from 0 to 9 for each image; download it again")
 
     def _file(self, folder: Path, kind: str) -> Path:
         return folder / f"{self.split}-{kind}-ubyte.gz"
 
-    def _read(self, folder: Path, kind: str, header: int) -> np.ndarray:
+    def _read(self, folder: Path, kind: str, header: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The values in a file, ``[N, *shape]``, which are at most as many as in the published one."""
         path = self._file(folder, kind)
+        most = header + MOST * math.prod(shape)
         try:
-            with gzip.open(path) as file:
-                return np.frombuffer(file.read(), np.uint8, offset=header)
-        except (OSError, EOFError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}; delete it, or bring it whole") from error
+            with open_regular(path) as packed, gzip.open(packed) as file:
+                content = file.read(most + 1)
+            if len(content) > most:
+                raise ValueError(f"it holds more than {most} bytes")
+            return np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise UsageError(f"{path} cannot be read: {error}; download it again") from error
 
     def _has_files(self, folder: Path) -> bool:
         return all(self._file(folder, kind).is_file() for kind in ("images-idx3", "labels-idx1"))

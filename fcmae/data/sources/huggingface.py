@@ -1,35 +1,47 @@
 """Data sets of the Hugging Face library ``datasets``: Parquet and Arrow files, saved data sets, or names on the hub."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcmae.data.pixels import Encoded, read_file
-from fcmae.data.sources.base import Sample
-from fcmae.errors import ConfigError, ImageError, UsageError
+from fcmae.data.sources.base import Sample, class_names
+from fcmae.errors import ConfigError, ImageError, UsageError, shown
 
 
 class HuggingFace:
     """The images of one split; their files' bytes, not decoded by that library.
 
     Args:
-        path: a folder with Parquet or Arrow files or with what ``save_to_disk`` wrote, or a name on the hub.
+        path: a folder with Parquet or Arrow files or with what ``save_to_disk`` wrote, or a name on the hub. Images
+            that rows name by paths must lie in that folder, or for a name on the hub in the library's cache.
         split: its name, or an expression of ``datasets`` such as ``train[:90%]``.
         image_column: None = the only column of the type Image.
-        label_column: of the type ClassLabel or of integers; None = the only ClassLabel. Without one, or where it has
-            values below 0 (not known), there are no labels.
+        label_column: of the type ClassLabel, of integers or of strings, which are then the classes' names; None = the
+            only ClassLabel. Without one, or where it has empty values or numbers below 0, there are no labels.
+        config_name: the configuration ("subset") of the data set.
+        revision: of a data set on the hub: a branch, tag or commit.
 
     Raises UsageError if the package or the data set is missing, or which column is meant is not clear.
     """
 
-    def __init__(self, path: str, split: str, image_column: str | None = None, label_column: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        config_name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
         try:
             import datasets
         except ImportError as error:
             raise ConfigError("data.name=hf needs the package datasets: pip install 'fcmae[hf]'") from error
-        self.path, self.split = path, split
-        rows = _load(path, split)
+        self.path, self.split, self.folders = path, split, _folders(path)
+        rows = _load(path, split, config_name, revision)
         column = _column("data.image_column", image_column, rows.features, datasets.Image)
         if column is None:
             columns = ", ".join(rows.features)
@@ -43,25 +55,58 @@ class HuggingFace:
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def _read_labels(self, rows: Any, column: str) -> None:
-        kind = getattr(rows.features[column], "dtype", None)
-        if not str(kind).startswith(("int", "uint")):
-            raise ConfigError(f"data.label_column is {column!r}, of {kind}; allowed is a column of integers")
-        self.labels = rows.select_columns([column]).with_format("numpy")[:][column].astype(np.int32)
-        self.unlabelled = f"the column {column} has {self.labels.min(initial=0)}, at row {self.labels.argmin()}"
-        if self.labels.min(initial=0) >= 0:
-            count = int(self.labels.max(initial=0)) + 1
-            self.classes = getattr(rows.features[column], "names", None) or [str(label) for label in range(count)]
+        kind = str(getattr(rows.features[column], "dtype", None))
+        if not kind.startswith(("int", "uint", "string", "large_string")):
+            raise ConfigError(f"data.label_column is {column!r}, of {kind}; it must be a column of integers or strings")
+        values = rows.select_columns([column]).with_format("arrow")[:][column]
+        if values.null_count:
+            empty = int(np.argmax(values.is_null().to_numpy()))
+            self.unlabelled = f"the column {column} is empty at row {empty}"
+            return
+        if "string" in kind:
+            names, labels = np.unique(np.asarray(values.to_pylist(), dtype=object), return_inverse=True)
+            self.classes = names.tolist()
+        else:
+            labels = values.to_numpy()
+            self.classes, problem = self._numbered(labels, getattr(rows.features[column], "names", None))
+            self.unlabelled = f"the column {column} has {problem}"
+        self.labels = labels.astype(np.int32)
+
+    def _numbered(self, labels: np.ndarray, names: list[str] | None) -> tuple[list[str] | None, str]:
+        """The names of classes, or None and what is wrong with their numbers."""
+        least, most = int(labels.min(initial=0)), int(labels.max(initial=0))
+        if least < 0:
+            return None, f"{least}, at row {labels.argmin()}"
+        names = names or class_names(most, len(labels))
+        if names is None or most >= len(names):
+            count = f"{len(labels)} rows" if names is None else f"{len(names)} classes"
+            return None, f"{most}, at row {labels.argmax()}, but there are {count}"
+        return names, ""
+
+    @property
+    def files(self) -> list[str]:
+        """The Arrow files that the library made of the data set's own, which a name on the hub does not tell."""
+        return [file["filename"] for file in self.rows.cache_files]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         name = self.describe(index)
-        image = self.rows[index][self.image_column]
-        if image is None:
-            raise ImageError(name, "the column is empty there")
-        encoded = read_file(image["path"]) if image["bytes"] is None else Encoded(image["bytes"], name)
-        return Sample(encoded, self.label(index))
+        image = self.rows[index][self.image_column] or {}
+        if image.get("bytes") is not None:
+            return Sample(Encoded(image["bytes"], name), self.label(index))
+        if image.get("path") is None:
+            raise ImageError(name, "it has neither bytes nor a path")
+        return Sample(read_file(self._inside(image["path"], name)), self.label(index))
+
+    def _inside(self, path: str, name: str) -> str:
+        """An image's file, which must lie in the data set's folder. Raises ImageError."""
+        for start in (self.folders[0], os.curdir):  # the library itself writes paths from the current folder
+            real = os.path.realpath(os.path.join(start, path))
+            if any(os.path.commonpath([real, folder]) == folder for folder in self.folders) and os.path.exists(real):
+                return real
+        raise ImageError(name, f"its path {shown(path)} is not there, or outside of the data set's folder")
 
     def label(self, index: int) -> int | None:
         return int(self.labels[index]) if self.classes is not None else None
@@ -70,7 +115,7 @@ class HuggingFace:
         return f"{self.path}:{self.split}[{index}]"
 
 
-def _load(path: str, split: str) -> Any:
+def _load(path: str, split: str, config_name: str | None, revision: str | None) -> Any:
     """The rows of a split. Raises UsageError."""
     import datasets
 
@@ -79,7 +124,10 @@ def _load(path: str, split: str) -> Any:
         raise UsageError(f"{path} is a file; allowed is a folder with Parquet or Arrow files, or a name on the hub")
     try:
         if not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
-            return datasets.load_dataset(path, split=split)
+            builder = datasets.load_dataset_builder(path, config_name, revision=revision)
+            if folder.is_dir():
+                _check_files(folder, builder.config.data_files or {})
+            return datasets.load_dataset(path, config_name, split=split, revision=revision)
         saved = datasets.load_from_disk(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # also a missing file, also no network
         reason = " ".join(str(error).split())
@@ -88,6 +136,24 @@ def _load(path: str, split: str) -> Any:
     if split not in splits:
         raise UsageError(f"cannot load the data set {path}, split {split}: it has {', '.join(map(str, splits))}")
     return splits[split]
+
+
+def _check_files(folder: Path, files: dict[str, list[str]]) -> None:
+    """Raises UsageError if a local data set's description names files outside of its folder."""
+    real = os.path.realpath(folder)
+    for file in (str(file) for some in files.values() for file in some):
+        if "://" in file or os.path.commonpath([os.path.realpath(file), real]) != real:
+            raise UsageError(f"{folder} names the file {shown(file)}, which is outside of it (README.md)")
+
+
+def _folders(path: str) -> list[str]:
+    """Where the files of a data set may lie."""
+    if Path(path).is_dir():
+        return [os.path.realpath(path)]
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [os.path.realpath(folder) for folder in (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)]
 
 
 def _column(key: str, given: str | None, features: Any, kind: type) -> str | None:

@@ -8,20 +8,29 @@ import os
 import sys
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
+from fcmae.data.bad_samples import tell_main
 from fcmae.data.formats import EXTENSIONS
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, shown
 
 SUFFIX = ".fcmae-listing"
 KEEP_FROM = 10_000
 """Images from which a listing is worth a file."""
-FORMAT = 1
+FORMAT = 2
+MAX_LINKS = 1000
+"""Links by which a folder may be reached; a few folders full of links to each other would never be listed."""
+MAX_KINDS = 100
+"""Endings of files that are counted apart."""
+SHOWN = 5
+"""Of these, those that are named in a message."""
 _CLOCK_STEP_NS = 2_000_000_000
 """A folder that changed so shortly before it was listed may change again within its clock's resolution."""
 _CHANGING = -1
@@ -75,30 +84,63 @@ def list_folder(root: Path, relist: bool = False) -> Listing:
                 took = time.perf_counter() - started
                 where = f"kept in {arrays.path}" if arrays.path else "which cannot be kept in a file"
                 print(f"listed {count:,} images below {root} in {took:.1f} s, {where}", file=sys.stderr, flush=True)
+    others = Others(**arrays.meta["others"])
     if not len(arrays["labels"]):
-        raise UsageError(f"{root} has no images; looked for {' '.join(EXTENSIONS)}")
+        raise UsageError(f"{root} has no images; looked for {' '.join(EXTENSIONS)}{others.told()}")
+    if others.kinds:
+        tell_main(f"{root}: {len(arrays['labels']):,} images ({' '.join(EXTENSIONS)}){others.told()}")
     return Listing(root, arrays)
 
 
+@dataclass
+class Others:
+    """Files that are not read as images: how many of each ending, and one of them."""
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    example: str = ""
+
+    def add(self, folder: bytes, name: bytes, what: str) -> None:
+        kind = what if what in self.kinds or len(self.kinds) < MAX_KINDS else "of other kinds"
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.example = self.example or os.fsdecode(os.path.join(folder, name))
+
+    def told(self) -> str:
+        """As a part of a line; nothing without any."""
+        most = Counter(self.kinds).most_common()
+        named = [f"{count:,} {what}" for what, count in most[:SHOWN]]
+        named += [f"{sum(count for _, count in most[SHOWN:]):,} others"] if most[SHOWN:] else []
+        return f"; not read: {', '.join(named)}, such as {shown(self.example)}" if named else ""
+
+
 def _is_current(root: Path, kept: Arrays) -> bool:
-    if kept.meta != _meta():
+    if not _meta(root).items() <= kept.meta.items():
         return False
+    names, folders, classes = (Strings(kept, kind) for kind in ("names", "folders", "classes"))
+    names.check(paths=True)
+    folders.check(paths=True)
+    classes.check(paths=True)
+    labels, times = kept["labels"], kept["folder_times"]
+    if (labels.shape, times.shape) != ((len(names),), (len(folders),)) or labels.dtype != np.int32:
+        raise ValueError("its arrays have other sizes")
+    if labels.min(initial=0) < -1 or labels.max(initial=-1) >= len(classes):
+        raise ValueError("its labels are not those of its classes")
+    Others(**kept.meta["others"]).told()
     base = os.fsencode(root)
-    folders = zip(Strings(kept, "folders"), kept["folder_times"], strict=True)
-    return all(os.stat(os.path.join(base, name)).st_mtime_ns == changed for name, changed in folders)
+    found = zip(folders, times, strict=True)
+    return all(os.stat(os.path.join(base, name)).st_mtime_ns == changed for name, changed in found)
 
 
-def _meta() -> dict:
-    return {"format": FORMAT, "extensions": list(EXTENSIONS)}
+def _meta(root: Path) -> dict:
+    return {"format": FORMAT, "extensions": list(EXTENSIONS), "root": str(root.resolve())}
 
 
 def _list(root: Path) -> Arrays:
     now = time.time_ns()
     names, folders, classes = StringsBuilder(), StringsBuilder(), StringsBuilder()
-    times, labels = array("q"), array("i")
+    times, labels, others = array("q"), array("i"), Others()
     current = None
     with tqdm(desc=f"listing {root}", unit=" images", unit_scale=True, delay=1, leave=False, disable=None) as bar:
-        for folder, changed, files in _walk(os.fsencode(root), b"", frozenset()):
+        for folder, changed, files in _walk(os.fsencode(root), others):
             folders.append(folder)
             times.append(changed if changed < now - _CLOCK_STEP_NS else _CHANGING)
             top = folder.partition(b"/")[0]
@@ -116,38 +158,52 @@ def _list(root: Path) -> Arrays:
     }
     for kind, strings in (("names", names), ("folders", folders), ("classes", classes)):
         arrays |= strings.arrays(kind)
-    return Arrays(arrays, _meta())
+    return Arrays(arrays, {**_meta(root), "others": asdict(others)})
 
 
-def _walk(root: bytes, folder: bytes, ancestors: frozenset) -> Iterator[tuple[bytes, int, list[bytes]]]:
-    """Each folder from ``folder`` on: its path below ``root``, its modification time, its own image files' names.
+def _walk(root: bytes, others: Others) -> Iterator[tuple[bytes, int, list[bytes]]]:
+    """Each folder: its path below ``root``, its modification time, its own image files' names; others are counted.
 
     Links are followed, but not into a folder that the link is in. Names that start with a dot are left out.
     """
-    path = os.path.join(root, folder) if folder else root
-    files, subfolders = [], []
-    try:
-        status = os.stat(path)  # before its entries are read: what comes later changes the time
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            return
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    subfolders.append(entry.name)
-                elif _is_image(entry):
-                    files.append(entry.name)
-    except OSError as error:
-        raise UsageError(f"cannot list the folder {os.fsdecode(path)}: {error.strerror}") from error
-    yield folder, status.st_mtime_ns, sorted(files)
-    for name in sorted(subfolders):
-        yield from _walk(root, os.path.join(folder, name), ancestors | {identity})
+    linked: Counter[tuple[int, int]] = Counter()
+    left: list[tuple[bytes, frozenset, bool]] = [(b"", frozenset(), False)]
+    while left:
+        folder, ancestors, by_link = left.pop()
+        path = os.path.join(root, folder) if folder else root
+        files, subfolders = [], []
+        try:
+            status = os.stat(path)  # before its entries are read: what comes later changes the time
+            identity = (status.st_dev, status.st_ino)
+            if identity in ancestors:
+                continue
+            linked[identity] += by_link
+            if linked[identity] > MAX_LINKS:
+                raise UsageError(f"{os.fsdecode(path)} is reached by more than {MAX_LINKS} links; remove some of them")
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    if entry.is_dir():
+                        subfolders.append((entry.name, by_link or entry.is_symlink()))
+                    elif problem := _why_not(entry):
+                        others.add(folder, entry.name, problem)
+                    else:
+                        files.append(entry.name)
+        except OSError as error:
+            raise UsageError(f"cannot list the folder {os.fsdecode(path)}: {error.strerror}") from error
+        yield folder, status.st_mtime_ns, sorted(files)
+        below = ancestors | {identity}
+        left += [(os.path.join(folder, name), below, link) for name, link in sorted(subfolders, reverse=True)]
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    """By its name; what is neither a file nor a broken link to one, such as a pipe, would never end being read."""
-    if os.path.splitext(entry.name)[1].lower() not in _ENDINGS:
-        return False
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+def _why_not(entry: os.DirEntry) -> str:
+    """What kind of file this is, if it is not read as an image: by its name; nothing for an image.
+
+    What is neither a file nor a broken link to one, such as a pipe, would never end being read.
+    """
+    ending = os.path.splitext(entry.name)[1].lower()
+    if ending not in _ENDINGS:
+        return os.fsdecode(ending) or "without an ending"
+    is_read = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    return "" if is_read else "not regular files"

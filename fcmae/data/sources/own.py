@@ -60,6 +60,8 @@ class Own:
         if image.ndim != 3 or len(image) != self.to.in_chans or not image.numel():
             allowed = f"allowed is [C, H, W] with {self.to.in_chans} channels (data.in_chans)"
             return f"its shape is {list(image.shape)}; {allowed}"
+        if image.dtype == torch.float32 and not image.isfinite().all():
+            return "it has values that are infinite or not a number (NaN); replace them in the source"
         return ""
 
 

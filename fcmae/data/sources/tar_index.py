@@ -1,21 +1,44 @@
 """Where in a tar file its samples are: made by reading the file's headers once, and kept beside it."""
 
+import itertools
 import json
 import os
 import tarfile
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from fcmae.data.arrays import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.data.formats import EXTENSIONS
-from fcmae.errors import UsageError
+from fcmae.data.sources.tar_headers import DamagedError, Member, members
+from fcmae.data.sources.tar_names import at_last_dot, choose_split, is_image
+from fcmae.errors import UsageError, shown
+from fcmae.opening import open_regular
 
 SUFFIX = ".fcmae-index"
-FORMAT = 1
+FORMAT = 2
 NO_LABEL = -1
+MAX_LABEL = 2**31 - 1
+MAX_LABEL_BYTES = 2**20
+"""Of a .cls or .json file; larger ones have no label."""
+SPARSE = -1
+"""Instead of the size of an image that is stored without its zeros."""
+
+
+@dataclass
+class LeftOut:
+    """What of a tar file is no sample: further images of samples, and samples without any image."""
+
+    further: int = 0
+    further_example: str = ""
+    without: int = 0
+    without_example: str = ""
+    at_last_dot: bool = False
+    """Samples' names end at the last dot instead of the first."""
 
 
 class ShardIndex:
@@ -31,6 +54,7 @@ class ShardIndex:
         self.labels = arrays["labels"]
         self.names = Strings(arrays, "names")
         self.cut: str = arrays.meta["cut"]
+        self.left_out = LeftOut(**arrays.meta["left_out"])
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -59,101 +83,125 @@ def index_shard(shard: Path, reindex: bool = False) -> ShardIndex:
         status = shard.stat()
     except OSError as error:
         raise UsageError(f"cannot read the tar file {shard}: {error.strerror}") from error
-    state = {"format": FORMAT, "extensions": list(EXTENSIONS), "size": status.st_size, "mtime": status.st_mtime_ns}
-    if not reindex:
-        kept = find_kept(shard, SUFFIX, lambda kept: kept.meta["shard"] == state)
-        if kept is not None:
-            return ShardIndex(kept)
-    return ShardIndex(keep(_read_headers(shard, state), shard, SUFFIX))
+    state = {
+        "format": FORMAT,
+        "extensions": list(EXTENSIONS),
+        "name": shard.name,
+        "size": status.st_size,
+        "mtime": status.st_mtime_ns,
+    }
+    kept = None if reindex else find_kept(shard, SUFFIX, lambda kept: _is_current(kept, state))
+    return ShardIndex(kept or keep(_read(shard, state), shard, SUFFIX))
 
 
-@dataclass
-class _Samples:
-    """What is collected of a tar file, one sample after another."""
+def _is_current(kept: Arrays, state: dict) -> bool:
+    if kept.meta["shard"] != state:
+        return False
+    index = ShardIndex(kept)
+    index.names.check()
+    arrays = (index.offsets, index.sizes, index.labels)
+    if any(values.shape != (len(index.names),) for values in arrays):
+        raise ValueError("its arrays have other sizes")
+    if index.offsets.min(initial=0) < 0 or index.sizes.min(initial=0) < SPARSE:
+        raise ValueError("it has places before the beginning of the file")
+    if index.offsets.max(initial=0) > state["size"] or index.labels.min(initial=0) < NO_LABEL:
+        raise ValueError("it has places or labels that cannot be")
+    return True
 
-    names: StringsBuilder = field(default_factory=StringsBuilder)
-    offsets: array = field(default_factory=lambda: array("q"))
-    sizes: array = field(default_factory=lambda: array("q"))
-    labels: array = field(default_factory=lambda: array("i"))
-    key: str | None = None
-    image: tarfile.TarInfo | None = None
-    label: int = NO_LABEL
 
-    def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        if not stem:
+class _Files:
+    """The regular files of an archive: names, places, and the labels of those that hold one, without an object each."""
+
+    def __init__(self) -> None:
+        self.names = StringsBuilder()
+        self.offsets, self.sizes, self.labels = array("q"), array("q"), array("i")
+
+    def add(self, member: Member, file: IO[bytes]) -> None:
+        base = member.name.rpartition("/")[2]
+        if base.startswith("."):
             return  # what some systems put beside a file: ._0001.jpg
-        key = f"{folder}/{stem}"
-        if key != self.key:
-            self.finish()
-            self.key = key
-        ending = ending.lower()
-        if self.image is None and os.path.splitext("x." + ending)[1] in EXTENSIONS:
-            self.image = member
-        elif ending in ("cls", "json") and self.label == NO_LABEL:
-            content = tar.extractfile(member)
-            assert content is not None
-            self.label = read_label(ending, content.read())
+        self.names.append(os.fsencode(member.name))
+        self.offsets.append(member.offset)
+        self.sizes.append(SPARSE if member.is_sparse else member.size)
+        ending = base.lower().rpartition(".")[2]
+        label = NO_LABEL
+        if ending in ("cls", "json") and not member.is_sparse and member.size <= MAX_LABEL_BYTES:
+            file.seek(member.offset)
+            label = read_label(ending, file.read(member.size))
+        self.labels.append(label)
 
-    def finish(self) -> None:
-        """Ends the current sample."""
-        if self.image is not None:
-            self.names.append(os.fsencode(self.image.name))
-            self.offsets.append(self.image.offset_data)
-            self.sizes.append(self.image.size)
-            self.labels.append(self.label)
-        self.key, self.image, self.label = None, None, NO_LABEL
+    def all_names(self) -> Iterator[str]:
+        strings = Strings(Arrays(self.names.arrays("names"), {}), "names")
+        return map(os.fsdecode, strings)
+
+    def samples(self) -> tuple[dict[str, np.ndarray], LeftOut]:
+        """The arrays of a :class:`ShardIndex`, and what is left out. Raises ValueError if names mean two things."""
+        split = choose_split(self.all_names)
+        left_out = LeftOut(at_last_dot=split is at_last_dot)
+        images, labels, names = array("q"), array("i"), StringsBuilder()
+        position = itertools.count()
+        files = ((*split(name), name, next(position)) for name in self.all_names())
+        for _, group in itertools.groupby(files, lambda file: file[0]):
+            found = [(ending, name, place) for _, ending, name, place in group]
+            pictures = [(name, place) for ending, name, place in found if is_image(ending)]
+            if not pictures:
+                left_out.without += 1
+                left_out.without_example = left_out.without_example or found[0][1]
+                continue
+            (name, place), further = pictures[0], pictures[1:]
+            twice = next((other for other, _ in further if other == name), None)
+            if twice is not None:
+                raise ValueError(f"{shown(name)} is there twice, one after the other; remove one of them")
+            left_out.further += len(further)
+            if further and not left_out.further_example:
+                left_out.further_example = f"{further[0][0]} beside {name}"
+            known = (self.labels[at] for ending, _, at in found if ending in ("cls", "json"))
+            images.append(place)
+            names.append(os.fsencode(name))
+            labels.append(next((label for label in known if label != NO_LABEL), NO_LABEL))
+        chosen = np.frombuffer(images, np.int64)
+        return {
+            "offsets": np.frombuffer(self.offsets, np.int64)[chosen],
+            "sizes": np.frombuffer(self.sizes, np.int64)[chosen],
+            "labels": np.frombuffer(labels, np.int32),
+            **names.arrays("names"),
+        }, left_out
 
 
 def read_label(ending: str, content: bytes) -> int:
     """The class's number in a ``cls`` or ``json`` file; -1 where there is none."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and lists in lists in lists
         return NO_LABEL
     if ending == "json":
         known = value if isinstance(value, dict) else {}
         value = known.get("label", known.get("cls"))
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else NO_LABEL
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= MAX_LABEL else NO_LABEL
 
 
-def _read_headers(shard: Path, state: dict) -> Arrays:
-    samples = _Samples()
-    cut = ""
+def _read(shard: Path, state: dict) -> Arrays:
+    files, cut = _Files(), ""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard) as file:
             try:
-                while (member := tar.next()) is not None:
-                    if member.isfile():
-                        samples.add(member, tar)
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                cut = _missing_end(shard, tar.offset)
-            except tarfile.ReadError as error:
+                for member in members(file):
+                    files.add(member, file)
+            except DamagedError as error:
                 cut = str(error)
-            samples.finish()
+        arrays, left_out = files.samples()
     except (tarfile.ReadError, OSError) as error:
         hint = "; compressed tar files have no random access, unpack them first" if _is_compressed(shard) else ""
         raise UsageError(f"cannot read the tar file {shard}: {error}{hint}") from error
-    arrays: dict[str, np.ndarray] = {
-        "offsets": np.frombuffer(samples.offsets, np.int64),
-        "sizes": np.frombuffer(samples.sizes, np.int64),
-        "labels": np.frombuffer(samples.labels, np.int32),
-        **samples.names.arrays("names"),
-    }
-    return Arrays(arrays, {"shard": state, "cut": cut})
-
-
-def _missing_end(shard: Path, offset: int) -> str:
-    """What is wrong where no header was found; nothing if there is the mark of the archive's end, a block of zeros."""
-    with shard.open("rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if block == bytes(tarfile.BLOCKSIZE):
-        return ""
-    return f"no header at byte {offset}" if block else "no mark of the archive's end"
+    except ValueError as error:
+        raise UsageError(f"{shard}: {error}") from error
+    return Arrays(arrays, {"shard": state, "cut": cut, "left_out": asdict(left_out)})
 
 
 def _is_compressed(shard: Path) -> bool:
-    with shard.open("rb") as file:
-        return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd"))
+    try:
+        with open_regular(shard) as file:
+            return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd"))
+    except OSError:
+        return False

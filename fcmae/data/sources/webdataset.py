@@ -1,7 +1,7 @@
 """Tar files in the WebDataset layout, with random access to every sample.
 
 A sample is what follows each other in a tar file under one name up to the first dot: ``a/0001.jpg`` and ``a/0001.cls``
-are the image and the label of the sample ``a/0001``.
+are the image and the label of the sample ``a/0001``. :mod:`fcmae.data.sources.tar_names` has the rule in full.
 """
 
 import bisect
@@ -16,14 +16,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fcmae.data.arrays import one_at_a_time
+from fcmae.data.bad_samples import tell_main
 from fcmae.data.formats import EXTENSIONS
-from fcmae.data.pixels import Encoded
-from fcmae.data.sources.base import Sample
-from fcmae.data.sources.tar_index import ShardIndex, index_shard
-from fcmae.errors import ImageError, UsageError
+from fcmae.data.pixels import MAX_BYTES, Encoded
+from fcmae.data.sources.base import Sample, class_names
+from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard
+from fcmae.errors import ImageError, UsageError, shown
+from fcmae.opening import open_regular, read_regular
 
 CLASSES_FILE = "classes.txt"
 """Names of the classes, one a line, beside the tar files."""
+MAX_NAMES = 2**24
+"""Bytes of that file."""
+TOO_MANY = f"if that is right, name all classes in {CLASSES_FILE} beside the tar files"
 
 
 class WebDataset:
@@ -48,12 +53,34 @@ class WebDataset:
         self.ends = list(itertools.accumulate(map(len, self.indices)))
         if not self.ends[-1]:
             raise UsageError(f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(EXTENSIONS)}")
+        self._tell_left_out()
         self.classes = self._class_names()
         self._open = OpenFiles()
+
+    def _tell_left_out(self) -> None:
+        """One line on what of the tar files is no sample of its own."""
+        notes = [index.left_out for index in self.indices]
+        further, without = sum(note.further for note in notes), sum(note.without for note in notes)
+        told = []
+        if further:
+            example = next(note.further_example for note in notes if note.further)
+            told.append(f"{further:,} further images of samples are left out, such as {shown(example)}")
+        if without:
+            example = next(note.without_example for note in notes if note.without)
+            told.append(f"{without:,} samples without an image are left out, such as {shown(example)}")
+        if any(note.at_last_dot for note in notes):
+            told.append("samples' names end at the last dot, as the first would make one of many")
+        if told:
+            files = f"{self.shards[0]}" + (f" to {self.shards[-1]}" if len(self.shards) > 1 else "")
+            tell_main(f"{files}: {len(self):,} images; {'; '.join(told)}")
 
     @property
     def unlabelled(self) -> str:
         """Why there are no classes."""
+        if class_names(self._largest, len(self)) is None:
+            most = max(range(len(self.indices)), key=lambda i: self.indices[i].largest_label)
+            name = f"{self.shards[most]}/{self.indices[most].name(int(self.indices[most].labels.argmax()))}"
+            return f"{shown(name)} has the class {self._largest}, but there are {len(self)} images; {TOO_MANY}"
         number = next(i for i, index in enumerate(self.indices) if not index.is_labelled)
         position = int(self.indices[number].labels.argmin())
         name = f"{self.shards[number]}/{self.indices[number].name(position)}"
@@ -62,14 +89,22 @@ class WebDataset:
     def _class_names(self) -> list[str] | None:
         if not all(index.is_labelled for index in self.indices):
             return None
-        count = 1 + max(index.largest_label for index in self.indices)
+        count = 1 + self._largest
         file = self.shards[0].with_name(CLASSES_FILE)
-        if not file.is_file():
-            return [str(label) for label in range(count)]
-        names = file.read_text().splitlines()
+        try:
+            names = read_regular(file, MAX_NAMES).decode().splitlines()
+        except FileNotFoundError:
+            return class_names(self._largest, len(self))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(names) < count:
             raise UsageError(f"{file} names {len(names)} classes; the tar files have labels up to {count - 1}")
         return names
+
+    @property
+    def _largest(self) -> int:
+        """The largest class's number."""
+        return max(index.largest_label for index in self.indices)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -78,13 +113,23 @@ class WebDataset:
         shard, position = self._locate(index)
         entry = self.indices[shard]
         name = self.describe(index)
-        size = int(entry.sizes[position])
+        size, offset = int(entry.sizes[position]), int(entry.offsets[position])
+        if size == SPARSE:
+            raise ImageError(
+                name, "it is stored as a sparse file, without its zeros; make the tar file without --sparse"
+            )
         try:
-            data = os.pread(self._open[self.shards[shard]], size, int(entry.offsets[position]))
+            descriptor = self._open[self.shards[shard]]
+            left = os.fstat(descriptor).st_size - offset
+            if left < size:
+                raise ImageError(name, f"the tar file ends after {max(0, left)} of its {size} bytes")
+            if size > MAX_BYTES:
+                raise ImageError(name, f"it has {size} bytes; at most {MAX_BYTES} are read")
+            data = os.pread(descriptor, size, offset)
         except OSError as error:
             raise ImageError(name, error.strerror or str(error)) from error
-        if len(data) < size:
-            raise ImageError(name, f"the tar file ends after {len(data)} of its {size} bytes")
+        if len(data) < size:  # the system reads two GiB at a time
+            raise ImageError(name, f"only {len(data)} of its {size} bytes can be read at once")
         return Sample(Encoded(data, name), self.label(index))
 
     def label(self, index: int) -> int | None:
@@ -116,7 +161,8 @@ class OpenFiles:
 
     def __getitem__(self, path: Path) -> int:
         if path not in self.descriptors:
-            self.descriptors[path] = os.open(path, os.O_RDONLY)
+            with open_regular(path) as file:
+                self.descriptors[path] = os.dup(file.fileno())
             if len(self.descriptors) > self.limit:
                 os.close(self.descriptors.popitem(last=False)[1])
         self.descriptors.move_to_end(path)
@@ -132,6 +178,10 @@ class OpenFiles:
 
 def find_shards(pattern: str) -> list[Path]:
     """The tar files that a path, a folder or a pattern means, in the order of the pattern. Raises UsageError."""
+    if re.match(r"[a-z0-9+.-]{2,}://|pipe:", pattern, re.IGNORECASE):
+        raise UsageError(
+            f"{pattern} is a URL, which is not supported yet; download the tar files and give their folder"
+        )
     found: list[Path] = []
     for name in expand_braces(pattern):
         if os.path.isdir(name):

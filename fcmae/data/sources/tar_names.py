@@ -1,0 +1,99 @@
+"""Which files of a tar file make up a sample, by their names.
+
+WebDataset's rule: those that follow each other under one name up to the first dot. But where names hold dots of their
+own (``img_0.25_x.png``, DICOM's ``1.2.840.113.png``) that rule makes one sample of many, so there a name ends at the
+last dot.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from fcmae.data.formats import EXTENSIONS
+from fcmae.errors import shown
+
+MAX_ENDINGS = 1000
+"""Endings of several parts that an archive can have; more are parts of names."""
+
+Split = Callable[[str], tuple[str, str]]
+"""From a file's name to that of its sample, and the ending in lower case."""
+
+
+def at_first_dot(name: str) -> tuple[str, str]:
+    folder, _, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return f"{folder}/{stem}", ending.lower()
+
+
+def at_last_dot(name: str) -> tuple[str, str]:
+    folder, _, base = name.rpartition("/")
+    stem, _, ending = base.rpartition(".")
+    return f"{folder}/{stem}", ending.lower()
+
+
+def is_image(ending: str) -> bool:
+    return f".{ending.rpartition('.')[2]}" in EXTENSIONS
+
+
+def choose_split(names: Callable[[], Iterable[str]]) -> Split:
+    """Where the names of an archive end.
+
+    At the first dot where a sample has a file with a single ending (``0001.cls``), or where the same words come before
+    the last ending of several samples (``0001.left.png``). Otherwise at the last.
+
+    Args:
+        names: gives all names, in their order, each time it is called.
+
+    Raises ValueError naming two files if names follow both rules, and images would be lost.
+    """
+    recurring = _recurring(names())
+    votes: set[bool] = set()
+    weak: set[bool] = set()
+    lost, example = 0, ""
+    for group, endings in _groups(names()):
+        images = [name for name, ending in zip(group, endings, strict=True) if is_image(ending)]
+        if len(group) == 1 or all("." not in ending for ending in endings):
+            continue
+        first = _ends_at_first(endings, recurring)
+        (weak if first is False and len(images) < 2 else votes).update([True, False] if first is None else [first])
+        if len(images) > 1:
+            lost += len(images) - 1
+            example = example or f"{shown(images[0])} and {shown(images[1])}"
+    votes = votes or weak
+    if len(votes) < 2:
+        return at_last_dot if False in votes else at_first_dot
+    if lost:
+        raise ValueError(
+            f"{lost} images have the names of others up to the first dot, such as {example}, but other files follow "
+            "that rule; rename the files so that a sample's have the same name up to the first dot and others do not"
+        )
+    return at_first_dot
+
+
+def _groups(names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """What follows each other under one name up to the first dot, and its endings."""
+    for _, group in itertools.groupby(names, lambda name: at_first_dot(name)[0]):
+        found = list(group)
+        yield found, [at_first_dot(name)[1] for name in found]
+
+
+def _recurring(names: Iterable[str]) -> set[str]:
+    """Endings of several parts that several samples have."""
+    counts: Counter[str] = Counter()
+    for _, endings in _groups(names):
+        counts.update({ending for ending in endings if "." in ending})
+        if len(counts) > MAX_ENDINGS:
+            return set()
+    return {ending for ending, count in counts.items() if count > 1}
+
+
+def _ends_at_first(endings: list[str], recurring: set[str]) -> bool | None:
+    """Whether a sample's name, some of whose endings have several parts, ends at the first dot; None if unclear."""
+    single = [ending for ending in endings if "." not in ending]
+    several = [ending for ending in endings if "." in ending]
+    words = not any(ending[:1].isdigit() for ending in several)
+    if any(not is_image(ending) for ending in single):
+        return True
+    if words and (single or recurring.issuperset(several)):
+        return True
+    return None if single else False
