@@ -273,11 +273,12 @@ def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae demo", description=COMMANDS["demo"])
     parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
     parser.add_argument("--data", help="a folder with Fashion-MNIST's four .gz files")
+    parser.add_argument("--minutes", type=float, help="how long it may take on two CPU cores (default: 8)")
     given = parser.parse_args(args)
     with quick_imports():
-        from fcmae.demo import run
+        from fcmae.demo import MINUTES, run
 
-    run(Path(given.out), given.data)
+    run(Path(given.out), given.data, MINUTES if given.minutes is None else given.minutes)
     return 0
 
 

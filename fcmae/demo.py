@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,50 @@ from fcmae.training.run import finetune, pretrain
 from fcmae.training.tasks import Pretraining
 
 GALLERY, QUERIES = 10_000, 2_000
+MINUTES = 8.0
+"""What the demo may take on a machine with two CPU cores."""
 GPU_SECONDS = 200
 """Pretraining time aimed at on a GPU; the number of epochs follows from its measured speed."""
 GPU_EPOCHS = (2, 60)
 
 
-def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """How long to train on this machine, from its speed in pretraining (images per second)."""
+
+    speed: float
+    pretrain_epochs: float
+    finetune_epochs: float
+
+    RECIPE = (2.0, 60.0)
+    """Epochs of pretraining and of fine-tuning by the recipe for CPUs, conf/experiment/demo."""
+    TRAINING, EVALUATION = 150_000, 50_000
+    """What that training and all evaluations cost on CPUs, counted in images of pretraining (120,000 are its own)."""
+    LEAST = 0.25
+    """Share of the recipe below which the features would not show what they learn."""
+    RESERVE = 0.15
+    """Share of the time for a machine that gets slower."""
+
+    @classmethod
+    def for_cpu(cls, speed: float, seconds: float) -> "Plan":
+        """As much of the recipe as fits into ``seconds``."""
+        share = ((1 - cls.RESERVE) * seconds * speed - cls.EVALUATION) / cls.TRAINING
+        share = min(max(share, cls.LEAST), 1.0)
+        pretraining, finetuning = cls.RECIPE
+        return cls(speed, round(share * pretraining, 2), round(share * finetuning))
+
+    @classmethod
+    def for_gpu(cls, speed: float, images: int, finetune_epochs: float) -> "Plan":
+        """As many epochs of pretraining as fit into GPU_SECONDS, within GPU_EPOCHS."""
+        least, most = GPU_EPOCHS
+        return cls(speed, int(min(max(GPU_SECONDS * speed / images, least), most)), finetune_epochs)
+
+
+def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> dict[str, Any]:
     """Runs the demo into folder ``out`` and returns what it writes to summary.json.
+
+    On a CPU as much of the recipe is run as fits into ``minutes``, by the speed of a few steps, but a quarter of it at
+    the least.
 
     Raises UsageError, before anything is trained, if the data or matplotlib (for loss.png) is missing.
     """
@@ -40,9 +78,19 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
     pretraining = [f"experiment={'fashion_mnist/pretrain' if gpu else 'demo/pretrain'}", "logger=quiet", *data]
     finetuning = [f"experiment={'fashion_mnist/finetune_100' if gpu else 'demo/finetune'}", "logger=quiet", *data]
     cfg: PretrainConfig = compose("pretrain", pretraining)
-    train_source(cfg.data)
+    few: FinetuneConfig = compose("finetune", finetuning)
+    images = len(train_source(cfg.data))
+    speed = _speed(pretraining, runs)
+    plan = Plan.for_cpu(speed, 60 * minutes - (time.perf_counter() - began))
     if gpu:
-        cfg = compose("pretrain", [*pretraining, f"schedule.epochs={_affordable_epochs(pretraining, runs)}"])
+        plan = Plan.for_gpu(speed, images, few.schedule.epochs)
+    print(
+        f"{speed:.0f} images/s on this machine: {plan.pretrain_epochs:g} epochs of pretraining ({images} images each), "
+        f"{plan.finetune_epochs:g} of fine-tuning"
+    )
+    pretraining += _schedule(cfg, plan.pretrain_epochs)
+    finetuning += _schedule(few, plan.finetune_epochs)
+    cfg = compose("pretrain", pretraining)
 
     _step(1, f"k-NN accuracy of random weights ({GALLERY} gallery, {QUERIES} test images)")
     before = _knn(build_fcmae(cfg), cfg.data, device)
@@ -61,7 +109,7 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
         task.picture(device).image.save(file, "PNG")
     _plot_loss(runs / "pretrain" / "metrics.jsonl", out / "loss.png")
 
-    few: FinetuneConfig = compose("finetune", [*finetuning, f"init_from={pretrained}"])
+    few = compose("finetune", [*finetuning, f"init_from={pretrained}"])
     labels = 10 * (few.data.labels_per_class or 0)
     _step(4, f"fine-tuning with {labels} labels, from the pretrained weights")
     from_pretrained = _top1(finetune(few, runs / "finetune").parent.parent)
@@ -76,6 +124,8 @@ def run(out: Path, data_folder: str | None = None) -> dict[str, Any]:
         "finetune_scratch": from_scratch,
         "seconds": time.perf_counter() - began,
         "images_per_second": images_per_second,
+        "pretrain_epochs": plan.pretrain_epochs,
+        "finetune_epochs": plan.finetune_epochs,
     }
     summary = {name: round(value, 2) for name, value in summary.items()}
     write_output("--out", out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -117,13 +167,18 @@ def _images_per_second(run_dir: Path) -> float:
     return float(torch.tensor(speeds[len(speeds) // 2 :]).median())
 
 
-def _affordable_epochs(overrides: list[str], runs: Path) -> int:
-    """Epochs that fit into GPU_SECONDS, by the speed of a few steps."""
+def _speed(overrides: list[str], runs: Path) -> float:
+    """Images per second in pretraining, by a few steps of it."""
     cfg: PretrainConfig = compose("pretrain", [*overrides, "trainer.max_steps=60", "trainer.log_every=20"])
     with contextlib.suppress(Interrupted):
         pretrain(cfg, runs / "speed")
-    epochs = GPU_SECONDS * _images_per_second(runs / "speed") / len(train_source(cfg.data))
-    return int(min(max(epochs, GPU_EPOCHS[0]), GPU_EPOCHS[1]))
+    return _images_per_second(runs / "speed")
+
+
+def _schedule(cfg: PretrainConfig | FinetuneConfig, epochs: float) -> list[str]:
+    """Overrides for so many epochs, with the recipe's share of warm-up."""
+    warmup = cfg.schedule.warmup_epochs * epochs / cfg.schedule.epochs
+    return [f"schedule.epochs={epochs}", f"schedule.warmup_epochs={warmup:.4f}"]
 
 
 def _top1(run_dir: Path) -> float:
