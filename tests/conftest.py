@@ -43,7 +43,8 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 Command = Callable[..., subprocess.CompletedProcess]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", HANDLED)
 
 
 def start_python(

@@ -1,6 +1,6 @@
-"""``fcmae`` whose steps take at least ``PACE`` seconds: a run lasts about as long on any machine.
+"""``fcmae`` whose steps take at least ``PACE`` seconds, so that there is time to disturb a run on any machine.
 
-Only the first PACED_STARTS starts of a job are paced, those that are to be disturbed.
+Only the first ``PACED_STARTS`` starts of a SLURM job are paced, those that are to be disturbed.
 """
 
 import os
@@ -9,7 +9,7 @@ import time
 
 from fcmae import cli, interrupt
 
-PACE = 0.05
+PACE = float(os.environ.get("PACE", "0.05"))
 
 _received = interrupt.received
 
@@ -20,7 +20,12 @@ def _slowly() -> str | None:
     return _received()
 
 
-if __name__ == "__main__":
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ["PACED_STARTS"]):
+def install() -> None:
+    """From now on steps take their time, if this start is to be paced."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("PACED_STARTS", "1")):
         interrupt.received = _slowly
+
+
+if __name__ == "__main__":
+    install()
     sys.exit(cli.main())

@@ -39,6 +39,7 @@ MODULES = (
     "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
 )
+_LOCK = threading.Lock()
 TO_RANKS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 GRACE = 30
 """Seconds that ranks have to end after one has failed or a signal came, as under torchrun."""
@@ -66,7 +67,7 @@ class Process:
         self._reply, theirs = socket.socketpair()
         request = {"args": list(args), "cwd": str(cwd), "env": dict(env), "ranks": ranks}
         fds = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-        with theirs:
+        with theirs, _LOCK:
             socket.send_fds(_server()[1], [json.dumps(request).encode()], fds)
         self._lines = self._reply.makefile()
         self.pid = int(self._lines.readline())

@@ -1,5 +1,6 @@
 """After every test of faults: no process, shared memory or temporary file is left (row 12 of docs/reliability.md)."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -29,7 +30,8 @@ def _nothing_left(tmp_path: Path) -> Iterator[None]:
         assert not ours
     finally:
         for pid, _ in processes(tmp_path):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+from tests import preloaded
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, start_python
+from tests.pace import limit
+
+Run = subprocess.Popen | preloaded.Process
 
 SHORT = os.environ.get("FAULTS", "full") == "short"
 FULL_FORM = pytest.mark.skipif(SHORT, reason="only in the full form, make faults")
@@ -23,8 +27,6 @@ LONGER = ("schedule.epochs=40", "trainer.eval_every_epochs=40", "trainer.log_eve
 """120 steps of pretraining, a checkpoint every three: about two seconds after the start-up."""
 TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
 COMMANDS = {command: (*tiny, *LONGER) for command, tiny in TINY.items()}
-MARK = "FCMAE_FAULT_TEST"
-"""Environment variable that marks every process of a test."""
 
 
 def side_by_side(test: Callable[..., None], cases: Sequence[tuple[str, ...]], folder: Path) -> None:
@@ -39,86 +41,51 @@ def side_by_side(test: Callable[..., None], cases: Sequence[tuple[str, ...]], fo
         list(pool.map(one, cases))
 
 
-def start(
-    folder: Path, *args: str, ranks: int = 1, script: Path | None = None, variables: dict[str, str] | None = None
-) -> subprocess.Popen:
-    """Starts ``fcmae ARGS`` (or a script that ends up there) under torchrun for several ranks; stderr goes to a file.
-
-    The process leads a group of its own.
-    """
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launcher += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
+def start(folder: Path, *args: str, script: Path | None = None, **kwargs) -> Run:
+    """Starts ``fcmae ARGS`` (or a script that ends up there) as ``start_python`` does; stderr goes to a file."""
     program = [str(script)] if script else ["-m", "fcmae.cli"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder), **(variables or {})}
     with (folder / "stderr.txt").open("ab") as log:
-        return subprocess.Popen(
-            [*launcher, *program, *args],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,
-        )
+        return start_python(folder, *program, *args, stderr=log, **kwargs)
 
 
-def finish(folder: Path, *args: str, expect: int | None = 0, timeout: float = 240, **kwargs) -> str:
+def finish(folder: Path, *args: str, expect: int | None = 0, **kwargs) -> str:
     """Runs ``fcmae ARGS`` to its end and returns what it wrote to stderr."""
     (folder / "stderr.txt").unlink(missing_ok=True)
-    run = start(folder, *args, **kwargs)
-    code = run.wait(timeout)
+    code = start(folder, *args, **kwargs).wait(limit(240))
     said = (folder / "stderr.txt").read_text()
     assert expect is None or code == expect, f"exit code {code}\n{said}"
     return said
 
 
 def processes(folder: Path) -> Iterator[tuple[int, str]]:
-    """Process id and command line of every living process started in a folder or below."""
-    mark = f"{MARK}={folder}/".encode()
+    """Process id and command line of every living process that works in a folder or below."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-                variables = (entry / "environ").read_bytes().split(b"\0") if alive else []
-                if any((variable + b"/").startswith(mark) for variable in variables):
+                if alive and Path(os.readlink(entry / "cwd")).is_relative_to(folder):
                     yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
 
 
-def ranks_of(folder: Path) -> list[int]:
-    """The training processes that torchrun started, rank 0 first. Their data workers have a rank's environment too."""
-    ranks = {pid: _rank(pid) for pid, _ in processes(folder)}
-    started = [pid for pid, rank in ranks.items() if rank is not None and ranks.get(parent(pid)) is None]
-    return sorted(started, key=lambda pid: ranks[pid] or 0)
+def children(pid: int) -> list[int]:
+    """Living child processes, the oldest first. Those of a launcher are its ranks, rank 0 first."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]
 
 
-def _rank(pid: int) -> int | None:
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
-
-
-def parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def children(pid: int, folder: Path) -> list[int]:
-    """Living child processes."""
-    return [child for child, _ in processes(folder) if parent(child) == pid]
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> float:
-    """Waits, and returns for how long."""
+    """Waits, on a slow machine longer, and returns for how long."""
     begin = time.monotonic()
     while not condition():
-        assert time.monotonic() - begin < seconds, "waited in vain"
+        assert time.monotonic() - begin < seconds or time.monotonic() - begin < limit(seconds), "waited in vain"
         time.sleep(0.02)
     return time.monotonic() - begin
 
@@ -146,7 +113,7 @@ def weights_sha256(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def kill_group(run: subprocess.Popen) -> None:
+def kill_group(run: Run) -> None:
     """Ends what a failed test left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)

@@ -26,20 +26,21 @@ from tests.faults.runs import (
     wait_until,
     weights_sha256,
 )
+from tests.pace import limit
 
 STEPS = {"pretrain": 9, "finetune": 6}
 """Of the tiny runs."""
 
 
 def test_every_damage_is_noticed_and_the_one_before_used(tmp_path, reference):
-    """120 damaged copies of a real run's newest checkpoint, and each file deleted."""
+    """120 damaged copies of a real run's newest checkpoint (36 in the short form), and each file deleted."""
     shutil.copytree(reference("pretrain", 1), tmp_path / "run")
     checkpoints = checkpoint.CheckpointDir(tmp_path / "run")
     older, newest = checkpoints.paths()
     whole = newest.read_bytes()
     rng = random.Random(0)
-    damaged = [whole[:size] for size in rng.sample(range(len(whole)), 20)]
-    for bit in rng.sample(range(8 * len(whole)), 100):
+    damaged = [whole[:size] for size in rng.sample(range(len(whole)), 6 if SHORT else 20)]
+    for bit in rng.sample(range(8 * len(whole)), 30 if SHORT else 100):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         damaged.append(bytes(flipped))
@@ -158,7 +159,7 @@ def test_disk_full_at_any_write(tmp_path, begun):
             told = finish(folder, *args, script=script, expect=1)
             assert said in told
             full, over = (path.stat().st_mtime for path in (disk / "filler", folder / "stderr.txt"))
-            assert over - full <= 5
+            assert over - full <= limit(5)
             assert "No space left on device" in told
             assert "Traceback" not in told
             if name == "write_config":
@@ -221,7 +222,7 @@ def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path):
             assert first.poll() is None
             wait_until(lambda: max(steps(folder / "run"), default=0) >= 5)
             first.terminate()
-            assert first.wait(60) == 75
+            assert first.wait(limit(60)) == 75
         finally:
             kill_group(first)
         assert checkpoint.CheckpointDir(folder / "run").load_latest(pytest.fail) is not None
@@ -277,7 +278,7 @@ def test_training_outlives_the_process_of_wandb(tmp_path, undisturbed):
         wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
         (service,) = (pid for pid, command in processes(tmp_path) if "wandb-core" in command)
         os.kill(service, signal.SIGKILL)
-        assert run.wait(60) == 0
+        assert run.wait(limit(60)) == 0
     finally:
         kill_group(run)
     assert "WandbLogger could not write" in (tmp_path / "stderr.txt").read_text()

@@ -5,28 +5,31 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from fcmae.training.checkpoint import CheckpointDir
+from tests.conftest import run_python
 from tests.faults.runs import (
     COMMANDS,
-    MARK,
     SHORT,
     TINY,
     children,
     finish,
     kill_group,
-    ranks_of,
     start,
     steps,
     wait_until,
 )
+from tests.pace import limit
 
-TIMEOUT = 6
+
+@pytest.fixture(scope="module")
+def timeout() -> int:
+    """Seconds after which a run counts as hanging; its steps take hundredths of one."""
+    return limit(6)
+
 
 POISON = {
     "input": """
@@ -108,15 +111,14 @@ def test_a_skipped_step(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
-def test_a_data_worker_dies_or_stops(tmp_path, command, number):
-    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", f"trainer.hang_timeout={TIMEOUT}")
+def test_a_data_worker_dies_or_stops(tmp_path, timeout, command, number):
+    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", f"trainer.hang_timeout={timeout}")
     run = start(tmp_path, *args, "schedule.epochs=400")
     try:
         wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
-        (worker,) = children(run.pid, tmp_path)
+        (worker,) = children(run.pid)
         os.kill(worker, number)
-        limit = 5 if number == signal.SIGKILL else TIMEOUT + 5
-        assert wait_until(lambda: run.poll() is not None, 60) <= limit
+        assert wait_until(lambda: run.poll() is not None) <= limit(5) + (timeout if number == signal.SIGSTOP else 0)
         assert run.returncode == 1
     finally:
         kill_group(run)
@@ -127,23 +129,23 @@ def test_a_data_worker_dies_or_stops(tmp_path, command, number):
         named = rf"DataLoader worker \(pid(\(s\))? {worker}\) (is killed by signal: Killed|exited unexpectedly)"
         assert re.search(rf"fcmae {command}: ({named}|a data worker died while it sent a batch)", said), said
     else:
-        assert f"no step was finished for {TIMEOUT} s" in said
+        assert f"no step was finished for {timeout} s" in said
         assert "in train" in (tmp_path / "run" / "stacks_rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
-def test_a_rank_stops(tmp_path, command):
-    args = (*COMMANDS[command], "hydra.run.dir=run", f"trainer.hang_timeout={TIMEOUT}", "schedule.epochs=400")
+def test_a_rank_stops(tmp_path, timeout, command):
+    args = (*COMMANDS[command], "hydra.run.dir=run", f"trainer.hang_timeout={timeout}", "schedule.epochs=400")
     run = start(tmp_path, *args, ranks=2)
     try:
         wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)
-        stopped = ranks_of(tmp_path)[1]
+        stopped = children(run.pid)[1]
         os.kill(stopped, signal.SIGSTOP)
-        assert wait_until(lambda: run.poll() is not None, 90) <= TIMEOUT + 35
+        assert wait_until(lambda: run.poll() is not None) <= timeout + limit(35)
     finally:
         kill_group(run)
     said = (tmp_path / "stderr.txt").read_text()
-    assert f"rank 0: no step was finished for {TIMEOUT} s" in said
+    assert f"rank 0: no step was finished for {timeout} s" in said
     assert f"rank 1 (process {stopped}) was stopped" in said
     for rank in (0, 1):
         assert "in train" in (tmp_path / "run" / f"stacks_rank{rank}.txt").read_text()
@@ -166,13 +168,13 @@ sys.exit(main())
 """
 
 
-def test_a_collective_that_only_one_rank_enters(tmp_path):
+def test_a_collective_that_only_one_rank_enters(tmp_path, timeout):
     script = tmp_path / "lonely.py"
     script.write_text(LONELY)
-    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", f"trainer.hang_timeout={TIMEOUT}")
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", f"trainer.hang_timeout={timeout}")
     began = time.monotonic()
     finish(tmp_path, *args, ranks=2, script=script, expect=1)
-    assert time.monotonic() - began < 30 + TIMEOUT + 35  # the start-up included
+    assert time.monotonic() - began < timeout + limit(65)  # the start-up included
     for rank in (0, 1):
         assert "in train" in (tmp_path / "run" / f"stacks_rank{rank}.txt").read_text()
 
@@ -181,17 +183,8 @@ def test_a_busy_rendezvous_port(tmp_path):
     """A port that is given and busy is a clear error; without one, a free port is found (all other tests)."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port]
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", port)
         began = time.monotonic()
-        done = subprocess.run(
-            [*launcher, "-m", "fcmae.cli", *COMMANDS["pretrain"]],
-            cwd=tmp_path,
-            env={**os.environ, MARK: str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert time.monotonic() - began <= 10
+        done = run_python(tmp_path, *launcher, "-m", "fcmae.cli", *COMMANDS["pretrain"], fresh=True, check=1)
+    assert time.monotonic() - began <= limit(10)
     assert "address already in use" in done.stderr

@@ -3,23 +3,26 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.bad_files import encoded, picture
-from tests.faults.runs import side_by_side
+from tests.faults.runs import finish, processes, side_by_side, start, wait_until
+from tests.pace import limit
 
 pytestmark = pytest.mark.faults
 
-COMMAND = (sys.executable, "-m", "fcmae.cli", "prepare", "data.path=images", "samples_per_shard=2")
+COMMAND = ("prepare", "out=out", "samples_per_shard=2")
 
 
 def contents(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir() if "fcmae-index" not in p.name}
+
+
+def finished_shards(out: Path) -> int:
+    progress = out / "progress.jsonl"
+    return progress.read_text().count("sha256") if progress.is_file() else 0
 
 
 def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
@@ -28,20 +31,20 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
     for i in range(60):
         content = encoded(picture(30 + i, 90 - i, seed=i), "JPEG")
         (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
-    subprocess.run([*COMMAND, "out=whole", "workers=1"], cwd=tmp_path, check=True, capture_output=True)
+    command = (*COMMAND, "data.path=../images")
+    (tmp_path / "whole").mkdir()
+    finish(tmp_path / "whole", *command, "workers=1")
 
-    def kill_after(out, lines):
-        command = [*COMMAND, f"out={out}", "workers=2"]
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-        progress = out / "progress.jsonl"
-        while not progress.is_file() or progress.read_text().count("sha256") < int(lines):
-            assert process.poll() is None
-            time.sleep(0.001)
+    def kill_after(folder, shards):
+        process = start(folder, *command, "workers=2")
+        wait_until(lambda: finished_shards(folder / "out") >= int(shards) or process.poll() is not None)
+        assert process.poll() is None
         process.kill()
-        process.communicate()  # ends when nobody holds the other end of its messages
-        assert not (out / "manifest.json").exists()
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-        assert contents(out) == contents(tmp_path / "whole")
+        process.wait()
+        wait_until(lambda: not list(processes(folder)))
+        assert not (folder / "out" / "manifest.json").exists()
+        finish(folder, *command, "workers=2")
+        assert contents(folder / "out") == contents(tmp_path / "whole" / "out")
 
     side_by_side(kill_after, [("1",), ("10",)], tmp_path)
 
@@ -52,18 +55,16 @@ def test_stopped_while_it_starts_it_says_so_in_a_line(tmp_path, number):
     (tmp_path / "images").mkdir()
     for i in range(200):
         (tmp_path / "images" / f"{i:03d}.png").write_bytes(encoded(picture(200, 200, seed=i), "PNG"))
-    for delay in (0.0, 1.0):
-        command = [*COMMAND, f"out=out_{delay}", "workers=2"]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-        )
-        assert process.stderr is not None
-        estimate = process.stderr.readline()
-        assert "200 images in 100 tar files" in estimate
-        time.sleep(delay)
+
+    def stop_after(folder, shards):
+        process = start(folder, *COMMAND, "data.path=../images", "workers=2")
+        said = folder / "stderr.txt"
+        wait_until(lambda: "200 images in 100 tar files" in said.read_text())
+        wait_until(lambda: finished_shards(folder / "out") >= int(shards))
         os.killpg(process.pid, number)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 1, said
-        assert said.rstrip().splitlines()[-1] == "fcmae prepare: interrupted"
-        assert "Traceback" not in said
-        assert "leaked" not in said
+        assert process.wait(limit(60)) == 1, said.read_text()
+        assert said.read_text().rstrip().splitlines()[-1] == "fcmae prepare: interrupted"
+        assert "Traceback" not in said.read_text()
+        assert "leaked" not in said.read_text()
+
+    side_by_side(stop_after, [("0",), ("1",)], tmp_path)

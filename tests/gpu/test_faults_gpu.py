@@ -6,7 +6,17 @@ import signal
 import pytest
 import torch
 
-from tests.faults.runs import COMMANDS, finish, kill_group, ranks_of, start, steps, wait_until, weights_sha256
+from tests.faults.runs import (
+    COMMANDS,
+    children,
+    finish,
+    kill_group,
+    processes,
+    start,
+    steps,
+    wait_until,
+    weights_sha256,
+)
 from tests.faults.test_hangs import poisoned
 
 pytestmark = [
@@ -27,10 +37,10 @@ def disturb(folder, number, aim):
     try:
         wait_until(lambda: max(steps(folder / "run"), default=0) >= aim or run.poll() is not None)
         assert run.poll() is None, (folder / "stderr.txt").read_text()
-        rank = ranks_of(folder)[1]
+        rank = children(run.pid)[1]
         os.kill(rank, number)
         run.wait(TIMEOUT + 60)
-        wait_until(lambda: not ranks_of(folder), 20)
+        wait_until(lambda: not list(processes(folder)), 20)
     finally:
         kill_group(run)
     return rank, (folder / "stderr.txt").read_text()

@@ -1,58 +1,50 @@
 """Stopping early: signals, time limits, and checkpoints that cannot be written."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python, start_python
+from tests.faults.runs import catches, steps, wait_until
 from tests.integration.test_commands import assert_same_weights, last_checkpoint, metrics
 
-SLOW_STEPS = ("schedule.epochs=60", "trainer.checkpoint_every_epochs=5", "trainer.eval_every_epochs=60")
 
-
-def start(folder, *args):
-    """Starts ``fcmae ARGS``, to be signalled."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fcmae.cli", *args]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path, seconds=60):
-    limit = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < limit, f"no {path}"
-        time.sleep(0.02)
+def stopped(folder, args, numbers, when, **kwargs):
+    """Starts ``python ARGS``, sends the signals when the process is as ``when`` says, and returns what it told."""
+    with (folder / "stderr.txt").open("w") as stderr:
+        run = start_python(folder, *args, stderr=stderr, **kwargs)
+    wait_until(lambda: when(run) or run.poll() is not None)
+    for number in numbers:
+        run.send_signal(number)
+    code = run.wait()
+    error = (folder / "stderr.txt").read_text()
+    assert code == 75, error
+    return error
 
 
 def test_signals_stop_a_run_that_resumes_bit_exactly(fcmae, tmp_path):
-    args = (*TINY_PRETRAIN, *SLOW_STEPS)
+    args = (*TINY_PRETRAIN, "schedule.epochs=9", "trainer.checkpoint_every_epochs=5", "trainer.eval_every_epochs=9")
     fcmae(*args, "hydra.run.dir=whole")
+    done, paced = 0, ("-m", "tests.paced", *args, "hydra.run.dir=parts")
+
+    def last_step():
+        return max(steps(tmp_path / "parts"), default=0)
+
     for numbers in ((signal.SIGTERM,), (signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2)):
-        run = start(tmp_path, *args, "hydra.run.dir=parts")
-        wait_for(tmp_path / "parts" / "config.yaml")
-        time.sleep(0.3)
-        for number in numbers:
-            run.send_signal(number)
-        _, error = run.communicate(timeout=60)
-        assert run.returncode == 75, error
+        error = stopped(tmp_path, paced, numbers, lambda _, n=done: last_step() > n, variables={"PACE": "0.5"})
         assert any(f"({number.name}); the same command with hydra.run.dir=" in error for number in numbers)
-        (tmp_path / "parts" / "config.yaml").unlink()
+        done = last_step()
+        assert 0 < done < 27
     fcmae(*args, "hydra.run.dir=parts")
     whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert_same_weights(whole["model"], parts["model"])
-    assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 181))
+    assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 28))
 
 
 def test_a_signal_at_start_up_is_not_lost(tmp_path):
-    run = start(tmp_path, *TINY_PRETRAIN, "hydra.run.dir=run")
-    time.sleep(0.5)  # torch is being imported
-    run.send_signal(signal.SIGUSR1)
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == 75, error
+    """Before torch is imported."""
+    args = ("-m", "fcmae.cli", *TINY_PRETRAIN, "hydra.run.dir=run")
+    error = stopped(tmp_path, args, [signal.SIGUSR1], lambda run: catches(run.pid, signal.SIGUSR1), fresh=True)
     assert "(SIGUSR1)" in error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pace import limit
 from tests.slurm.lab import NODES, Lab, install
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +31,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield cluster
     finally:
         cluster.close()
+        print(f"\nCPU seconds on the nodes of SLURM: {cluster.cpu_seconds:.0f}")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
     lab.run("scancel", "--user=root")
     wait_until(lambda: not lab.run("squeue", "--noheader"))
     for node in NODES:
-        wait_until(lambda node=node: not lab.processes(node), 20)
+        wait_until(lambda node=node: not lab.processes(node))
         assert not lab.shared_memory(node)
 
 
@@ -48,6 +50,7 @@ class Job:
 
     Args:
         paced: so many starts of the job take a while for every step, on fast machines too: time to disturb them.
+        pace: how long, in seconds.
         options: more options for sbatch.
     """
 
@@ -58,6 +61,7 @@ class Job:
         *args: str,
         script: str = "srun",
         paced: int = 0,
+        pace: float = 0.1,
         options: tuple[str, ...] = (),
     ) -> None:
         self.lab = lab
@@ -69,10 +73,10 @@ class Job:
         self.temporary.mkdir()
         environment = {"PYTHON": sys.executable, "RUN_DIR": str(self.run_dir), "TMPDIR": str(self.temporary)}
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-        environment["PACED_STARTS"] = str(paced)
+        environment |= {"PACED_STARTS": str(paced), "PACE": str(pace)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         if script == "srun":
-            environment["FCMAE"] = f"{sys.executable} -m {'tests.slurm.paced' if paced else 'fcmae.cli'}"
+            environment["FCMAE"] = f"{sys.executable} -m {'tests.paced' if paced else 'fcmae.cli'}"
         submit = [
             *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self.output}"),
             *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1"),
@@ -95,17 +99,17 @@ class Job:
     def step(self) -> int:
         return last_step(self.run_dir)
 
-    def wait_for(self, condition: Callable[["Job"], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[["Job"], bool]) -> None:
         """Waits until ``condition`` holds; a job that fails or takes too long fails the test with its output."""
         try:
-            wait_until(lambda: condition(self) or self._check(), seconds)
+            wait_until(lambda: condition(self) or self._check())
         except TimeoutError as error:
             said = self.output.read_text() if self.output.is_file() else ""
             raise AssertionError(f"{error}: {self.show()}\n{said}") from error
 
-    def finish(self, seconds: float = 240) -> str:
+    def finish(self) -> str:
         """Waits for the job's success and returns the SHA-256 of the weights."""
-        self.wait_for(lambda job: job.show()["JobState"] == "COMPLETED", seconds)
+        self.wait_for(lambda job: job.show()["JobState"] == "COMPLETED")
         return weights_sha256(self.run_dir)
 
     def _check(self) -> bool:
@@ -114,11 +118,12 @@ class Job:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Waits for an event; ``seconds``, more on a slow machine, are only how long before it is given up."""
+    begin = time.monotonic()
     while not condition():
-        if time.monotonic() > limit:
-            raise TimeoutError(f"waited {seconds} s in vain")
+        if time.monotonic() - begin > seconds and time.monotonic() - begin > limit(seconds):
+            raise TimeoutError(f"waited {limit(seconds)} s in vain")
         time.sleep(0.1)
 
 

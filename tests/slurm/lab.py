@@ -89,6 +89,8 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.cpu_seconds = 0.0
+        """User and system time of the machines that were switched off; their processes are nobody's children then."""
         self._machines: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
@@ -108,7 +110,7 @@ class Lab:
             self.power_on(node)
         self.wait_for_nodes()
 
-    def wait_for_nodes(self, seconds: float = 90) -> None:
+    def wait_for_nodes(self, seconds: float = 600) -> None:
         """Waits until all nodes are up; one that doesn't answer has a star behind its state."""
         limit = time.monotonic() + seconds
         while True:
@@ -126,6 +128,10 @@ class Lab:
 
     def power_off(self, node: str) -> None:
         """SIGKILL for every process of the node."""
+        first = self._first_process(node)
+        below = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in (first, *below)]
+        self.cpu_seconds += sum(int(ticks) for stat in stats for ticks in stat[11:15]) / os.sysconf("SC_CLK_TCK")
         machine = self._machines.pop(node)
         machine.kill()
         machine.wait()

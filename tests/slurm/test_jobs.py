@@ -1,20 +1,17 @@
 """Real jobs on a real SLURM: two nodes, a rank on each, gloo between them."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import TINY_PRETRAIN
+from tests.conftest import TINY_PRETRAIN, start_python
 from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights_sha256
 from tests.slurm.lab import NODES
 
-pytestmark = pytest.mark.timeout(600)  # a busy machine takes several times as long
-RUN = (*TINY_PRETRAIN, "schedule.epochs=200", "trainer.eval_every_epochs=200", "trainer.checkpoint_every_epochs=20")
+RUN = (*TINY_PRETRAIN, "schedule.epochs=60", "trainer.eval_every_epochs=60", "trainer.checkpoint_every_epochs=10")
 RUN += ("trainer.device=cpu", "data.workers=1")
-STEPS = 600
-"""At the pace of tests/slurm/paced.py half a minute and the start-up."""
+STEPS = 180
+"""A minute and the start-up at the pace of the job that waits for its time limit."""
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +32,15 @@ def test_torchrun_gives_the_weights_of_srun(lab, tmp_path, undisturbed):
 
 
 def test_requeued_at_time_limits_and_after_a_lost_node(lab, tmp_path, undisturbed):
-    job = Job(lab, tmp_path / "job", *RUN, paced=3, options=("--time=1", "--signal=USR1@30"))
+    job = Job(lab, tmp_path / "job", *RUN, paced=3, pace=0.35, options=("--time=1", "--signal=USR1@30"))
     job.wait_for(lambda job: job.restarts == 1)
     steps = [job.step]
     lab.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    job.wait_for(lambda job: job.step >= steps[-1] + 20)
+    job.wait_for(lambda job: job.step >= steps[-1] + 10)
     lab.run("scancel", "--signal=USR1", job.id)  # what SLURM does some time before a limit
     job.wait_for(lambda job: job.restarts == 2)
     steps.append(job.step)
-    job.wait_for(lambda job: job.step >= steps[-1] + 20)
+    job.wait_for(lambda job: job.step >= steps[-1] + 10)
     lab.power_off("n2")
     steps.append(job.step)
     job.wait_for(lambda job: job.restarts == 3)
@@ -72,7 +69,7 @@ def test_scancel_leaves_nothing_behind(lab, tmp_path, script):
     job.wait_for(lambda job: job.step >= 20)
     assert all(lab.processes(node) for node in NODES)
     lab.run("scancel", job.id)
-    wait_until(lambda: not any(lab.processes(node) for node in NODES), 30)
+    wait_until(lambda: not any(lab.processes(node) for node in NODES))
     assert not any(lab.shared_memory(node) for node in NODES)
     assert not list(job.temporary.iterdir())
     assert not list(job.run_dir.rglob("*.tmp"))
@@ -90,17 +87,23 @@ def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
     """Each ends with the weights that the same run has on the login node."""
     options = [f"hydra.launcher.{option}" for option in ("gpus_per_node=1", "cpus_per_task=1", "timeout_min=60")]
     sweep = ["hydra/launcher=slurm", *options, "hydra.sweep.dir=sweep", "seed=0,1,2", "--multirun"]
-    runs = [login_node(lab, tmp_path, *RUN, *sweep)]
+    # Python imports this module at its start: the jobs of submitit are paced so.
+    (tmp_path / "paced").mkdir()
+    (tmp_path / "paced" / "sitecustomize.py").write_text(
+        "import os\nif 'SLURM_JOB_ID' in os.environ:\n    import tests.paced\n    tests.paced.install()\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}/paced:{REPOSITORY}", "PACE": "0.2"}
+    runs = [login_node(lab, tmp_path, *RUN, *sweep, fresh=True, **path)]
     folders = [tmp_path / "sweep" / str(seed) for seed in range(3)]
     try:
-        wait_until(lambda: last_step(folders[1]) >= 20 or runs[0].poll() is not None, 120)
+        wait_until(lambda: last_step(folders[1]) >= 5 or runs[0].poll() is not None)
         job = lab.run("squeue", "--noheader", "--array", "--format=%i %K").split("\n")
         [job] = [line.split()[0] for line in job if line.endswith(" 1")]
         step = last_step(folders[1])
         lab.run("scancel", "--signal=USR2", job)
         wait_until(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", job))
         runs += [login_node(lab, tmp_path, *RUN, f"seed={seed}", f"hydra.run.dir=alone_{seed}") for seed in range(3)]
-        assert [run.wait(240) for run in runs] == [0] * 4, (tmp_path / "stderr.txt").read_text()
+        assert [run.wait() for run in runs] == [0] * 4, (tmp_path / "stderr.txt").read_text()
     finally:
         for run in runs:
             run.kill()
@@ -110,9 +113,8 @@ def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
     print(f"\nsweep, the second requeued at step {step}: {' '.join(name[:16] for name in hashes)}")
 
 
-def login_node(lab, folder, *args) -> subprocess.Popen:
+def login_node(lab, folder, *args, fresh=False, **variables):
     """``fcmae ARGS`` outside of the nodes."""
     with (folder / "stderr.txt").open("a") as errors:
-        command = [sys.executable, "-m", "fcmae.cli", *args]
-        environment = {**lab.environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.Popen(command, cwd=folder, env=environment, stderr=errors, stdout=subprocess.DEVNULL)
+        variables = {"SLURM_CONF": lab.environment()["SLURM_CONF"], **variables}
+        return start_python(folder, "-m", "fcmae.cli", *args, fresh=fresh, variables=variables, stderr=errors)
