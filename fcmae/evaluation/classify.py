@@ -11,6 +11,7 @@ from fcmae.data.sources import Source
 from fcmae.evaluation.features import batches, never
 from fcmae.precision import autocast
 from fcmae.training.distributed import World
+from fcmae.training.resume import say
 
 TOP5_FROM = 6
 """Classes from which on the accuracy of five guesses says anything."""
@@ -53,7 +54,8 @@ def accuracy(
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the number of ``images``; every image counts once on any number of ranks.
 
-    There is no ``top5`` of fewer than six classes, which would be 100.
+    There is no ``top5`` of fewer than six classes, which would be 100. Outputs that are not finite count as wrong,
+    and a line says how many there were.
 
     Args:
         share: what this rank :func:`classified`.
@@ -62,7 +64,7 @@ def accuracy(
         confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
             (rows). It needs one class an image.
     """
-    counts = torch.zeros(4, dtype=torch.float64, device=world.device)
+    counts = torch.zeros(5, dtype=torch.float64, device=world.device)
     for logits, labels, places in share:
         right = (
             labels[:, None]
@@ -71,13 +73,16 @@ def accuracy(
         )
         counted = (right >= 0).any(dim=1)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2)
+        finite = logits.isfinite().all(dim=1)
+        hits = (ranked[:, :, None] == right[:, None, :]).any(dim=2) & finite[:, None]
         of_many = counted.sum() * (logits.shape[1] >= TOP5_FROM)
-        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum(), of_many])
+        counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), counted.sum(), of_many, (~finite).sum()])
         if confusion is not None:
-            pairs = right[counted, 0], ranked[counted, 0]
+            pairs = right[counted & finite, 0], ranked[counted & finite, 0]
             confusion.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
-    top1, top5, images, of_many = world.sum(counts).tolist()
+    top1, top5, images, of_many, broken = world.sum(counts).tolist()
+    if broken and world.is_main:
+        say(f"warning: the outputs for {broken:.0f} images are not finite, and count as wrong; try precision=float32")
     result = {"top1": 100 * top1 / images}
     if of_many:
         result["top5"] = 100 * top5 / images

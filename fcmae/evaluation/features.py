@@ -19,6 +19,7 @@ from fcmae.data.transforms import eval_transform, normalize
 from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
 from fcmae.training.distributed import World
+from fcmae.training.resume import say
 
 
 class EvaluationStopped(Exception):
@@ -163,6 +164,12 @@ class Extractor:
         finally:
             self.backbone.train(was_training)
         values, labels, places = (gather(share, self.world) for share in shares)
+        broken = ~values.isfinite().all(dim=1)
+        if broken.any():
+            values = values.masked_fill(broken[:, None], 0)  # NaN would be nearest to every image
+            if self.world.is_main:
+                count = int(broken.sum())
+                say(f"warning: the features of {count} images are not finite, and count as zero; try precision=float32")
         order = places.argsort()
         return Features(values[order], labels[order])
 

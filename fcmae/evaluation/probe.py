@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fcmae.config import ProbeConfig
 from fcmae.data.loader import BatchPlan
+from fcmae.errors import UsageError
 from fcmae.evaluation.classify import TOP5_FROM
 from fcmae.evaluation.features import Features
 from fcmae.randomness import Stream, seed_globals
@@ -122,6 +123,8 @@ def probe(epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeCon
     epochs = iter(epochs)
     train = next(epochs)
     images = len(train.labels)
+    if images < 2:
+        raise UsageError(f"data.path has {images} image that can be read; a linear probe needs two or more")
     plan = BatchPlan.create(images, min(cfg.train_batch_size, images), None, 1, cfg.seed)
     lrs = [blr * plan.global_batch_size / 256 for blr in cfg.blr]
     mine = slice(world.rank, None, world.size)

@@ -115,6 +115,8 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
             f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn or probe"
         )
     classes: list[str] = state["classes"]
+    if not classes:
+        raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
     source = val_source(data)
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
     if accepted is None:

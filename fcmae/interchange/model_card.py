@@ -9,6 +9,7 @@ from typing import Any
 
 import fcmae
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
+from fcmae.data.transforms import WARP_FROM
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
 from fcmae.opening import open_regular
@@ -28,7 +29,7 @@ def write(network: Network, folder: Path, to: str, check: Check, license_name: s
         _table("Network", _network(network)),
         _table("Data", _data(network.cfg.data)),
         _table("Recipe", _recipe(network)),
-        _metrics(network.path),
+        _metrics(network.path, network.state["step"]),
         f"## How to load it\n\n```python\n{_how_to_load(network, to)}\n```",
         _input(network.cfg.data, to),
         _table("Versions", {**_versions(network), "export": f"{to}, {check}"}),
@@ -94,7 +95,7 @@ def _data(data: DataConfig) -> dict[str, Any]:
         "mean": data.mean or "normalised by the source",
         "std": data.std or "normalised by the source",
         "padding": data.pad or None,
-        "evaluation crop": data.crop_pct,
+        "evaluation crop": data.crop_pct if max(data.size) < WARP_FROM else "none, both sides are resized",
         "labelled images of a class": data.labels_per_class,
     }
 
@@ -131,8 +132,8 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def _metrics(checkpoint: Path) -> str:
-    """The last value of each metric in the run's metrics.jsonl, if it lies where the run wrote it."""
+def _metrics(checkpoint: Path, step: int) -> str:
+    """The last value of each metric up to the checkpoint's step in the run's metrics.jsonl, if that lies beside it."""
     file = checkpoint.parent.parent / "metrics.jsonl"
     last: dict[str, str] = {}
     if checkpoint.parent.name != "checkpoints":
@@ -140,12 +141,12 @@ def _metrics(checkpoint: Path) -> str:
     with contextlib.suppress(OSError), open_regular(file, links=False) as lines:
         while (line := lines.readline(LONGEST_LINE)) and lines.tell() <= MAX_METRICS:
             with contextlib.suppress(ValueError, RecursionError):  # cut off, or not of a run
-                last |= _numbers(json.loads(line))
+                last |= _numbers(json.loads(line), step)
     return _table("Metrics", last) if last else ""
 
 
-def _numbers(values: Any) -> dict[str, str]:
-    if not isinstance(values, dict) or type(values.get("step")) is not int:
+def _numbers(values: Any, last_step: int) -> dict[str, str]:
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] > last_step:
         return {}
     known = {name: values[name] for name in CURVES if type(values.get(name)) in (int, float)}
     return {name: f"{value:.4g} (step {values['step']})" for name, value in known.items()}

@@ -148,7 +148,6 @@ def _save(program: Any, data: DataConfig, file: Path) -> None:
             "image_size": json.dumps(data.size),
             "mean": json.dumps(mean),
             "std": json.dumps(std),
-            "crop_pct": json.dumps(data.crop_pct),
             **{name: json.dumps(value) for name, value in preprocessing.extra(data).items()},
         }
     )

@@ -9,7 +9,7 @@ from fcmae.data.transforms import WARP_FROM
 LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image processor"}
 
 
-EXTRA = ("bit_depth", "pad")
+EXTRA = ("bit_depth", "pad", "crop_pct")
 """Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
 
 

@@ -90,9 +90,8 @@ def load(folder: Path, given: Given) -> Imported:
     headless = num_classes == 0 and not HEAD_NORM.keys() & weights.keys()
     names = {name: name for name in like if not (headless and name in HEAD_NORM)}
     known = config.get("label_names") or pretrained.get("label_names")
-    return Imported(
-        cfg, translate(weights, like, names, "timm"), given.names(num_classes, known if num_classes else [])
-    )
+    classes = given.names(num_classes, known if num_classes else [])
+    return Imported(cfg, translate(weights, like, names, "timm"), classes, _notes(pretrained, cfg.data))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -110,6 +109,17 @@ def _data(pretrained: dict[str, Any]) -> dict[str, Any]:
     if "crop_pct" in pretrained:
         values["crop_pct"] = pretrained["crop_pct"]
     return values
+
+
+def _notes(pretrained: dict[str, Any], data: DataConfig) -> list[str]:
+    """How timm's evaluation of these weights differs from ours."""
+    ours = _pretrained_cfg(data, 0)
+    theirs = {name: pretrained.get(name) or ours[name] for name in ("crop_mode", "interpolation")}
+    return [
+        f"timm evaluates these weights with {name}={value}; here it is {ours[name]}, so accuracies may differ"
+        for name, value in theirs.items()
+        if value != ours[name]
+    ]
 
 
 def _list(values: Any) -> list | None:

@@ -225,10 +225,20 @@ def _structure(content: dict[str, Any], folder: Path, num_classes: int) -> Struc
 def _data(processor: dict[str, Any]) -> dict[str, Any]:
     """A ``preprocessor_config.json`` as values of a DataConfig."""
     values = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    size = processor.get("crop_size") or processor.get("size")
-    if isinstance(size, dict):
-        values["image_size"] = size.get("shortest_edge") or [size["height"], size["width"]]
-        if processor.get("crop_size"):
-            values["crop_pct"] = size["height"] / processor["size"]["height"]
+    resized = _sides(processor.get("size"))
+    cropped = _sides(processor.get("crop_size")) if processor.get("do_center_crop", True) else None
+    values["image_size"] = cropped or resized
+    if cropped and resized and 0 < min(cropped) <= min(resized):
+        values["crop_pct"] = min(cropped) / min(resized)
     values["crop_pct"] = processor.get("crop_pct") or values.get("crop_pct")
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _sides(size: Any) -> list[int] | None:
+    """Height and width of a processor's size: a number, ``{"shortest_edge": N}``, or ``{"height": N, "width": N}``."""
+    if isinstance(size, int):
+        return [size, size]
+    if not isinstance(size, dict):
+        return None
+    sides = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
+    return sides if all(type(side) is int for side in sides) else None

@@ -325,3 +325,37 @@ def test_too_many_neighbours_are_refused_before_features_are_extracted():
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "monitor=knn", "monitor.knn_k=[1,25]"])
     with pytest.raises(ConfigError, match=r"monitor.knn_k is \[1, 25\]; allowed is at most 24"):
         Pretraining(cfg)
+
+
+def test_outputs_that_are_not_finite_count_as_wrong(capsys):
+    logits = torch.eye(6).repeat(2, 1)
+    logits[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
+    confusion = torch.zeros(6, 6, dtype=torch.int64)
+    share = [Classified(logits, torch.arange(12) % 6, torch.arange(12))]
+    result = accuracy(share, CPU, confusion=confusion)
+    assert result == {"top1": 75.0, "top5": 75.0, "images": 12}
+    assert torch.equal(confusion, confusion.diagonal().diag())
+    assert "warning: the outputs for 3 images are not finite, and count as wrong" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_are_near_to_nothing(capsys):
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    clean = Extractor(backbone, DATA, CPU)(Known())
+    poisoned = Extractor(backbone, DATA, CPU)
+    pool = type(poisoned)._pool
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Extractor, "_pool", lambda self, imgs: pool(self, imgs).index_fill(0, torch.tensor([4]), torch.nan)
+        )
+        features = poisoned(Known())
+    assert features.values[4].eq(0).all()
+    assert torch.equal(features.values[5:], clean.values[5:])
+    assert "warning: the features of 1 images are not finite, and count as zero" in capsys.readouterr().err
+    found = knn_predict(clean.values[5:], features.values, features.labels, [1], 0.07, 10)[0][0]
+    assert torch.equal(found, clean.labels[5:])
+
+
+def test_true_is_no_class(tmp_path):
+    (tmp_path / "l.json").write_text('{"1.png": true, "2.png": 0, "3.png": 0}')
+    with pytest.raises(UsageError, match="has the class True"):
+        read_accepted(tmp_path / "l.json", Named(), ["cat", "dog"])

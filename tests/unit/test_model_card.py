@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fcmae.config import DataOverrides, EvaluateConfig
 from fcmae.data.pixels import read_file
 from fcmae.data.transforms import eval_transform, normalize
-from fcmae.errors import FCMAEError
+from fcmae.errors import CheckpointError, FCMAEError
+from fcmae.evaluation.run import evaluate
 from fcmae.interchange import preprocessing
 from fcmae.interchange.convert import export, import_weights
 from fcmae.training import checkpoint
@@ -94,3 +96,70 @@ def test_a_config_of_others_with_a_bad_depth_is_refused_in_a_line(tmp_path, valu
     file.write_text(json.dumps({**json.loads(file.read_text()), "fcmae": {"bit_depth": value}}))
     with pytest.raises(FCMAEError, match="data.bit_depth"):
         import_weights(tmp_path / "out", "timm", tmp_path / "back.pt")
+
+
+def test_metrics_are_those_of_the_checkpoint(tmp_path):
+    """The best checkpoint is not the last: what came later is not its accuracy."""
+    (tmp_path / "checkpoints").mkdir()
+    made.finetuned(tmp_path / "checkpoints" / "step_00000007.pt")  # its step is 7
+    lines = [{"step": 5, "loss": 3.0, "top1": 40.0}, {"step": 7, "top1": 50.0}, {"step": 9, "loss": 1.0, "top1": 30.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 7, "top1": 6')
+    export(tmp_path / "checkpoints" / "step_00000007.pt", "timm", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| loss | 3 (step 5) |\n| top1 | 50 (step 7) |" in card
+
+
+@pytest.mark.parametrize(("image_size", "crop"), [(64, "0.8"), (384, "none, both sides are resized")])
+def test_the_crop_of_the_card_and_of_what_comes_back_is_ours(tmp_path, image_size, crop):
+    made.finetuned(tmp_path / "ours.pt", made.data_config(image_size=image_size, crop_pct=0.8))
+    for library in ("timm", "transformers"):
+        export(tmp_path / "ours.pt", library, tmp_path / library, check=False)
+        assert f"| evaluation crop | {crop} |" in (tmp_path / library / "README.md").read_text()
+        assert import_weights(tmp_path / library, library, tmp_path / f"{library}.pt") == []
+        assert config_of(checkpoint.read(tmp_path / f"{library}.pt"), tmp_path / f"{library}.pt").data.crop_pct == 0.8
+
+
+def test_another_evaluation_of_timm_is_said(tmp_path):
+    made.finetuned(tmp_path / "ours.pt")
+    export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"] |= {"crop_mode": "border", "interpolation": "bilinear"}
+    file.write_text(json.dumps(config))
+    assert import_weights(tmp_path / "out", "timm", tmp_path / "back.pt") == [
+        "timm evaluates these weights with crop_mode=border; here it is center, so accuracies may differ",
+        "timm evaluates these weights with interpolation=bilinear; here it is bicubic, so accuracies may differ",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "crop_pct"),
+    [
+        ({"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 64}}, (64, 64), 0.8),
+        ({"size": 80, "crop_size": 64}, (64, 64), 0.8),
+        ({"size": {"height": 96, "width": 64}, "crop_size": None}, (96, 64), 0.875),
+        ({"size": {"longest_edge": 96}}, (224, 224), 0.875),
+        (
+            {"size": {"height": 64, "width": 64}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": False},
+            (64, 64),
+            0.875,
+        ),
+    ],
+)
+def test_processors_of_any_kind_say_the_size(tmp_path, change, size, crop_pct):
+    made.finetuned(tmp_path / "ours.pt")
+    export(tmp_path / "ours.pt", "transformers", tmp_path / "out", check=False)
+    for name, values in (("config", {"fcmae": None}), ("preprocessor_config", {"crop_pct": None, **change})):
+        file = tmp_path / "out" / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    import_weights(tmp_path / "out", "transformers", tmp_path / "back.pt")
+    data = config_of(checkpoint.read(tmp_path / "back.pt"), tmp_path / "back.pt").data
+    assert (data.size, data.crop_pct) == (size, crop_pct)
+
+
+def test_a_backbone_alone_cannot_be_evaluated(tmp_path):
+    made.pretrained(tmp_path / "ours.pt")
+    export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
+    import_weights(tmp_path / "out", "timm", tmp_path / "back.pt")
+    with pytest.raises(CheckpointError, match=r"back.pt has no classifier, only a backbone; fine-tune it, or use knn"):
+        evaluate(EvaluateConfig(checkpoint=str(tmp_path / "back.pt"), data=DataOverrides(name="synthetic")))

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from fcmae.config import DataConfig, ProbeConfig
 from fcmae.data.sources import Synthetic, train_source
+from fcmae.errors import UsageError
 from fcmae.evaluation.cache import CachedExtractor, fingerprint
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.probe import Heads, create_optimizer, probe
@@ -204,3 +205,8 @@ def test_a_fingerprint_is_of_every_file_that_a_source_may_read(tmp_path, name):
     assert fingerprint(source, cfg) == before
     os.utime(file, (1, 1))
     assert fingerprint(source, cfg) != before
+
+
+def test_a_single_image_is_too_few():
+    with pytest.raises(UsageError, match="data.path has 1 image that can be read; a linear probe needs two or more"):
+        probe(repeat(clusters(1, 0)), clusters(9, 1), 3, config(), CPU)
