@@ -97,46 +97,49 @@ def _usage() -> str:
     )
 
 
-def _pretrain(cfg: Any, run_dir: Path) -> None:
+def _pretrain(cfg: Any, run_dir: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.training.run import pretrain
 
     _say(pretrain(cfg, run_dir))
+    return None
 
 
-def _finetune(cfg: Any, run_dir: Path) -> None:
+def _finetune(cfg: Any, run_dir: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.training.run import finetune
 
     _say(finetune(cfg, run_dir))
+    return None
 
 
-def _evaluate(cfg: Any, _: Path) -> None:
+def _evaluate(cfg: Any, _: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.evaluation.run import evaluate
 
-    _report(evaluate(cfg), cfg.out)
+    return _report(evaluate(cfg), cfg.out)
 
 
-def _knn(cfg: Any, _: Path) -> None:
+def _knn(cfg: Any, _: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.evaluation.run import knn
 
-    _report(knn(cfg), cfg.out)
+    return _report(knn(cfg), cfg.out)
 
 
-def _probe(cfg: Any, _: Path) -> None:
+def _probe(cfg: Any, _: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.evaluation.run import probe
 
-    _report(probe(cfg), cfg.out)
+    return _report(probe(cfg), cfg.out)
 
 
-def _prepare(cfg: Any, _: Path) -> None:
+def _prepare(cfg: Any, _: Path) -> dict[str, Any] | None:
     with quick_imports():
         from fcmae.data.prepare import prepare
 
     print(prepare(cfg))
+    return None
 
 
 def _say(text: object) -> None:
@@ -145,13 +148,14 @@ def _say(text: object) -> None:
         print(text)
 
 
-def _report(result: dict[str, Any] | None, out: str | None) -> None:
-    if result is None:
-        return  # the first rank has it
-    line = json.dumps(result)
-    print(line)
-    if out is not None:
-        write_output("out", out, line + "\n")
+def _report(result: dict[str, Any] | None, out: str | None) -> dict[str, Any] | None:
+    """Prints and writes what the first rank measured."""
+    if result is not None:
+        line = json.dumps(result)
+        print(line)
+        if out is not None:
+            write_output("out", out, line + "\n")
+    return result
 
 
 def _reconstruct(args: list[str]) -> int:
@@ -282,7 +286,7 @@ def _demo(args: list[str]) -> int:
     return 0
 
 
-_HYDRA: dict[str, Callable[[Any, Path], None]] = {
+_HYDRA: dict[str, Callable[[Any, Path], dict[str, Any] | None]] = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "evaluate": _evaluate,

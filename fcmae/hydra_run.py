@@ -1,6 +1,5 @@
 """One command under Hydra: composing its config, telling what is wrong in it, and running it here or in a sweep."""
 
-import functools
 import os
 import signal
 import sys
@@ -8,23 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fcmae import config, interrupt, launch
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from fcmae import config, interrupt, launch, sweep
 from fcmae.errors import ConfigError, FCMAEError, Interrupted, UsageError
 from fcmae.imports import quick_imports
 
+Action = Callable[[Any, Path], dict[str, Any] | None]
+"""A command: takes its typed config and its run directory, and returns what it measured."""
 
-def run(command: str, overrides: list[str], action: Callable[[Any, Path], object], alone: bool = False) -> int:
+
+def run(command: str, overrides: list[str], action: Action, alone: bool = False) -> int:
     """Composes the command's config with Hydra, and calls ``action`` with the typed result and the run directory.
 
     Args:
         alone: this process does nothing else, so the command may hide GPUs that it does not use.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf import DictConfig, OmegaConf
-
     _check_overrides(overrides)
     # Hydra would print errors itself, in several lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -38,20 +41,22 @@ def run(command: str, overrides: list[str], action: Callable[[Any, Path], object
     def job(composed: DictConfig) -> None:
         nonlocal begun
         begun = True
+        if HydraConfig.get().mode != RunMode.RUN:
+            _run_job_of_sweep(command, composed, overrides, action)
+            return
         try:
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: _check_places(cfg, run_dir))
-            if alone and HydraConfig.get().mode == RunMode.RUN and _device(typed) == "cpu":
+            if alone and _device(typed) == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
-            task = functools.partial(action, typed, run_dir)
-            _submitted(task) if "SUBMITIT_EXECUTOR" in os.environ else task()
+            action(typed, run_dir)
         except FCMAEError as error:
-            if HydraConfig.get().mode != RunMode.RUN:
-                raise  # a sweep's launcher collects it, perhaps from another machine
             failures.append(error)  # raised here, Hydra would print a line of its own
 
     program = sys.argv
-    sys.argv = [f"fcmae {command}", *config.quoted(overrides)]
+    first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides
+    rest = [override for override in overrides if override not in MULTIRUN]
+    sys.argv = [f"fcmae {command}", *first, *config.quoted(rest)]
     try:
         job()
     except FCMAEError:
@@ -72,9 +77,44 @@ def run(command: str, overrides: list[str], action: Callable[[Any, Path], object
         raise ConfigError(_mistakes(command, overrides, error)) from error
     finally:
         sys.argv = program
+        if SweepFolder.path is not None:
+            folder, SweepFolder.path = SweepFolder.path, None
+            sweep.report(folder)
     if failures:
         raise failures[0]
     return 0
+
+
+def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], action: Action) -> None:
+    """Perhaps in another process, on another machine. Raises what the job does: the launcher collects it."""
+    job = HydraConfig.get()
+    run_dir, number = Path(job.runtime.output_dir), int(job.job.num)
+
+    def also(cfg: Any) -> None:
+        for named in sweep.number_outputs(cfg, number, overrides):
+            _say(f"job {number}: {named}")
+        _check_places(cfg, run_dir)
+
+    def task() -> None:
+        typed: Any = config.to_typed(composed, config.COMMANDS[command], also)
+        metrics.update(action(typed, run_dir) or {})
+
+    with sweep.recorded(run_dir, number, list(job.overrides.task)) as metrics:
+        _submitted(task) if "SUBMITIT_EXECUTOR" in os.environ else task()
+
+
+class SweepFolder(Callback):
+    """Hydra calls it at the start of a sweep, in the process that launches the jobs."""
+
+    path: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        SweepFolder.path = Path(config.hydra.sweep.dir)
+
+
+def _say(line: str) -> None:
+    if launch.detect().rank == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _device(cfg: Any) -> str | None:
@@ -112,8 +152,11 @@ def _check_overrides(overrides: list[str]) -> None:
         )
 
 
+MULTIRUN = ("-m", "--multirun")
+
+
 def _is_sweep(overrides: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(overrides))
+    return any(override in MULTIRUN for override in overrides)
 
 
 def _submitted(task: Callable[[], object]) -> None:

@@ -1,0 +1,128 @@
+"""What the jobs of a sweep (``--multirun``) leave, and the table of them at its end."""
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fcmae import launch
+from fcmae.errors import FCMAEError, Interrupted
+from fcmae.files import write_output
+
+JOB_FILE = "sweep.json"
+"""In a job's directory: its number, its overrides, how it ended, and its metrics."""
+TABLE_FILE = "results.csv"
+OUTPUTS = ("out", "per_class", "confusion")
+"""Keys of files that would otherwise be written by every job."""
+NO_RESULTS = frozenset(
+    {
+        "step",
+        "epoch",
+        "lr",
+        "images_per_second",
+        "seconds_left",
+        "grad_norm",
+        "memory_gib",
+        "images",
+        "gallery",
+        "queries",
+    }
+)
+SHOWN = 6
+"""Metrics in the printed table at most; the file has all."""
+
+
+def number_outputs(cfg: Any, number: int, overrides: list[str]) -> list[str]:
+    """Puts the job's number into the names of its outputs, unless they are swept or say the number themselves.
+
+    Returns:
+        The keys with their new values.
+    """
+    named = []
+    for key in OUTPUTS:
+        value = getattr(cfg, key, None)
+        given = [override.partition("=")[2] for override in overrides if override.startswith(f"{key}=")]
+        own = bool(given) and ("${" in given[-1] or "," in given[-1] or given[-1].startswith(("choice(", "glob(")))
+        if value is not None and not own:
+            path = Path(value)
+            setattr(cfg, key, str(path.with_name(f"{path.stem}_{number}{path.suffix}")))
+            named.append(f"{key}={getattr(cfg, key)}")
+    return named
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[str, Any]]:
+    """Writes how the block ended into a job's directory. The block puts what it measured into the dict."""
+    metrics: dict[str, Any] = {}
+    status = "failed"
+    try:
+        yield metrics
+        status = "done"
+    except Interrupted:
+        status = "stopped"
+        raise
+    except FCMAEError as error:
+        status = f"failed: {str(error).splitlines()[0]}"
+        raise
+    except BaseException as error:
+        status = f"failed: {type(error).__name__}"
+        raise
+    finally:
+        if launch.detect().rank == 0:
+            entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or _logged(folder)}
+            with contextlib.suppress(OSError):
+                (folder / JOB_FILE).write_text(json.dumps(entry) + "\n")
+
+
+def _logged(folder: Path) -> dict[str, float]:
+    """The last value of each metric in a run directory."""
+    metrics: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            metrics |= json.loads(line)
+    return metrics
+
+
+def report(folder: Path) -> None:
+    """Prints a table of a sweep's jobs and writes it to ``results.csv``, from what they left in its folder."""
+    jobs = [json.loads(file.read_text()) | {"run": str(file.parent)} for file in folder.glob(f"*/{JOB_FILE}")]
+    jobs.sort(key=lambda job: job["job"])
+    if launch.detect().rank != 0 or not jobs:
+        return
+    tried = [[override for override in job["overrides"] if not _is_in_all(override, jobs)] for job in jobs]
+    metrics = [{name: value for name, value in job["metrics"].items() if _is_result(name, value)} for job in jobs]
+    names = list(dict.fromkeys(name for one in metrics for name in one))
+    header = ["job", "overrides", *names, "status", "run directory"]
+    rows = [
+        [job["job"], " ".join(own), *(one.get(name) for name in names), job["status"], job["run"]]
+        for job, own, one in zip(jobs, tried, metrics, strict=True)
+    ]
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_output("the sweep's table", folder / TABLE_FILE, text.getvalue())
+    shown = [i for i in range(len(header)) if not 2 + SHOWN <= i < 2 + len(names)]
+    print(_aligned([[_cell(row[i]) for i in shown] for row in [header, *rows]]), file=sys.stderr)
+    print(f"the same table: {folder / TABLE_FILE}", file=sys.stderr, flush=True)
+
+
+def _is_in_all(override: str, jobs: list[dict[str, Any]]) -> bool:
+    return len(jobs) > 1 and all(override in job["overrides"] for job in jobs)
+
+
+def _is_result(name: str, value: Any) -> bool:
+    return name not in NO_RESULTS and isinstance(value, (int, float)) and not name.endswith("_seconds")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
