@@ -1,9 +1,14 @@
 """The fused GELU and GRN kernels on the device."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
+from fcmae.engines import ENGINES
 from fcmae.kernels.grn import gelu_grn, gelu_grn_torch
+from fcmae.models import create_backbone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -74,3 +79,17 @@ def test_compiles_into_one_graph():
     (eager,) = torch.autograd.grad(step(x, w), w, dy)
     (compiled,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(x, w), w, dy)
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", partial(nn.GELU, approximate="tanh")], ids=str)
+def test_only_exact_gelu_takes_the_fused_kernel(act):
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(16, 16, 16, 16), act_layer=act).cuda()
+    for param in backbone.parameters():
+        nn.init.normal_(param, std=0.3)
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in backends:  # restored after every test
+        backend.allow_tf32 = False
+    imgs = torch.randn(2, 3, 64, 64, device="cuda")
+    mask = torch.tensor([[True, False, False, True]] * 2, device="cuda")
+    packed, masked = (ENGINES[name](backbone, imgs, mask, keep=2, patch_size=32) for name in ("packed", "masked"))
+    assert (packed - masked).norm() < 1e-5 * masked.norm()
