@@ -221,7 +221,9 @@ def _export(args: list[str]) -> int:
 
 def _import(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae import", description=COMMANDS["import"])
-    parser.add_argument("path", help="a file of the official code, or a directory of timm or Transformers")
+    parser.add_argument(
+        "path", help="a file of the official code, a directory or file of timm, or a directory of Transformers"
+    )
     parser.add_argument("--from", dest="library", required=True, choices=["official", "timm", "transformers"])
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line, if the files do not hold them")

@@ -70,7 +70,7 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
     ``fcmae.load`` reads it and ``fcmae finetune init_from=`` starts from it.
 
     Args:
-        path: a file of the ``official`` code; a directory of ``timm``'s or ``transformers``'.
+        path: a file of the ``official`` code; a directory or file of ``timm``'s; a directory of ``transformers``'.
         out: the checkpoint's path.
         given: class names and normalisation, for files that do not hold them.
 

@@ -301,7 +301,8 @@ def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> 
 
 def _get(weights: StateDict, name: str) -> Tensor:
     if name not in weights:
-        raise WeightsError(f"not weights of an official ConvNeXt: missing {name}")
+        hint = "; it has the names of timm: import it with --from timm" if "stem.0.weight" in weights else ""
+        raise WeightsError(f"not weights of an official ConvNeXt: missing {name}{hint}")
     return weights[name]
 
 

@@ -14,8 +14,17 @@ from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, count_classes, difference, empty_classifier
-from fcmae.interchange.weights import HEAD_NORM, read_folder, read_json, translate
+from fcmae.interchange.network import (
+    Check,
+    Given,
+    Imported,
+    Network,
+    Structure,
+    count_classes,
+    difference,
+    empty_classifier,
+)
+from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, read_folder, read_json, translate
 
 MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
 """The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
@@ -68,9 +77,14 @@ def check(network: Network, folder: Path) -> Check:
     return Check(f"timm {timm.__version__}", difference((theirs[name], ours[name]) for name in ours))
 
 
-def load(folder: Path, given: Given) -> Imported:
-    """A directory of timm's, ours or one downloaded from the hub. Raises WeightsError."""
-    config = _read_config(folder)
+def load(path: Path, given: Given) -> Imported:
+    """A directory of timm's, ours or one downloaded from the hub, or a file of weights. Raises WeightsError.
+
+    A file's architecture is that of a ``config.json`` of timm beside it, or else follows from the tensors.
+    """
+    folder = path.parent if path.is_file() else path
+    weights = _read_file(path) if path.is_file() else read_folder(folder)
+    config = _config_of_tensors(weights, path) if path.is_file() and not _has_config(folder) else _read_config(folder)
     pretrained = config.get("pretrained_cfg", {})
     args = config.get("model_args") or {}
     unknown = sorted(args.keys() - MODEL_ARGS)
@@ -78,7 +92,6 @@ def load(folder: Path, given: Given) -> Imported:
         raise WeightsError(
             f"{folder}/config.json has model_args {', '.join(unknown)}; known are {', '.join(MODEL_ARGS)}"
         )
-    weights = read_folder(folder)
     num_classes = count_classes(weights)
     in_chans = args.get("in_chans", pretrained.get("input_size", [3])[0])
     model = {"depths": args.get("depths"), "dims": args.get("dims"), "stem_stride": args.get("patch_size", 4)}
@@ -92,6 +105,41 @@ def load(folder: Path, given: Given) -> Imported:
     known = config.get("label_names") or pretrained.get("label_names")
     classes = given.names(num_classes, known if num_classes else [])
     return Imported(cfg, translate(weights, like, names, "timm"), classes, _notes(pretrained, cfg.data))
+
+
+def _read_file(path: Path) -> StateDict:
+    content = read(path)
+    return as_float32(next((content[key] for key in ("state_dict", "model") if key in content), content), path)
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and "architecture" in read_json(folder / "config.json")
+
+
+def _config_of_tensors(weights: StateDict, path: Path) -> dict[str, Any]:
+    """What a config.json of timm would say about the architecture. Raises WeightsError."""
+    if "downsample_layers.0.0.weight" in weights or "mask_token" in weights:
+        raise WeightsError(f"{path} has the names of the official code; import it with --from official")
+    first = [weights.get(f"stages.{stage}.blocks.0.conv_dw.weight") for stage in range(4)]
+    if "stem.0.weight" not in weights or any(weight is None for weight in first):
+        raise WeightsError(
+            f"{path} does not hold a ConvNeXt of timm, whose names begin with stem.0 and stages.0.blocks.0"
+        )
+    structure = Structure(
+        version=2 if any(".mlp.grn." in name for name in weights) else 1,
+        in_chans=weights["stem.0.weight"].shape[1],
+        stem_stride=weights["stem.0.weight"].shape[-1],
+        depths=tuple(
+            sum(name.startswith(f"stages.{stage}.") and name.endswith(".conv_dw.weight") for name in weights)
+            for stage in range(4)
+        ),
+        dims=tuple(len(weight) for weight in first if weight is not None),
+        num_classes=count_classes(weights),
+    )
+    args = structure.backbone_config()
+    names = {"stem_stride": "patch_size", "depths": "depths", "dims": "dims"}
+    model_args = {theirs: args[ours] for ours, theirs in names.items() if ours in args}
+    return {"architecture": args["backbone"], "model_args": {"in_chans": structure.in_chans, **model_args}}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fcmae
+from fcmae.config import DataConfig
 from fcmae.data.transforms import eval_transform, normalize
 from fcmae.errors import UsageError, WeightsError
 from fcmae.interchange import official
@@ -86,6 +87,39 @@ def test_a_backbone_by_way_of_timm(tmp_path, kwargs):
     assert export(tmp_path / "ours.pt", "timm", tmp_path / "out").error == 0
     import_weights(tmp_path / "out", "timm", tmp_path / "back.pt")
     made.assert_same(made.weights_in(tmp_path / "back.pt"), made.backbone_of(weights))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"stem_stride": 2}, {"stem_stride": 1}, {"backbone": "convnext_tiny"}])
+def test_a_file_of_timms_alone_says_its_architecture(tmp_path, kwargs):
+    """As timm's model.state_dict() is saved; with a config.json of timm beside it, everything else is known too."""
+    weights = made.finetuned(tmp_path / "ours.pt", **kwargs)
+    export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
+    torch.save({"state_dict": weights}, tmp_path / "alone.pth")
+    for file, given in ((tmp_path / "out" / "model.safetensors", None), (tmp_path / "alone.pth", Given(made.CLASSES))):
+        back = tmp_path / f"{file.stem}.pt"
+        import_weights(file, "timm", back, given)
+        made.assert_same(made.weights_in(back), weights)
+        state = torch.load(back, weights_only=True)
+        assert state["classes"] == made.CLASSES
+        assert state["config"]["data"]["mean"] == (made.data_config().mean if given is None else DataConfig().mean)
+        assert fcmae.load(back)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_files_of_timm_and_of_the_official_code_are_told_apart(tmp_path):
+    made.finetuned(tmp_path / "ours.pt")
+    export(tmp_path / "ours.pt", "timm", tmp_path / "timm", check=False)
+    export(tmp_path / "ours.pt", "official", tmp_path / "official", check=False)
+    files = {"official": tmp_path / "timm" / "model.safetensors", "timm": next((tmp_path / "official").glob("*_ft.pt"))}
+    says = {
+        "official": "has the names of timm: import it with --from timm",
+        "timm": "official code; import it with --from",
+    }
+    for library, file in files.items():
+        with pytest.raises(WeightsError, match=says[library]):
+            import_weights(file, library, tmp_path / "back.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="does not hold a ConvNeXt of timm, whose names begin with stem.0"):
+        import_weights(tmp_path / "other.pt", "timm", tmp_path / "back.pt")
 
 
 @pytest.mark.parametrize("in_chans", [3, 4])
