@@ -201,6 +201,7 @@ def _times(
     torch.manual_seed(0)
     device = world.device
     model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
+    model.backbone.head.requires_grad_(False)  # it gets no gradient that could be exchanged
     model.backbone.head.requires_grad_(False)  # gets no gradient
     if _compiles(cfg, device):
         model.compile()

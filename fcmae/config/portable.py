@@ -15,8 +15,8 @@ def portable(config: dict[str, Any]) -> dict[str, Any]:
 
 def without_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """The config with sources of the user's own by the names of their classes alone: an argument may be a password."""
-    data = dict(config["data"])
-    for key in ("source", "val_source"):
-        if data.get(key) is not None:
-            data[key] = {"_target_": data[key]["_target_"]}
-    return {**config, "data": data}
+    data = {
+        key: {"_target_": value["_target_"]} if key in ("source", "val_source") and value is not None else value
+        for key, value in config.get("data", {}).items()
+    }
+    return {**config, "data": data} if data else config

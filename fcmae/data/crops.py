@@ -137,6 +137,8 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int], out: Tensor | None = No
 
 def _mirrored(pixels: Tensor) -> Tensor:
     """``[C, H, W]``, left to right. torch has fast code for whole pixels, if they lie together, as innermost."""
+    if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
+        return _mirrored(pixels.view(torch.int16)).view(torch.uint16)
     if pixels.stride(0) == 1:
         return pixels.permute(1, 2, 0).flip(1).permute(2, 0, 1)
     return pixels.flip(-1)

@@ -50,9 +50,9 @@ def export(
     """
     if to not in EXPORTS:
         raise UsageError(f"--to is {to!r}; allowed is one of {', '.join(EXPORTS)}")
-    network = Network.read(checkpoint, ema)
-    print(describe(network.path, network.state), file=sys.stderr, flush=True)
     with _new_folder(Path(folder)) as temporary:
+        network = Network.read(checkpoint, ema)
+        print(describe(network.path, network.state), file=sys.stderr, flush=True)
         if to == "onnx":
             result = _export_onnx(network, temporary, check, onnx_options or {})
         else:

@@ -1,5 +1,7 @@
 """A GPU that runs out of memory: what is said, and what trainer.micro_batch_size=auto finds."""
 
+import gc
+
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ ARGS = (
 
 @pytest.fixture(autouse=True)
 def _small_gpu(monkeypatch):
+    gc.collect()  # the test before may have left a graph and its memory
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     monkeypatch.setattr(micro_batch, "MARGIN", 0.1 * LIMIT / total)

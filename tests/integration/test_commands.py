@@ -334,7 +334,7 @@ MISTAKES = {
     ),
     "cuda graph of fine-tuning": (
         ("finetune", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere", "init_from=nowhere"),
-        "trainer.cuda_graph is True; allowed with a CPU and fine-tuning",
+        "trainer.cuda_graph is True; allowed with a CPU",
     ),
     "golden": (("doctor", "--golden", "nowhere.safetensors"), "is not a golden file"),
 }

@@ -74,7 +74,7 @@ def test_the_features_are_kept_in_the_run(folder, capfd):
     )  # gallery and queries are the same
     assert err.count("24 features read from") == 3
     first, second = map(json.loads, out.splitlines())
-    assert first == second == {"knn1": 100.0, "gallery": 24, "queries": 24}
+    assert first == second == {"knn1": 100.0, "gallery": 24, "queries": 24, "copies": 24}
     assert main(["knn", f"checkpoint={folder}/pretrained", "k=1", "cache=null"]) == 0
     assert "features read from" not in capfd.readouterr().err
 
