@@ -60,6 +60,7 @@ def dense(
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x, before, layout)
         where = _all_visible(len(imgs), layout, imgs.device) if layout.side else None
         for block in stage.blocks:
+            assert isinstance(block, ConvNeXtBlock)
             x = run_block(block, x, where)
         before = layout
         maps.append(_untiled(x, layout).permute(0, 3, 1, 2))

@@ -240,5 +240,6 @@ def _sides(size: Any) -> list[int] | None:
         return [size, size]
     if not isinstance(size, dict):
         return None
-    sides = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
-    return sides if all(type(side) is int for side in sides) else None
+    sides = [size.get(name, size.get("shortest_edge")) for name in ("height", "width")]
+    whole = [side for side in sides if type(side) is int]
+    return whole if len(whole) == 2 else None
