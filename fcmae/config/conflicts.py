@@ -41,6 +41,7 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     batch, crops = cfg.trainer.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0
     check("trainer.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")
+    _check_micro_batch(cfg, crops, f"data.crops_per_image={crops}")
     stride = TOTAL_STRIDE.get(cfg.model.stem_stride)
     patch = cfg.model.mask_patch_size or stride
     if stride is None or patch is None or patch < 1:
@@ -63,4 +64,12 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     """What only pretraining can do."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
+    if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
+        _check_micro_batch(cfg, 2, "augment.mixup or augment.cutmix (pairs)")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
+
+
+def _check_micro_batch(cfg: RunConfig, least: int, why: str) -> None:
+    micro = cfg.trainer.micro_batch_size
+    if type(micro) is int and 0 < micro < least:
+        mistake(f"trainer.micro_batch_size must be at least {least} with {why}; got {micro}")

@@ -35,6 +35,9 @@ def check_places(cfg: Any, run_dir: Path) -> None:
     if isinstance(cfg, CheckpointConfig):
         if cfg.checkpoint:
             _check_checkpoint("checkpoint", cfg.checkpoint)
+        labels = getattr(cfg, "labels", None)
+        if labels is not None and not os.path.isfile(labels):
+            mistake(f"labels: no file {labels}")
         check_outputs(cfg)
     if isinstance(cfg, (RunConfig, PrepareConfig)):
         for key in _needed(cfg):

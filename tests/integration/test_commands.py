@@ -329,12 +329,12 @@ MISTAKES = {
         "must be at least 2 with augment.mixup",
     ),
     "cuda graph": (
-        ("pretrain", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere"),
+        ("pretrain", "trainer.device=cpu", "trainer.cuda_graph=true", "data=synthetic"),
         "trainer.cuda_graph is True; allowed with a CPU is false or null",
     ),
     "cuda graph of fine-tuning": (
-        ("finetune", "trainer.device=cpu", "trainer.cuda_graph=true", "data.path=/nowhere", "init_from=nowhere"),
-        "trainer.cuda_graph is True; allowed with a CPU",
+        ("finetune", "trainer.device=cpu", "trainer.cuda_graph=true", "data=synthetic"),
+        "trainer.cuda_graph is True; allowed with a CPU is false or null",
     ),
     "golden": (("doctor", "--golden", "nowhere.safetensors"), "is not a golden file"),
 }

@@ -52,21 +52,23 @@ TOGETHER = {
     ),
     "what does not fit each other": (
         "pretrain data=synthetic model.mask_patch_size=48 trainer.device=cpu trainer.cuda_graph=true "
-        "trainer.precision=fp16 trainer.global_batch_size=9 data.crops_per_image=2 monitor.knn_k=30 "
-        "monitor.knn_gallery=20",
+        "trainer.precision=fp16 trainer.global_batch_size=9 data.crops_per_image=2 trainer.micro_batch_size=1 "
+        "monitor.knn_k=30 monitor.knn_gallery=20",
         [
             "monitor.knn_k is 30; allowed is at most monitor.knn_gallery (20)",
             "trainer.cuda_graph is True; allowed with a CPU and trainer.precision=fp16 is false or null",
             "trainer.global_batch_size is 9; allowed is a multiple of data.crops_per_image (2)",
+            "trainer.micro_batch_size must be at least 2 with data.crops_per_image=2; got 1",
             "model.mask_patch_size is 48; allowed is a multiple of 32, the total stride with model.stem_stride=4",
         ],
     ),
     "fine-tuning": (
         "finetune data=synthetic init_from=/nowhere trainer.cuda_graph=true trainer.device=cpu model.num_classes=1 "
-        "data.decode_on=gpu",
+        "data.decode_on=gpu augment.mixup=0.8 trainer.micro_batch_size=1",
         [
             "model.num_classes is 1; allowed is 2 or more",
             "data.decode_on is 'gpu'; allowed is cpu in fine-tuning",
+            "trainer.micro_batch_size must be at least 2 with augment.mixup or augment.cutmix (pairs); got 1",
             "trainer.cuda_graph is True; allowed with a CPU is false or null",
             "init_from: no checkpoint or run directory /nowhere",
         ],
@@ -80,6 +82,10 @@ TOGETHER = {
             "checkpoint: no checkpoint or run directory /nowhere@best",
             "out /dev/null/x cannot be written: ",
         ],
+    ),
+    "accuracy": (
+        "evaluate checkpoint=. labels=/nowhere.csv batch_size=0",
+        ["batch_size is 0; allowed is a positive number", "labels: no file /nowhere.csv"],
     ),
     "a linear probe": (
         "probe checkpoint= blr=[a] epochs=-1",
