@@ -20,7 +20,7 @@ from fcmae.config.commands import (
 from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
-from fcmae.config.model import ClassifierConfig, EngineConfig, FCMAEConfig
+from fcmae.config.model import BackboneConfig, ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.places import check_outputs, check_places, not_set
 from fcmae.config.plain import check_plain
 from fcmae.config.portable import portable, without_arguments
@@ -39,6 +39,7 @@ __all__ = [
     "COMMANDS",
     "NAMED_BY",
     "AugmentConfig",
+    "BackboneConfig",
     "CheckpointConfig",
     "ClassifierConfig",
     "DataConfig",

@@ -20,7 +20,7 @@ from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineC
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
-from fcmae.config.unset import UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
+from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
 from fcmae.precision import PRECISIONS
 
 
@@ -64,8 +64,8 @@ class FinetuneConfig(RunConfig):
     """``fcmae finetune``."""
 
     init_from: str | None = None
-    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights. Not read any more once
-    the run has a checkpoint of its own."""
+    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights. Gives the keys
+    of data and model whose default is null. Not read any more once the run has a checkpoint of its own."""
     data: DataConfig = field(default_factory=UnsetDataConfig)
     model: ClassifierConfig = field(default_factory=UnsetClassifierConfig)
     engine: ClassifierEngineConfig = field(default_factory=ClassifierEngineConfig)
@@ -91,6 +91,8 @@ DataOverrides = dataclasses.make_dataclass(
 )
 
 
+RANDOM = "random"
+"""The checkpoint that stands for random weights."""
 CHANNELS = ("in_chans", "bit_depth", "mean", "std", "pad", "decode_on")
 """Keys of group ``data`` whose values have to fit each other."""
 
@@ -100,7 +102,8 @@ class CheckpointConfig:
     """What commands on a checkpoint share: where it is, and what differs from its own data config."""
 
     checkpoint: str = ""
-    """A checkpoint file, or a run's directory: RUN, RUN@best, RUN@last or RUN@STEP."""
+    """A checkpoint file, or a run's directory: RUN, RUN@best, RUN@last or RUN@STEP. ``knn`` and ``probe`` also take
+    ``random``: random weights of the network of group ``model``."""
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     batch_size: int = 256
     """Images a rank processes at once."""
@@ -122,20 +125,20 @@ class CheckpointConfig:
         alone = {name: value for name, value in self._given().items() if name not in CHANNELS}
         from_dict(DataConfig, alone, prefix="data")
 
-    def merge_data(self, own: DataConfig) -> DataConfig:
-        """The checkpoint's data config with what was given on the command line.
+    def merge_data(self, own: DataConfig | dict[str, Any]) -> DataConfig:
+        """The checkpoint's data config, or what it says of it, with what was given on the command line.
 
         Images that are given take the place of the checkpoint's, whether a path or a source tells where they are. A
         source of the checkpoint's own can be opened only if ``allow`` has its class.
         """
-        given, values = self._given(), dataclasses.asdict(own)
+        given, values = self._given(), dataclasses.asdict(own) if isinstance(own, DataConfig) else dict(own)
         for source, path in (("source", "path"), ("val_source", "val_path")):
             if not given.keys().isdisjoint({"name", path}):
                 values[source] = None
-            elif source in given or values[source] is not None:
+            elif source in given or values.get(source) is not None:
                 values[path] = None
         for source in ("source", "val_source"):
-            if values[source] is not None and values[source]["_target_"] in self.allow:
+            if values.get(source) is not None and values[source]["_target_"] in self.allow:
                 values[source].pop(NAMED_BY, None)
         return from_dict(DataConfig, {**values, **given}, prefix="data")
 
@@ -170,12 +173,21 @@ class FeaturesConfig(CheckpointConfig):
     cache: str | None = "run"
     """Where features are kept: ``run``, the checkpoint's run's folder ``features``; or a folder; None = nowhere."""
     seed: int = 0
-    """Draws the images of data.labels_per_class, and in ``probe`` initial weights, order and crops."""
+    """Draws the images of data.labels_per_class, the weights of checkpoint=random, and in ``probe`` initial weights,
+    order and crops."""
+    model: UnsetBackboneConfig = field(default_factory=UnsetBackboneConfig)
+    """The network of checkpoint=random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("pooling", self.pooling, ("norm", "mean"))
         check_seed(self.seed)
+        given = {f"model.{name}": value for name, value in vars(self.model).items() if value is not None}
+        if self.checkpoint == RANDOM:
+            example = "a network, such as model=convnextv2_atto, with checkpoint=random"
+            check("model.backbone", self.model.backbone, self.model.backbone is not None, example)
+        for name, value in given.items():
+            check(name, value, self.checkpoint == RANDOM, "unset but for checkpoint=random: a checkpoint has its own")
 
 
 @dataclass

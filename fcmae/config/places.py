@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae.config.checks import mistake
-from fcmae.config.commands import CheckpointConfig, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.errors import UsageError
@@ -33,7 +33,7 @@ def check_places(cfg: Any, run_dir: Path) -> None:
     if isinstance(cfg, FinetuneConfig) and cfg.init_from and not any((run_dir / "checkpoints").glob("step_*.pt")):
         _check_checkpoint("init_from", cfg.init_from)
     if isinstance(cfg, CheckpointConfig):
-        if cfg.checkpoint:
+        if cfg.checkpoint and not (cfg.checkpoint == RANDOM and isinstance(cfg, FeaturesConfig)):
             _check_checkpoint("checkpoint", cfg.checkpoint)
         labels = getattr(cfg, "labels", None)
         if labels is not None and not os.path.isfile(labels):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fcmae.config.data import DataConfig
-from fcmae.config.model import ClassifierConfig
+from fcmae.config.model import BackboneConfig, ClassifierConfig
 
 UNSET: dict[str, tuple[str, ...]] = {
     "model": ("backbone", "depths", "dims", "stem_stride"),
@@ -33,6 +33,18 @@ class UnsetDataConfig(DataConfig):
 
 
 @dataclass
+class UnsetBackboneConfig(BackboneConfig):
+    """Group ``model`` of commands on features, which set it for random weights only."""
+
+    backbone: str | None = None  # type: ignore[assignment]  # set by settled_backbone, like the other
+    stem_stride: int | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Checks what is set."""
+        settled_backbone(self)
+
+
+@dataclass
 class UnsetClassifierConfig(ClassifierConfig):
     """Group ``model`` in fine-tuning, of whose keys some may be unset."""
 
@@ -47,6 +59,11 @@ class UnsetClassifierConfig(ClassifierConfig):
 def settled_data(given: DataConfig, known: dict[str, Any]) -> DataConfig:
     """What is given, else what is known, else the standard values. Raises ConfigError."""
     return DataConfig(**{**known, **_given(given, "data")})
+
+
+def settled_backbone(given: BackboneConfig) -> BackboneConfig:
+    """What is given, else the standard values. Raises ConfigError."""
+    return BackboneConfig(**_given(given, "model"))
 
 
 def settled_model(given: ClassifierConfig, known: dict[str, Any]) -> ClassifierConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from fcmae import memory, precision
 from fcmae.config import (
     CheckpointConfig,
+    DataConfig,
     DataOverrides,
     EvaluateConfig,
     FeaturesConfig,
@@ -23,11 +25,13 @@ from fcmae.config import (
     check_outputs,
     from_dotlist,
 )
+from fcmae.config.commands import RANDOM
+from fcmae.config.unset import settled_backbone
 from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels import Encoded, read_file
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source, with_classes
 from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
-from fcmae.errors import CheckpointError, UsageError
+from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.classify import accuracy, classified
@@ -39,7 +43,7 @@ from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.masking import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.training import checkpoint, distributed
-from fcmae.training.build import config_of, model_of
+from fcmae.training.build import config_of, known_of, model_of, random_encoder, unsaid
 from fcmae.training.checkpoint import State
 from fcmae.training.distributed import World
 from fcmae.training.resume import say
@@ -51,7 +55,10 @@ def _opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
     world = distributed.connect(cfg.device)
     try:
         world.on_main(lambda: check_outputs(cfg))
-        file, state = _read(cfg.checkpoint, world)
+        if isinstance(cfg, FeaturesConfig) and cfg.checkpoint == RANDOM:
+            file, state = _random(cfg, world)
+        else:
+            file, state = _read(cfg.checkpoint, world)
         cfg.precision = precision.settle(
             "precision", cfg.precision, world.device, smallest=world.smallest, main=world.is_main
         )
@@ -71,16 +78,37 @@ def _how_to_shrink(cfg: CheckpointConfig) -> str:
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
     with _opened(cfg) as (world, file, state):
-        data = cfg.merge_data(config_of(state, file).data)
+        data = _data(cfg, state, file)
+        if world.is_main and unsaid(state):
+            say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         model = model_of(state, file)
         backbone = model.backbone if isinstance(model, FCMAE) else model
-        identity = {"checkpoint": checkpoint.checksum(file)}
         extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
-        if cfg.cache is None:
+        random = cfg.checkpoint == RANDOM
+        if cfg.cache is None or (random and cfg.cache == "run"):
             yield extractor, extractor
             return
         folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
-        yield extractor, CachedExtractor(extractor, folder, identity)
+        identity = json.dumps([state["config"], cfg.seed]) if random else checkpoint.checksum(file)
+        yield extractor, CachedExtractor(extractor, folder, {"checkpoint": identity})
+
+
+def _data(cfg: CheckpointConfig, state: State, file: Path) -> DataConfig:
+    """The checkpoint's data config with what was given. Raises ConfigError for other channels than the network's."""
+    known = known_of(state, file)["data"]
+    data = cfg.merge_data(known)
+    if data.in_chans != known["in_chans"]:
+        raise ConfigError(f"data.in_chans is {data.in_chans}; {file} has {known['in_chans']}")
+    return data
+
+
+def _random(cfg: FeaturesConfig, world: World) -> tuple[Path, State]:
+    """Random weights, the same on every rank."""
+    in_chans = cfg.merge_data({}).in_chans
+    state = world.together(lambda: random_encoder(settled_backbone(cfg.model), in_chans, cfg.seed))
+    if world.is_main:
+        say(f"checkpoint random: random weights of {cfg.model.backbone}, drawn with seed={cfg.seed}")
+    return Path(RANDOM), state
 
 
 def _read(path: str, world: World) -> tuple[Path, State]:
@@ -109,11 +137,11 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
 
 
 def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> dict[str, float] | None:
-    data = cfg.merge_data(config_of(state, file).data)
-    if state["task"] == "pretrain":
+    if state["task"] != "finetune":
         raise CheckpointError(
-            f"{file} is of the task 'pretrain' and has no classifier; fine-tune it, or use knn or probe"
+            f"{file} is of the task {state['task']!r} and has no classifier; fine-tune it, or use knn or probe"
         )
+    data = _data(cfg, state, file)
     classes: list[str] = state["classes"]
     if not classes:
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
@@ -217,10 +245,11 @@ def reconstruct(
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
-    cfg, model = config_of(state, file), model_of(state, file)
-    data = named.merge_data(cfg.data)
+    model = model_of(state, file)
     if not isinstance(model, FCMAE):
-        raise CheckpointError(f"{path} is of the task 'finetune' and has no decoder; give a pretraining checkpoint")
+        task = f"{path} is of the task {state['task']!r} and has no decoder"
+        raise CheckpointError(f"{task}; give a pretraining run or one of its checkpoints")
+    cfg, data = config_of(state, file), _data(named, state, file)
     if mask_ratio is not None:
         check("--mask-ratio", mask_ratio, 0 <= mask_ratio < 1, "a number in [0, 1)")
         model.mask_ratio = mask_ratio

@@ -49,7 +49,7 @@ def _front_matter(network: Network, to: str, license_name: str) -> str:
 def _title(network: Network) -> str:
     what = f"classifier of {len(network.classes)} classes" if network.classes else "pretrained backbone"
     method = "masked autoencoding (FCMAE, ConvNeXt V2, arXiv 2301.00808)"
-    how = f"Pretrained by {method} with" if network.fcmae is not None else "Exported by"
+    how = f"Pretrained by {method} with" if isinstance(network.cfg, PretrainConfig) else "Exported by"
     return f"# {network.backbone_config.backbone}, {what}\n\n{how} fcmae {fcmae.__version__}."
 
 

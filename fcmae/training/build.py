@@ -1,5 +1,6 @@
 """Models from configs and from checkpoints."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,26 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fcmae.config import NAMED_BY, ClassifierConfig, FinetuneConfig, PretrainConfig, RunConfig, from_dict
+from fcmae.config import (
+    NAMED_BY,
+    BackboneConfig,
+    ClassifierConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    from_dict,
+)
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.randomness import Stream, seed_globals
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import State
+from fcmae.training.encoder import TASK
 
 MARGIN = 2**20
 """Weights that a network may have beyond twice those of the file that it comes from."""
-SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, TASK: PretrainConfig}
 
 
 def build_fcmae(cfg: PretrainConfig) -> FCMAE:
@@ -75,6 +85,11 @@ def config_of(state: State, path: Path) -> RunConfig:
     lacking = [name for name in ("config", "model") if state.get(name) is None]
     if lacking:
         raise CheckpointError(f"{path} has no {lacking[0]}")
+    if state.get("unknown"):
+        raise CheckpointError(
+            f"{path} was written by version 0.1.0 and does not say {', '.join(unsaid(state))}; give its run or a "
+            "checkpoint instead"
+        )
     cfg = from_dict(schema, state["config"])
     for name in ("source", "val_source"):
         given = getattr(cfg.data, name)
@@ -117,8 +132,24 @@ def build_model(cfg: PretrainConfig | FinetuneConfig, num_classes: int) -> FCMAE
     return build_classifier(cfg.model, cfg.data.in_chans, num_classes, cfg.seed)
 
 
-def load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, except_prefix: str = "\0") -> None:
-    """Loads weights strictly, but for names that start with ``except_prefix``.
+def unsaid(state: State) -> list[str]:
+    """The keys of the data config that an old encoder file does not say."""
+    return [f"data.{name}" for name in state.get("unknown", [])]
+
+
+def known_of(state: State, path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of the groups ``model`` and ``data``. An old encoder file does not say all keys."""
+    if state.get("task") == TASK:
+        return state["config"]
+    cfg = config_of(state, path)
+    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
+    return {"model": dataclasses.asdict(cfg.model), "data": dataclasses.asdict(cfg.data)}
+
+
+def load_state(
+    model: nn.Module, weights: dict[str, torch.Tensor], path: Path, except_prefix: str = "\0", assign: bool = False
+) -> None:
+    """Loads weights strictly, but for names that start with ``except_prefix``; with ``assign`` the tensors themselves.
 
     Raises CheckpointError naming the keys that are missing, left over or of another shape.
     """
@@ -136,7 +167,7 @@ def load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, e
     if any(wrong.values()):
         reasons = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"the weights in {path} do not fit the model ({reasons})")
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=False, assign=assign)
 
 
 def _some(names: list[str]) -> str:
@@ -164,7 +195,7 @@ def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:
 
     Returns:
         An :class:`fcmae.FCMAE` (``.backbone`` is the timm ConvNeXt) from pretraining, a timm classifier from
-        fine-tuning; in evaluation mode, on the CPU.
+        fine-tuning, a timm backbone from an encoder file; in evaluation mode, on the CPU.
     """
     file = checkpoint.resolve(path)
     return model_of(checkpoint.read(file), file, ema)
@@ -172,6 +203,8 @@ def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:
 
 def model_of(state: State, path: Path, ema: bool = True) -> FCMAE | ConvNeXt:
     """The model in a checkpoint's state, in evaluation mode."""
+    if state.get("task") == TASK:
+        return _encoder_of(state, path)
     cfg = config_of(state, path)
     assert isinstance(cfg, PretrainConfig | FinetuneConfig)
     if isinstance(cfg, PretrainConfig) and cfg.engine.name not in available_engines():
@@ -181,4 +214,31 @@ def model_of(state: State, path: Path, ema: bool = True) -> FCMAE | ConvNeXt:
     check_size(cfg, num_classes, weights, path)
     model = build_model(cfg, num_classes)
     load_state(model, weights, path)
+    return model.eval()
+
+
+def random_encoder(cfg: BackboneConfig, in_chans: int, seed: int) -> State:
+    """Random weights as the state of an encoder file: those that pretraining begins with by this seed.
+
+    Raises UsageError for an unknown network.
+    """
+    seed_globals(seed, Stream.INIT)
+    try:
+        weights = create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs()).state_dict()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    config = {"model": dataclasses.asdict(cfg), "data": {"in_chans": in_chans}}
+    return {"task": TASK, "config": config, "model": weights, "ema": None}
+
+
+def _encoder_of(state: State, path: Path) -> ConvNeXt:
+    """The backbone of an encoder file, in evaluation mode. It takes the file's memory, whatever the file says."""
+    cfg = BackboneConfig(**state["config"]["model"])
+    in_chans = state["config"]["data"]["in_chans"]
+    try:
+        with torch.device("meta"):
+            model = create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    load_state(model, {name: value.float() for name, value in state["model"].items()}, path, assign=True)
     return model.eval()

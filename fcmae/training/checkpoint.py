@@ -22,7 +22,7 @@ from fcmae.config import check_plain
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
-from fcmae.training import torch_file
+from fcmae.training import encoder, torch_file
 
 FORMAT = 2
 MAGIC = b"fcmae256"
@@ -114,12 +114,15 @@ def _verify(file: IO[bytes], alive: Callable[[], object]) -> None:
 def read(
     path: Path, map_location: str | torch.device = "cpu", alive: Callable[[], object] = nothing, mmap: bool = False
 ) -> State:
-    """The state in a checkpoint file; no code in it is executed. Raises CheckpointError naming the file.
+    """The state in a checkpoint or encoder file; no code in it is executed. Raises CheckpointError naming the file.
 
     Args:
         alive: called whenever a part is read.
         mmap: leave tensors on the disk until they are used: for what takes a part of them, at once.
     """
+
+    if path.suffix == encoder.SUFFIX:
+        return encoder.read(path)
 
     def load() -> State:
         with open_regular(path) as file:
@@ -170,14 +173,20 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 that a checkpoint file states of itself, in hexadecimal; :func:`read` verifies it.
+    """The SHA-256 that a checkpoint file states of itself, in hexadecimal, which :func:`read` verifies; of an encoder
+    file, that of its content.
 
     Raises CheckpointError naming the file.
     """
+    digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
-            return file.read().hex()
+            if path.suffix != encoder.SUFFIX:
+                file.seek(-digest.digest_size, os.SEEK_END)
+                return file.read().hex()
+            while block := file.read(2**24):
+                digest.update(block)
+            return digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
@@ -281,6 +290,8 @@ def header(path: Path) -> State:
 
     Raises CheckpointError naming the file.
     """
+    if path.suffix == encoder.SUFFIX:
+        return encoder.read(path, weights=False)
     return _checked(path, lambda: torch_file.load_mapped(path))
 
 
@@ -332,7 +343,9 @@ def _best_of(state: State) -> dict[str, Any] | None:
 
 def describe(path: Path, state: State) -> str:
     """The line that tells which checkpoint a command takes."""
-    step, best = state.get("step", 0), _best_of(state)
+    step, best = state.get("step"), _best_of(state)
+    if step is None:
+        return f"checkpoint {path}"
     which = ""
     if best is not None:
         score = f"score {best['score']:.4g}"

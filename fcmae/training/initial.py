@@ -7,11 +7,11 @@ from typing import Any
 
 from timm.models.convnext import ConvNeXt
 
-from fcmae.config import FinetuneConfig, RunConfig
+from fcmae.config import FinetuneConfig
 from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, config_of, load_state
+from fcmae.training.build import backbone_weights, known_of, load_state, unsaid
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
@@ -39,22 +39,28 @@ def find_start(cfg: FinetuneConfig, run_dir: Path | None = None) -> Start:
     own = checkpoint.CheckpointDir(run_dir).paths() if run_dir is not None and cfg.trainer.resume else []
     for path in reversed(own):
         with contextlib.suppress(CheckpointError):
-            return Start(known=_known(config_of(checkpoint.header(path), path)))
+            return Start(known=_unset(known_of(checkpoint.header(path), path)))
     if own or cfg.init_from is None:
         return Start()  # none of its own can be read: resuming says so
     path = checkpoint.resolve(cfg.init_from)
     state = checkpoint.header(path)
-    before = config_of(state, path)
+    known = known_of(state, path)
     notes = [f"init_from: {checkpoint.describe(path, state)}"]
     if "classes" in state:
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
-    if before.data.pad != cfg.data.pad:
-        notes.append(f"data.pad is {cfg.data.pad}; {path} was trained with {before.data.pad}")
-    return Start(path, _known(before), notes)
+    pad = known["data"].get("pad", cfg.data.pad)
+    if pad != cfg.data.pad:
+        notes.append(f"data.pad is {cfg.data.pad}; {path} was trained with {pad}")
+    if unsaid(state):
+        notes.append(f"{path} does not say {', '.join(unsaid(state))}")
+    return Start(path, _unset(known), notes)
 
 
-def _known(cfg: RunConfig) -> Values:
-    return {group: {name: getattr(getattr(cfg, group), name) for name in names} for group, names in UNSET.items()}
+def _unset(known: Values) -> Values:
+    """Of the keys that may be unset, those that are known."""
+    return {
+        group: {name: known[group][name] for name in names if name in known[group]} for group, names in UNSET.items()
+    }
 
 
 def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]]:

@@ -144,7 +144,7 @@ class _Training:
         if state.step < self.schedule.total_steps or state.evaluation_due:
             raise Interrupted(_why_stopped(state.step, stop_step, self.schedule.total_steps, self.stop, self.run_dir))
         if self.world.is_main:
-            self.task.finish(self.run_dir, state.average)
+            self.task.finish(self.run_dir, state.average, state.step)
         return self.checkpoints.path(state.step)
 
     def _step(self) -> float:
@@ -217,6 +217,9 @@ class _Training:
         self.state.load_state_dict(resumed, self.checkpoints.folder)
 
     def _check_fits(self, resumed: State) -> None:
+        if "optimizer" not in resumed:
+            held = f"the newest checkpoint in {self.checkpoints.folder} holds weights without an optimizer's state"
+            raise CheckpointError(f"{held}, so no run resumes from it; move it elsewhere, e.g. for init_from")
         if resumed["task"] != self.task.name:
             held = f"{self.run_dir} holds a run of fcmae {resumed['task']}"
             raise CheckpointError(f"{held}; allowed for fcmae {self.task.name} is another hydra.run.dir")

@@ -10,8 +10,8 @@ from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
 from fcmae.opening import read_regular
 from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training.encoder import ENCODER_FILE
 from fcmae.training.resume import say
-from fcmae.training.saver import ENCODER_FILE
 from fcmae.training.wandb_logger import ID_FILE
 
 CONFIG_FILE = "config.yaml"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fcmae.errors import SaveError
-from fcmae.files import replacing
+from fcmae.training import encoder
 from fcmae.training.build import backbone_weights
-from fcmae.training.checkpoint import CheckpointDir, State
+from fcmae.training.checkpoint import CheckpointDir, State, versions
 
 
 class HostCopy:
@@ -115,11 +114,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-ENCODER_FILE = "encoder.safetensors"
-
-
 def write_encoder(path: Path, state: State) -> None:
     """Writes the backbone of a pretraining state alone, averaged if there is an average, under timm's names."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone_weights(state).items()}
-    with replacing(path) as file:
-        file.write(save(weights, {"backbone": state["config"]["model"]["backbone"]}))
+    encoder.write(path, backbone_weights(state), state["config"], state["step"], versions())

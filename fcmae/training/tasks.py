@@ -26,12 +26,13 @@ from fcmae.randomness import Stream, generator, sample_keys, step_generator
 from fcmae.training.build import build_classifier, build_fcmae
 from fcmae.training.distributed import World
 from fcmae.training.drop_path import draw_paths_by_sample
+from fcmae.training.encoder import ENCODER_FILE
 from fcmae.training.initial import Start, find_start, load_backbone, settle
 from fcmae.training.logging import RunLogger
 from fcmae.training.mixup import Mixup
 from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
 from fcmae.training.resume import say
-from fcmae.training.saver import ENCODER_FILE, write_encoder
+from fcmae.training.saver import write_encoder
 
 
 class Task(Protocol):
@@ -90,7 +91,7 @@ class Task(Protocol):
         """What a checkpoint holds beyond the loop's own."""
         ...
 
-    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+    def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         """What the first rank leaves in the run directory at the end of the schedule."""
         ...
 
@@ -173,10 +174,11 @@ class Pretraining:
     def extra_state(self) -> dict[str, Any]:
         return {}
 
-    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+    def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
         weights = (ema or self.model).state_dict()
-        write_encoder(run_dir / ENCODER_FILE, {"task": self.name, "model": weights, "config": to_dict(self.cfg)})
+        state = {"task": self.name, "model": weights, "config": to_dict(self.cfg), "step": step}
+        write_encoder(run_dir / ENCODER_FILE, state)
 
 
 class Finetuning:
@@ -269,7 +271,7 @@ class Finetuning:
     def extra_state(self) -> dict[str, Any]:
         return {"classes": self.classes}
 
-    def finish(self, run_dir: Path, ema: nn.Module | None) -> None:
+    def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         pass
 
 

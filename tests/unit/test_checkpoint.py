@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fcmae.config import PretrainConfig, to_dict
 from fcmae.errors import CheckpointError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.training import checkpoint
@@ -131,7 +132,7 @@ def test_a_milestone_of_pretraining_has_the_encoder_alone(tmp_path):
     model = FCMAE("convnextv2_atto", decoder_embed_dim=8)
     saver = Saver(CheckpointDir(tmp_path, keep=1, keep_every=2), "stop", enabled=True)
     state = {"task": "pretrain", "model": model.state_dict(), "best": None}
-    state["config"] = {"model": {"backbone": "convnextv2_atto"}}
+    state["config"] = to_dict(PretrainConfig())
     for step in (1, 2, 3):
         saver.save(lambda step=step: {**state, "step": step})  # type: ignore[misc]
     saver.finish()
