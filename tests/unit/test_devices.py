@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcmae.cli import _hydra
+from fcmae import cli, hydra_run
 from fcmae.data.cores import MOST_WORKERS
 from fcmae.training import distributed
 from fcmae.training.saver import HostCopy
@@ -33,9 +33,9 @@ def test_a_run_on_the_cpu_opens_no_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, *overrides = TINY_PRETRAIN
     overrides += ["trainer.device=cpu", "trainer.ema_decay=0.9", "schedule.epochs=1", "hydra.run.dir=run"]
-    assert _hydra(command, overrides, alone=True) == 0
+    assert hydra_run.run(command, overrides, cli._HYDRA[command], alone=True) == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert _hydra("knn", ["checkpoint=run", "device=cpu", "k=1"], alone=True) == 0
+    assert hydra_run.run("knn", ["checkpoint=run", "device=cpu", "k=1"], cli._HYDRA["knn"], alone=True) == 0
 
 
 @pytest.mark.usefixtures("gpu_machine")
