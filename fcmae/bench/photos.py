@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcmae.data.formats import EXTENSIONS, open_picture
+from fcmae.data.formats import EXTENSIONS, MAX_PIXELS, open_picture
+from fcmae.data.pixels import explained, read_file
 from fcmae.errors import UsageError
 
 SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333), (640, 480), (400, 300))
@@ -41,7 +42,7 @@ def image_files(folder: Path) -> list[Path]:
 def _load(files: list[Path]) -> list[Image.Image]:
     photos = []
     for file in files:
-        with open_picture(file.read_bytes()) as image:
+        with explained(str(file)), open_picture(read_file(file).data, MAX_PIXELS) as image:
             if image.mode in ("RGB", "L") and min(image.size) >= SMALLEST:
                 photos.append(image.convert("RGB"))
     return photos

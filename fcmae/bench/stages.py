@@ -12,8 +12,8 @@ from PIL import Image
 from fcmae.config import DataConfig
 from fcmae.data.collate import stack
 from fcmae.data.crops import cut
-from fcmae.data.formats import open_picture
-from fcmae.data.pixels import Encoded
+from fcmae.data.formats import MAX_PIXELS, open_picture
+from fcmae.data.pixels import Encoded, explained
 from fcmae.data.sources import train_source
 from fcmae.data.transforms import pretrain_transform
 
@@ -68,7 +68,7 @@ def _measure(data: DataConfig, theirs: Callable | None, batch_size: int, device:
 
 
 def _decode_by_pillow(file: Encoded) -> Image.Image:
-    with open_picture(file.data) as image:
+    with explained(file.name), open_picture(file.data, MAX_PIXELS) as image:
         return image.convert("RGB")
 
 

@@ -112,7 +112,7 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
         return image
     if isinstance(image, Tensor):
         return _decoded(image)
-    with _explained(image.name):
+    with explained(image.name):
         is_jpeg = image.data.startswith(jpeg.MAGIC)
         where = segments(image.data) if is_jpeg else {}
         if is_jpeg:
@@ -134,7 +134,7 @@ def _decoded(pixels: Tensor) -> LazyImage:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Whatever goes wrong in this block becomes an ImageError: damaged files make libraries raise all sorts."""
     try:
         yield
@@ -155,7 +155,7 @@ def _upright(pixels: Tensor, turn: int) -> Tensor:
 
 
 def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, reduce: int) -> Tensor:
-    with _explained(image.name):
+    with explained(image.name):
         pixels = torch.from_numpy(jpeg.decode(image.data, size, to.in_chans, reduce))
         return _upright(pixels.permute(2, 0, 1), turn)
 
@@ -163,7 +163,7 @@ def _decode_jpeg(image: Encoded, size: jpeg.Size, turn: int, to: PixelFormat, re
 def _decode_rows(
     image: Encoded, where: dict[int, int], size: jpeg.Size, to: PixelFormat, top: int, bottom: int
 ) -> tuple[Tensor, int]:
-    with _explained(image.name):
+    with explained(image.name):
         band = cut_band(image.data, where, top, bottom)
     if band is None:
         return _decode_jpeg(image, size, 1, to, 1), 0

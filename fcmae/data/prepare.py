@@ -258,7 +258,7 @@ def _read(file: Path) -> str:
 
 def _written(out: Path) -> Iterator[Shard]:
     """The tar files that an earlier run finished and that still have their size."""
-    entries = _read_json(out / MANIFEST_FILE).get("shards", [])
+    entries = list(_read_json(out / MANIFEST_FILE).get("shards", []))
     if os.path.lexists(out / PROGRESS_FILE):
         for line in _read(out / PROGRESS_FILE).splitlines():
             with contextlib.suppress(ValueError, RecursionError):  # cut off when the run was killed
@@ -266,9 +266,15 @@ def _written(out: Path) -> Iterator[Shard]:
     for entry in entries:
         with contextlib.suppress(TypeError):  # changed since it was written
             shard = Shard(**entry)
+            if os.path.basename(shard.name) != shard.name or not all(map(_is_pair, shard.unreadable)):
+                raise TypeError("not of this program")
             file = out / shard.name
             if file.is_file() and file.stat().st_size == shard.bytes:
                 yield shard
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _workers(cfg: PrepareConfig) -> int:

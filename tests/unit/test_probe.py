@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fcmae.config import DataConfig, ProbeConfig
 from fcmae.data.sources import Synthetic, train_source
@@ -164,6 +165,19 @@ def test_a_file_of_another_content_or_a_damaged_one_is_not_used(images, tmp_path
     assert times_extracted(images, cache) == 0
     with safe_open(file, "pt") as opened:
         assert '"checkpoint": "1"' in opened.metadata()["wanted"]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 8, 1), (5, 8)])
+def test_features_of_other_sizes_are_not_used(images, tmp_path, shape, capsys):
+    cache = tmp_path / "features"
+    assert times_extracted(images, cache) == 1
+    file = next(cache.iterdir())
+    with safe_open(file, "pt") as opened:
+        metadata, labels = opened.metadata(), opened.get_tensor("labels")
+    save_file({"values": torch.zeros(shape), "labels": labels}, file, metadata)
+    file.chmod(0o644)
+    assert times_extracted(images, cache) == 1
+    assert "its arrays have other sizes; they are extracted again" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_a_line(images, tmp_path, capsys):

@@ -129,6 +129,8 @@ def _load(path: str, split: str, config_name: str | None, revision: str | None) 
                 _check_files(folder, builder.config.data_files or {})
             return datasets.load_dataset(path, config_name, split=split, revision=revision)
         saved = datasets.load_from_disk(path)
+        parts = [saved] if isinstance(saved, datasets.Dataset) else saved.values()
+        _check_files(folder, {"": [file["filename"] for part in parts for file in part.cache_files]})
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # also a missing file, also no network
         reason = " ".join(str(error).split())
         raise UsageError(f"cannot load the data set {path}, split {split}: {reason}") from error
@@ -143,7 +145,7 @@ def _check_files(folder: Path, files: dict[str, list[str]]) -> None:
     real = os.path.realpath(folder)
     for file in (str(file) for some in files.values() for file in some):
         if "://" in file or os.path.commonpath([os.path.realpath(file), real]) != real:
-            raise UsageError(f"{folder} names the file {shown(file)}, which is outside of it (README.md)")
+            raise UsageError(f"{folder} names the file {shown(file)}, which is outside of it")
 
 
 def _folders(path: str) -> list[str]:
