@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
-from fcmae.config import EvaluateConfig
+from fcmae.config import EvaluateConfig, FinetuneConfig
 from fcmae.config.commands import DataOverrides
 from fcmae.evaluation.run import evaluate
 from fcmae.interchange.convert import export, import_weights
 from fcmae.training import checkpoint
 from fcmae.training.build import config_of, load
+from fcmae.training.initial import find_start
 from tests import interchange as made
 from tests.hostile import Case, Read, measure, table
 from tests.interchange import Change, classifier, sealed
@@ -188,6 +190,29 @@ def large_metrics(folder: Path) -> Read:
     return read
 
 
+def encoder_of(width: int, blocks: int, **metadata: str) -> Callable[[Path], Read]:
+    """An encoder file whose convolutions have a width and no bytes, as a fine-tuning run begins with it."""
+
+    def make(folder: Path) -> Read:
+        path = folder / "encoder.safetensors"
+        names = {f"stages.{stage}.blocks.{block}.conv_dw.weight" for stage in range(4) for block in range(blocks)}
+        tensors = {"stem.0.weight": torch.zeros(0, 3, 4, 4), **{name: torch.zeros(width, 0, 7, 7) for name in names}}
+        path.write_bytes(save(tensors, {"backbone": "convnextv2_atto", **metadata}))
+        return lambda: (find_start(FinetuneConfig(init_from=str(path))).path, load(path))
+
+    return make
+
+
+def initial(change: Change) -> Callable[[Path], Read]:
+    """What a fine-tuning run begins with."""
+
+    def make(folder: Path) -> Read:
+        path = classifier(folder, change)
+        return lambda: find_start(FinetuneConfig(init_from=str(path))).path
+
+    return make
+
+
 def config(**values: Any) -> Change:
     """A change of the config: ``model__dims=...`` for model.dims."""
 
@@ -222,7 +247,7 @@ CHECKPOINTS = {
         loaded(config(model__dims=None, model__depths=None, model__backbone="convnextv2_large")),
         "network of its config",
     ),
-    "checkpoint, a million blocks": Case(loaded(config(model__depths=[10**6, 1, 1, 1])), "tensors for the 1000003 bl"),
+    "checkpoint, a million blocks": Case(loaded(config(model__depths=[10**6, 1, 1, 1])), "a config of 1000003 blocks"),
     "checkpoint, 3 million classes": Case(loaded(lambda state: state.update(classes=["c"] * 3_000_000)), "one pickle "),
     "checkpoint, a config of 200,000 values": Case(
         loaded(config(data__path=["x"] * 200_000)), "the config has more than 20000 values"
@@ -252,6 +277,10 @@ CHECKPOINTS = {
     "official, a config that is none": Case(
         imported("official", official({"mask_token": torch.zeros(1)}, fcmae={"config": []})), "missing encoder|as they"
     ),
+    "init_from, dims of 3000": Case(initial(config(model__dims=[3000] * 4)), "the network of its config needs"),
+    "encoder, a width of 3000 and no bytes": Case(encoder_of(3000, 1), "the network of its config needs"),
+    "encoder, 8000 blocks of no bytes": Case(encoder_of(8, 2000), "a config of 8000 blocks"),
+    "encoder, an interpolation": Case(encoder_of(8, 1, fcmae='{"step": "${oc.env:HOME}"}'), "not be an interpolation"),
     "official, a pipe": Case(imported("official", pipe), "official.pth cannot be read: not a regular file"),
 }
 

@@ -12,7 +12,9 @@ from fcmae.engines import ENGINES, available_engines, get_engine
 from fcmae.errors import UsageError
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
+from fcmae.opening import open_regular
 from fcmae.precision import set_tf32
+from fcmae.training.torch_file import check_safetensors
 
 TOLERANCE = 1e-5
 """Largest relative error, ||a - b|| / ||b||, between float32 results that are to be equal."""
@@ -92,10 +94,12 @@ def _engines_agree(device: str) -> Iterator[tuple[str, float]]:
 def _golden_errors(file: Path, device: str) -> Iterator[tuple[str, float]]:
     """The relative errors of every result in a golden file, for every engine; of gradients the worst."""
     try:
+        with open_regular(file) as opened:
+            check_safetensors(opened)
         with safe_open(file, "pt") as tensors:
             meta = json.loads((tensors.metadata() or {})["meta"])
             golden = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not a golden file (safetensors with JSON metadata `meta`): {error}") from error
     params = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
     if "output.loss" in golden:

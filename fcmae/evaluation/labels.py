@@ -94,7 +94,8 @@ def _listed(value: Any) -> Iterable[Any]:
 def _number(value: Any, numbers: dict[str, int], path: Path) -> int:
     if isinstance(value, str) and value in numbers:
         return numbers[value]
-    number = int(value) if type(value) is int or (isinstance(value, str) and value.isdecimal()) else -1
+    decimal = isinstance(value, str) and value.isdecimal() and len(value) < 20
+    number = int(value) if type(value) is int or decimal else -1
     if not 0 <= number < len(numbers):
         raise UsageError(f"labels {path} has the class {value!r}; allowed is a class's name or 0 to {len(numbers) - 1}")
     return number

@@ -1,9 +1,9 @@
 """Models from configs and from checkpoints."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models.convnext import ConvNeXt
@@ -27,6 +27,9 @@ from fcmae.training import checkpoint
 from fcmae.training.checkpoint import State
 from fcmae.training.encoder import TASK
 
+Network = TypeVar("Network", bound=nn.Module)
+MAX_BLOCKS = 1000
+"""ConvNeXt V2 Huge has 36."""
 MARGIN = 2**20
 """Weights that a network may have beyond twice those of the file that it comes from."""
 SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, TASK: PretrainConfig}
@@ -105,21 +108,45 @@ class _LinspaceOnCpu(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {})})
 
 
-def check_size(cfg: RunConfig, num_classes: int, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+def on_meta(build: Callable[[], Network], blocks: int, path: Path) -> Network:
+    """The network of a config that comes from a file, without memory for its weights. Raises CheckpointError."""
+    if blocks > MAX_BLOCKS:
+        raise CheckpointError(f"{path} has a config of {blocks} blocks; at most {MAX_BLOCKS} are built")
+    try:
+        with torch.device("meta"), _LinspaceOnCpu():
+            return build()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise CheckpointError(f"{path} has a config of no network: {str(error).splitlines()[0]}") from error
+
+
+def check_size(
+    cfg: PretrainConfig | FinetuneConfig, num_classes: int, weights: Mapping[str, torch.Tensor], path: Path
+) -> None:
     """Raises CheckpointError if the network of a config that comes from a file is larger than the weights beside it.
 
     For it would be built, and might take any memory, before the weights are found not to fit.
     """
-    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
-    blocks = sum(cfg.model.depths or []) + getattr(cfg.model, "decoder_depth", 0)
-    if blocks > len(weights):
-        raise CheckpointError(f"{path} has {len(weights)} tensors for the {blocks} blocks of its config")
+    blocks = sum(cfg.model.depths or []) + (cfg.model.decoder_depth if isinstance(cfg, PretrainConfig) else 0)
+    _compare_sizes(on_meta(lambda: build_model(cfg, num_classes), blocks, path), weights, path)
+
+
+def check_backbone_size(known: dict[str, dict[str, Any]], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """The same for what :func:`known_of` returns, of which a network for fine-tuning is built."""
+    names = [field.name for field in dataclasses.fields(BackboneConfig)]
+    model = BackboneConfig(**{name: known["model"][name] for name in names})
+
+    def build() -> ConvNeXt:
+        return create_backbone(model.backbone, in_chans=known["data"]["in_chans"], **model.backbone_kwargs())
+
     try:
-        with torch.device("meta"), _LinspaceOnCpu():  # nothing is allocated
-            model = build_model(cfg, num_classes)
-        needed = sum(parameter.numel() for parameter in model.parameters())
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{path} has a config of no network: {str(error).splitlines()[0]}") from error
+        backbone = on_meta(build, sum(model.depths or []), path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _compare_sizes(backbone, weights, path)
+
+
+def _compare_sizes(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    needed = sum(parameter.numel() for parameter in model.parameters())
     present = sum(value.numel() for value in weights.values())
     if needed > 2 * present + MARGIN:
         raise CheckpointError(f"{path} has {present:,} weights; the network of its config needs {needed:,}")
@@ -235,9 +262,12 @@ def _encoder_of(state: State, path: Path) -> ConvNeXt:
     """The backbone of an encoder file, in evaluation mode. It takes the file's memory, whatever the file says."""
     cfg = BackboneConfig(**state["config"]["model"])
     in_chans = state["config"]["data"]["in_chans"]
+
+    def build() -> ConvNeXt:
+        return create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs())
+
     try:
-        with torch.device("meta"):
-            model = create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs())
+        model = on_meta(build, sum(cfg.depths or []), path)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     load_state(model, {name: value.float() for name, value in state["model"].items()}, path, assign=True)

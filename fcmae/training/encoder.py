@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -19,6 +20,7 @@ from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError
 from fcmae.files import replacing
 from fcmae.opening import open_regular
+from fcmae.training.torch_file import check_safetensors
 
 ENCODER_FILE = "encoder.safetensors"
 SUFFIX = ".safetensors"
@@ -46,20 +48,24 @@ def read(path: Path, weights: bool = True) -> State:
     ``config`` has the groups ``model`` and ``data``; ``unknown`` names the keys of ``data`` that the file does not say.
 
     Args:
-        weights: read them; otherwise ``model`` is empty.
+        weights: read them; otherwise those of ``model`` are on torch's meta device.
 
     Raises CheckpointError naming the file.
     """
     try:
-        open_regular(path).close()
+        with open_regular(path) as opened:
+            check_safetensors(opened)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names}
-            tensors = {name: file.get_tensor(name) for name in names} if weights else {}
+            if weights:
+                tensors = {name: file.get_tensor(name) for name in names}
+            else:
+                tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     if "backbone" not in metadata:
         raise CheckpointError(f"{path} is not an encoder file of fcmae: its metadata has no backbone")

@@ -11,7 +11,7 @@ from fcmae.config import FinetuneConfig
 from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, known_of, load_state, unsaid
+from fcmae.training.build import backbone_weights, check_backbone_size, known_of, load_state, unsaid
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
@@ -45,6 +45,7 @@ def find_start(cfg: FinetuneConfig, run_dir: Path | None = None) -> Start:
     path = checkpoint.resolve(cfg.init_from)
     state = checkpoint.header(path)
     known = known_of(state, path)
+    check_backbone_size(known, state["model"], path)
     notes = [f"init_from: {checkpoint.describe(path, state)}"]
     if "classes" in state:
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")

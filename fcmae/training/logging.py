@@ -80,7 +80,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError("logger.tensorboard needs the package tensorboard: pip install tensorboard") from error
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self.writer = SummaryWriter(str(own_folder(run_dir / "tensorboard")))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

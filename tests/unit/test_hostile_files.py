@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -158,6 +159,7 @@ class Extract:
 
     def __init__(self, world):
         self.world = world
+        self.backbone = SimpleNamespace(num_features=3)
         self.count = 0
 
     def __call__(self, source):
