@@ -77,7 +77,7 @@ def start_python(
 
 
 def run_python(
-    folder: Path, *args: str, check: int | None = 0, timeout: int = 240, **kwargs: Any
+    folder: Path, *args: str, check: int | None = 0, timeout: int = 1500, **kwargs: Any
 ) -> subprocess.CompletedProcess:
     """Runs ``python ARGS`` to its end; ``kwargs`` are those of :func:`start_python`. ``check`` is the exit code."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:

@@ -1,6 +1,6 @@
 """Processes that have everything imported when they start: importing torch takes seconds, a fork milliseconds.
 
-``python -m tests.preloaded`` imports the package, computes nothing, and forks a process for every request. Such a
+``python -m tests.preloaded`` imports the package, composes a config, and forks a process for every request. Such a
 process has its own session, folder, environment, output and exit code, and runs ``python ARGS`` as ``__main__``; only
 what happens while modules are imported differs from a real start. Linux only.
 """
@@ -40,6 +40,8 @@ MODULES = (
     "PIL.PngImagePlugin",
 )
 _LOCK = threading.Lock()
+_ENVIRONMENT = dict(os.environ)
+"""Of this process, before any test changes it."""
 TO_RANKS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 GRACE = 30
 """Seconds that ranks have to end after one has failed or a signal came, as under torchrun."""
@@ -104,7 +106,7 @@ def _server() -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
     atexit.register(server.wait)
     atexit.register(ours.close)  # comes first
@@ -249,6 +251,7 @@ def main(control: socket.socket) -> None:
     gc.disable()
     for module in MODULES:
         importlib.import_module(module)
+    importlib.import_module("fcmae.config").compose("pretrain")  # Hydra's parser and plugins are slow at first
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     gc.freeze()
     request = _serve(control)

@@ -1,5 +1,6 @@
 """Hydra's composition of conf/ from Python."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ def conf_dir() -> Path:
     raise ConfigError(f"the package's conf/ is missing beside {package}; install it again")
 
 
+@functools.cache
 def register_schemas() -> None:
     """Makes the schemas known to Hydra as ``schema/COMMAND``."""
     from hydra.core.config_store import ConfigStore

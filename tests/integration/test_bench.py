@@ -1,10 +1,13 @@
+import functools
 import json
 
 import pytest
 import torch
 
+from fcmae.bench import feed
 from fcmae.bench.profile import _kind
 from fcmae.cli import main
+from tests.conftest import run_python
 
 STEP = ["bench", "step", "models=[convnextv2_atto]", "device=cpu", "precision=float32", "batch_size=2", "image_size=64"]
 
@@ -20,9 +23,20 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert report["config"]["batch_size"] == 2
 
 
-def test_scaling_measures_one_and_two_ranks(tmp_path, fcmae):
+FORKED = """
+import functools, sys
+import torch.multiprocessing as mp
+mp.spawn = functools.partial(mp.start_processes, start_method="fork")  # importing torch takes seconds
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+def test_scaling_measures_one_and_two_ranks(tmp_path):
     sizes = ("models=[convnextv2_atto]", "batch_size=2", "image_size=64", "repeats=3", "warm_up=1", "ranks=[1,2]")
-    fcmae("bench", "scaling", *sizes, "device=cpu", "precision=float32", "--json", "scaling.json")
+    run_python(
+        tmp_path, "-c", FORKED, "bench", "scaling", *sizes, "device=cpu", "precision=float32", "--json", "scaling.json"
+    )
     rows = json.loads((tmp_path / "scaling.json").read_text())["results"]
     shapes = [(row["mode"], row["ranks"], row["batch_size"]) for row in rows]
     assert shapes == [("weak", 1, 2), ("weak", 2, 2), ("strong", 1, 2), ("strong", 2, 1)]
@@ -72,7 +86,9 @@ def photo_folder(folder):
     return f"photos={folder / 'photos'}"
 
 
-def test_data_compares_reading_with_torchvision_and_feeds_a_step(tmp_path, capsys):
+def test_data_compares_reading_with_torchvision_and_feeds_a_step(tmp_path, capsys, monkeypatch):
+    tiny = {"decoder_embed_dim": 16, "backbone_kwargs": {"depths": (1, 1, 1, 1)}}
+    monkeypatch.setattr(feed, "FCMAE", functools.partial(feed.FCMAE, **tiny))
     arguments = [
         *DATA,
         photo_folder(tmp_path),

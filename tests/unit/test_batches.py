@@ -1,8 +1,6 @@
 """What travels from the workers to the training process: several crops, shared memory, files left to the device."""
 
 import gc
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from fcmae.data.on_device import PackedImages, decode_all, pack
 from fcmae.data.sources.base import Sample
 from fcmae.data.transforms import pretrain_transform
 from fcmae.errors import ConfigError, ImageError
+from tests.conftest import run_python
 from tests.unit.test_pixels import encoded, exif, noise, smooth
 
 CFG = DataConfig(image_size=32)
@@ -313,4 +312,4 @@ def test_workers_end_with_python():
         "left = batches(dataset, BatchPlan.create(24, 4, 2, 1, seed=0), 2)\n"
         "next(left)\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60, cwd=ROOT)
+    run_python(ROOT, "-c", script, fresh=True)

@@ -154,19 +154,28 @@ def test_recomputing_keeps_fewer_tensors():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Counts the graphs that are compiled, by a backend that costs no time."""
+    """Counts the graphs that are compiled, by a backend that costs no time.
+
+    A function may have three shapes, and torch's limit of eight is as low: four stages exceed it.
+    """
     counter = CompileCounterWithBackend("aot_eager")
     compiled = functools.cache(lambda f: torch.compile(f, backend=counter, dynamic=False, fullgraph=True))
     monkeypatch.setattr(regions, "_compiled", compiled)
     torch.compiler.reset()
-    return counter
+    regions._prepare.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        yield counter
+    regions._prepare.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 @pytest.mark.parametrize("engine", ["packed", "masked"])
 def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
-    """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again."""
-    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, backbone_kwargs={"depths": (3, 3, 9, 3)})
+    """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again.
+
+    A process may compile more networks than torch expects of one.
+    """
+    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, backbone_kwargs={"depths": (2, 2, 2, 2)})
     model.compile()
     batches = [(torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)) for _ in range(3)]
     losses = [model(imgs, mask, 2).loss for imgs, mask in batches[:1]]
@@ -179,16 +188,6 @@ def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
     for (imgs, mask), loss in zip(batches, losses, strict=True):
         torch.testing.assert_close(model(imgs, mask, 2).loss, loss)
     assert graphs.frame_count == compiled  # evaluation runs as it is
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_a_process_may_compile_more_networks_than_torch_expects(graphs):
-    """Each size of batch makes four variants of a block, one a stage; torch's limit is eight."""
-    model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
-    model.compile()
-    for count in range(1, 5):
-        model(torch.randn(count, 3, 64, 64), random_mask(torch.rand(count, 4), 2), 2)
-    assert graphs.frame_count == 4 * 10
 
 
 def test_the_whole_model_compiles_into_one_graph():

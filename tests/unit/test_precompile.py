@@ -15,6 +15,7 @@ from torch._inductor.runtime import cache_dir_utils
 
 from fcmae.kernels import caches, precompile
 from fcmae.kernels.target import Target
+from tests.conftest import run_python
 
 H100 = {"target": ["cuda", 90, 32], "gpu": Target(132, True)}
 LAST = iter(range(99, 0, -1))
@@ -42,21 +43,6 @@ def compiled(tmp_path):
     return {name: names.count(name) for name in names}
 
 
-def test_every_kernel_of_a_shape_is_compiled(tmp_path):
-    pytest.importorskip("triton")
-    precompile.start([shape(2), shape(1), precompile.GeluGrnShape(8, 32, "bfloat16"), shape(2)])
-    precompile.wait()
-    assert compiled(tmp_path) == {
-        "forward_kernel": 2,
-        "weight_grad_kernel": 2,
-        "add_partial_kernel": 1,
-        "taps_kernel": 2,  # with a bias and, for the input gradient, without
-        "_forward": 1,
-        "_backward": 1,
-    }
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
-
-
 LAUNCH = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -79,13 +65,35 @@ gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 
 """What a step launches on 7 images, on a GPU that only compiles."""
 
 
-def test_what_is_compiled_for_one_image_serves_a_batch(tmp_path):
+def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkeypatch):
+    """What is compiled for one image is all that a launch on a batch needs.
+
+    Nothing is imported from the current folder, nor from folders that the environment names, but those that this
+    process imports from.
+    """
     pytest.importorskip("triton")
-    precompile.start([shape(2), precompile.GeluGrnShape(8, 32, "bfloat16")])
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("torch", "triton", "json", "fcmae"):
+        (hostile / f"{name}.py").write_text("import pathlib; pathlib.Path(__file__).with_name('touched').touch()")
+    monkeypatch.chdir(hostile)
+    monkeypatch.setenv("PYTHONPATH", str(hostile))
+    monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
+    precompile.start([shape(2), shape(1), precompile.GeluGrnShape(8, 32, "bfloat16"), shape(2)])
     precompile.wait()
+    assert not (hostile / "touched").exists()
+    assert compiled(tmp_path) == {
+        "forward_kernel": 2,
+        "weight_grad_kernel": 2,
+        "add_partial_kernel": 1,
+        "taps_kernel": 2,  # with a bias and, for the input gradient, without
+        "_forward": 1,
+        "_backward": 1,
+    }
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))
-    subprocess.run([sys.executable, "-c", LAUNCH], check=True)
-    assert sorted(tmp_path.rglob("*.cubin")) == ahead != []
+    run_python(tmp_path, "-c", LAUNCH)
+    assert sorted(tmp_path.rglob("*.cubin")) == ahead
 
 
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
@@ -130,20 +138,6 @@ def test_ranks_and_later_runs_find_what_was_compiled(monkeypatch, tmp_path):
     assert started == [1, 0]
     start_ranks([shape(1), shape(2)])
     assert started == [1, 0, 0]
-
-
-def test_nothing_in_the_current_folder_is_imported(tmp_path, monkeypatch):
-    """Nor in folders that the environment names, but those that this process imports from."""
-    pytest.importorskip("triton")
-    for name in ("torch", "triton", "json", "fcmae"):
-        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path(__file__).with_name('touched').touch()")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
-    precompile.start([precompile.GeluGrnShape(8, 32, "bfloat16")])
-    precompile.wait()
-    assert compiled(tmp_path) == {"_forward": 1, "_backward": 1}
-    assert not (tmp_path / "touched").exists()
 
 
 def test_compiled_code_is_kept_where_nobody_else_writes(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from fcmae.training import lock as lock_module
 from fcmae.training.distributed import World
 from fcmae.training.lock import RunLock
 from fcmae.training.watchdog import KEPT, Watchdog
+from tests.conftest import run_python, start_python
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -26,22 +27,19 @@ import sys, time
 from pathlib import Path
 from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
-watchdog = Watchdog(0.5, Path(sys.argv[1]), rank=3)
-for _ in range(4):
-    time.sleep(0.2)
+watchdog = Watchdog(2, Path(sys.argv[1]), rank=3)
+for _ in range(5):
+    time.sleep(0.5)
     watchdog.beat()
 def stuck():
-    time.sleep(60)
+    time.sleep(3600)
 stuck()
 """
 
 
 def test_the_watchdog_ends_what_stands_still_and_leaves_the_stacks(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, tmp_path], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 1
-    assert "rank 3: no step was finished for 0.5 s (trainer.hang_timeout); the stacks are in" in done.stderr
+    done = run_python(tmp_path, "-c", HANGING, str(tmp_path), check=1)
+    assert "rank 3: no step was finished for 2 s (trainer.hang_timeout); the stacks are in" in done.stderr
     assert "in stuck" in (tmp_path / "stacks_rank3.txt").read_text()
 
 
@@ -67,7 +65,7 @@ from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
 Watchdog(3600, Path(sys.argv[1]), rank=1)
 def stands():
-    print(os.getpid(), Process.this().born, flush=True)
+    Path("born").write_text(f"{os.getpid()} {Process.this().born}")
     os.kill(os.getpid(), signal.SIGSTOP)
     while True:
         pass
@@ -76,17 +74,18 @@ stands()
 
 
 def test_the_watchdog_of_one_rank_ends_a_stopped_one_and_gets_its_stacks(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path], stdout=subprocess.PIPE, text=True) as stopped:
-        assert stopped.stdout is not None
-        pid, born = stopped.stdout.readline().split()
-        while not is_stopped(int(pid)):
+    stopped = start_python(tmp_path, "-c", STOPPED, str(tmp_path))
+    try:
+        while not is_stopped(stopped.pid):
             time.sleep(0.01)
+        pid, born = (tmp_path / "born").read_text().split()
         biting = HANGING.replace("rank=3", f"rank=0, siblings={{1: Process({pid}, {born!r}, Process.this().place)}}")
         biting = f"from fcmae.processes import Process\n{biting}"
-        done = subprocess.run([sys.executable, "-c", biting, tmp_path], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
+        done = run_python(tmp_path, "-c", biting, str(tmp_path), check=1)
         assert f"rank 1 (process {pid}) was stopped" in done.stderr
-        assert stopped.wait(10) == -signal.SIGKILL
+        assert stopped.wait(60) == -signal.SIGKILL
+    finally:
+        stopped.kill()
     assert "in stands" in (tmp_path / "stacks_rank1.txt").read_text()
 
 

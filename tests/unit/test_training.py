@@ -1,9 +1,6 @@
 """Schedule, parameter groups, the guard against non-finite gradients, what is logged, and the recipe."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -23,6 +20,7 @@ from fcmae.training.optim import create_optimizer, layer_scale, load_moments, pa
 from fcmae.training.recipe import HARMLESS, check_recipe
 from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
+from tests.conftest import run_python
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -187,13 +185,11 @@ print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
 """
 
 
-def test_determinism_is_set_up_before_cuda_and_keeps_what_the_user_chose():
+def test_determinism_is_set_up_before_cuda_and_keeps_what_the_user_chose(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     for given, used in ((None, ":4096:8"), (":16:8", ":16:8")):
-        environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
-        environment |= {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
-        done = subprocess.run(
-            [sys.executable, "-c", DETERMINISTIC], env=environment, capture_output=True, text=True, check=True
-        )
+        variables = {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
+        done = run_python(tmp_path, "-c", DETERMINISTIC, variables=variables)
         assert done.stdout.strip() == used
 
 
