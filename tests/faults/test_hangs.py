@@ -43,10 +43,10 @@ s.Synthetic.__getitem__ = poisoned
     "activation": """
 import fcmae.training.tasks as t
 for task in (t.Pretraining, t.Finetuning):
-    def poisoned(self, model, batch, loss=task.loss):
+    def poisoned(self, model, batch, weight=None, loss=task.loss):
         global calls
         calls += 1
-        return loss(self, model, batch) * (float("nan") if calls == 8 and RANK == 1 else 1)
+        return loss(self, model, batch, weight) * (float("nan") if calls == 8 and RANK == 1 else 1)
     task.loss = poisoned
 """,
     "gradient": """
