@@ -98,14 +98,22 @@ def sections() -> list[Section]:
                     continue
                 section = found.setdefault((schema, group), Section(schema, group))
                 section.values[command] = values
-                for key, texts in allowed.items():
-                    section.allowed.setdefault(key, {}).update(texts)
+                for (key, owner), texts in allowed.items():
+                    if not _is_of_another(owner, key, schema):
+                        section.allowed.setdefault(key, {}).update(texts)
     return list(found.values())
 
 
 def render() -> str:
     """The page."""
     return "\n\n".join([INTRODUCTION.rstrip(), *(line for section in sections() for line in section.lines())]) + "\n"
+
+
+def _is_of_another(owner: type | None, key: str, schema: type) -> bool:
+    """Whether the class that checks a key has one of that name itself, in a group that another command has."""
+    if owner is None or not dataclasses.is_dataclass(owner) or issubclass(owner, schema):
+        return False
+    return key.rpartition(".")[2] in (field.name for field in dataclasses.fields(owner))
 
 
 def _groups(cfg: Any) -> Iterator[tuple[str, Any]]:
@@ -120,12 +128,14 @@ def _is_group(factory: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[dict[str, dict[str, None]]]:
-    """What :func:`fcmae.config.checks.check` calls allowed for each key that is checked in this block."""
-    allowed: dict[str, dict[str, None]] = {}
+def _recorded() -> Iterator[dict[tuple[str, type | None], dict[str, None]]]:
+    """What :func:`fcmae.config.checks.check` calls allowed in this block, by the key and the class that checks it."""
+    allowed: dict[tuple[str, type | None], dict[str, None]] = {}
 
     def record(key: str, value: Any, ok: bool, text: str) -> None:
-        allowed.setdefault(key, {})[re.sub(r" \([\d.]+\)", "", text)] = None
+        callers = (caller.frame.f_locals for caller in inspect.stack(0))
+        owner = next((type(names["self"]) for names in callers if "self" in names), None)
+        allowed.setdefault((key, owner), {})[re.sub(r" \([\d.]+\)", "", text)] = None
 
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):

@@ -86,7 +86,7 @@ def test_mistakes_end_with_one_line_and_code_2(runs, tmp_path, capsys):
         (["export", str(runs / "fine"), "--to", "timm", "--out", str(runs)], "exists; name a directory"),
         (["export", str(runs / "fine"), "--to", "timm", "--out", "x", "--half"], "go with --to onnx only"),
         (["import", "nowhere.pt", "--from", "official", "--out", "x.pt"], "no file nowhere.pt"),
-        (["import", "nowhere", "--from", "timm", "--out", "x.pt"], "nowhere/config.json cannot be read"),
+        (["import", "nowhere", "--from", "timm", "--out", "x.pt"], "nowhere has neither model.safetensors"),
         (
             ["import", source, "--from", "official", "--out", "x.pt", "--classes", str(names)],
             "2 class names for 10 classes",

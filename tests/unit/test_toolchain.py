@@ -45,14 +45,16 @@ def test_what_is_missing(tmp_path):
 def test_a_run_without_a_compiler_is_refused_before_data_is_read(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    args = ["data=imagefolder", "data.path=nowhere", "trainer.compile=true", f"hydra.run.dir={tmp_path}/run"]
+    images = tmp_path / "images"
+    images.mkdir()
+    args = ["data=imagefolder", f"data.path={images}", "trainer.compile=true", f"hydra.run.dir={tmp_path}/run"]
     command = [arg for arg in command if arg not in ("data=synthetic", "data.length=24")]
     assert main([*command, *args]) == 2
     line = capsys.readouterr().err
     assert "trainer.compile: torch.compile cannot run: no C++ compiler" in line
     assert line.endswith("install g++, or set trainer.compile=false\n")
     assert main([*command, *args[:2], args[3]]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert f"{images} has no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has_compiler", [True, False])
