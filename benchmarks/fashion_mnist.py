@@ -16,10 +16,10 @@ from statistics import mean
 from fcmae.bench.measure import machine
 from fcmae.config import compose
 from fcmae.data.cores import default_workers
+from fcmae.distributed import World, pick_device
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
-from fcmae.training.build import build_fcmae
-from fcmae.training.distributed import World, pick_device
+from fcmae.models.build import build_fcmae
 
 LABELS = (100, 600)
 SEEDS = (0, 1)

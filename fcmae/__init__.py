@@ -2,15 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fcmae.version import __version__ as __version__
+
 __all__ = ["FCMAE", "load", "save"]
 
 if TYPE_CHECKING:
     from fcmae.interchange.save import save
     from fcmae.models import FCMAE
-    from fcmae.training.build import load
+    from fcmae.models.build import load
 
-_HOMES = {"FCMAE": "fcmae.models", "load": "fcmae.training.build", "save": "fcmae.interchange.save"}
+_HOMES = {"FCMAE": "fcmae.models", "load": "fcmae.models.build", "save": "fcmae.interchange.save"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae import interrupt, launch
+from fcmae import interrupt
+from fcmae import ranks as launch
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError
 from fcmae.files import check_output, output, write_output
 from fcmae.imports import quick_imports
@@ -77,7 +78,7 @@ def _tells(error: FCMAEError) -> bool:
     """Whether this rank prints an error that others may have, too."""
     here = launch.detect()
     if error.raised_by == "rank":
-        ranks = sys.modules.get("fcmae.training.distributed")  # before it is imported the ranks have not met
+        ranks = sys.modules.get("fcmae.distributed")  # before it is imported the ranks have not met
         return ranks is None or ranks.is_first_to_say(str(error))
     return (here.local_rank if error.raised_by == "machine" else here.rank) == 0
 
@@ -136,7 +137,7 @@ def _probe(cfg: Any, _: Path) -> dict[str, Any] | None:
 
 def _prepare(cfg: Any, _: Path) -> dict[str, Any] | None:
     with quick_imports():
-        from fcmae.data.prepare import prepare
+        from fcmae.data.prepare.command import prepare
 
     print(prepare(cfg))
     return None

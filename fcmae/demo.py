@@ -11,15 +11,15 @@ import torch
 
 from fcmae.config import DataConfig, FinetuneConfig, PretrainConfig, compose
 from fcmae.data.sources import train_source
+from fcmae.distributed import World, pick_device, start_time
 from fcmae.errors import Interrupted, UsageError
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
 from fcmae.files import output, write_output
 from fcmae.models import FCMAE
-from fcmae.training.build import build_fcmae, load
-from fcmae.training.distributed import World, pick_device, start_time
+from fcmae.models.build import build_fcmae, load
+from fcmae.tasks.task import Pretraining
 from fcmae.training.run import finetune, pretrain
-from fcmae.training.tasks import Pretraining
 
 GALLERY, QUERIES = 10_000, 2_000
 MINUTES = 8.0

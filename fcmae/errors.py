@@ -93,3 +93,7 @@ class PeerError(FCMAEError):
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"another rank ended with exit code {exit_code}")
         self.exit_code = exit_code
+
+
+class EvaluationStopped(Exception):
+    """A rank was asked to stop before all images were seen."""

@@ -14,7 +14,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fcmae import config, interrupt, launch, sweep
+from fcmae import config, interrupt, sweep
+from fcmae import ranks as launch
 from fcmae.errors import ConfigError, FCMAEError, Interrupted, UsageError
 from fcmae.imports import quick_imports
 
@@ -176,6 +177,6 @@ def _submitted(task: Callable[[], object]) -> None:
 
 def _start_time() -> str:
     with quick_imports():
-        from fcmae.training.distributed import start_time
+        from fcmae.distributed import start_time
 
     return start_time()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fcmae import launch
+from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted
 from fcmae.files import write_output
 

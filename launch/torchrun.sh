@@ -27,7 +27,7 @@ shift
 
 python=${PYTHON:-python}
 if [[ -z ${NNODES:-} && ${SLURM_STEP_NUM_TASKS:-1} -gt 1 ]]; then
-    read -r NNODES RDZV_ENDPOINT RDZV_ID < <("$python" -m fcmae.launch)
+    read -r NNODES RDZV_ENDPOINT RDZV_ID < <("$python" -m fcmae.ranks)
 fi
 nodes=${NNODES:-1}
 per_node=${NPROC_PER_NODE:-gpu}

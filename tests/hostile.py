@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from fcmae.config import DataConfig
-from fcmae.data.pixels import decode, read_file
-from fcmae.data.transforms import eval_transform
+from fcmae.data.pixels.decode import decode, read_file
+from fcmae.data.pixels.transforms import eval_transform
 from fcmae.errors import UsageError
 from tests.bad_files import bomb
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from fcmae.checkpoints import checkpoint
 from fcmae.config import EvaluateConfig, FinetuneConfig
 from fcmae.config.commands import DataOverrides
 from fcmae.evaluation.run import evaluate
 from fcmae.interchange.convert import export, import_weights
-from fcmae.training import checkpoint
-from fcmae.training.build import config_of, load
-from fcmae.training.initial import find_start
+from fcmae.models.build import config_of, load
+from fcmae.tasks.initial import find_start
 from tests import interchange as made
 from tests.hostile import Case, Read, measure, table
 from tests.interchange import Change, classifier, sealed

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fcmae.data import arrays, prepare
+from fcmae.data import mapped_arrays as arrays
+from fcmae.data.prepare import command as prepare
 from fcmae.data.sources import FashionMNIST, ImageFolder, WebDataset, listing
 from fcmae.evaluation.labels import read_accepted
 from tests.bad_files import encoded, picture

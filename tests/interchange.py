@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from fcmae.checkpoints import checkpoint
 from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig, to_dict
-from fcmae.training import checkpoint
-from fcmae.training.build import build_classifier, build_fcmae
+from fcmae.models.build import build_classifier, build_fcmae
+from fcmae.version import versions
 
 TINY: dict[str, Any] = {"depths": [1, 2, 1, 1], "dims": [8, 12, 16, 24]}
 CLASSES = ["ant", "bee", "cat"]
@@ -51,7 +52,7 @@ def finetuned(path: Path, data: DataConfig | None = None, **model: Any) -> dict[
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "versions": checkpoint.versions(), **state})
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "versions": versions(), **state})
 
 
 def backbone_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from typing import IO, NoReturn
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "fcmae.cli",
-    "fcmae.data.prepare",
+    "fcmae.data.prepare.command",
     "fcmae.evaluation.reconstruct",
     "fcmae.evaluation.run",
     "fcmae.interchange.convert",

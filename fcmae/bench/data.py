@@ -32,11 +32,11 @@ from fcmae.config import DataConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
-from fcmae.data.prepare import MANIFEST_FILE, prepare
+from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.prepare.command import MANIFEST_FILE, prepare
 from fcmae.data.sources import train_source
-from fcmae.data.transforms import pretrain_transform
+from fcmae.distributed import pick_device
 from fcmae.files import write_output
-from fcmae.training.distributed import pick_device
 
 BASELINE = "baseline"
 OWN = "own"

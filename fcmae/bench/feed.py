@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fcmae.config import DataConfig, OptimConfig
 from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.pixels.transforms import normalize, pretrain_transform
 from fcmae.data.sources import train_source
-from fcmae.data.transforms import normalize, pretrain_transform
 from fcmae.errors import UsageError
-from fcmae.masking import grid_size, random_mask
+from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
+from fcmae.optim.adamw import create_optimizer
 from fcmae.precision import autocast, fastest
 from fcmae.training.backward import EagerBackward, GraphedBackward
-from fcmae.training.optim import create_optimizer
 
 SYNTHETIC = "synthetic"
 DISTINCT_BATCHES = 4

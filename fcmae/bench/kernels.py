@@ -20,7 +20,7 @@ from fcmae.engines import convnext
 from fcmae.errors import UsageError
 from fcmae.files import write_output
 from fcmae.kernels import gelu_grn, neighbors
-from fcmae.masking import grid_size, len_keep
+from fcmae.masks.patches import grid_size, len_keep
 from fcmae.models import create_backbone
 
 

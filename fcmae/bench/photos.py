@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcmae.data.formats import EXTENSIONS, MAX_PIXELS, open_picture
-from fcmae.data.pixels import explained, read_file
+from fcmae.data.pixels.decode import explained, read_file
+from fcmae.data.pixels.formats import EXTENSIONS, MAX_PIXELS, open_picture
 from fcmae.errors import UsageError
 
 SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333), (640, 480), (400, 300))

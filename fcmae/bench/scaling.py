@@ -18,20 +18,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fcmae import launch, precision, toolchain
+from fcmae import distributed, precision, toolchain
+from fcmae import ranks as launch
 from fcmae.bench.measure import check_models, machine, parse
 from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.files import write_output
-from fcmae.masking import grid_size, random_mask
+from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
-from fcmae.training import distributed
+from fcmae.optim.adamw import create_optimizer
 from fcmae.training.backward import EagerBackward, GraphedBackward
-from fcmae.training.distributed import World
 from fcmae.training.exchange import GradientExchange
-from fcmae.training.optim import create_optimizer
 
 WEAK, STRONG = "weak", "strong"
 

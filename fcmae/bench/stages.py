@@ -11,11 +11,11 @@ from PIL import Image
 
 from fcmae.config import DataConfig
 from fcmae.data.collate import stack
-from fcmae.data.crops import cut
-from fcmae.data.formats import MAX_PIXELS, open_picture
-from fcmae.data.pixels import Encoded, explained
+from fcmae.data.pixels.crops import cut
+from fcmae.data.pixels.decode import Encoded, explained
+from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
+from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
-from fcmae.data.transforms import pretrain_transform
 
 Stages = dict[str, float]
 """Seconds an image."""

@@ -18,16 +18,16 @@ from fcmae.bench.measure import check_models, copy_bandwidth, machine, matmul_pe
 from fcmae.bench.profile import profile_step
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
+from fcmae.distributed import pick_device
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.engines.dense import dense
 from fcmae.errors import UsageError
 from fcmae.files import write_output
-from fcmae.masking import grid_size, random_mask
+from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
+from fcmae.optim.adamw import create_optimizer
 from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.determinism import only_deterministic_algorithms
-from fcmae.training.distributed import pick_device
-from fcmae.training.optim import create_optimizer
 
 SUPERVISED = "timm"
 """The yardstick: timm's own forward over whole images with a classifier, no masking at all."""

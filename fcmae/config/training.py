@@ -105,7 +105,7 @@ class TrainerConfig:
     max_steps: int | None = None
     """Stop (resumable) after that many optimizer steps of the schedule."""
     allow_changed_recipe: bool = False
-    """Resume although keys of the recipe changed (``fcmae/training/recipe.py`` lists those that are not)."""
+    """Resume although keys of the recipe changed (``fcmae/config/recipe.py`` lists those that are not)."""
     max_hours: float | None = None
     """Save and stop (resumable) so long after the start of the process; None = never."""
     ema_decay: float | None = None

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fcmae.data import shared
-from fcmae.data.on_device import Undecoded, pack
+from fcmae.data import shared_memory as shared
+from fcmae.data.pixels.on_device import Undecoded, pack
 
 
 def stack(samples: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae import interrupt
-from fcmae.data import shared
-from fcmae.data.bad_samples import BadSamples, Batch, ErrorsAside, collate, errors_aside
-from fcmae.data.crops import Box, RandomCrop, Uniform
-from fcmae.data.on_device import Undecoded, is_for_device
-from fcmae.data.pixels import Encoded, LazyImage, open_image
+from fcmae.data import shared_memory as shared
+from fcmae.data.pixels.crops import Box, RandomCrop, Uniform
+from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
+from fcmae.data.pixels.on_device import Undecoded, is_for_device
+from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import BatchPlan, MicroBatches, SampleKey
 from fcmae.data.sources import Source
-from fcmae.data.transforms import Transform
+from fcmae.data.unreadable import BadSamples, Batch, ErrorsAside, collate, errors_aside
 from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
 from fcmae.randomness import Stream, derive, generator, seed_globals
@@ -33,7 +33,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
     """Pretraining samples, functions of (seed, epoch, index): (image, mask noise ``[L]``).
 
     With several crops an image, or images left to the device: (list of k crops, noise ``[k, L]``), or
-    (:class:`~fcmae.data.on_device.Undecoded`, noise ``[k, L]``).
+    (:class:`~fcmae.data.pixels.on_device.Undecoded`, noise ``[k, L]``).
 
     Args:
         crop: what makes a sample of an image.

@@ -3,7 +3,7 @@
 The samples of optimizer step k are a function of the seed and k alone: a fresh random order of the source every epoch,
 cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch, in
 parts that are equal or differ by one unit. All micro-batches have one size, so that shapes stay static: what a part
-lacks is padding, which weighs nothing (:mod:`fcmae.training.padding`).
+lacks is padding, which weighs nothing (:mod:`fcmae.data.padding`).
 """
 
 from collections.abc import Iterator

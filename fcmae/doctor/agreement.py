@@ -8,13 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fcmae.checkpoints.torch_file import check_safetensors
 from fcmae.engines import ENGINES, available_engines, get_engine
 from fcmae.errors import UsageError
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
 from fcmae.opening import open_regular
 from fcmae.precision import set_tf32
-from fcmae.training.torch_file import check_safetensors
 
 TOLERANCE = 1e-5
 """Largest relative error, ||a - b|| / ||b||, between float32 results that are to be equal."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from fcmae.launch import port_of
+from fcmae.ranks import port_of
 
 GIB = 2**30
 BATCH = 256

@@ -18,9 +18,9 @@ from fcmae.data.cores import default_workers
 from fcmae.doctor import checks
 from fcmae.doctor.checks import Finding
 from fcmae.errors import UsageError
+from fcmae.loggers.wandb import wandb_mode
 from fcmae.models import FCMAE
 from fcmae.precision import autocast
-from fcmae.training.wandb_logger import wandb_mode
 
 SHM = Path("/dev/shm")
 

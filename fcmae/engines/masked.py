@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed, region
 from fcmae.kernels import gather_patches
-from fcmae.masking import grid_size, upsample_mask, visible_indices
+from fcmae.masks.patches import grid_size, upsample_mask, visible_indices
 
 
 def masked(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed
 from fcmae.kernels import gather_patches
-from fcmae.masking import grid_size, visible_indices
+from fcmae.masks.patches import grid_size, visible_indices
 
 INSTALLER = "launch/install_minkowski.sh"
 

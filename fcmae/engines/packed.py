@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed, region
 from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
-from fcmae.masking import grid_size, visible_indices
+from fcmae.masks.patches import grid_size, visible_indices
 
 
 def packed(

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
+from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
 from fcmae.precision import autocast
-from fcmae.training.distributed import World
-from fcmae.training.resume import say
 
 TOP5_FROM = 6
 """Classes from which on the accuracy of five guesses says anything."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.transforms import denormalize
+from fcmae.data.pixels.transforms import denormalize
 
 PERCENTILES = (0.5, 99.5)
 """Of an image's pixels: black and white of a stretched channel."""

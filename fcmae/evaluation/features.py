@@ -10,20 +10,17 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
-from fcmae.data.bad_samples import readable
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
+from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
-from fcmae.data.transforms import eval_transform, normalize
+from fcmae.data.unreadable import readable
+from fcmae.distributed import World
+from fcmae.errors import EvaluationStopped
 from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
-from fcmae.training.distributed import World
-from fcmae.training.resume import say
-
-
-class EvaluationStopped(Exception):
-    """A rank was asked to stop before all images were seen."""
 
 
 def never() -> bool:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fcmae.config import ProbeConfig
 from fcmae.data.loader import BatchPlan
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.classify import TOP5_FROM
 from fcmae.evaluation.features import Features
+from fcmae.optim.adamw import set_lr
+from fcmae.optim.schedule import CosineSchedule
 from fcmae.randomness import Stream, seed_globals
-from fcmae.training.distributed import World
-from fcmae.training.optim import set_lr
-from fcmae.training.schedule import CosineSchedule
 
 HEAD_STD = 0.01
 """Of the initial weights, as MAE's."""

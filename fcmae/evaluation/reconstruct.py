@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 
 from fcmae.config import DataConfig, check
 from fcmae.evaluation.display import Display, choose, rgb
-from fcmae.masking import grid_size, patchify, unpatchify, upsample_mask
+from fcmae.masks.patches import grid_size, patchify, unpatchify, upsample_mask
 from fcmae.models import FCMAE
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae import memory, precision
+from fcmae import distributed, memory, precision
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import State
+from fcmae.checkpoints.resume import say
 from fcmae.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,9 +31,10 @@ from fcmae.config import (
 from fcmae.config.commands import RANDOM
 from fcmae.config.unset import settled_backbone
 from fcmae.data.loader import CroppedImages
-from fcmae.data.pixels import Encoded, read_file
+from fcmae.data.pixels.decode import Encoded, read_file
+from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source, with_classes
-from fcmae.data.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
@@ -40,13 +44,9 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
-from fcmae.masking import grid_size, random_mask
+from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
-from fcmae.training import checkpoint, distributed
-from fcmae.training.build import config_of, known_of, model_of, random_encoder, unsaid
-from fcmae.training.checkpoint import State
-from fcmae.training.distributed import World
-from fcmae.training.resume import say
+from fcmae.models.build import config_of, known_of, model_of, random_encoder, unsaid
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from fcmae.checkpoints.checkpoint import describe
 from fcmae.errors import DiskError, ExportError, FCMAEError, UsageError, WeightsError
 from fcmae.files import check_output, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
-from fcmae.training.checkpoint import describe
 
 IMPORTS: dict[str, ModuleType] = {
     "official": official,

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import fcmae
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
-from fcmae.data.transforms import WARP_FROM
+from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
 from fcmae.opening import open_regular
+from fcmae.version import __version__
 
 LIBRARY_NAMES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "official": "pytorch"}
 CURVES = ("loss", "top1", "top5", "ema_top1", "ema_top5")
@@ -50,7 +50,7 @@ def _title(network: Network) -> str:
     what = f"classifier of {len(network.classes)} classes" if network.classes else "pretrained backbone"
     method = "masked autoencoding (FCMAE, ConvNeXt V2, arXiv 2301.00808)"
     how = f"Pretrained by {method} with" if isinstance(network.cfg, PretrainConfig) else "Exported by"
-    return f"# {network.backbone_config.backbone}, {what}\n\n{how} fcmae {fcmae.__version__}."
+    return f"# {network.backbone_config.backbone}, {what}\n\n{how} fcmae {__version__}."
 
 
 LONGEST = 100

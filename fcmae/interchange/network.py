@@ -10,6 +10,8 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import State
 from fcmae.config import (
     ClassifierConfig,
     DataConfig,
@@ -24,9 +26,8 @@ from fcmae.engines.convnext import blocks, grn, is_gelu, stages, stem
 from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
-from fcmae.training import checkpoint
-from fcmae.training.build import build_classifier, build_fcmae, check_size, config_of, model_of
-from fcmae.training.checkpoint import State
+from fcmae.models.build import build_classifier, build_fcmae, check_size, config_of, model_of
+from fcmae.version import versions
 
 # The models known to timm: (depths, first width), each stage twice as wide as the one before.
 _V1_SIZES = {
@@ -189,7 +190,7 @@ class Imported:
         """Writes the checkpoint and loads it again, strictly."""
         state: State = {
             "format": checkpoint.FORMAT,
-            "versions": checkpoint.versions(),
+            "versions": versions(),
             "imported_from": library,
             "task": "pretrain" if isinstance(self.cfg, PretrainConfig) else "finetune",
             "config": to_dict(self.cfg),

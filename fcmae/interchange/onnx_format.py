@@ -138,7 +138,7 @@ def _save(program: Any, data: DataConfig, file: Path) -> None:
     """Writes the program without the traces of where it was made, and with what the user of the file must know."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    from fcmae import __version__
+    from fcmae.version import __version__
 
     ClearMetadataAndDocStringPass()(program.model)
     mean, std = map(list, preprocessing.mean_and_std(data))

@@ -3,8 +3,8 @@
 from typing import Any
 
 from fcmae.config import DataConfig
-from fcmae.data.jpeg import IMAGE_MODES
-from fcmae.data.transforms import WARP_FROM
+from fcmae.data.pixels.jpeg import IMAGE_MODES
+from fcmae.data.pixels.transforms import WARP_FROM
 
 LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image processor"}
 

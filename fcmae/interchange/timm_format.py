@@ -11,7 +11,7 @@ import timm
 from safetensors.torch import save_file
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
-from fcmae.data.transforms import WARP_FROM
+from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
-from fcmae.data.transforms import WARP_FROM
+from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import (
@@ -125,7 +125,7 @@ def config(structure: Structure, network: Network) -> dict[str, Any]:
 
 
 def preprocessor_config(data: DataConfig) -> dict[str, Any]:
-    """``preprocessor_config.json``: evaluation as :func:`fcmae.data.transforms.eval_transform` and ``normalize`` do it.
+    """``preprocessor_config.json``: preprocessing as in :func:`fcmae.data.pixels.transforms.eval_transform`.
 
     ConvNextImageProcessor crops as we do, squares only. For other sizes CLIPImageProcessor resizes both sides to a size
     and crops the centre: the same for images of the aspect ratio of ``image_size``. None of them pads (``data.pad``).

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fcmae.checkpoints import torch_file
 from fcmae.errors import WeightsError
 from fcmae.opening import open_regular, read_regular
-from fcmae.training import torch_file
 
 StateDict = dict[str, Tensor]
 

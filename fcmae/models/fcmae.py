@@ -9,10 +9,10 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_engine, region, total_stride
-from fcmae.loss import masked_pixel_loss, patch_target
-from fcmae.masking import grid_size, len_keep, random_mask, upsample_mask, visible_indices
+from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone
 from fcmae.models.decoder import Decoder
+from fcmae.targets.pixels import masked_pixel_loss, patch_target
 
 INITS = ("timm", "official")
 

@@ -3,9 +3,9 @@
 import torch
 
 from fcmae.config import DataConfig
-from fcmae.data.bad_samples import check_share
 from fcmae.data.loader import TrainBatches
-from fcmae.training.distributed import World
+from fcmae.data.unreadable import check_share
+from fcmae.distributed import World
 
 
 def count_bad_samples(batches: TrainBatches, step: int, cfg: DataConfig, world: World) -> dict[str, float]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fcmae.data.bad_samples import collate, errors_aside
 from fcmae.data.loader import BatchPlan, MicroBatches
+from fcmae.data.unreadable import collate, errors_aside
+from fcmae.distributed import World
 from fcmae.errors import NonFiniteLossError
 from fcmae.files import replacing
-from fcmae.training.distributed import World
-from fcmae.training.tasks import Task
+from fcmae.tasks.task import Task
 
 
 class FiniteGuard:

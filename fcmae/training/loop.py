@@ -9,32 +9,31 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fcmae import memory, precision
+from fcmae.checkpoints.checkpoint import CheckpointDir, State
+from fcmae.checkpoints.resume import newest_state, say
 from fcmae.config import TrainerConfig, to_dict
+from fcmae.config.recipe import MICRO_BATCH, check_recipe
 from fcmae.data.cores import default_workers
 from fcmae.data.loader import BatchPlan, TrainBatches
-from fcmae.errors import CheckpointError, Interrupted, SaveError, UsageError
-from fcmae.evaluation.features import EvaluationStopped
+from fcmae.data.padding import Padding
+from fcmae.distributed import World
+from fcmae.errors import CheckpointError, EvaluationStopped, Interrupted, SaveError, UsageError
 from fcmae.kernels.caches import use_private_cache
+from fcmae.loggers.logger import Progress, RunLogger, Sink, create_sinks
+from fcmae.loggers.meter import Meter
+from fcmae.optim.adamw import create_optimizer, set_lr
+from fcmae.optim.schedule import CosineSchedule
+from fcmae.tasks.monitors import Monitor
+from fcmae.tasks.task import Task
 from fcmae.training import micro_batch
 from fcmae.training.backward import EagerBackward, GraphedBackward, use_cuda_graph
 from fcmae.training.bad import count_bad_samples
-from fcmae.training.checkpoint import CheckpointDir, State
-from fcmae.training.distributed import World
 from fcmae.training.exchange import GradientExchange, broadcast
 from fcmae.training.finite import FiniteGuard, act_on_non_finite, infectious
-from fcmae.training.logging import Progress, RunLogger, Sink, create_sinks
-from fcmae.training.meter import Meter
-from fcmae.training.monitors import Monitor
-from fcmae.training.optim import create_optimizer, set_lr
-from fcmae.training.padding import Padding
-from fcmae.training.recipe import MICRO_BATCH, check_recipe
-from fcmae.training.resume import newest_state, say
 from fcmae.training.run_folder import check_folder, set_results_aside, write_config
 from fcmae.training.saver import Saver
-from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
 from fcmae.training.stop import StopAgreement, Verdict
-from fcmae.training.tasks import Task
 from fcmae.training.watchdog import Watchdog
 
 

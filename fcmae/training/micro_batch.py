@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fcmae import memory
 from fcmae.config import PretrainConfig, RunConfig
-from fcmae.data.bad_samples import BadSamples, collate, errors_aside
 from fcmae.data.loader import BatchPlan
+from fcmae.data.unreadable import BadSamples, collate, errors_aside
+from fcmae.distributed import World
 from fcmae.errors import OutOfMemory, UsageError
 from fcmae.precision import autocast
 from fcmae.randomness import preserved
-from fcmae.training.distributed import World
+from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
-from fcmae.training.tasks import Task
 
 AUTO = "auto"
 LIMITED = ("cuda",)

@@ -5,21 +5,20 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fcmae import toolchain
+from fcmae import distributed, toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loader import explained
+from fcmae.distributed import World
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
-from fcmae.training import distributed
+from fcmae.loggers.wandb import wandb_mode
+from fcmae.tasks.initial import find_start
+from fcmae.tasks.task import Finetuning, Pretraining, Task
 from fcmae.training.backward import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
-from fcmae.training.distributed import World
-from fcmae.training.initial import find_start
 from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
 from fcmae.training.stop import StopAgreement
-from fcmae.training.tasks import Finetuning, Pretraining, Task
-from fcmae.training.wandb_logger import wandb_mode
 from fcmae.training.watchdog import Watchdog
 
 

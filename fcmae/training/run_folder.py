@@ -5,14 +5,14 @@ from typing import Any
 
 import yaml
 
+from fcmae.checkpoints.checkpoint import CheckpointDir
+from fcmae.checkpoints.encoder import ENCODER_FILE
+from fcmae.checkpoints.resume import say
 from fcmae.config import RunConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
+from fcmae.loggers.wandb import ID_FILE
 from fcmae.opening import read_regular
-from fcmae.training.checkpoint import CheckpointDir
-from fcmae.training.encoder import ENCODER_FILE
-from fcmae.training.resume import say
-from fcmae.training.wandb_logger import ID_FILE
 
 CONFIG_FILE = "config.yaml"
 MAX_CONFIG = 2**20

@@ -4,16 +4,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fcmae.checkpoints import encoder
+from fcmae.checkpoints.checkpoint import CheckpointDir, State
 from fcmae.errors import SaveError
-from fcmae.training import encoder
-from fcmae.training.build import backbone_weights
-from fcmae.training.checkpoint import CheckpointDir, State, versions
 
 
 class HostCopy:
@@ -99,7 +97,7 @@ class Saver:
         try:
             self.checkpoints.save(state, keep_steps=() if best is None else (best["step"],))
             if state["task"] == "pretrain" and self.checkpoints.is_milestone(state["step"]):
-                write_encoder(self.checkpoints.folder / f"encoder_{state['step']:08d}.safetensors", state)
+                encoder.write(self.checkpoints.folder / f"encoder_{state['step']:08d}.safetensors", state)
             self._error = None
         except Exception as error:  # nobody else would see it
             self._error = error
@@ -112,8 +110,3 @@ class Saver:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def write_encoder(path: Path, state: State) -> None:
-    """Writes the backbone of a pretraining state alone, averaged if there is an average, under timm's names."""
-    encoder.write(path, backbone_weights(state), state["config"], state["step"], versions())

@@ -7,9 +7,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fcmae.training.build import load_state
-from fcmae.training.checkpoint import State
-from fcmae.training.optim import load_moments
+from fcmae.checkpoints.checkpoint import State
+from fcmae.models.build import load_state
+from fcmae.optim.adamw import load_moments
 
 
 @dataclass

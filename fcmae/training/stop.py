@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcmae import interrupt
+from fcmae.distributed import World
 from fcmae.errors import Interrupted
-from fcmae.training.distributed import World
 
 
 class Verdict(IntEnum):

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 from tests.conftest import TINY_PRETRAIN
 from tests.faults.runs import (
     COMMANDS,
@@ -136,9 +136,9 @@ sys.exit(main())
 
 WRITES = [
     ("write_config", "fcmae.training.loop", "config.yaml cannot be written", 3),
-    ("_up_to", "fcmae.training.logging", "metrics.jsonl cannot be written", 3),
-    ("reconstruction_picture", "fcmae.training.tasks", "MetricsFile could not write", 9),
-    ("write_encoder", "fcmae.training.tasks", "encoder.safetensors cannot be written", 9),
+    ("_up_to", "fcmae.loggers.logger", "metrics.jsonl cannot be written", 3),
+    ("reconstruction_picture", "fcmae.tasks.task", "MetricsFile could not write", 9),
+    ("write", "fcmae.checkpoints.encoder", "encoder.safetensors cannot be written", 9),
 ]
 
 
@@ -167,7 +167,7 @@ def test_disk_full_at_any_write(tmp_path, begun):
             assert steps(disk)[:3] == before == [1, 2, 3]
             checkpoints = checkpoint.CheckpointDir(disk)
             (latest,) = checkpoints.paths()
-            assert checkpoint.read(latest)["step"] == (3 if name != "write_encoder" else 9)
+            assert checkpoint.read(latest)["step"] == (3 if name != "write" else 9)
             assert checkpoint.step_of(latest) <= finished
             (disk / "filler").unlink()
             finish(folder, *args)
@@ -180,7 +180,8 @@ def test_disk_full_at_any_write(tmp_path, begun):
 UNREADABLE = """
 import os, sys
 from fcmae.errors import CheckpointError
-from fcmae.training import checkpoint, resume
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints import resume
 def read(path, *args, original=checkpoint.read):
     if path.name == "{name}" and os.environ["RANK"] == "{rank}":
         raise CheckpointError(f"checkpoint {{path}} cannot be read: Input/output error")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fcmae.training.checkpoint import CheckpointDir
+from fcmae.checkpoints.checkpoint import CheckpointDir
 from tests.conftest import run_python
 from tests.faults.runs import (
     COMMANDS,
@@ -41,7 +41,7 @@ def poisoned(self, i):
 s.Synthetic.__getitem__ = poisoned
 """,
     "activation": """
-import fcmae.training.tasks as t
+import fcmae.tasks.task as t
 for task in (t.Pretraining, t.Finetuning):
     def poisoned(self, model, batch, weight=None, loss=task.loss):
         global calls

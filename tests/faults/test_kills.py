@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 from tests.faults.runs import (
     COMMANDS,
     SHORT,
@@ -66,7 +66,7 @@ SAVE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 
 def deadly(function):
     def call(*args, **kwargs):
@@ -121,7 +121,7 @@ import os, signal, sys
 from pathlib import Path
 from fcmae import interrupt
 interrupt.install()
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 
 fatal, calls, saves = float(os.environ["FATAL"]), 0, 0
 

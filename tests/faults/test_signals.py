@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fcmae import interrupt
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 from tests.faults.runs import (
     COMMANDS,
     SHORT,

@@ -5,11 +5,11 @@ import simplejpeg
 import torch
 
 from fcmae.config import DataConfig
-from fcmae.data.crops import Box, cut
 from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
-from fcmae.data.on_device import decode_all
-from fcmae.data.pixels import Encoded, decode
-from fcmae.data.transforms import pretrain_transform
+from fcmae.data.pixels.crops import Box, cut
+from fcmae.data.pixels.decode import Encoded, decode
+from fcmae.data.pixels.on_device import decode_all
+from fcmae.data.pixels.transforms import pretrain_transform
 from tests.unit.test_batches import Files
 from tests.unit.test_crops import texture
 from tests.unit.test_pixels import encoded, noise

@@ -9,11 +9,11 @@ import torch
 from fcmae.cli import main
 from fcmae.config import DataConfig, ProbeConfig
 from fcmae.data.sources import val_source
+from fcmae.distributed import World
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_accuracy
 from fcmae.evaluation.probe import probe
 from fcmae.models import create_backbone
-from fcmae.training.distributed import World
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error, run_python
 from tests.integration.test_evaluation_ranks import SCRIPT
 

@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
-from fcmae.training import checkpoint, micro_batch
+from fcmae.training import micro_batch
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from fcmae.engines.packed import packed
 from fcmae.kernels import precompile
-from fcmae.masking import random_mask
+from fcmae.masks.patches import random_mask
 
 if {ahead}:
     start = precompile.start

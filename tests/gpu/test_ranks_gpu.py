@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.randomness import sample_keys, uniform
-from fcmae.training import checkpoint
 
 pytestmark = pytest.mark.gpu
 

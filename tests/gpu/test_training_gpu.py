@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fcmae.config import OptimConfig
-from fcmae.masking import random_mask
+from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
+from fcmae.optim.adamw import create_optimizer
+from fcmae.optim.schedule import CosineSchedule
 from fcmae.training.backward import EagerBackward, GraphedBackward
-from fcmae.training.optim import create_optimizer
-from fcmae.training.schedule import CosineSchedule
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fcmae as package
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
 
 
@@ -190,9 +190,9 @@ def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
 
 ONE_READER = """
 import sys
-from fcmae import launch
+from fcmae import ranks as launch
 from fcmae.cli import main
-from fcmae.training import checkpoint
+from fcmae.checkpoints import checkpoint
 
 if launch.detect().rank > 0:
     checkpoint.header = checkpoint.resolve = checkpoint.read = None

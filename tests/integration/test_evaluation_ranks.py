@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 from fcmae.config import EvaluateConfig, KnnConfig, ProbeConfig, from_dict
 from fcmae.evaluation import run
-from fcmae.training import distributed
+from fcmae import distributed
 
 disconnect, distributed.disconnect = distributed.disconnect, lambda: None  # several commands in one process
 ranks = sys.argv[1]
@@ -114,7 +114,7 @@ def test_watching_knn_needs_labels(tmp_path, capfd):
 
 ONE_CHECKPOINT = """
 import json
-from fcmae import launch
+from fcmae import ranks as launch
 from fcmae.config import EvaluateConfig, from_dict
 from fcmae.evaluation import run
 

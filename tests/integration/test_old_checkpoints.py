@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fcmae
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
-from fcmae.training import checkpoint
 from tests.conftest import TESTS
 
 OLD = TESTS / "old"

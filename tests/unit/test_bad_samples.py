@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
-from fcmae.data.bad_samples import TRIES, readable, tell_once
 from fcmae.data.loader import BatchPlan, EvaluationImages, MaskedImages, TrainBatches, eval_loader
+from fcmae.data.pixels.transforms import eval_transform, pretrain_transform
 from fcmae.data.sources import ImageFolder
-from fcmae.data.transforms import eval_transform, pretrain_transform
+from fcmae.data.unreadable import TRIES, readable, tell_once
 from fcmae.errors import ImageError, UsageError
 from tests.bad_files import READABLE, UNREADABLE, encoded, permissions_count, picture
 

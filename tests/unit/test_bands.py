@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from fcmae.config import DataConfig
-from fcmae.data import jpeg
-from fcmae.data.bands import BLOCK, SOF0, cut_band, segments
-from fcmae.data.pixels import Encoded, PixelFormat, _decode_rows, decode, open_image
-from fcmae.data.shards import Encoding, encode
-from fcmae.data.transforms import pretrain_transform
+from fcmae.data.pixels import jpeg
+from fcmae.data.pixels.bands import BLOCK, SOF0, cut_band, segments
+from fcmae.data.pixels.decode import Encoded, PixelFormat, _decode_rows, decode, open_image
+from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.prepare.shards import Encoding, encode
 from fcmae.errors import ImageError
 from tests.unit.test_crops import texture
 from tests.unit.test_pixels import encoded, exif

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from fcmae.config import DataConfig, compose
-from fcmae.data import shared
-from fcmae.data.bad_samples import Batch, collate, errors_aside
+from fcmae.data import shared_memory as shared
 from fcmae.data.loader import BatchPlan, MaskedImages, MicroBatches, TrainBatches
-from fcmae.data.on_device import PackedImages, decode_all, pack
+from fcmae.data.pixels.on_device import PackedImages, decode_all, pack
+from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources.base import Sample
-from fcmae.data.transforms import pretrain_transform
+from fcmae.data.unreadable import Batch, collate, errors_aside
 from fcmae.errors import ConfigError, ImageError
 from tests.conftest import run_python
 from tests.unit.test_pixels import encoded, exif, noise, smooth
@@ -255,7 +255,7 @@ def test_what_the_gpu_refuses_is_decoded_on_the_cpu(monkeypatch):
             raise RuntimeError("nvJPEG does not know this")
         return [torch.full((3, 1, 1), 7, dtype=torch.uint8) for _ in data]
 
-    monkeypatch.setattr("fcmae.data.on_device._decode_on_gpu", refuse)
+    monkeypatch.setattr("fcmae.data.pixels.on_device._decode_on_gpu", refuse)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
     decoded = decode_all(tensors, ["a"] * 4, torch.device("cuda"))
     assert calls == [4, 1, 1, 1, 1]
@@ -263,9 +263,9 @@ def test_what_the_gpu_refuses_is_decoded_on_the_cpu(monkeypatch):
 
 
 def test_a_file_that_nobody_can_decode_is_named():
-    from fcmae.data.crops import Box
-    from fcmae.data.on_device import Undecoded
-    from fcmae.data.pixels import Encoded
+    from fcmae.data.pixels.crops import Box
+    from fcmae.data.pixels.decode import Encoded
+    from fcmae.data.pixels.on_device import Undecoded
 
     file = encoded(noise(64, 64, 3), "JPEG")
     torn = Undecoded(Encoded(file.data[:300], "torn.jpg"), [Box(0, 0, 8, 8, False)], (8, 8))

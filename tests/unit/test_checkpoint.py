@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import PretrainConfig, to_dict
 from fcmae.errors import CheckpointError
 from fcmae.models import FCMAE, create_backbone
-from fcmae.training import checkpoint
-from fcmae.training.checkpoint import CheckpointDir
 from fcmae.training.saver import Saver
 
 

@@ -8,10 +8,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data import jpeg
-from fcmae.data.crops import GAP, Box, RandomCrop, cut, middle, random_part, reduction, resize
-from fcmae.data.pixels import PixelFormat, decode, open_image
-from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.data.pixels import jpeg
+from fcmae.data.pixels.crops import GAP, Box, RandomCrop, cut, middle, random_part, reduction, resize
+from fcmae.data.pixels.decode import PixelFormat, decode, open_image
+from fcmae.data.pixels.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError
 from tests.unit.test_pixels import encoded, noise, npy
 

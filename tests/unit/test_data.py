@@ -20,7 +20,8 @@ from fcmae.data.loader import (
     TrainBatches,
     eval_loader,
 )
-from fcmae.data.pixels import decode
+from fcmae.data.pixels.decode import decode
+from fcmae.data.pixels.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.data.sources import (
     FashionMNIST,
     ImageFolder,
@@ -30,7 +31,6 @@ from fcmae.data.sources import (
     train_source,
     val_source,
 )
-from fcmae.data.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError, UsageError
 from fcmae.randomness import Stream, seed_globals
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcmae import cli, hydra_run
+from fcmae import cli, distributed, hydra_run
 from fcmae.data.cores import MOST_WORKERS
-from fcmae.training import distributed
 from fcmae.training.saver import HostCopy
 from tests.conftest import TINY_PRETRAIN
 

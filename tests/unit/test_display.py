@@ -9,10 +9,10 @@ from PIL import Image
 
 from fcmae.cli import main
 from fcmae.config import DataConfig, compose
-from fcmae.data.transforms import normalize
+from fcmae.data.pixels.transforms import normalize
 from fcmae.errors import ConfigError
 from fcmae.evaluation.display import choose, rgb
-from fcmae.training.tasks import Pretraining
+from fcmae.tasks.task import Pretraining
 from tests import interchange as made
 from tests.conftest import TINY_PRETRAIN
 

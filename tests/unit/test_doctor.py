@@ -9,7 +9,7 @@ import pytest
 import fcmae.doctor
 from fcmae.doctor import checks, machine, run
 from fcmae.doctor.checks import GIB, Finding
-from fcmae.launch import port_of
+from fcmae.ranks import port_of
 
 HEADER = Path("/usr/include/python3.11/Python.h")
 ARCHS = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "compute_120"]

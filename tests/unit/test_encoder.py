@@ -9,13 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fcmae
+from fcmae.checkpoints import checkpoint, encoder
 from fcmae.cli import main
 from fcmae.config import BackboneConfig, compose
 from fcmae.errors import CheckpointError
 from fcmae.interchange.convert import import_weights
 from fcmae.interchange.official import to_pretraining
-from fcmae.training import checkpoint, encoder
-from fcmae.training.build import backbone_weights, build_fcmae, load, model_of, random_encoder
+from fcmae.models.build import build_fcmae, load, model_of, random_encoder
 from tests.conftest import TESTS, TINY_FINETUNE, TINY_PRETRAIN
 from tests.interchange import assert_same
 
@@ -40,7 +40,7 @@ def file(run, tmp_path):
 
 def test_the_encoder_file_says_what_the_run_says(run, file):
     state, whole = checkpoint.read(file), checkpoint.read(checkpoint.resolve(run))
-    assert_same(state["model"], backbone_weights(whole))
+    assert_same(state["model"], encoder.backbone_weights(whole))
     for group, names in encoder.KEYS.items():
         for name in names:
             said, ours = state["config"][group][name], whole["config"][group][name]
@@ -75,7 +75,7 @@ def test_the_encoder_file_is_exported(file, tmp_path, capsys, to):
         file = tmp_path / "four.safetensors"
         state = random_encoder(BackboneConfig(depths=[1, 1, 1, 1], dims=[8, 12, 16, 24]), 3, seed=1)
         config = {"model": state["config"]["model"], "data": {**data_keys(), "image_size": [64, 64]}}
-        encoder.write(file, state["model"], config, 7, {})
+        encoder.write(file, {**state, "config": config, "step": 7})
     assert main(["export", str(file), "--to", to, "--out", str(tmp_path / to), "--no-check"]) == 0
     assert "weights imported from" in (tmp_path / to / "README.md").read_text()
 

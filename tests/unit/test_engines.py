@@ -9,7 +9,7 @@ from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from torch import nn
 
 from fcmae.engines import ENGINES, check_backbone, get_engine, total_stride
-from fcmae.masking import grid_size, len_keep, random_mask
+from fcmae.masks.patches import grid_size, len_keep, random_mask
 from fcmae.models import FCMAE, create_backbone
 from tests.conftest import ENGINE_NAMES, relative_error
 

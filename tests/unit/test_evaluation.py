@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fcmae.config import DataConfig, compose
+from fcmae.data.pixels.transforms import normalize
 from fcmae.data.sources import Sample, few_labels, train_source, val_source
-from fcmae.data.transforms import normalize
+from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import run
 from fcmae.evaluation.classify import Classified, accuracy, classified
@@ -20,11 +21,10 @@ from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
-from fcmae.training import monitors
-from fcmae.training.build import build_fcmae
-from fcmae.training.distributed import World
-from fcmae.training.monitors import OnlineKnn
-from fcmae.training.tasks import Pretraining
+from fcmae.models.build import build_fcmae
+from fcmae.tasks import monitors
+from fcmae.tasks.monitors import OnlineKnn
+from fcmae.tasks.task import Pretraining
 from tests.conftest import TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -272,8 +272,8 @@ def test_top5_is_reported_of_six_classes_or_more(classes, reported):
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_a_perfect_prediction_reconstructs_the_image(norm_pix_loss, monkeypatch):
-    from fcmae.loss import patch_target
     from fcmae.models import FCMAEOutput
+    from fcmae.targets.pixels import patch_target
 
     model = FCMAE("convnextv2_atto", norm_pix_loss=norm_pix_loss, decoder_embed_dim=16)
     imgs = torch.randn(2, 3, 64, 96)

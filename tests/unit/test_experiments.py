@@ -17,7 +17,7 @@ from fcmae.config import compose as compose_again
 from fcmae.data.loader import BatchPlan
 from fcmae.interchange.official import dense_name
 from fcmae.models import create_backbone
-from fcmae.training.optim import param_groups
+from fcmae.optim.adamw import param_groups
 from tests.conftest import GOLDEN
 
 FOLDER = conf_dir() / "experiment"

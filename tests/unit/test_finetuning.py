@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from timm.layers import DropPath
 
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import DataConfig, FinetuneConfig, compose, to_dict
 from fcmae.data.sources import Sample
+from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, Interrupted
 from fcmae.evaluation.classify import classified
 from fcmae.interchange.convert import import_weights
-from fcmae.training import checkpoint, initial
-from fcmae.training.build import build_classifier, load
-from fcmae.training.distributed import World
+from fcmae.models.build import build_classifier, load
+from fcmae.tasks import initial
+from fcmae.tasks.task import Finetuning
 from fcmae.training.run import finetune
-from fcmae.training.tasks import Finetuning
 from tests.conftest import TINY_FINETUNE, read_golden, relative_error
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
+from fcmae.checkpoints.checkpoint import read
 from fcmae.config import DataConfig, compose, from_dict, to_dict
+from fcmae.data.pixels.transforms import denormalize, normalize
 from fcmae.data.sources import Sample, train_source
-from fcmae.data.transforms import denormalize, normalize
 from fcmae.errors import ConfigError, ImageError
 from fcmae.interchange.convert import export, import_weights
-from fcmae.training.build import config_of
-from fcmae.training.checkpoint import read
-from fcmae.training.tasks import Finetuning, Pretraining
+from fcmae.models.build import config_of
+from fcmae.tasks.task import Finetuning, Pretraining
 from tests import interchange as made
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 

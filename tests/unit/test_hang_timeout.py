@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.evaluation import classify, features
-from fcmae.training import checkpoint, run
+from fcmae.training import run
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 import fcmae
 from fcmae.config import DataConfig
-from fcmae.data.formats import FORMATS, open_picture
-from fcmae.data.pixels import Encoded, PixelFormat, decode, read_file
+from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, read_file
+from fcmae.data.pixels.formats import FORMATS, open_picture
 from fcmae.errors import ConfigError, ImageError
 from tests.bad_files import encoded, picture
 from tests.hostile import SECONDS, measure

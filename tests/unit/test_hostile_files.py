@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from fcmae import opening
+from fcmae import distributed, opening
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import DataConfig, EvaluateConfig, PretrainConfig, check_plain, from_dict, without_arguments
-from fcmae.data import arrays
-from fcmae.data.arrays import one_at_a_time
+from fcmae.data import mapped_arrays as arrays
+from fcmae.data.mapped_arrays import one_at_a_time
 from fcmae.data.sources import Sample, Synthetic, train_source
 from fcmae.errors import ConfigError, DiskError, UsageError
 from fcmae.evaluation.cache import CachedExtractor
@@ -26,11 +28,10 @@ from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.run import evaluate
 from fcmae.interchange import model_card
 from fcmae.interchange.convert import export, import_weights
+from fcmae.loggers.logger import MetricsFile
 from fcmae.processes import Process
-from fcmae.training import checkpoint, distributed, run
-from fcmae.training.checkpoint import CheckpointDir
+from fcmae.training import run
 from fcmae.training.lock import RunLock
-from fcmae.training.logging import MetricsFile
 from fcmae.training.watchdog import Watchdog
 from tests.interchange import CLASSES, classifier
 

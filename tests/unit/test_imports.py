@@ -1,106 +1,88 @@
-"""Who may import whom, by the syntax tree of every file."""
+"""Packages depend downwards only. A module at the top level counts as a package of its own."""
 
 import ast
-import gc
-import re
-import sys
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from fcmae.imports import quick_imports
+import fcmae
 
-PACKAGE = Path(__file__).parents[2] / "fcmae"
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-# part of the package: what of the package it may import
-ALLOWED = {
-    "errors": set(),
-    "opening": set(),
-    "files": {"errors", "opening", "processes"},
-    "imports": set(),
-    "interrupt": set(),
-    "launch": set(),
-    "processes": set(),
-    "randomness": set(),
-    "grid": set(),
-    "masking": {"grid"},
-    "loss": {"masking"},
-    "toolchain": {"errors"},
-    "memory": {"errors"},
-    "kernels": {"kernels", "opening", "toolchain"},
-    "engines": {"engines", "kernels", "masking"},
-    "models": {"models", "engines", "kernels", "masking", "loss"},
-    "interchange": {"interchange", "config", "data", "engines", "errors", "files", "models", "opening", "training"},
-    "precision": {"errors"},
-    "config": {"config", "errors", "files", "grid", "precision"},
-    "data": {"data", "config", "errors", "files", "interrupt", "launch", "opening", "processes", "randomness"},
-}
-PURE = {"masking", "loss", "kernels"}
-ONLY_IN = {
-    "wandb": {"training/wandb_logger.py"},
-    "MinkowskiEngine": {"engines/minkowski.py"},
-    "triton": {"kernels", "bench"},
-    "hydra": {"config/compose.py", "config/quoting.py", "hydra_run.py"},
-    "datasets": {"data/sources/huggingface.py"},
-    "onnxruntime": {"interchange/onnx_format.py"},
-    "transformers": {"interchange/transformers_format.py"},
-}
+ROOT = Path(fcmae.__file__).parent
 
 
-def imports(file: Path) -> set[str]:
-    """Dotted names of all imported modules, wherever in the file."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            names.add(node.module)
-    return names
+def module_name(file: Path) -> str:
+    return ".".join(("fcmae", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports(file):
-    relative = file.relative_to(PACKAGE)
-    part = relative.parts[0].removesuffix(".py")
-    modules = imports(file)
-    internal = {m.split(".")[1] for m in modules if m.startswith("fcmae.")}
-    external = {m.split(".")[0] for m in modules if not m.startswith("fcmae")}
-    assert "cli" not in internal or part == "cli"
-    if part in ALLOWED:
-        assert internal <= ALLOWED[part]
-    if part in PURE:
-        assert external <= {"torch", "triton", *sys.stdlib_module_names}
-    for name, places in ONLY_IN.items():
-        if name in external:
-            assert str(relative) in places or relative.parts[0] in places
+MODULES = {module_name(file): file for file in ROOT.rglob("*.py")}
 
 
-def test_contributing_has_the_same_rules():
-    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
-    assert {part: set(re.findall(r"`(\w+)`", allowed)) for part, allowed in rows} == ALLOWED
-    for module, places in ONLY_IN.items():
-        assert all(f"`{place}`" in text for place in places), module
+def imported(file: Path) -> set[str]:
+    """Modules of the package that a file imports, inside functions too, but not for type checkers only."""
+    found = set()
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fcmae":
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                found.add(whole if whole in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name in MODULES}
+    return found
 
 
-def test_the_garbage_collector_rests_during_imports(monkeypatch):
-    """And leaves alone what they made; where nothing was imported, it goes on as before."""
-    before = gc.get_freeze_count()
+def package(module: str) -> str:
+    """``data`` of ``fcmae.data.pixels.crops``; the package itself, which only re-exports, is ``fcmae``."""
+    return [*module.split("."), "fcmae"][1]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    graph = defaultdict(set)
+    for module, file in MODULES.items():
+        graph[package(module)] |= {package(other) for other in imported(file)} - {package(module)}
+    return graph
+
+
+def test_no_package_imports_itself_by_a_detour(graph):
     try:
-        with quick_imports():
-            assert not gc.isenabled()
-        assert gc.get_freeze_count() == before
-        with quick_imports():
-            monkeypatch.setitem(sys.modules, "made_by_this_test", ModuleType("made_by_this_test"))
-        assert gc.get_freeze_count() > before
-        assert gc.isenabled()
-        gc.disable()
-        with quick_imports():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.unfreeze()
-        gc.enable()
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"packages import each other: {' -> '.join(reversed(error.args[1]))}")
+    assert order.index("kernels") < order.index("engines") < order.index("models") < order.index("evaluation")
+    assert order.index("evaluation") < order.index("tasks") < order.index("training")
+
+
+# What a package may import, besides errors, files, opening, processes and the other small modules of the top level.
+ALLOWED = {
+    "kernels": set(),
+    "masks": set(),
+    "config": set(),
+    "engines": {"kernels", "masks"},
+    "targets": {"masks"},
+    "data": {"config"},
+    "checkpoints": {"config"},
+    "optim": {"config", "engines"},
+    "models": {"checkpoints", "config", "engines", "kernels", "masks", "targets"},
+    "loggers": {"checkpoints", "config", "data"},
+    "interchange": {"checkpoints", "config", "data", "engines", "models"},
+    "evaluation": {"checkpoints", "config", "data", "masks", "models", "optim"},
+    "tasks": {"checkpoints", "config", "data", "engines", "evaluation", "loggers", "masks", "models"},
+    "training": {
+        "checkpoints", "config", "data", "engines", "evaluation", "kernels", "loggers", "models", "optim", "tasks",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_only_named_packages_are_imported(graph, name):
+    folders = {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
+    assert graph[name] & folders <= ALLOWED[name]
+
+
+def test_every_package_that_others_import_is_named(graph):
+    folders = {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
+    assert folders - set(ALLOWED) <= {"bench", "doctor"}  # nothing imports these but the command line
+    assert not [name for name in ALLOWED if graph[name] & {"bench", "doctor", "cli", "demo"}]

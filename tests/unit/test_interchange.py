@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fcmae
 from fcmae.config import DataConfig
-from fcmae.data.transforms import eval_transform, normalize
+from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.errors import UsageError, WeightsError
 from fcmae.interchange import official
 from fcmae.interchange.convert import export, import_weights

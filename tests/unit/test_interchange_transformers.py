@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from fcmae.data.transforms import eval_transform, normalize
+from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.errors import WeightsError
 from fcmae.interchange import transformers_format
 from fcmae.interchange.convert import export, import_weights

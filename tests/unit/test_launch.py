@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fcmae.launch import Launch, detect, first_node, port_of, tasks_per_node
+from fcmae.ranks import Launch, detect, first_node, port_of, tasks_per_node
 
 CORES = len(os.sched_getaffinity(0))
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}

@@ -1,7 +1,7 @@
 import torch
 
-from fcmae.loss import masked_pixel_loss, patch_target
-from fcmae.masking import patchify
+from fcmae.masks.patches import patchify
+from fcmae.targets.pixels import masked_pixel_loss, patch_target
 
 
 def test_norm_pix_uses_unbiased_variance_with_eps_inside_the_root():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fcmae.masking import grid_size, len_keep, patchify, random_mask, unpatchify, upsample_mask, visible_indices
+from fcmae.masks.patches import grid_size, len_keep, patchify, random_mask, unpatchify, upsample_mask, visible_indices
 
 
 def test_len_keep_rounds_down():

@@ -7,8 +7,8 @@ from fcmae import memory
 from fcmae.cli import main
 from fcmae.errors import OutOfMemory
 from fcmae.evaluation.features import Extractor
-from fcmae.training import tasks
-from fcmae.training.tasks import Finetuning, Pretraining
+from fcmae.tasks import task as tasks
+from fcmae.tasks.task import Finetuning, Pretraining
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB\nof which more"

@@ -7,15 +7,16 @@ import pytest
 import torch
 import yaml
 
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
 from fcmae.data.loader import BatchPlan
+from fcmae.distributed import World
 from fcmae.errors import ConfigError, OutOfMemory
-from fcmae.training import checkpoint, micro_batch
-from fcmae.training.distributed import World
+from fcmae.tasks.task import Finetuning, Pretraining
+from fcmae.training import micro_batch
 from fcmae.training.loop import _create_state, _plan
 from fcmae.training.micro_batch import candidates, find, largest
-from fcmae.training.tasks import Finetuning, Pretraining
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))

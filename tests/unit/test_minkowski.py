@@ -12,10 +12,10 @@ from fcmae.config import compose, to_dict
 from fcmae.doctor.agreement import agree
 from fcmae.engines import available_engines, get_engine
 from fcmae.errors import ConfigError
-from fcmae.masking import random_mask
+from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
+from fcmae.models.build import build_fcmae, model_of
 from fcmae.training.backward import use_cuda_graph
-from fcmae.training.build import build_fcmae, model_of
 from tests.conftest import TINY_PRETRAIN, relative_error
 
 MESSAGE = r"engine minkowski: not installed \(.*launch/install_minkowski.sh builds and installs MinkowskiEngine\)"

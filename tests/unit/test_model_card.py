@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from fcmae.checkpoints import checkpoint
 from fcmae.config import DataOverrides, EvaluateConfig
-from fcmae.data.pixels import read_file
-from fcmae.data.transforms import eval_transform, normalize
+from fcmae.data.pixels.decode import read_file
+from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.errors import CheckpointError, FCMAEError
 from fcmae.evaluation.run import evaluate
 from fcmae.interchange import preprocessing
 from fcmae.interchange.convert import export, import_weights
-from fcmae.training import checkpoint
-from fcmae.training.build import config_of
+from fcmae.models.build import config_of
 from tests import interchange as made
 
 

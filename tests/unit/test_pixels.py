@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.data import jpeg, pixels
-from fcmae.data.pixels import Encoded, PixelFormat, decode, open_image, read_file
+from fcmae.data.pixels import decode as pixels
+from fcmae.data.pixels import jpeg
+from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, open_image, read_file
 from fcmae.errors import ImageError, UsageError
 
 WIDTH, HEIGHT = 50, 30

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from fcmae.data.padding import Padding
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.errors import UsageError
-from fcmae.training.padding import Padding
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,11 @@ import torch
 import yaml
 
 from fcmae import precision
+from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
+from fcmae.config.recipe import check_recipe
 from fcmae.errors import UsageError
-from fcmae.training import checkpoint
-from fcmae.training.recipe import check_recipe
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 PACKAGE = Path(precision.__file__).parent

@@ -60,7 +60,7 @@ def test_signals_and_timeouts(tmp_path):
 RANK = """
 import os, signal, sys
 import torch, torch.distributed as dist
-from fcmae.training import distributed
+from fcmae import distributed
 world = distributed.connect("cpu")
 total = world.sum(torch.tensor(world.rank + 1))
 if world.rank == 0:

@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 from fcmae.config import compose
-from fcmae.data.crops import resize
-from fcmae.data.pixels import Encoded, PixelFormat, decode, to_stored
-from fcmae.data.prepare import prepare
-from fcmae.data.shards import Encoding, encode
+from fcmae.data.pixels.crops import resize
+from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, to_stored
+from fcmae.data.prepare.command import prepare
+from fcmae.data.prepare.shards import Encoding, encode
 from fcmae.data.sources import ImageFolder, WebDataset
 from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError
 from tests.bad_files import encoded, picture
@@ -165,12 +165,14 @@ def test_stopped_and_started_again_is_as_if_never_stopped(folder, tmp_path, monk
         written.append(path.name)
         return write(source, indices, path, how)
 
-    monkeypatch.setattr("fcmae.data.prepare.write_shard", noted)
+    monkeypatch.setattr("fcmae.data.prepare.command.write_shard", noted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, f"out={out}")
     with (out / "progress.jsonl").open("a") as progress:
         progress.write('{"name": "train-00')  # cut off
-    monkeypatch.setattr("fcmae.data.prepare.write_shard", lambda *args: written.append(args[2].name) or write(*args))
+    monkeypatch.setattr(
+        "fcmae.data.prepare.command.write_shard", lambda *args: written.append(args[2].name) or write(*args)
+    )
     run(folder, f"out={out}")
     assert written == [f"train-{i:06d}.tar" for i in range(4)]
     assert contents(out) == contents(tmp_path / "whole")

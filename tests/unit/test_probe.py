@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from fcmae.config import DataConfig, ProbeConfig
 from fcmae.data.sources import Synthetic, train_source
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.cache import CachedExtractor, fingerprint
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.probe import Heads, create_optimizer, probe
 from fcmae.models import create_backbone
-from fcmae.training.distributed import World
-from fcmae.training.optim import set_lr
+from fcmae.optim.adamw import set_lr
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 

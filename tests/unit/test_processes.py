@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.processes import Process, is_stopped
 from fcmae.training import lock as lock_module
-from fcmae.training.distributed import World
 from fcmae.training.lock import RunLock
 from fcmae.training.watchdog import KEPT, Watchdog
 from tests.conftest import run_python, start_python

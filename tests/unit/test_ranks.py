@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fcmae.config import compose
 from fcmae.data.loader import TrainBatches
+from fcmae.data.padding import Padding
 from fcmae.data.plan import BatchPlan
 from fcmae.errors import ConfigError, Interrupted, UsageError
-from fcmae.training.padding import Padding
+from fcmae.tasks.task import Finetuning, Pretraining, Task
 from fcmae.training.run import pretrain
-from fcmae.training.tasks import Finetuning, Pretraining, Task
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from timm.layers import DropPath
 from torch._dynamo.testing import CompileCounter
 
 from fcmae.config import compose
+from fcmae.models.drop_path import SampleDropPath, SampleKeys
 from fcmae.randomness import sample_keys, step_generator, uniform
-from fcmae.training.drop_path import SampleDropPath, SampleKeys
-from fcmae.training.mixup import Mixup
-from fcmae.training.tasks import Finetuning
+from fcmae.tasks.mixup import Mixup
+from fcmae.tasks.task import Finetuning
 from tests.conftest import TINY_FINETUNE
 
 PAIRS = 4000

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
-from fcmae.data import arrays
-from fcmae.data.bad_samples import tell_once
+from fcmae.config.recipe import check_recipe
+from fcmae.data import mapped_arrays as arrays
 from fcmae.data.sources import (
     ImageFolder,
     Sample,
@@ -25,8 +25,8 @@ from fcmae.data.sources import (
     val_source,
     with_classes,
 )
+from fcmae.data.unreadable import tell_once
 from fcmae.errors import ConfigError, ImageError, UsageError
-from fcmae.training.recipe import check_recipe
 
 
 def png(value=0):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fcmae import distributed
 from fcmae.cli import _tells, main
 from fcmae.data.loader import _from_workers, explained
+from fcmae.distributed import World
 from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
-from fcmae.training import distributed
-from fcmae.training.distributed import World
 
 CPU = torch.device("cpu")
 

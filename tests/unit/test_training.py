@@ -9,16 +9,16 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
+from fcmae.config.recipe import HARMLESS, check_recipe
+from fcmae.distributed import World
 from fcmae.errors import UsageError
+from fcmae.loggers.logger import MetricsFile, Progress, RunLogger
+from fcmae.loggers.meter import Meter
 from fcmae.models import FCMAE, create_backbone
-from fcmae.training.distributed import World
+from fcmae.optim.adamw import create_optimizer, layer_scale, load_moments, param_groups, set_lr
+from fcmae.optim.schedule import CosineSchedule
 from fcmae.training.finite import FiniteGuard, infectious
-from fcmae.training.logging import MetricsFile, Progress, RunLogger
 from fcmae.training.loop import _optimizer_step
-from fcmae.training.meter import Meter
-from fcmae.training.optim import create_optimizer, layer_scale, load_moments, param_groups, set_lr
-from fcmae.training.recipe import HARMLESS, check_recipe
-from fcmae.training.schedule import CosineSchedule
 from fcmae.training.state import TrainState
 from tests.conftest import run_python
 

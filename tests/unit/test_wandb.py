@@ -8,10 +8,10 @@ import pytest
 
 from fcmae.cli import main
 from fcmae.config import LoggerConfig
-from fcmae.data.bad_samples import tell_once
+from fcmae.data.unreadable import tell_once
 from fcmae.errors import UsageError
+from fcmae.loggers.wandb import ID_FILE, WandbLogger, wandb_mode
 from fcmae.training.run_folder import set_results_aside
-from fcmae.training.wandb_logger import ID_FILE, WandbLogger, wandb_mode
 from tests.conftest import TINY_PRETRAIN
 
 VARIABLES = (

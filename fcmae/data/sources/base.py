@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fcmae.data.pixels import Encoded
+from fcmae.data.pixels.decode import Encoded
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fcmae.config import DataConfig, not_set
-from fcmae.data.pixels import PixelFormat
+from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder

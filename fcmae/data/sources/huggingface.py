@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fcmae.data.pixels import Encoded, read_file
+from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.sources.base import Sample, class_names
 from fcmae.errors import ConfigError, ImageError, UsageError, shown
 

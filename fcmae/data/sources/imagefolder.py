@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from fcmae.data.pixels import read_file
+from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
 from fcmae.data.sources.listing import list_folder
 

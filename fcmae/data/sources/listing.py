@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fcmae.data.arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
-from fcmae.data.bad_samples import tell_main
-from fcmae.data.formats import EXTENSIONS
+from fcmae.data.mapped_arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
+from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.unreadable import tell_main
 from fcmae.errors import UsageError, shown
 
 SUFFIX = ".fcmae-listing"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcmae.config import NAMED_BY
-from fcmae.data.pixels import Encoded, PixelFormat
+from fcmae.data.pixels.decode import Encoded, PixelFormat
 from fcmae.data.sources.base import Sample, Source
 from fcmae.errors import ConfigError, ImageError, UsageError
 

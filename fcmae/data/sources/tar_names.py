@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from fcmae.data.formats import EXTENSIONS
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.errors import shown
 
 MAX_ENDINGS = 1000

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fcmae.data import jpeg
-from fcmae.data.bands import segments
-from fcmae.data.crops import Box, cut
-from fcmae.data.pixels import Encoded, LazyImage, decode
+from fcmae.data.pixels import jpeg
+from fcmae.data.pixels.bands import segments
+from fcmae.data.pixels.crops import Box, cut
+from fcmae.data.pixels.decode import Encoded, LazyImage, decode
 
 CHANNELS = 3
 CHECKED = sys.maxsize
@@ -41,7 +41,7 @@ class PackedImages(NamedTuple):
     names: list[str]
     """What messages call each file."""
     boxes: Tensor
-    """int64 ``[files, k, 5]``: :class:`~fcmae.data.crops.Box`."""
+    """int64 ``[files, k, 5]``: :class:`~fcmae.data.pixels.crops.Box`."""
     decoded: Tensor
     """Crops ``[n, C, H, W]`` of other kinds of images, decoded by the workers."""
     order: Tensor

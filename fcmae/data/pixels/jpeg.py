@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags
 
-from fcmae.data.bands import SOF0, SOS
-from fcmae.data.formats import open_picture
+from fcmae.data.pixels.bands import SOF0, SOS
+from fcmae.data.pixels.formats import open_picture
 
 try:
     import simplejpeg
@@ -58,7 +58,7 @@ def stored_size(data: bytes, max_pixels: float = math.inf) -> Size | None:
 def check_scans(data: bytes, where: dict[int, int]) -> None:
     """Raises ValueError for a file of very many scans, each of which goes through all pixels for a few bytes.
 
-    ``where`` are the :func:`~fcmae.data.bands.segments` of the file.
+    ``where`` are the :func:`~fcmae.data.pixels.bands.segments` of the file.
     """
     components, scanned = where.get(SOF0, 0) + 5, where.get(SOS, 0)
     baseline = SOF0 in where and data[components : components + 1] == data[scanned : scanned + 1]
@@ -69,7 +69,7 @@ def check_scans(data: bytes, where: dict[int, int]) -> None:
 def orientation(data: bytes, where: dict[int, int]) -> int:
     """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are.
 
-    ``where`` are the :func:`~fcmae.data.bands.segments` of the file.
+    ``where`` are the :func:`~fcmae.data.pixels.bands.segments` of the file.
     """
     if APP1 not in where:  # much faster to know than to ask Pillow
         return 1

@@ -18,10 +18,10 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageF
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data import jpeg, scientific
-from fcmae.data.bands import cut_band, segments
-from fcmae.data.formats import FORMATS, MAX_PIXELS, check_size, open_picture
-from fcmae.data.jpeg import IMAGE_MODES
+from fcmae.data.pixels import jpeg, scientific
+from fcmae.data.pixels.bands import cut_band, segments
+from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
+from fcmae.data.pixels.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, UsageError
 from fcmae.opening import open_regular
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from fcmae.data.bad_samples import tell_main
+from fcmae.data.unreadable import tell_main
 from fcmae.files import replacing
 from fcmae.opening import cache_folder, open_to_change, open_trusted
 

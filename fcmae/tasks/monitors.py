@@ -7,12 +7,12 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 
 from fcmae.config import PretrainConfig
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import Extractor, first, labelled_sources
 from fcmae.evaluation.knn import check_neighbours, knn_accuracy, warn_of_copies
+from fcmae.loggers.logger import RunLogger
 from fcmae.models import FCMAE
-from fcmae.training.distributed import World
-from fcmae.training.logging import RunLogger
 
 Wish: TypeAlias = Callable[[], bool]
 """Whether this rank wishes to stop."""

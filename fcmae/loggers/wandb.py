@@ -9,12 +9,12 @@ from urllib.parse import urlparse
 
 from PIL import Image
 
+from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig, without_arguments
-from fcmae.data.bad_samples import tell_once
+from fcmae.data.unreadable import tell_once
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.opening import read_regular
-from fcmae.training.resume import say
 
 ID_FILE = "wandb_id"
 """In a run directory: the id of its wandb run."""

@@ -10,6 +10,9 @@ from timm.models.convnext import ConvNeXt
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import State
+from fcmae.checkpoints.encoder import TASK
 from fcmae.config import (
     NAMED_BY,
     BackboneConfig,
@@ -23,9 +26,6 @@ from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.randomness import Stream, seed_globals
-from fcmae.training import checkpoint
-from fcmae.training.checkpoint import State
-from fcmae.training.encoder import TASK
 
 Network = TypeVar("Network", bound=nn.Module)
 MAX_BLOCKS = 1000
@@ -201,15 +201,6 @@ def _some(names: list[str]) -> str:
     """The first of many."""
     left = len(names) - 3
     return ", ".join(names[:3]) + (f" and {left} more" if left > 0 else "")
-
-
-def backbone_weights(state: State) -> dict[str, torch.Tensor]:
-    """The encoder's weights in a checkpoint of either task, as timm names them. Densifying is dropping the decoder."""
-    prefix = "backbone."
-    weights = state.get("ema") or state["model"]
-    if state["task"] == "pretrain":
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return weights
 
 
 def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:

@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import DataConfig
-from fcmae.data import jpeg
-from fcmae.data.pixels import Encoded, LazyImage, PixelFormat, open_image
+from fcmae.data.pixels import jpeg
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 
 GAP = 2
 """A JPEG is decoded to a fraction of its size if the crop still has this many times the pixels a side that it becomes.

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.loggers.wandb import WandbLogger, wandb_mode
 from fcmae.opening import open_regular, open_to_append, own_folder
-from fcmae.training.wandb_logger import WandbLogger, wandb_mode
 
 
 class Sink(Protocol):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.masking import patchify
+from fcmae.masks.patches import patchify
 
 
 def patch_target(imgs: Tensor, patch_size: int, norm_pix: bool = True, eps: float = 1e-6) -> Tensor:

@@ -9,20 +9,19 @@ import hashlib
 import os
 import pickle
 import re
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
-import timm
 import torch
 from torch import Tensor
 
+from fcmae.checkpoints import encoder, torch_file
 from fcmae.config import check_plain
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
-from fcmae.training import encoder, torch_file
+from fcmae.version import versions
 
 FORMAT = 2
 MAGIC = b"fcmae256"
@@ -30,18 +29,6 @@ TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 PATTERN = re.compile(r"step_(\d+)\.pt")
 
 State = dict[str, Any]
-
-
-def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
-    from fcmae import __version__
-
-    return {
-        "fcmae": __version__,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "python": sys.version.split()[0],
-    }
 
 
 class _HashingWriter:

@@ -7,11 +7,11 @@ from typing import Any
 
 from timm.models.convnext import ConvNeXt
 
+from fcmae.checkpoints import checkpoint, encoder
 from fcmae.config import FinetuneConfig
 from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError, ConfigError
-from fcmae.training import checkpoint
-from fcmae.training.build import backbone_weights, check_backbone_size, known_of, load_state, unsaid
+from fcmae.models.build import check_backbone_size, known_of, load_state, unsaid
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
@@ -102,4 +102,4 @@ def load_backbone(model: ConvNeXt, path: Path) -> None:
     Raises CheckpointError naming the keys that do not fit.
     """
     state = checkpoint.read(path, mmap=True)  # the optimizer's moments stay on the disk
-    load_state(model, backbone_weights(state), path, except_prefix="head.fc.")
+    load_state(model, encoder.backbone_weights(state), path, except_prefix="head.fc.")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from fcmae import launch
-from fcmae.data import shared
+from fcmae import ranks as launch
+from fcmae.data import shared_memory as shared
 from fcmae.data.collate import stack
 from fcmae.errors import ImageError, UsageError
 from fcmae.randomness import Stream, derive

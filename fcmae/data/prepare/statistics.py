@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fcmae.data.pixels import PixelFormat, decode
+from fcmae.data.pixels.decode import PixelFormat, decode
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fcmae import memory
-from fcmae.training.distributed import World
+from fcmae.distributed import World
 
 
 class Meter:

@@ -23,15 +23,15 @@ import torch
 from tqdm import tqdm
 
 from fcmae.config import PrepareConfig
-from fcmae.data.arrays import one_at_a_time
 from fcmae.data.cores import cores_per_rank
-from fcmae.data.pixels import PixelFormat
-from fcmae.data.processes import in_processes
-from fcmae.data.shards import Encoding, Shard, encode, write_shard
+from fcmae.data.mapped_arrays import one_at_a_time
+from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.prepare.shards import Encoding, Shard, encode, write_shard
+from fcmae.data.prepare.statistics import left_out, sum_images
+from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE
-from fcmae.data.statistics import left_out, sum_images
 from fcmae.errors import FCMAEError, ImageError, UsageError
 from fcmae.files import STRAY, delete_strays, write_output
 from fcmae.opening import open_to_append, read_regular

@@ -1,4 +1,4 @@
-"""The processes of a run: how they come together, and what they agree on. :mod:`fcmae.launch` knows who they are."""
+"""The processes of a run: how they come together, and what they agree on. :mod:`fcmae.ranks` knows who they are."""
 
 import datetime
 import functools
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcmae import launch
+from fcmae import ranks as launch
 from fcmae.errors import EXIT_ERROR, FCMAEError, PeerError, UsageError
 from fcmae.processes import Process
 

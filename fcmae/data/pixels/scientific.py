@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fcmae.data.bands import SOF0, segments
-from fcmae.data.formats import check_size
-from fcmae.data.jpeg import check_scans
+from fcmae.data.pixels.bands import SOF0, segments
+from fcmae.data.pixels.formats import check_size
+from fcmae.data.pixels.jpeg import check_scans
 from fcmae.errors import UsageError
 
 NPY_MAGIC = b"\x93NUMPY"

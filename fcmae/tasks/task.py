@@ -11,28 +11,27 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fcmae.checkpoints import encoder
+from fcmae.checkpoints.resume import say
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, TrainerConfig, to_dict
-from fcmae.data.bad_samples import ErrorsAside, collate, readable
 from fcmae.data.loader import BatchPlan, EvaluationImages, LabelledImages, MaskedImages
+from fcmae.data.pixels.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
-from fcmae.data.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.data.unreadable import ErrorsAside, collate, readable
+from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy, classified
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
-from fcmae.masking import grid_size, random_mask
+from fcmae.loggers.logger import RunLogger
+from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
+from fcmae.models.build import build_classifier, build_fcmae
+from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.randomness import Stream, generator, sample_keys, step_generator
-from fcmae.training.build import build_classifier, build_fcmae
-from fcmae.training.distributed import World
-from fcmae.training.drop_path import draw_paths_by_sample
-from fcmae.training.encoder import ENCODER_FILE
-from fcmae.training.initial import Start, find_start, load_backbone, settle
-from fcmae.training.logging import RunLogger
-from fcmae.training.mixup import Mixup
-from fcmae.training.monitors import Look, Monitor, OnlineKnn, Wish
-from fcmae.training.resume import say
-from fcmae.training.saver import write_encoder
+from fcmae.tasks.initial import Start, find_start, load_backbone, settle
+from fcmae.tasks.mixup import Mixup
+from fcmae.tasks.monitors import Look, Monitor, OnlineKnn, Wish
 
 
 class Task(Protocol):
@@ -178,7 +177,7 @@ class Pretraining:
         """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
         weights = (ema or self.model).state_dict()
         state = {"task": self.name, "model": weights, "config": to_dict(self.cfg), "step": step}
-        write_encoder(run_dir / ENCODER_FILE, state)
+        encoder.write(run_dir / encoder.ENCODER_FILE, state)
 
 
 class Finetuning:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.crops import RandomCrop, middle, resize
-from fcmae.data.pixels import Encoded, LazyImage, PixelFormat, decode
+from fcmae.data.pixels.crops import RandomCrop, middle, resize
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]

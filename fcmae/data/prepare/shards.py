@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcmae.data.crops import resize
-from fcmae.data.formats import EXTENSIONS
-from fcmae.data.pixels import Encoded, PixelFormat, open_image, to_stored
+from fcmae.data.pixels.crops import resize
+from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image, to_stored
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 from fcmae.files import replacing
@@ -97,7 +97,7 @@ def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tupl
     if quality is None or len(pixels) == 4:
         picture.save(content, "PNG")
         return "png", content.getvalue()
-    # restart markers are for fcmae.data.bands; shorter codes (optimize) save 4 % of the bytes and of the time to decode
+    # restart markers are for fcmae.data.pixels.bands; optimize=True saves 4 % of the bytes and of the decoding time
     picture.save(content, "JPEG", quality=quality, subsampling=SUBSAMPLING, restart_marker_rows=1, optimize=True)
     return "jpg", content.getvalue()
 

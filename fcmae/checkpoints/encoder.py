@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fcmae.checkpoints.torch_file import check_safetensors
 from fcmae.config import BackboneConfig, DataConfig, check_plain, from_dict
 from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError
 from fcmae.files import replacing
 from fcmae.opening import open_regular
-from fcmae.training.torch_file import check_safetensors
+from fcmae.version import versions
 
 ENCODER_FILE = "encoder.safetensors"
 SUFFIX = ".safetensors"
@@ -33,11 +34,21 @@ MOST_JSON = 2**16
 State = dict[str, Any]
 
 
-def write(path: Path, weights: dict[str, Tensor], config: dict[str, Any], step: int, versions: dict[str, str]) -> None:
-    """Writes a backbone's weights. ``config`` is that of a pretraining run. Raises OSError."""
+def backbone_weights(state: State) -> dict[str, Tensor]:
+    """The encoder's weights in a checkpoint of either task, as timm names them. Densifying is dropping the decoder."""
+    prefix = "backbone."
+    weights = state.get("ema") or state["model"]
+    if state["task"] == "pretrain":
+        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return weights
+
+
+def write(path: Path, state: State) -> None:
+    """Writes the backbone of a pretraining state, averaged if there is an average. Raises OSError."""
+    config, step = state["config"], state["step"]
     kept = {group: {name: config[group][name] for name in names} for group, names in KEYS.items()}
-    said = json.dumps({**kept, "step": step, "versions": versions})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    said = json.dumps({**kept, "step": step, "versions": versions()})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in backbone_weights(state).items()}
     with replacing(path) as file:
         file.write(save(tensors, {"backbone": config["model"]["backbone"], "fcmae": said}))
 

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from fcmae.training.checkpoint import CheckpointDir, State, read
-from fcmae.training.distributed import World
+from fcmae.checkpoints.checkpoint import CheckpointDir, State, read
+from fcmae.distributed import World
 
 
 def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:

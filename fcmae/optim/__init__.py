@@ -1,0 +1,1 @@
+"""AdamW with the groups of the paper, and the learning rate."""
