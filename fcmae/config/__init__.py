@@ -19,7 +19,7 @@ from fcmae.config.commands import (
 )
 from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
-from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
+from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.places import check_outputs, check_places, not_set
 from fcmae.config.plain import check_plain
@@ -37,7 +37,6 @@ from fcmae.config.typed import explain, from_dict, from_dotlist, to_dict, to_typ
 
 __all__ = [
     "COMMANDS",
-    "NAMED_BY",
     "AugmentConfig",
     "BackboneConfig",
     "CheckpointConfig",

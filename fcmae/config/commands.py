@@ -15,12 +15,13 @@ from fcmae.config.checks import (
     check_seed,
 )
 from fcmae.config.conflicts import check_finetuning, check_pretraining
-from fcmae.config.data import NAMED_BY, AugmentConfig, DataConfig
+from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
+from fcmae.plugins import NAMED_BY
 from fcmae.precision import PRECISIONS
 
 

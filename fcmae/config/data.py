@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
+from fcmae.plugins import is_named
 
 MAX_SIDE = 2**14
 """Pixels."""
 MAX_WORKERS = 512
 """Of a rank: more than any machine has use for."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-NAMED_BY = "_named_by_"
-"""Entry of a source of the user's own that a file names, not the user; its value is the file."""
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
 
@@ -97,7 +96,7 @@ class DataConfig:
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
         for name in ("source", "val_source"):
             value = getattr(self, name)
-            ok = value is None or (isinstance(value, dict) and isinstance(value.get("_target_"), str))
+            ok = value is None or is_named(value)
             check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
         check_one_of("data.on_error", self.on_error, ("raise", "skip"))
         check_ratio("data.max_bad", self.max_bad)

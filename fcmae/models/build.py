@@ -14,7 +14,6 @@ from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import State
 from fcmae.checkpoints.encoder import TASK
 from fcmae.config import (
-    NAMED_BY,
     BackboneConfig,
     ClassifierConfig,
     FinetuneConfig,
@@ -25,6 +24,7 @@ from fcmae.config import (
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
+from fcmae.plugins import NAMED_BY
 from fcmae.randomness import Stream, seed_globals
 
 Network = TypeVar("Network", bound=nn.Module)

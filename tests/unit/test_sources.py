@@ -410,7 +410,7 @@ def test_a_source_of_ones_own():
         val_source(DataConfig(source=own))
     for given, message in (
         ({**own, "side": 3}, r"data.source: .*Squares does not take these arguments: .*side"),
-        ({"_target_": "nowhere.Cls"}, r"data.source._target_ is 'nowhere.Cls'; allowed is a class .*nowhere"),
+        ({"_target_": "nowhere.Cls"}, r"data.source._target_ is 'nowhere.Cls'; expected a class .*nowhere"),
         (
             {"_target_": "builtins.open", "file": "/nowhere"},
             r"must be a class with the methods .*; it is a builtin",

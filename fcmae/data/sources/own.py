@@ -1,18 +1,15 @@
 """A source of one's own, by the name of its class."""
 
 import operator
-import pkgutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fcmae.config import NAMED_BY
 from fcmae.data.pixels.decode import Encoded, PixelFormat
 from fcmae.data.sources.base import Sample, Source
-from fcmae.errors import ConfigError, ImageError, UsageError
-
-METHODS = ("__len__", "__getitem__", "label", "describe")
+from fcmae.errors import ImageError
+from fcmae.plugins import create
 
 
 class Own:
@@ -83,43 +80,5 @@ def _is_index(value: Any, count: int) -> bool:
 
 
 def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Source:
-    """Calls ``_target_``, a class that Python can import, with the other entries.
-
-    What is not a class with the methods of a source is not called, and neither is what a checkpoint names.
-
-    Raises ConfigError if it is missing, cannot be imported, does not take the arguments or is not a source.
-    """
-    if given is None:
-        raise ConfigError(f"{key} is not set; give {key}._target_=PACKAGE.CLASS and its arguments")
-    arguments = dict(given)
-    target = arguments.pop("_target_")
-    if NAMED_BY in arguments:
-        named = ascii(target)[1:-1]
-        raise ConfigError(
-            f"{arguments[NAMED_BY]} names the class {named} as its {key}; code that a file names is not run. Give your "
-            f"own images, or if you trust this class: allow=[{named}]"
-        )
-    try:
-        create = pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{key}._target_ is {target!r}; allowed is a class that Python finds, PACKAGE.CLASS ({error})"
-        ) from error
-    kind = "is a class" if isinstance(create, type) else f"is a {type(create).__name__}"
-    lacking = [name for name in METHODS if not callable(getattr(create, name, None))]
-    if not isinstance(create, type) or lacking:
-        raise ConfigError(
-            f"{key}._target_ is {target!r}, which must be a class with the methods {', '.join(METHODS)}; "
-            f"it {kind}{' without ' + ', '.join(lacking) if lacking else ''}"
-        )
-    try:
-        source = create(**arguments)
-    except UsageError:
-        raise
-    except TypeError as error:
-        raise ConfigError(f"{key}: {target} does not take these arguments: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
-    if not hasattr(source, "classes"):
-        raise ConfigError(f"{key}: {target} must have the attribute classes: names, or None without labels")
-    return Own(source, to)
+    """The source that ``_target_`` names, its samples checked against ``to``. Raises ConfigError."""
+    return Own(create(given, key, Source), to)

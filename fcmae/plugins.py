@@ -1,0 +1,112 @@
+"""Classes that a config names: ``_target_`` and the arguments to call it with.
+
+One mechanism for every seam: sources, masks, targets, objectives, loggers, transforms. A class is checked against the
+seam's protocol before it is called, and a class that a file names, not the user, is refused.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from fcmae.errors import ConfigError, UsageError
+
+NAMED_BY = "_named_by_"
+"""Entry of an object that a file names, not the user; its value is the file."""
+
+T = TypeVar("T")
+
+
+def is_named(value: Any) -> bool:
+    """Whether a config's value has the form that :func:`create` takes."""
+    return isinstance(value, dict) and isinstance(value.get("_target_"), str)
+
+
+def create(given: dict[str, Any] | None, key: str, protocol: type[T], **more: Any) -> T:
+    """Calls the class ``_target_`` with the other entries.
+
+    Args:
+        given: ``_target_``, which is ``PACKAGE.CLASS`` or ``FILE.py:CLASS``, and keyword arguments.
+        key: full key of the config, for errors.
+        protocol: a class whose public methods and annotated attributes the object must have.
+        more: arguments that the framework adds.
+
+    Raises ConfigError, naming key and class, if the class is missing, lacks a part of the protocol or refuses the
+    arguments.
+    """
+    if given is None:
+        raise ConfigError(f"{key} is not set; give {key}._target_=PACKAGE.CLASS and its arguments")
+    arguments = dict(given)
+    target = arguments.pop("_target_")
+    if NAMED_BY in arguments:
+        named = ascii(target)[1:-1]
+        raise ConfigError(
+            f"{arguments[NAMED_BY]} names the class {named} as its {key}; code that a file names is not run. Give "
+            f"{key} yourself, or if you trust this class: allow=[{named}]"
+        )
+    found = _find(target, key)
+    methods, attributes = members(protocol)
+    lacking = [name for name in methods if not callable(getattr(found, name, None))]
+    if not isinstance(found, type) or lacking:
+        kind = "is a class" if isinstance(found, type) else f"is a {type(found).__name__}"
+        raise ConfigError(
+            f"{key}._target_ is {target!r}, which must be a class with the methods {', '.join(methods)}; "
+            f"it {kind}{' without ' + ', '.join(lacking) if lacking else ''}"
+        )
+    try:
+        made = found(**more, **arguments)
+    except UsageError:
+        raise
+    except TypeError as error:
+        raise ConfigError(f"{key}: {target} does not take these arguments: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
+    lacking = [name for name in attributes if not hasattr(made, name)]
+    if lacking:
+        raise ConfigError(f"{key}: {target} must have the attribute{'s' * (len(lacking) > 1)} {', '.join(lacking)}")
+    return made  # type: ignore[return-value]  # checked above
+
+
+def members(protocol: type) -> tuple[list[str], list[str]]:
+    """Names of a protocol's methods and of its annotated attributes, in the order in which it states them."""
+    methods = [
+        name
+        for name, value in vars(protocol).items()
+        if inspect.isfunction(value) and (not name.startswith("_") or name in ("__call__", "__len__", "__getitem__"))
+    ]
+    return methods, [name for name in inspect.get_annotations(protocol) if not name.startswith("_")]
+
+
+def _find(target: str, key: str) -> Any:
+    file, colon, name = target.rpartition(":")
+    try:
+        if colon and file.endswith(".py"):
+            return getattr(_load(Path(file)), name)
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError, OSError, SyntaxError) as error:
+        raise ConfigError(
+            f"{key}._target_ is {target!r}; expected a class that Python finds, PACKAGE.CLASS or FILE.py:CLASS "
+            f"({error})"
+        ) from error
+
+
+def _load(file: Path) -> ModuleType:
+    """The module in a file, loaded once per process."""
+    path = file.resolve()
+    name = f"fcmae_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise FileNotFoundError(f"no file {file}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs, so that its classes can be pickled
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
