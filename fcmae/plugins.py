@@ -11,14 +11,12 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from fcmae.errors import ConfigError, UsageError
 
 NAMED_BY = "_named_by_"
 """Entry of an object that a file names, not the user; its value is the file."""
-
-T = TypeVar("T")
 
 
 def is_named(value: Any) -> bool:
@@ -26,7 +24,7 @@ def is_named(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("_target_"), str)
 
 
-def create(given: dict[str, Any] | None, key: str, protocol: type[T], **more: Any) -> T:
+def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: Any) -> Any:
     """Calls the class ``_target_`` with the other entries.
 
     Args:
@@ -68,7 +66,7 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[T], **more: An
     lacking = [name for name in attributes if not hasattr(made, name)]
     if lacking:
         raise ConfigError(f"{key}: {target} must have the attribute{'s' * (len(lacking) > 1)} {', '.join(lacking)}")
-    return made  # type: ignore[return-value]  # checked above
+    return made
 
 
 def members(protocol: type) -> tuple[list[str], list[str]]:
