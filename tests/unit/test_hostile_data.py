@@ -43,7 +43,7 @@ def test_pictures_are_opened_in_one_place():
     texts = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
     nodes = [(path, node) for path, text in texts.items() if "Image.open" in text for node in ast.walk(ast.parse(text))]
     opens = {path for path, node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "Image.open"}
-    assert opens == {PACKAGE / "data" / "formats.py"}
+    assert opens == {PACKAGE / "data" / "pixels" / "formats.py"}
 
 
 @pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
