@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 
 from fcmae.checkpoints import checkpoint
 from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig, to_dict
@@ -31,6 +33,15 @@ def data_config(in_chans: int = 3, image_size: Any = 64, **values: Any) -> DataC
     mean = [0.4 + 0.02 * channel for channel in range(in_chans)]
     std = [0.2 + 0.01 * channel for channel in range(in_chans)]
     return DataConfig(in_chans=in_chans, image_size=image_size, mean=mean, std=std, **values)
+
+
+def timms_transform(*, interpolation: str, **kwargs: Any) -> Callable:
+    """timm's create_transform; before timm 1.0.31 its resize to a size that is no square drops ``interpolation``."""
+    transform = timm.data.create_transform(interpolation=interpolation, **kwargs)
+    for step in transform.transforms:
+        if isinstance(step, ResizeKeepRatio):
+            step.interpolation = str_to_interp_mode(interpolation)
+    return transform
 
 
 def pretrained(path: Path, data: DataConfig | None = None, **model: Any) -> dict[str, torch.Tensor]:

@@ -64,7 +64,8 @@ def _pretrained_cfg(data: DataConfig, num_classes: int) -> dict[str, Any]:
         "crop_mode": "squash" if warp else "center",
         **dict(zip(("mean", "std"), preprocessing.mean_and_std(data), strict=True)),
         "num_classes": num_classes,
-        "first_conv": "stem.0",
+        # timm before 1.0.31 takes this layer's weights for those of 3 channels, and replaces others by random ones.
+        "first_conv": "stem.0" if data.in_chans == 3 else None,
         "classifier": "head.fc",
     }
 

@@ -33,6 +33,7 @@ from fcmae.data.sources import (
 )
 from fcmae.errors import ConfigError, UsageError
 from fcmae.randomness import Stream, seed_globals
+from tests.interchange import timms_transform
 
 
 def write_image(path, mode="RGB", size=(40, 30)):
@@ -207,8 +208,8 @@ def test_evaluation_crops_below_384_and_warps_from_there_on(size, raw):
 def test_evaluation_keeps_the_aspect_ratio_as_timm_does(raw, size, crop_pct):
     """To one level in 255 where no value is clipped: timm resizes with Pillow. Sizes and files that are no squares."""
     cfg = DataConfig(image_size=size, crop_pct=crop_pct)
-    transform = timm.data.create_transform(
-        (3, *cfg.size), interpolation="bicubic", crop_pct=crop_pct, crop_mode="center", normalize=False
+    transform = timms_transform(
+        input_size=(3, *cfg.size), interpolation="bicubic", crop_pct=crop_pct, crop_mode="center", normalize=False
     )
     pixels = torch.randint(64, 192, (3, *raw), dtype=torch.uint8)
     ours, theirs = eval_transform(cfg)(pixels), transform(F.to_pil_image(pixels))

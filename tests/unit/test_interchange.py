@@ -85,6 +85,8 @@ def test_no_file_is_overwritten(tmp_path):
 def test_a_backbone_by_way_of_timm(tmp_path, kwargs):
     weights = made.pretrained(tmp_path / "ours.pt", made.data_config(in_chans=4), **kwargs)
     assert export(tmp_path / "ours.pt", "timm", tmp_path / "out").error == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["first_conv"] is None  # timm before 1.0.31 would replace its weights
     import_weights(tmp_path / "out", "timm", tmp_path / "back.pt")
     made.assert_same(made.weights_in(tmp_path / "back.pt"), made.backbone_of(weights))
 
@@ -265,7 +267,8 @@ def test_timms_transform_gives_our_pixels(tmp_path, image_size):
     export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == made.CLASSES
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert model.pretrained_cfg["first_conv"] == "stem.0"
+    transform = made.timms_transform(**timm.data.resolve_model_data_config(model))
     image = Image.fromarray((torch.rand(300, 420, 3) * 255).byte().numpy())
     ours = normalize(eval_transform(data)(pil_to_tensor(image)), data.mean, data.std)
     assert (transform(image) - ours).abs().max() < 1.01 / 255 / min(data.std)
