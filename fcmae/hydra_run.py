@@ -82,7 +82,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             folder, SweepFolder.path = SweepFolder.path, None
             sweep.report(folder)
     if failures:
-        raise failures[0]
+        raise failures.pop()  # held by a frozen frame of its traceback (see quick_imports), it would stay
     return 0
 
 

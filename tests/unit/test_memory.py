@@ -1,5 +1,8 @@
 """Where memory runs out: one line that names the key to change."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -59,6 +62,25 @@ def test_with_one_sample_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Pretraining, "loss", no_memory)
     line = fails([*TINY_PRETRAIN, "trainer.micro_batch_size=1", f"hydra.run.dir={tmp_path}/run"], capsys)
     assert "trainer.micro_batch_size is 1; set engine.recompute_stages=[1,2,3,4]" in line
+
+
+def test_a_command_that_failed_holds_no_memory(tmp_path, monkeypatch):
+    """Though what there is when it begins may be frozen; see quick_imports. A sweep or a notebook goes on."""
+    held = []
+
+    def fail(*_):
+        gc.freeze()
+        tensor = torch.zeros(1)
+        held.append(weakref.ref(tensor))
+        raise OutOfMemory("none left")
+
+    monkeypatch.setattr("fcmae.training.run.pretrain", fail)
+    try:
+        assert main([*TINY_PRETRAIN, f"hydra.run.dir={tmp_path}/run"]) == 1
+        gc.collect()
+        assert held[0]() is None
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("command", ["knn", "probe"])
