@@ -18,7 +18,7 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.files import output, write_output
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae, load
-from fcmae.tasks.task import Pretraining
+from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import finetune, pretrain
 
 GALLERY, QUERIES = 10_000, 2_000

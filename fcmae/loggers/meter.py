@@ -1,6 +1,8 @@
 """Means of the training metrics, read without making every step wait for the device."""
 
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,27 +27,37 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Starts anew, after something that is not training."""
+        """Starts again, after something that is not training."""
         self.steps = 0
-        self.finite = torch.zeros((), device=self.world.device)
-        self.loss = torch.zeros((), device=self.world.device)
-        self.grad_norm = torch.zeros((), device=self.world.device)
+        self.finite = self._zero()
+        self.loss = self._zero()
+        self.parts: dict[str, Tensor] = defaultdict(self._zero)
+        self.grad_norm = self._zero()
         self.since = time.perf_counter()
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self.world.device)
+
+    def add(self, loss: Tensor, grad_norm: Tensor, parts: Mapping[str, Tensor] | None = None) -> None:
+        """One step. ``parts``: of the loss, by the names that they are logged as; the same names in every step."""
         self.steps += 1
         finite = torch.isfinite(loss)
         self.finite += finite * self.share
         self.loss += torch.where(finite, loss, 0)
+        for name, part in (parts or {}).items():
+            self.parts[name] += torch.where(finite, part, 0)
         self.grad_norm = grad_norm
 
     def read(self) -> dict[str, float]:
-        loss = self.world.sum(self.loss).item() / (self.world.sum(self.finite).item() or 1.0)
+        count = self.world.sum(self.finite).item() or 1.0
+        losses = {
+            name: self.world.sum(total).item() / count for name, total in {"loss": self.loss, **self.parts}.items()
+        }
         grad_norm = self.grad_norm.item()
         images_per_second = self.steps * self.images_per_step / (time.perf_counter() - self.since)
         self.restart()
         return {
-            "loss": loss,
+            **losses,
             "grad_norm": grad_norm,
             "images_per_second": images_per_second,
             "memory_gib": memory.peak(self.world.device) / 2**30,

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 from timm.models.convnext import ConvNeXt
 from torch import nn
 
-from fcmae.config import PretrainConfig
+from fcmae.config import PretrainConfig, TrainerConfig
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import Extractor, first, labelled_sources
@@ -30,6 +30,11 @@ class Monitor(NamedTuple):
 
     every_epochs: float
     look: Look
+
+
+def at_evaluations(cfg: TrainerConfig, look: Look) -> list[Monitor]:
+    """One monitor that looks at every evaluation, or none where the run has no evaluations."""
+    return [] if cfg.eval_every_epochs is None else [Monitor(cfg.eval_every_epochs, look)]
 
 
 class OnlineKnn:

@@ -5,6 +5,7 @@ kernels on the same data, so the result is the same to the bit.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,18 @@ from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, check_cuda_g
 from fcmae.engines import HOST_BOUND
 from fcmae.training.exchange import GradientExchange
 
-Pass = Callable[[Sequence[Tensor], bool], Tensor]
-"""Forward and backward pass of a batch: adds to ``.grad`` of the parameters and returns the detached loss.
+Result = TypeVar("Result")
+Pass = Callable[[Sequence[Tensor], bool], Result]
+"""Forward and backward pass of a batch: adds to ``.grad`` of the parameters and returns detached losses.
 
 Whether the batch is the last of an optimizer step says whether gradients are exchanged between ranks.
 """
 
 
-class EagerBackward:
+class EagerBackward(Generic[Result]):
     """Runs a :data:`Pass` as it is."""
 
-    def __init__(self, run: Pass, model: nn.Module) -> None:
+    def __init__(self, run: Pass[Result], model: nn.Module) -> None:
         self.run = run
         self.model = model
 
@@ -31,14 +33,14 @@ class EagerBackward:
         """Clears the gradients before an optimizer step's first micro-batch."""
         self.model.zero_grad(set_to_none=True)
 
-    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Tensor:
+    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Result:
         return self.run(batch, last)
 
     def close(self) -> None:
         """There is nothing to give back."""
 
 
-class GraphedBackward:
+class GraphedBackward(Generic[Result]):
     """A :data:`Pass` that is recorded at its first call and replayed from then on.
 
     The gradients stay the same tensors, so nobody else may replace ``.grad``: :meth:`start_step` clears them. Batches
@@ -56,29 +58,29 @@ class GraphedBackward:
     """Passes before the recording: they compile, and let libraries choose and allocate."""
 
     def __init__(
-        self, run: Pass, model: nn.Module, accumulate: bool = False, exchange: GradientExchange | None = None
+        self, run: Pass[Result], model: nn.Module, accumulate: bool = False, exchange: GradientExchange | None = None
     ) -> None:
         self.run = run
         self.model = model
         self.accumulate = accumulate
         self.exchange = exchange if exchange is not None and exchange.size > 1 else None
         self.batch: list[Tensor] = []
-        self.recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        """The graph and its loss; with and without an exchange, where there are both."""
+        self.recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Result]] = {}
+        """The graph and what it returns, tensors that each replay fills again; with and without an exchange, where there are both."""
 
     def start_step(self) -> None:
         """Clears the gradients, where replays add to them."""
         if self.accumulate and self.recorded:
             torch._foreach_zero_([p.grad for p in self._parameters() if p.grad is not None])
 
-    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Tensor:
+    def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Result:
         if not self.recorded:
             self._record(batch)
         for static, part in zip(self.batch, batch, strict=True):
             static.copy_(part, non_blocking=True)
-        graph, loss = self.recorded[last or self.exchange is None]
+        graph, result = self.recorded[last or self.exchange is None]
         graph.replay()
-        return loss
+        return result
 
     def close(self) -> None:
         """Forgets the graphs. NCCL does not end while a graph holds its collectives."""
@@ -109,8 +111,8 @@ class GraphedBackward:
             graph = torch.cuda.CUDAGraph()
             # Other threads go on meanwhile: the loader's, which pins memory, and NCCL's watchdog.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss = self.run(self.batch, last)
-            self.recorded[last] = graph, loss
+                result = self.run(self.batch, last)
+            self.recorded[last] = graph, result
             pool = graph.pool()
 
 

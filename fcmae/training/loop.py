@@ -1,6 +1,7 @@
 """The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,14 +153,16 @@ class _Training:
         lr = self.schedule(step)
         set_lr(self.state.optimizer, lr)
         self.backward.start_step()
-        loss = torch.zeros((), device=world.device)
+        losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=world.device))
         for micro in range(plan.accum_steps):
             parts = [*next(self.batches), *self.task.draw(step, plan.read(micro, world.rank))]
             batch = self.padding(micro, [part.to(world.device, non_blocking=True) for part in parts])
-            loss += self.backward(batch, last=micro == plan.accum_steps - 1)
+            for name, value in self.backward(batch, last=micro == plan.accum_steps - 1).items():
+                losses[name] += value
+        loss = losses.pop("loss")
         grad_norm = _optimizer_step(self.state, self.guard, self.cfg.optim.clip_grad, step, loss, world)
         self.state.step += 1
-        self.meter.add(loss, grad_norm)
+        self.meter.add(loss, grad_norm, losses)
         self.logger.progress.advance()
         self.watchdog.beat()
         return lr
@@ -258,7 +261,7 @@ class _Training:
         shown = self.world.is_main and cfg.logger.progress
         return RunLogger(sinks, Progress(cfg.name, step, self.stop_step, enabled=shown))
 
-    def _backward(self) -> EagerBackward | GraphedBackward:
+    def _backward(self) -> EagerBackward[dict[str, Tensor]] | GraphedBackward[dict[str, Tensor]]:
         """The forward and backward pass of a micro-batch, with the exchange of gradients after the last of a step."""
         # Not self: whoever holds the result would hold the loader's workers with it.
         task, model, world, accum_steps = self.task, self.task.model, self.world, self.plan.accum_steps
@@ -266,13 +269,17 @@ class _Training:
         scaler, kind = self.state.scaler, self.cfg.trainer.precision
         exchange = GradientExchange(model, world.size)
 
-        def run(batch: Sequence[Tensor], last: bool) -> Tensor:
+        def run(batch: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
             with precision.autocast(world.device, kind):
                 parts, weight = (batch[:-1], batch[-1]) if padded else (batch, None)
-                loss = task.loss(model, parts, weight) / accum_steps
+                loss, named = task.loss(model, parts, weight)
+                loss = loss / accum_steps
+                shown = {
+                    f"loss_{name}": value.detach() / accum_steps for name, value in named.items() if len(named) > 1
+                }
             with exchange(last):
                 scaler.scale(infectious(loss) / world.size).backward()
-            return loss.detach()
+            return {"loss": loss.detach(), **shown}
 
         if self.graphed:
             return GraphedBackward(run, model, accum_steps > 1, exchange)

@@ -118,7 +118,7 @@ class Trial:
         batch = [torch.cat([part.to(self.device)] * (size // self.crops)) for part in self.sample]
         held += [part.clone() for part in batch]  # the next one is on its way
         with autocast(self.device, self.task.cfg.trainer.precision):
-            loss = self.task.loss(self.task.model, batch)
+            loss, _ = self.task.loss(self.task.model, batch)
         loss.backward()
 
     @contextlib.contextmanager

@@ -12,8 +12,10 @@ from fcmae.distributed import World
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
 from fcmae.loggers.wandb import wandb_mode
+from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
-from fcmae.tasks.task import Finetuning, Pretraining, Task
+from fcmae.tasks.pretraining import Pretraining
+from fcmae.tasks.task import Task
 from fcmae.training.backward import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.lock import RunLock

@@ -137,7 +137,7 @@ sys.exit(main())
 WRITES = [
     ("write_config", "fcmae.training.loop", "config.yaml cannot be written", 3),
     ("_up_to", "fcmae.loggers.logger", "metrics.jsonl cannot be written", 3),
-    ("reconstruction_picture", "fcmae.tasks.task", "MetricsFile could not write", 9),
+    ("reconstruction_picture", "fcmae.tasks.pretraining", "MetricsFile could not write", 9),
     ("write", "fcmae.checkpoints.encoder", "encoder.safetensors cannot be written", 9),
 ]
 

@@ -41,12 +41,14 @@ def poisoned(self, i):
 s.Synthetic.__getitem__ = poisoned
 """,
     "activation": """
-import fcmae.tasks.task as t
-for task in (t.Pretraining, t.Finetuning):
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
+for task in (Pretraining, Finetuning):
     def poisoned(self, model, batch, weight=None, loss=task.loss):
         global calls
         calls += 1
-        return loss(self, model, batch, weight) * (float("nan") if calls == 8 and RANK == 1 else 1)
+        value, parts = loss(self, model, batch, weight)
+        return value * (float("nan") if calls == 8 and RANK == 1 else 1), parts
     task.loss = poisoned
 """,
     "gradient": """

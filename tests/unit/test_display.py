@@ -12,7 +12,7 @@ from fcmae.config import DataConfig, compose
 from fcmae.data.pixels.transforms import normalize
 from fcmae.errors import ConfigError
 from fcmae.evaluation.display import choose, rgb
-from fcmae.tasks.task import Pretraining
+from fcmae.tasks.pretraining import Pretraining
 from tests import interchange as made
 from tests.conftest import TINY_PRETRAIN
 

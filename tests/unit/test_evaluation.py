@@ -24,7 +24,7 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.tasks import monitors
 from fcmae.tasks.monitors import OnlineKnn
-from fcmae.tasks.task import Pretraining
+from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))

@@ -12,7 +12,8 @@ from fcmae.data.sources import Sample, train_source
 from fcmae.errors import ConfigError, ImageError
 from fcmae.interchange.convert import export, import_weights
 from fcmae.models.build import config_of
-from fcmae.tasks.task import Finetuning, Pretraining
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
 from tests import interchange as made
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
@@ -53,7 +54,7 @@ def test_neither_mean_nor_deviation_is_asked_for():
     task = Pretraining(cfg)
     imgs, noise = task.dataset()[0, 3]
     assert imgs.dtype == torch.float32
-    assert torch.isfinite(task.loss(task.model, (imgs[None], noise[None])))
+    assert torch.isfinite(task.loss(task.model, (imgs[None], noise[None]))[0])
     assert task.picture(torch.device("cpu")).display.stretched
 
 

@@ -10,8 +10,9 @@ from fcmae import memory
 from fcmae.cli import main
 from fcmae.errors import OutOfMemory
 from fcmae.evaluation.features import Extractor
-from fcmae.tasks import task as tasks
-from fcmae.tasks.task import Finetuning, Pretraining
+from fcmae.tasks import finetuning
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB\nof which more"
@@ -53,7 +54,7 @@ def test_in_training(command, sizes, used, tmp_path, monkeypatch, capsys):
 
 
 def test_in_an_evaluation_during_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "classified", no_memory)
+    monkeypatch.setattr(finetuning, "classified", no_memory)
     line = fails([*TINY_FINETUNE, "schedule.epochs=0.4", f"hydra.run.dir={tmp_path}/run"], capsys)
     assert "trainer.micro_batch_size is 8; set a smaller one" in line
 

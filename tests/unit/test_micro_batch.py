@@ -13,7 +13,8 @@ from fcmae.config import compose
 from fcmae.data.loader import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, OutOfMemory
-from fcmae.tasks.task import Finetuning, Pretraining
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
 from fcmae.training import micro_batch
 from fcmae.training.loop import _create_state, _plan
 from fcmae.training.micro_batch import candidates, find, largest

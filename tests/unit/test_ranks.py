@@ -12,7 +12,9 @@ from fcmae.data.loader import TrainBatches
 from fcmae.data.padding import Padding
 from fcmae.data.plan import BatchPlan
 from fcmae.errors import ConfigError, Interrupted, UsageError
-from fcmae.tasks.task import Finetuning, Pretraining, Task
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
+from fcmae.tasks.task import Task
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
 
@@ -44,7 +46,7 @@ def gradient(task: Task, ranks: int, micro: int | None) -> tuple[Tensor, Tensor]
             if task.name == "finetune":
                 parts[0] = parts[0].to(next(task.model.parameters()).dtype)
             assert {len(part) for part in parts} == {plan.micro_batch_size}
-            loss = task.loss(task.model, parts, weight) / plan.accum_steps / ranks
+            loss = task.loss(task.model, parts, weight)[0] / plan.accum_steps / ranks
             loss.backward()
             total += loss.detach()
     grads = [param.grad.flatten() for param in task.model.parameters() if param.grad is not None]
@@ -114,3 +116,20 @@ def test_three_processes_train_as_one(fcmae, fcmae_here, tmp_path, name):
     for ours, expected in zip(three, one, strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6 if ours["step"] == 1 else 1e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("shares", [{"pixels": 1.0}, {"pixels": 0.25, "gradients": 0.75}])
+def test_parts_of_a_loss_are_logged_as_the_loss_is(fcmae_here, tmp_path, monkeypatch, shares):
+    """With accumulation and padding. A single part is the loss itself."""
+    whole = Pretraining.loss
+
+    def in_parts(*args):
+        loss, _ = whole(*args)
+        return loss, {name: share * loss for name, share in shares.items()}
+
+    monkeypatch.setattr(Pretraining, "loss", in_parts)
+    fcmae_here(*TINY_PRETRAIN, "trainer.micro_batch_size=3", "schedule.epochs=1", "hydra.run.dir=run")
+    for line in metrics(tmp_path / "run"):
+        parts = {name: value for name, value in line.items() if name.startswith("loss_")}
+        expected = {f"loss_{name}": share * line["loss"] for name, share in shares.items() if len(shares) > 1}
+        assert parts == pytest.approx(expected, rel=1e-6)

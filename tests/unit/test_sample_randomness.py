@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from fcmae.config import compose
 from fcmae.models.drop_path import SampleDropPath, SampleKeys
 from fcmae.randomness import sample_keys, step_generator, uniform
+from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.mixup import Mixup
-from fcmae.tasks.task import Finetuning
 from tests.conftest import TINY_FINETUNE
 
 PAIRS = 4000
@@ -107,7 +107,7 @@ def test_random_steps_are_compiled_once_and_change_nothing():
     counter = CompileCounter()
 
     def losses(task=task):
-        return [task.loss(task.model, [imgs, labels, *task.draw(step, range(8))]).item() for step in range(3)]
+        return [task.loss(task.model, [imgs, labels, *task.draw(step, range(8))])[0].item() for step in range(3)]
 
     eager = losses()
     task.model.compile(backend=counter, fullgraph=True)

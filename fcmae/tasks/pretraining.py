@@ -1,0 +1,113 @@
+"""Masked autoencoding of unlabelled images."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fcmae.checkpoints import encoder
+from fcmae.checkpoints.resume import say
+from fcmae.config import PretrainConfig, to_dict
+from fcmae.data.loader import BatchPlan, EvaluationImages, MaskedImages
+from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.sources import train_source
+from fcmae.data.unreadable import ErrorsAside, collate, readable
+from fcmae.distributed import World
+from fcmae.errors import ConfigError
+from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
+from fcmae.loggers.logger import RunLogger
+from fcmae.masks.patches import grid_size, random_mask
+from fcmae.models import FCMAE
+from fcmae.models.build import build_fcmae
+from fcmae.randomness import Stream, generator
+from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
+from fcmae.tasks.task import Losses
+
+
+class Pretraining:
+    """FCMAE pretraining (ConvNeXt V2, arXiv 2301.00808, section 3)."""
+
+    name = "pretrain"
+    pairs = False
+    PICTURES = 8
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        self.cfg = cfg
+        self.model: FCMAE = build_fcmae(cfg)
+        self.model.backbone.head.requires_grad_(False)  # no part of pretraining
+        self.source = train_source(cfg.data)
+        rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
+        self.num_patches = rows * cols
+        self.keep = self.model.len_keep(*cfg.data.size)
+        self.notes: list[str] = []
+        self._told = False
+        self.mixes_micro_batch = cfg.engine.grn_scope == "batch"
+        self.monitors = at_evaluations(cfg.trainer, self._log_picture)
+        if cfg.monitor.knn_every_epochs is not None:
+            knn = OnlineKnn(self.model.backbone, cfg)
+            self.notes += knn.notes
+            self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
+
+    def initialise(self) -> None:
+        pass
+
+    def dataset(self) -> Dataset:
+        data = self.cfg.data
+        crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+        return MaskedImages(self.source, crop, self.num_patches, self.cfg.seed, data.crops_per_image, undecoded)
+
+    def prepare(self, plan: BatchPlan) -> None:
+        if self.mixes_micro_batch and plan.padding:
+            size, ranks = plan.global_batch_size, plan.world_size
+            fit = f"trainer.micro_batch_size must divide the {size // ranks} samples of a rank"
+            if size % ranks:
+                fit = f"trainer.global_batch_size={size} must be a multiple of the {ranks} ranks"
+            raise ConfigError(f"engine.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
+
+    def compile(self) -> None:
+        self.model.compile()
+
+    def draw(self, step: int, positions: range) -> list[Tensor]:
+        return []
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
+        imgs, noise = batch
+        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
+        return model(imgs, random_mask(noise, self.keep), self.keep, weight).loss, {}
+
+    def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
+        if world.is_main:
+            picture = self.picture(world.device)
+            if picture.display.stretched and not self._told:
+                say(f"reconstruction pictures show {picture.display} (logger.channels chooses)")
+            self._told = True
+            logger.picture(step, "reconstruction", picture.image)
+
+    @torch.no_grad()
+    def picture(self, device: torch.device) -> Picture:
+        """The first images of a fixed random order, with fixed masks, reconstructed."""
+        data = self.cfg.data
+        samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data)))
+        rng = generator(self.cfg.seed, Stream.SUBSET)
+        order = torch.randperm(len(self.source), generator=rng).tolist()
+        singles = readable((collate([samples[i]]) for i in order), len(order), data.on_error == "skip", data.max_bad)
+        imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
+        mask = random_mask(torch.rand(len(imgs), self.num_patches, generator=rng), self.keep).to(device)
+        imgs = normalize(imgs, data.mean, data.std)
+        was_training = self.model.training
+        picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)
+        self.model.train(was_training)
+        return picture
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
+        """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""
+        weights = (ema or self.model).state_dict()
+        state = {"task": self.name, "model": weights, "config": to_dict(self.cfg), "step": step}
+        encoder.write(run_dir / encoder.ENCODER_FILE, state)
