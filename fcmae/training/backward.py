@@ -66,7 +66,8 @@ class GraphedBackward(Generic[Result]):
         self.exchange = exchange if exchange is not None and exchange.size > 1 else None
         self.batch: list[Tensor] = []
         self.recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Result]] = {}
-        """The graph and what it returns, tensors that each replay fills again; with and without an exchange, where there are both."""
+        """The graph and what it returns, whose tensors each replay fills; with and without an exchange, where there are
+        both."""
 
     def start_step(self) -> None:
         """Clears the gradients, where replays add to them."""

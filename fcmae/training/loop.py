@@ -272,11 +272,9 @@ class _Training:
         def run(batch: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
             with precision.autocast(world.device, kind):
                 parts, weight = (batch[:-1], batch[-1]) if padded else (batch, None)
-                loss, named = task.loss(model, parts, weight)
+                loss, terms = task.loss(model, parts, weight)
                 loss = loss / accum_steps
-                shown = {
-                    f"loss_{name}": value.detach() / accum_steps for name, value in named.items() if len(named) > 1
-                }
+            shown = {f"loss_{name}": term.detach() / accum_steps for name, term in terms.items() if len(terms) > 1}
             with exchange(last):
                 scaler.scale(infectious(loss) / world.size).backward()
             return {"loss": loss.detach(), **shown}
