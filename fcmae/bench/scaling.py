@@ -202,7 +202,6 @@ def _times(
     device = world.device
     model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
     model.backbone.head.requires_grad_(False)  # it gets no gradient that could be exchanged
-    model.backbone.head.requires_grad_(False)  # gets no gradient
     if _compiles(cfg, device):
         model.compile()
     exchange = GradientExchange(model, count, group)
