@@ -314,6 +314,21 @@ def resolve(path: str | Path) -> Path:
     return steps[step]
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a checkpoint or an encoder file of fcmae, intact or not, rather than of another library."""
+    if PATTERN.fullmatch(path.name):
+        return True
+    try:
+        with open_regular(path) as file:
+            if path.suffix == encoder.SUFFIX:
+                return encoder.is_encoder(path)
+            start = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+            file.seek(max(0, start))
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return True  # reading it says why
+
+
 def _split(path: str) -> tuple[Path, str | None]:
     """``RUN@WHICH`` as two; a path that exists is one."""
     run, at, which = path.rpartition("@")

@@ -96,6 +96,17 @@ def read(path: Path, weights: bool = True) -> State:
     return {**state, "config": config, "step": step, "versions": said["versions"]}
 
 
+def is_encoder(path: Path) -> bool:
+    """Whether the metadata of a .safetensors file is that of an encoder file."""
+    try:
+        with open_regular(path) as opened:
+            check_safetensors(opened)
+        with safe_open(path, "pt") as file:
+            return "backbone" in (file.metadata() or {})
+    except (OSError, SafetensorError, ValueError):
+        return True  # reading it says why
+
+
 def _said(path: Path, text: str) -> dict[str, Any]:
     """The JSON of the metadata, checked. Raises CheckpointError if :func:`write` would not have written it."""
     try:

@@ -24,6 +24,8 @@ from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, Unset
 from fcmae.plugins import NAMED_BY
 from fcmae.precision import PRECISIONS
 
+INIT_CHANNELS = ("strict", "repeat", "mean", "new")
+
 
 @dataclass
 class RunConfig:
@@ -33,6 +35,14 @@ class RunConfig:
     """Names the run directory, runs/NAME/TIME."""
     seed: int = 0
     """Of everything random: initial weights, order, crops, masks, augmentation, drop path."""
+    init_from: str | None = None
+    """Initial weights: a run (RUN, RUN@best, RUN@last or RUN@STEP), a checkpoint, encoder.safetensors, a directory of
+    timm's or Transformers', a file of the official code or of timm, or timm:NAME, which timm downloads. None = random
+    weights. In fine-tuning it gives the keys of data and model whose default is null. Not read again once the run has a
+    checkpoint."""
+    init_channels: str = "strict"
+    """The stem of ``init_from`` for another number of channels: ``strict`` = an error; ``repeat`` its channels in turn,
+    or their ``mean`` for each, both scaled to keep the sum; ``new`` = initial weights."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -41,6 +51,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_one_of("init_channels", self.init_channels, INIT_CHANNELS)
 
 
 @dataclass
@@ -64,9 +75,6 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """``fcmae finetune``."""
 
-    init_from: str | None = None
-    """A checkpoint file or a run (RUN, RUN@best, RUN@last or RUN@STEP); None = random weights. Gives the keys
-    of data and model whose default is null. Not read any more once the run has a checkpoint of its own."""
     data: DataConfig = field(default_factory=UnsetDataConfig)
     model: ClassifierConfig = field(default_factory=UnsetClassifierConfig)
     engine: ClassifierEngineConfig = field(default_factory=ClassifierEngineConfig)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae.config.checks import mistake
-from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, PretrainConfig, RunConfig
 from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.errors import UsageError
@@ -30,7 +30,7 @@ def check_places(cfg: Any, run_dir: Path) -> None:
     Args:
         run_dir: a run that has a checkpoint does not need what it was initialised from.
     """
-    if isinstance(cfg, FinetuneConfig) and cfg.init_from and not any((run_dir / "checkpoints").glob("step_*.pt")):
+    if isinstance(cfg, RunConfig) and cfg.init_from and not any((run_dir / "checkpoints").glob("step_*.pt")):
         _check_checkpoint("init_from", cfg.init_from)
     if isinstance(cfg, CheckpointConfig):
         if cfg.checkpoint and not (cfg.checkpoint == RANDOM and isinstance(cfg, FeaturesConfig)):
@@ -69,7 +69,8 @@ def _check_images(data: DataConfig, key: str) -> None:
 
 
 def _check_checkpoint(key: str, path: str) -> None:
-    if not os.path.exists(path) and not os.path.isdir(path.rpartition("@")[0]):
+    named = key == "init_from" and path.startswith("timm:")
+    if not named and not os.path.exists(path) and not os.path.isdir(path.rpartition("@")[0]):
         mistake(f"{key}: no checkpoint or run directory {path}")
 
 

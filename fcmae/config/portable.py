@@ -2,7 +2,7 @@
 
 from typing import Any
 
-LOCAL = ("name", "init_from", "logger")
+LOCAL = ("name", "init_from", "init_channels", "logger")
 """Keys that say nothing of the weights, but of whose they are."""
 LOCAL_DATA = ("path", "val_path", "source", "val_source", "split", "val_split", "image_column", "label_column")
 

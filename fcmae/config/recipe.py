@@ -11,6 +11,7 @@ HARMLESS = frozenset(
         # names and places
         "name",
         "init_from",
+        "init_channels",
         "data.path",
         "data.val_path",
         "data.val_source",

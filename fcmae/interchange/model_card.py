@@ -23,6 +23,7 @@ LONGEST_LINE, MAX_METRICS = 2**16, 2**28
 
 def write(network: Network, folder: Path, to: str, check: Check, license_name: str | None) -> None:
     """Writes ``folder/README.md``. ``license_name`` goes into the field that the hub reads, ``unknown`` if None."""
+    license_name = license_name or _license(network)
     sections = [
         _front_matter(network, to, license_name or "unknown"),
         _title(network),
@@ -36,6 +37,13 @@ def write(network: Network, folder: Path, to: str, check: Check, license_name: s
         f"## Licence\n\n{license_name or 'Not stated. `fcmae export --license TEXT` fills this in.'}",
     ]
     (folder / "README.md").write_text("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _license(network: Network) -> str | None:
+    """The licence of the weights that training began with, where it is known."""
+    origin = network.state.get("origin")
+    known = origin.get("license") if isinstance(origin, dict) else None
+    return _text(known) if isinstance(known, str) else None
 
 
 def _front_matter(network: Network, to: str, license_name: str) -> str:
@@ -107,6 +115,7 @@ def _recipe(network: Network) -> dict[str, Any]:
     optim: OptimConfig = cfg.optim
     return {
         "task": network.state["task"],
+        "initial weights": _initial_weights(network),
         "steps": network.state["step"],
         "epochs of the schedule": cfg.schedule.epochs,
         "global batch size": cfg.trainer.global_batch_size,
@@ -119,13 +128,20 @@ def _recipe(network: Network) -> dict[str, Any]:
     }
 
 
+def _initial_weights(network: Network) -> str:
+    origin = network.state.get("origin")
+    if isinstance(origin, dict) and isinstance(origin.get("weights"), str):
+        name = origin["weights"]
+        return _text(name if name.startswith("timm:") else Path(name).name)
+    return "pretrained" if getattr(network.cfg, "init_from", None) else "random"
+
+
 def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
     """What only one of the tasks has."""
     if isinstance(cfg, PretrainConfig):
         return {"mask ratio": cfg.model.mask_ratio, "targets normalised by patch": cfg.model.norm_pix_loss}
     assert isinstance(cfg, FinetuneConfig)
     return {
-        "initial weights": "pretrained" if cfg.init_from else "random",
         "drop path": cfg.model.drop_path_rate,
         "EMA decay": cfg.trainer.ema_decay,
         **{name.replace("_", " "): _text(value) or None for name, value in dataclasses.asdict(cfg.augment).items()},

@@ -212,6 +212,8 @@ class Given:
     mean: list[float] | None = None
     std: list[float] | None = None
     image_size: int | None = None
+    any_channels: bool = False
+    """Assume 0.5 where nobody says how other channels than three are normalised."""
 
     def data(self, in_chans: int, known: dict[str, Any] | None = None) -> DataConfig:
         """The data config: ``known`` from the files, else what the user said, else ImageNet's for three channels.
@@ -220,6 +222,8 @@ class Given:
         """
         said = {name: getattr(self, name) for name in ("mean", "std", "image_size")}
         values = {**(known or {}), **{name: value for name, value in said.items() if value is not None}}
+        if self.any_channels and in_chans != 3:
+            values = {"mean": [0.5] * in_chans, "std": [0.5] * in_chans, **values}
         if in_chans != 3 and not {"mean", "std"} <= values.keys():
             raise WeightsError(
                 f"the files do not say how their {in_chans} channels are normalised; give --mean and --std"

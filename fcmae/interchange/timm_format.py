@@ -108,6 +108,12 @@ def load(path: Path, given: Given) -> Imported:
     return Imported(cfg, translate(weights, like, names, "timm"), classes, _notes(pretrained, cfg.data))
 
 
+def is_timm(path: Path) -> bool:
+    """Whether a file of weights has timm's names. Raises WeightsError if it cannot be read."""
+    content = read(path)
+    return "stem.0.weight" in next((content[key] for key in ("state_dict", "model") if key in content), content)
+
+
 def _read_file(path: Path) -> StateDict:
     content = read(path)
     return as_float32(next((content[key] for key in ("state_dict", "model") if key in content), content), path)

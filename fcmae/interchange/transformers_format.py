@@ -32,6 +32,8 @@ from fcmae.interchange.network import (
 from fcmae.interchange.weights import StateDict, read_folder, read_json, translate
 
 MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
+DINOV3 = "dinov3_convnext"
+"""Read, not written: a V1 under other names."""
 CLASSES = {1: "ConvNext", 2: "ConvNextV2"}
 EPS = 1e-6
 """Of the final norm, which Transformers takes from the config; that of the other norms is fixed there, and the same."""
@@ -177,7 +179,8 @@ def check(network: Network, folder: Path) -> Check:
 def load(folder: Path, given: Given) -> Imported:
     """A directory of Transformers', ours or one downloaded from the hub. Raises WeightsError."""
     content = read_json(folder / "config.json")
-    weights = {_modern_name(name): value for name, value in read_folder(folder).items()}
+    rename = _without_dinov3 if content.get("model_type") == DINOV3 else _modern_name
+    weights = {rename(name): value for name, value in read_folder(folder).items()}
     structure = _structure(content, folder, count_classes(weights))
     processor = folder / "preprocessor_config.json"
     known = _data(read_json(processor)) if processor.is_file() else {}
@@ -200,8 +203,28 @@ def _modern_name(name: str) -> str:
     return name.replace(".grn.gamma", ".grn.weight").replace(".grn.beta", ".grn.bias")
 
 
+# (DINOv3's, ConvNext's) names; models/dinov3_convnext of Transformers 4.56 and later
+_DINOV3 = (
+    (r"^(?:model\.)?stages\.0\.downsample_layers\.0\.", "embeddings.patch_embeddings."),
+    (r"^(?:model\.)?stages\.0\.downsample_layers\.1\.", "embeddings.layernorm."),
+    (r"^(?:model\.)?stages\.(\d+)\.downsample_layers\.", r"encoder.stages.\1.downsampling_layer."),
+    (r"^(?:model\.)?stages\.(\d+)\.layers\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+    (r"\.depthwise_conv\.", ".dwconv."),
+    (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+    (r"layer_norm\.", "layernorm."),
+)
+
+
+def _without_dinov3(name: str) -> str:
+    """The ConvNext name of a parameter of DINOv3's ConvNeXt."""
+    for theirs, ours in _DINOV3:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
 def _structure(content: dict[str, Any], folder: Path, num_classes: int) -> Structure:
-    versions = {model_type: version for version, model_type in MODEL_TYPES.items()}
+    versions = {**{model_type: version for version, model_type in MODEL_TYPES.items()}, DINOV3: 1}
     model_type, act = content.get("model_type"), content.get("hidden_act", "gelu")
     if model_type not in versions or act != "gelu":
         raise WeightsError(

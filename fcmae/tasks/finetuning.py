@@ -22,7 +22,7 @@ from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_classifier
 from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.randomness import sample_keys, step_generator
-from fcmae.tasks.initial import Start, find_start, load_backbone, settle
+from fcmae.tasks.initial import Start, find_start, load_initial, settle
 from fcmae.tasks.mixup import Mixup
 from fcmae.tasks.monitors import Monitor, Wish, at_evaluations
 from fcmae.tasks.task import Losses
@@ -62,7 +62,7 @@ class Finetuning:
 
     def initialise(self) -> None:
         if self.start.path is not None:
-            load_backbone(self.model, self.start.path)
+            self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
 
     def dataset(self) -> Dataset:
         return LabelledImages(self.source, self.transform, self.cfg.seed)
@@ -116,7 +116,7 @@ class Finetuning:
         return metrics.get("ema_top1", metrics["top1"])
 
     def extra_state(self) -> dict[str, Any]:
-        return {"classes": self.classes}
+        return {"classes": self.classes, **self.start.state()}
 
     def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         pass

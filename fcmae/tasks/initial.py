@@ -1,37 +1,54 @@
-"""What a fine-tuning run begins with: the weights, and the values of the keys that the user leaves unset."""
+"""What a run begins with: the weights of ``init_from``, and the values of the keys that the user leaves unset."""
 
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models.convnext import ConvNeXt
+from torch import Tensor
 
 from fcmae.checkpoints import checkpoint, encoder
-from fcmae.config import FinetuneConfig
+from fcmae.checkpoints.checkpoint import State
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import INIT_CHANNELS
 from fcmae.config.unset import UNSET
+from fcmae.engines.convnext import stem
 from fcmae.errors import CheckpointError, ConfigError
+from fcmae.interchange.foreign import is_foreign, read_foreign
+from fcmae.models import FCMAE
 from fcmae.models.build import check_backbone_size, known_of, load_state, unsaid
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
-FIXED = ("model.backbone", "model.depths", "model.dims", "model.stem_stride", "data.in_chans", "data.mean", "data.std")
-"""Keys without which the weights of ``init_from`` are of no use; others may differ from it."""
+NETWORK = ("model.backbone", "model.depths", "model.dims", "model.stem_stride")
+FIXED = (*NETWORK, "data.in_chans", "data.mean", "data.std")
+"""Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
+libraries, only the network is."""
 
 
 @dataclass(frozen=True)
 class Start:
     """What a run begins with, the same on all ranks."""
 
-    path: Path | None = None
-    """The checkpoint whose backbone is loaded; None for random weights, or where the run's own state is loaded."""
+    path: str | None = None
+    """The weights that are loaded; None for random weights, or where the run's own state is loaded."""
     known: Values = field(default_factory=dict)
     """What the checkpoint says of network and images; of the run's own where there is one."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about the checkpoint, a line each."""
+    fixed: tuple[str, ...] = FIXED
+    """Keys that must be those of ``known``."""
+    origin: dict[str, Any] | None = None
+    """``weights`` and ``license`` of another library's weights, which the run or those before it began with."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint records of it."""
+        return {} if self.origin is None else {"origin": self.origin}
 
 
-def find_start(cfg: FinetuneConfig, run_dir: Path | None = None) -> Start:
+def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
     """Where ``cfg`` begins: the run's own checkpoint, for which ``init_from`` is not looked at, else ``init_from``.
 
     Reads no weights. Raises CheckpointError.
@@ -39,14 +56,19 @@ def find_start(cfg: FinetuneConfig, run_dir: Path | None = None) -> Start:
     own = checkpoint.CheckpointDir(run_dir).paths() if run_dir is not None and cfg.trainer.resume else []
     for path in reversed(own):
         with contextlib.suppress(CheckpointError):
-            return Start(known=_unset(known_of(checkpoint.header(path), path)))
+            state = checkpoint.header(path)
+            return Start(known=_unset(known_of(state, path)), origin=state.get("origin"))
     if own or cfg.init_from is None:
         return Start()  # none of its own can be read: resuming says so
-    path = checkpoint.resolve(cfg.init_from)
-    state = checkpoint.header(path)
+    name, state = _read(cfg.init_from, header=True)
+    path, origin = Path(name), state.get("origin")
     known = known_of(state, path)
     check_backbone_size(known, state["model"], path)
-    notes = [f"init_from: {checkpoint.describe(path, state)}"]
+    foreign = "imported_from" in state and origin is not None
+    notes = [f"init_from: {name}" if foreign else f"init_from: {checkpoint.describe(path, state)}"]
+    if origin is not None:
+        told = origin["license"] or "not stated in these files; look it up before you publish results"
+        notes.append(f"licence of {origin['weights']}: {told}")
     if "classes" in state:
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
     pad = known["data"].get("pad", cfg.data.pad)
@@ -54,7 +76,23 @@ def find_start(cfg: FinetuneConfig, run_dir: Path | None = None) -> Start:
         notes.append(f"data.pad is {cfg.data.pad}; {path} was trained with {pad}")
     if unsaid(state):
         notes.append(f"{path} does not say {', '.join(unsaid(state))}")
-    return Start(path, _unset(known), notes)
+    in_chans = known["data"]["in_chans"]
+    fixed = NETWORK if foreign or cfg.init_channels != "strict" else FIXED
+    if cfg.init_channels == "strict" and cfg.data.in_chans not in (None, in_chans):
+        raise ConfigError(
+            f"data.in_chans is {cfg.data.in_chans}; {name} has {in_chans}. To adapt the stem, give "
+            f"init_channels={'|'.join(INIT_CHANNELS[1:])}"
+        )
+    return Start(name, _unset(known), notes, fixed, origin)
+
+
+def _read(init_from: str, header: bool = False) -> tuple[str, State]:
+    """The full name and the state of ``init_from``; of a checkpoint of ours the header alone, if that will do."""
+    if is_foreign(init_from):
+        return init_from, read_foreign(init_from)
+    path = checkpoint.resolve(init_from)
+    # mmap: the optimizer's moments stay on the disk
+    return str(path), checkpoint.header(path) if header else checkpoint.read(path, mmap=True)
 
 
 def _unset(known: Values) -> Values:
@@ -80,7 +118,7 @@ def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]
             if ours is None:
                 taken += [f"{key}={_plain(theirs)}"] if theirs is not None else []
             elif theirs is not None and ours != theirs:
-                fixed = key in FIXED
+                fixed = key in start.fixed
                 has = "has" if fixed else "was trained with"
                 (wrong if fixed else others).append(f"{key} is {_plain(ours)}; {start.path} {has} {_plain(theirs)}")
     if wrong:
@@ -96,10 +134,61 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def load_backbone(model: ConvNeXt, path: Path) -> None:
-    """Loads the backbone of a checkpoint, strictly; the classifier keeps its initial weights.
+def check_network(cfg: PretrainConfig, start: Start) -> None:
+    """Raises ConfigError naming the keys of ``model`` that contradict ``init_from``."""
+    if start.path is None:
+        return
+    wrong = []
+    for name, theirs in start.known["model"].items():
+        ours = getattr(cfg.model, name)
+        if theirs is not None and ours is not None and list(_flat(ours)) != list(_flat(theirs)):
+            wrong.append(f"model.{name} is {_plain(ours)}; {start.path} has {_plain(theirs)}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
-    Raises CheckpointError naming the keys that do not fit.
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def load_initial(model: FCMAE | ConvNeXt, init_from: str, init_channels: str) -> str:
+    """Loads the backbone of ``init_from`` strictly, and into an FCMAE what fits of its decoder.
+
+    A classifier keeps its initial head. Returns a line that says what was loaded. Raises CheckpointError naming the
+    keys of the backbone that do not fit.
     """
-    state = checkpoint.read(path, mmap=True)  # the optimizer's moments stay on the disk
-    load_state(model, encoder.backbone_weights(state), path, except_prefix="head.fc.")
+    name, state = _read(init_from)
+    weights = encoder.backbone_weights(state)
+    backbone = model.backbone if isinstance(model, FCMAE) else model
+    initial = stem(backbone)[0].weight.detach()
+    said = f"loaded the backbone of {name}"
+    theirs = weights.get("stem.0.weight")
+    if theirs is not None and theirs.shape[1] != initial.shape[1] and init_channels != "strict":
+        weights = {**weights, "stem.0.weight": adapt_stem(theirs, initial, init_channels)}
+        said += f", its stem adapted from {theirs.shape[1]} to {initial.shape[1]} channels ({init_channels})"
+    load_state(backbone, weights, Path(name), except_prefix="head.fc.")
+    if isinstance(model, FCMAE) and state["task"] == "pretrain":
+        own = {name: value for name, value in model.state_dict().items() if name.startswith("decoder.")}
+        given = state.get("ema") or state["model"]
+        fits = {name: given[name] for name, value in own.items() if name in given and given[name].shape == value.shape}
+        model.load_state_dict(fits, strict=False)
+        said += f" and {len(fits)} of {len(own)} tensors of its decoder"
+    elif isinstance(model, FCMAE):
+        said += "; the decoder is new"
+    return said
+
+
+def adapt_stem(weight: Tensor, new: Tensor, how: str) -> Tensor:
+    """The stem's weight ``[D, C, k, k]`` for the channels of ``new``, an initial weight of the stem.
+
+    Args:
+        how: ``repeat``: channel i takes the weights of channel i modulo C; ``mean``: each takes their mean; both scaled
+            by C over the new number of channels, so that the sum keeps its magnitude, as timm does. ``new``: ``new``.
+    """
+    channels, wanted = weight.shape[1], new.shape[1]
+    if how == "new":
+        return new
+    if how == "mean":
+        weight = weight.mean(dim=1, keepdim=True) * channels
+        return weight.expand(-1, wanted, -1, -1) / wanted
+    return weight[:, torch.arange(wanted) % channels] * (channels / wanted)

@@ -24,6 +24,7 @@ from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator
+from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
 from fcmae.tasks.task import Losses
 
@@ -35,15 +36,17 @@ class Pretraining:
     pairs = False
     PICTURES = 8
 
-    def __init__(self, cfg: PretrainConfig) -> None:
+    def __init__(self, cfg: PretrainConfig, start: Start | None = None) -> None:
         self.cfg = cfg
+        self.start = Start() if start is None else start
+        check_network(cfg, self.start)
         self.model: FCMAE = build_fcmae(cfg)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = train_source(cfg.data)
         rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.num_patches = rows * cols
         self.keep = self.model.len_keep(*cfg.data.size)
-        self.notes: list[str] = []
+        self.notes = list(self.start.notes)
         self._told = False
         self.mixes_micro_batch = cfg.engine.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
@@ -53,7 +56,8 @@ class Pretraining:
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
     def initialise(self) -> None:
-        pass
+        if self.start.path is not None:
+            self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
@@ -104,7 +108,7 @@ class Pretraining:
         return picture
 
     def extra_state(self) -> dict[str, Any]:
-        return {}
+        return self.start.state()
 
     def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         """The encoder alone, averaged if the run keeps an average, as ``encoder.safetensors`` with timm's names."""

@@ -13,7 +13,7 @@ from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
 from fcmae.loggers.wandb import wandb_mode
 from fcmae.tasks.finetuning import Finetuning
-from fcmae.tasks.initial import find_start
+from fcmae.tasks.initial import Start, find_start
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.task import Task
 from fcmae.training.backward import use_cuda_graph
@@ -26,7 +26,11 @@ from fcmae.training.watchdog import Watchdog
 
 def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
     """Pretrains and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir, lambda world: _pretraining(cfg, world.device.type))
+    return _run(
+        cfg,
+        run_dir,
+        lambda world: _pretraining(cfg, world.device.type, world.from_main(lambda: find_start(cfg, run_dir))),
+    )
 
 
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
@@ -34,12 +38,12 @@ def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     return _run(cfg, run_dir, lambda world: Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir))))
 
 
-def _pretraining(cfg: PretrainConfig, device: str) -> Pretraining:
+def _pretraining(cfg: PretrainConfig, device: str, start: Start) -> Pretraining:
     try:
         get_engine(cfg.engine.name, device)
     except ImportError as error:
         raise UsageError(str(error)) from error
-    task = Pretraining(cfg)
+    task = Pretraining(cfg, start)
     if cfg.data.decode_on == "gpu" and device == "cpu":
         task.notes.append(
             "data.decode_on=gpu: without a GPU the training process decodes on the CPU, one image at a time"

@@ -208,7 +208,7 @@ def test_network_and_images_are_those_of_init_from_where_they_are_not_set(tmp_pa
         ("model=convnextv2_pico", "model.backbone is convnextv2_pico; {} has convnextv2_atto"),
         ("model.stem_stride=4", "model.stem_stride is 4; {} has 1"),
         ("model.depths=[1,1,2,1]", "model.depths is [1, 1, 2, 1]; {} has [1, 1, 1, 1]"),
-        ("data.in_chans=3", "data.in_chans is 3; {} has 2"),
+        ("data.in_chans=3", "data.in_chans is 3; {} has 2. To adapt the stem, give init_channels=repeat|mean|new"),
         ("data.mean=[0.5,0.5]", "data.mean is [0.5, 0.5]; {} has [0.3, 0.4]"),
         ("data.std=[0.5,0.5]", "data.std is [0.5, 0.5]; {} has [0.1, 0.2]"),
     ],
@@ -243,7 +243,7 @@ def test_a_run_with_a_checkpoint_of_its_own_does_not_look_at_init_from(tmp_path,
     file.unlink() if gone else file.write_bytes(b"damaged")
     for overrides in (common, [o for o in common if not o.startswith("init_from")]):
         with monkeypatch.context() as patch:
-            patch.setattr(initial, "load_backbone", pytest.fail)
+            patch.setattr(initial, "load_initial", pytest.fail)
             finetune(compose("finetune", overrides), tmp_path / "run")
     states = [checkpoint.read(checkpoint.resolve(tmp_path / name)) for name in ("whole@last", "run@last")]
     for name, value in states[0]["ema"].items():

@@ -69,7 +69,7 @@ ALLOWED = {
     "loggers": {"checkpoints", "config", "data"},
     "interchange": {"checkpoints", "config", "data", "engines", "models"},
     "evaluation": {"checkpoints", "config", "data", "masks", "models", "optim"},
-    "tasks": {"checkpoints", "config", "data", "engines", "evaluation", "loggers", "masks", "models"},
+    "tasks": {"checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models"},
     "training": {
         "checkpoints", "config", "data", "engines", "evaluation", "kernels", "loggers", "models", "optim", "tasks",
     },
