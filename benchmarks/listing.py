@@ -25,7 +25,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fcmae.bench.measure import machine
-from fcmae.data.loader import BatchPlan, TrainBatches
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.plan import BatchPlan
 from fcmae.data.sources import ImageFolder
 
 CLASSES = 1000
@@ -97,9 +98,7 @@ def workers(folder: str, count: int, plain: bool) -> dict[str, float]:
     source = ImageFolder(folder)
     dataset = Plain(folder) if plain else Paths(len(source), source.describe, source.label)
     plan = BatchPlan.create(len(dataset), 256, None, 1, seed=0)
-    batches = TrainBatches(
-        dataset, plan, rank=0, start_step=0, stop_step=plan.steps_per_epoch, workers=count, pin_memory=False
-    )
+    batches = TrainBatches(dataset, plan, 0, range(plan.steps_per_epoch), Workers(count))
     for _ in itertools.islice(batches, READ // 256):
         pass
     pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]

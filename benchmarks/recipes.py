@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fcmae.config import FinetuneConfig, PretrainConfig, compose
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "conf" / "experiment"

@@ -31,9 +31,11 @@ from fcmae.bench.stages import Stages, measure_stages
 from fcmae.config import DataConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.cores import cores_per_rank
-from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.command import MANIFEST_FILE, prepare
+from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.distributed import pick_device
 from fcmae.files import write_output
@@ -221,11 +223,8 @@ def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> 
         dataset,
         plan,
         rank=0,
-        start_step=0,
-        stop_step=plan.steps_per_epoch,
-        workers=workers,
-        pin_memory=pin,
-        prefetch=data.prefetch,
+        steps=range(plan.steps_per_epoch),
+        workers=Workers(workers, pin, data.prefetch),
     )
 
 

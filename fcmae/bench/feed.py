@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fcmae.config import DataConfig, OptimConfig
-from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalize, pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
@@ -111,11 +113,8 @@ def _batches(data: DataConfig, batch_size: int, num_patches: int, workers: int, 
         MaskedImages(source, crop, num_patches, 0, data.crops_per_image, undecoded),
         BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),
         rank=0,
-        start_step=0,
-        stop_step=STEPS_WITHOUT_END,
-        workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch=data.prefetch,
+        steps=range(STEPS_WITHOUT_END),
+        workers=Workers(workers, device.type == "cuda", data.prefetch),
     )
 
 

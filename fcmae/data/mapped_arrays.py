@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from fcmae.data.unreadable import tell_main
 from fcmae.files import replacing
+from fcmae.messages import print_once_rank0
 from fcmae.opening import cache_folder, open_to_change, open_trusted
 
 HOME = Path("~/.cache/fcmae/index")
@@ -160,7 +160,7 @@ def find_kept(target: Path, suffix: str, is_current: Callable[[Arrays], bool]) -
             reason = getattr(error, "strerror", None) or error
             problems.append(f"{path} is not used: {reason}; {target} is read again")
     if problems:
-        tell_main(problems[0])
+        print_once_rank0(problems[0])
     return None
 
 

@@ -3,10 +3,10 @@
 The samples of optimizer step k are a function of the seed and k alone: a fresh random order of the source every epoch,
 cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch, in
 parts that are equal or differ by one unit. All micro-batches have one size, so that shapes stay static: what a part
-lacks is padding, which weighs nothing (:mod:`fcmae.data.padding`).
+lacks is padding of weight 0 (:class:`Padding`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,3 +163,29 @@ class MicroBatches(Sampler[list[SampleKey]]):
                 samples = plan.read(micro, self.rank)
                 images = slice(samples.start // plan.crops_per_image, samples.stop // plan.crops_per_image)
                 yield [(epoch, index) for index in batch[images].tolist()]
+
+
+class Padding:
+    """Fills the micro-batches of a rank up with copies of their last sample, on the device.
+
+    The weights are 0 for padding and of mean 1 over all that the ranks process in a step. So the mean of weighted
+    losses over micro-batches and ranks is the mean over the samples of the step, as it is without padding.
+    """
+
+    def __init__(self, plan: BatchPlan, rank: int, device: torch.device) -> None:
+        self._micro: list[tuple[Tensor, Tensor]] = []
+        if not plan.padding:
+            return
+        size = plan.micro_batch_size
+        slots = torch.arange(size, device=device)
+        weight = 1 + plan.padding / plan.global_batch_size
+        for micro in range(plan.accum_steps):
+            real, read = len(plan.part(micro, rank)), len(plan.read(micro, rank))
+            self._micro.append((slots.clamp(max=read - 1), (slots < real) * weight))
+
+    def __call__(self, micro: int, batch: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of a micro-batch, filled up; and the weights float32 ``[N]``, if the plan has padding."""
+        if not self._micro:
+            return list(batch)
+        index, weight = self._micro[micro]
+        return [*(part[index] if len(part) < len(index) else part for part in batch), weight]

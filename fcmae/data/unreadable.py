@@ -4,18 +4,16 @@ A loader worker hands on what it could not read with the batch, so the training 
 one line, and the same with any number of workers.
 """
 
-import functools
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from fcmae import ranks as launch
 from fcmae.data import shared_memory as shared
 from fcmae.data.collate import stack
 from fcmae.errors import ImageError, UsageError
+from fcmae.messages import print_once
 from fcmae.randomness import Stream, derive
 
 TRIES = 10
@@ -89,18 +87,6 @@ def errors_aside(dataset: Dataset, num_samples: int, seed: int, skip: bool) -> E
     return Replacing(dataset, num_samples, seed) if skip else ErrorsAside(dataset)
 
 
-@functools.cache
-def tell_once(message: str) -> None:
-    """Prints a message, the first time in this process."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def tell_main(message: str) -> None:
-    """Prints a message, the first time, on the first rank."""
-    if launch.detect().rank == 0:
-        tell_once(message)
-
-
 class BadSamples:
     """What a process makes of the samples that its loader could not read.
 
@@ -127,7 +113,7 @@ class BadSamples:
                 if batch.parts is None and batch.left_out > 1:
                     hint = f"no image of this batch of {batch.left_out} can be read; data.on_error=skip would not help"
                 raise ImageError(error.name, f"{error.reason} ({hint})")
-            tell_once(f"{error}; skipped")
+            print_once(f"{error}; skipped")
             self.counts[epoch] += 1
         if replaced and batch.left_out:
             last = batch.errors[-1]

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
 from fcmae.data.cores import default_workers
-from fcmae.data.loader import CroppedImages, EvaluationImages, eval_loader
+from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalize
+from fcmae.data.samples import CroppedImages, EvaluationImages
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
@@ -72,9 +73,7 @@ def batches(
         batch_size,
         rank=world.rank,
         world_size=world.size,
-        workers=workers,
-        pin_memory=world.device.type == "cuda",
-        prefetch=cfg.prefetch,
+        workers=Workers(workers, pin_memory=world.device.type == "cuda", prefetch=cfg.prefetch),
     )
     stopped = torch.tensor(0)
     for imgs, labels, places in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from fcmae.config import ProbeConfig
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.classify import TOP5_FROM

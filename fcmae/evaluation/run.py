@@ -30,9 +30,9 @@ from fcmae.config import (
 )
 from fcmae.config.commands import RANDOM
 from fcmae.config.unset import settled_backbone
-from fcmae.data.loader import CroppedImages
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source, with_classes
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig, without_arguments
-from fcmae.data.unreadable import tell_once
 from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.messages import print_once
 from fcmae.opening import read_regular
 
 ID_FILE = "wandb_id"
@@ -35,7 +35,7 @@ def wandb_mode(cfg: LoggerConfig) -> str:
         settings = wandb.setup().settings
     except ImportError as error:
         if cfg.wandb == "auto":
-            tell_once("wandb is not installed, so it logs nothing (logger.wandb=disabled leaves this line out)")
+            print_once("wandb is not installed, so it logs nothing (logger.wandb=disabled leaves this line out)")
             return "disabled"
         raise UsageError(f"logger.wandb is {cfg.wandb}, but wandb is not installed: pip install wandb") from error
     except Exception as error:  # e.g. pydantic's, of WANDB_MODE=foo

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fcmae.config import FinetuneConfig
-from fcmae.data.loader import BatchPlan, LabelledImages
 from fcmae.data.pixels.transforms import finetune_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import LabelledImages
 from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
 from fcmae.distributed import World
 from fcmae.engines.dense import dense

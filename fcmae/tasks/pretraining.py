@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from fcmae.checkpoints import encoder
 from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, to_dict
-from fcmae.data.loader import BatchPlan, EvaluationImages, MaskedImages
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import EvaluationImages, MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.data.unreadable import ErrorsAside, collate, readable
 from fcmae.distributed import World

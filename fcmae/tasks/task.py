@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fcmae.config import RunConfig
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 from fcmae.data.sources import Source
 from fcmae.tasks.monitors import Monitor
 

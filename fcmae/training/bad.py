@@ -3,7 +3,7 @@
 import torch
 
 from fcmae.config import DataConfig
-from fcmae.data.loader import TrainBatches
+from fcmae.data.loading import TrainBatches
 from fcmae.data.unreadable import check_share
 from fcmae.distributed import World
 

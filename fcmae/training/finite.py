@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fcmae.data.loader import BatchPlan, MicroBatches
+from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import collate, errors_aside
 from fcmae.distributed import World
 from fcmae.errors import NonFiniteLossError

@@ -15,8 +15,8 @@ from fcmae.checkpoints.resume import newest_state, say
 from fcmae.config import TrainerConfig, to_dict
 from fcmae.config.recipe import MICRO_BATCH, check_recipe
 from fcmae.data.cores import default_workers
-from fcmae.data.loader import BatchPlan, TrainBatches
-from fcmae.data.padding import Padding
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.plan import BatchPlan, Padding
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, EvaluationStopped, Interrupted, SaveError, UsageError
 from fcmae.kernels.caches import use_private_cache
@@ -243,13 +243,14 @@ class _Training:
         return TrainBatches(
             self.task.dataset(),
             self.plan,
-            rank=world.rank,
-            start_step=self.state.step,
-            stop_step=self.stop_step,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-            prefetch=cfg.data.prefetch,
-            timeout=cfg.trainer.hang_timeout + Watchdog.GRACE / 2,  # the watchdog, which leaves stacks, comes first
+            world.rank,
+            range(self.state.step, self.stop_step),
+            Workers(
+                workers,
+                pin_memory=world.device.type == "cuda",
+                prefetch=cfg.data.prefetch,
+                timeout=cfg.trainer.hang_timeout + Watchdog.GRACE / 2,  # the watchdog, which leaves stacks, comes first
+            ),
             skip=cfg.data.on_error == "skip",
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcmae import memory
 from fcmae.config import PretrainConfig, RunConfig
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 from fcmae.data.unreadable import BadSamples, collate, errors_aside
 from fcmae.distributed import World
 from fcmae.errors import OutOfMemory, UsageError

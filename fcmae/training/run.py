@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcmae import distributed, toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
-from fcmae.data.loader import explained
+from fcmae.data.loading import explained
 from fcmae.distributed import World
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError

@@ -5,11 +5,13 @@ import simplejpeg
 import torch
 
 from fcmae.config import DataConfig
-from fcmae.data.loader import BatchPlan, MaskedImages, TrainBatches
+from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.crops import Box, cut
 from fcmae.data.pixels.decode import Encoded, decode
 from fcmae.data.pixels.on_device import decode_all
 from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import MaskedImages
 from tests.unit.test_batches import Files
 from tests.unit.test_crops import texture
 from tests.unit.test_pixels import encoded, noise
@@ -70,10 +72,8 @@ def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
             MaskedImages(Files(), crop, 4, seed=0, undecoded=undecoded),
             plan,
             rank=0,
-            start_step=0,
-            stop_step=3,
-            workers=2,
-            pin_memory=True,
+            steps=range(3),
+            workers=Workers(2, pin_memory=True),
         )
 
     for ours, theirs in zip(read(True), read(False), strict=True):

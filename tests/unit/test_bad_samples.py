@@ -11,11 +11,14 @@ import torch
 from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
-from fcmae.data.loader import BatchPlan, EvaluationImages, MaskedImages, TrainBatches, eval_loader
+from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import EvaluationImages, MaskedImages
 from fcmae.data.sources import ImageFolder
-from fcmae.data.unreadable import TRIES, readable, tell_once
+from fcmae.data.unreadable import TRIES, readable
 from fcmae.errors import ImageError, UsageError
+from fcmae.messages import print_once
 from tests.bad_files import READABLE, UNREADABLE, encoded, permissions_count, picture
 
 CFG = DataConfig(image_size=32)
@@ -23,7 +26,7 @@ CFG = DataConfig(image_size=32)
 
 @pytest.fixture(autouse=True)
 def nothing_told():
-    tell_once.cache_clear()
+    print_once.cache_clear()
 
 
 @pytest.fixture
@@ -36,11 +39,10 @@ def folder():
         yield Path(name)
 
 
-def batches(source, skip, plan=None, **kwargs):
+def batches(source, skip, plan=None, rank=0, steps=range(2), workers=0):
     plan = plan or BatchPlan.create(len(source), len(source), None, 1, seed=0)
     dataset = MaskedImages(source, pretrain_transform(CFG), 4, plan.seed)
-    options = {"rank": 0, "start_step": 0, "stop_step": 2, "workers": 0, "pin_memory": False, **kwargs}
-    return TrainBatches(dataset, plan, skip=skip, **options)
+    return TrainBatches(dataset, plan, rank, steps, Workers(workers), skip)
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
@@ -105,16 +107,16 @@ class Numbered(Dataset):
         return (torch.tensor(key),)
 
 
-def read(dataset, plan, **kwargs):
-    return TrainBatches(dataset, plan, workers=0, pin_memory=False, **{"rank": 0, "start_step": 0, **kwargs})
+def read(dataset, plan, steps, rank=0, skip=False):
+    return TrainBatches(dataset, plan, rank, steps, Workers(), skip)
 
 
 def test_replacements_differ_by_epoch_and_seed_and_keep_their_place():
     plan = BatchPlan.create(100, 100, None, 1, seed=0)
     bad = set(range(0, 100, 10))
     other_seed = BatchPlan.create(100, 100, None, 1, seed=1)
-    (first,), (second,) = read(Numbered(100, bad), plan, stop_step=2, skip=True)
-    ((other,),) = read(Numbered(100, bad), other_seed, stop_step=1, skip=True)
+    (first,), (second,) = read(Numbered(100, bad), plan, range(2), skip=True)
+    ((other,),) = read(Numbered(100, bad), other_seed, range(1), skip=True)
 
     def replaced(batch, plan, epoch):
         order = plan.order(epoch)
@@ -130,12 +132,12 @@ def test_replacements_differ_by_epoch_and_seed_and_keep_their_place():
 def test_where_nothing_can_be_read_the_search_ends():
     plan = BatchPlan.create(4, 4, None, 1, seed=0)
     with pytest.raises(ImageError, match=rf"it was the last of {1 + TRIES} tried for the same place"):
-        next(read(Numbered(4, range(4)), plan, stop_step=1, skip=True))
+        next(read(Numbered(4, range(4)), plan, range(1), skip=True))
 
 
 def test_bad_samples_are_counted_by_epoch():
     plan = BatchPlan.create(8, 2, None, 1, seed=0)
-    ours = read(Numbered(8, [3]), plan, stop_step=12, start_step=2, skip=True)
+    ours = read(Numbered(8, [3]), plan, range(2, 12), skip=True)
     met = [step for step in range(2, 12) if 3 in {index for _, index in plan.global_batch(step)}]
     seen = []
     for step in range(2, 12):
@@ -152,7 +154,7 @@ def test_a_bad_sample_is_counted_by_one_rank():
     """Of three ranks that share two samples one reads the first again, for its shapes."""
     plan = BatchPlan.create(100, 2, None, 3, seed=0)
     bad = [plan.global_batch(0)[0][1]]
-    ranks = [read(Numbered(100, bad), plan, rank=rank, stop_step=1, skip=True) for rank in range(3)]
+    ranks = [read(Numbered(100, bad), plan, range(1), rank, skip=True) for rank in range(3)]
     firsts = [next(rank)[0][0].tolist() for rank in ranks]
     assert len({tuple(first) for first in firsts}) == 2
     assert sum(rank.bad_samples(1)[0] for rank in ranks) == 1
@@ -176,7 +178,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
     dataset = EvaluationImages(ImageFolder(folder), eval_transform(CFG))
 
     def evaluate(skip, max_bad=0.5, batch_size=2):
-        loader = eval_loader(dataset, batch_size, rank=0, world_size=1, workers=0, pin_memory=False)
+        loader = eval_loader(dataset, batch_size, rank=0, world_size=1, workers=Workers())
         return sum(len(images) for images, _ in readable(loader, len(dataset), skip, max_bad))
 
     assert evaluate(skip=True) == evaluate(skip=True, batch_size=1) == 4
@@ -190,10 +192,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
 def steps(source, ranks, micro, workers, start=0, stop=5):
     """A hash of every pixel and mask of each step, over the ranks and micro-batches in the order of the samples."""
     plan = BatchPlan.create(len(source), 8, micro, ranks, seed=5)
-    loaders = [
-        batches(source, True, plan, rank=rank, workers=workers, start_step=start, stop_step=stop)
-        for rank in range(ranks)
-    ]
+    loaders = [batches(source, True, plan, rank, range(start, stop), workers) for rank in range(ranks)]
     hashes = []
     for _ in range(start, stop):
         digest = hashlib.sha256()
@@ -233,7 +232,7 @@ def test_batches_are_the_same_after_a_restart_in_the_middle_of_an_epoch(many, st
 def test_skipping_to_a_step_reads_nothing():
     plan = BatchPlan.create(1000, 10, 5, 1, seed=0)
     dataset = Numbered(1000)
-    ours = read(dataset, plan, start_step=5077, stop_step=5079)
+    ours = read(dataset, plan, range(5077, 5079))
     assert dataset.reads == []
     next(ours)
     assert dataset.reads == [index for _, index in plan.global_batch(5077)][:5]

@@ -10,9 +10,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from fcmae.config import DataConfig, compose
 from fcmae.data import shared_memory as shared
-from fcmae.data.loader import BatchPlan, MaskedImages, MicroBatches, TrainBatches
+from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.on_device import PackedImages, decode_all, pack
 from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.plan import BatchPlan, MicroBatches
+from fcmae.data.samples import MaskedImages
 from fcmae.data.sources.base import Sample
 from fcmae.data.unreadable import Batch, collate, errors_aside
 from fcmae.errors import ConfigError, ImageError
@@ -45,9 +47,7 @@ class Files:
 
 
 def batches(dataset, plan, workers, prefetch=2, start=0, stop=6):
-    return TrainBatches(
-        dataset, plan, rank=0, start_step=start, stop_step=stop, workers=workers, pin_memory=False, prefetch=prefetch
-    )
+    return TrainBatches(dataset, plan, 0, range(start, stop), Workers(workers, prefetch=prefetch))
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 3), (2, 1), (2, 2)])

@@ -11,17 +11,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.loader import (
-    BatchPlan,
-    EvaluationImages,
-    LabelledImages,
-    MaskedImages,
-    MicroBatches,
-    TrainBatches,
-    eval_loader,
-)
+from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.decode import decode
 from fcmae.data.pixels.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
+from fcmae.data.plan import BatchPlan, MicroBatches
+from fcmae.data.samples import EvaluationImages, LabelledImages, MaskedImages
 from fcmae.data.sources import (
     FashionMNIST,
     ImageFolder,
@@ -249,7 +243,7 @@ def test_batches_do_not_depend_on_workers(workers):
     dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), 16, seed=0)
 
     def read(count):
-        return list(TrainBatches(dataset, plan, rank=0, start_step=3, stop_step=6, workers=count, pin_memory=False))
+        return list(TrainBatches(dataset, plan, 0, range(3, 6), Workers(count)))
 
     for ours, expected in zip(read(workers), read(0), strict=True):
         assert torch.equal(ours[0], expected[0])
@@ -261,6 +255,6 @@ def test_evaluation_reads_every_sample_once(world_size):
     dataset = EvaluationImages(Synthetic(50, 3, (40, 40)), lambda image: image.float().mean())
     seen = []
     for rank in range(world_size):
-        loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=0, pin_memory=False)
+        loader = eval_loader(dataset, 7, rank=rank, world_size=world_size, workers=Workers())
         seen += [value for batch in loader for value in batch.parts[0].tolist()]
     assert sorted(seen) == sorted(dataset[i][0].item() for i in range(50))

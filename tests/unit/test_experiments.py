@@ -14,7 +14,7 @@ import torch
 from benchmarks import recipes
 from fcmae.config import FinetuneConfig, KnnConfig, PretrainConfig, ProbeConfig, conf_dir
 from fcmae.config import compose as compose_again
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 from fcmae.interchange.official import dense_name
 from fcmae.models import create_backbone
 from fcmae.optim.adamw import param_groups

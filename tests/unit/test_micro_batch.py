@@ -10,7 +10,7 @@ import yaml
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
-from fcmae.data.loader import BatchPlan
+from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, OutOfMemory
 from fcmae.tasks.finetuning import Finetuning

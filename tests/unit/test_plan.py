@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fcmae.data.padding import Padding
-from fcmae.data.plan import BatchPlan, MicroBatches
+from fcmae.data.plan import BatchPlan, MicroBatches, Padding
 from fcmae.errors import UsageError
 
 CPU = torch.device("cpu")

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fcmae.config import compose
-from fcmae.data.loader import TrainBatches
-from fcmae.data.padding import Padding
-from fcmae.data.plan import BatchPlan
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.plan import BatchPlan, Padding
 from fcmae.errors import ConfigError, Interrupted, UsageError
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.pretraining import Pretraining
@@ -36,9 +35,7 @@ def gradient(task: Task, ranks: int, micro: int | None) -> tuple[Tensor, Tensor]
     task.model.train().zero_grad()
     total = torch.zeros(())
     for rank in range(ranks):
-        batches = TrainBatches(
-            task.dataset(), plan, rank=rank, start_step=STEP, stop_step=STEP + 1, workers=0, pin_memory=False
-        )
+        batches = TrainBatches(task.dataset(), plan, rank, range(STEP, STEP + 1), Workers())
         padding = Padding(plan, rank, CPU)
         for number in range(plan.accum_steps):
             batch = padding(number, [*next(batches), *task.draw(STEP, plan.read(number, rank))])

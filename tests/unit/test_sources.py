@@ -25,8 +25,8 @@ from fcmae.data.sources import (
     val_source,
     with_classes,
 )
-from fcmae.data.unreadable import tell_once
 from fcmae.errors import ConfigError, ImageError, UsageError
+from fcmae.messages import print_once
 
 
 def png(value=0):
@@ -55,7 +55,7 @@ def names(source, root):
 @pytest.fixture(autouse=True)
 def kept_from_the_first(tmp_path, monkeypatch):
     """Every listing is kept, and nothing outside the test's folder."""
-    tell_once.cache_clear()
+    print_once.cache_clear()
     monkeypatch.setattr(listing, "KEEP_FROM", 1)
     monkeypatch.setattr(arrays, "HOME", tmp_path / "home")
 
@@ -211,7 +211,7 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys, scans):
     line = f"{root}: 2 images (.jpg .jpeg .png .ppm .pgm .bmp .gif .tif .tiff .webp .npy); not read: 2 .heic, "
     line += "1 without an ending, 1 .jfif, such as b/"
     for _ in range(2):
-        tell_once.cache_clear()
+        print_once.cache_clear()
         ImageFolder(root)
         told = capsys.readouterr().err.splitlines()
         assert [text.startswith(line) for text in told if not text.startswith("listed")] == [True]

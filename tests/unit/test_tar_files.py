@@ -15,14 +15,14 @@ from fcmae.config import DataConfig
 from fcmae.data.mapped_arrays import Arrays
 from fcmae.data.sources import WebDataset, require_labels, train_source
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
-from fcmae.data.unreadable import tell_once
 from fcmae.errors import ImageError, UsageError
+from fcmae.messages import print_once
 from tests.unit.test_sources import png
 
 
 @pytest.fixture(autouse=True)
 def nothing_told():
-    tell_once.cache_clear()
+    print_once.cache_clear()
 
 
 def write_tar(path, samples):
@@ -276,7 +276,7 @@ def test_an_index_that_cannot_be_is_made_again(tmp_path, name, capsys):
         assert [source.label(i) for i in range(3)] == [3, 1, 0]
         assert source[2].image.data == png(3)
         assert f"{file} is not used: it" in capsys.readouterr().err
-        tell_once.cache_clear()
+        print_once.cache_clear()
 
 
 def test_an_index_of_another_user_is_not_believed(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from fcmae import distributed
 from fcmae.cli import _tells, main
-from fcmae.data.loader import _from_workers, explained
+from fcmae.data.loading import _from_workers, explained
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
 

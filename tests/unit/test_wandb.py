@@ -8,9 +8,9 @@ import pytest
 
 from fcmae.cli import main
 from fcmae.config import LoggerConfig
-from fcmae.data.unreadable import tell_once
 from fcmae.errors import UsageError
 from fcmae.loggers.wandb import ID_FILE, WandbLogger, wandb_mode
+from fcmae.messages import print_once
 from fcmae.training.run_folder import set_results_aside
 from tests.conftest import TINY_PRETRAIN
 
@@ -132,7 +132,7 @@ def test_settings_that_wandb_refuses_are_one_line(monkeypatch, wandb):
 
 def test_without_the_package_auto_says_so_once_and_others_refuse(monkeypatch, capsys, wandb):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    tell_once.cache_clear()
+    print_once.cache_clear()
     assert [wandb_mode(LoggerConfig()) for _ in range(2)] == ["disabled"] * 2
     assert capsys.readouterr().err.startswith("wandb is not installed, so it logs nothing")
     for mode in ("online", "offline"):

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from fcmae.data.mapped_arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
 from fcmae.data.pixels.formats import EXTENSIONS
-from fcmae.data.unreadable import tell_main
 from fcmae.errors import UsageError, shown
+from fcmae.messages import print_once_rank0
 
 SUFFIX = ".fcmae-listing"
 KEEP_FROM = 10_000
@@ -88,7 +88,7 @@ def list_folder(root: Path, relist: bool = False) -> Listing:
     if not len(arrays["labels"]):
         raise UsageError(f"{root} has no images; looked for {' '.join(EXTENSIONS)}{others.told()}")
     if others.kinds:
-        tell_main(f"{root}: {len(arrays['labels']):,} images ({' '.join(EXTENSIONS)}){others.told()}")
+        print_once_rank0(f"{root}: {len(arrays['labels']):,} images ({' '.join(EXTENSIONS)}){others.told()}")
     return Listing(root, arrays)
 
 

@@ -20,8 +20,8 @@ from fcmae.data.pixels.decode import MAX_BYTES, Encoded
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Sample, class_names
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard
-from fcmae.data.unreadable import tell_main
 from fcmae.errors import ImageError, UsageError, shown
+from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
 
 CLASSES_FILE = "classes.txt"
@@ -72,7 +72,7 @@ class WebDataset:
             told.append("samples' names end at the last dot, as the first would make one of many")
         if told:
             files = f"{self.shards[0]}" + (f" to {self.shards[-1]}" if len(self.shards) > 1 else "")
-            tell_main(f"{files}: {len(self):,} images; {'; '.join(told)}")
+            print_once_rank0(f"{files}: {len(self):,} images; {'; '.join(told)}")
 
     @property
     def unlabelled(self) -> str:

@@ -1,0 +1,166 @@
+"""The loader: batches of a dataset's samples, in the order of a plan, read by worker processes."""
+
+import atexit
+import contextlib
+import functools
+import gc
+import multiprocessing.util
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fcmae import interrupt
+from fcmae.data import shared_memory as shared
+from fcmae.data.plan import BatchPlan, MicroBatches
+from fcmae.data.unreadable import BadSamples, Batch, ErrorsAside, collate, errors_aside
+from fcmae.errors import WorkerError
+from fcmae.processes import is_stopped
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The worker processes of a loader.
+
+    Args:
+        count: 0 = samples are read in the calling process.
+        prefetch: batches that each worker reads ahead.
+        timeout: seconds to wait for a batch before a RuntimeError; 0 = wait forever.
+    """
+
+    count: int = 0
+    pin_memory: bool = False
+    prefetch: int = 2
+    timeout: float = 0
+
+
+class TrainBatches:
+    """An iterator over one rank's micro-batches, in order; each is a list of its parts, without padding.
+
+    Where a rank has no sample of a step, it reads one for its shapes, which does not count if it cannot be read.
+
+    Args:
+        dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
+        steps: the optimizer steps to read for.
+        skip: replace samples that cannot be read; otherwise the first one raises ImageError.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: BatchPlan, rank: int, steps: range, workers: Workers, skip: bool = False
+    ) -> None:
+        samples = errors_aside(dataset, plan.num_samples, plan.seed, skip)
+        keys = MicroBatches(plan, rank, steps.start, steps.stop)
+        self.plan = plan
+        self.rank = rank
+        self.bad = BadSamples(skip)
+        self._batches: Iterator[Batch] = _loader(samples, workers, batch_sampler=keys)
+        self._taken = steps.start * plan.accum_steps
+        self._asked_epoch = steps.start // plan.steps_per_epoch
+        self._asked_total = 0
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> list[Tensor]:
+        batch = next(self._batches)
+        step, micro = divmod(self._taken, self.plan.accum_steps)
+        self._taken += 1
+        bad = self.bad if self.plan.part(micro, self.rank) else BadSamples(self.bad.skip)
+        return bad.take(batch, step // self.plan.steps_per_epoch, replaced=True)
+
+    def bad_samples(self, step: int) -> list[int]:
+        """Unreadable samples of this rank: since the last call; then in each epoch since the last call's.
+
+        Args:
+            step: the number of steps whose batches were taken. Epochs count from the start of this process.
+        """
+        epochs = range(self._asked_epoch, (step - 1) // self.plan.steps_per_epoch + 1)
+        total = self.bad.counts.total()
+        since = total - self._asked_total
+        self._asked_epoch, self._asked_total = max(epochs, default=self._asked_epoch), total
+        return [since, *(self.bad.counts[epoch] for epoch in epochs)]
+
+
+def eval_loader(dataset: Dataset, batch_size: int, *, rank: int, world_size: int, workers: Workers) -> Iterator[Batch]:
+    """Every sample exactly once over all ranks: rank r reads r, r + world_size, ..."""
+    keys = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+    return _loader(ErrorsAside(dataset), workers, batch_size=batch_size, sampler=keys)
+
+
+def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
+    count = workers.count
+    if count:
+        multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
+        _end_workers_at_exit()
+    exchange = shared.Exchange(count)
+    # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
+    loader = DataLoader(
+        dataset,
+        num_workers=count,
+        pin_memory=workers.pin_memory,
+        prefetch_factor=workers.prefetch if count else None,
+        timeout=workers.timeout if count else 0,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=functools.partial(_start_worker, exchange.number, exchange.used),
+        collate_fn=collate,
+        **kwargs,
+    )
+    batches = exchange.taken(iter(loader))
+    return _from_workers(batches) if count else batches
+
+
+def _start_worker(loader: int, used: Tensor, worker: int) -> None:
+    interrupt.shield_worker()
+    gc.freeze()  # a full collection writes to every object there is, and what is shared by the fork would be copied
+    shared.start_worker(loader, used, worker)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Workers of iterators that are still alive when Python ends: it would send SIGTERM and wait for them for ever."""
+    atexit.register(_end_workers)  # runs before what multiprocessing has registered
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """In this block a RuntimeError of a DataLoader becomes a WorkerError of one line; after an error no worker is left.
+
+    torch raises some of them out of a signal handler, so wherever the block happens to be.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stopped = [child.pid for child in multiprocessing.active_children() if is_stopped(child.pid)]
+        _end_workers()
+        reason = str(error).strip()
+        if isinstance(error, RuntimeError) and reason.startswith("DataLoader"):
+            named = f" (stopped: process {', '.join(map(str, stopped))})" if stopped else ""
+            raise WorkerError(reason.split("\n")[0] + named) from error
+        raise
+
+
+def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches of a loader with workers. Raises WorkerError if one dies while it sends a batch."""
+    try:
+        yield from batches
+    except (EOFError, ConnectionError) as error:
+        if "in DataLoader worker process" in str(error):  # raised there, by reading a sample
+            raise
+        raise WorkerError(f"a data worker died while it sent a batch ({error})") from error
+
+
+def _end_workers() -> None:
+    """SIGKILL for all workers: they ignore anything else, and one that hangs would keep this process from ending."""
+    main = threading.current_thread() is threading.main_thread()
+    # torch's handler would raise an error for each of them
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+            child.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)

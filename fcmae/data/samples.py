@@ -1,0 +1,120 @@
+"""How one sample is read: datasets of a source's images for pretraining, fine-tuning and evaluation.
+
+A training sample is a function of (seed, epoch, index), whichever process reads it and when.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fcmae.data import shared_memory as shared
+from fcmae.data.pixels.crops import Box, RandomCrop, Uniform
+from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
+from fcmae.data.pixels.on_device import Undecoded, is_for_device
+from fcmae.data.pixels.transforms import Transform
+from fcmae.data.plan import SampleKey
+from fcmae.data.sources import Source
+from fcmae.randomness import Stream, derive, generator, seed_globals
+
+
+class MaskedImages(Dataset[tuple[Any, Tensor]]):
+    """Samples for pretraining: (image, mask noise ``[L]``).
+
+    With several crops per image: (list of k crops, noise ``[k, L]``). With ``undecoded`` the image may be an
+    :class:`~fcmae.data.pixels.on_device.Undecoded`.
+
+    Args:
+        crop: makes a sample of an image.
+        num_patches: L.
+        crops_per_image: k.
+        undecoded: leave the decoding of JPEGs to the device.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        crop: RandomCrop,
+        num_patches: int,
+        seed: int,
+        crops_per_image: int = 1,
+        undecoded: bool = False,
+    ) -> None:
+        self.source = source
+        self.crop = crop
+        self.num_patches = num_patches
+        self.seed = seed
+        self.crops_per_image = crops_per_image
+        self.undecoded = undecoded
+
+    def __getitem__(self, key: SampleKey) -> tuple[Any, Tensor]:
+        image = self.source[key[1]].image
+        opened = open_image(image, self.crop.format)
+        if self.crops_per_image == 1 and not self.undecoded:
+            return self._cut([key], opened)[0], self._noise(key)
+        crops = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
+        noise = torch.stack([self._noise(counters) for counters in crops])
+        if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
+            return Undecoded(image, [self._draw(counters, opened) for counters in crops], self.crop.size), noise
+        return self._cut(crops, opened), noise
+
+    def _cut(self, crops: Sequence[tuple[int, ...]], image: LazyImage) -> list[Tensor]:
+        places = shared.places(len(crops), (self.crop.format.in_chans, *self.crop.size))
+        return [self.crop(image, self._uniform(counters), out) for counters, out in zip(crops, places, strict=True)]
+
+    def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
+        return self.crop.draw(image, self._uniform(counters))[0]
+
+    def _uniform(self, counters: tuple[int, ...]) -> Uniform:
+        return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
+
+    def _noise(self, counters: tuple[int, ...]) -> Tensor:
+        return torch.rand(self.num_patches, generator=generator(self.seed, Stream.MASK, *counters))
+
+
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Samples for fine-tuning: (image, label)."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+        epoch, index = key
+        seed_globals(self.seed, Stream.AUGMENT, epoch, index)
+        image, label = self.source[index]
+        assert label is not None
+        return self.transform(image), label
+
+
+class EvaluationImages(Dataset[tuple[Tensor, int]]):
+    """Samples for evaluation, in the order of the source: (image, label or -1)."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index]
+        return self.transform(image), -1 if label is None else label
+
+
+class CroppedImages(Dataset[tuple[Tensor, int]]):
+    """Samples as training sees them in one epoch, in the order of the source: (image, label)."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, epoch: int) -> None:
+        self.images = LabelledImages(source, transform, seed)
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.epoch, index]
