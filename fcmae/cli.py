@@ -34,6 +34,9 @@ COMMANDS = {
 }
 
 
+ALLOW = "a class that may be called although only the checkpoint names it; may be given several times"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Without ``argv``, this is the program, and ends with it."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -170,6 +173,7 @@ def _reconstruct(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     which = "one channel to show as grey, or three as red, green and blue, such as 0,2,4"
     parser.add_argument("--channels", type=_integers, metavar="N[,N,N]", help=which)
+    parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = parser.parse_intermixed_args(args)
     with quick_imports():
         from fcmae.evaluation.reconstruct import picture_format
@@ -177,7 +181,7 @@ def _reconstruct(args: list[str]) -> int:
     kind = picture_format("--out", given.out)
     among = [image for image in given.images if Path(given.out).resolve().is_relative_to(Path(image).resolve())]
     check_output("--out", given.out, [given.checkpoint, *([given.out] if among and Path(given.out).exists() else [])])
-    options = {name: getattr(given, name) for name in ("max_images", "mask_ratio", "seed", "channels")}
+    options = {name: getattr(given, name) for name in ("max_images", "mask_ratio", "seed", "channels", "allow")}
     picture = reconstruct(given.checkpoint, given.images, **options)
     with output("--out", given.out) as file:
         picture.image.save(file, kind)

@@ -8,7 +8,9 @@ import hashlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +19,23 @@ from fcmae.errors import ConfigError, UsageError
 
 NAMED_BY = "_named_by_"
 """Entry of an object that a file names, not the user; its value is the file."""
+OURS = re.compile(r"fcmae\.(masks|targets)\.\w+")
+"""Classes of the package that a file may name."""
 
 
 def is_named(value: Any) -> bool:
     """Whether a config's value has the form that :func:`create` takes."""
     return isinstance(value, dict) and isinstance(value.get("_target_"), str)
+
+
+def is_ours(given: Any) -> bool:
+    """Whether a config's value names a class of the package."""
+    return is_named(given) and OURS.fullmatch(given["_target_"]) is not None
+
+
+def named_by(file: Path, given: dict[str, Any], allow: Collection[str] = ()) -> dict[str, Any]:
+    """An object that ``file`` names, marked so that :func:`create` refuses it, unless it is ours or in ``allow``."""
+    return given if is_ours(given) or given["_target_"] in allow else {**given, NAMED_BY: str(file)}
 
 
 def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: Any) -> Any:
@@ -44,7 +58,7 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
         named = ascii(target)[1:-1]
         raise ConfigError(
             f"{arguments[NAMED_BY]} names the class {named} as its {key}; code that a file names is not run. Give "
-            f"{key} yourself, or if you trust this class: allow=[{named}]"
+            f"{key} yourself, or if you trust this class: --allow {named} or allow=[{named}]"
         )
     found = _find(target, key)
     methods, attributes = members(protocol)
@@ -55,6 +69,8 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
             f"{key}._target_ is {target!r}, which must be a class with the methods {', '.join(methods)}; "
             f"it {kind}{' without ' + ', '.join(lacking) if lacking else ''}"
         )
+    for name in methods:
+        _check_signature(getattr(found, name), getattr(protocol, name), f"{key}._target_ is {target!r}, whose {name}")
     try:
         made = found(**more, **arguments)
     except UsageError:
@@ -77,6 +93,19 @@ def members(protocol: type) -> tuple[list[str], list[str]]:
         if inspect.isfunction(value) and (not name.startswith("_") or name in ("__call__", "__len__", "__getitem__"))
     ]
     return methods, [name for name in inspect.get_annotations(protocol) if not name.startswith("_")]
+
+
+def _check_signature(given: Any, wanted: Any, what: str) -> None:
+    """Raises ConfigError if a method cannot be called with the arguments that the protocol names."""
+    names = list(inspect.signature(wanted).parameters)
+    try:
+        signature = inspect.signature(given)
+    except ValueError:  # a method in C
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise ConfigError(f"{what} must take ({', '.join(names[1:])}); it takes {signature} ({error})") from error
 
 
 def _find(target: str, key: str) -> Any:

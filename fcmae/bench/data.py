@@ -39,6 +39,7 @@ from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.distributed import pick_device
 from fcmae.files import write_output
+from fcmae.grid import grid_size
 
 BASELINE = "baseline"
 OWN = "own"
@@ -216,7 +217,7 @@ def _baseline_epoch(data: DataConfig, batch: int, workers: int, device: torch.de
 
 def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
     source = train_source(data)
-    dataset = MaskedImages(source, pretrain_transform(data), (data.size[0] // PATCH) * (data.size[1] // PATCH), seed=0)
+    dataset = MaskedImages(source, pretrain_transform(data), grid_size(*data.size, PATCH), seed=0)
     plan = BatchPlan.create(len(source), batch, None, 1, seed=0)
     pin = device.type == "cuda"
     return lambda: TrainBatches(

@@ -1,6 +1,7 @@
 """What of a training step's speed remains when its images are read, instead of lying on the device already."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -59,16 +60,16 @@ def measure(
     """Each model with each feed, after one with images on the device. Raises UsageError."""
     for name in models:
         first = next(iter(data.values()))
-        step, num_patches = training_step(name, first, device)
+        step, grid = training_step(name, first, device)
         generator = torch.Generator().manual_seed(0)
         lying = []
         for _ in range(DISTINCT_BATCHES):
             imgs = torch.randint(0, 256, (batch_size, 3, *first.size), generator=generator, dtype=torch.uint8)
-            lying.append([imgs.to(device), torch.rand(batch_size, num_patches, generator=generator).to(device)])
+            lying.append([imgs.to(device), torch.rand(batch_size, math.prod(grid), generator=generator).to(device)])
         fastest = _speed(step, itertools.cycle(lying), batch_size, 5, seconds, device)
         yield FeedResult(name, SYNTHETIC, fastest, 1.0)
         for feed, cfg in data.items():
-            batches = _batches(cfg, batch_size, num_patches, workers, device)
+            batches = _batches(cfg, batch_size, grid, workers, device)
             # the batches that the workers are ahead do not count
             speed = _speed(step, batches, batch_size, workers * cfg.prefetch + 2, seconds, device)
             del batches
@@ -76,15 +77,17 @@ def measure(
         torch.compiler.reset()
 
 
-def training_step(name: str, data: DataConfig, device: torch.device) -> tuple[Callable[[Sequence[Tensor]], None], int]:
-    """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and L."""
+def training_step(
+    name: str, data: DataConfig, device: torch.device
+) -> tuple[Callable[[Sequence[Tensor]], None], tuple[int, int]]:
+    """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and the grid."""
     torch.manual_seed(0)
     try:
         model = FCMAE(name).to(device)
         keep = model.len_keep(*data.size)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    rows, cols = grid_size(*data.size, model.mask_patch_size)
+    grid = grid_size(*data.size, model.mask_patch_size)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
     if device.type == "cuda":
         model.compile()
@@ -103,14 +106,16 @@ def training_step(name: str, data: DataConfig, device: torch.device) -> tuple[Ca
         backward([part.to(device, non_blocking=True) for part in batch])
         optimizer.step()
 
-    return step, rows * cols
+    return step, grid
 
 
-def _batches(data: DataConfig, batch_size: int, num_patches: int, workers: int, device: torch.device) -> TrainBatches:
+def _batches(
+    data: DataConfig, batch_size: int, grid: tuple[int, int], workers: int, device: torch.device
+) -> TrainBatches:
     source = train_source(data)
     crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
     return TrainBatches(
-        MaskedImages(source, crop, num_patches, 0, data.crops_per_image, undecoded),
+        MaskedImages(source, crop, grid, 0, data.crops_per_image, undecoded),
         BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),
         rank=0,
         steps=range(STEPS_WITHOUT_END),

@@ -21,7 +21,7 @@ from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
-from fcmae.plugins import NAMED_BY
+from fcmae.plugins import NAMED_BY, is_named
 from fcmae.precision import PRECISIONS
 
 INIT_CHANNELS = ("strict", "repeat", "mean", "new")
@@ -59,11 +59,16 @@ class PretrainConfig(RunConfig):
     """``fcmae pretrain``."""
 
     model: FCMAEConfig = field(default_factory=FCMAEConfig)
+    mask: Any = None
+    """How the hidden patches are chosen, of which model.mask_ratio says how many: ``_target_``, a class, and its
+    arguments; mask=random, block, grid or weighted (docs/plugins.md). None = random."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mask = {"_target_": "fcmae.masks.RandomMask"} if self.mask is None else self.mask
+        check("mask", self.mask, is_named(self.mask), "null, or _target_: PACKAGE.CLASS and its arguments")
         found, scope = self.trainer.micro_batch_size == "auto", self.engine.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("engine.grn_scope", scope, not (found and scope == "batch"), allowed)

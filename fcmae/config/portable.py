@@ -1,6 +1,8 @@
-"""What of a config may leave the machine that trained: no paths, no arguments of a source of the user's own."""
+"""What of a config may leave the machine that trained: no paths, no arguments of the user's own classes."""
 
 from typing import Any
+
+from fcmae.plugins import is_named, is_ours
 
 LOCAL = ("name", "init_from", "init_channels", "logger")
 """Keys that say nothing of the weights, but of whose they are."""
@@ -9,14 +11,12 @@ LOCAL_DATA = ("path", "val_path", "source", "val_source", "split", "val_split", 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """The config that an export or an encoder file holds: a key that is missing has its default."""
-    kept = {key: value for key, value in config.items() if key not in LOCAL}
+    kept = {key: value for key, value in config.items() if key not in LOCAL and (key != "mask" or is_ours(value))}
     return {**kept, "data": {key: value for key, value in config["data"].items() if key not in LOCAL_DATA}}
 
 
 def without_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with sources of the user's own by the names of their classes alone: an argument may be a password."""
-    data = {
-        key: {"_target_": value["_target_"]} if key in ("source", "val_source") and value is not None else value
-        for key, value in config.get("data", {}).items()
-    }
-    return {**config, "data": data} if data else config
+    """The config with the user's own classes by their names alone: an argument may be a password."""
+    if is_named(config):
+        return config if is_ours(config) else {"_target_": config["_target_"]}
+    return {key: without_arguments(value) if isinstance(value, dict) else value for key, value in config.items()}

@@ -1,4 +1,4 @@
-"""Paths in Hydra's overrides: what a shell hands on is taken as it is, where Hydra's grammar would ask for quotes."""
+"""Overrides as users write them, where Hydra asks for quotes around paths and ``++`` before keys that are new."""
 
 import os
 
@@ -18,13 +18,19 @@ PATHS = (
 """Keys that hold one path, or several."""
 
 
+OPEN = ("mask", "data.source", "data.val_source")
+"""Keys that hold a class ``_target_`` and its arguments, which no schema knows."""
+
+
 def quoted(overrides: list[str]) -> list[str]:
-    """Overrides for Hydra, of which paths with signs that its grammar keeps for itself are quoted, and ~ expanded."""
+    """Overrides for Hydra: special characters in paths are quoted, ~ is expanded, arguments of a class may be added."""
     return [_quoted(override) for override in overrides]
 
 
 def _quoted(override: str) -> str:
     key, equals, value = override.partition("=")
+    if key.startswith(tuple(f"{name}." for name in OPEN)) or (key in OPEN and value.startswith("{")):
+        return f"++{override}"
     if not equals or key.lstrip("+") not in PATHS or _is_known(override, value):
         return override
     if value.startswith("[") and value.endswith("]"):

@@ -53,7 +53,7 @@ HARMLESS_GROUPS = ("logger.", "monitor.")
 
 MICRO_BATCH = "samples of a micro-batch, whose statistics engine.grn_scope=batch takes"
 """What else is part of the recipe then."""
-WHOLE = ("data.source", "data.val_source")
+WHOLE = ("data.source", "data.val_source", "mask")
 """Keys whose values are compared as one: what is in them depends on the class that they name."""
 
 

@@ -18,6 +18,7 @@ from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
 from fcmae.data.sources import Source
+from fcmae.masks import Mask, RandomMask, draw_scores
 from fcmae.randomness import Stream, derive, generator, seed_globals
 
 
@@ -29,37 +30,42 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
 
     Args:
         crop: makes a sample of an image.
-        num_patches: L.
+        grid: rows and columns of the L patches.
         crops_per_image: k.
         undecoded: leave the decoding of JPEGs to the device.
+        mask: scores the patches; the noise is its scores.
     """
 
     def __init__(
         self,
         source: Source,
         crop: RandomCrop,
-        num_patches: int,
+        grid: tuple[int, int],
         seed: int,
         crops_per_image: int = 1,
         undecoded: bool = False,
+        mask: Mask | None = None,
     ) -> None:
         self.source = source
         self.crop = crop
-        self.num_patches = num_patches
+        self.grid = grid
         self.seed = seed
         self.crops_per_image = crops_per_image
         self.undecoded = undecoded
+        self.mask = RandomMask() if mask is None else mask
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Tensor]:
         image = self.source[key[1]].image
         opened = open_image(image, self.crop.format)
-        if self.crops_per_image == 1 and not self.undecoded:
-            return self._cut([key], opened)[0], self._noise(key)
-        crops = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
-        noise = torch.stack([self._noise(counters) for counters in crops])
+        draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
-            return Undecoded(image, [self._draw(counters, opened) for counters in crops], self.crop.size), noise
-        return self._cut(crops, opened), noise
+            noise = torch.stack([self._noise(counters, None) for counters in draws])
+            return Undecoded(image, [self._draw(counters, opened) for counters in draws], self.crop.size), noise
+        crops = self._cut(draws, opened)
+        noise = torch.stack([self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)])
+        if self.crops_per_image == 1 and not self.undecoded:
+            return crops[0], noise[0]
+        return crops, noise
 
     def _cut(self, crops: Sequence[tuple[int, ...]], image: LazyImage) -> list[Tensor]:
         places = shared.places(len(crops), (self.crop.format.in_chans, *self.crop.size))
@@ -71,8 +77,8 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
     def _uniform(self, counters: tuple[int, ...]) -> Uniform:
         return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
 
-    def _noise(self, counters: tuple[int, ...]) -> Tensor:
-        return torch.rand(self.num_patches, generator=generator(self.seed, Stream.MASK, *counters))
+    def _noise(self, counters: tuple[int, ...], crop: Tensor | None) -> Tensor:
+        return draw_scores(self.mask, generator(self.seed, Stream.MASK, *counters), self.grid, crop)
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):

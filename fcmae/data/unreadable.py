@@ -24,14 +24,14 @@ class Item(NamedTuple):
     """A sample's parts, None if it could not be read, and the errors on the way to it."""
 
     parts: Any
-    errors: list[ImageError]
+    errors: list[UsageError]
 
 
 class Batch(NamedTuple):
     """The collated parts of the samples that could be read, None without any; all errors; the samples left out."""
 
     parts: Any
-    errors: list[ImageError]
+    errors: list[UsageError]
     left_out: int
 
 
@@ -49,12 +49,14 @@ class ErrorsAside(Dataset[Item]):
         self.dataset = dataset
 
     def __getitem__(self, key: Any) -> Item:
-        errors: list[ImageError] = []
+        errors: list[UsageError] = []
         for candidate in self.candidates(key):
             try:
                 return Item(self.dataset[candidate], errors)
             except ImageError as error:
                 errors.append(error)
+            except UsageError as error:  # of a class that the config names, such as the mask's: not the image's
+                return Item(None, [error])
         return Item(None, errors)
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Item]:
@@ -105,9 +107,11 @@ class BadSamples:
         Args:
             replaced: no sample may be left out.
 
-        Raises ImageError.
+        Raises ImageError, and any other UsageError that a sample raised.
         """
         for error in batch.errors:
+            if not isinstance(error, ImageError):
+                raise error
             if not self.skip:
                 hint = "data.on_error=skip would go on without it"
                 if batch.parts is None and batch.left_out > 1:
@@ -117,6 +121,7 @@ class BadSamples:
             self.counts[epoch] += 1
         if replaced and batch.left_out:
             last = batch.errors[-1]
+            assert isinstance(last, ImageError)
             raise ImageError(last.name, f"{last.reason}; it was the last of {1 + TRIES} tried for the same place")
         return batch.parts
 

@@ -22,6 +22,7 @@ from fcmae.config import (
     EvaluateConfig,
     FeaturesConfig,
     KnnConfig,
+    PretrainConfig,
     ProbeConfig,
     check,
     check_channels,
@@ -44,6 +45,7 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
+from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, known_of, model_of, random_encoder, unsaid
@@ -228,6 +230,7 @@ def reconstruct(
     mask_ratio: float | None = None,
     seed: int = 0,
     channels: Sequence[int] | None = None,
+    allow: Sequence[str] = (),
 ) -> Picture:
     """A picture of reconstructions by a pretraining checkpoint.
 
@@ -238,10 +241,11 @@ def reconstruct(
         mask_ratio: instead of the checkpoint's.
         seed: of the masks.
         channels: see :func:`fcmae.evaluation.display.choose`.
+        allow: classes that may be called although only the checkpoint names them.
     """
     check("--max-images", max_images, max_images > 0, "a positive integer")
     overrides = [image for image in images if image.startswith("data.") and "=" in image]
-    named = CheckpointConfig(checkpoint=path, data=from_dotlist(DataOverrides, overrides, "data"))
+    named = CheckpointConfig(path, data=from_dotlist(DataOverrides, overrides, "data"), allow=list(allow))
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
@@ -249,7 +253,9 @@ def reconstruct(
     if not isinstance(model, FCMAE):
         task = f"{path} is of the task {state['task']!r} and has no decoder"
         raise CheckpointError(f"{task}; give a pretraining run or one of its checkpoints")
-    cfg, data = config_of(state, file), _data(named, state, file)
+    cfg, data = config_of(state, file, allow), _data(named, state, file)
+    assert isinstance(cfg, PretrainConfig)
+    mask = create_mask(cfg.mask)
     if mask_ratio is not None:
         check("--mask-ratio", mask_ratio, 0 <= mask_ratio < 1, "a number in [0, 1)")
         model.mask_ratio = mask_ratio
@@ -261,10 +267,11 @@ def reconstruct(
         source = first(train_source(data), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
-    imgs = torch.stack([normalize(transform(sample), data.mean, data.std) for sample in samples])
-    rows, cols = grid_size(*data.size, model.mask_patch_size)
-    noise = torch.rand(len(imgs), rows * cols, generator=torch.Generator().manual_seed(seed))
-    return reconstruction_picture(model, imgs, data, random_mask(noise, model.len_keep(*data.size)), channels)
+    crops = [transform(sample) for sample in samples]
+    grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
+    scores = torch.stack([draw_scores(mask, rng, grid, crop) for crop in crops])
+    imgs = torch.stack([normalize(crop, data.mean, data.std) for crop in crops])
+    return reconstruction_picture(model, imgs, data, random_mask(scores, model.len_keep(*data.size)), channels)
 
 
 def _files(image: str, count: int) -> list[str]:

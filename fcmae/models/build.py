@@ -1,7 +1,7 @@
 """Models from configs and from checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from fcmae.config import (
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.models import FCMAE, create_backbone
-from fcmae.plugins import NAMED_BY
+from fcmae.plugins import named_by
 from fcmae.randomness import Stream, seed_globals
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -77,8 +77,11 @@ def build_classifier(cfg: ClassifierConfig, in_chans: int, num_classes: int, see
     return model
 
 
-def config_of(state: State, path: Path) -> RunConfig:
-    """The typed config that a checkpoint was trained with. Sources that it names as classes are marked: not called.
+def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfig:
+    """The typed config that a checkpoint was trained with. Classes that it names are marked, so that none is called.
+
+    Args:
+        allow: classes of masks that may be called.
 
     Raises CheckpointError, ConfigError.
     """
@@ -97,7 +100,9 @@ def config_of(state: State, path: Path) -> RunConfig:
     for name in ("source", "val_source"):
         given = getattr(cfg.data, name)
         if given is not None:
-            setattr(cfg.data, name, {**given, NAMED_BY: str(path)})
+            setattr(cfg.data, name, named_by(path, given))
+    if isinstance(cfg, PretrainConfig):
+        cfg.mask = named_by(path, cfg.mask, allow)
     return cfg
 
 

@@ -21,6 +21,7 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.loggers.logger import RunLogger
+from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
@@ -44,8 +45,8 @@ class Pretraining:
         self.model: FCMAE = build_fcmae(cfg)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = train_source(cfg.data)
-        rows, cols = grid_size(*cfg.data.size, self.model.mask_patch_size)
-        self.num_patches = rows * cols
+        self.mask = create_mask(cfg.mask, cfg.data.decode_on)
+        self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes = list(self.start.notes)
         self._told = False
@@ -63,7 +64,7 @@ class Pretraining:
     def dataset(self) -> Dataset:
         data = self.cfg.data
         crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
-        return MaskedImages(self.source, crop, self.num_patches, self.cfg.seed, data.crops_per_image, undecoded)
+        return MaskedImages(self.source, crop, self.grid, self.cfg.seed, data.crops_per_image, undecoded, self.mask)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:
@@ -101,7 +102,8 @@ class Pretraining:
         order = torch.randperm(len(self.source), generator=rng).tolist()
         singles = readable((collate([samples[i]]) for i in order), len(order), data.on_error == "skip", data.max_bad)
         imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
-        mask = random_mask(torch.rand(len(imgs), self.num_patches, generator=rng), self.keep).to(device)
+        scores = torch.stack([draw_scores(self.mask, rng, self.grid, crop) for crop in imgs.cpu()])
+        mask = random_mask(scores, self.keep).to(device)
         imgs = normalize(imgs, data.mean, data.std)
         was_training = self.model.training
         picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)

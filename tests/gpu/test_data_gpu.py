@@ -69,7 +69,7 @@ def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
 
     def read(undecoded):
         return TrainBatches(
-            MaskedImages(Files(), crop, 4, seed=0, undecoded=undecoded),
+            MaskedImages(Files(), crop, (2, 2), seed=0, undecoded=undecoded),
             plan,
             rank=0,
             steps=range(3),

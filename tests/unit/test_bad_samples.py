@@ -41,7 +41,7 @@ def folder():
 
 def batches(source, skip, plan=None, rank=0, steps=range(2), workers=0):
     plan = plan or BatchPlan.create(len(source), len(source), None, 1, seed=0)
-    dataset = MaskedImages(source, pretrain_transform(CFG), 4, plan.seed)
+    dataset = MaskedImages(source, pretrain_transform(CFG), (2, 2), plan.seed)
     return TrainBatches(dataset, plan, rank, steps, Workers(workers), skip)
 
 

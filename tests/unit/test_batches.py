@@ -54,7 +54,7 @@ def batches(dataset, plan, workers, prefetch=2, start=0, stop=6):
 def test_batches_stay_what_they_are(workers, prefetch):
     """However many are taken before one is looked at: memory that workers use again is not what was handed out."""
     plan = BatchPlan.create(24, 4, 2, 1, seed=0)
-    dataset = MaskedImages(Files(), pretrain_transform(CFG), 1, seed=0)
+    dataset = MaskedImages(Files(), pretrain_transform(CFG), (1, 1), seed=0)
     kept = list(batches(dataset, plan, workers, prefetch))
     expected = list(batches(dataset, plan, 0))
     assert len(kept) == 12
@@ -184,7 +184,7 @@ def test_a_batch_with_images_that_cannot_be_read(worker):
                 raise ImageError(self.describe(index), "torn")
             return super().__getitem__(index)
 
-    samples = errors_aside(MaskedImages(Torn(), pretrain_transform(CFG), 4, seed=0), 24, 0, skip=True)
+    samples = errors_aside(MaskedImages(Torn(), pretrain_transform(CFG), (2, 2), seed=0), 24, 0, skip=True)
     keys = [(0, index) for index in range(8)]
     ours = collate(samples.__getitems__(keys)).parts
     theirs = [samples[key].parts for key in keys]
@@ -217,8 +217,8 @@ def test_crops_do_not_change_what_ranks_share(ranks, micro):
 @pytest.mark.parametrize("undecoded", [False, True])
 def test_the_crops_of_an_image_differ_and_the_first_is_that_of_one(workers, undecoded):
     crop, device = pretrain_transform(CFG), torch.device("cpu")
-    one = MaskedImages(Files(), crop, 4, seed=0)
-    three = MaskedImages(Files(), crop, 4, seed=0, crops_per_image=3, undecoded=undecoded)
+    one = MaskedImages(Files(), crop, (2, 2), seed=0)
+    three = MaskedImages(Files(), crop, (2, 2), seed=0, crops_per_image=3, undecoded=undecoded)
     plan = BatchPlan.create(24, 6, 6, 1, seed=0, crops_per_image=3)
     for step, (imgs, masks) in enumerate(batches(three, plan, workers)):
         imgs = imgs.to(device)
@@ -236,8 +236,8 @@ def test_files_left_to_the_device_give_the_same_samples(workers):
     """Here the device is the CPU, whose decoder is the same."""
     crop = pretrain_transform(CFG)
     plan = BatchPlan.create(24, 8, 4, 1, seed=0)
-    decoded = list(batches(MaskedImages(Files(), crop, 4, seed=0), plan, 0))
-    packed = list(batches(MaskedImages(Files(), crop, 4, seed=0, undecoded=True), plan, workers))
+    decoded = list(batches(MaskedImages(Files(), crop, (2, 2), seed=0), plan, 0))
+    packed = list(batches(MaskedImages(Files(), crop, (2, 2), seed=0, undecoded=True), plan, workers))
     assert any(isinstance(imgs, PackedImages) and len(imgs.decoded) for imgs, _ in packed)
     for ours, theirs in zip(packed, decoded, strict=True):
         assert torch.equal(ours[0].to(torch.device("cpu"), non_blocking=True), theirs[0])
@@ -308,7 +308,7 @@ def test_workers_end_with_python():
     """Also if batches are left, though they ignore the signal that Python would end them by."""
     script = (
         "from tests.unit.test_batches import *\n"
-        "dataset = MaskedImages(Files(), pretrain_transform(CFG), 4, seed=0)\n"
+        "dataset = MaskedImages(Files(), pretrain_transform(CFG), (2, 2), seed=0)\n"
         "left = batches(dataset, BatchPlan.create(24, 4, 2, 1, seed=0), 2)\n"
         "next(left)\n"
     )

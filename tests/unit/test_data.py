@@ -124,14 +124,14 @@ CFG = DataConfig(name="synthetic", image_size=32, length=50, in_chans=3)
 
 def test_pretraining_samples_are_raw_and_functions_of_seed_epoch_and_index():
     source = Synthetic(50, 3, (40, 40))
-    dataset = MaskedImages(source, pretrain_transform(CFG), 16, seed=0)
+    dataset = MaskedImages(source, pretrain_transform(CFG), (4, 4), seed=0)
     image, noise = dataset[3, 7]
     assert (image.shape, image.dtype, noise.shape) == ((3, 32, 32), torch.uint8, (16,))
     torch.rand(5)  # whatever was drawn before
     again = dataset[3, 7]
     assert torch.equal(image, again[0])
     assert torch.equal(noise, again[1])
-    for other in (dataset[4, 7], dataset[3, 8], MaskedImages(source, pretrain_transform(CFG), 16, seed=1)[3, 7]):
+    for other in (dataset[4, 7], dataset[3, 8], MaskedImages(source, pretrain_transform(CFG), (4, 4), seed=1)[3, 7]):
         assert not torch.equal(noise, other[1])
 
 
@@ -240,7 +240,7 @@ def test_starting_late_gives_the_same_batches():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(workers):
     plan = BatchPlan.create(50, 10, 5, 1, seed=0)
-    dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), 16, seed=0)
+    dataset = MaskedImages(Synthetic(50, 3, (40, 40)), pretrain_transform(CFG), (4, 4), seed=0)
 
     def read(count):
         return list(TrainBatches(dataset, plan, 0, range(3, 6), Workers(count)))

@@ -62,7 +62,7 @@ ALLOWED = {
     "config": set(),
     "engines": {"kernels", "masks"},
     "targets": {"masks"},
-    "data": {"config"},
+    "data": {"config", "masks"},
     "checkpoints": {"config"},
     "optim": {"config", "engines"},
     "models": {"checkpoints", "config", "engines", "kernels", "masks", "targets"},

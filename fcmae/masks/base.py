@@ -1,0 +1,65 @@
+"""What a mask strategy is, how a config names one, and how its scores are checked."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fcmae.errors import ConfigError, UsageError
+from fcmae.plugins import create
+
+
+class Mask(Protocol):
+    """Scores the patches of one image; the patches with the lowest scores stay visible."""
+
+    needs_pixels: bool
+    """Whether :meth:`scores` reads the crop, which then cannot be left to the GPU to decode (data.decode_on)."""
+
+    def scores(self, rng: torch.Generator, rows: int, cols: int, crop: Tensor | None) -> Tensor:
+        """Scores of the patches in row-major order, floats ``[rows * cols]``, finite.
+
+        Args:
+            rng: the only source of randomness; a function of the seed, the epoch and the sample.
+            crop: the image ``[C, H, W]`` before normalisation: uint8, uint16, or the float32 of a data.source. None
+                where the GPU decodes it, and only if ``needs_pixels`` is False.
+
+        Raises ValueError for an image that it cannot score.
+        """
+        ...
+
+
+def create_mask(given: dict[str, Any] | None, decode_on: str = "cpu") -> Mask:
+    """The strategy that ``mask._target_`` names. Raises ConfigError, also for one that needs pixels it cannot get.
+
+    Args:
+        decode_on: data.decode_on.
+    """
+    mask: Mask = create(given, "mask", Mask)
+    if mask.needs_pixels and decode_on != "cpu":
+        raise ConfigError(
+            f"data.decode_on must be cpu with mask._target_={_name(mask)}, which reads the pixels; got {decode_on}"
+        )
+    return mask
+
+
+def draw_scores(mask: Mask, rng: torch.Generator, grid: tuple[int, int], crop: Tensor | None) -> Tensor:
+    """The scores of one image by ``mask``, checked: float32 ``[rows * cols]``. Raises UsageError.
+
+    Args:
+        grid: rows and columns of patches.
+    """
+    rows, cols = grid
+    try:
+        scores = mask.scores(rng, rows, cols, crop)
+    except ValueError as error:
+        raise UsageError(f"mask: {_name(mask)} fails: {error}") from error
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (rows * cols,):
+        got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise UsageError(f"mask: {_name(mask)}.scores must return a float tensor [{rows * cols}]; got {got}")
+    if not scores.isfinite().all():
+        raise UsageError(f"mask: {_name(mask)}.scores must return finite numbers; got infinity or NaN")
+    return scores.float()
+
+
+def _name(mask: Mask) -> str:
+    return f"{type(mask).__module__}.{type(mask).__qualname__}"
