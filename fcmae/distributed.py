@@ -18,7 +18,6 @@ from fcmae.errors import EXIT_ERROR, FCMAEError, PeerError, UsageError
 from fcmae.processes import Process
 
 T = TypeVar("T")
-START_FORMAT = "%Y-%m-%d_%H-%M-%S"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def start_time() -> str:
 
     The processes of a launch would each read their own clock, and their run directories would differ.
     """
-    now = datetime.datetime.now().strftime(START_FORMAT)
+    now = launch.now()
     if launch.detect().size == 1:
         return now
     store, rank, _ = _store()
@@ -134,7 +133,7 @@ def _checked_time(told: bytes) -> str:
     """The start time that another rank says; it becomes a folder's name. Raises UsageError."""
     try:
         time = told.decode("ascii")
-        if datetime.datetime.strptime(time, START_FORMAT).strftime(START_FORMAT) == time:
+        if datetime.datetime.strptime(time, launch.START_FORMAT).strftime(launch.START_FORMAT) == time:
             return time
     except ValueError:
         pass

@@ -176,6 +176,8 @@ def _submitted(task: Callable[[], object]) -> None:
 
 
 def _start_time() -> str:
+    if launch.detect().size == 1:
+        return launch.now()  # without importing torch
     with quick_imports():
         from fcmae.distributed import start_time
 

@@ -5,11 +5,20 @@ The one place that reads a launcher's environment. Imports nothing that takes ti
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 SPECIAL_STEPS = 0xFFFFFFF0
 """SLURM's steps from here on are its own: an interactive salloc's shell, a batch script, ..."""
+
+
+START_FORMAT = "%Y-%m-%d_%H-%M-%S"
+
+
+def now() -> str:
+    """The time as year-month-day_hour-minute-second, by the clock of this process."""
+    return time.strftime(START_FORMAT)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fcmae
+from tests.conftest import run_python
 
 ROOT = Path(fcmae.__file__).parent
 
@@ -86,3 +87,13 @@ def test_every_package_that_others_import_is_named(graph):
     folders = {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
     assert folders - set(ALLOWED) <= {"bench", "doctor"}  # nothing imports these but the command line
     assert not [name for name in ALLOWED if graph[name] & {"bench", "doctor", "cli", "demo"}]
+
+
+def test_a_config_mistake_is_found_without_importing_torch(tmp_path):
+    """torch alone takes longer than composing the config and checking it."""
+    script = (
+        "import sys; from fcmae.cli import main\n"
+        "code = main(['pretrain', 'trainer.global_batch_size=-3'])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
+    )
+    assert "trainer.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr
