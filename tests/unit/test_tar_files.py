@@ -17,7 +17,7 @@ from fcmae.data.sources import WebDataset, require_labels, train_source
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
-from tests.unit.test_sources import png
+from tests.unit.test_image_folders import png
 
 
 @pytest.fixture(autouse=True)
