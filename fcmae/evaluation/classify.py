@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.checkpoints.resume import say
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
@@ -29,6 +29,7 @@ def classified(
     model: nn.Module,
     source: Source,
     cfg: DataConfig,
+    loader: LoaderConfig,
     batch_size: int,
     precision: str,
     world: World,
@@ -39,7 +40,7 @@ def classified(
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
     model.eval()
-    for imgs, labels, places in batches(source, cfg, batch_size, world, stop=stop):
+    for imgs, labels, places in batches(source, cfg, loader, batch_size, world, stop=stop):
         with torch.inference_mode(), autocast(world.device, precision):
             logits = model(imgs).float()
         yield Classified(logits, labels, places)
