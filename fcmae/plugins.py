@@ -19,7 +19,7 @@ from fcmae.errors import ConfigError, UsageError
 
 NAMED_BY = "_named_by_"
 """Entry of an object that a file names, not the user; its value is the file."""
-OURS = re.compile(r"fcmae\.(masks|targets)\.\w+")
+OURS = re.compile(r"fcmae\.(masks|targets|tasks\.objectives)\.\w+")
 """Classes of the package that a file may name."""
 
 

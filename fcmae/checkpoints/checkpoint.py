@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fcmae.checkpoints import encoder, torch_file
-from fcmae.config import check_plain, upgraded
+from fcmae.config import check_plain
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
@@ -140,7 +140,7 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
         check_plain(known.get("config"))
     except ConfigError as error:
         raise CheckpointError(f"the config in {path} is refused: {error}") from error
-    return {**state, "config": upgraded(known["config"])} if "config" in known else state
+    return state
 
 
 def _is_weights(value: Any) -> bool:
@@ -151,6 +151,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "task": lambda value: isinstance(value, str),
     "step": lambda value: type(value) is int and 0 <= value < 2**63,
     "config": lambda value: isinstance(value, dict),
+    "objective": lambda value: isinstance(value, dict),
     "model": _is_weights,
     "ema": _is_weights,
     "classes": lambda value: isinstance(value, list) and all(type(name) is str for name in value),

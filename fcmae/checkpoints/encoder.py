@@ -38,7 +38,7 @@ def backbone_weights(state: State) -> dict[str, Tensor]:
     """The encoder's weights in a checkpoint of either task, as timm names them. Densifying is dropping the decoder."""
     prefix = "backbone."
     weights = state.get("ema") or state["model"]
-    if state["task"] == "pretrain":
+    if any(name.startswith(prefix) for name in weights):
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return weights
 

@@ -6,6 +6,7 @@ Hydra composes, OmegaConf checks names and types against these classes, ``__post
 
 from fcmae.config.checks import check, check_channels, mistaken
 from fcmae.config.commands import (
+    CLASSIFY,
     COMMANDS,
     CheckpointConfig,
     DataOverrides,
@@ -20,14 +21,12 @@ from fcmae.config.commands import (
 from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import AugmentConfig, DataConfig
-from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.places import check_outputs, check_places, not_set
 from fcmae.config.plain import check_plain
 from fcmae.config.portable import portable, without_arguments
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.quoting import quoted
-from fcmae.config.renamed import upgraded
 from fcmae.config.training import (
     LoggerConfig,
     MonitorConfig,
@@ -38,6 +37,7 @@ from fcmae.config.training import (
 from fcmae.config.typed import explain, from_dict, from_dotlist, to_dict, to_typed
 
 __all__ = [
+    "CLASSIFY",
     "COMMANDS",
     "AugmentConfig",
     "BackboneConfig",
@@ -51,7 +51,6 @@ __all__ = [
     "FeaturesConfig",
     "FinetuneConfig",
     "KnnConfig",
-    "LoaderConfig",
     "LoggerConfig",
     "MonitorConfig",
     "OptimConfig",
@@ -81,6 +80,5 @@ __all__ = [
     "register_schemas",
     "to_dict",
     "to_typed",
-    "upgraded",
     "without_arguments",
 ]

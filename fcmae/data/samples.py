@@ -4,7 +4,7 @@ A training sample is a function of (seed, epoch, index), whichever process reads
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
-from fcmae.data.sources import Source
+from fcmae.data.sources import Sample, Source
 from fcmae.masks import Mask, RandomMask, draw_scores
 from fcmae.randomness import Stream, derive, generator, seed_globals
 
@@ -81,35 +81,49 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         return draw_scores(self.mask, generator(self.seed, Stream.MASK, *counters), self.grid, crop)
 
 
-class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Samples for fine-tuning: (image, label)."""
+Target = Callable[[Sample, Source, int], float | Tensor]
+"""Takes a sample, its source and its index; returns the target of the sample."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+
+def label_of(sample: Sample, source: Source, index: int) -> int:
+    """The index of the class, or -1 without one."""
+    return -1 if sample.label is None or source.classes is None else sample.label
+
+
+def _with_target(source: Source, index: int, transform: Transform, target: Target) -> tuple[Tensor, Any]:
+    sample = source[index]
+    image, value = transform(sample.image), target(sample, source, index)
+    return image, torch.tensor(value) if isinstance(value, float) else value  # a batch of floats would be float64
+
+
+class LabelledImages(Dataset[tuple[Tensor, Any]]):
+    """Samples for fine-tuning: (image, target)."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, target: Target = label_of) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.target = target
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Any]:
         epoch, index = key
         seed_globals(self.seed, Stream.AUGMENT, epoch, index)
-        image, label = self.source[index]
-        assert label is not None
-        return self.transform(image), label
+        return _with_target(self.source, index, self.transform, self.target)
 
 
-class EvaluationImages(Dataset[tuple[Tensor, int]]):
-    """Samples for evaluation, in the order of the source: (image, label or -1)."""
+class EvaluationImages(Dataset[tuple[Tensor, Any]]):
+    """Samples for evaluation, in the order of the source: (image, target)."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
+    def __init__(self, source: Source, transform: Transform, target: Target = label_of) -> None:
         self.source = source
         self.transform = transform
+        self.target = target
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.source[index]
-        return self.transform(image), -1 if label is None else label
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return _with_target(self.source, index, self.transform, self.target)
 
 
 class CroppedImages(Dataset[tuple[Tensor, int]]):

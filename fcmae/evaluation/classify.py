@@ -1,53 +1,49 @@
-"""Accuracy of a classifier over exactly the validation set, on any number of ranks."""
+"""What a network gives for exactly the validation set, on any number of ranks, and the accuracy of a classifier."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fcmae.checkpoints.resume import say
-from fcmae.config import DataConfig, LoaderConfig
+from fcmae.config import DataConfig
+from fcmae.data.pixels.transforms import eval_transform
+from fcmae.data.samples import EvaluationImages, Target, label_of
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
+from fcmae.models.objective import Predictions
 from fcmae.precision import autocast
 
 TOP5_FROM = 6
 """Classes from which on the accuracy of five guesses says anything."""
 
 
-class Classified(NamedTuple):
-    """A batch: float32 logits ``[N, classes]``; int64 labels or -1; int64 places in the source."""
-
-    logits: Tensor
-    labels: Tensor
-    places: Tensor
-
-
-def classified(
+def predictions(
     model: nn.Module,
     source: Source,
     cfg: DataConfig,
-    loader: LoaderConfig,
     batch_size: int,
     precision: str,
     world: World,
     stop: Callable[[], bool] = never,
-) -> Iterator[Classified]:
+    target: Target = label_of,
+) -> Iterator[Predictions]:
     """This rank's share of the source, every image once over all ranks.
 
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
     model.eval()
-    for imgs, labels, places in batches(source, cfg, loader, batch_size, world, stop=stop):
+    samples = EvaluationImages(source, eval_transform(cfg), target)
+    for imgs, targets, places in batches(source, cfg, batch_size, world, samples, stop):
         with torch.inference_mode(), autocast(world.device, precision):
-            logits = model(imgs).float()
-        yield Classified(logits, labels, places)
+            outputs = tree_map_only(Tensor, Tensor.float, model(imgs))
+        yield Predictions(outputs, targets, places)
 
 
 def accuracy(
-    share: Iterable[Classified],
+    share: Iterable[Predictions],
     world: World,
     *,
     accepted: Sequence[Sequence[int]] | None = None,
@@ -59,7 +55,7 @@ def accuracy(
     and a line says how many there were.
 
     Args:
-        share: what this rank :func:`classified`.
+        share: the :func:`predictions` of this rank; outputs are logits ``[N, classes]``, targets int64 labels or -1.
         accepted: the classes that are right for each image, instead of the source's label; images with none are left
             out (ImageNet-ReaL, arXiv 2006.07159).
         confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class

@@ -21,8 +21,8 @@ from fcmae.config import (
     DataOverrides,
     EvaluateConfig,
     FeaturesConfig,
+    FinetuneConfig,
     KnnConfig,
-    LoaderConfig,
     PretrainConfig,
     ProbeConfig,
     check,
@@ -35,12 +35,12 @@ from fcmae.config.unset import settled_backbone
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import CroppedImages
-from fcmae.data.sources import ImageFolder, Source, train_source, val_source, with_classes
+from fcmae.data.sources import ImageFolder, Source, train_source, val_source
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
-from fcmae.evaluation.classify import accuracy, classified
+from fcmae.evaluation.classify import accuracy, predictions
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
@@ -49,7 +49,7 @@ from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
-from fcmae.models.build import config_of, known_of, model_of, random_encoder, unsaid
+from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
 
 
 @contextlib.contextmanager
@@ -84,11 +84,8 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         data = _data(cfg, state, file)
         if world.is_main and unsaid(state):
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
-        model = model_of(state, file)
-        backbone = model.backbone if isinstance(model, FCMAE) else model
-        extractor = Extractor(
-            backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling, loader=cfg.loader
-        )
+        backbone = encoder_of(state, file)
+        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
         random = cfg.checkpoint == RANDOM
         if cfg.cache is None or (random and cfg.cache == "run"):
             yield extractor, extractor
@@ -132,7 +129,7 @@ def _features_folder(file: Path) -> Path:
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
-    """Top-1 and top-5 of a fine-tuned checkpoint, with its averaged weights too where it kept some.
+    """The metrics of a fine-tuned checkpoint's objective, with its averaged weights too where it kept some.
 
     The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
     first.
@@ -147,26 +144,34 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
             f"{file} is of the task {state['task']!r} and has no classifier; fine-tune it, or use knn or probe"
         )
     data = _data(cfg, state, file)
-    classes: list[str] = state["classes"]
-    if not classes:
+    own = config_of(state, file, cfg.allow)
+    assert isinstance(own, FinetuneConfig)
+    objective = objective_of(state, own)
+    if objective.outputs == 0:
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
-    source = val_source(data, cfg.loader)
+    source = val_source(data)
+    classes: list[str] = state.get("classes") or []
+    tables = cfg.per_class is not None or cfg.confusion is not None
+    if (tables or cfg.labels is not None) and objective.num_classes is None:
+        raise UsageError(f"labels, per_class and confusion must be null: the targets of {file} are no classes")
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
     if accepted is None:
-        source, notes = with_classes(source, "data.val_path", classes, str(file))
+        source, notes = objective.validation(source, "data.val_path", str(file))
         for note in notes + one_class(classes) if world.is_main else ():
             say(note)
-    tables = cfg.per_class is not None or cfg.confusion is not None
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
     result: dict[str, float] = {}
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema).to(world.device)
+        model = model_of(state, file, ema, cfg.allow).to(world.device)
         confusion = None
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-        share = classified(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world)
-        metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
+        share = predictions(model, source, data, cfg.batch_size, cfg.precision, world, target=objective.target)
+        if tables or accepted is not None:
+            metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
+        else:
+            metrics = objective.metrics(share, world)
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
     if confusion is not None:
         total = world.sum(confusion).cpu()
@@ -187,7 +192,6 @@ def knn(cfg: KnnConfig) -> dict[str, float] | None:
         world = extractor.world
         result = knn_of(
             extractor.data,
-            cfg.loader,
             extract,
             world,
             ks=cfg.k,
@@ -205,15 +209,13 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
     """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
         data, world = extractor.data, extractor.world
-        train, val, classes, notes = labelled_sources(data, cfg.loader, cfg.seed)
+        train, val, classes, notes = labelled_sources(data, cfg.seed)
         for note in notes if world.is_main else ():
             say(note)
 
-        crop = pretrain_transform(data, cfg.loader.max_pixels)
-
         def cropped() -> Iterator[Features]:
             for epoch in itertools.count():
-                yield extractor(train, CroppedImages(train, crop, cfg.seed, epoch))
+                yield extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
 
         epochs = cropped() if cfg.random_crops else itertools.repeat(extract(train))
         known = extract(val)
@@ -242,8 +244,7 @@ def reconstruct(
 
     Args:
         images: image files; folders, of which the first images are taken; and overrides ``data.KEY=VALUE`` of the
-            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``;
-            and overrides ``loader.KEY=VALUE``.
+            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``.
         max_images: rows.
         mask_ratio: instead of the checkpoint's.
         seed: of the masks.
@@ -251,11 +252,8 @@ def reconstruct(
         allow: classes that may be called although only the checkpoint names them.
     """
     check("--max-images", max_images, max_images > 0, "a positive integer")
-    how = [image for image in images if image.startswith("loader.") and "=" in image]
     overrides = [image for image in images if image.startswith("data.") and "=" in image]
-    loader = from_dotlist(LoaderConfig, how, "loader")
-    given: Any = from_dotlist(DataOverrides, overrides, "data")
-    named = CheckpointConfig(path, data=given, loader=loader, allow=list(allow))
+    named = CheckpointConfig(path, data=from_dotlist(DataOverrides, overrides, "data"), allow=list(allow))
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
@@ -271,12 +269,12 @@ def reconstruct(
         model.mask_ratio = mask_ratio
     check_channels("--channels", channels, data.in_chans)
     channels = channels or cfg.logger.channels
-    files = [file for image in images if image not in (*overrides, *how) for file in _files(image, max_images)]
+    files = [file for image in images if image not in overrides for file in _files(image, max_images)]
     samples: list[Tensor | Encoded] = [read_file(file) for file in files[:max_images]]
     if overrides:
-        source = first(train_source(data, loader), max(0, max_images - len(samples)))
+        source = first(train_source(data), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
-    transform = eval_transform(dataclasses.replace(data, crop_pct=1.0), loader.max_pixels)
+    transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
     crops = [transform(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
     scores = torch.stack([draw_scores(mask, rng, grid, crop) for crop in crops])

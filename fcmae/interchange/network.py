@@ -26,7 +26,7 @@ from fcmae.engines.convnext import blocks, grn, is_gelu, stages, stem
 from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
-from fcmae.models.build import build_classifier, build_fcmae, check_size, config_of, model_of
+from fcmae.models.build import build_classifier, build_fcmae, check_size, config_of, encoder_of, is_classifier, model_of
 from fcmae.version import versions
 
 # The models known to timm: (depths, first width), each stage twice as wide as the one before.
@@ -118,10 +118,13 @@ class Network:
         """From a checkpoint or a run's directory. ``ema``: the averaged weights, where the run kept some."""
         file = checkpoint.resolve(path)
         state = checkpoint.read(file)
-        model = model_of(state, file, ema)
-        fcmae = model if isinstance(model, FCMAE) else None
-        backbone = model.backbone if isinstance(model, FCMAE) else model
-        return cls(backbone, config_of(state, file), state.get("classes", []), fcmae, state, file)
+        cfg = config_of(state, file)
+        if state["task"] == "pretrain":
+            fcmae = model_of(state, file, ema)
+            assert isinstance(fcmae, FCMAE)
+            return cls(fcmae.backbone, cfg, [], fcmae, state, file)
+        classes = state.get("classes", []) if isinstance(cfg, FinetuneConfig) and is_classifier(cfg) else []
+        return cls(encoder_of(state, file, ema), cfg, classes, None, state, file)
 
     @property
     def backbone_config(self) -> FCMAEConfig | ClassifierConfig:

@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import State
-from fcmae.checkpoints.encoder import TASK
+from fcmae.checkpoints.encoder import TASK, backbone_weights
 from fcmae.config import (
+    CLASSIFY,
     BackboneConfig,
     ClassifierConfig,
     FinetuneConfig,
@@ -22,9 +23,11 @@ from fcmae.config import (
     from_dict,
 )
 from fcmae.engines import available_engines
-from fcmae.errors import CheckpointError, UsageError
+from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.models import FCMAE, create_backbone
-from fcmae.plugins import named_by
+from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.objective import Objective
+from fcmae.plugins import create, named_by
 from fcmae.randomness import Stream, seed_globals
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -49,7 +52,7 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
             decoder_embed_dim=model.decoder_embed_dim,
             decoder_depth=model.decoder_depth,
             engine=cfg.engine.name,
-            grn_scope=cfg.model.grn_scope,
+            grn_scope=cfg.engine.grn_scope,
             init=model.init,
             recompute_stages=cfg.engine.recompute_stages,
             backbone_kwargs=model.backbone_kwargs(),
@@ -77,11 +80,32 @@ def build_classifier(cfg: ClassifierConfig, in_chans: int, num_classes: int, see
     return model
 
 
+def build_network(cfg: FinetuneConfig, objective: Objective) -> ConvNeXt | Headed:
+    """The network of fine-tuning with its initial weights, a function of the seed. Raises UsageError."""
+    backbone = build_classifier(cfg.model, cfg.data.in_chans, objective.outputs or 0, cfg.seed)
+    if objective.outputs is not None:
+        return backbone
+    widths: list[Any] = [stage["num_chs"] for stage in backbone.feature_info]
+    head = objective.head(widths)
+    if not isinstance(head, nn.Module):
+        raise ConfigError(
+            f"objective: {cfg.objective['_target_']}.head must return a torch.nn.Module; got {type(head).__name__}"
+        )
+    return Headed(backbone, head)
+
+
+def objective_of(state: State, cfg: FinetuneConfig) -> Objective:
+    """The objective of a fine-tuning checkpoint, with what it learned. Raises ConfigError."""
+    objective: Objective = create(cfg.objective, "objective", Objective)
+    objective.load_state_dict({**(state.get("objective") or {}), "classes": state.get("classes") or []})
+    return objective
+
+
 def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfig:
     """The typed config that a checkpoint was trained with. Classes that it names are marked, so that none is called.
 
     Args:
-        allow: classes of masks that may be called.
+        allow: classes of masks and objectives that may be called.
 
     Raises CheckpointError, ConfigError.
     """
@@ -103,6 +127,8 @@ def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfi
             setattr(cfg.data, name, named_by(path, given))
     if isinstance(cfg, PretrainConfig):
         cfg.mask = named_by(path, cfg.mask, allow)
+    if isinstance(cfg, FinetuneConfig):
+        cfg.objective = named_by(path, cfg.objective, allow)
     return cfg
 
 
@@ -208,36 +234,64 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {left} more" if left > 0 else "")
 
 
-def load(path: str | Path, ema: bool = True) -> FCMAE | ConvNeXt:
+def load(path: str | Path, ema: bool = True, allow: Collection[str] = ()) -> FCMAE | ConvNeXt | Headed:
     """Rebuilds the model of a checkpoint from that file alone.
 
     Args:
         path: a checkpoint file; or ``RUN``, ``RUN@best``, ``RUN@last`` or ``RUN@STEP``. Of ``RUN`` alone the best
             checkpoint is taken where one was kept, else the newest.
         ema: take the averaged weights where the run kept some.
+        allow: classes, as ``_target_`` names them, that may be called although only the checkpoint names them.
 
     Returns:
         An :class:`fcmae.FCMAE` (``.backbone`` is the timm ConvNeXt) from pretraining, a timm classifier from
-        fine-tuning, a timm backbone from an encoder file; in evaluation mode, on the CPU.
+        fine-tuning (with an objective that has a head of its own: ``.backbone`` and ``.head``), a timm backbone from an
+        encoder file; in evaluation mode, on the CPU.
     """
     file = checkpoint.resolve(path)
-    return model_of(checkpoint.read(file), file, ema)
+    return model_of(checkpoint.read(file), file, ema, allow)
 
 
-def model_of(state: State, path: Path, ema: bool = True) -> FCMAE | ConvNeXt:
+def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] = ()) -> FCMAE | ConvNeXt | Headed:
     """The model in a checkpoint's state, in evaluation mode."""
     if state.get("task") == TASK:
         return _encoder_of(state, path)
-    cfg = config_of(state, path)
+    cfg = config_of(state, path, allow)
     assert isinstance(cfg, PretrainConfig | FinetuneConfig)
     if isinstance(cfg, PretrainConfig) and cfg.engine.name not in available_engines():
         cfg.engine.name = "packed"  # computes the same
     weights = (state.get("ema") if ema else None) or state["model"]
-    num_classes = len(state.get("classes") or [])
-    check_size(cfg, num_classes, weights, path)
-    model = build_model(cfg, num_classes)
+    model: FCMAE | ConvNeXt | Headed
+    if isinstance(cfg, PretrainConfig):
+        check_size(cfg, 0, weights, path)
+        model = build_fcmae(cfg)
+    else:
+        objective = objective_of(state, cfg)
+        check_size(cfg, objective.outputs or 0, weights, path)
+        model = build_network(cfg, objective)
     load_state(model, weights, path)
     return model.eval()
+
+
+def encoder_of(state: State, path: Path, ema: bool = True) -> ConvNeXt:
+    """The backbone in a checkpoint of any task, as a timm classifier where it is one; calls no class of an objective.
+
+    In evaluation mode.
+    """
+    cfg = None if state.get("task") == TASK else config_of(state, path)
+    if not isinstance(cfg, FinetuneConfig) or is_classifier(cfg):
+        return backbone_of(model_of(state, path, ema))
+    weights = backbone_weights(state if ema else {**state, "ema": None})
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.fc.")}
+    check_size(cfg, 0, weights, path)
+    model = build_classifier(cfg.model, cfg.data.in_chans, 0, cfg.seed)
+    load_state(model, weights, path)
+    return model.eval()
+
+
+def is_classifier(cfg: FinetuneConfig) -> bool:
+    """Whether the network is a timm classifier of one class per image."""
+    return cfg.objective["_target_"] == CLASSIFY
 
 
 def random_encoder(cfg: BackboneConfig, in_chans: int, seed: int) -> State:

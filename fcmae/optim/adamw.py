@@ -50,16 +50,17 @@ def layer_scale(name: str, depths: tuple[int, ...], decay: float, kind: str) -> 
 def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters in groups of equal learning-rate scale and weight decay.
 
-    Vectors (biases, norms, GRN, layer scale, mask token) are not decayed. Layer decay needs a timm ConvNeXt.
+    Vectors (biases, norms, GRN, layer scale, mask token) are not decayed. Layer decay is for fine-tuning.
 
     Returns:
         AdamW groups with ``params``, ``weight_decay``, ``lr_scale`` and ``names``.
     """
     depths: tuple[int, ...] = ()
     if cfg.layer_decay is not None:
-        if not isinstance(model, ConvNeXt):
-            raise ValueError(f"optim.layer_decay is {cfg.layer_decay}; in pretraining allowed is null")
-        depths = tuple(len(stage.blocks) for stage in stages(model))
+        backbone = getattr(model, "backbone", model)
+        if hasattr(model, "decoder") or not isinstance(backbone, ConvNeXt):
+            raise ValueError(f"optim.layer_decay must be null in pretraining; got {cfg.layer_decay}")
+        depths = tuple(len(stage.blocks) for stage in stages(backbone))
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad or name.startswith("backbone.head."):  # no part of pretraining
@@ -67,7 +68,7 @@ def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
         decay = cfg.weight_decay if param.ndim > 1 else 0.0
         scale = 1.0
         if cfg.layer_decay is not None:
-            scale = layer_scale(name, depths, cfg.layer_decay, cfg.layer_decay_type)
+            scale = layer_scale(name.removeprefix("backbone."), depths, cfg.layer_decay, cfg.layer_decay_type)
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(param)
         group["names"].append(name)

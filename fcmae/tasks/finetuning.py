@@ -1,27 +1,30 @@
-"""Supervised training of a whole network, from pretrained or random weights."""
+"""Supervised training of a whole network for an objective, from pretrained or random weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from fcmae.config import FinetuneConfig
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import LabelledImages
-from fcmae.data.sources import Source, few_labels, gives_float, require_labels, train_source, val_source, with_classes
+from fcmae.data.sources import Source, few_labels, gives_float, train_source, val_source
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation.classify import accuracy, classified
+from fcmae.evaluation.classify import predictions
 from fcmae.loggers.logger import RunLogger
-from fcmae.models.build import build_classifier
+from fcmae.models.build import build_network
 from fcmae.models.drop_path import draw_paths_by_sample
+from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.objective import Objective
+from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
 from fcmae.tasks.initial import Start, find_start, load_initial, settle
 from fcmae.tasks.mixup import Mixup
@@ -30,7 +33,7 @@ from fcmae.tasks.task import Losses
 
 
 class Finetuning:
-    """Supervised training of the dense classifier, from pretrained or random weights."""
+    """Supervised training of the dense network, from pretrained or random weights, for what ``objective`` names."""
 
     name = "finetune"
     mixes_micro_batch = False
@@ -39,34 +42,34 @@ class Finetuning:
         self.start = find_start(cfg) if start is None else start
         cfg, self.notes = settle(cfg, self.start)
         self.cfg = cfg
-        self.transform = finetune_transform(cfg.data, cfg.augment, cfg.loader.max_pixels)
-        self.source = train_source(cfg.data, cfg.loader)
+        self.transform = finetune_transform(cfg.data, cfg.augment)
+        self.source = train_source(cfg.data)
         policy = cfg.augment.auto_augment
         if policy is not None and cfg.data.source is not None and gives_float(self.source):
             raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
-        self.classes = require_labels(self.source, "data.path")
+        self.objective: Objective = create(cfg.objective, "objective", Objective)
+        self.objective.fit(self.source, cfg)
+        self._check_classes()
         self.monitors: list[Monitor] = []
         if cfg.trainer.eval_every_epochs is not None:
-            self.val_source, notes = _validation(cfg, self.classes)
+            self.val_source, notes = _validation(cfg, self.objective)
             self.notes += notes
-            self.monitors = at_evaluations(cfg.trainer, self._log_accuracy)
-        if cfg.model.num_classes not in (None, len(self.classes)):
-            raise ConfigError(f"model.num_classes is {cfg.model.num_classes}; the data has {len(self.classes)} classes")
+            self.monitors = at_evaluations(cfg.trainer, self._measure)
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
             _check_batch(len(self.source), cfg)
-        self.model: ConvNeXt = build_classifier(cfg.model, cfg.data.in_chans, len(self.classes), cfg.seed)
+        self.model = build_network(cfg, self.objective)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
         self.pairs = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
-        self.mixup = Mixup(cfg.augment.mixup, cfg.augment.cutmix, len(self.classes), cfg.data.size)
+        self.mixup = Mixup(cfg.augment.mixup, cfg.augment.cutmix, self.objective.num_classes or 0, cfg.data.size)
 
     def initialise(self) -> None:
         if self.start.path is not None:
             self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
 
     def dataset(self) -> Dataset:
-        return LabelledImages(self.source, self.transform, self.cfg.seed)
+        return LabelledImages(self.source, self.transform, self.cfg.seed, self.objective.target)
 
     def prepare(self, plan: BatchPlan) -> None:
         pass
@@ -80,7 +83,7 @@ class Finetuning:
     def draw(self, step: int, positions: range) -> list[Tensor]:
         drawn = [sample_keys(self.cfg.seed, step, positions)]
         if self.pairs:
-            pairs = (self.cfg.optim.global_batch_size + 1) // 2
+            pairs = (self.cfg.trainer.global_batch_size + 1) // 2
             mixes = self.mixup.draw(step_generator(self.cfg.seed, step), pairs)
             drawn.append(mixes[torch.tensor(positions) // 2])
         return drawn
@@ -89,35 +92,78 @@ class Finetuning:
         imgs, targets, self.keys.values, *mixes = batch
         if mixes:
             imgs, targets = self.mixup(imgs, targets, *mixes)
-        smoothing = self.cfg.augment.label_smoothing
-        losses = F.cross_entropy(self._logits(model, imgs), targets, label_smoothing=smoothing, reduction="none")
-        return (losses.mean() if weight is None else (losses * weight).mean()), {}
+        outputs = tree_map_only(Tensor, Tensor.float, self._outputs(model, imgs))
+        losses, parts = self.objective.loss(outputs, targets)
+        if losses.shape != (len(imgs),):
+            raise ConfigError(
+                f"{self._named()}: loss must give one value per sample [{len(imgs)}]; got {list(losses.shape)}"
+            )
+        return _mean(losses, weight), {name: _mean(part.detach(), weight) for name, part in parts.items()}
 
-    def _logits(self, model: nn.Module, imgs: Tensor) -> Tensor:
+    def _named(self) -> str:
+        return f"objective: {self.cfg.objective['_target_']}"
+
+    def _check_classes(self) -> None:
+        """Raises ConfigError for keys that mean something for classes only."""
+        if self.objective.num_classes is not None:
+            return
+        augment = self.cfg.augment
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            value = getattr(augment, name)
+            if value:
+                raise ConfigError(
+                    f"augment.{name} must be 0 with {self._named()}, whose targets are no classes; got {value:g}"
+                )
+        if self.cfg.data.labels_per_class is not None:
+            raise ConfigError(f"data.labels_per_class must be null with {self._named()}, whose targets are no classes")
+
+    def _outputs(self, model: nn.Module, imgs: Tensor) -> Any:
         engine = self.cfg.engine
         if engine.name == "timm":
             return model(imgs)
+        maps = dense(backbone_of(model), imgs, compiled=self._compiled, recompute_stages=engine.recompute_stages)
+        if isinstance(model, Headed):
+            return model.head(maps)
         assert isinstance(model, ConvNeXt)
-        maps = dense(model, imgs, compiled=self._compiled, recompute_stages=engine.recompute_stages)
         return model.forward_head(maps[-1])
 
-    def _log_accuracy(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
+    def _measure(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
                 continue
             was_training = network.training
-            cfg = self.cfg
-            batch_size = cfg.trainer.micro_batch_size or max(1, cfg.optim.global_batch_size // world.size)
-            share = classified(network, self.val_source, cfg.data, cfg.loader, batch_size, cfg.precision, world, stop)
-            result = accuracy(share, world)
+            trainer = self.cfg.trainer
+            batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
+            share = predictions(
+                network,
+                self.val_source,
+                self.cfg.data,
+                batch_size,
+                trainer.precision,
+                world,
+                stop,
+                self.objective.target,
+            )
+            result = self.objective.metrics(share, world)
             metrics |= {f"{prefix}{name}": value for name, value in result.items() if name != "images"}
             network.train(was_training)
         logger.log(step, metrics)
-        return metrics.get("ema_top1", metrics["top1"])
+        return self._score(metrics)
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        """What the best checkpoint is chosen by, of the averaged weights where the run keeps some."""
+        name = self.objective.best.removeprefix("-")
+        if name not in metrics:
+            known = ", ".join(name for name in metrics if not name.startswith("ema_"))
+            raise ConfigError(f"{self._named()}: best must be one of {known}; got {name!r}")
+        value = metrics.get(f"ema_{name}", metrics[name])
+        return -value if self.objective.best.startswith("-") else value
 
     def extra_state(self) -> dict[str, Any]:
-        return {"classes": self.classes, **self.start.state()}
+        state = self.objective.state_dict()
+        classes = {"classes": state.pop("classes")} if "classes" in state else {}
+        return {**classes, "objective": state, **self.start.state()}
 
     def finish(self, run_dir: Path, ema: nn.Module | None, step: int) -> None:
         pass
@@ -125,20 +171,24 @@ class Finetuning:
 
 def _check_batch(images: int, cfg: FinetuneConfig) -> None:
     """Raises ConfigError if ``data.labels_per_class`` leaves fewer images than a batch has."""
-    batch, fits = cfg.optim.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
+    batch, fits = cfg.trainer.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
     if images < batch:
         raise ConfigError(
             f"data.labels_per_class={cfg.data.labels_per_class} leaves {images} training images, fewer than "
-            f"optim.global_batch_size={batch}; give optim.global_batch_size={fits}"
+            f"trainer.global_batch_size={batch}; give trainer.global_batch_size={fits}"
         )
 
 
-def _validation(cfg: FinetuneConfig, classes: list[str]) -> tuple[Source, list[str]]:
-    """The validation images, of some or all of the classes, and a line for the user. Raises UsageError."""
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values.mean() if weight is None else (values * weight).mean()
+
+
+def _validation(cfg: FinetuneConfig, objective: Objective) -> tuple[Source, list[str]]:
+    """The validation images that suit the objective, and lines for the user. Raises UsageError."""
     try:
-        source = val_source(cfg.data, cfg.loader)
+        source = val_source(cfg.data)
     except UsageError as error:
         if cfg.data.val_path is not None:
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
-    return with_classes(source, "data.val_path", classes, "data.path")
+    return objective.validation(source, "data.val_path", "data.path")

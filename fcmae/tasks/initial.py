@@ -19,6 +19,7 @@ from fcmae.errors import CheckpointError, ConfigError
 from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.models import FCMAE
 from fcmae.models.build import check_backbone_size, known_of, load_state, unsaid
+from fcmae.models.headed import Headed, backbone_of
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
@@ -151,15 +152,15 @@ def _flat(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def load_initial(model: FCMAE | ConvNeXt, init_from: str, init_channels: str) -> str:
+def load_initial(model: FCMAE | ConvNeXt | Headed, init_from: str, init_channels: str) -> str:
     """Loads the backbone of ``init_from`` strictly, and into an FCMAE what fits of its decoder.
 
-    A classifier keeps its initial head. Returns a line that says what was loaded. Raises CheckpointError naming the
-    keys of the backbone that do not fit.
+    A head for fine-tuning keeps its initial weights. Returns a line that says what was loaded. Raises CheckpointError
+    naming the keys of the backbone that do not fit.
     """
     name, state = _read(init_from)
     weights = encoder.backbone_weights(state)
-    backbone = model.backbone if isinstance(model, FCMAE) else model
+    backbone = backbone_of(model)
     initial = stem(backbone)[0].weight.detach()
     said = f"loaded the backbone of {name}"
     theirs = weights.get("stem.0.weight")

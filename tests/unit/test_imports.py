@@ -66,7 +66,7 @@ ALLOWED = {
     "data": {"config", "masks"},
     "checkpoints": {"config"},
     "optim": {"config", "engines"},
-    "models": {"checkpoints", "config", "engines", "kernels", "masks", "targets"},
+    "models": {"checkpoints", "config", "data", "engines", "kernels", "masks", "targets"},
     "loggers": {"checkpoints", "config", "data"},
     "interchange": {"checkpoints", "config", "data", "engines", "models"},
     "evaluation": {"checkpoints", "config", "data", "masks", "models", "optim"},
@@ -93,7 +93,7 @@ def test_a_config_mistake_is_found_without_importing_torch(tmp_path):
     """torch alone takes longer than composing the config and checking it."""
     script = (
         "import sys; from fcmae.cli import main\n"
-        "code = main(['pretrain', 'optim.global_batch_size=-3'])\n"
+        "code = main(['pretrain', 'trainer.global_batch_size=-3'])\n"
         "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
     )
-    assert "optim.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr
+    assert "trainer.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr

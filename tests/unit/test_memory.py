@@ -54,7 +54,7 @@ def test_in_training(command, sizes, used, tmp_path, monkeypatch, capsys):
 
 
 def test_in_an_evaluation_during_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetuning, "classified", no_memory)
+    monkeypatch.setattr(finetuning, "predictions", no_memory)
     line = fails([*TINY_FINETUNE, "schedule.epochs=0.4", f"hydra.run.dir={tmp_path}/run"], capsys)
     assert "trainer.micro_batch_size is 8; set a smaller one" in line
 
@@ -93,7 +93,7 @@ def test_in_features(command, runs, monkeypatch, capsys):
 
 
 def test_in_evaluate(runs, monkeypatch, capsys):
-    monkeypatch.setattr("fcmae.evaluation.run.classified", no_memory)
+    monkeypatch.setattr("fcmae.evaluation.run.predictions", no_memory)
     line = fails(["evaluate", f"checkpoint={runs}/fine"], capsys)
     assert line.startswith("fcmae evaluate: out of memory on the CPU")
     assert "batch_size is 256; set a smaller one" in line

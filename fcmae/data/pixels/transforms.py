@@ -17,7 +17,6 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import RandomCrop, middle, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
-from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -27,14 +26,14 @@ WARP_FROM = 384
 """Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
 
 
-def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> RandomCrop:
+def pretrain_transform(cfg: DataConfig) -> RandomCrop:
     """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels."""
-    return RandomCrop(cfg, max_pixels)
+    return RandomCrop(cfg)
 
 
-def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> Transform:
+def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
     """Random resized crop, flip, timm's auto-augmentation and random erasing: normalised float32."""
-    steps: list[Callable] = [RandomCrop(cfg, max_pixels)]
+    steps: list[Callable] = [RandomCrop(cfg)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std)]
@@ -43,14 +42,14 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
     return v2.Compose(steps)
 
 
-def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
+def eval_transform(cfg: DataConfig) -> Transform:
     """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels.
 
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
     """
     size = list(cfg.size)
-    decoded = functools.partial(decode, **PixelFormat.of(cfg, max_pixels)._asdict())
+    decoded = functools.partial(decode, **PixelFormat.of(cfg)._asdict())
     steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
     if max(size) >= WARP_FROM:
         return v2.Compose([*steps, functools.partial(resize, size=size)])

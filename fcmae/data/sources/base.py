@@ -1,6 +1,6 @@
 """What a source is, and what can be said of any source."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ LIKELY_CLASSES = 2**16
 
 
 class Sample(NamedTuple):
-    """``image``: uint8 ``[C, H, W]``, or a file not yet decoded. ``label``: the class's index, or None."""
+    """``image``: uint8 ``[C, H, W]``, or a file not yet decoded. ``label``: the class's index, or None.
+
+    A source without classes may give any label, for an objective of fine-tuning that knows it.
+    """
 
     image: Tensor | Encoded
-    label: int | None
+    label: Any
 
 
 class Source(Protocol):

@@ -31,7 +31,7 @@ class Own:
         problem = self._problem(sample)
         if problem:
             raise ImageError(self.describe(index), problem)
-        return Sample(sample[0], None if self.classes is None else int(sample[1]))  # type: ignore[arg-type]  # checked
+        return Sample(sample[0], sample[1] if self.classes is None else int(sample[1]))
 
     def label(self, index: int) -> int | None:
         return self.source.label(index)

@@ -1,0 +1,32 @@
+"""A backbone with a head that reads the feature maps of all stages."""
+
+from typing import Any
+
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+
+
+class Headed(nn.Module):
+    """Weights are named ``backbone.*``, as timm does, and ``head.*``.
+
+    Args:
+        backbone: without a classifier; its own head takes no part.
+        head: takes the list of the four maps ``[N, D, h, w]``.
+    """
+
+    def __init__(self, backbone: ConvNeXt, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        backbone.head.requires_grad_(False)
+
+    def forward(self, imgs: Tensor) -> Any:
+        """What the head gives for normalised images ``[N, C, H, W]``."""
+        return self.head(self.backbone.forward_intermediates(imgs, norm=True, intermediates_only=True))
+
+
+def backbone_of(model: nn.Module) -> ConvNeXt:
+    """The timm ConvNeXt in a model of either task."""
+    backbone = getattr(model, "backbone", model)
+    assert isinstance(backbone, ConvNeXt)
+    return backbone

@@ -1,0 +1,83 @@
+"""What fine-tuning trains for: the seam between a network and a kind of target."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fcmae.config import FinetuneConfig
+from fcmae.data.sources import Sample, Source
+from fcmae.distributed import World
+
+
+class Predictions(NamedTuple):
+    """A batch of an evaluation: what the head gave, in float32; the targets; int64 places in the source ``[N]``."""
+
+    outputs: Any
+    targets: Tensor
+    places: Tensor
+
+
+class Objective(Protocol):
+    """The head, target, loss and metrics of fine-tuning. A class of your own may inherit from it.
+
+    It is created with the entries of ``objective`` in the config. Then :meth:`fit` is called in training, or
+    :meth:`load_state_dict` for a checkpoint; all else comes after.
+    """
+
+    best: str
+    """The metric whose best checkpoint is kept; ``-NAME`` where less is better."""
+    outputs: int | None
+    """How many numbers per image timm's head gives: mean over the image, norm, linear. None = :meth:`head` is used."""
+    num_classes: int | None
+    """K, where targets are indices of classes, which mixup turns into shares ``[N, K]``; else None."""
+
+    def fit(self, source: Source, cfg: FinetuneConfig) -> None:
+        """Learns what it needs from the training samples and the config. Raises UsageError where they do not fit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`fit` learned, as plain values and tensors. ``classes`` are names of classes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what a checkpoint holds of :meth:`state_dict`."""
+
+    def validation(self, source: Source, key: str, whose: str) -> tuple[Source, list[str]]:
+        """Validation samples that suit the training samples, and notes for the user, a line each.
+
+        Args:
+            key: names the source in messages.
+            whose: names the training samples in messages.
+
+        Raises UsageError where they do not fit.
+        """
+        return source, []
+
+    def target(self, sample: Sample, source: Source, index: int) -> float | Tensor:
+        """The target of a sample: a number, or a tensor whose shape is the same for all samples.
+
+        It runs in the loader's processes. Raises ImageError for a sample whose target cannot be read.
+        """
+        raise NotImplementedError
+
+    def head(self, widths: list[int]) -> nn.Module:
+        """A module that takes the list of feature maps ``[N, D, h, w]`` of the four stages, whose D are ``widths``."""
+        raise NotImplementedError
+
+    def loss(self, output: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample ``[N]``, and parts of it by name, each ``[N]``; a single part may be left out.
+
+        It may be recorded in a CUDA graph, so it must not read values on the host.
+
+        Args:
+            output: what the head gives, in float32.
+            target: a batch of :meth:`target`; shares of classes ``[N, K]`` after mixup.
+        """
+        raise NotImplementedError
+
+    def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
+        """What evaluations log, by name, exact over the samples of all ranks; ``images`` is how many there were.
+
+        Every rank calls it with its own share and must return the same: see ``world.sum`` and ``evaluation.gather``.
+        """
+        raise NotImplementedError
