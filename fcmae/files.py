@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said where that cannot be."""
+"""Files that are written whole or not at all, and messages if that fails."""
 
 import contextlib
 import errno
@@ -7,13 +7,16 @@ import itertools
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from fcmae.errors import DiskError, UsageError
-from fcmae.opening import check_link, create, open_regular, random_token
+from fcmae.opening import cache_folder, check_link, create, open_regular, random_token
 from fcmae.processes import Process
 
 STRAY = re.compile(r"\.(\d+(?:-[0-9a-f]{8})?)(?:-[0-9a-f]{16})?\.tmp$")
@@ -21,6 +24,8 @@ STRAY = re.compile(r"\.(\d+(?:-[0-9a-f]{8})?)(?:-[0-9a-f]{16})?\.tmp$")
 
 MARGIN = 2**16
 """Bytes: a disk with less is full."""
+PATIENCE = 10.0
+"""Seconds after which a process says that it waits for another."""
 
 
 @contextlib.contextmanager
@@ -158,3 +163,28 @@ def is_full(folder: Path, error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "No space left" in str(error) or shutil.disk_usage(folder).free < MARGIN
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """In this block the processes of this user that work on ``folder`` wait for each other, where that is possible.
+
+    The lock is a file in the user's own cache: anyone who may read a folder could lock the folder itself.
+    """
+    digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=16).hexdigest()
+    path = cache_folder("locks") / f"{digest}.lock"
+    lock = FileLock(path, mode=0o600)
+    with contextlib.suppress(OSError, NotImplementedError):  # some network file systems have no locks
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            waiting = f"waiting for another process that reads {folder} (it holds {path})"
+            print(waiting, file=sys.stderr, flush=True)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                path.unlink()  # others, who have it open, notice and make a new one
+            lock.release()

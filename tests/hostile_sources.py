@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fcmae.data import mapped_arrays as arrays
 from fcmae.data.prepare import command as prepare
 from fcmae.data.sources import FashionMNIST, ImageFolder, WebDataset, listing
+from fcmae.data.sources import kept as arrays
 from fcmae.evaluation.labels import read_accepted
 from tests.bad_files import encoded, picture
 from tests.hostile import IMAGES, MIB, Case, Read, measure, sparse, table

@@ -19,13 +19,12 @@ from fcmae import distributed, opening
 from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import DataConfig, EvaluateConfig, PretrainConfig, check_plain, from_dict, without_arguments
-from fcmae.data import mapped_arrays as arrays
-from fcmae.data.mapped_arrays import one_at_a_time
 from fcmae.data.sources import Sample, Synthetic, train_source
 from fcmae.errors import ConfigError, DiskError, UsageError
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.run import evaluate
+from fcmae.files import one_at_a_time
 from fcmae.interchange import model_card
 from fcmae.interchange.convert import export, import_weights
 from fcmae.loggers.logger import MetricsFile
@@ -222,7 +221,7 @@ def test_a_reader_of_the_data_cannot_block_a_start(tmp_path, home):
 
 
 def test_who_waits_for_another_says_so(tmp_path, home, monkeypatch, capfd):
-    monkeypatch.setattr(arrays, "PATIENCE", 0.01)
+    monkeypatch.setattr("fcmae.files.PATIENCE", 0.01)
     order = []
 
     def second():

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from fcmae.config import DataConfig
-from fcmae.data import mapped_arrays as arrays
 from fcmae.data.sources import (
     ImageFolder,
     listing,
     train_source,
 )
+from fcmae.data.sources import kept as arrays
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 

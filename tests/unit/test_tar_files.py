@@ -12,8 +12,8 @@ import webdataset
 from webdataset import tariterators
 
 from fcmae.config import DataConfig
-from fcmae.data.mapped_arrays import Arrays
 from fcmae.data.sources import WebDataset, require_labels, train_source
+from fcmae.data.sources.kept import Arrays
 from fcmae.data.sources.webdataset import OpenFiles, expand_braces
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
@@ -289,7 +289,7 @@ def test_an_index_of_another_user_is_not_believed(tmp_path, capsys, monkeypatch)
     assert file.stat().st_mode & 0o022 == 0
     if os.geteuid() == 0:
         os.chown(file, 12345, -1)
-        monkeypatch.setattr("fcmae.data.mapped_arrays.HOME", tmp_path / "home")
+        monkeypatch.setattr("fcmae.data.sources.kept.HOME", tmp_path / "home")
         assert len(WebDataset(tmp_path)) == 3
         assert f"{file} is not used: it belongs to another user" in capsys.readouterr().err
         assert file.stat().st_uid == 12345  # and is left alone

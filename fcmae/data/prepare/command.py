@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fcmae.config import PrepareConfig
 from fcmae.data.cores import cores_per_rank
-from fcmae.data.mapped_arrays import one_at_a_time
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.prepare.shards import Encoding, Shard, encode, write_shard
 from fcmae.data.prepare.statistics import left_out, sum_images
@@ -33,7 +32,7 @@ from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE
 from fcmae.errors import FCMAEError, ImageError, UsageError
-from fcmae.files import STRAY, delete_strays, write_output
+from fcmae.files import STRAY, delete_strays, one_at_a_time, write_output
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fcmae.data.mapped_arrays import one_at_a_time
 from fcmae.data.sources.base import Sample
 from fcmae.errors import UsageError
+from fcmae.files import one_at_a_time
 from fcmae.opening import open_regular
 
 MOST = 60_000

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fcmae.data.mapped_arrays import Arrays, Strings, StringsBuilder, find_kept, keep, one_at_a_time
 from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.errors import UsageError, shown
+from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 
 SUFFIX = ".fcmae-listing"

@@ -12,8 +12,8 @@ from typing import IO
 
 import numpy as np
 
-from fcmae.data.mapped_arrays import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.data.sources.tar_headers import DamagedError, Member, members
 from fcmae.data.sources.tar_names import at_last_dot, choose_split, is_image
 from fcmae.errors import UsageError, shown

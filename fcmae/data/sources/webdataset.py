@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fcmae.data.mapped_arrays import one_at_a_time
 from fcmae.data.pixels.decode import MAX_BYTES, Encoded
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Sample, class_names
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard
 from fcmae.errors import ImageError, UsageError, shown
+from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
 

@@ -1,7 +1,7 @@
-"""Arrays kept in a file: what was found out about a million files once, at hand for every process at no cost.
+"""Arrays kept in a file: facts about a million files that are found out once and cost a process nothing.
 
-A file is memory-mapped, so all processes of a machine share its pages, however many loader workers there are, and
-opening it reads only a header. The format is safetensors. A file that others wrote or may write is not believed.
+Such a file is memory-mapped, so all processes of a machine share its pages, and opening it reads only its header. Its
+format is safetensors. A file that other users own or may write is not used.
 """
 
 import contextlib
@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import struct
-import sys
-import threading
 from array import array
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +20,42 @@ from safetensors.numpy import save
 
 from fcmae.files import replacing
 from fcmae.messages import print_once_rank0
-from fcmae.opening import cache_folder, open_to_change, open_trusted
+from fcmae.opening import open_trusted
 
 HOME = Path("~/.cache/fcmae/index")
-"""Where files are kept whose place beside the data cannot be written to."""
-
-PATIENCE = 10.0
-"""Seconds after which a process says that it waits for another."""
-
+"""Where files are kept if the place beside the data cannot be written."""
 MAX_HEADER = 2**20
 """Bytes."""
 CHUNK = 2**20
-"""Bytes of strings that are looked through at once."""
+"""Bytes of strings that are checked at once."""
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
+@dataclass(eq=False)
 class Arrays:
     """Named arrays and a ``meta`` dict, from a file (memory-mapped, pickled as its path) or in memory."""
 
-    def __init__(
-        self,
-        arrays: dict[str, np.ndarray],
-        meta: dict[str, Any],
-        path: Path | None = None,
-        owners: Collection[int] = (),
-    ) -> None:
-        self.arrays = arrays
-        self.meta = meta
-        self.path = path
-        self.owners = owners
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    path: Path | None = None
+    owners: Collection[int] = ()
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        if self.path is not None:
-            return Arrays.open, (self.path, self.owners)
-        return Arrays, (self.arrays, self.meta)
+        return (Arrays, (self.arrays, self.meta)) if self.path is None else (Arrays.open, (self.path, self.owners))
 
     @classmethod
     def open(cls, path: Path, owners: Collection[int] = ()) -> "Arrays":
-        """Maps a file of this user, root or one of ``owners``. Raises OSError, or ValueError for a damaged one."""
+        """Maps a file that this user, root or one of ``owners`` owns. Raises OSError; ValueError if it is damaged."""
         with open_trusted(path, owners) as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(MAX_HEADER, size - 8):
                 raise ValueError("it is cut off or not a safetensors file")
             header = json.loads(file.read(length))
-            mapped = np.asarray(np.memmap(file, np.uint8, "r"))  # of a plain array single values cost a third
+            mapped = np.asarray(np.memmap(file, np.uint8, "r"))  # single values of np.memmap cost three times as much
         try:
             meta = json.loads(header.pop("__metadata__")["meta"])
             arrays = {name: _array(mapped[8 + length :], **entry) for name, entry in header.items()}
@@ -77,7 +64,7 @@ class Arrays:
         return cls(arrays, meta, path, owners)
 
     def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all. Raises OSError."""
+        """Writes the whole file or nothing. Raises OSError."""
         with replacing(path, 0o644) as file:
             file.write(save(self.arrays, {"meta": json.dumps(self.meta)}))
 
@@ -90,7 +77,7 @@ def _array(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[in
 
 
 class Strings:
-    """Many byte strings in two arrays: one after another in ``data``, string i from ``offsets[i]`` on."""
+    """Byte strings in two arrays: string i is ``data[offsets[i]:offsets[i + 1]]``."""
 
     def __init__(self, arrays: Arrays, name: str) -> None:
         self.data = arrays[name]
@@ -125,7 +112,7 @@ class Strings:
 
 
 class StringsBuilder:
-    """Collects what :class:`Strings` reads, without an object for each string."""
+    """Collects the arrays of a :class:`Strings`."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -143,10 +130,10 @@ class StringsBuilder:
 
 
 def find_kept(target: Path, suffix: str, is_current: Callable[[Arrays], bool]) -> Arrays | None:
-    """What :func:`keep` kept about ``target``, if it is there, is to be believed, whole and still valid.
+    """What :func:`keep` stored about ``target``, if it is there, trusted, undamaged and up to date.
 
     Args:
-        is_current: whether it is still valid; raises ValueError if it holds what it cannot.
+        is_current: whether the arrays are up to date; raises ValueError if they contradict themselves.
     """
     problems = []
     for path in _places(target, suffix):
@@ -165,9 +152,9 @@ def find_kept(target: Path, suffix: str, is_current: Callable[[Arrays], bool]) -
 
 
 def keep(arrays: Arrays, target: Path, suffix: str) -> Arrays:
-    """Keeps arrays about ``target`` beside it, or where that cannot be written in :data:`HOME`; opened from there.
+    """Stores arrays about ``target`` beside it, or else in :data:`HOME`, and opens them from there.
 
-    Where neither can be written they stay in memory. Another user's file is left alone.
+    They stay in memory if neither place can be written. Files of other users are not replaced.
     """
     for path in _places(target, suffix):
         with contextlib.suppress(OSError, ValueError):
@@ -180,7 +167,7 @@ def keep(arrays: Arrays, target: Path, suffix: str) -> Arrays:
 
 
 def _owners(target: Path) -> list[int]:
-    """Who is believed about ``target`` besides this user and root: its owner may change it as well."""
+    """Users who may keep arrays about ``target`` besides this user and root: its owner, who may change it as well."""
     return [target.stat().st_uid]
 
 
@@ -188,45 +175,3 @@ def _places(target: Path, suffix: str) -> list[Path]:
     real = target.resolve()
     named = hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()
     return [real.with_name(f".{real.name}{suffix}"), HOME.expanduser() / f"{real.name}-{named}{suffix}"]
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """In this block the processes of this user that work on ``folder`` wait for each other, where that is possible.
-
-    The lock is a file in the user's own cache: whoever may read a folder could hold a lock on the folder itself. Who
-    waits longer than :data:`PATIENCE` prints a line that says for what.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every network file system
-            _lock(folder, stack)
-        yield
-
-
-def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    import fcntl
-
-    digest = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=16).hexdigest()
-    path = cache_folder("locks") / f"{digest}.lock"
-    while True:
-        file = open_to_change(path, 0o600)
-        timer = threading.Timer(PATIENCE, _say_waiting, [folder, path])
-        timer.daemon = True
-        timer.start()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except BaseException:
-            file.close()
-            raise
-        finally:
-            timer.cancel()
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                stack.enter_context(file)
-                stack.callback(path.unlink, missing_ok=True)  # before the lock is released
-                return
-        file.close()  # its holder deleted it after we opened it
-
-
-def _say_waiting(folder: Path, path: Path) -> None:
-    print(f"waiting for another process that reads {folder} (it holds {path})", file=sys.stderr, flush=True)
