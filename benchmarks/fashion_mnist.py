@@ -56,7 +56,7 @@ def main() -> None:
     cfg = compose("pretrain", pretraining)
     world = World(0, 1, 0, 1, device)
     extract = Extractor(build_fcmae(cfg).backbone.to(device), cfg.data, world)
-    before = knn_of(cfg.data, extract, world, ks=[10])["knn10"]
+    before = knn_of(cfg.data, cfg.loader, extract, world, ks=[10])["knn10"]
     pretrained = given.out / "pretrain"
     fcmae("pretrain", pretrained, *pretraining)
     print(f"{pretrained}: loss {metrics(pretrained, 'loss')[-1]:.4f}", flush=True)
@@ -69,7 +69,7 @@ def main() -> None:
         run_dir = given.out / f"{init}_{labels}_{seed}"
         start = [f"init_from={pretrained}"] if init == "pretrained" else []
         experiment = [f"experiment=fashion_mnist/finetune_{labels}", f"seed={seed}"]
-        fcmae("finetune", run_dir, *experiment, *data, f"data.workers={workers}", *start)
+        fcmae("finetune", run_dir, *experiment, *data, f"loader.workers={workers}", *start)
         top1 = metrics(run_dir, "top1")[-1]
         print(f"{labels} labels, seed {seed}, {init}: top-1 {top1:.2f} %", flush=True)
         return top1

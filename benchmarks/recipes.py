@@ -38,9 +38,9 @@ class Recipe(NamedTuple):
     published: str
 
     def plan(self, ranks: int) -> BatchPlan:
-        trainer = self.cfg.trainer
+        cfg = self.cfg
         return BatchPlan.create(
-            images_of(self.name), trainer.global_batch_size, trainer.micro_batch_size, ranks, self.cfg.seed
+            images_of(self.name), cfg.optim.global_batch_size, cfg.trainer.micro_batch_size, ranks, cfg.seed
         )
 
     @property
@@ -96,7 +96,7 @@ def recipes(file: Path) -> list[Recipe]:
 
 def cost_lines(recipe: Recipe, speeds: Speeds) -> list[str]:
     """The arithmetic of an experiment's GPU-hours, a line for each GPU that its step was measured on."""
-    pixels, batch = recipe.cfg.data.size[0], recipe.cfg.trainer.global_batch_size
+    pixels, batch = recipe.cfg.data.size[0], recipe.cfg.optim.global_batch_size
     backbone = recipe.cfg.model.backbone
     # timm's forward and masked dense layers are slower: lower bounds of the speed.
     engines = {"packed": ""}
@@ -132,7 +132,7 @@ def table(all_recipes: list[Recipe], speeds: Speeds) -> str:
     rows = [header.split(" | "), ["---"] * 10]
     for recipe in sorted(all_recipes, key=_order):
         cfg = recipe.cfg
-        batch = cfg.trainer.global_batch_size
+        batch = cfg.optim.global_batch_size
         plans = [recipe.plan(ranks) for ranks in (1, 8, 64)]
         rows.append(
             [
@@ -140,7 +140,7 @@ def table(all_recipes: list[Recipe], speeds: Speeds) -> str:
                 recipe.size.title(),
                 str(cfg.data.size[0]),
                 f"{cfg.schedule.epochs:g} ({cfg.schedule.warmup_epochs:g})",
-                f"{cfg.optim.peak_lr(batch):.3g}",
+                f"{cfg.optim.peak_lr:.3g}",
                 f"{recipe.steps:,}",
                 str(batch),
                 ", ".join(f"{plan.micro_batch_size}×{plan.accum_steps}" for plan in plans),

@@ -165,7 +165,7 @@ def _report(result: dict[str, Any] | None, out: str | None) -> dict[str, Any] | 
 def _reconstruct(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae reconstruct", description=COMMANDS["reconstruct"])
     parser.add_argument("checkpoint", help="a checkpoint of pretraining, RUN or RUN@STEP")
-    what = "image files, folders, or data.KEY=VALUE for the images of a data config, such as data.source"
+    what = "image files, folders, and data.KEY=VALUE and loader.KEY=VALUE for the images of a data config"
     parser.add_argument("images", nargs="+", help=what)
     parser.add_argument("--out", default="reconstruction.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")

@@ -151,7 +151,7 @@ def _step(number: int, what: str) -> None:
 def _knn(model: FCMAE, data: DataConfig, device: torch.device) -> float:
     world = World(0, 1, 0, 1, device)
     extract = Extractor(model.backbone.to(device), data, world)
-    accuracy = knn_of(data, extract, world, ks=[10], gallery=GALLERY, queries=QUERIES)["knn10"]
+    accuracy = knn_of(data, extract.loader, extract, world, ks=[10], gallery=GALLERY, queries=QUERIES)["knn10"]
     print(f"{accuracy:.1f}%", flush=True)
     return accuracy
 

@@ -293,12 +293,14 @@ IMAGES = {
     "PNG, 4000 x 1": Case(image("a.png", lambda: png(4000, 1)), r"^\(3, 224, 224\)$"),
     "PNG, 1 x 65500": Case(image("a.png", lambda: png(1, 65500)), r"^\(3, 224, 224\)$"),
     "PNG, 1000000 x 1, at 384 px": Case(image("a.png", lambda: png(1_000_000, 1), size=384), "384", 100),
-    "PNG, 30000 x 30000": Case(image("a.png", bomb), "set data.max_pixels=900000000 to read it"),
+    "PNG, 30000 x 30000": Case(image("a.png", bomb), "set loader.max_pixels=900000000 to read it"),
     "TIFF of 20 channels without data": Case(
         image("a.tif", lambda: tiff(page(9000, 9000, 20, compression=(8,)))), "it has 20 channels; data.in_chans is 3"
     ),
     "TIFF, a deflated strip of 100 MB": Case(image("a.tif", bomb_tiff, in_chans=5), "more bytes than its pixels have"),
-    "TIFF, a tile of 100 MB": Case(image("a.tif", tile_tiff, in_chans=1), "it has tiles of 10240x10240 pixels; data.m"),
+    "TIFF, a tile of 100 MB": Case(
+        image("a.tif", tile_tiff, in_chans=1), "it has tiles of 10240x10240 pixels; loader."
+    ),
     "TIFF of 70,000 pages": Case(image("a.tif", lambda: tiff(*[{}] * 70_000)), "more than 4096 pages"),
     "TIFF whose pages never end": Case(image("a.tif", endless_tiff, in_chans=5), "its pages form a circle"),
     "TIFF that names another file": Case(foreign_tiff, "channels|axes|pages"),

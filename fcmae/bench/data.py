@@ -28,7 +28,7 @@ from fcmae.bench import feed, photos
 from fcmae.bench.feed import FeedResult
 from fcmae.bench.measure import machine, parse
 from fcmae.bench.stages import Stages, measure_stages
-from fcmae.config import DataConfig, PrepareConfig, check
+from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.loading import TrainBatches, Workers
@@ -148,7 +148,8 @@ def make_files(cfg: DataBenchConfig, folder: Path) -> str:
     for variant, encode in (("shards", "jpeg"), ("raw", "npy")):
         shards = folder / f"{variant}-{cfg.images}"
         if variant in cfg.variants and not (shards / MANIFEST_FILE).is_file():
-            prepare(PrepareConfig(source, out=str(shards), short_side=SHORT_SIDE, encode=encode, workers=1))
+            alone = LoaderConfig(workers=1)
+            prepare(PrepareConfig(source, alone, out=str(shards), short_side=SHORT_SIDE, encode=encode))
     return origin
 
 
@@ -210,9 +211,7 @@ def measure(
 def _baseline_epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
     dataset = ImageFolder(data.path, baseline_transform(data))
     pin = device.type == "cuda"
-    return lambda: DataLoader(
-        dataset, batch, shuffle=True, num_workers=workers, pin_memory=pin, prefetch_factor=data.prefetch, drop_last=True
-    )
+    return lambda: DataLoader(dataset, batch, shuffle=True, num_workers=workers, pin_memory=pin, drop_last=True)
 
 
 def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
@@ -225,7 +224,7 @@ def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> 
         plan,
         rank=0,
         steps=range(plan.steps_per_epoch),
-        workers=Workers(workers, pin, data.prefetch),
+        workers=Workers(workers, pin),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fcmae.config import DataConfig, OptimConfig
+from fcmae.config import DataConfig, LoaderConfig, OptimConfig
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalize, pretrain_transform
 from fcmae.data.plan import BatchPlan
@@ -71,7 +71,7 @@ def measure(
         for feed, cfg in data.items():
             batches = _batches(cfg, batch_size, grid, workers, device)
             # the batches that the workers are ahead do not count
-            speed = _speed(step, batches, batch_size, workers * cfg.prefetch + 2, seconds, device)
+            speed = _speed(step, batches, batch_size, workers * LoaderConfig.prefetch + 2, seconds, device)
             del batches
             yield FeedResult(name, feed, speed, speed / fastest)
         torch.compiler.reset()
@@ -119,7 +119,7 @@ def _batches(
         BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),
         rank=0,
         steps=range(STEPS_WITHOUT_END),
-        workers=Workers(workers, device.type == "cuda", data.prefetch),
+        workers=Workers(workers, device.type == "cuda"),
     )
 
 

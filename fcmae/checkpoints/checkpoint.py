@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fcmae.checkpoints import encoder, torch_file
-from fcmae.config import check_plain
+from fcmae.config import check_plain, upgraded
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.files import delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
@@ -140,7 +140,7 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
         check_plain(known.get("config"))
     except ConfigError as error:
         raise CheckpointError(f"the config in {path} is refused: {error}") from error
-    return state
+    return {**state, "config": upgraded(known["config"])} if "config" in known else state
 
 
 def _is_weights(value: Any) -> bool:

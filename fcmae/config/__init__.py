@@ -21,12 +21,14 @@ from fcmae.config.commands import (
 from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.places import check_outputs, check_places, not_set
 from fcmae.config.plain import check_plain
 from fcmae.config.portable import portable, without_arguments
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.quoting import quoted
+from fcmae.config.renamed import upgraded
 from fcmae.config.training import (
     LoggerConfig,
     MonitorConfig,
@@ -51,6 +53,7 @@ __all__ = [
     "FeaturesConfig",
     "FinetuneConfig",
     "KnnConfig",
+    "LoaderConfig",
     "LoggerConfig",
     "MonitorConfig",
     "OptimConfig",
@@ -80,5 +83,6 @@ __all__ = [
     "register_schemas",
     "to_dict",
     "to_typed",
+    "upgraded",
     "without_arguments",
 ]

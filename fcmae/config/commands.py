@@ -16,6 +16,7 @@ from fcmae.config.checks import (
 )
 from fcmae.config.conflicts import check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
@@ -43,7 +44,11 @@ class RunConfig:
     init_channels: str = "strict"
     """The stem of ``init_from`` for another number of channels: ``strict`` = an error; ``repeat`` its channels in turn,
     or their ``mean`` for each, both scaled to keep the sum; ``new`` = initial weights."""
+    precision: str = "auto"
+    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
+    has it, fp16 on an older one, float32 on a CPU."""
     data: DataConfig = field(default_factory=DataConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -52,6 +57,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_one_of("init_channels", self.init_channels, INIT_CHANNELS)
+        check_one_of("precision", self.precision, PRECISIONS)
 
 
 @dataclass
@@ -69,9 +75,9 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         self.mask = {"_target_": "fcmae.masks.RandomMask"} if self.mask is None else self.mask
         check("mask", self.mask, is_named(self.mask), "null, or _target_: PACKAGE.CLASS and its arguments")
-        found, scope = self.trainer.micro_batch_size == "auto", self.engine.grn_scope
+        found, scope = self.trainer.micro_batch_size == "auto", self.model.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
-        check("engine.grn_scope", scope, not (found and scope == "batch"), allowed)
+        check("model.grn_scope", scope, not (found and scope == "batch"), allowed)
         check_channels("logger.channels", self.logger.channels, self.data.in_chans)
         check_pretraining(self)
 
@@ -127,10 +133,11 @@ class CheckpointConfig:
     """A checkpoint file, or a run's directory: RUN, RUN@best, RUN@last or RUN@STEP. ``knn`` and ``probe`` also take
     ``random``: random weights of the network of group ``model``."""
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     batch_size: int = 256
     """Images a rank processes at once."""
     precision: str = "auto"
-    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as for trainer.precision in a new run."""
+    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as in a new run."""
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     out: str | None = None

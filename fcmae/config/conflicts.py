@@ -22,7 +22,7 @@ def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
     """
     obstacles = {
         "a CPU": device not in ("cuda", "auto"),
-        "trainer.precision=fp16": cfg.trainer.precision == "fp16",  # the scale of the loss would be recorded
+        "precision=fp16": cfg.precision == "fp16",  # the scale of the loss would be recorded
     }
     return [name for name, present in obstacles.items() if present]
 
@@ -38,10 +38,14 @@ def check_cuda_graph(cfg: RunConfig, obstacles: list[str]) -> bool:
 def check_pretraining(cfg: PretrainConfig) -> None:
     """Patches against image, batch against crops, CUDA graph."""
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
-    batch, crops = cfg.trainer.global_batch_size, cfg.data.crops_per_image
+    batch, crops = cfg.optim.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0
-    check("trainer.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")
+    check("optim.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")
     _check_micro_batch(cfg, crops, f"data.crops_per_image={crops}")
+    decoder = cfg.data.decode_on
+    check(
+        "data.decode_on", decoder, decoder == "cpu" or cfg.loader.on_error == "raise", "cpu with loader.on_error=skip"
+    )
     stride = TOTAL_STRIDE.get(cfg.model.stem_stride)
     patch = cfg.model.mask_patch_size or stride
     if stride is None or patch is None or patch < 1:

@@ -9,8 +9,6 @@ from fcmae.plugins import is_named
 
 MAX_SIDE = 2**14
 """Pixels."""
-MAX_WORKERS = 512
-"""Of a rank: more than any machine has use for."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
 
@@ -43,15 +41,6 @@ class DataConfig:
     """hf: the configuration ("subset") of data.path; None = the default."""
     revision: str | None = None
     """hf: the branch, tag or commit of data.path on the hub."""
-    relist: bool = False
-    """Look at folders and tar files anew although nothing seems to have changed since."""
-    on_error: str = "raise"
-    """At an image that cannot be read: ``raise``, or ``skip``: another one takes its place."""
-    max_bad: float = 0.001
-    """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
-    max_pixels: int = 89_478_485
-    """Images with more pixels cannot be read: a small file may claim to be large enough to fill the memory. The default
-    is Pillow's."""
     in_chans: int = 3
     """Channels: 1 grey, 3 RGB, 4 RGBA, which image files are converted to; others as the files have them."""
     bit_depth: int = 8
@@ -81,10 +70,6 @@ class DataConfig:
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped; the aspect
     ratio is kept. From 384 px on the image is resized straight to image_size, as the official code does."""
-    workers: int | None = None
-    """Loader processes a rank; None = from the cores this process may use; 0 = load in the training process."""
-    prefetch: int = 2
-    """Micro-batches that each loader process is ahead."""
     labels_per_class: int | None = None
     """Train on that many labelled images of each class only, chosen by the seed."""
     length: int = 1024
@@ -98,8 +83,6 @@ class DataConfig:
             value = getattr(self, name)
             ok = value is None or is_named(value)
             check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
-        check_one_of("data.on_error", self.on_error, ("raise", "skip"))
-        check_ratio("data.max_bad", self.max_bad)
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         ok = len(sides) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
@@ -114,13 +97,11 @@ class DataConfig:
         check_ratio("data.hflip", self.hflip)
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         check_not_negative("data.pad", self.pad)
-        ok = self.workers is None or 0 <= self.workers <= MAX_WORKERS
-        check("data.workers", self.workers, ok, f"0 to {MAX_WORKERS}, or null")
         check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
-        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and self.on_error == "raise"
-        allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and on_error=raise"
+        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0
+        allowed = "cpu, unless in_chans=3, bit_depth=8 and pad=0"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
-        for name in ("crops_per_image", "labels_per_class", "length", "max_pixels", "prefetch"):
+        for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
     def _check_normalisation(self) -> None:

@@ -46,6 +46,8 @@ class FCMAEConfig(BackboneConfig):
     """Blocks of the decoder."""
     norm_pix_loss: bool = True
     """Normalise the pixels to predict by the mean and deviation of their patch."""
+    grn_scope: str = "image"
+    """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     init: str = "timm"
     """Initial weights: ``timm``, of standard deviation 0.02, or ``official``, the official code's (docs/faq.md)."""
 
@@ -55,6 +57,7 @@ class FCMAEConfig(BackboneConfig):
         check_positive("model.mask_patch_size", self.mask_patch_size)
         check_positive("model.decoder_embed_dim", self.decoder_embed_dim)
         check_positive("model.decoder_depth", self.decoder_depth)
+        check_one_of("model.grn_scope", self.grn_scope, ("image", "batch"))
         check_one_of("model.init", self.init, ("timm", "official"))
 
 
@@ -82,8 +85,6 @@ class EngineConfig:
 
     name: str = "packed"
     """``packed``, ``masked`` or ``minkowski`` (docs/engines.md); all compute the same."""
-    grn_scope: str = "image"
-    """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages, 1 to 4, whose activations are recomputed instead of kept; `fcmae bench step` prints the cost."""
 
@@ -91,7 +92,6 @@ class EngineConfig:
         ok = set(self.recompute_stages) <= {1, 2, 3, 4}
         check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4")
         check_one_of("engine.name", self.name, ("packed", "masked", "minkowski"))
-        check_one_of("engine.grn_scope", self.grn_scope, ("image", "batch"))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from fcmae.config.checks import check, check_one_of, check_positive, check_seed
 from fcmae.config.data import DataConfig
+from fcmae.config.loader import LoaderConfig
 
 
 @dataclass
@@ -27,6 +28,7 @@ class PrepareConfig:
     """``fcmae prepare``."""
 
     data: PreparedDataConfig = field(default_factory=PreparedDataConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     split: str = "train"
     """``train`` for the images of data.path, ``val`` for those of data.val_path; the tar files are named after it."""
     out: str | None = None
@@ -44,8 +46,6 @@ class PrepareConfig:
     """Write the images in an order drawn by the seed."""
     seed: int = 0
     """Draws the order, and the images of data.stats_samples."""
-    workers: int | None = None
-    """Processes; None = as many as the cores this process may use."""
     dry_run: bool = False
     """Only estimate the size and the time."""
 
@@ -53,7 +53,7 @@ class PrepareConfig:
         check_one_of("split", self.split, ("train", "val"))
         check_one_of("encode", self.encode, ("jpeg", "npy"))
         check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
-        for name in ("short_side", "samples_per_shard", "workers"):
+        for name in ("short_side", "samples_per_shard"):
             check_positive(name, getattr(self, name))
         check_seed(self.seed)
         ok = bool(self.out) or self.data.stats or self.dry_run

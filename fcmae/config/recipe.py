@@ -1,4 +1,4 @@
-"""What of a config is the recipe: on resuming, it is what it was."""
+"""Which config keys must not change when a run resumes: the recipe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,73 +6,32 @@ from typing import Any
 from fcmae.errors import UsageError
 from fcmae.precision import AUTO
 
-HARMLESS = frozenset(
-    {
-        # names and places
-        "name",
-        "init_from",
-        "init_channels",
-        "data.path",
-        "data.val_path",
-        "data.val_source",
-        "data.val_split",
-        "data.relist",
-        # how it is computed, not what: equal up to the order of summation
-        "data.workers",
-        "data.prefetch",
-        "engine.name",
-        "engine.recompute_stages",
-        "trainer.micro_batch_size",
-        "trainer.compile",
-        "trainer.cuda_graph",
-        "trainer.device",
-        "trainer.deterministic",
-        # when something is written, and when a run ends early
-        "trainer.log_every",
-        "trainer.checkpoint_every_epochs",
-        "trainer.keep_checkpoints",
-        "trainer.keep_every_epochs",
-        "trainer.eval_every_epochs",
-        "trainer.resume",
-        "trainer.max_steps",
-        "trainer.max_hours",
-        "trainer.allow_changed_recipe",
-        # what happens when something goes wrong
-        "data.on_error",
-        "data.max_bad",
-        "data.max_pixels",
-        "trainer.on_save_error",
-        "trainer.on_nonfinite",
-        "trainer.max_skipped",
-        "trainer.hang_timeout",
-    }
+HOW_IT_RUNS = ("engine", "trainer", "loader", "monitor", "logger")
+"""Groups whose keys do not change the result, except for the order of summation. All other keys are the recipe."""
+PLACES = frozenset(
+    {"name", "init_from", "init_channels", "data.path", "data.val_path", "data.val_source", "data.val_split"}
 )
-"""Keys that may change on resuming, besides all of :data:`HARMLESS_GROUPS`. Every other key is part of the recipe."""
-HARMLESS_GROUPS = ("logger.", "monitor.")
-
-
-MICRO_BATCH = "samples of a micro-batch, whose statistics engine.grn_scope=batch takes"
-"""What else is part of the recipe then."""
+"""Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
+not read its initial weights again."""
 WHOLE = ("data.source", "data.val_source", "mask", "objective")
 """Keys whose values are compared as one: what is in them depends on the class that they name."""
+MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
+"""What else is part of the recipe then."""
 
 
 def check_recipe(
     old: dict[str, Any], new: dict[str, Any], numbers: Mapping[str, tuple[int | None, int | None]] | None = None
 ) -> None:
-    """Compares a checkpoint's config with the one to go on with, and ``numbers`` that are in neither, where known.
+    """Compares a checkpoint's config with the one to resume with, and ``numbers`` that are in neither, where known.
 
-    Raises UsageError with a line for each key of the recipe that changed. A key that only one of them knows, because
-    another version wrote the checkpoint, is left alone.
+    Raises UsageError with a line for each key of the recipe that changed. A key that only one of them has, because
+    another version wrote the checkpoint, is not compared.
     """
     before, now = _flat(old), _flat(new)
     changed = [
         f"  {key}: {before[key]!r} -> {value!r}"
         for key, value in now.items()
-        if key in before
-        and before[key] not in (value, AUTO)  # AUTO: imported weights, which nothing was computed in
-        and key not in HARMLESS
-        and not key.startswith(HARMLESS_GROUPS)
+        if is_recipe(key) and key in before and before[key] not in (value, AUTO)  # AUTO: imported weights
     ]
     for name, (given, value) in (numbers or {}).items():
         if None not in (given, value) and given != value:
@@ -80,8 +39,13 @@ def check_recipe(
     if changed:
         raise UsageError(
             "the recipe differs from the run's so far; give its values again, or "
-            "trainer.allow_changed_recipe=true to go on with these:\n" + "\n".join(changed)
+            "trainer.allow_changed_recipe=true to continue with these:\n" + "\n".join(changed)
         )
+
+
+def is_recipe(key: str) -> bool:
+    """Whether a full key must stay the same when a run resumes."""
+    return key.partition(".")[0] not in HOW_IT_RUNS and key not in PLACES
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

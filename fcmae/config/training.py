@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
-from fcmae.precision import PRECISIONS
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -13,6 +12,8 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 class OptimConfig:
     """Group ``optim``: AdamW."""
 
+    global_batch_size: int = 4096
+    """Samples per optimizer step, over all ranks."""
     blr: float = 1.5e-4
     """Base learning rate: lr = blr * global_batch_size / 256."""
     lr: float | None = None
@@ -27,8 +28,11 @@ class OptimConfig:
     """``single``: every block is a layer; ``group``: three blocks of stage 3 are one, as for Base and larger."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None = no clipping."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights; None = none."""
 
     def __post_init__(self) -> None:
+        check_positive("optim.global_batch_size", self.global_batch_size)
         check_positive("optim.blr", self.blr)
         check_positive("optim.lr", self.lr)
         check_not_negative("optim.weight_decay", self.weight_decay)
@@ -37,10 +41,13 @@ class OptimConfig:
         check("optim.layer_decay", self.layer_decay, ok, "a number in (0, 1], or null")
         check_one_of("optim.layer_decay_type", self.layer_decay_type, ("single", "group"))
         check_positive("optim.clip_grad", self.clip_grad)
+        ok = self.ema_decay is None or 0 < self.ema_decay < 1
+        check("optim.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
 
-    def peak_lr(self, global_batch_size: int) -> float:
+    @property
+    def peak_lr(self) -> float:
         """The learning rate after warm-up, before layer decay."""
-        return self.lr if self.lr is not None else self.blr * global_batch_size / 256
+        return self.lr if self.lr is not None else self.blr * self.global_batch_size / 256
 
 
 @dataclass
@@ -65,14 +72,9 @@ class ScheduleConfig:
 class TrainerConfig:
     """Group ``trainer``: how the recipe runs on the hardware at hand."""
 
-    global_batch_size: int = 4096
-    """Samples an optimizer step over all ranks: part of the recipe."""
     micro_batch_size: Any = None
     """Samples that a rank processes at once, at most; None = a rank's whole share. The rest is accumulated. ``auto`` =
     as many as fit into the GPU's memory."""
-    precision: str = "auto"
-    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
-    has it, fp16 on an older one, float32 on a CPU."""
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None
@@ -105,23 +107,20 @@ class TrainerConfig:
     max_steps: int | None = None
     """Stop (resumable) after that many optimizer steps of the schedule."""
     allow_changed_recipe: bool = False
-    """Resume although keys of the recipe changed (``fcmae/config/recipe.py`` lists those that are not)."""
+    """Resume although keys outside the groups trainer, loader, engine, monitor and logger changed."""
     max_hours: float | None = None
     """Save and stop (resumable) so long after the start of the process; None = never."""
-    ema_decay: float | None = None
-    """Decay of the exponential moving average of the weights; None = none."""
 
     def compiles(self, device: str) -> bool:
         """Whether a run on that type of device uses torch.compile."""
         return device == "cuda" if self.compile is None else self.compile
 
     def __post_init__(self) -> None:
-        check_one_of("trainer.precision", self.precision, PRECISIONS)
         check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
         micro = self.micro_batch_size
         ok = micro in (None, "auto") or (type(micro) is int and micro > 0)
         check("trainer.micro_batch_size", micro, ok, "a positive integer, auto or null")
-        positive = ["global_batch_size", "log_every", "keep_checkpoints", "max_steps"]
+        positive = ["log_every", "keep_checkpoints", "max_steps"]
         positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))
@@ -129,8 +128,6 @@ class TrainerConfig:
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_not_negative("trainer.max_skipped", self.max_skipped)
-        ok = self.ema_decay is None or 0 < self.ema_decay < 1
-        check("trainer.ema_decay", self.ema_decay, ok, "a number in (0, 1), or null")
 
 
 @dataclass

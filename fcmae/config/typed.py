@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fcmae.config.checks import collected, mistake
 from fcmae.config.plain import check_plain
+from fcmae.config.renamed import renamed
 from fcmae.errors import ConfigError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
     names = [field.name for field in dataclasses.fields(schema)]
     for key in map(str, cfg):
         if key not in names:
-            mistake(f"{prefix}{key}: unknown key; allowed is one of {', '.join(names)}")
+            mistake(_unknown(f"{prefix}{key}", names))
             continue
         value = cfg._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none():
@@ -102,9 +103,12 @@ def describe(error: Exception, prefix: str = "") -> str:
     reason = str(error).split("\n")[0]
     owner = getattr(error, "object_type", None)
     if "not in" in reason and owner is not None and dataclasses.is_dataclass(owner):
-        names = ", ".join(f.name for f in dataclasses.fields(owner))
-        return f"{key}: unknown key; allowed is one of {names}"
+        return _unknown(key, [field.name for field in dataclasses.fields(owner)])
     return f"{key}: {reason}" if key else reason
+
+
+def _unknown(key: str, names: list[str]) -> str:
+    return renamed(key) or f"{key}: unknown key; must be one of {', '.join(names)}"
 
 
 def _experiments(name: str) -> list[str]:
@@ -135,7 +139,7 @@ def explain(error: Exception) -> str:
         return f"Could not find {missing!r}; there are, the closest first: {', '.join(_experiments(missing))}"
     unfit = UNFIT.match(str(error))
     if unfit:
-        return f"{unfit[1]} does not fit this command, which has no key {unfit[2]}"
+        return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}")
     other = OTHER_TYPE.match(str(error))
     if other:
         return f"{other[1]} holds a {other[2]}; allowed is keys and values"

@@ -58,12 +58,12 @@ class BatchPlan:
             below = global_batch_size - rest
             fits = " or ".join(str(size) for size in (below, below + crops_per_image) if size)
             raise UsageError(
-                f"trainer.global_batch_size must be a multiple of data.crops_per_image={crops_per_image}, such as "
+                f"optim.global_batch_size must be a multiple of data.crops_per_image={crops_per_image}, such as "
                 f"{fits}; got {global_batch_size}"
             )
         if num_samples < global_batch_size:
             raise UsageError(
-                f"trainer.global_batch_size is {global_batch_size}; allowed with {num_samples} training images is at "
+                f"optim.global_batch_size is {global_batch_size}; allowed with {num_samples} training images is at "
                 f"most {num_samples}"
             )
         plan = cls(num_samples, global_batch_size, global_batch_size, world_size, seed, crops_per_image, pairs)

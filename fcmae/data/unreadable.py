@@ -1,4 +1,4 @@
-"""Samples that cannot be read: ``data.on_error=raise`` ends the run at the first, ``skip`` puts another in its place.
+"""Samples that cannot be read: ``loader.on_error=raise`` ends the run at the first, ``skip`` puts another in its place.
 
 A loader worker hands on what it could not read with the batch, so the training process reports it in order, once, in
 one line, and the same with any number of workers.
@@ -113,9 +113,11 @@ class BadSamples:
             if not isinstance(error, ImageError):
                 raise error
             if not self.skip:
-                hint = "data.on_error=skip would go on without it"
+                hint = "loader.on_error=skip would go on without it"
                 if batch.parts is None and batch.left_out > 1:
-                    hint = f"no image of this batch of {batch.left_out} can be read; data.on_error=skip would not help"
+                    hint = (
+                        f"no image of this batch of {batch.left_out} can be read; loader.on_error=skip would not help"
+                    )
                 raise ImageError(error.name, f"{error.reason} ({hint})")
             print_once(f"{error}; skipped")
             self.counts[epoch] += 1
@@ -130,7 +132,7 @@ def check_share(count: int, num_samples: int, max_bad: float, what: str) -> None
     """Raises UsageError if more than the share ``max_bad`` of the samples could not be read."""
     if count > max_bad * num_samples:
         failed = f"{count} of {num_samples} samples of {what} could not be read"
-        raise UsageError(f"{failed}; allowed is a share of {max_bad} (data.max_bad)")
+        raise UsageError(f"{failed}; allowed is a share of {max_bad} (loader.max_bad)")
 
 
 def readable(batches: Iterable[Batch], num_samples: int, skip: bool, max_bad: float) -> Iterator[Any]:

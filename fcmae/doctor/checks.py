@@ -108,7 +108,7 @@ def shared_memory(size: int, free: int, workers: int, ranks: int, prefetch: int)
     what = f"shared memory: {free / GIB:.2f} of {size / GIB:.2f} GiB free in /dev/shm"
     most = f"{ranks} x {workers} loader processes with micro-batches of {BATCH} images at 224 px"
     if free < need:
-        to_do = f"{most} need {need / GIB:.2f}; start the container with --shm-size, or lower data.workers"
+        to_do = f"{most} need {need / GIB:.2f}; start the container with --shm-size, or lower loader.workers"
         return Finding(what, to_do)
     return Finding(f"{what}; {most} need {need / GIB:.2f}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fcmae import toolchain
-from fcmae.config import DataConfig, LoggerConfig
+from fcmae.config import LoaderConfig, LoggerConfig
 from fcmae.data.cores import default_workers
 from fcmae.doctor import checks
 from fcmae.doctor.checks import Finding
@@ -41,7 +41,7 @@ def findings() -> Iterator[Finding]:
         usage, ranks = shutil.disk_usage(SHM), max(1, len(gpus))
         device = torch.device("cuda" if gpus else "cpu")
         yield checks.shared_memory(
-            usage.total, usage.free, default_workers(device, ranks), ranks, DataConfig().prefetch
+            usage.total, usage.free, default_workers(device, ranks), ranks, LoaderConfig().prefetch
         )
     yield from checks.rendezvous({port: why_not_open(port) for port in checks.ports(os.environ)})
     yield from _versions()

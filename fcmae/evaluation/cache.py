@@ -26,7 +26,7 @@ from fcmae.opening import open_trusted, own_folder
 FORMAT = 2
 """Rises when the same images would give other features: 2 keeps the aspect ratio for sizes that are not square."""
 IRRELEVANT = (
-    *("workers", "prefetch", "relist", "path", "val_path", "labels_per_class", "max_pixels"),
+    *("path", "val_path", "labels_per_class"),
     *("crop_scale", "crop_ratio", "hflip", "crops_per_image", "decode_on"),
 )
 """Keys of the data config that evaluation does not read, or that the source's fingerprint speaks of better."""
@@ -70,6 +70,7 @@ class CachedExtractor:
             "format": FORMAT,
             **self.identity,
             "data": data,
+            "on_error": extract.loader.on_error,
             "images": fingerprint(source, extract.data),
             "precision": extract.precision,
             "pooling": extract.pooling,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fcmae.checkpoints.resume import say
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.transforms import eval_transform
 from fcmae.data.samples import EvaluationImages, Target, label_of
 from fcmae.data.sources import Source
@@ -24,6 +24,7 @@ def predictions(
     model: nn.Module,
     source: Source,
     cfg: DataConfig,
+    loader: LoaderConfig,
     batch_size: int,
     precision: str,
     world: World,
@@ -36,7 +37,7 @@ def predictions(
     """
     model.eval()
     samples = EvaluationImages(source, eval_transform(cfg), target)
-    for imgs, targets, places in batches(source, cfg, batch_size, world, samples, stop):
+    for imgs, targets, places in batches(source, cfg, loader, batch_size, world, samples, stop):
         with torch.inference_mode(), autocast(world.device, precision):
             outputs = tree_map_only(Tensor, Tensor.float, model(imgs))
         yield Predictions(outputs, targets, places)

@@ -1,7 +1,7 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.checkpoints.resume import say
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.cores import default_workers
 from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalize
@@ -54,6 +54,7 @@ class _Placed(Dataset[tuple[Tensor, Any, int]]):
 def batches(
     source: Source,
     cfg: DataConfig,
+    loader: LoaderConfig,
     batch_size: int,
     world: World,
     dataset: CroppedImages | EvaluationImages | None = None,
@@ -61,22 +62,22 @@ def batches(
 ) -> Iterator[Images]:
     """This rank's share of the source, in order. Ranks share no sample; all have to go on to the end of theirs.
 
-    What cannot be read is left out with ``data.on_error=skip``.
+    What cannot be read is left out with ``loader.on_error=skip``.
 
     Args:
         dataset: reads the samples in another way than evaluation does.
         stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
-    workers = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
-    loader = eval_loader(
-        _Placed(dataset or EvaluationImages(source, eval_transform(cfg))),
+    workers = default_workers(world.device, world.local_size) if loader.workers is None else loader.workers
+    loaded = eval_loader(
+        _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels))),
         batch_size,
         rank=world.rank,
         world_size=world.size,
-        workers=Workers(workers, pin_memory=world.device.type == "cuda", prefetch=cfg.prefetch),
+        workers=Workers(workers, pin_memory=world.device.type == "cuda", prefetch=loader.prefetch),
     )
     stopped = torch.tensor(0)
-    for imgs, labels, places in readable(loader, len(source), cfg.on_error == "skip", cfg.max_bad):
+    for imgs, labels, places in readable(loaded, len(source), loader.on_error == "skip", loader.max_bad):
         if stop():
             stopped.fill_(1)
             break
@@ -103,12 +104,12 @@ class Labelled(NamedTuple):
     notes: list[str]
 
 
-def labelled_sources(cfg: DataConfig, seed: int) -> Labelled:
+def labelled_sources(cfg: DataConfig, loader: LoaderConfig, seed: int) -> Labelled:
     """The sources of a data config; ``seed`` draws ``data.labels_per_class``.
 
     Raises UsageError if either has no labels, or the validation samples have a class that the training samples lack.
     """
-    train, val = train_source(cfg), val_source(cfg)
+    train, val = train_source(cfg, loader), val_source(cfg, loader)
     classes = require_labels(train, "data.path")
     val, notes = with_classes(val, "data.val_path", classes, "data.path")
     if cfg.labels_per_class is not None:
@@ -149,6 +150,7 @@ class Extractor:
     precision: str = "float32"
     pooling: str = "norm"
     stop: Callable[[], bool] = never
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     @torch.no_grad()
     def __call__(self, source: Source, dataset: CroppedImages | None = None) -> Features:
@@ -156,7 +158,7 @@ class Extractor:
         was_training = self.backbone.training
         self.backbone.eval()
         try:
-            shares = self._share(batches(source, self.data, self.batch_size, self.world, dataset, self.stop))
+            shares = self._share(self._read(source, dataset))
         finally:
             self.backbone.train(was_training)
         values, labels, places = (gather(share, self.world) for share in shares)
@@ -168,6 +170,9 @@ class Extractor:
                 say(f"warning: the features of {count} images are not finite, and count as zero; try precision=float32")
         order = places.argsort()
         return Features(values[order], labels[order])
+
+    def _read(self, source: Source, dataset: CroppedImages | None) -> Iterator[Images]:
+        return batches(source, self.data, self.loader, self.batch_size, self.world, dataset, self.stop)
 
     def _share(self, stream: Iterator[Images]) -> list[Tensor]:
         """Features, labels and places of this rank's images."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.checkpoints.resume import say
-from fcmae.config import DataConfig, check
+from fcmae.config import DataConfig, LoaderConfig, check
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import Features, first, labelled_sources
@@ -82,6 +82,7 @@ def check_neighbours(key: str, ks: Sequence[int], gallery: Source) -> None:
 
 def knn_of(
     data: DataConfig,
+    loader: LoaderConfig,
     extract: Callable[[Source], Features],
     world: World,
     *,
@@ -96,7 +97,7 @@ def knn_of(
     ``gallery`` and ``queries`` limit the images, to the first of a fixed random order; None = all. ``seed`` draws
     ``data.labels_per_class``.
     """
-    train, val, classes, notes = labelled_sources(data, seed)
+    train, val, classes, notes = labelled_sources(data, loader, seed)
     train, val = first(train, gallery), first(val, queries)
     check_neighbours("k", ks, train)
     for note in notes if world.is_main else ():

@@ -23,6 +23,7 @@ from fcmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     KnnConfig,
+    LoaderConfig,
     PretrainConfig,
     ProbeConfig,
     check,
@@ -85,7 +86,9 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         if world.is_main and unsaid(state):
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
-        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling)
+        extractor = Extractor(
+            backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling, loader=cfg.loader
+        )
         random = cfg.checkpoint == RANDOM
         if cfg.cache is None or (random and cfg.cache == "run"):
             yield extractor, extractor
@@ -149,7 +152,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     objective = objective_of(state, own)
     if objective.outputs == 0:
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
-    source = val_source(data)
+    source = val_source(data, cfg.loader)
     classes: list[str] = state.get("classes") or []
     tables = cfg.per_class is not None or cfg.confusion is not None
     if (tables or cfg.labels is not None) and objective.num_classes is None:
@@ -167,7 +170,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         confusion = None
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-        share = predictions(model, source, data, cfg.batch_size, cfg.precision, world, target=objective.target)
+        share = predictions(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target)
         if tables or accepted is not None:
             metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
         else:
@@ -192,6 +195,7 @@ def knn(cfg: KnnConfig) -> dict[str, float] | None:
         world = extractor.world
         result = knn_of(
             extractor.data,
+            cfg.loader,
             extract,
             world,
             ks=cfg.k,
@@ -209,13 +213,15 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
     """Accuracy of linear classifiers on a checkpoint's frozen features; None on ranks other than the first."""
     with _frozen(cfg) as (extractor, extract):
         data, world = extractor.data, extractor.world
-        train, val, classes, notes = labelled_sources(data, cfg.seed)
+        train, val, classes, notes = labelled_sources(data, cfg.loader, cfg.seed)
         for note in notes if world.is_main else ():
             say(note)
 
+        crop = pretrain_transform(data, cfg.loader.max_pixels)
+
         def cropped() -> Iterator[Features]:
             for epoch in itertools.count():
-                yield extractor(train, CroppedImages(train, pretrain_transform(data), cfg.seed, epoch))
+                yield extractor(train, CroppedImages(train, crop, cfg.seed, epoch))
 
         epochs = cropped() if cfg.random_crops else itertools.repeat(extract(train))
         known = extract(val)
@@ -244,7 +250,8 @@ def reconstruct(
 
     Args:
         images: image files; folders, of which the first images are taken; and overrides ``data.KEY=VALUE`` of the
-            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``.
+            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``;
+            and overrides ``loader.KEY=VALUE``.
         max_images: rows.
         mask_ratio: instead of the checkpoint's.
         seed: of the masks.
@@ -252,8 +259,11 @@ def reconstruct(
         allow: classes that may be called although only the checkpoint names them.
     """
     check("--max-images", max_images, max_images > 0, "a positive integer")
+    how = [image for image in images if image.startswith("loader.") and "=" in image]
     overrides = [image for image in images if image.startswith("data.") and "=" in image]
-    named = CheckpointConfig(path, data=from_dotlist(DataOverrides, overrides, "data"), allow=list(allow))
+    loader = from_dotlist(LoaderConfig, how, "loader")
+    given: Any = from_dotlist(DataOverrides, overrides, "data")
+    named = CheckpointConfig(path, data=given, loader=loader, allow=list(allow))
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
@@ -269,12 +279,12 @@ def reconstruct(
         model.mask_ratio = mask_ratio
     check_channels("--channels", channels, data.in_chans)
     channels = channels or cfg.logger.channels
-    files = [file for image in images if image not in overrides for file in _files(image, max_images)]
+    files = [file for image in images if image not in (*overrides, *how) for file in _files(image, max_images)]
     samples: list[Tensor | Encoded] = [read_file(file) for file in files[:max_images]]
     if overrides:
-        source = first(train_source(data), max(0, max_images - len(samples)))
+        source = first(train_source(data, loader), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
-    transform = eval_transform(dataclasses.replace(data, crop_pct=1.0))
+    transform = eval_transform(dataclasses.replace(data, crop_pct=1.0), loader.max_pixels)
     crops = [transform(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
     scores = torch.stack([draw_scores(mask, rng, grid, crop) for crop in crops])

@@ -118,11 +118,11 @@ def _recipe(network: Network) -> dict[str, Any]:
         "initial weights": _initial_weights(network),
         "steps": network.state["step"],
         "epochs of the schedule": cfg.schedule.epochs,
-        "global batch size": cfg.trainer.global_batch_size,
-        "peak learning rate": f"{optim.peak_lr(cfg.trainer.global_batch_size):g}",
+        "global batch size": optim.global_batch_size,
+        "peak learning rate": f"{optim.peak_lr:g}",
         "weight decay": optim.weight_decay,
         "layer decay": optim.layer_decay,
-        "precision": cfg.trainer.precision,
+        "precision": cfg.precision,
         "seed": cfg.seed,
         **_task_recipe(cfg),
     }
@@ -143,7 +143,7 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
     assert isinstance(cfg, FinetuneConfig)
     return {
         "drop path": cfg.model.drop_path_rate,
-        "EMA decay": cfg.trainer.ema_decay,
+        "EMA decay": cfg.optim.ema_decay,
         **{name.replace("_", " "): _text(value) or None for name, value in dataclasses.asdict(cfg.augment).items()},
     }
 

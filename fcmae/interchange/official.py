@@ -16,7 +16,6 @@ from torch import Tensor
 from fcmae.config import (
     ClassifierConfig,
     DataConfig,
-    EngineConfig,
     FCMAEConfig,
     FinetuneConfig,
     PretrainConfig,
@@ -24,6 +23,7 @@ from fcmae.config import (
     from_dict,
     portable,
     to_dict,
+    upgraded,
 )
 from fcmae.errors import WeightsError
 from fcmae.interchange.network import (
@@ -252,14 +252,14 @@ def load(path: Path, given: Given) -> Imported:
 def _load_sparse(weights: StateDict, description: dict[str, Any], given: Given, path: Path) -> Imported:
     structure = _structure(weights, "encoder.", "kernel")
     if description:
-        cfg = from_dict(PretrainConfig, portable(description["config"]))
+        cfg = from_dict(PretrainConfig, portable(upgraded(description["config"])))
     else:
         decoder: dict[str, Any] = {
             "decoder_depth": _count(weights, r"decoder\.(\d+)\."),
             "decoder_embed_dim": _get(weights, "proj.weight").shape[0],
         }
-        model = FCMAEConfig(**structure.backbone_config(), **decoder)
-        cfg = PretrainConfig(data=given.data(structure.in_chans), model=model, engine=EngineConfig(grn_scope="batch"))
+        model = FCMAEConfig(**structure.backbone_config(), **decoder, grn_scope="batch")
+        cfg = PretrainConfig(data=given.data(structure.in_chans), model=model)
     return Imported(cfg, from_pretraining(weights, empty_fcmae(cfg, weights, path)))
 
 
@@ -273,7 +273,7 @@ def _data(structure: Structure, description: dict[str, Any], given: Given) -> Da
     """Group ``data``: what was exported, else what the user gave."""
     if not description:
         return given.data(structure.in_chans)
-    return given.data(structure.in_chans, portable(description["config"])["data"])
+    return given.data(structure.in_chans, portable(upgraded(description["config"]))["data"])
 
 
 def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> Structure:

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models.convnext import ConvNeXt
 
-from fcmae.config import ClassifierConfig, DataConfig, EngineConfig, FCMAEConfig, FinetuneConfig, PretrainConfig
+from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig
 from fcmae.errors import UsageError
 from fcmae.interchange.network import Given, Imported, Structure
 from fcmae.models import FCMAE
@@ -67,5 +67,6 @@ def _pretrain_config(model: FCMAE, data: DataConfig, network: dict[str, Any]) ->
         norm_pix_loss=model.norm_pix_loss,
         decoder_embed_dim=model.decoder.proj.out_features,
         decoder_depth=len(model.decoder.blocks),
+        grn_scope=model.grn_scope,
     )
-    return PretrainConfig(data=data, model=cfg, engine=EngineConfig(grn_scope=model.grn_scope))
+    return PretrainConfig(data=data, model=cfg)

@@ -52,7 +52,7 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
             decoder_embed_dim=model.decoder_embed_dim,
             decoder_depth=model.decoder_depth,
             engine=cfg.engine.name,
-            grn_scope=cfg.engine.grn_scope,
+            grn_scope=cfg.model.grn_scope,
             init=model.init,
             recompute_stages=cfg.engine.recompute_stages,
             backbone_kwargs=model.backbone_kwargs(),

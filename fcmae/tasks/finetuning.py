@@ -42,8 +42,8 @@ class Finetuning:
         self.start = find_start(cfg) if start is None else start
         cfg, self.notes = settle(cfg, self.start)
         self.cfg = cfg
-        self.transform = finetune_transform(cfg.data, cfg.augment)
-        self.source = train_source(cfg.data)
+        self.transform = finetune_transform(cfg.data, cfg.augment, cfg.loader.max_pixels)
+        self.source = train_source(cfg.data, cfg.loader)
         policy = cfg.augment.auto_augment
         if policy is not None and cfg.data.source is not None and gives_float(self.source):
             raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
@@ -83,7 +83,7 @@ class Finetuning:
     def draw(self, step: int, positions: range) -> list[Tensor]:
         drawn = [sample_keys(self.cfg.seed, step, positions)]
         if self.pairs:
-            pairs = (self.cfg.trainer.global_batch_size + 1) // 2
+            pairs = (self.cfg.optim.global_batch_size + 1) // 2
             mixes = self.mixup.draw(step_generator(self.cfg.seed, step), pairs)
             drawn.append(mixes[torch.tensor(positions) // 2])
         return drawn
@@ -133,17 +133,10 @@ class Finetuning:
             if network is None:
                 continue
             was_training = network.training
-            trainer = self.cfg.trainer
-            batch_size = trainer.micro_batch_size or max(1, trainer.global_batch_size // world.size)
+            cfg, target = self.cfg, self.objective.target
+            batch_size = cfg.trainer.micro_batch_size or max(1, cfg.optim.global_batch_size // world.size)
             share = predictions(
-                network,
-                self.val_source,
-                self.cfg.data,
-                batch_size,
-                trainer.precision,
-                world,
-                stop,
-                self.objective.target,
+                network, self.val_source, cfg.data, cfg.loader, batch_size, cfg.precision, world, stop, target
             )
             result = self.objective.metrics(share, world)
             metrics |= {f"{prefix}{name}": value for name, value in result.items() if name != "images"}
@@ -171,11 +164,11 @@ class Finetuning:
 
 def _check_batch(images: int, cfg: FinetuneConfig) -> None:
     """Raises ConfigError if ``data.labels_per_class`` leaves fewer images than a batch has."""
-    batch, fits = cfg.trainer.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
+    batch, fits = cfg.optim.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
     if images < batch:
         raise ConfigError(
             f"data.labels_per_class={cfg.data.labels_per_class} leaves {images} training images, fewer than "
-            f"trainer.global_batch_size={batch}; give trainer.global_batch_size={fits}"
+            f"optim.global_batch_size={batch}; give optim.global_batch_size={fits}"
         )
 
 
@@ -186,7 +179,7 @@ def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
 def _validation(cfg: FinetuneConfig, objective: Objective) -> tuple[Source, list[str]]:
     """The validation images that suit the objective, and lines for the user. Raises UsageError."""
     try:
-        source = val_source(cfg.data)
+        source = val_source(cfg.data, cfg.loader)
     except UsageError as error:
         if cfg.data.val_path is not None:
             raise

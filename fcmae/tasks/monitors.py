@@ -51,7 +51,7 @@ class OnlineKnn:
         self.cfg = cfg
         monitor = cfg.monitor
         try:
-            train, val, self.classes, self.notes = labelled_sources(cfg.data, cfg.seed)
+            train, val, self.classes, self.notes = labelled_sources(cfg.data, cfg.loader, cfg.seed)
         except UsageError as error:
             raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
         self.warned = False
@@ -62,7 +62,8 @@ class OnlineKnn:
         """Looks at the weights that are exported: the averaged ones where the run keeps an average."""
         backbone = ema.backbone if isinstance(ema, FCMAE) else self.backbone
         batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
-        extract = Extractor(backbone, self.cfg.data, world, batch_size, self.cfg.trainer.precision, stop=stop)
+        cfg = self.cfg
+        extract = Extractor(backbone, cfg.data, world, batch_size, cfg.precision, stop=stop, loader=cfg.loader)
         gallery, queries = extract(self.gallery), extract(self.queries)
         result = knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k)
         if not self.warned:

@@ -44,13 +44,13 @@ class Pretraining:
         check_network(cfg, self.start)
         self.model: FCMAE = build_fcmae(cfg)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
-        self.source = train_source(cfg.data)
+        self.source = train_source(cfg.data, cfg.loader)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes = list(self.start.notes)
         self._told = False
-        self.mixes_micro_batch = cfg.engine.grn_scope == "batch"
+        self.mixes_micro_batch = cfg.model.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
@@ -63,7 +63,7 @@ class Pretraining:
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
-        crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+        crop, undecoded = pretrain_transform(data, self.cfg.loader.max_pixels), data.decode_on == "gpu"
         return MaskedImages(self.source, crop, self.grid, self.cfg.seed, data.crops_per_image, undecoded, self.mask)
 
     def prepare(self, plan: BatchPlan) -> None:
@@ -71,8 +71,8 @@ class Pretraining:
             size, ranks = plan.global_batch_size, plan.world_size
             fit = f"trainer.micro_batch_size must divide the {size // ranks} samples of a rank"
             if size % ranks:
-                fit = f"trainer.global_batch_size={size} must be a multiple of the {ranks} ranks"
-            raise ConfigError(f"engine.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
+                fit = f"optim.global_batch_size={size} must be a multiple of the {ranks} ranks"
+            raise ConfigError(f"model.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
 
     def compile(self) -> None:
         self.model.compile()
@@ -97,10 +97,12 @@ class Pretraining:
     def picture(self, device: torch.device) -> Picture:
         """The first images of a fixed random order, with fixed masks, reconstructed."""
         data = self.cfg.data
-        samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data)))
+        loader = self.cfg.loader
+        samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data, loader.max_pixels)))
         rng = generator(self.cfg.seed, Stream.SUBSET)
         order = torch.randperm(len(self.source), generator=rng).tolist()
-        singles = readable((collate([samples[i]]) for i in order), len(order), data.on_error == "skip", data.max_bad)
+        batches = (collate([samples[i]]) for i in order)
+        singles = readable(batches, len(order), loader.on_error == "skip", loader.max_bad)
         imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
         scores = torch.stack([draw_scores(self.mask, rng, self.grid, crop) for crop in imgs.cpu()])
         mask = random_mask(scores, self.keep).to(device)

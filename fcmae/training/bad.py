@@ -2,16 +2,16 @@
 
 import torch
 
-from fcmae.config import DataConfig
+from fcmae.config import LoaderConfig
 from fcmae.data.loading import TrainBatches
 from fcmae.data.unreadable import check_share
 from fcmae.distributed import World
 
 
-def count_bad_samples(batches: TrainBatches, step: int, cfg: DataConfig, world: World) -> dict[str, float]:
+def count_bad_samples(batches: TrainBatches, step: int, cfg: LoaderConfig, world: World) -> dict[str, float]:
     """The metric ``bad_samples``, those since the last time, where they are skipped. Every rank calls this.
 
-    Raises UsageError if they are more than ``data.max_bad`` of an epoch (PeerError on all ranks but the first).
+    Raises UsageError if they are more than ``loader.max_bad`` of an epoch (PeerError on all ranks but the first).
     """
     if cfg.on_error != "skip":
         return {}

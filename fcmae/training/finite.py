@@ -87,7 +87,7 @@ def infectious(loss: Tensor) -> Tensor:
 def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:
     """Lists the samples of a step, and saves what this rank saw of them: its micro-batches, read once more."""
     listed = run_dir / f"nonfinite_step_{step:08d}.json"
-    dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.data.on_error == "skip")
+    dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.loader.on_error == "skip")
     try:
         if world.is_main:
             samples = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from fcmae import memory, precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
 from fcmae.checkpoints.resume import newest_state, say
-from fcmae.config import TrainerConfig, to_dict
+from fcmae.config import RunConfig, TrainerConfig, to_dict
 from fcmae.config.recipe import MICRO_BATCH, check_recipe
 from fcmae.data.cores import default_workers
 from fcmae.data.loading import TrainBatches, Workers
@@ -63,7 +63,7 @@ class _Training:
         asked = cfg.trainer.micro_batch_size
         self.plan = world.together(lambda: _plan(task, world, None if asked == micro_batch.AUTO else asked))
         self.schedule = CosineSchedule(
-            cfg.optim.peak_lr(self.plan.global_batch_size),
+            cfg.optim.peak_lr,
             cfg.schedule.min_lr,
             round(cfg.schedule.warmup_epochs * self.plan.steps_per_epoch),
             max(1, round(cfg.schedule.epochs * self.plan.steps_per_epoch)),
@@ -75,7 +75,7 @@ class _Training:
         stop.before_training(run_dir)
         if resumed is None:
             world.on_main(task.initialise)
-        _settle_precision(cfg.trainer, world, resumed)
+        _settle_precision(cfg, world, resumed)
         self.graphed = use_cuda_graph(cfg, world.device)
         self.config = to_dict(cfg)
         self.state = _create_state(task, world)
@@ -172,7 +172,7 @@ class _Training:
         step, plan = self.state.step, self.plan
         metrics = self.meter.read() | self.saver.take_stall()
         metrics |= act_on_non_finite(self.guard, self.task, plan, self.run_dir, self.world)
-        metrics |= count_bad_samples(self.batches, step, self.cfg.data, self.world)
+        metrics |= count_bad_samples(self.batches, step, self.cfg.loader, self.world)
         left = (self.stop_step - step) * plan.global_batch_size / metrics["images_per_second"]
         epoch = step / plan.steps_per_epoch
         self.logger.log(step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
@@ -239,7 +239,7 @@ class _Training:
     def _read(self) -> TrainBatches:
         """The micro-batches of the steps that are left."""
         cfg, world = self.cfg, self.world
-        workers = default_workers(world.device, world.local_size) if cfg.data.workers is None else cfg.data.workers
+        workers = default_workers(world.device, world.local_size) if cfg.loader.workers is None else cfg.loader.workers
         return TrainBatches(
             self.task.dataset(),
             self.plan,
@@ -248,10 +248,10 @@ class _Training:
             Workers(
                 workers,
                 pin_memory=world.device.type == "cuda",
-                prefetch=cfg.data.prefetch,
+                prefetch=cfg.loader.prefetch,
                 timeout=cfg.trainer.hang_timeout + Watchdog.GRACE / 2,  # the watchdog, which leaves stacks, comes first
             ),
-            skip=cfg.data.on_error == "skip",
+            skip=cfg.loader.on_error == "skip",
         )
 
     def _logger(self) -> RunLogger:
@@ -267,7 +267,7 @@ class _Training:
         # Not self: whoever holds the result would hold the loader's workers with it.
         task, model, world, accum_steps = self.task, self.task.model, self.world, self.plan.accum_steps
         padded = self.plan.padding > 0
-        scaler, kind = self.state.scaler, self.cfg.trainer.precision
+        scaler, kind = self.state.scaler, self.cfg.precision
         exchange = GradientExchange(model, world.size)
 
         def run(batch: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
@@ -290,7 +290,7 @@ def _plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
     cfg = task.cfg
     plan = BatchPlan.create(
         len(task.source),
-        cfg.trainer.global_batch_size,
+        cfg.optim.global_batch_size,
         micro_batch_size,
         world.size,
         cfg.seed,
@@ -308,11 +308,11 @@ def _checkpoint_dir(run_dir: Path, cfg: TrainerConfig, plan: BatchPlan, watchdog
     return CheckpointDir(run_dir, cfg.keep_checkpoints, keep_every, watchdog.beat)
 
 
-def _settle_precision(cfg: TrainerConfig, world: World, resumed: State | None) -> None:
+def _settle_precision(cfg: RunConfig, world: World, resumed: State | None) -> None:
     """``cfg.precision`` becomes what the run computes in, and what its config and checkpoints record."""
-    recorded = None if resumed is None else resumed["config"]["trainer"].get("precision")
+    recorded = None if resumed is None else resumed["config"].get("precision")
     cfg.precision = precision.settle(
-        "trainer.precision",
+        "precision",
         cfg.precision,
         world.device,
         recorded=recorded,
@@ -327,10 +327,10 @@ def _create_state(task: Task, world: World) -> TrainState:
     if world.size > 1:
         broadcast(task.model)  # the first rank alone has read init_from; the average begins with it
     ema = None
-    if cfg.trainer.ema_decay is not None:
-        ema = ModelEmaV3(task.model, decay=cfg.trainer.ema_decay)
+    if cfg.optim.ema_decay is not None:
+        ema = ModelEmaV3(task.model, decay=cfg.optim.ema_decay)
     optimizer = create_optimizer(task.model, cfg.optim)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.trainer.precision == "fp16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
     return TrainState(0, task.model, optimizer, scaler, ema)
 
 
@@ -391,5 +391,5 @@ def _summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, w
     start = f"resumed at step {state.step}" if state.step else "from the start"
     return (
         f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {plan} "
-        f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.trainer.precision}, {start}"
+        f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )

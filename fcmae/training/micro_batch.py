@@ -73,7 +73,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 def how_to_shrink(cfg: RunConfig, world: World, asked: int | str | None) -> str:
     """What to change where memory runs out."""
-    share = math.ceil(cfg.trainer.global_batch_size / world.size)
+    share = math.ceil(cfg.optim.global_batch_size / world.size)
     size = cfg.trainer.micro_batch_size
     size = share if size in (None, AUTO) else min(size, share)
     if size > 1:
@@ -89,7 +89,7 @@ class Trial:
 
     def __init__(self, task: Task, plan: BatchPlan, state: TrainState, world: World) -> None:
         self.task, self.state, self.device, self.crops = task, state, world.device, plan.crops_per_image
-        skip = task.cfg.data.on_error == "skip"
+        skip = task.cfg.loader.on_error == "skip"
         with preserved(self.device):
             item = errors_aside(task.dataset(), plan.num_samples, plan.seed, skip)[0, 0]
             self.sample: list[Tensor] = BadSamples(skip).take(collate([item]), 0, replaced=True)
@@ -117,7 +117,7 @@ class Trial:
         held = [torch.empty(self.later, dtype=torch.uint8, device=self.device)]
         batch = [torch.cat([part.to(self.device)] * (size // self.crops)) for part in self.sample]
         held += [part.clone() for part in batch]  # the next one is on its way
-        with autocast(self.device, self.task.cfg.trainer.precision):
+        with autocast(self.device, self.task.cfg.precision):
             loss, _ = self.task.loss(self.task.model, batch)
         loss.backward()
 

@@ -234,7 +234,7 @@ def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path):
 def test_what_does_not_belong_to_the_run_is_refused(tmp_path, begun):
     begun("pretrain", tmp_path / "run")
     digest = weights_sha256(tmp_path / "run")
-    changed = (*TINY_PRETRAIN, "hydra.run.dir=run", "optim.lr=2e-3", "data.hflip=0.1", "data.workers=1")
+    changed = (*TINY_PRETRAIN, "hydra.run.dir=run", "optim.lr=2e-3", "data.hflip=0.1", "loader.workers=1")
     said = finish(tmp_path, *changed, expect=2)
     assert "  optim.lr: 0.001 -> 0.002\n" in said
     assert "  data.hflip: 0.5 -> 0.1\n" in said

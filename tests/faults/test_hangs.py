@@ -80,7 +80,7 @@ def poisoned(folder, kind):
 def test_not_a_number_on_one_rank(tmp_path, command, kind):
     args = (*COMMANDS[command], "hydra.run.dir=run", "trainer.log_every=1000")
     if kind == "input":
-        args = (*args, "trainer.global_batch_size=24")  # sample 5 is in every step, half the time on rank 1
+        args = (*args, "optim.global_batch_size=24")  # sample 5 is in every step, half the time on rank 1
     said = finish(tmp_path, *args, ranks=2, script=poisoned(tmp_path, kind), expect=1)
     assert "is not finite; the weights are those before it" in said
     run_dir = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_a_skipped_step(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("command", ["pretrain"] if SHORT else ["pretrain", "finetune"])
 def test_a_data_worker_dies_or_stops(tmp_path, timeout, command, number):
-    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", f"trainer.hang_timeout={timeout}")
+    args = (*COMMANDS[command], "hydra.run.dir=run", "loader.workers=1", f"trainer.hang_timeout={timeout}")
     run = start(tmp_path, *args, "schedule.epochs=400")
     try:
         wait_until(lambda: max(steps(tmp_path / "run"), default=0) >= 5)

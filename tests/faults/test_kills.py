@@ -49,7 +49,7 @@ def test_killed_at_random_and_resumed_equals_undisturbed(tmp_path, undisturbed, 
     """Launcher, rank or data worker by turns, each kill some steps after the last checkpoint. torchrun is the first."""
     command, rng = name.split()[0], random.Random(name)
     run_dir = tmp_path / "run"
-    args = (*COMMANDS[command], "hydra.run.dir=run", "data.workers=1", "trainer.log_every=1")
+    args = (*COMMANDS[command], "hydra.run.dir=run", "loader.workers=1", "trainer.log_every=1")
     reached = 0
     for kill in range(kills):
         aim = min(reached + rng.randint(1, 120 // kills), 118)

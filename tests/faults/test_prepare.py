@@ -33,17 +33,17 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
         (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(content[: 0 if i == 7 else None])
     command = (*COMMAND, "data.path=../images")
     (tmp_path / "whole").mkdir()
-    finish(tmp_path / "whole", *command, "workers=1")
+    finish(tmp_path / "whole", *command, "loader.workers=1")
 
     def kill_after(folder, shards):
-        process = start(folder, *command, "workers=2")
+        process = start(folder, *command, "loader.workers=2")
         wait_until(lambda: finished_shards(folder / "out") >= int(shards) or process.poll() is not None)
         assert process.poll() is None
         process.kill()
         process.wait()
         wait_until(lambda: not list(processes(folder)))
         assert not (folder / "out" / "manifest.json").exists()
-        finish(folder, *command, "workers=2")
+        finish(folder, *command, "loader.workers=2")
         assert contents(folder / "out") == contents(tmp_path / "whole" / "out")
 
     side_by_side(kill_after, [("1",), ("10",)], tmp_path)
@@ -57,7 +57,7 @@ def test_stopped_while_it_starts_it_says_so_in_a_line(tmp_path, number):
         (tmp_path / "images" / f"{i:03d}.png").write_bytes(encoded(picture(200, 200, seed=i), "PNG"))
 
     def stop_after(folder, shards):
-        process = start(folder, *COMMAND, "data.path=../images", "workers=2")
+        process = start(folder, *COMMAND, "data.path=../images", "loader.workers=2")
         said = folder / "stderr.txt"
         wait_until(lambda: "200 images in 100 tar files" in said.read_text())
         wait_until(lambda: finished_shards(folder / "out") >= int(shards))

@@ -167,7 +167,7 @@ def test_a_second_signal_ends_a_run_wherever_it_is(tmp_path):
         own = {
             "listing": ("data.name=imagefolder", f"data.path={folder}"),
             "compilation": ("trainer.compile=true",),
-            "step": ("data.workers=2",),
+            "step": ("loader.workers=2",),
         }
         variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         args = (*COMMANDS[command], "hydra.run.dir=run", *own.get(phase, ()))

@@ -23,10 +23,10 @@ def test_two_ranks_then_one_then_four_then_two(tmp_path, reference, command):
     args = (*COMMANDS[command], "trainer.log_every=1", "trainer.eval_every_epochs=100", "hydra.run.dir=changing")
     steps = 7 if SHORT else 25
     stages = [
-        (2, ("data.workers=1",)),
+        (2, ("loader.workers=1",)),
         (1, ("trainer.micro_batch_size=2",)),
-        (4, ("data.workers=0",)),
-        (2, ("trainer.micro_batch_size=1", "data.workers=2")),
+        (4, ("loader.workers=0",)),
+        (2, ("trainer.micro_batch_size=1", "loader.workers=2")),
     ]
     for number, (ranks, others) in enumerate(stages, 1):
         finish(

@@ -38,15 +38,15 @@ def test_equals_timm_in_float32(name, size, compiled):
 
 
 RUN = ("finetune", "model=convnextv2_atto", "model.drop_path_rate=0.2", "data=synthetic", "data.length=256")
-RUN += ("optim.lr=1e-3", "trainer.global_batch_size=64", "schedule.epochs=5", "schedule.warmup_epochs=1")
-RUN += ("trainer.eval_every_epochs=null", "trainer.ema_decay=0.9", "trainer.log_every=1", "logger=quiet")
+RUN += ("optim.lr=1e-3", "optim.global_batch_size=64", "schedule.epochs=5", "schedule.warmup_epochs=1")
+RUN += ("trainer.eval_every_epochs=null", "optim.ema_decay=0.9", "trainer.log_every=1", "logger=quiet")
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("micro_batch_size", [64, 24])
 def test_a_cuda_graph_changes_no_bit_of_fine_tuning(fcmae, tmp_path, micro_batch_size):
     """With drop path, mixup and CutMix; with micro-batches of 24 also accumulation and padding."""
-    args = (*RUN, "trainer.precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
+    args = (*RUN, "precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
     for name, graph in (("graph", "true"), ("eager", "false")):
         fcmae(*args, f"trainer.cuda_graph={graph}", f"hydra.run.dir={name}", threads=4, timeout=280)
     with_graph, without = (last_checkpoint(tmp_path / name) for name in ("graph", "eager"))
@@ -57,7 +57,7 @@ def test_a_cuda_graph_changes_no_bit_of_fine_tuning(fcmae, tmp_path, micro_batch
 @pytest.mark.timeout(600)
 def test_fine_tuning_follows_timms_curve(fcmae, tmp_path):
     for engine in ("dense", "timm"):
-        fcmae(*RUN, "trainer.precision=float32", f"engine={engine}", f"hydra.run.dir={engine}", threads=4, timeout=280)
+        fcmae(*RUN, "precision=float32", f"engine={engine}", f"hydra.run.dir={engine}", threads=4, timeout=280)
     dense_run, timm_run = (last_checkpoint(tmp_path / name)["model"] for name in ("dense", "timm"))
     norms = [torch.cat([w.flatten().double() for w in run.values()]) for run in (dense_run, timm_run)]
     assert relative_error(*norms) < 1e-3  # 20 steps of AdamW, whose first ones amplify rounding

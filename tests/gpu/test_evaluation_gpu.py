@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fcmae.cli import main
-from fcmae.config import DataConfig, ProbeConfig
+from fcmae.config import DataConfig, LoaderConfig, ProbeConfig
 from fcmae.data.sources import val_source
 from fcmae.distributed import World
 from fcmae.evaluation.features import Extractor
@@ -19,7 +19,8 @@ from tests.integration.test_evaluation_ranks import SCRIPT
 
 pytestmark = pytest.mark.gpu
 
-DATA = DataConfig(name="synthetic", image_size=64, length=100, workers=0)
+DATA = DataConfig(name="synthetic", image_size=64, length=100)
+LOADER = LoaderConfig(workers=0)
 CPU, GPU = (World(0, 1, 0, 1, torch.device(name)) for name in ("cpu", "cuda"))
 
 
@@ -27,8 +28,8 @@ def test_features_knn_and_probe_agree_with_the_cpu():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     backbone = create_backbone("convnextv2_atto")
     source = val_source(DATA)
-    on_cpu = Extractor(backbone, DATA, CPU)(source)
-    on_gpu = Extractor(backbone.cuda(), DATA, GPU)(source)
+    on_cpu = Extractor(backbone, DATA, CPU, loader=LOADER)(source)
+    on_gpu = Extractor(backbone.cuda(), DATA, GPU, loader=LOADER)(source)
     assert relative_error(on_gpu.values.cpu(), on_cpu.values) < 1e-5
     assert knn_accuracy(on_gpu, on_gpu, 10, GPU, ks=[1, 5]) == knn_accuracy(on_cpu, on_cpu, 10, CPU, ks=[1, 5])
     cfg = ProbeConfig(checkpoint="x", train_batch_size=50, epochs=20, warmup_epochs=2, blr=[0.1, 10.0])
@@ -39,7 +40,7 @@ def test_features_knn_and_probe_agree_with_the_cpu():
 
 def test_watching_knn_changes_no_bit(tmp_path):
     """With CUDA graphs, which replay fixed addresses between the looks."""
-    args = [*TINY_PRETRAIN, "data.image_size=64", "trainer.precision=bf16", "trainer.device=cuda"]
+    args = [*TINY_PRETRAIN, "data.image_size=64", "precision=bf16", "trainer.device=cuda"]
     for name, monitor in (("watched", ["monitor=knn", "monitor.knn_every_epochs=1"]), ("alone", [])):
         assert main([*args, *monitor, f"hydra.run.dir={tmp_path}/{name}"]) == 0
     lines = [
@@ -56,7 +57,7 @@ def test_two_gpus_share_the_work(tmp_path):
     """Over NCCL."""
     (tmp_path / "commands.py").write_text(SCRIPT)
     assert main([*TINY_PRETRAIN, "schedule.epochs=2", f"hydra.run.dir={tmp_path}/pretrained"]) == 0
-    assert main([*TINY_FINETUNE, "trainer.ema_decay=0.5", f"hydra.run.dir={tmp_path}/fine"]) == 0
+    assert main([*TINY_FINETUNE, "optim.ema_decay=0.5", f"hydra.run.dir={tmp_path}/fine"]) == 0
     evaluated, knn, *probes = json.loads(run_python(tmp_path, "commands.py", "2", ranks=2).stdout)
     alone = json.loads(run_python(tmp_path, "commands.py", "1").stdout)
     assert (evaluated, knn) == (alone[0], alone[1])

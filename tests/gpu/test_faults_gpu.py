@@ -60,7 +60,7 @@ def test_a_rank_dies_and_one_stops(tmp_path):
 
 
 def test_not_a_number_on_one_rank(tmp_path):
-    args = (*ARGS, "trainer.global_batch_size=24")  # sample 5 is in every step, half the time on rank 1
+    args = (*ARGS, "optim.global_batch_size=24")  # sample 5 is in every step, half the time on rank 1
     said = finish(tmp_path, *args, ranks=2, script=poisoned(tmp_path, "input"), expect=1)
     assert "is not finite; the weights are those before it" in said
     assert len(list((tmp_path / "run").glob("nonfinite_*_rank_*.pt"))) == 2

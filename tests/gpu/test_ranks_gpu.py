@@ -15,8 +15,8 @@ SHARED = (
     "data=synthetic",
     "data.length=256",
     "data.image_size=64",
-    "data.workers=2",
-    "trainer.global_batch_size=64",
+    "loader.workers=2",
+    "optim.global_batch_size=64",
     "trainer.max_steps=8",
     "trainer.log_every=1",
     "trainer.eval_every_epochs=null",
@@ -25,9 +25,9 @@ SHARED = (
     "schedule.warmup_epochs=0",
     "logger=quiet",
 )
-PRETRAIN = ("pretrain", "model=convnextv2_atto", "trainer.precision=bf16", *SHARED)
+PRETRAIN = ("pretrain", "model=convnextv2_atto", "precision=bf16", *SHARED)
 MIXING = ("augment=none", "augment.mixup=0.8", "augment.cutmix=1.0", "model.drop_path_rate=0.3")
-FINETUNE = ("finetune", "model=convnextv2_atto", "trainer.precision=float32", *MIXING, *SHARED)
+FINETUNE = ("finetune", "model=convnextv2_atto", "precision=float32", *MIXING, *SHARED)
 
 
 def losses(run):
@@ -54,7 +54,7 @@ def test_padding_in_a_cuda_graph_changes_no_bit(tmp_path):
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
-@pytest.mark.parametrize("args", [(*PRETRAIN, "trainer.precision=float32"), FINETUNE], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize("args", [(*PRETRAIN, "precision=float32"), FINETUNE], ids=["pretrain", "finetune"])
 def test_the_micro_batch_does_not_change_the_curve(tmp_path, args):
     """Compiled, in float32; the padding of micro-batches of 13 included."""
     for micro in (64, 32, 13):

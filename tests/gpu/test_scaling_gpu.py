@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-RUN = ("pretrain", "data=synthetic", "data.length=320", "trainer.global_batch_size=64", "optim.lr=3e-4")
+RUN = ("pretrain", "data=synthetic", "data.length=320", "optim.global_batch_size=64", "optim.lr=3e-4")
 RUN += ("schedule.epochs=10", "schedule.warmup_epochs=2", "trainer.checkpoint_every_epochs=10")
 RUN += ("trainer.eval_every_epochs=10", "trainer.log_every=1", "logger=quiet", "logger.progress=false")
 """50 steps."""
@@ -26,7 +26,7 @@ def losses(run_dir):
 @pytest.mark.parametrize("model", ["convnextv2_atto", "convnextv2_base"])
 def test_the_curve_of_two_gpus_is_that_of_one(fcmae, tmp_path, model):
     """float32, the same global batch, micro-batches of 32: on one GPU two of them a step."""
-    args = (*RUN, f"model={model}", "trainer.precision=float32", "trainer.micro_batch_size=32")
+    args = (*RUN, f"model={model}", "precision=float32", "trainer.micro_batch_size=32")
     for ranks in (1, 2):
         fcmae(*args, f"hydra.run.dir={ranks}", ranks=ranks, threads=8, timeout=400)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
@@ -39,7 +39,7 @@ def test_the_curve_of_two_gpus_is_that_of_one(fcmae, tmp_path, model):
 @pytest.mark.parametrize("micro_batch_size", [32, 16])
 def test_a_cuda_graph_with_the_exchange_changes_no_bit(fcmae, tmp_path, micro_batch_size):
     """With micro-batches of 16 a step replays a graph without the exchange, then one with it."""
-    args = (*RUN, "model=convnextv2_atto", "trainer.precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
+    args = (*RUN, "model=convnextv2_atto", "precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
     for name, graph in (("graph", "true"), ("eager", "false")):
         fcmae(*args, f"trainer.cuda_graph={graph}", f"hydra.run.dir={name}", ranks=2, threads=8, timeout=400)
     with_graph, without = (last_checkpoint(tmp_path / name) for name in ("graph", "eager"))

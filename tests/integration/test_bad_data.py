@@ -7,7 +7,7 @@ import pytest
 from tests.bad_files import encoded, picture
 from tests.conftest import TINY_PRETRAIN
 
-DATA = ("data=imagefolder", "data.path=images", "data.workers=1")
+DATA = ("data=imagefolder", "data.path=images", "loader.workers=1")
 
 
 @pytest.fixture
@@ -32,19 +32,19 @@ def test_the_first_ends_a_run_with_one_line(fcmae, images):
 
 
 def test_skipping_is_counted_and_does_not_depend_on_ranks_workers_or_restarts(fcmae, tmp_path, images):
-    skip = (*TINY_PRETRAIN, *DATA, "data.on_error=skip", "data.max_bad=0.5")
+    skip = (*TINY_PRETRAIN, *DATA, "loader.on_error=skip", "loader.max_bad=0.5")
     done = fcmae(*skip, "hydra.run.dir=one")
     assert done.stderr.count("images/cat/00.jpg: ") == done.stderr.count("images/cat/12.jpg: ") == 1
     expected = metrics(tmp_path / "one")
     assert sum(line["bad_samples"] for line in expected) >= 6  # two in each of three epochs
     fcmae(*skip, "hydra.run.dir=stopped", "trainer.max_steps=4", check=75)
-    fcmae(*skip, "hydra.run.dir=stopped", "data.workers=0", "data.max_bad=0.6")
+    fcmae(*skip, "hydra.run.dir=stopped", "loader.workers=0", "loader.max_bad=0.6")
     assert metrics(tmp_path / "stopped") == expected
     fcmae(*skip, "hydra.run.dir=ranks", ranks=2)
     assert [line["bad_samples"] for line in metrics(tmp_path / "ranks")] == [line["bad_samples"] for line in expected]
 
 
 def test_too_many_end_a_run_of_several_ranks_with_one_line(fcmae, images):
-    failed = fcmae(*TINY_PRETRAIN, *DATA, "data.on_error=skip", ranks=2, check=1)  # 1 is torchrun's
-    message = "of 24 samples of an epoch could not be read; allowed is a share of 0.001 (data.max_bad)"
+    failed = fcmae(*TINY_PRETRAIN, *DATA, "loader.on_error=skip", ranks=2, check=1)  # 1 is torchrun's
+    message = "of 24 samples of an epoch could not be read; allowed is a share of 0.001 (loader.max_bad)"
     assert failed.stderr.count(message) == 1

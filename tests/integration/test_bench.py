@@ -64,7 +64,7 @@ def test_kernels_need_a_gpu(capsys):
     ("override", "message"),
     [
         ("engines=[sparse]", "engines is 'sparse'; allowed is some of packed, masked, minkowski, timm"),
-        ("batch=3", "batch: unknown key; allowed is one of models, engines"),
+        ("batch=3", "batch: unknown key; must be one of models, engines"),
         ("repeats=0", "repeats is 0; allowed is a positive integer"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),
     ],

@@ -120,7 +120,7 @@ def test_other_images_and_a_shorter_schedule_are_no_way_to_go_on(fcmae, tmp_path
     assert f"schedule.epochs=1 ends at step 3; the run in {tmp_path}/run is at step 5" in done.stderr
 
 
-@pytest.mark.parametrize("overrides", [("data.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
+@pytest.mark.parametrize("overrides", [("loader.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
 def test_what_is_not_the_recipe_does_not_change_the_result(fcmae, pretrained, tmp_path, overrides):
     fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", *overrides)
     ours, expected = (last_checkpoint(run)["model"] for run in (tmp_path / "run", pretrained))
@@ -142,7 +142,7 @@ def test_ranks_share_one_run_directory(fcmae, tmp_path):
 
 def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     mixing = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.2")
-    fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "hydra.run.dir=fine", "trainer.ema_decay=0.5", *mixing)
+    fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "hydra.run.dir=fine", "optim.ema_decay=0.5", *mixing)
     run_dir = tmp_path / "fine"
     state = last_checkpoint(run_dir)
     assert state["classes"] == [str(i) for i in range(10)]
@@ -179,7 +179,7 @@ def test_no_command_overwrites_what_it_reads(fcmae, pretrained, tmp_path):
 
 
 def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
-    common = (*TINY_FINETUNE, "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "augment.mixup=0.8")
+    common = (*TINY_FINETUNE, "optim.ema_decay=0.9", "model.drop_path_rate=0.2", "augment.mixup=0.8")
     fcmae(*common, "hydra.run.dir=whole")
     fcmae(*common, "hydra.run.dir=parts", "trainer.max_steps=4", check=75)
     fcmae(*common, "hydra.run.dir=parts")
@@ -228,7 +228,7 @@ def test_own_images_without_labels(fcmae, tmp_path):
     for i in range(8):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 70), dtype=np.uint8)).save(folder / f"{i}.png")
     own = ("data=imagefolder", "data.path=pictures", "data.in_chans=1", "data.mean=[0.5]", "data.std=[0.25]")
-    sizes = ("data.image_size=[32,48]", "trainer.global_batch_size=4", "schedule.warmup_epochs=0")
+    sizes = ("data.image_size=[32,48]", "optim.global_batch_size=4", "schedule.warmup_epochs=0")
     fcmae(*TINY_PRETRAIN, *own, *sizes, "hydra.run.dir=run")
     fcmae("reconstruct", "run", "--out", "grid.png", "pictures", "--max-images", "3")
     with Image.open(tmp_path / "grid.png") as grid:
@@ -242,7 +242,7 @@ def test_finetuning_without_validation_images(fcmae, tmp_path):
         for i in range(4):
             pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "train" / label / f"{i}.png")
-    args = (*TINY_FINETUNE, "data=imagefolder", "data.path=train", "data.image_size=32", "trainer.global_batch_size=4")
+    args = (*TINY_FINETUNE, "data=imagefolder", "data.path=train", "data.image_size=32", "optim.global_batch_size=4")
     missing = fcmae(*args, "hydra.run.dir=run", check=2).stderr
     assert "data.val_path is not set" in missing
     assert "trainer.eval_every_epochs=null" in missing
@@ -262,7 +262,7 @@ def test_loggers_write_where_they_should(fcmae, tmp_path):
 
 def test_precisions(fcmae, tmp_path):
     for precision in ("bf16", "fp16"):
-        fcmae(*TINY_PRETRAIN, f"trainer.precision={precision}", f"hydra.run.dir={precision}", "schedule.epochs=1.0")
+        fcmae(*TINY_PRETRAIN, f"precision={precision}", f"hydra.run.dir={precision}", "schedule.epochs=1.0")
         assert metrics(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
 
 
@@ -276,7 +276,7 @@ def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
     """Where it is allowed: another precision, other groups of parameters."""
     args = (*TINY_FINETUNE, "hydra.run.dir=run", "trainer.allow_changed_recipe=true")
     fcmae(*args, "trainer.max_steps=2", check=75)
-    fcmae(*args, "trainer.max_steps=4", "optim.weight_decay=0", "trainer.precision=fp16", check=75)
+    fcmae(*args, "trainer.max_steps=4", "optim.weight_decay=0", "precision=fp16", check=75)
     assert last_checkpoint(tmp_path / "run")["scaler"]
     fcmae(*args, "optim.weight_decay=0.3", "optim.betas=[0.8,0.9]", "optim.layer_decay=0.7")
     state = last_checkpoint(tmp_path / "run")
@@ -321,7 +321,7 @@ MISTAKES = {
     "folder": (("pretrain", "data.path=/nowhere"), "data.path: /nowhere is not a folder"),
     "size": ((*TINY_PRETRAIN, "data.image_size=36"), "the nearest sizes that fit are 32 and 40"),
     "backbone": ((*TINY_PRETRAIN, "model.backbone=convnextv2_ato"), "did you mean convnextv2_atto"),
-    "batch": ((*TINY_PRETRAIN, "trainer.global_batch_size=99"), "at most 24"),
+    "batch": ((*TINY_PRETRAIN, "optim.global_batch_size=99"), "at most 24"),
     "checkpoint": (("evaluate", "checkpoint=nowhere"), "no checkpoint or run directory nowhere"),
     "init": ((*TINY_FINETUNE, "init_from=nowhere"), "no checkpoint or run directory nowhere"),
     "mixup": (

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "commands.py").write_text(SCRIPT)
     assert main([*TINY_PRETRAIN, "schedule.epochs=2", f"hydra.run.dir={folder}/pretrained"]) == 0
-    assert main([*TINY_FINETUNE, "trainer.ema_decay=0.5", f"hydra.run.dir={folder}/fine"]) == 0
+    assert main([*TINY_FINETUNE, "optim.ema_decay=0.5", f"hydra.run.dir={folder}/fine"]) == 0
     return folder
 
 

@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     common = ("schedule.epochs=1", "schedule.warmup_epochs=0", *STEM)
     run_python(folder, "-m", "fcmae.cli", *TINY_PRETRAIN, *common, "hydra.run.dir=pre")
-    fine = ("init_from=pre", "trainer.ema_decay=0.5", "hydra.run.dir=fine")
+    fine = ("init_from=pre", "optim.ema_decay=0.5", "hydra.run.dir=fine")
     run_python(folder, "-m", "fcmae.cli", *TINY_FINETUNE, *common, *fine)
     return folder
 

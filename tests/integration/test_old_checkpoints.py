@@ -14,8 +14,8 @@ from tests.conftest import TESTS
 OLD = TESTS / "old"
 COMMON = (
     *("model=demo", "model.dims=[4,6,8,12]", "model.depths=[1,1,1,1]", "data=synthetic", "data.image_size=32"),
-    *("data.length=24", "data.workers=0", "trainer.global_batch_size=8", "optim.lr=1e-3", "trainer.precision=float32"),
-    *("trainer.log_every=1", "trainer.ema_decay=0.5", "trainer.checkpoint_every_epochs=1"),
+    *("data.length=24", "loader.workers=0", "optim.global_batch_size=8", "optim.lr=1e-3", "precision=float32"),
+    *("trainer.log_every=1", "optim.ema_decay=0.5", "trainer.checkpoint_every_epochs=1"),
     *("trainer.keep_checkpoints=1", "logger=quiet", "logger.progress=false"),
 )
 COMMANDS = {

@@ -9,7 +9,7 @@ from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights
 from tests.slurm.lab import NODES
 
 RUN = (*TINY_PRETRAIN, "schedule.epochs=60", "trainer.eval_every_epochs=60", "trainer.checkpoint_every_epochs=10")
-RUN += ("trainer.device=cpu", "data.workers=1")
+RUN += ("trainer.device=cpu", "loader.workers=1")
 STEPS = 180
 """A minute and the start-up at the pace of the job that waits for its time limit."""
 

@@ -276,7 +276,7 @@ def test_a_file_that_nobody_can_decode_is_named():
 @pytest.mark.parametrize(
     ("command", "override", "message"),
     [
-        ("pretrain", ["data.decode_on=gpu", "data.on_error=skip"], "data.decode_on is 'gpu'; allowed is cpu, unless"),
+        ("pretrain", ["data.decode_on=gpu", "loader.on_error=skip"], "data.decode_on is 'gpu'; allowed is cpu with"),
         ("pretrain", ["data.decode_on=tpu"], "data.decode_on is 'tpu'; allowed is one of cpu, gpu"),
         ("pretrain", ["data.crops_per_image=0"], "data.crops_per_image is 0"),
         ("finetune", ["data.crops_per_image=2"], "data.crops_per_image is 2; allowed is 1 in fine-tuning"),

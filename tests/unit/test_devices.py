@@ -31,7 +31,7 @@ def test_a_run_on_the_cpu_opens_no_gpu(tmp_path, monkeypatch):
     """Neither training, its pictures and checkpoints, nor evaluation."""
     monkeypatch.chdir(tmp_path)
     command, *overrides = TINY_PRETRAIN
-    overrides += ["trainer.device=cpu", "trainer.ema_decay=0.9", "schedule.epochs=1", "hydra.run.dir=run"]
+    overrides += ["trainer.device=cpu", "optim.ema_decay=0.9", "schedule.epochs=1", "hydra.run.dir=run"]
     assert hydra_run.run(command, overrides, cli._HYDRA[command], alone=True) == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert hydra_run.run("knn", ["checkpoint=run", "device=cpu", "k=1"], cli._HYDRA["knn"], alone=True) == 0

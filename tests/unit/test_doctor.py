@@ -47,7 +47,7 @@ BAD = {
     "torch without CUDA": (checks.driver(None, 13000, True), "built without CUDA, but", "a torch with CUDA"),
     "no vector instructions": (checks.cpu(set(), "DEFAULT", 2.0), "torch uses DEFAULT", "AVX2"),
     "Docker's shared memory": (checks.shared_memory(2**26, 2**26, 15, 1, 2), "0.06 of 0.06 GiB", "--shm-size"),
-    "full shared memory": (checks.shared_memory(16 * GIB, GIB // 2, 15, 1, 2), "0.50 of 16.00", "data.workers"),
+    "full shared memory": (checks.shared_memory(16 * GIB, GIB // 2, 15, 1, 2), "0.50 of 16.00", "loader.workers"),
     "busy port": (next(iter(checks.rendezvous({29400: "Address in use"}))), "29400 cannot be opened", "MASTER_PORT"),
     "old timm": (checks.versions(["timm>=1.0.20"], {"timm": "0.9.16"}.get)[0], "timm 0.9.16", "'timm>=1.0.20'"),
     "no timm": (checks.versions(["timm>=1.0.20"], lambda _: None)[0], "timm is not installed", "'timm>=1.0.20'"),

@@ -27,7 +27,7 @@ UNTOLD = [o for o in TINY_FINETUNE if not o.startswith(("model", "data.image_siz
 def run(tmp_path_factory):
     """A pretraining run of three steps on two channels."""
     folder = tmp_path_factory.mktemp("encoder") / "run"
-    average = ("trainer.ema_decay=0.5", "schedule.epochs=1", "trainer.eval_every_epochs=null")
+    average = ("optim.ema_decay=0.5", "schedule.epochs=1", "trainer.eval_every_epochs=null")
     assert main([*TINY_PRETRAIN, *DATA, *average, f"hydra.run.dir={folder}"]) == 0
     return folder
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fcmae.config import DataConfig, compose
+from fcmae.config import DataConfig, LoaderConfig, compose
 from fcmae.data.pixels.transforms import normalize
 from fcmae.data.sources import Sample, few_labels, train_source, val_source
 from fcmae.distributed import World
@@ -29,7 +29,8 @@ from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
-DATA = DataConfig(name="synthetic", image_size=32, length=23, workers=0, crop_pct=1.0)
+DATA = DataConfig(name="synthetic", image_size=32, length=23, crop_pct=1.0)
+LOADER = LoaderConfig(workers=0)
 
 
 class Known:
@@ -57,7 +58,7 @@ class Guess(nn.Module):
 
 
 def test_accuracy_counts_every_image_once():
-    result = accuracy(predictions(Guess(), Known(), DATA, 5, "float32", CPU), CPU)
+    result = accuracy(predictions(Guess(), Known(), DATA, LOADER, 5, "float32", CPU), CPU)
     assert result["images"] == 23
     assert result["top1"] == pytest.approx(100 * 17 / 23)  # labels 0-6 of two rounds, and 0-2
     assert result["top5"] == pytest.approx(100 * 21 / 23)
@@ -67,14 +68,14 @@ def test_every_accepted_class_is_right_and_images_without_one_are_left_out():
     labels = [[index % 10] for index in range(23)]
     labels[9] = [9, 0]  # Guess takes a 9 for a 0
     labels[0] = []
-    result = accuracy(predictions(Guess(), Known(), DATA, 5, "float32", CPU), CPU, accepted=labels)
+    result = accuracy(predictions(Guess(), Known(), DATA, LOADER, 5, "float32", CPU), CPU, accepted=labels)
     assert result["images"] == 22
     assert result["top1"] == pytest.approx(100 * 17 / 22)  # the 9 instead of the first 0
 
 
 def test_confusion_counts_predictions_by_true_class():
     confusion = torch.zeros(10, 10, dtype=torch.int64)
-    accuracy(predictions(Guess(), Known(), DATA, 5, "float32", CPU), CPU, confusion=confusion)
+    accuracy(predictions(Guess(), Known(), DATA, LOADER, 5, "float32", CPU), CPU, confusion=confusion)
     expected = torch.zeros(10, 10, dtype=torch.int64)
     for index in range(23):
         label = index % 10
@@ -208,7 +209,7 @@ def test_several_k_at_once_and_in_chunks_are_what_each_is_alone(monkeypatch):
 def test_features_are_what_the_classifier_pools(pooling):
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     torch.nn.init.normal_(backbone.head.norm.weight)
-    features = Extractor(backbone, DATA, CPU, batch_size=7, pooling=pooling)(Known())
+    features = Extractor(backbone, DATA, CPU, loader=LOADER, batch_size=7, pooling=pooling)(Known())
     assert features.labels.tolist() == [index % 10 for index in range(23)]
     maps = backbone.eval().forward_features(normalize(Known()[4].image[None], DATA.mean, DATA.std))
     pooled = maps.mean((2, 3)) if pooling == "mean" else backbone.head.norm(maps.mean((2, 3), keepdim=True)).flatten(1)
@@ -217,7 +218,7 @@ def test_features_are_what_the_classifier_pools(pooling):
 
 def test_extracting_leaves_the_model_in_training_mode():
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    Extractor(backbone.train(), DATA, CPU)(Known())
+    Extractor(backbone.train(), DATA, CPU, loader=LOADER)(Known())
     assert all(module.training for module in backbone.modules())
 
 
@@ -245,7 +246,7 @@ def test_few_labels_are_drawn_by_the_seed(monkeypatch, command):
 
 def test_knn_of_identical_images_is_perfect():
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    features = Extractor(backbone, DATA, CPU)(val_source(DATA))
+    features = Extractor(backbone, DATA, CPU, loader=LOADER)(val_source(DATA))
     result = knn_accuracy(features, features, 10, CPU, ks=[1])
     assert result == {"knn1": 100, "copies": 23}
 
@@ -311,7 +312,9 @@ def test_the_monitor_measures_the_averaged_weights(monkeypatch, capsys):
     monkeypatch.setattr(monitors, "knn_accuracy", accuracy)
     for ema, expected in ((average, average), (None, weights)):
         monitor(ema, 1, SimpleNamespace(log=lambda *_: None), CPU, lambda: False)  # type: ignore[arg-type]
-        assert torch.equal(measured[-1], Extractor(expected.backbone, cfg.data, CPU)(monitor.gallery).values)
+        assert torch.equal(
+            measured[-1], Extractor(expected.backbone, cfg.data, CPU, loader=LOADER)(monitor.gallery).values
+        )
     assert not torch.equal(*measured)
     assert capsys.readouterr().err.count("warning: 24 of 24 validation images have the features of a training") == 1
 
@@ -320,9 +323,9 @@ def test_too_many_neighbours_are_refused_before_features_are_extracted():
     """And before pretraining, where ``monitor=knn`` asks for them."""
     extract = pytest.fail
     with pytest.raises(ConfigError, match=r"k is \[3, 24\]; allowed is at most 23, the number of images"):
-        knn_of(DATA, extract, CPU, ks=[3, 24])
+        knn_of(DATA, LOADER, extract, CPU, ks=[3, 24])
     with pytest.raises(ConfigError, match=r"k is \[6\]; allowed is at most 5"):
-        knn_of(DATA, extract, CPU, ks=[6], gallery=5)
+        knn_of(DATA, LOADER, extract, CPU, ks=[6], gallery=5)
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "monitor=knn", "monitor.knn_k=[1,25]"])
     with pytest.raises(ConfigError, match=r"monitor.knn_k is \[1, 25\]; allowed is at most 24"):
         Pretraining(cfg)
@@ -341,8 +344,8 @@ def test_outputs_that_are_not_finite_count_as_wrong(capsys):
 
 def test_features_that_are_not_finite_are_near_to_nothing(capsys):
     backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    clean = Extractor(backbone, DATA, CPU)(Known())
-    poisoned = Extractor(backbone, DATA, CPU)
+    clean = Extractor(backbone, DATA, CPU, loader=LOADER)(Known())
+    poisoned = Extractor(backbone, DATA, CPU, loader=LOADER)
     pool = type(poisoned)._pool
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -104,8 +104,8 @@ def finetuning(size: str) -> FinetuneConfig:
 
 
 def plan_of(cfg: PretrainConfig | FinetuneConfig, ranks: int, data: str = "in1k") -> BatchPlan:
-    trainer = cfg.trainer
-    return BatchPlan.create(IMAGES[data], trainer.global_batch_size, trainer.micro_batch_size, ranks, cfg.seed)
+    sizes = cfg.optim.global_batch_size, cfg.trainer.micro_batch_size
+    return BatchPlan.create(IMAGES[data], *sizes, ranks, cfg.seed)
 
 
 def recipe_of(cfg: FinetuneConfig) -> tuple[Any, ...]:
@@ -164,7 +164,7 @@ def test_there_are_experiments() -> None:
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_debug_composes(command: str) -> None:
     cfg = compose(command, ["debug=default", "data=synthetic"])
-    assert (cfg.trainer.max_steps, cfg.trainer.global_batch_size, cfg.trainer.compile) == (3, 8, False)
+    assert (cfg.trainer.max_steps, cfg.optim.global_batch_size, cfg.trainer.compile) == (3, 8, False)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -177,9 +177,9 @@ def test_imagenet_pretraining(size: str, epochs: int, total: int) -> None:
     assert (model.decoder_depth, model.decoder_embed_dim) == (1, 512)
     assert (data.image_size, data.crop_scale, data.hflip) == ((224, 224), [0.2, 1.0], 0.5)
     assert (optim.betas, optim.weight_decay, optim.layer_decay, optim.clip_grad) == ([0.9, 0.95], 0.05, None, None)
-    assert cfg.trainer.ema_decay is None
+    assert cfg.optim.ema_decay is None
     assert cfg.schedule.min_lr == 0
-    assert optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(2.4e-3)
+    assert optim.peak_lr == pytest.approx(2.4e-3)
     assert plan_of(cfg, 1).steps_per_epoch == 312
     assert steps_of(cfg) == (12_480, total)
 
@@ -194,9 +194,9 @@ def test_imagenet_finetuning(size: str) -> None:
     assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
     assert (augment.auto_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert optim.betas == [0.9, 0.999]
-    assert cfg.trainer.ema_decay == 0.9999
+    assert cfg.optim.ema_decay == 0.9999
     assert (cfg.data.image_size, cfg.data.crop_scale, cfg.data.crop_pct) == ((224, 224), [0.08, 1.0], 0.875)
-    assert optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(FINETUNING_LR[size])
+    assert optim.peak_lr == pytest.approx(FINETUNING_LR[size])
     assert plan_of(cfg, 1).steps_per_epoch == 1_251
     assert steps_of(cfg) == (cfg.schedule.warmup_epochs * 1_251, FINETUNING_STEPS[size])
 
@@ -208,8 +208,8 @@ def test_imagenet_22k(size: str) -> None:
     assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (224, 224))
     assert (cfg.augment.auto_augment, cfg.augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
-    assert cfg.trainer.ema_decay is None
-    assert cfg.optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(4e-3)
+    assert cfg.optim.ema_decay is None
+    assert cfg.optim.peak_lr == pytest.approx(4e-3)
     assert steps_of(cfg, "in22k") == (17_330, 311_940)
 
 
@@ -220,8 +220,8 @@ def test_imagenet_22k_to_1k(size: str, pixels: int) -> None:
     assert recipe_of(cfg) == TO_1K[size]
     assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (pixels, pixels))
     assert cfg.model.head_init_scale * 0.02 == pytest.approx(2e-5)
-    assert cfg.trainer.ema_decay == (None if size == "huge" else 0.9999)
-    assert cfg.optim.peak_lr(cfg.trainer.global_batch_size) == pytest.approx(5e-5)
+    assert cfg.optim.ema_decay == (None if size == "huge" else 0.9999)
+    assert cfg.optim.peak_lr == pytest.approx(5e-5)
     assert steps_of(cfg) == (0, {30: 75_060, 90: 225_180}[TO_1K[size][4]])
     assert published(name) == TO_1K_PUBLISHED[size][pixels]
 
@@ -259,7 +259,7 @@ def test_a_budget_fits_into_a_day(size: str) -> None:
             for key in sorted(speeds)
             if key[0].startswith("H100") and key[1:] == (cfg.model.backbone, engine, 224)
         ]
-        hours += steps_of(cfg)[1] * cfg.trainer.global_batch_size / min(known[0], read) / 3600
+        hours += steps_of(cfg)[1] * cfg.optim.global_batch_size / min(known[0], read) / 3600
     assert 16 < hours < 23.5
 
 
@@ -287,7 +287,7 @@ def test_batches_of_1_8_and_64_ranks(command: str, experiment: str, batches: dic
     for ranks, (micro, accumulation) in batches.items():
         plan = plan_of(cfg, ranks)
         assert (plan.micro_batch_size, plan.accum_steps) == (micro, accumulation)
-        assert ranks * micro * accumulation == cfg.trainer.global_batch_size
+        assert ranks * micro * accumulation == cfg.optim.global_batch_size
 
 
 def official_layers(cfg: FinetuneConfig) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
-from fcmae.config import DataConfig, FinetuneConfig, compose, to_dict
+from fcmae.config import DataConfig, FinetuneConfig, LoaderConfig, compose, to_dict
 from fcmae.data.sources import Sample
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, Interrupted
@@ -95,7 +95,7 @@ def test_the_head_starts_at_a_thousandth():
 
 def test_the_average_is_the_official_one(tmp_path):
     """ema = decay * ema + (1 - decay) * weights after every optimizer step, from the initial weights on."""
-    cfg = config("trainer.ema_decay=0.75", "trainer.max_steps=1", "model.head_init_scale=0.001")
+    cfg = config("optim.ema_decay=0.75", "trainer.max_steps=1", "model.head_init_scale=0.001")
     before = {k: v.clone() for k, v in Finetuning(cfg).model.state_dict().items()}
     with pytest.raises(Interrupted):
         finetune(cfg, tmp_path)
@@ -118,11 +118,11 @@ def test_a_classifier_of_other_classes_gives_its_backbone_and_not_its_head(tmp_p
 
 def test_a_batch_that_fits_few_labels_is_named():
     """Synthetic images have 10 classes."""
-    few = ("data.length=40", "data.labels_per_class=3", "trainer.global_batch_size=32")
-    expected = "data.labels_per_class=3 leaves 30 training images, fewer than trainer.global_batch_size=32; give "
-    with pytest.raises(ConfigError, match=f"{expected}trainer.global_batch_size=30"):
+    few = ("data.length=40", "data.labels_per_class=3", "optim.global_batch_size=32")
+    expected = "data.labels_per_class=3 leaves 30 training images, fewer than optim.global_batch_size=32; give "
+    with pytest.raises(ConfigError, match=f"{expected}optim.global_batch_size=30"):
         Finetuning(config(*few))
-    assert len(Finetuning(config(*few, "trainer.global_batch_size=30")).source) == 30
+    assert len(Finetuning(config(*few, "optim.global_batch_size=30")).source) == 30
 
 
 def test_validation_images_may_lack_a_class(tmp_path, three_classes, capsys):
@@ -235,7 +235,7 @@ def test_without_init_from_unset_keys_have_their_standard_values():
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_run_with_a_checkpoint_of_its_own_does_not_look_at_init_from(tmp_path, monkeypatch, gone):
     """It may have been moved, replaced or damaged; what was taken from it is known. Resuming equals never stopping."""
-    file, common = tmp_path / "pretrained.pt", (*UNTOLD, "trainer.ema_decay=0.5", f"init_from={tmp_path}/pretrained.pt")
+    file, common = tmp_path / "pretrained.pt", (*UNTOLD, "optim.ema_decay=0.5", f"init_from={tmp_path}/pretrained.pt")
     write_classifier(file, config(*OTHER), classes=10)
     finetune(compose("finetune", common), tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -304,8 +304,10 @@ def test_evaluation_gives_the_official_logits(tmp_path, batch_size):
     torch.save({"model": params}, tmp_path / "official.pth")
     import_weights(tmp_path / "official.pth", "official", tmp_path / "imported.pt")
     imgs = golden["input.imgs"].float()
-    data = DataConfig(image_size=list(imgs.shape[-2:]), crop_pct=1.0, workers=0)
-    parts = predictions(load(tmp_path / "imported.pt"), GoldenImages(imgs), data, batch_size, "float32", CPU)
+    data = DataConfig(image_size=list(imgs.shape[-2:]), crop_pct=1.0)
+    parts = predictions(
+        load(tmp_path / "imported.pt"), GoldenImages(imgs), data, LoaderConfig(workers=0), batch_size, "float32", CPU
+    )
     logits, _, places = zip(*parts, strict=True)
     assert torch.equal(torch.cat(places), torch.arange(len(imgs)))
     assert relative_error(torch.cat(logits), golden["output.logits"]) < 1e-5

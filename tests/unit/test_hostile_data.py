@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import fcmae
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, read_file
 from fcmae.data.pixels.formats import FORMATS, open_picture
 from fcmae.errors import ConfigError, ImageError
@@ -64,13 +64,13 @@ def test_the_limit_of_pixels_can_be_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for kind in ("PNG", "TIFF", "GIF", "JPEG"):
         (tmp_path / kind).write_bytes(encoded(picture(40, 50), kind))
-        with pytest.raises(ImageError, match="it has 50x40 pixels; data.max_pixels is 1999; set data.max_pixels=2000"):
-            decode(read_file(tmp_path / kind), *PixelFormat.of(DataConfig(max_pixels=1999)))
-        with pytest.raises(ImageError, match=r"it has \S+ pixels; data.max_pixels is 9; set data.max_pixels=2000 to"):
+        with pytest.raises(ImageError, match="it has 50x40 pixels; loader.max_pixels is 1999; set loader.max_pixels="):
+            decode(read_file(tmp_path / kind), *PixelFormat.of(DataConfig(), 1999))
+        with pytest.raises(ImageError, match=r"it has \S+ pixels; loader.max_pixels is 9; set loader.max_pixels=2000"):
             decode(read_file(tmp_path / kind), 3, max_pixels=9)
         assert decode(read_file(tmp_path / kind), 3, max_pixels=2000).shape == (3, 40, 50)
         with open_picture((tmp_path / kind).read_bytes()) as image:
             assert image.convert("RGB").size == (50, 40)
         assert vars(Image)["MAX_IMAGE_PIXELS"] == 100
-    with pytest.raises(ConfigError, match=r"data.max_pixels is 0"):
-        DataConfig(max_pixels=0)
+    with pytest.raises(ConfigError, match=r"loader.max_pixels is 0"):
+        LoaderConfig(max_pixels=0)

@@ -93,7 +93,7 @@ def test_a_config_mistake_is_found_without_importing_torch(tmp_path):
     """torch alone takes longer than composing the config and checking it."""
     script = (
         "import sys; from fcmae.cli import main\n"
-        "code = main(['pretrain', 'trainer.global_batch_size=-3'])\n"
+        "code = main(['pretrain', 'optim.global_batch_size=-3'])\n"
         "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
     )
-    assert "trainer.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr
+    assert "optim.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr

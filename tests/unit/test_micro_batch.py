@@ -75,7 +75,7 @@ def test_candidates_divide_a_share_well():
 @pytest.fixture
 def task():
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], AUTO])
-    cfg.trainer.precision = "float32"
+    cfg.precision = "float32"
     return Pretraining(cfg)
 
 
@@ -127,7 +127,7 @@ def test_on_a_cpu_it_is_the_whole_share(task, monkeypatch):
 def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, capsys):
     """To the bit; and it says and records what it found. On resuming it looks again."""
     limit(5)
-    args = [*command, "trainer.ema_decay=0.5", "trainer.max_steps=2"]
+    args = [*command, "optim.ema_decay=0.5", "trainer.max_steps=2"]
     assert main([*args, AUTO, f"hydra.run.dir={tmp_path}/auto"]) == 75
     assert "trainer.micro_batch_size=auto takes 4\n" in capsys.readouterr().err
     assert main([*args, "trainer.micro_batch_size=4", f"hydra.run.dir={tmp_path}/given"]) == 75
@@ -145,9 +145,9 @@ def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, caps
 
 def test_it_is_refused_where_the_micro_batch_is_part_of_the_recipe():
     with pytest.raises(
-        ConfigError, match=r"engine.grn_scope is 'batch'; allowed is image with trainer.micro_batch_size"
+        ConfigError, match=r"model.grn_scope is 'batch'; allowed is image with trainer.micro_batch_size"
     ):
-        compose("pretrain", [AUTO, "engine.grn_scope=batch"])
+        compose("pretrain", [AUTO, "model.grn_scope=batch"])
     with pytest.raises(
         ConfigError, match="trainer.micro_batch_size is 'many'; allowed is a positive integer, auto or nu"
     ):

@@ -52,12 +52,12 @@ TOGETHER = {
     ),
     "what does not fit each other": (
         "pretrain data=synthetic model.mask_patch_size=48 trainer.device=cpu trainer.cuda_graph=true "
-        "trainer.precision=fp16 trainer.global_batch_size=9 data.crops_per_image=2 trainer.micro_batch_size=1 "
+        "precision=fp16 optim.global_batch_size=9 data.crops_per_image=2 trainer.micro_batch_size=1 "
         "monitor.knn_k=30 monitor.knn_gallery=20",
         [
             "monitor.knn_k is 30; allowed is at most monitor.knn_gallery (20)",
-            "trainer.cuda_graph is True; allowed with a CPU and trainer.precision=fp16 is false or null",
-            "trainer.global_batch_size is 9; allowed is a multiple of data.crops_per_image (2)",
+            "trainer.cuda_graph is True; allowed with a CPU and precision=fp16 is false or null",
+            "optim.global_batch_size is 9; allowed is a multiple of data.crops_per_image (2)",
             "trainer.micro_batch_size must be at least 2 with data.crops_per_image=2; got 1",
             "model.mask_patch_size is 48; allowed is a multiple of 32, the total stride with model.stem_stride=4",
         ],
@@ -74,10 +74,10 @@ TOGETHER = {
         ],
     ),
     "k-NN": (
-        "knn checkpoint=/nowhere@best k=[5,30] gallery=20 data.on_error=foo out=/dev/null/x precision=int8",
+        "knn checkpoint=/nowhere@best k=[5,30] gallery=20 loader.on_error=foo out=/dev/null/x precision=int8",
         [
             "precision is 'int8'; allowed is one of",
-            "data.on_error is 'foo'; allowed is one of raise, skip",
+            "loader.on_error is 'foo'; allowed is one of raise, skip",
             "k is [5, 30]; allowed is at most gallery (20)",
             "checkpoint: no checkpoint or run directory /nowhere@best",
             "out /dev/null/x cannot be written: ",
@@ -118,7 +118,7 @@ def test_from_python_they_are_one_error():
         "seed is -1; allowed is an integer from 0 to 2**63 - 1",
     ]
     with pytest.raises(ConfigError) as caught:
-        from_dict(DataConfig, {"hflip": 2, "max_bad": 2})
+        from_dict(DataConfig, {"hflip": 2, "bit_depth": 2})
     assert len(caught.value.mistakes) == 2
     with pytest.raises(ConfigError, match=r"data.hflip is 2; allowed is a number from 0 to 1$"):
         DataConfig(hflip=2)

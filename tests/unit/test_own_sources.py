@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fcmae.config import DataConfig, PretrainConfig, compose, from_dict, to_dict
+from fcmae.config import DataConfig, LoaderConfig, PretrainConfig, compose, from_dict, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.sources import (
     Sample,
@@ -73,12 +73,12 @@ def test_given_images_take_the_place_of_a_checkpoints_own_source():
 
 
 def test_another_source_is_another_recipe():
-    def config(**data):
-        return to_dict(PretrainConfig(data=DataConfig(**data)))
+    def config(loader=None, **data):
+        return to_dict(PretrainConfig(data=DataConfig(**data), loader=loader or LoaderConfig()))
 
     own = {"_target_": f"{__name__}.Squares", "count": 5}
-    harmless = {"relist": True, "on_error": "skip", "max_bad": 0.5, "val_source": own, "val_split": "test"}
-    check_recipe(config(source=own), config(source=dict(own), **harmless))
+    loader = LoaderConfig(relist=True, on_error="skip", max_bad=0.5)
+    check_recipe(config(source=own), config(loader, source=dict(own), val_source=own, val_split="test"))
     for before, now in ((None, own), (own, {**own, "count": 6})):
         with pytest.raises(UsageError, match="  data.source: .*Squares"):
             check_recipe(config(source=before), config(source=now))
@@ -173,14 +173,24 @@ def test_values_that_are_no_numbers_are_told_of_the_input(monkeypatch, value):
     [
         ({"path": []}, r"data.path is \[\]; allowed is a path, or a list of paths"),
         ({"val_path": [True]}, r"data.val_path is \[True\]; allowed is a path"),
-        ({"on_error": "ignore"}, r"data.on_error is 'ignore'; allowed is one of raise, skip"),
-        ({"max_bad": 2}, r"data.max_bad is 2; allowed is a number from 0 to 1"),
         ({"name": "tar"}, r"data.name is 'tar'; allowed is one of imagefolder, webdataset, hf"),
     ],
 )
 def test_a_mistake_names_its_key(given, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"on_error": "ignore"}, r"loader.on_error is 'ignore'; allowed is one of raise, skip"),
+        ({"max_bad": 2}, r"loader.max_bad is 2; allowed is a number from 0 to 1"),
+    ],
+)
+def test_a_mistake_in_the_loader_names_its_key(given, message):
+    with pytest.raises(ConfigError, match=message):
+        LoaderConfig(**given)
 
 
 @pytest.mark.parametrize(

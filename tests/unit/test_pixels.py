@@ -259,7 +259,7 @@ def test_what_cannot_be_read_is_named(library, case):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF"])
 def test_decompression_bombs_are_refused_without_being_decoded(library, kind):
     image = encoded(smooth(), kind)
-    message = f"{image.name}: it has 50x30 pixels; data.max_pixels is 1499; set data.max_pixels=1500 to read it"
+    message = f"{image.name}: it has 50x30 pixels; loader.max_pixels is 1499; set loader.max_pixels=1500 to read it"
     with pytest.raises(ImageError, match=message):
         open_image(image, PixelFormat(3, max_pixels=1499))
 

@@ -16,7 +16,7 @@ from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 PACKAGE = Path(precision.__file__).parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PLAIN = [arg for arg in TINY_PRETRAIN if not arg.startswith("trainer.precision")]
+PLAIN = [arg for arg in TINY_PRETRAIN if not arg.startswith("precision")]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def has_bf16(request, monkeypatch):
 
 
 def test_auto_on_the_cpu(capsys):
-    assert precision.settle("trainer.precision", "auto", CPU) == "float32"
-    assert capsys.readouterr().err == "trainer.precision=auto takes float32 on the CPU\n"
+    assert precision.settle("precision", "auto", CPU) == "float32"
+    assert capsys.readouterr().err == "precision=auto takes float32 on the CPU\n"
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
 
@@ -60,18 +60,18 @@ def test_ranks_take_what_all_of_them_compute(has_bf16, capsys):
 def test_bf16_is_refused_by_every_rank_where_one_lacks_it(has_bf16):
     if has_bf16:
         assert precision.settle("precision", "bf16", GPU) == "bf16"
-    with pytest.raises(UsageError, match=r"^trainer.precision=bf16: a GPU.* does not compute bf16; .* takes fp16$"):
-        precision.settle("trainer.precision", "bf16", GPU, smallest=lambda own: min(own, 1))
+    with pytest.raises(UsageError, match=r"^precision=bf16: a GPU.* does not compute bf16; .* takes fp16$"):
+        precision.settle("precision", "bf16", GPU, smallest=lambda own: min(own, 1))
 
 
 def test_auto_stays_what_the_run_used(has_bf16, capsys):
-    assert precision.settle("trainer.precision", "auto", CPU, recorded="bf16") == "bf16"
+    assert precision.settle("precision", "auto", CPU, recorded="bf16") == "bf16"
     assert "takes bf16 as in the run so far" in capsys.readouterr().err
-    assert precision.settle("trainer.precision", "auto", CPU, recorded="auto") == "float32"  # imported weights
-    assert precision.settle("trainer.precision", "float32", CPU, recorded="bf16") == "float32"  # and the recipe differs
+    assert precision.settle("precision", "auto", CPU, recorded="auto") == "float32"  # imported weights
+    assert precision.settle("precision", "float32", CPU, recorded="bf16") == "float32"  # and the recipe differs
     if not has_bf16:
         with pytest.raises(UsageError, match="the run so far used it; .*=fp16 trainer.allow_changed_recipe=true"):
-            precision.settle("trainer.precision", "auto", GPU, recorded="bf16")
+            precision.settle("precision", "auto", GPU, recorded="bf16")
 
 
 @pytest.mark.parametrize("name", precision.PRECISIONS[1:])
@@ -84,7 +84,7 @@ def test_autocast(name):
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "knn", "probe"])
 def test_auto_is_the_default(command):
     cfg = compose(command, ["checkpoint=run"] if command in ("evaluate", "knn", "probe") else [])
-    assert getattr(cfg, "trainer", cfg).precision == "auto"
+    assert cfg.precision == "auto"
 
 
 def test_one_module_chooses():
@@ -99,7 +99,7 @@ def recorded(run: Path) -> tuple[str, str]:
     """In config.yaml, and in the newest checkpoint."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     state = checkpoint.read(checkpoint.resolve(run))
-    return config["trainer"]["precision"], state["config"]["trainer"]["precision"]
+    return config["precision"], state["config"]["precision"]
 
 
 def test_a_run_records_what_it_chose_and_goes_on_with_it(tmp_path, capsys):
@@ -107,17 +107,17 @@ def test_a_run_records_what_it_chose_and_goes_on_with_it(tmp_path, capsys):
     new, old = f"hydra.run.dir={tmp_path}/new", f"hydra.run.dir={tmp_path}/old"
     assert main([*PLAIN, new, "trainer.max_steps=1"]) == 75
     assert recorded(tmp_path / "new") == ("float32", "float32")
-    assert main([*PLAIN, old, "trainer.max_steps=1", "trainer.precision=bf16"]) == 75
+    assert main([*PLAIN, old, "trainer.max_steps=1", "precision=bf16"]) == 75
     assert main([*PLAIN, old, "trainer.max_steps=2"]) == 75
     assert recorded(tmp_path / "old") == ("bf16", "bf16")
-    assert "trainer.precision=auto takes bf16 as in the run so far" in capsys.readouterr().err
-    assert main([*PLAIN, old, "trainer.max_steps=3", "trainer.precision=float32"]) == 2
-    assert "trainer.precision: 'bf16' -> 'float32'" in capsys.readouterr().err
-    check_recipe({"trainer": {"precision": "auto"}}, {"trainer": {"precision": "float32"}})  # imported weights
+    assert "precision=auto takes bf16 as in the run so far" in capsys.readouterr().err
+    assert main([*PLAIN, old, "trainer.max_steps=3", "precision=float32"]) == 2
+    assert "precision: 'bf16' -> 'float32'" in capsys.readouterr().err
+    check_recipe({"precision": "auto"}, {"precision": "float32"})  # imported weights
 
 
 def test_fine_tuning_and_evaluation_settle_it_too(tmp_path, capsys):
-    args = [arg for arg in TINY_FINETUNE if not arg.startswith("trainer.precision")]
+    args = [arg for arg in TINY_FINETUNE if not arg.startswith("precision")]
     assert main([*args, f"hydra.run.dir={tmp_path}/run", "schedule.epochs=1", "schedule.warmup_epochs=0"]) == 0
     assert recorded(tmp_path / "run") == ("float32", "float32")
     assert main(["evaluate", f"checkpoint={tmp_path}/run"]) == 0

@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def run(folder, *overrides):
-    own = [f"data.path={folder}", "workers=1", "samples_per_shard=16"]
+    own = [f"data.path={folder}", "loader.workers=1", "samples_per_shard=16"]
     return prepare(compose("prepare", [*own, *overrides]))
 
 
@@ -331,7 +331,7 @@ def test_what_holds_for_all_images_is_said_once(tmp_path, capsys):
 
 def test_any_source_can_be_prepared(tmp_path):
     out = tmp_path / "out"
-    own = ["data=synthetic", "data.length=10", "data.image_size=32", "workers=1"]
+    own = ["data=synthetic", "data.length=10", "data.image_size=32", "loader.workers=1"]
     assert "10 images in 1 tar files" in prepare(compose("prepare", [*own, f"out={out}"]))
     shards = WebDataset(out)
     assert len(shards.classes) == 10

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fcmae.config import DataConfig, ProbeConfig
+from fcmae.config import DataConfig, LoaderConfig, ProbeConfig
 from fcmae.data.sources import Synthetic, train_source
 from fcmae.distributed import World
 from fcmae.errors import UsageError
@@ -100,8 +100,8 @@ class Counting:
     def __init__(self, folder, image_size=32, **kwargs) -> None:
         torch.manual_seed(0)
         backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-        data = DataConfig(path=str(folder), val_path=str(folder), image_size=image_size, workers=0)
-        self.extract = Extractor(backbone, data, CPU, **kwargs)
+        data = DataConfig(path=str(folder), val_path=str(folder), image_size=image_size)
+        self.extract = Extractor(backbone, data, CPU, loader=LoaderConfig(workers=0), **kwargs)
         self.calls = 0
 
     def __getattr__(self, name):

@@ -19,7 +19,7 @@ from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
 
 CPU = torch.device("cpu")
 STEP = 3
-BATCH = ("data.length=200", "trainer.global_batch_size=64", "schedule.epochs=1")
+BATCH = ("data.length=200", "optim.global_batch_size=64", "schedule.epochs=1")
 MIXING = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.5")
 OVERRIDES = {
     "pretrain": [*TINY_PRETRAIN[1:], *BATCH, "schedule.warmup_epochs=0", "data.crops_per_image=2"],
@@ -74,12 +74,12 @@ def test_any_number_of_ranks_takes_the_same_step(alone, ranks, micro):
 @pytest.mark.parametrize(
     ("ranks", "micro", "message"),
     [
-        (3, None, "trainer.global_batch_size=64 must be a multiple of the 3 ranks"),
+        (3, None, "optim.global_batch_size=64 must be a multiple of the 3 ranks"),
         (2, 7, "trainer.micro_batch_size must divide the 32 samples of a rank"),
     ],
 )
 def test_statistics_of_a_batch_hold_no_padding(ranks, micro, message):
-    task = Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *BATCH, "engine.grn_scope=batch"]))
+    task = Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *BATCH, "model.grn_scope=batch"]))
     task.prepare(BatchPlan.create(200, 64, 8, 2, 0))
     with pytest.raises(ConfigError, match=message):
         task.prepare(BatchPlan.create(200, 64, micro, ranks, 0))
@@ -87,14 +87,14 @@ def test_statistics_of_a_batch_hold_no_padding(ranks, micro, message):
 
 def test_another_micro_batch_is_refused_on_resuming_where_it_changes_the_result(tmp_path):
     def run(folder, scope, micro, steps, *overrides):
-        sizes = (f"trainer.micro_batch_size={micro}", f"trainer.max_steps={steps}", f"engine.grn_scope={scope}")
+        sizes = (f"trainer.micro_batch_size={micro}", f"trainer.max_steps={steps}", f"model.grn_scope={scope}")
         with pytest.raises(Interrupted):
             pretrain(compose("pretrain", [*TINY_PRETRAIN[1:], *sizes, *overrides]), tmp_path / folder)
 
     run("image", "image", 4, 1)
     run("image", "image", 3, 2)
     run("batch", "batch", 4, 1)
-    with pytest.raises(UsageError, match=r"micro-batch, whose statistics engine.grn_scope=batch takes: 4 -> 2$"):
+    with pytest.raises(UsageError, match=r"micro-batch, whose statistics model.grn_scope=batch takes: 4 -> 2$"):
         run("batch", "batch", 2, 2)
     run("batch", "batch", 2, 2, "trainer.allow_changed_recipe=true")
 

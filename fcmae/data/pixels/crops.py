@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from fcmae.config import DataConfig
 from fcmae.data.pixels import jpeg
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
+from fcmae.data.pixels.formats import MAX_PIXELS
 
 GAP = 2
 """A JPEG is decoded to a fraction of its size if the crop still has this many times the pixels a side that it becomes.
@@ -58,8 +59,8 @@ class RandomCrop:
     its size is decoded: there the box is aligned to that fraction's grid.
     """
 
-    def __init__(self, cfg: DataConfig) -> None:
-        self.format = PixelFormat.of(cfg)
+    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
+        self.format = PixelFormat.of(cfg, max_pixels)
         self.size = cfg.size
         self.pad = cfg.pad
         self.hflip = cfg.hflip

@@ -52,8 +52,8 @@ class PixelFormat(NamedTuple):
     max_pixels: int = MAX_PIXELS
 
     @classmethod
-    def of(cls, cfg: DataConfig) -> "PixelFormat":
-        return cls(cfg.in_chans, cfg.bit_depth, cfg.max_pixels)
+    def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
+        return cls(cfg.in_chans, cfg.bit_depth, max_pixels)
 
 
 class LazyImage:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # these two would be imported with all the others
 
-from fcmae.config import DataConfig
+from fcmae.config import LoaderConfig
 
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -28,7 +28,7 @@ FORMATS = {
 """Pillow's name of each format that is read, and how names of its files end. What a file is, its bytes decide."""
 EXTENSIONS = (*(ending for endings in FORMATS.values() for ending in endings), ".npy")
 """File names that end so, in any case, are taken for images."""
-MAX_PIXELS = DataConfig.max_pixels
+MAX_PIXELS = LoaderConfig.max_pixels
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong is in the exception, too
 _pillow = threading.RLock()
@@ -64,4 +64,4 @@ def check_size(height: int, width: int, max_pixels: float = MAX_PIXELS, what: st
 
 
 def _too_large(size: str, pixels: str | int, max_pixels: float) -> str:
-    return f"it has {size} pixels; data.max_pixels is {max_pixels}; set data.max_pixels={pixels} to read it"
+    return f"it has {size} pixels; loader.max_pixels is {max_pixels}; set loader.max_pixels={pixels} to read it"

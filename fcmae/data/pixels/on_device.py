@@ -20,7 +20,7 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, decode
 
 CHANNELS = 3
 CHECKED = sys.maxsize
-"""Pixels that a file may have: the worker that read it knows data.max_pixels."""
+"""Pixels that a file may have: the worker that read it knows loader.max_pixels."""
 
 
 class Undecoded(NamedTuple):

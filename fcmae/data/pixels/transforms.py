@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import RandomCrop, middle, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
+from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -26,14 +27,14 @@ WARP_FROM = 384
 """Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
 
 
-def pretrain_transform(cfg: DataConfig) -> RandomCrop:
+def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> RandomCrop:
     """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels."""
-    return RandomCrop(cfg)
+    return RandomCrop(cfg, max_pixels)
 
 
-def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
+def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     """Random resized crop, flip, timm's auto-augmentation and random erasing: normalised float32."""
-    steps: list[Callable] = [RandomCrop(cfg)]
+    steps: list[Callable] = [RandomCrop(cfg, max_pixels)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std)]
@@ -42,14 +43,14 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig) -> Transform:
     return v2.Compose(steps)
 
 
-def eval_transform(cfg: DataConfig) -> Transform:
+def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels.
 
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
     """
     size = list(cfg.size)
-    decoded = functools.partial(decode, **PixelFormat.of(cfg)._asdict())
+    decoded = functools.partial(decode, **PixelFormat.of(cfg, max_pixels)._asdict())
     steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
     if max(size) >= WARP_FROM:
         return v2.Compose([*steps, functools.partial(resize, size=size)])

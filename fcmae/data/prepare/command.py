@@ -53,11 +53,11 @@ CHUNK = 100
 
 def prepare(cfg: PrepareConfig) -> str:
     """Runs the command and returns what it has to say. Raises FCMAEError."""
-    source = train_source(cfg.data) if cfg.split == "train" else val_source(cfg.data)
+    source = train_source(cfg.data, cfg.loader) if cfg.split == "train" else val_source(cfg.data, cfg.loader)
     if cfg.data.stats:
         return statistics(cfg, source)
     order = sample_order(cfg, len(source))
-    how = Encoding(PixelFormat.of(cfg.data), cfg.short_side, cfg.encode, cfg.quality)
+    how = Encoding(PixelFormat.of(cfg.data, cfg.loader.max_pixels), cfg.short_side, cfg.encode, cfg.quality)
     names, now = shard_names(cfg, len(order)), settings(cfg, source)
     if cfg.out is not None:
         _check_folder(Path(cfg.out), names, now)
@@ -118,7 +118,7 @@ def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]
 
 def statistics(cfg: PrepareConfig, source: Source) -> str:
     """Mean and standard deviation as lines of a data config. Raises UsageError if no image can be read."""
-    to = PixelFormat.of(cfg.data)
+    to = PixelFormat.of(cfg.data, cfg.loader.max_pixels)
     count = min(len(source), cfg.data.stats_samples or len(source))
     chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
     chunks = [(chosen[first : first + CHUNK], to) for first in range(0, count, CHUNK)]
@@ -277,9 +277,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _workers(cfg: PrepareConfig) -> int:
-    if cfg.workers is not None:
-        return cfg.workers
-    return cores_per_rank(1)
+    return cores_per_rank(1) if cfg.loader.workers is None else max(1, cfg.loader.workers)
 
 
 def _existing(folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fcmae.config import DataConfig, not_set
+from fcmae.config import DataConfig, LoaderConfig, not_set
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
@@ -13,24 +13,24 @@ from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
 
 
-def train_source(cfg: DataConfig) -> Source:
+def train_source(cfg: DataConfig, loader: LoaderConfig | None = None) -> Source:
     """The training samples of a data config. Raises UsageError."""
-    return _create(cfg, train=True)
+    return _create(cfg, loader or LoaderConfig(), train=True)
 
 
-def val_source(cfg: DataConfig) -> Source:
+def val_source(cfg: DataConfig, loader: LoaderConfig | None = None) -> Source:
     """The validation samples of a data config. Raises UsageError."""
-    return _create(cfg, train=False)
+    return _create(cfg, loader or LoaderConfig(), train=False)
 
 
-def _create(cfg: DataConfig, train: bool) -> Source:
+def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     prefix = "" if train else "val_"
     own, path = (cfg.source, cfg.path) if train else (cfg.val_source, cfg.val_path)
     if own is not None and path is not None:
         raise ConfigError(f"data.{prefix}source and data.{prefix}path={path} are both set; give one of them")
     other = cfg.val_source if train else cfg.source
     if own is not None or (other is not None and path is None):
-        source = create_own(own, f"data.{prefix}source", PixelFormat.of(cfg))
+        source = create_own(own, f"data.{prefix}source", PixelFormat.of(cfg, loader.max_pixels))
         if not cfg.mean and gives_float(source) is False:
             raise ConfigError(
                 f"data.mean and data.std are not set, but data.{prefix}source does not give float32; give both, one "
@@ -48,22 +48,22 @@ def _create(cfg: DataConfig, train: bool) -> Source:
     if cfg.name == "hf":
         path = _one(path, f"data.{name}", cfg.name)
     try:
-        return _open(cfg, path, train)
+        return _open(cfg, loader, path, train)
     except ConfigError:  # names its key
         raise
     except UsageError as error:
         raise UsageError(f"data.{name}: {error}") from error
 
 
-def _open(cfg: DataConfig, path: Any, train: bool) -> Source:
+def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Source:
     if cfg.name == "webdataset":
-        return WebDataset(path, allow_cut=cfg.on_error == "skip", reindex=cfg.relist)
+        return WebDataset(path, allow_cut=loader.on_error == "skip", reindex=loader.relist)
     if cfg.name == "hf":
         from fcmae.data.sources.huggingface import HuggingFace
 
         which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
         return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column, *which)
-    return ImageFolder(path, cfg.relist)
+    return ImageFolder(path, loader.relist)
 
 
 def _one(path: Any, key: str, name: str) -> Any:

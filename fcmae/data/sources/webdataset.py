@@ -220,7 +220,7 @@ def _index(shards: list[Path], allow_cut: bool, reindex: bool) -> list[ShardInde
             if index.cut and not allow_cut:
                 raise UsageError(
                     f"{shard} is cut off or damaged after {len(index)} images ({index.cut}); bring it again, or take "
-                    "what is there with data.on_error=skip"
+                    "what is there with loader.on_error=skip"
                 )
             indices.append(index)
     return indices

@@ -1,0 +1,197 @@
+"""Paths, names, keys and links that README, CONTRIBUTING and docs/ state exist. Text only: nothing is run."""
+
+import ast
+import functools
+import re
+from collections import defaultdict
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_imports import MODULES, imported, package
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+FILE_ENDINGS = ("safetensors", "onnx", "data")
+FILE = re.compile(r"^(?:fcmae|conf|tests|docs|benchmarks|launch)/[\w/.*-]*(?:::(\w+))?$")
+
+
+@functools.cache
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
+
+
+@functools.cache
+def code_blocks(page: Path) -> list[str]:
+    return [block for language, block in FENCE.findall(page.read_text()) if language == ""]
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@functools.cache
+def defined(file: Path) -> set[str]:
+    """Names that a module defines: functions, classes, methods as ``Class.method``, variables."""
+    names: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names.update(prefix + (name.asname or name.name) for name in node.names)
+
+    visit(ast.parse(file.read_text()).body, "")
+    return names
+
+
+@functools.cache
+def keys() -> set[str]:
+    """Every key of docs/config.md, which another test compares with the dataclasses."""
+    return set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "config.md").read_text(), re.MULTILINE))
+
+
+def quoted(page: Path) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    dead = []
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            dead.append(target)
+    assert dead == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page):
+    missing = []
+    for text in quoted(page):
+        match = FILE.match(text)
+        if not match or re.search(r"[A-Z]{3,}", text):
+            continue
+        path, _, name = text.partition("::")
+        files = list(ROOT.glob(path))
+        if not files or (name and not any(name in defined(file) for file in files)):
+            missing.append(text)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_package_exist(page):
+    missing = []
+    for text in quoted(page):
+        match = re.match(r"^(fcmae(?:\.\w+)+)", text)
+        if not match or match[1].endswith(".cli"):
+            continue
+        parts = match[1].split(".")
+        for cut in range(len(parts), 0, -1):
+            if (module := ".".join(parts[:cut])) in MODULES:
+                rest = ".".join(parts[cut:])
+                break
+        if rest and rest not in defined(MODULES[module]) | ({"FCMAE", "load", "save"} if module == "fcmae" else set()):
+            missing.append(text)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_exist(page):
+    """``GROUP.KEY`` in backticks, and ``GROUP.KEY=`` in a command."""
+    texts = [text.partition("=")[0] for text in quoted(page)]
+    texts += [text for block in code_blocks(page) for text in re.findall(r"([\w.]+)=", block)]
+    groups = {key.partition(".")[0] for key in keys() if "." in key}
+    found = [text.split(".") for text in texts if re.fullmatch(r"[a-z_]+\.[a-z_0-9.]+", text)]
+    found = [parts for parts in found if parts[0] in groups and parts[-1] not in FILE_ENDINGS]
+    assert [".".join(parts) for parts in found if not {parts[0], ".".join(parts[:2])} & keys()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_groups_exist(page):
+    """``GROUP=NAME``, ``experiment=NAME``."""
+    lines = [line for block in code_blocks(page) for line in block.splitlines() if "--config-dir" not in line]
+    pattern = re.compile(r"(?<![\w.])([a-z]+)=([a-z0-9][a-z0-9_/]*)(?![\w.:@])")
+    chosen = [
+        (ROOT / "conf" / group, name) for text in [*quoted(page), *lines] for group, name in pattern.findall(text)
+    ]
+    assert [
+        f"{group.name}={name}" for group, name in chosen if group.is_dir() and not list(group.glob(f"{name}.yaml"))
+    ] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_where_things_are():
+    """Each row of the table has a file, and names in it."""
+    table = ARCHITECTURE.read_text().partition("## Where is")[2]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 34
+    wrong = []
+    for what, file, names, key in rows:
+        (path,) = re.findall(r"`(fcmae/[\w/]+\.py)`", file)
+        if not (ROOT / path).is_file():
+            wrong.append((what.strip(), path))
+            continue
+        wrong += [(what.strip(), name) for name in re.findall(r"`([\w.]+)`", names) if name not in defined(ROOT / path)]
+        wrong += [(what.strip(), name) for name in re.findall(r"`([\w.]+)`", key) if name not in keys()]
+    assert wrong == []
+
+
+def test_the_way_of_an_image_is_there():
+    text = ARCHITECTURE.read_text()
+    way = text[text.index("## The way of an image") : text.index("## Where is")]
+    paths = re.findall(r"`([a-z_]+/[\w/]*(?:\.py)?)`", way)
+    assert len(paths) >= 10
+    assert [path for path in paths if not (ROOT / "fcmae" / path.removeprefix("fcmae/")).exists()] == []
+
+
+def test_every_package_is_described():
+    folders = {file.parent.name for file in (ROOT / "fcmae").glob("*/__init__.py")}
+    table = ARCHITECTURE.read_text().partition("| package of")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) - {"fcmae"} >= folders
+
+
+def drawn_packages() -> str:
+    """The diagram of packages in Mermaid, without arrows that follow from others."""
+    folders = {file.parent.name for file in (ROOT / "fcmae").glob("*/__init__.py")}
+    graph: dict[str, set[str]] = defaultdict(set)
+    for module, file in MODULES.items():
+        if package(module) in folders:
+            graph[package(module)] |= {package(other) for other in imported(file)} & folders - {package(module)}
+    reached: dict[str, set[str]] = {}
+    for name in TopologicalSorter(graph).static_order():
+        reached[name] = graph[name].union(*(reached[other] for other in graph[name]))
+    lines = [
+        f"    {name} --> {other}"
+        for name in sorted(graph)
+        for other in sorted(graph[name])
+        if not any(other in reached[between] for between in graph[name])
+    ]
+    return "\n".join(["graph TD", *lines])
+
+
+def test_the_diagram_shows_the_imports():
+    (drawn,) = [block for language, block in FENCE.findall(ARCHITECTURE.read_text()) if language == "mermaid"]
+    expected = drawn_packages()
+    assert drawn.strip() == expected, f"put this into docs/architecture.md:\n{expected}"
