@@ -170,7 +170,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         confusion = None
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-        share = predictions(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target)
+        share = predictions(
+            model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target
+        )
         if tables or accepted is not None:
             metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
         else:

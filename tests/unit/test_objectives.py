@@ -95,7 +95,7 @@ def here(tmp_path, monkeypatch):
 
 
 def finetune(name):
-    return (*TINY_FINETUNE, f"objective._target_=mine.py:{name}", "optim.layer_decay=0.8", "trainer.ema_decay=0.5")
+    return (*TINY_FINETUNE, f"objective._target_=mine.py:{name}", "optim.layer_decay=0.8", "optim.ema_decay=0.5")
 
 
 def metrics(run):
