@@ -1,13 +1,17 @@
 """Packages depend downwards only. A module at the top level counts as a package of its own."""
 
 import ast
+import gc
+import sys
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import fcmae
+from fcmae.imports import quick_imports
 from tests.conftest import run_python
 
 ROOT = Path(fcmae.__file__).parent
@@ -87,6 +91,65 @@ def test_every_package_that_others_import_is_named(graph):
     folders = {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
     assert folders - set(ALLOWED) <= {"bench", "doctor"}  # nothing imports these but the command line
     assert not [name for name in ALLOWED if graph[name] & {"bench", "doctor", "cli", "demo"}]
+
+
+# A library, and the only files or packages that import it.
+ONLY_IN = {
+    "wandb": {"loggers/wandb.py"},
+    "MinkowskiEngine": {"engines/minkowski.py"},
+    "triton": {"kernels", "bench"},
+    "hydra": {"config/compose.py", "config/quoting.py", "hydra_run.py"},
+    "datasets": {"data/sources/huggingface.py"},
+    "onnxruntime": {"interchange/onnx_format.py"},
+    "transformers": {"interchange/transformers_format.py"},
+}
+PURE = {"masks", "targets", "kernels"}
+"""They import torch, and Triton, beside the standard library."""
+
+
+def test_libraries_are_imported_in_their_places_only():
+    wrong = []
+    for file in MODULES.values():
+        relative = file.relative_to(ROOT)
+        for name in _libraries(file):
+            places = ONLY_IN.get(name)
+            if places is not None and not {str(relative), relative.parts[0]} & places:
+                wrong.append((str(relative), name))
+            if relative.parts[0] in PURE and name not in {"torch", "triton", *sys.stdlib_module_names}:
+                wrong.append((str(relative), name))
+    assert wrong == []
+
+
+def _libraries(file: Path) -> set[str]:
+    """Top-level names of what a file imports from elsewhere, in functions, too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names} - {"fcmae"}
+
+
+def test_garbage_collection_pauses_during_imports(monkeypatch):
+    """It then skips the imported objects; where nothing was imported, it continues as before."""
+    before = gc.get_freeze_count()
+    try:
+        with quick_imports():
+            assert not gc.isenabled()
+        assert gc.get_freeze_count() == before
+        with quick_imports():
+            monkeypatch.setitem(sys.modules, "made_by_this_test", ModuleType("made_by_this_test"))
+        assert gc.get_freeze_count() > before
+        assert gc.isenabled()
+        gc.disable()
+        with quick_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_a_config_mistake_is_found_without_importing_torch(tmp_path):
