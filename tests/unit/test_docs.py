@@ -1,14 +1,18 @@
-"""Paths, names, keys and links that README, CONTRIBUTING and docs/ state exist. Text only: nothing is run."""
+"""README, CONTRIBUTING and docs/: paths, names, keys, links exist, and commands have a valid config. Nothing is run."""
 
 import ast
 import functools
 import re
+import shlex
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from fcmae.config import COMMANDS
+from fcmae.config.compose import compose
+from fcmae.errors import ConfigError
 from tests.unit.test_imports import MODULES, imported, package
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +140,29 @@ def test_files_of_groups_exist(page):
     assert [
         f"{group.name}={name}" for group, name in chosen if group.is_dir() and not list(group.glob(f"{name}.yaml"))
     ] == []
+
+
+def hydra_commands(page: Path) -> list[tuple[str, list[str]]]:
+    """Commands that take ``KEY=VALUE``, with their overrides; sweeps and the user's own groups are left out."""
+    found = []
+    for line in "\n".join(code_blocks(page)).replace("\\\n", " ").splitlines():
+        match = re.search(r"\bfcmae(?:\.cli)? (\w+) ", line)
+        if not match or match[1] not in COMMANDS or {"-m", "--multirun", "--config-dir"} & set(line.split()):
+            continue
+        words = shlex.split(line[match.end() :], comments=True)
+        found.append((match[1], [word for word in words if "=" in word and not word.endswith("=...")]))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if hydra_commands(page)], ids=lambda page: page.name)
+def test_commands_have_a_valid_config(page):
+    wrong = {}
+    for command, overrides in hydra_commands(page):
+        try:
+            compose(command, [override for override in overrides if not override.startswith("hydra")])
+        except ConfigError as error:
+            wrong[f"{command} {' '.join(overrides)}"] = str(error)
+    assert wrong == {}
 
 
 def test_the_readme_is_short():
