@@ -25,7 +25,7 @@ Every key of the commands that take `KEY=VALUE`. This page is made from the code
 
 ```
 fcmae pretrain data.path=photos optim.lr=1e-3 data.image_size=[96,128] trainer.max_steps=null
-fcmae pretrain data=fashion_mnist debug=default --cfg job     # prints the composed config and runs nothing
+fcmae pretrain model=demo data=fashion_mnist debug=default --cfg job     # prints the composed config and runs nothing
 ```
 
 `GROUP.KEY=VALUE` sets one key, `GROUP=NAME` takes the file `conf/GROUP/NAME.yaml`, and `experiment=NAME` a file of
