@@ -104,8 +104,10 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
     after = _knn(model, cfg.data, device)
     task = Pretraining(cfg)
     task.model = model
+    picture = task.picture(device)
+    assert picture is not None
     with output("--out", out / "reconstruction.png") as file:
-        task.picture(device).image.save(file, "PNG")
+        picture.image.save(file, "PNG")
     _plot_loss(runs / "pretrain" / "metrics.jsonl", out / "loss.png")
 
     few = compose("finetune", [*finetuning, f"init_from={pretrained}"])

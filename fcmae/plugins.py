@@ -19,6 +19,8 @@ from fcmae.errors import ConfigError, UsageError
 
 NAMED_BY = "_named_by_"
 """Entry of an object that a file names, not the user; its value is the file."""
+LOADED = "fcmae_plugin_"
+"""What the modules of files are called."""
 OURS = re.compile(r"fcmae\.(masks|targets|tasks\.objectives)\.\w+")
 """Classes of the package that a file may name."""
 
@@ -36,6 +38,15 @@ def is_ours(given: Any) -> bool:
 def named_by(file: Path, given: dict[str, Any], allow: Collection[str] = ()) -> dict[str, Any]:
     """An object that ``file`` names, marked so that :func:`create` refuses it, unless it is ours or in ``allow``."""
     return given if is_ours(given) or given["_target_"] in allow else {**given, NAMED_BY: str(file)}
+
+
+def class_name(made: object) -> str:
+    """What messages call the class of an object: PACKAGE.CLASS or FILE.py:CLASS."""
+    kind = type(made)
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__.startswith(LOADED) and module is not None and module.__file__ is not None:
+        return f"{Path(module.__file__).name}:{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: Any) -> Any:
@@ -62,7 +73,7 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
         )
     found = _find(target, key)
     methods, attributes = members(protocol)
-    lacking = [name for name in methods if not callable(getattr(found, name, None))]
+    lacking = [name for name in methods if not _has(found, name)]
     if not isinstance(found, type) or lacking:
         kind = "is a class" if isinstance(found, type) else f"is a {type(found).__name__}"
         raise ConfigError(
@@ -95,6 +106,13 @@ def members(protocol: type) -> tuple[list[str], list[str]]:
     return methods, [name for name in inspect.get_annotations(protocol) if not name.startswith("_")]
 
 
+def _has(found: Any, method: str) -> bool:
+    """Whether a class has a method; every class can be called itself, so ``__call__`` must be in its own."""
+    classes = found.__mro__ if isinstance(found, type) else ()
+    given = next((vars(kind)[method] for kind in classes if method in vars(kind)), None)
+    return callable(given) or isinstance(given, classmethod | staticmethod)
+
+
 def _check_signature(given: Any, wanted: Any, what: str) -> None:
     """Raises ConfigError if a method cannot be called with the arguments that the protocol names."""
     names = list(inspect.signature(wanted).parameters)
@@ -124,7 +142,7 @@ def _find(target: str, key: str) -> Any:
 def _load(file: Path) -> ModuleType:
     """The module in a file, loaded once per process."""
     path = file.resolve()
-    name = f"fcmae_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{LOADED}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None or not path.is_file():

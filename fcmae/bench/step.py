@@ -326,7 +326,7 @@ def visible_matmul_flops(model: FCMAE, keep: int, num_patches: int) -> float:
             products += sites * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
     products += sites * model.decoder.proj.weight.numel()
     decoder_sites = num_patches * (model.mask_patch_size / model.patch_size) ** 2
-    linear = [m for m in model.decoder.blocks.modules() if isinstance(m, nn.Linear)] + [model.decoder.pred]
+    linear = [m for m in model.decoder.modules() if isinstance(m, nn.Linear) and m is not model.decoder.proj]
     products += decoder_sites * sum(layer.weight.numel() for layer in linear)
     return 3 * 2 * products
 

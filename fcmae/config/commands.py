@@ -68,18 +68,39 @@ class PretrainConfig(RunConfig):
     mask: Any = None
     """How the hidden patches are chosen, of which model.mask_ratio says how many: ``_target_``, a class, and its
     arguments; mask=random, block, grid or weighted (docs/plugins.md). None = random."""
+    target: Any = None
+    """What is predicted at the masked patches, one or several of NAME: ``_target_``, a class, its arguments, and
+    ``weight``, its factor in the loss (docs/plugins.md). target.NAME=null leaves one out. None = the image's pixels."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mask = {"_target_": "fcmae.masks.RandomMask"} if self.mask is None else self.mask
+        self.target = _targets(self.target)
         check("mask", self.mask, is_named(self.mask), "null, or _target_: PACKAGE.CLASS and its arguments")
         found, scope = self.trainer.micro_batch_size == "auto", self.model.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("model.grn_scope", scope, not (found and scope == "batch"), allowed)
         check_channels("logger.channels", self.logger.channels, self.data.in_chans)
         check_pretraining(self)
+
+
+def _targets(given: Any) -> dict[str, dict[str, Any]]:
+    """The targets of pretraining by name, each with its weight. A mistake where it cannot be that."""
+    if given is None:
+        given = {"pixels": {"_target_": "fcmae.targets.Pixels", "norm": "patch"}}
+    left = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+    check("target", given, bool(left), "one or several of NAME: _target_: PACKAGE.CLASS and its arguments")
+    targets = {}
+    for name, value in left.items():
+        ok = str(name).isidentifier() and is_named(value)
+        if check(f"target.{name}", value, ok, "a name and _target_: PACKAGE.CLASS and its arguments"):
+            weight = value.get("weight", 1.0)
+            ok = type(weight) in (int, float) and 0 < weight < math.inf
+            check(f"target.{name}.weight", weight, ok, "a positive number")
+            targets[name] = {**value, "weight": weight}
+    return targets
 
 
 @dataclass

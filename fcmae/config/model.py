@@ -44,8 +44,6 @@ class FCMAEConfig(BackboneConfig):
     """Width of the decoder."""
     decoder_depth: int = 1
     """Blocks of the decoder."""
-    norm_pix_loss: bool = True
-    """Normalise the pixels to predict by the mean and deviation of their patch."""
     grn_scope: str = "image"
     """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     init: str = "timm"

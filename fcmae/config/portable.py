@@ -11,8 +11,14 @@ LOCAL_DATA = ("path", "val_path", "source", "val_source", "split", "val_split", 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """The config that an export or an encoder file holds: a key that is missing has its default."""
-    kept = {key: value for key, value in config.items() if key not in LOCAL and (not is_named(value) or is_ours(value))}
+    kept = {key: value for key, value in config.items() if key not in LOCAL and _is_portable(key, value)}
     return {**kept, "data": {key: value for key, value in config["data"].items() if key not in LOCAL_DATA}}
+
+
+def _is_portable(key: str, value: Any) -> bool:
+    if key == "target":
+        return all(map(is_ours, value.values()))
+    return not is_named(value) or is_ours(value)
 
 
 def without_arguments(config: dict[str, Any]) -> dict[str, Any]:

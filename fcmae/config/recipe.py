@@ -13,7 +13,7 @@ PLACES = frozenset(
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""
-WHOLE = ("data.source", "data.val_source", "mask", "objective")
+WHOLE = ("data.source", "data.val_source", "mask", "target", "objective")
 """Keys whose values are compared as one: what is in them depends on the class that they name."""
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
 """What else is part of the recipe then."""

@@ -1,4 +1,4 @@
-"""Keys that have another name than in earlier versions. This table is the only place that knows the old names."""
+"""Keys that have another name than in earlier versions. This module is the only place that knows the old names."""
 
 from typing import Any
 
@@ -16,10 +16,14 @@ RENAMED = {
     "workers": "loader.workers",
 }
 """Full keys, old: new."""
+NORM_PIX_LOSS = "model.norm_pix_loss"
+"""Every pretraining had this key before there was the group ``target``."""
 
 
 def renamed(key: str) -> str | None:
     """What to say where a user gives the old name of a key; None for any other key."""
+    if key == NORM_PIX_LOSS:
+        return f"{key} is now target.pixels.norm; patch stands for true, none for false"
     return f"{key} is now {RENAMED[key]}" if key in RENAMED else None
 
 
@@ -33,4 +37,9 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
             value = owner.pop(name)
             group, _, name = new.rpartition(".")
             (config.setdefault(group, {}) if group else config).setdefault(name, value)
+    model = config.get("model")
+    if isinstance(model, dict) and "norm_pix_loss" in model:
+        norm = "patch" if model.pop("norm_pix_loss") else "none"
+        config.setdefault("target", {"pixels": {"_target_": "fcmae.targets.Pixels", "norm": norm, "weight": 1.0}})
+        config.setdefault("mask", {"_target_": "fcmae.masks.RandomMask"})
     return config

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
 from fcmae.opening import open_regular
 from fcmae.precision import set_tf32
+from fcmae.targets import Pixels
 
 TOLERANCE = 1e-5
 """Largest relative error, ||a - b|| / ||b||, between float32 results that are to be equal."""
@@ -75,7 +77,7 @@ def _engines_agree(device: str) -> Iterator[tuple[str, float]]:
     """The worst relative error of each engine against the masked one, for a V2 and a V1 backbone."""
     for name in ("convnextv2_atto", "convnext_atto"):
         torch.manual_seed(0)
-        model = FCMAE(name, decoder_embed_dim=32, backbone_kwargs={"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)})
+        model = FCMAE(name, decoder_embed_dim=32, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
         for param in model.parameters():
             torch.nn.init.normal_(param, std=0.2)
         model.to(device)
@@ -119,11 +121,12 @@ def _golden_pretraining(
         ANY_V2,
         in_chans=imgs.shape[1],
         mask_ratio=meta["mask_ratio"],
-        norm_pix_loss=meta["norm_pix_loss"],
+        targets={"pixels": partial(Pixels, norm="patch" if meta["norm_pix_loss"] else "none")},
         decoder_embed_dim=meta["decoder_embed_dim"],
         decoder_depth=meta["decoder_depth"],
         grn_scope=meta.get("grn_scope", "batch").split()[0],
-        backbone_kwargs={"depths": meta["depths"], "dims": meta["dims"]},
+        depths=meta["depths"],
+        dims=meta["dims"],
     )
     model.load_state_dict(official.from_pretraining(params, model.state_dict()))
     model.to(device)

@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 
 from fcmae.config import DataConfig, check
 from fcmae.evaluation.display import Display, choose, rgb
-from fcmae.masks.patches import grid_size, patchify, unpatchify, upsample_mask
+from fcmae.masks.patches import grid_size, upsample_mask
 from fcmae.models import FCMAE
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
@@ -22,11 +22,8 @@ MIN_TILE = 96
 
 
 @torch.no_grad()
-def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The model's prediction in the scale of ``imgs``.
-
-    With a normalised target (norm_pix_loss) the prediction has no brightness or contrast of its own: each patch takes
-    the mean and deviation of the true one.
+def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The model's prediction in the scale of ``imgs``, of the first target that can be drawn; None if none can be.
 
     Args:
         imgs: normalised ``[N, C, H, W]``.
@@ -36,15 +33,14 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
         The prediction for every patch ``[N, C, H, W]`` and the mask, bool ``[N, 1, H, W]``, True = masked.
     """
     height, width = imgs.shape[-2:]
-    _, pred, mask = model(imgs, mask)
-    pred = pred.float()
-    if model.norm_pix_loss:
-        target = patchify(imgs, model.patch_size).float()
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
+    out = model(imgs, mask)
     rows, cols = grid_size(height, width, model.mask_patch_size)
-    pixels = upsample_mask(mask, rows, cols, model.mask_patch_size).unsqueeze(1)
-    return unpatchify(pred, model.patch_size, height, width), pixels
+    hidden = upsample_mask(out.mask, rows, cols, model.mask_patch_size).unsqueeze(1)
+    for name, target in model.targets.items():
+        pixels = target.to_pixels(out.preds[name].float(), imgs)
+        if pixels is not None:
+            return pixels, hidden
+    return None
 
 
 class Picture(NamedTuple):
@@ -56,14 +52,19 @@ class Picture(NamedTuple):
 
 def reconstruction_picture(
     model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None, channels: Sequence[int] | None = None
-) -> Picture:
-    """A row an image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+) -> Picture | None:
+    """A row per image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
+
+    None if no target of the model can be drawn.
 
     Args:
         imgs: normalised ``[N, C, H, W]``.
         channels: one channel to show as grey or three as red, green and blue; None: see :func:`.display.choose`.
     """
-    pred, hidden = reconstruct(model, imgs, mask)
+    drawn = reconstruct(model, imgs, mask)
+    if drawn is None:
+        return None
+    pred, hidden = drawn
     display = choose(imgs, data, channels)
     original, pred = rgb(display, imgs, pred, data=data)
     tiles = torch.stack(

@@ -269,13 +269,13 @@ def reconstruct(
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
-    model = model_of(state, file)
+    model = model_of(state, file, allow=allow)
     if not isinstance(model, FCMAE):
         task = f"{path} is of the task {state['task']!r} and has no decoder"
         raise CheckpointError(f"{task}; give a pretraining run or one of its checkpoints")
     cfg, data = config_of(state, file, allow), _data(named, state, file)
     assert isinstance(cfg, PretrainConfig)
-    mask = create_mask(cfg.mask)
+    strategy = create_mask(cfg.mask)
     if mask_ratio is not None:
         check("--mask-ratio", mask_ratio, 0 <= mask_ratio < 1, "a number in [0, 1)")
         model.mask_ratio = mask_ratio
@@ -289,9 +289,13 @@ def reconstruct(
     transform = eval_transform(dataclasses.replace(data, crop_pct=1.0), loader.max_pixels)
     crops = [transform(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
-    scores = torch.stack([draw_scores(mask, rng, grid, crop) for crop in crops])
+    scores = torch.stack([draw_scores(strategy, rng, grid, crop) for crop in crops])
     imgs = torch.stack([normalize(crop, data.mean, data.std) for crop in crops])
-    return reconstruction_picture(model, imgs, data, random_mask(scores, model.len_keep(*data.size)), channels)
+    mask = random_mask(scores, model.len_keep(*data.size))
+    picture = reconstruction_picture(model, imgs, data, mask, channels)
+    if picture is None:
+        raise UsageError(f"no target of {path} can be drawn: to_pixels returns None for {', '.join(model.targets)}")
+    return picture
 
 
 def _files(image: str, count: int) -> list[str]:

@@ -139,7 +139,12 @@ def _initial_weights(network: Network) -> str:
 def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
     """What only one of the tasks has."""
     if isinstance(cfg, PretrainConfig):
-        return {"mask ratio": cfg.model.mask_ratio, "targets normalised by patch": cfg.model.norm_pix_loss}
+        targets = {name: _text(given["_target_"]) for name, given in cfg.target.items()}
+        return {
+            "mask ratio": cfg.model.mask_ratio,
+            "mask": _text(cfg.mask["_target_"]),
+            "targets": ", ".join(f"{_text(name)} ({target})" for name, target in targets.items()),
+        }
     assert isinstance(cfg, FinetuneConfig)
     return {
         "drop path": cfg.model.drop_path_rate,

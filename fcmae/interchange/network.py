@@ -27,6 +27,7 @@ from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
 from fcmae.models.build import build_classifier, build_fcmae, check_size, config_of, encoder_of, is_classifier, model_of
+from fcmae.plugins import is_ours
 from fcmae.version import versions
 
 # The models known to timm: (depths, first width), each stage twice as wide as the one before.
@@ -115,11 +116,15 @@ class Network:
 
     @classmethod
     def read(cls, path: str | Path, ema: bool = True) -> "Network":
-        """From a checkpoint or a run's directory. ``ema``: the averaged weights, where the run kept some."""
+        """From a checkpoint or a run's directory. ``ema``: the averaged weights, where the run kept some.
+
+        Calls no class of the user's own that the checkpoint names: of pretraining with such a target there is no
+        ``fcmae``.
+        """
         file = checkpoint.resolve(path)
         state = checkpoint.read(file)
         cfg = config_of(state, file)
-        if state["task"] == "pretrain":
+        if isinstance(cfg, PretrainConfig) and state["task"] == "pretrain" and all(map(is_ours, cfg.target.values())):
             fcmae = model_of(state, file, ema)
             assert isinstance(fcmae, FCMAE)
             return cls(fcmae.backbone, cfg, [], fcmae, state, file)

@@ -197,7 +197,7 @@ def export(network: Network, folder: Path) -> None:
         )
     ours = _description(network)
     torch.save({"model": to_classifier(network.weights), "fcmae": ours}, folder / dense_file(network))
-    if network.fcmae is not None and structure.version == 2:
+    if network.fcmae is not None and structure.version == 2 and list(network.fcmae.targets) == ["pixels"]:
         sparse = to_pretraining(network.fcmae.state_dict())
         torch.save({"model": sparse, "fcmae": ours}, folder / sparse_file(network))
 

@@ -10,6 +10,8 @@ from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConf
 from fcmae.errors import UsageError
 from fcmae.interchange.network import Given, Imported, Structure
 from fcmae.models import FCMAE
+from fcmae.plugins import class_name
+from fcmae.targets import Pixels
 
 
 def save(
@@ -64,9 +66,14 @@ def _pretrain_config(model: FCMAE, data: DataConfig, network: dict[str, Any]) ->
         **network,
         mask_ratio=model.mask_ratio,
         mask_patch_size=model.mask_patch_size,
-        norm_pix_loss=model.norm_pix_loss,
         decoder_embed_dim=model.decoder.proj.out_features,
         decoder_depth=len(model.decoder.blocks),
         grn_scope=model.grn_scope,
     )
-    return PretrainConfig(data=data, model=cfg)
+    target = {}
+    for name, made in model.targets.items():
+        if not isinstance(made, Pixels):
+            raise UsageError(f"target {name} must be of fcmae.targets.Pixels to be saved; got {class_name(made)}")
+        weight = model.target_weights[name]
+        target[name] = {"_target_": "fcmae.targets.Pixels", "norm": made.norm, "weight": weight}
+    return PretrainConfig(data=data, model=cfg, target=target)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fcmae.errors import ConfigError, UsageError
-from fcmae.plugins import create
+from fcmae.plugins import class_name, create
 
 
 class Mask(Protocol):
@@ -37,7 +37,7 @@ def create_mask(given: dict[str, Any] | None, decode_on: str = "cpu") -> Mask:
     mask: Mask = create(given, "mask", Mask)
     if mask.needs_pixels and decode_on != "cpu":
         raise ConfigError(
-            f"data.decode_on must be cpu with mask._target_={_name(mask)}, which reads the pixels; got {decode_on}"
+            f"data.decode_on must be cpu with mask._target_={class_name(mask)}, which reads the pixels; got {decode_on}"
         )
     return mask
 
@@ -52,14 +52,10 @@ def draw_scores(mask: Mask, rng: torch.Generator, grid: tuple[int, int], crop: T
     try:
         scores = mask.scores(rng, rows, cols, crop)
     except ValueError as error:
-        raise UsageError(f"mask: {_name(mask)} fails: {error}") from error
+        raise UsageError(f"mask: {class_name(mask)} fails: {error}") from error
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (rows * cols,):
         got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise UsageError(f"mask: {_name(mask)}.scores must return a float tensor [{rows * cols}]; got {got}")
+        raise UsageError(f"mask: {class_name(mask)}.scores must return a float tensor [{rows * cols}]; got {got}")
     if not scores.isfinite().all():
-        raise UsageError(f"mask: {_name(mask)}.scores must return finite numbers; got infinity or NaN")
+        raise UsageError(f"mask: {class_name(mask)}.scores must return finite numbers; got infinity or NaN")
     return scores.float()
-
-
-def _name(mask: Mask) -> str:
-    return f"{type(mask).__module__}.{type(mask).__qualname__}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.objective import Objective
 from fcmae.plugins import create, named_by
 from fcmae.randomness import Stream, seed_globals
+from fcmae.targets import create_target
 
 Network = TypeVar("Network", bound=nn.Module)
 MAX_BLOCKS = 1000
@@ -41,23 +43,23 @@ SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": F
 def build_fcmae(cfg: PretrainConfig) -> FCMAE:
     """The pretraining model with its initial weights, a function of the seed. Raises UsageError."""
     seed_globals(cfg.seed, Stream.INIT)
-    model = cfg.model
+    targets = {name: partial(create_target, given, f"target.{name}") for name, given in cfg.target.items()}
+    of_backbone = {field.name for field in dataclasses.fields(BackboneConfig)}
+    own = {name: value for name, value in vars(cfg.model).items() if name not in of_backbone}
     try:
         fcmae = FCMAE(
-            model.backbone,
-            in_chans=cfg.data.in_chans,
-            mask_ratio=model.mask_ratio,
-            mask_patch_size=model.mask_patch_size,
-            norm_pix_loss=model.norm_pix_loss,
-            decoder_embed_dim=model.decoder_embed_dim,
-            decoder_depth=model.decoder_depth,
+            cfg.model.backbone,
+            targets=targets,
             engine=cfg.engine.name,
-            grn_scope=cfg.model.grn_scope,
-            init=model.init,
             recompute_stages=cfg.engine.recompute_stages,
-            backbone_kwargs=model.backbone_kwargs(),
+            in_chans=cfg.data.in_chans,
+            **own,
+            **cfg.model.backbone_kwargs(),
         )
+        fcmae.target_weights = {name: given["weight"] for name, given in cfg.target.items()}
         fcmae.len_keep(*cfg.data.size)
+    except UsageError:
+        raise
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return fcmae
@@ -105,7 +107,7 @@ def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfi
     """The typed config that a checkpoint was trained with. Classes that it names are marked, so that none is called.
 
     Args:
-        allow: classes of masks and objectives that may be called.
+        allow: classes of masks, targets and objectives that may be called.
 
     Raises CheckpointError, ConfigError.
     """
@@ -127,6 +129,7 @@ def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfi
             setattr(cfg.data, name, named_by(path, given))
     if isinstance(cfg, PretrainConfig):
         cfg.mask = named_by(path, cfg.mask, allow)
+        cfg.target = {name: named_by(path, given, allow) for name, given in cfg.target.items()}
     if isinstance(cfg, FinetuneConfig):
         cfg.objective = named_by(path, cfg.objective, allow)
     return cfg
@@ -274,19 +277,19 @@ def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] 
 
 
 def encoder_of(state: State, path: Path, ema: bool = True) -> ConvNeXt:
-    """The backbone in a checkpoint of any task, as a timm classifier where it is one; calls no class of an objective.
+    """The backbone in a checkpoint of any task, as a timm classifier where it is one, in evaluation mode.
 
-    In evaluation mode.
+    Calls no class that the checkpoint names.
     """
-    cfg = None if state.get("task") == TASK else config_of(state, path)
-    if not isinstance(cfg, FinetuneConfig) or is_classifier(cfg):
+    if state.get("task") == TASK:
+        return _encoder_of(state, path)
+    cfg = config_of(state, path)
+    assert isinstance(cfg, PretrainConfig | FinetuneConfig)
+    if isinstance(cfg, FinetuneConfig) and is_classifier(cfg):
         return backbone_of(model_of(state, path, ema))
     weights = backbone_weights(state if ema else {**state, "ema": None})
-    weights = {name: value for name, value in weights.items() if not name.startswith("head.fc.")}
-    check_size(cfg, 0, weights, path)
-    model = build_classifier(cfg.model, cfg.data.in_chans, 0, cfg.seed)
-    load_state(model, weights, path)
-    return model.eval()
+    weights = {name: value.clone() for name, value in weights.items() if not name.startswith("head.fc.")}
+    return _backbone(cfg.model, cfg.data.in_chans, weights, path)
 
 
 def is_classifier(cfg: FinetuneConfig) -> bool:
@@ -309,9 +312,14 @@ def random_encoder(cfg: BackboneConfig, in_chans: int, seed: int) -> State:
 
 
 def _encoder_of(state: State, path: Path) -> ConvNeXt:
-    """The backbone of an encoder file, in evaluation mode. It takes the file's memory, whatever the file says."""
+    """The backbone of an encoder file, in evaluation mode."""
     cfg = BackboneConfig(**state["config"]["model"])
-    in_chans = state["config"]["data"]["in_chans"]
+    weights = {name: value.float() for name, value in state["model"].items()}
+    return _backbone(cfg, state["config"]["data"]["in_chans"], weights, path)
+
+
+def _backbone(cfg: BackboneConfig, in_chans: int, weights: dict[str, torch.Tensor], path: Path) -> ConvNeXt:
+    """A backbone that consists of ``weights`` themselves, so that it takes no more memory, whatever the config says."""
 
     def build() -> ConvNeXt:
         return create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs())
@@ -320,5 +328,5 @@ def _encoder_of(state: State, path: Path) -> ConvNeXt:
         model = on_meta(build, sum(cfg.depths or []), path)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    load_state(model, {name: value.float() for name, value in state["model"].items()}, path, assign=True)
+    load_state(model, weights, path, assign=True)
     return model.eval()

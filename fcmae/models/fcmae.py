@@ -1,7 +1,9 @@
 """Fully convolutional masked autoencoder (FCMAE; ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
-from collections.abc import Collection
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -12,29 +14,43 @@ from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_en
 from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone
 from fcmae.models.decoder import Decoder
-from fcmae.targets.pixels import masked_pixel_loss, patch_target
+from fcmae.targets import Pixels, Target, part
 
 INITS = ("timm", "official")
 
 
-class FCMAEOutput(NamedTuple):
-    """``loss``: float32 scalar; ``pred``: ``[N, L, P]``, normalised as the target; ``mask``: bool ``[N, L]``."""
+@dataclass
+class FCMAEOutput:
+    """What a forward pass returns; ``loss, pred, mask = output`` unpacks it."""
 
     loss: Tensor
-    pred: Tensor
+    """The sum of ``parts`` times their weights, float32 scalar."""
+    preds: dict[str, Tensor]
+    """``[N, L, dim]`` by the name of the target, in its scale."""
     mask: Tensor
+    """bool ``[N, L]``, True = masked."""
+    parts: dict[str, Tensor]
+    """The loss of each target by its name, float32 scalars."""
+
+    @property
+    def pred(self) -> Tensor:
+        """The prediction of the first target."""
+        return next(iter(self.preds.values()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.loss, self.pred, self.mask))
 
 
 class FCMAE(nn.Module):
-    """A ConvNeXt encoder over visible patches and a light decoder that predicts the masked pixels.
+    """A ConvNeXt encoder over visible patches and a light decoder that predicts targets at the masked patches.
 
     Args:
         backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining, and it
             must not drop paths.
-        in_chans: image channels, when ``backbone`` is a name.
         mask_ratio: share of the patches that is masked, in [0, 1).
         mask_patch_size: pixels a side of a mask patch; a multiple of the total stride, which is the default.
-        norm_pix_loss: normalise the target within each patch.
+        targets: what is predicted, by name: a class such as :class:`fcmae.targets.Pixels`, or
+            ``functools.partial(Pixels, norm="none")``. ``target_weights`` are their factors in the loss, 1 at first.
         decoder_embed_dim, decoder_depth: the decoder's width and number of blocks.
         engine: how the backbone runs over the visible patches, see :mod:`fcmae.engines`.
         grn_scope: ``image``, or ``batch`` for parity with the official code.
@@ -42,7 +58,8 @@ class FCMAE(nn.Module):
             stem and the decoder's convolutions, as the official code has it by an omitted argument.
         recompute_stages: encoder stages, counted from 1, whose activations are recomputed in the backward pass, not
             kept: less memory, more time.
-        backbone_kwargs: passed to :func:`fcmae.models.create_backbone`, when ``backbone`` is a name.
+        backbone_kwargs: ``in_chans``, ``depths`` and other arguments of :func:`fcmae.models.create_backbone`, when
+            ``backbone`` is a name.
 
     The predicted patch is the total stride (32 px), whatever the mask patch: so L counts patches of ``patch_size`` in
     ``pred`` and of ``mask_patch_size`` in ``mask``, which are the same by default.
@@ -52,21 +69,22 @@ class FCMAE(nn.Module):
         self,
         backbone: str | ConvNeXt = "convnextv2_atto",
         *,
-        in_chans: int = 3,
         mask_ratio: float = 0.6,
         mask_patch_size: int | None = None,
-        norm_pix_loss: bool = True,
+        targets: Mapping[str, Callable[..., Target]] | None = None,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 1,
         engine: str = "packed",
         grn_scope: str = "image",
         init: str = "timm",
         recompute_stages: Collection[int] = (),
-        backbone_kwargs: dict[str, Any] | None = None,
+        **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
         if isinstance(backbone, str):
-            backbone = create_backbone(backbone, in_chans=in_chans, **(backbone_kwargs or {}))
+            backbone = create_backbone(backbone, **backbone_kwargs)
+        elif backbone_kwargs:
+            raise ValueError(f"{', '.join(backbone_kwargs)} must be given where the backbone is created")
         check_backbone(backbone)
         check_no_drop_path(backbone)
         _check_one_of("init", init, INITS)
@@ -75,12 +93,16 @@ class FCMAE(nn.Module):
         self.engine = get_engine(engine)
         self._compiled = False
         self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
         self.grn_scope = grn_scope
         self.recompute_stages = tuple(recompute_stages)
         self.backbone = backbone
-        pixels = self.patch_size**2 * backbone.in_chans
-        self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, pixels)
+        self.targets = {
+            name: create(patch_size=self.patch_size, in_chans=backbone.in_chans)
+            for name, create in (targets or {"pixels": Pixels}).items()
+        }
+        self.target_weights = dict.fromkeys(self.targets, 1.0)
+        dims = {name: target.dim for name, target in self.targets.items()}
+        self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, dims)
         _init_decoder(self.decoder)
         if init == "official":
             _init_official(self)
@@ -130,9 +152,18 @@ class FCMAE(nn.Module):
         )
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
-        pred = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
-        loss = region(_loss, compiled)(imgs, pred, sites.flatten(1), weight, self.patch_size, self.norm_pix_loss)
-        return FCMAEOutput(loss, pred, mask)
+        preds = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
+        parts = {
+            # Target and error in one region, so that the target need not be stored. Code of others may not compile.
+            name: region(part, compiled and _is_ours(target))(target, imgs, preds[name], sites.flatten(1), weight)
+            for name, target in self.targets.items()
+        }
+        return FCMAEOutput(self._sum(parts), preds, mask, parts)
+
+    def _sum(self, parts: dict[str, Tensor]) -> Tensor:
+        weights = self.target_weights
+        terms = [value if weights[name] == 1 else weights[name] * value for name, value in parts.items()]
+        return functools.reduce(torch.add, terms)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.
@@ -173,13 +204,12 @@ def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")
 
 
-def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> Tensor:
+def _is_ours(target: Target) -> bool:
+    return type(target).__module__.startswith("fcmae.")
+
+
+def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> dict[str, Tensor]:
     return decoder(visible, sites, index)
-
-
-def _loss(imgs: Tensor, pred: Tensor, mask: Tensor, weight: Tensor | None, patch_size: int, norm_pix: bool) -> Tensor:
-    """Target and loss in one region, so that the target need not be stored."""
-    return masked_pixel_loss(pred, patch_target(imgs, patch_size, norm_pix), mask, weight)
 
 
 def _init_decoder(decoder: Decoder) -> None:

@@ -1,41 +1,62 @@
-"""The reconstruction target and loss of FCMAE as pure tensor functions (ConvNeXt V2, arXiv 2301.00808, section 3.1)."""
+"""The pixels of the image (ConvNeXt V2, arXiv 2301.00808, section 3.1)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.masks.patches import patchify
+from fcmae.masks.patches import patchify, unpatchify
+
+NORMS = ("patch", "channel", "none")
+EPS = 1e-6
 
 
-def patch_target(imgs: Tensor, patch_size: int, norm_pix: bool = True, eps: float = 1e-6) -> Tensor:
-    """The pixels to predict, float32 ``[N, L, P]``.
-
-    With ``norm_pix`` every patch is normalised over its P = patch_size**2 * C values (MAE, arXiv 2111.06377,
-    section 3; unbiased variance and eps inside the square root, as the official code).
-    """
-    target = patchify(imgs, patch_size).float()
-    if norm_pix:
-        # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU. It
-        # divides by the biased variance, which is the unbiased one times (P - 1) / P.
-        size = target.shape[-1]
-        target = F.layer_norm(target, (size,), eps=eps * (size - 1) / size) * ((size - 1) / size) ** 0.5
-    return target
-
-
-def masked_pixel_loss(pred: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error over a masked patch's pixels, then over the masked patches of the batch.
+class Pixels:
+    """Predicts the P = patch_size**2 * in_chans pixels of a patch, by mean squared error.
 
     Args:
-        pred, target: ``[N, L, P]``.
-        mask: bool ``[N, L]``, True = masked.
-        weight: ``[N]``, a factor on the error of each image.
+        norm: what the pixels are normalised over: ``patch``, all P values (MAE, arXiv 2111.06377, section 3; unbiased
+            variance and eps inside the square root, as the official code); ``channel``, the pixels of each channel of
+            the patch; ``none``.
 
-    Returns:
-        A float32 scalar; 0 if nothing is masked.
+    Raises ValueError for another norm.
     """
-    per_patch = (pred.float() - target.float()).square().mean(dim=-1)
-    # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
-    errors = torch.where(mask, per_patch, 0.0)
-    if weight is not None:
-        errors = errors * weight[:, None]
-    return errors.sum() / mask.sum().clamp(min=1)
+
+    def __init__(self, patch_size: int, in_chans: int, norm: str = "patch") -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+        self.patch_size = patch_size
+        self.dim = patch_size**2 * in_chans
+        self.norm = norm
+
+    def __call__(self, imgs: Tensor) -> tuple[Tensor, None]:
+        target = patchify(imgs, self.patch_size).float()
+        if self.norm == "patch":
+            # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU.
+            # It divides by the biased variance, which is the unbiased one times (P - 1) / P.
+            size = self.dim
+            target = F.layer_norm(target, (size,), eps=EPS * (size - 1) / size) * ((size - 1) / size) ** 0.5
+        elif self.norm == "channel":
+            mean, std = self._statistics(imgs)
+            target = (target - mean) / std
+        return target, None
+
+    def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
+        return (pred - target).square().mean(dim=-1)
+
+    def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor:
+        """A normalised prediction has no brightness and contrast; each patch takes those of the image."""
+        if self.norm != "none":
+            mean, std = self._statistics(imgs)
+            pred = pred * std + mean
+        return unpatchify(pred, self.patch_size, *imgs.shape[-2:])
+
+    def _statistics(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of every patch ``[N, L, 1]``, or of every channel of it, repeated: ``[N, L, P]``."""
+        patches = patchify(imgs, self.patch_size).float()
+        if self.norm == "channel":
+            patches = patches.unflatten(-1, (self.patch_size**2, -1))
+        var, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        std = (var + EPS).sqrt()
+        if self.norm == "channel":
+            return mean.expand_as(patches).flatten(2), std.expand_as(patches).flatten(2)
+        return mean, std

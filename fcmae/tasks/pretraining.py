@@ -83,19 +83,22 @@ class Pretraining:
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
         imgs, noise = batch
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
-        return model(imgs, random_mask(noise, self.keep), self.keep, weight).loss, {}
+        out = model(imgs, random_mask(noise, self.keep), self.keep, weight)
+        return out.loss, {name: value.detach() for name, value in out.parts.items()}
 
     def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
             picture = self.picture(world.device)
+            if picture is None:
+                return
             if picture.display.stretched and not self._told:
                 say(f"reconstruction pictures show {picture.display} (logger.channels chooses)")
             self._told = True
             logger.picture(step, "reconstruction", picture.image)
 
     @torch.no_grad()
-    def picture(self, device: torch.device) -> Picture:
-        """The first images of a fixed random order, with fixed masks, reconstructed."""
+    def picture(self, device: torch.device) -> Picture | None:
+        """The first images of a fixed random order, with fixed masks, reconstructed; None if no target can be drawn."""
         data = self.cfg.data
         loader = self.cfg.loader
         samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data, loader.max_pixels)))

@@ -87,7 +87,7 @@ def photo_folder(folder):
 
 
 def test_data_compares_reading_with_torchvision_and_feeds_a_step(tmp_path, capsys, monkeypatch):
-    tiny = {"decoder_embed_dim": 16, "backbone_kwargs": {"depths": (1, 1, 1, 1)}}
+    tiny = {"decoder_embed_dim": 16, "depths": (1, 1, 1, 1)}
     monkeypatch.setattr(feed, "FCMAE", functools.partial(feed.FCMAE, **tiny))
     arguments = [
         *DATA,

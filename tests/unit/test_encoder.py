@@ -213,7 +213,7 @@ def test_other_channels_than_the_networks_are_refused(run, capsys):
 
 def test_imported_weights_in_a_run_directory_are_no_run(tmp_path, capsys):
     """A sparse checkpoint of the official code, imported: it has no optimizer, and no best evaluation."""
-    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
+    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, depths=(1, 1, 1, 1))
     torch.save({"model": to_pretraining(model.state_dict())}, tmp_path / "sparse.pth")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     import_weights(tmp_path / "sparse.pth", "official", tmp_path / "run" / "checkpoints" / "step_00000000.pt")

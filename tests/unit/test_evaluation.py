@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.models.objective import Predictions
+from fcmae.targets import Pixels
 from fcmae.tasks import monitors
 from fcmae.tasks.monitors import OnlineKnn
 from fcmae.tasks.pretraining import Pretraining
@@ -272,15 +274,14 @@ def test_top5_is_reported_of_six_classes_or_more(classes, reported):
     assert result.keys() == {"top1", "images"} | ({"top5"} if reported else set())
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_a_perfect_prediction_reconstructs_the_image(norm_pix_loss, monkeypatch):
+@pytest.mark.parametrize("norm", ["patch", "channel", "none"])
+def test_a_perfect_prediction_reconstructs_the_image(norm, monkeypatch):
     from fcmae.models import FCMAEOutput
-    from fcmae.targets.pixels import patch_target
 
-    model = FCMAE("convnextv2_atto", norm_pix_loss=norm_pix_loss, decoder_embed_dim=16)
+    model = FCMAE("convnextv2_atto", targets={"pixels": partial(Pixels, norm=norm)}, decoder_embed_dim=16)
     imgs = torch.randn(2, 3, 64, 96)
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
-    perfect = FCMAEOutput(torch.zeros(()), patch_target(imgs, 32, norm_pix_loss), mask)
+    perfect = FCMAEOutput(torch.zeros(()), {"pixels": model.targets["pixels"](imgs)[0]}, mask, {})
     monkeypatch.setattr(FCMAE, "forward", lambda self, imgs, mask: perfect)
     pred, hidden = reconstruct(model, imgs, mask)
     torch.testing.assert_close(pred, imgs, rtol=1e-3, atol=1e-4)

@@ -91,7 +91,7 @@ def test_a_wrong_mask_is_refused(mask, message):
         ({"recompute_stages": [0]}, r"recompute_stages is \[0\]; allowed are some of 1, 2, 3, 4"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
-        ({"backbone_kwargs": {"drop_path_rate": 0.1}}, r"drop path 0.0\d+, .*; create it with drop_path_rate=0"),
+        ({"drop_path_rate": 0.1}, r"drop path 0.0\d+, .*; create it with drop_path_rate=0"),
     ],
 )
 def test_a_wrong_argument_is_named(kwargs, message):
@@ -175,7 +175,7 @@ def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
 
     A process may compile more networks than torch expects of one.
     """
-    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, backbone_kwargs={"depths": (2, 2, 2, 2)})
+    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, depths=(2, 2, 2, 2))
     model.compile()
     batches = [(torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)) for _ in range(3)]
     losses = [model(imgs, mask, 2).loss for imgs, mask in batches[:1]]
@@ -191,7 +191,7 @@ def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
 
 
 def test_the_whole_model_compiles_into_one_graph():
-    model = FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs={"depths": (1, 1, 1, 1)})
+    model = FCMAE("convnextv2_atto", decoder_embed_dim=16, depths=(1, 1, 1, 1))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)

@@ -1,11 +1,14 @@
 """The golden files are outputs of the official code on MinkowskiEngine: reproducing them is reproducing it."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fcmae.doctor.agreement import agree
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
+from fcmae.targets import Pixels
 from tests.conftest import ENGINE_NAMES, GOLDEN, read_golden, relative_error
 
 TOLERANCE = 1e-5
@@ -16,12 +19,13 @@ def golden_model(name: str, engine: str = "packed") -> tuple[FCMAE, dict[str, to
     model = FCMAE(
         "convnextv2_atto",
         mask_ratio=meta["mask_ratio"],
-        norm_pix_loss=meta["norm_pix_loss"],
+        targets={"pixels": partial(Pixels, norm="patch" if meta["norm_pix_loss"] else "none")},
         decoder_embed_dim=meta["decoder_embed_dim"],
         decoder_depth=meta["decoder_depth"],
         engine=engine,
         grn_scope="batch",
-        backbone_kwargs={"depths": meta["depths"], "dims": meta["dims"]},
+        depths=meta["depths"],
+        dims=meta["dims"],
     )
     params = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
     model.load_state_dict(official.from_pretraining(params, model.state_dict()))

@@ -72,7 +72,7 @@ ALLOWED = {
     "optim": {"config", "engines"},
     "models": {"checkpoints", "config", "data", "engines", "kernels", "masks", "targets"},
     "loggers": {"checkpoints", "config", "data"},
-    "interchange": {"checkpoints", "config", "data", "engines", "models"},
+    "interchange": {"checkpoints", "config", "data", "engines", "models", "targets"},
     "evaluation": {"checkpoints", "config", "data", "masks", "models", "optim"},
     "tasks": {"checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models"},
     "training": {

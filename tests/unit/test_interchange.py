@@ -153,7 +153,7 @@ def test_golden_official_weights_alone_say_what_they_are(tmp_path, name, kind):
                 torch.testing.assert_close(model(golden["input.imgs"]), golden["output.logits"], rtol=1e-5, atol=1e-6)
         else:
             assert model.grn_scope == "batch"
-            model.norm_pix_loss = meta["norm_pix_loss"]
+            model.targets["pixels"].norm = "patch" if meta["norm_pix_loss"] else "none"
             loss = model(golden["input.imgs"].float(), golden["input.mask"].bool()).loss
             torch.testing.assert_close(loss, golden["output.loss"].squeeze(), rtol=1e-5, atol=0)
 

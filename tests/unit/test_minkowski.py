@@ -117,7 +117,7 @@ def test_recomputing_stages_and_compiling_change_nothing():
 
 @pytest.mark.minkowski
 def test_it_leaves_the_random_state_alone():
-    model = FCMAE("convnextv2_atto", engine="minkowski", decoder_embed_dim=16, backbone_kwargs={"dims": (5, 6, 7, 9)})
+    model = FCMAE("convnextv2_atto", engine="minkowski", decoder_embed_dim=16, dims=(5, 6, 7, 9))
     imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
     state = torch.get_rng_state()
     model(imgs, mask)

@@ -1,6 +1,7 @@
 """What the package offers in Python: public names, models that are checked, models of one's own loop that are saved."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import fcmae
 from fcmae.cli import main
 from fcmae.engines import ENGINES
 from fcmae.errors import UsageError, WeightsError
+from fcmae.targets import Pixels
 from tests.conftest import TINY_FINETUNE
 from tests.interchange import assert_same, pretrained
 
@@ -55,7 +57,7 @@ def test_a_loaded_backbone_has_no_frozen_parameter(tmp_path):
     ],
 )
 def test_attributes_are_checked_after_construction_too(name, value, message):
-    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs=SMALL)
+    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, **SMALL)
     before = getattr(model, name)
     with pytest.raises(ValueError, match=message):
         setattr(model, name, value)
@@ -63,7 +65,7 @@ def test_attributes_are_checked_after_construction_too(name, value, message):
 
 
 def test_attributes_take_what_the_constructor_takes():
-    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs=SMALL)
+    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, **SMALL)
     model.engine = "masked"
     assert model.engine is ENGINES["masked"]
     model.mask_ratio, model.grn_scope, model.mask_patch_size = 0.5, "batch", 64
@@ -76,7 +78,8 @@ def test_attributes_take_what_the_constructor_takes():
 def test_a_model_of_the_users_own_loop_is_saved(tmp_path, name, sizes):
     """Exports, loads and fine-tunes; layers differ between the small and the large sizes."""
     backbone = timm.create_model(name, in_chans=2, num_classes=3, **sizes)
-    model = fcmae.FCMAE(backbone, mask_ratio=0.5, mask_patch_size=64, decoder_embed_dim=16, norm_pix_loss=False)
+    targets = {"pixels": partial(Pixels, norm="none")}
+    model = fcmae.FCMAE(backbone, mask_ratio=0.5, mask_patch_size=64, decoder_embed_dim=16, targets=targets)
     model(torch.randn(2, 2, 128, 128)).loss.backward()
     file = tmp_path / "own.pt"
     fcmae.save(model, file, image_size=(64, 128), mean=[0.4, 0.5], std=[0.1, 0.2], bit_depth=12)
@@ -93,7 +96,7 @@ def test_a_model_of_the_users_own_loop_is_saved(tmp_path, name, sizes):
 
 def test_a_saved_model_is_fine_tuned_and_a_saved_classifier_evaluated(tmp_path, capsys):
     small = {**SMALL, "patch_size": 1}
-    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, backbone_kwargs=small)
+    model = fcmae.FCMAE("convnextv2_atto", decoder_embed_dim=16, **small)
     fcmae.save(model, tmp_path / "own.pt", image_size=32)
     assert main([*TINY_FINETUNE, f"init_from={tmp_path}/own.pt", f"hydra.run.dir={tmp_path}/run"]) == 0
     classifier = timm.create_model("convnextv2_atto", num_classes=10, **small)

@@ -1,0 +1,97 @@
+"""What a target is, how a config names one, and its part of the loss."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fcmae.errors import ConfigError, UsageError
+from fcmae.plugins import class_name, create
+
+
+class Target(Protocol):
+    """What a linear head on the decoder predicts at every patch of an image, and how the prediction is judged.
+
+    The class is called with ``patch_size``, the pixels per side of a predicted patch, ``in_chans``, and the arguments
+    that the config gives. L patches are in row-major order.
+    """
+
+    dim: int
+    """Values predicted per patch."""
+
+    def __call__(self, imgs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The values to predict for normalised images ``[N, C, H, W]``: float32 ``[N, L, dim]``, and which are valid.
+
+        Validity is bool ``[N, L, dim]``, or None if all values are. A patch without a valid value is not in the loss.
+        """
+        ...
+
+    def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
+        """The error of each patch, float32 ``[N, L]``; the loss is its mean over the masked patches.
+
+        Args:
+            pred: float32 ``[N, L, dim]``.
+            target, valid: what calling the target returned.
+            mask: bool ``[N, L]``, True = masked. Errors of visible patches are ignored.
+        """
+        ...
+
+    def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor | None:
+        """The prediction in the scale of ``imgs``, ``[N, C, H, W]``, for pictures; None if it cannot be drawn.
+
+        Args:
+            pred: float32 ``[N, L, dim]``.
+        """
+        ...
+
+
+def create_target(given: dict[str, Any], key: str, patch_size: int, in_chans: int) -> Target:
+    """The target that ``_target_`` names. Raises ConfigError.
+
+    Args:
+        key: full key of the config, for errors.
+    """
+    arguments = {name: value for name, value in given.items() if name != "weight"}
+    target: Target = create(arguments, key, Target, patch_size=patch_size, in_chans=in_chans)
+    if type(target.dim) is not int or target.dim < 1:
+        raise ConfigError(f"{key}: {class_name(target)}.dim must be a positive integer; got {target.dim!r}")
+    return target
+
+
+def part(target: Target, imgs: Tensor, pred: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean error of ``pred`` ``[N, L, dim]`` over the masked patches: float32 scalar, 0 if nothing is masked.
+
+    An image with invalid patches counts as much as one without.
+
+    Args:
+        mask: bool ``[N, L]``, True = masked.
+        weight: ``[N]``, a factor on the error of each image.
+
+    Raises UsageError if the target does not return what :class:`Target` says.
+    """
+    given = target(imgs)
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise UsageError(f"target: {class_name(target)} must return (target, valid); got {type(given).__name__}")
+    wanted, valid = given
+    _check_shape(target, "target", wanted, pred)
+    if valid is not None:
+        _check_shape(target, "validity", valid, pred)
+    errors = target.loss(pred.float(), wanted, mask, valid)
+    _check_shape(target, "loss", errors, mask)
+    # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
+    if valid is None:
+        errors = torch.where(mask, errors, 0.0)
+    else:
+        counted = mask & valid.any(dim=-1)
+        scale = mask.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        errors = torch.where(counted, errors, 0.0) * scale[:, None]
+    if weight is not None:
+        errors = errors * weight[:, None]
+    return errors.sum() / mask.sum().clamp(min=1)
+
+
+def _check_shape(target: Target, what: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise UsageError(
+            f"target: the {what} of {class_name(target)} must be {list(like.shape)}; got {list(value.shape)}"
+        )

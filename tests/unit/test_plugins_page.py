@@ -1,0 +1,163 @@
+"""docs/plugins.md: what the page shows runs as it stands there."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import fcmae
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import CheckpointDir
+from tests.conftest import TESTS, TINY_PRETRAIN
+
+PAGE = (TESTS.parent / "docs" / "plugins.md").read_text()
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
+COMMANDS = re.findall(r"^fcmae (pretrain .*)$", PAGE, re.MULTILINE)
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def overrides(command):
+    return [word for word in shlex.split(command)[1:] if not word.startswith("data.path=")]
+
+
+def newest(folder, run):
+    return checkpoint.read(CheckpointDir(folder / run).paths()[-1])
+
+
+def test_the_page_has_examples():
+    assert set(FILES) == {"columns.py", "edges.py"}
+    assert len(COMMANDS) == 3
+
+
+def test_the_classes_of_the_page_train_resume_bit_for_bit_and_export(files, fcmae_here):
+    args = (*TINY_PRETRAIN, "schedule.epochs=2", *overrides(COMMANDS[0]), *overrides(COMMANDS[1]))
+    fcmae_here(*args, "hydra.run.dir=whole")
+    fcmae_here(*args, "hydra.run.dir=parts", "trainer.max_steps=4", check=75)
+    changed = fcmae_here(*args, "target.edges.weight=1", "hydra.run.dir=parts", check=2)
+    assert "the recipe differs" in changed.stderr
+    assert "\n  target: " in changed.stderr
+    fcmae_here(*args, "hydra.run.dir=parts")
+    ours, theirs = newest(files, "parts"), newest(files, "whole")
+    assert ours["step"] == 6
+    assert "decoder.pred_edges.weight" in ours["model"]
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    logged = [json.loads(line) for line in (files / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in logged if "loss" in line):
+        assert line["loss"] == pytest.approx(line["loss_pixels"] + 0.5 * line["loss_edges"], rel=1e-4)
+    refused = fcmae_here("reconstruct", "whole", "data.name=synthetic", check=2).stderr.splitlines()[-1]
+    assert re.search(r"names the class edges.py:Edges as its target.edges; .*--allow edges.py:Edges", refused)
+    allow = ("--allow", "edges.py:Edges", "--allow", "columns.py:Columns")
+    fcmae_here("export", "whole", "--to", "timm", "--out", "timm")
+    fcmae_here("reconstruct", "whole", "data.name=synthetic", *allow)
+    assert (files / "reconstruction.png").is_file()
+    assert "edges (edges.py:Edges)" in (files / "timm" / "README.md").read_text()
+
+
+def test_a_target_alone_has_no_pictures(files, fcmae_here, monkeypatch):
+    args = (*TINY_PRETRAIN, "schedule.epochs=1", "schedule.warmup_epochs=0", *overrides(COMMANDS[2]))
+    fcmae_here(*args, "hydra.run.dir=run")
+    assert not list((files / "run").rglob("*.png"))
+    state = newest(files, "run")
+    assert list(state["config"]["target"]) == ["edges"]
+    assert "decoder.pred.weight" not in state["model"]
+    monkeypatch.chdir(files)
+    assert list(fcmae.load("run", allow=["edges.py:Edges"]).targets) == ["edges"]
+    picture = fcmae_here("reconstruct", "run", "data.name=synthetic", "--allow", "edges.py:Edges", check=2)
+    assert "can be drawn: to_pixels returns None for edges" in picture.stderr
+    fcmae_here("knn", "checkpoint=run", "k=1", "cache=null")
+
+
+WRONG = """
+import torch
+
+
+class NoLoss:
+    def __init__(self, patch_size, in_chans):
+        self.dim = 1
+
+    def __call__(self, imgs):
+        return None
+
+    def to_pixels(self, pred, imgs):
+        return None
+
+
+class NotCallable(NoLoss):
+    __call__ = None
+    loss = None
+
+
+class NoDim(NoLoss):
+    def __init__(self, patch_size, in_chans):
+        pass
+
+    def loss(self, pred, target, mask, valid):
+        return pred.mean(dim=-1)
+
+
+class ZeroDim(NoDim):
+    dim = 0
+
+
+class Alone(NoDim):
+    dim = 1
+
+    def __call__(self, imgs):
+        return torch.zeros(len(imgs), 16, 1)
+
+
+class Whole(Alone):
+    def __call__(self, imgs):
+        return torch.zeros(len(imgs), 16, 1), None
+
+    def loss(self, pred, target, mask, valid):
+        return pred.mean()
+
+
+class NoPatchSize(Whole):
+    def __init__(self, in_chans):
+        pass
+
+
+class OtherLoss(Whole):
+    def loss(self, pred, target):
+        return pred
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("NoLoss", "target.own._target_ is 'wrong.py:NoLoss', which must be a class with the methods .*without loss"),
+        ("NotCallable", "without __call__, loss"),
+        ("NoDim", "target.own: wrong.py:NoDim must have the attribute dim"),
+        ("ZeroDim", "target.own: wrong.py:ZeroDim.dim must be a positive integer; got 0"),
+        ("NoPatchSize", "target.own: wrong.py:NoPatchSize does not take these arguments: .*patch_size"),
+        ("OtherLoss", r"whose loss must take \(pred, target, mask, valid\); it takes \(self, pred, target\)"),
+        ("Missing", "target.own._target_ is 'wrong.py:Missing'; expected a class that Python finds"),
+        ("Whole target.own.weight=0", "target.own.weight is 0; "),
+        ("Whole target.own.more=1", "target.own: wrong.py:Whole does not take these arguments: .*'more'"),
+        ("Whole target=null", "target is {"),
+        ("Alone", r"target: wrong.py:Alone must return \(target, valid\); got Tensor"),
+        ("Whole", r"target: the loss of wrong.py:Whole must be \[8, 16\]; got \[\]"),
+    ],
+)
+def test_a_wrong_target_is_refused_in_one_line(given, message, tmp_path, fcmae_here):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    name, *more = given.split()
+    if more == ["target=null"]:
+        more = ["target.own=null", "target.pixels=null"]
+    args = (*TINY_PRETRAIN, f"target.own._target_=wrong.py:{name}", *more, "hydra.run.dir=run")
+    refused = fcmae_here(*args, check=2).stderr.splitlines()
+    errors = [line for line in refused if line.startswith("fcmae pretrain: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in refused
+    assert re.search(message, errors[0])
