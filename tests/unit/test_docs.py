@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: paths, names, keys, links exist, and commands have a valid config. Nothing is run."""
+"""README, CONTRIBUTING and docs/: paths, names, keys, links exist, commands have a valid config, examples run."""
 
 import ast
 import functools
@@ -7,11 +7,16 @@ import shlex
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fcmae.config import COMMANDS
 from fcmae.config.compose import compose
+from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.sources.own import create_own
 from fcmae.errors import ConfigError
 from tests.unit.test_imports import MODULES, imported, package
 
@@ -163,6 +168,31 @@ def test_commands_have_a_valid_config(page):
         except ConfigError as error:
             wrong[f"{command} {' '.join(overrides)}"] = str(error)
     assert wrong == {}
+
+
+def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
+    """On smaller images."""
+    (code,) = [block for language, block in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("8, 3, 224, 224", "2, 3, 64, 64").replace("1, 3, 224, 224", "1, 3, 64, 64"), names)
+    assert names["loss"].isfinite()
+    assert names["mask"].dtype == torch.bool
+    assert [x.shape[-1] for x in names["maps"]] == [16, 8, 4, 2]
+    assert "unexpected_keys=[]" in capsys.readouterr().out
+
+
+def test_the_source_of_the_data_page(tmp_path):
+    (code,) = [block for _, block in FENCE.findall((ROOT / "docs" / "data.md").read_text()) if "class Cells" in block]
+    (tmp_path / "cells.py").write_text(code)
+    np.save(tmp_path / "cells.npy", np.arange(2 * 6 * 8, dtype=np.uint8).reshape(2, 6, 8))
+    given = {"_target_": f"{tmp_path}/cells.py:Cells", "file": f"{tmp_path}/cells.npy"}
+    source = create_own(given, "data.source", PixelFormat(in_chans=1))
+    assert len(source) == 2
+    assert source.describe(1) == "cell 1"
+    sample = source[1]
+    assert sample.label is None
+    assert torch.equal(sample.image, torch.arange(48, 96, dtype=torch.uint8).view(1, 6, 8))
 
 
 def test_the_readme_is_short():
