@@ -85,11 +85,14 @@ def read(path: Path, weights: bool = True) -> State:
     state = {"task": TASK, "model": tensors, "ema": None, "imported_from": path.name}
     if "fcmae" not in metadata:
         unknown = [name for name in UNSET["data"] if name != "in_chans"]
+        network["strides"] = None  # version 0.1.0 had timm's only
         return {**state, "config": {"model": network, "data": {"in_chans": in_chans}}, "unknown": unknown}
     said = _said(path, metadata["fcmae"])
     config, step = {group: said[group] for group in KEYS}, said["step"]
     for name, value in network.items():
-        if config["model"][name] not in (value, *([None] if name in ("depths", "dims") else [])):
+        if name == "stem_stride" and config["model"]["strides"] is not None:
+            continue  # the first of the strides instead
+        if config["model"][name] not in (value, *([None] if name in ("depths", "dims", "strides") else [])):
             raise CheckpointError(f"{path} says model.{name}={config['model'][name]}; its weights have {value}")
     if config["data"]["in_chans"] != in_chans:
         raise CheckpointError(f"{path} says data.in_chans={config['data']['in_chans']}; its weights have {in_chans}")
@@ -112,6 +115,7 @@ def _said(path: Path, text: str) -> dict[str, Any]:
     try:
         said = json.loads(text if len(text) <= MOST_JSON else "")
         check_plain(said)
+        said["model"] = {"strides": None, **said["model"]}  # which earlier versions lack
         if any(set(said[group]) != set(names) for group, names in KEYS.items()) or type(said["step"]) is not int:
             raise ValueError("unknown keys")
         if any(not isinstance(value, str) for value in said["versions"].values()):
@@ -129,11 +133,14 @@ def _network(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
     """Structure and channels, by the shapes of the weights. Raises CheckpointError."""
     try:
         _, in_chans, stride, _ = shapes["stem.0.weight"]
-        dims = [shapes[f"stages.{stage}.blocks.0.conv_dw.weight"][0] for stage in range(4)]
+        stages = len({name.split(".")[1] for name in shapes if name.startswith("stages.")})
+        dims = [shapes[f"stages.{stage}.blocks.0.conv_dw.weight"][0] for stage in range(stages)]
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the weights of a timm ConvNeXt: {error} is missing") from error
     blocks = {
         match.groups() for match in (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in shapes) if match
     }
-    depths = [sum(stage == str(number) for stage, _ in blocks) for number in range(4)]
-    return {"depths": depths, "dims": dims, "stem_stride": stride, "in_chans": in_chans}
+    depths = [sum(stage == str(number) for stage, _ in blocks) for number in range(stages)]
+    strides = [shapes.get(f"stages.{number}.downsample.1.weight", [1])[-1] for number in range(stages)]
+    strides[0] *= stride
+    return {"depths": depths, "dims": dims, "stem_stride": stride, "strides": strides, "in_chans": in_chans}

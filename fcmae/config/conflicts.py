@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fcmae.config.checks import check, mistake
+from fcmae.config.model import TIMM_TOTAL_STRIDE
 from fcmae.grid import grid_size, len_keep
 
 if TYPE_CHECKING:
     from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
-
-TOTAL_STRIDE = {1: 8, 2: 32, 4: 32}
-"""Pixels a site of the last stage, by model.stem_stride: timm downsamples once more after a stem of 2."""
 
 
 def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
@@ -46,11 +44,14 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     check(
         "data.decode_on", decoder, decoder == "cpu" or cfg.loader.on_error == "raise", "cpu with loader.on_error=skip"
     )
-    stride = TOTAL_STRIDE.get(cfg.model.stem_stride)
+    if cfg.model.strides is None and cfg.model.stem_stride not in TIMM_TOTAL_STRIDE:
+        return  # noted already
+    stride = cfg.model.total_stride
     patch = cfg.model.mask_patch_size or stride
-    if stride is None or patch is None or patch < 1:
+    if patch < 1:
         return
-    allowed = f"a multiple of {stride}, the total stride with model.stem_stride={cfg.model.stem_stride}"
+    given = "stem_stride" if cfg.model.strides is None else "strides"
+    allowed = f"a multiple of {stride}, the total stride with model.{given}={getattr(cfg.model, given)}"
     if check("model.mask_patch_size", patch, patch % stride == 0, allowed):
         try:
             rows, columns = grid_size(*cfg.data.size, patch)

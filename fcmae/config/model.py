@@ -1,9 +1,15 @@
 """Groups ``model`` and ``engine``: the network and how it runs over visible patches."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_one_of, check_positive
+
+STAGES, TOTAL = range(3, 6), range(4, 65)
+"""Numbers of stages and total strides that a network may have."""
+TIMM_TOTAL_STRIDE = {4: 32, 2: 32, 1: 8}
+"""By the stem's stride: timm downsamples once more after a stem of 2."""
 
 
 @dataclass
@@ -13,22 +19,37 @@ class BackboneConfig:
     backbone: str = "convnextv2_atto"
     """A timm model name."""
     depths: list[int] | None = None
-    """Blocks in each of the four stages; None = the named model's."""
+    """Blocks in each stage; None = the named model's."""
     dims: list[int] | None = None
-    """Width of each of the four stages; None = the named model's."""
+    """Width of each stage; None = the named model's."""
     stem_stride: int = 4
     """timm's ``patch_size``; 4 gives the total stride 32, 1 gives 8."""
+    strides: list[int] | None = None
+    """Stride of the stem and before each later stage: three to five numbers, one per stage, whose product is the total
+    stride, 4 to 64; [2,2,2,2] gives 16. None = timm's: stem_stride, then 2 each (and 2 before the first stage after a
+    stem of 2). Otherwise stem_stride is ignored. With three or five stages depths and dims must be given."""
 
     def __post_init__(self) -> None:
+        strides, stages = self.strides, 4
+        if strides is not None:
+            ok = len(strides) in STAGES and all(0 < stride <= 8 for stride in strides) and self.total_stride in TOTAL
+            allowed = "three to five strides of 1 to 8, one per stage, with a product from 4 to 64, or null"
+            stages = len(strides) if check("model.strides", strides, ok, allowed) else 4
         for name in ("depths", "dims"):
             value = getattr(self, name)
-            ok = value is None or (len(value) == 4 and min(value) > 0)
-            check(f"model.{name}", value, ok, "four positive integers, one a stage, or null")
+            ok = stages == 4 if value is None else len(value) == stages and min(value) > 0
+            null = ", or null" * (stages == 4)
+            check(f"model.{name}", value, ok, f"{stages} positive integers, one per stage{null}")
         check("model.stem_stride", self.stem_stride, self.stem_stride in (1, 2, 4), "1, 2 or 4")
+
+    @property
+    def total_stride(self) -> int:
+        """Pixels a side that one site of the last stage stands for."""
+        return math.prod(self.strides) if self.strides else TIMM_TOTAL_STRIDE[self.stem_stride]
 
     def backbone_kwargs(self) -> dict[str, Any]:
         """The arguments for timm that differ from the named model's."""
-        kwargs = {"depths": self.depths, "dims": self.dims, "patch_size": self.stem_stride}
+        kwargs = {"depths": self.depths, "dims": self.dims, "patch_size": self.stem_stride, "strides": self.strides}
         return {name: value for name, value in kwargs.items() if value is not None}
 
 
@@ -84,11 +105,11 @@ class EngineConfig:
     name: str = "packed"
     """``packed``, ``masked`` or ``minkowski`` (docs/engines.md); all compute the same."""
     recompute_stages: list[int] = field(default_factory=list)
-    """Stages, 1 to 4, whose activations are recomputed instead of kept; `fcmae bench step` prints the cost."""
+    """Stages, from 1, whose activations are recomputed instead of kept; `fcmae bench step` prints the cost."""
 
     def __post_init__(self) -> None:
-        ok = set(self.recompute_stages) <= {1, 2, 3, 4}
-        check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4")
+        ok = set(self.recompute_stages) <= set(range(1, max(STAGES) + 1))
+        check("engine.recompute_stages", self.recompute_stages, ok, "numbers of stages, from 1")
         check_one_of("engine.name", self.name, ("packed", "masked", "minkowski"))
 
 
@@ -99,9 +120,9 @@ class ClassifierEngineConfig:
     name: str = "dense"
     """``dense``: on the kernels of the packed engine; ``timm``: timm's own forward."""
     recompute_stages: list[int] = field(default_factory=list)
-    """Stages, 1 to 4, whose activations ``dense`` recomputes instead of keeping them."""
+    """Stages, from 1, whose activations ``dense`` recomputes instead of keeping them."""
 
     def __post_init__(self) -> None:
-        ok = set(self.recompute_stages) <= ({1, 2, 3, 4} if self.name == "dense" else set())
-        check("engine.recompute_stages", self.recompute_stages, ok, "some of 1, 2, 3, 4; none with engine=timm")
+        ok = set(self.recompute_stages) <= set(range(1, max(STAGES) + 1) if self.name == "dense" else ())
+        check("engine.recompute_stages", self.recompute_stages, ok, "numbers of stages, from 1; none with engine=timm")
         check_one_of("engine.name", self.name, ("dense", "timm"))

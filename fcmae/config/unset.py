@@ -8,7 +8,7 @@ from fcmae.config.data import DataConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig
 
 UNSET: dict[str, tuple[str, ...]] = {
-    "model": ("backbone", "depths", "dims", "stem_stride"),
+    "model": ("backbone", "depths", "dims", "stem_stride", "strides"),
     "data": ("in_chans", "bit_depth", "image_size", "mean", "std"),
 }
 """The keys that may be unset, by group. Unset is None."""

@@ -96,7 +96,7 @@ def _from_hub(name: str, origin: dict[str, Any]) -> State:
     origin["license"] = config.get("license")
     data = {"in_chans": 3, "bit_depth": 8, "mean": list(config["mean"]), "std": list(config["std"])}
     data["image_size"] = tuple(config["input_size"][1:])
-    backbone = {"backbone": name.split(".")[0], "depths": None, "dims": None, "stem_stride": 4}
+    backbone = {"backbone": name.split(".")[0], "depths": None, "dims": None, "stem_stride": 4, "strides": None}
     return {
         "task": TASK,
         "model": model.state_dict(),

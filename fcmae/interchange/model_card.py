@@ -88,7 +88,8 @@ def _network(network: Network) -> dict[str, Any]:
         "channels": network.model.in_chans,
         "depths": model.depths,
         "dims": model.dims,
-        "stem stride": model.stem_stride,
+        "strides": model.strides,
+        "stem stride": None if model.strides else model.stem_stride,
         "classes": ", ".join(map(_text, network.classes[:20])) + (", ..." if len(network.classes) > 20 else "") or None,
     }
 

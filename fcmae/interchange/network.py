@@ -26,6 +26,7 @@ from fcmae.engines.convnext import blocks, grn, is_gelu, stages, stem
 from fcmae.errors import WeightsError
 from fcmae.interchange.weights import StateDict
 from fcmae.models import FCMAE
+from fcmae.models.backbone import strides_of
 from fcmae.models.build import build_classifier, build_fcmae, check_size, config_of, encoder_of, is_classifier, model_of
 from fcmae.plugins import is_ours
 from fcmae.version import versions
@@ -58,6 +59,8 @@ class Structure:
     version: int
     in_chans: int
     stem_stride: int
+    strides: tuple[int, ...]
+    """Of the stem, with a downsampling before the first stage, and before each later stage."""
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     num_classes: int
@@ -83,20 +86,27 @@ class Structure:
             version=1 if grn(first[0]) is None else 2,
             in_chans=model.in_chans,
             stem_stride=stem(model)[0].stride[0],
+            strides=tuple(strides_of(model)),
             depths=tuple(len(stage.blocks) for stage in stages(model)),
             dims=tuple(block.conv_dw.out_channels for block in first),
             num_classes=model.num_classes,
         )
 
+    @property
+    def is_timms(self) -> bool:
+        """Whether timm builds it by a name, depths, dims and patch_size."""
+        return self.strides == (min(4, self.stem_stride**2), 2, 2, 2)
+
     def backbone_config(self, name: str | None = None) -> dict[str, Any]:
         """The values of a BackboneConfig: timm's name of this size or ``name``, the rest only where it differs."""
-        depths, dims, stride = list(self.depths), list(self.dims), self.stem_stride
+        depths, dims = list(self.depths), list(self.dims)
+        strides = {"stem_stride": self.stem_stride} if self.is_timms else {"strides": list(self.strides)}
         for known, (known_depths, width) in SIZES.items():
             same_version = known.startswith("convnextv2_") == (self.version == 2)
             same_size = self.depths == known_depths and self.dims == tuple(width << stage for stage in range(4))
             if same_version and same_size and name in (None, known):
-                return {"backbone": known, "stem_stride": stride}
-        return {"backbone": name or GENERIC[self.version], "depths": depths, "dims": dims, "stem_stride": stride}
+                return {"backbone": known, **strides}
+        return {"backbone": name or GENERIC[self.version], "depths": depths, "dims": dims, **strides}
 
 
 @dataclass(frozen=True)

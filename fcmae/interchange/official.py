@@ -47,6 +47,7 @@ from fcmae.interchange.weights import (
 )
 
 STEM_STRIDE = 4
+STRIDES = (4, 2, 2, 2)
 """The only one that the official code has."""
 
 # (ours, official) for the names within a backbone; the first match wins.
@@ -191,10 +192,9 @@ def export(network: Network, folder: Path) -> None:
     Raises WeightsError if the official code has no such network.
     """
     structure = Structure.of(network.model)
-    if structure.stem_stride != STEM_STRIDE:
-        raise WeightsError(
-            f"the official code has a stem of stride {STEM_STRIDE} only; {network.path} has {structure.stem_stride}"
-        )
+    if structure.stem_stride != STEM_STRIDE or structure.strides != STRIDES:
+        has = f"stem stride {structure.stem_stride}" if structure.is_timms else f"strides {list(structure.strides)}"
+        raise WeightsError(f"the official code has the strides {list(STRIDES)} only; {network.path} has {has}")
     ours = _description(network)
     torch.save({"model": to_classifier(network.weights), "fcmae": ours}, folder / dense_file(network))
     if network.fcmae is not None and structure.version == 2 and list(network.fcmae.targets) == ["pixels"]:
@@ -293,6 +293,7 @@ def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> 
         version=2 if any(".grn." in name for name in weights) else 1,
         in_chans=stem_weight.shape[1],
         stem_stride=STEM_STRIDE,
+        strides=STRIDES,
         depths=tuple(_count(weights, rf"{prefix}stages\.{stage}\.(\d+)\.") for stage in range(4)),
         dims=tuple(weight.shape[1 if kernel == "kernel" else 0] for weight in depthwise),
         num_classes=len(weights.get("head.weight", ())),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.pixels.transforms import WARP_FROM
+from fcmae.engines.convnext import stem
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import (
@@ -25,13 +26,20 @@ from fcmae.interchange.network import (
     empty_classifier,
 )
 from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, read_folder, read_json, translate
+from fcmae.models.backbone import strides_of
 
 MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
 """The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
 
 
 def export(network: Network, folder: Path) -> None:
-    """Writes ``model.safetensors`` and ``config.json`` into ``folder``."""
+    """Writes ``model.safetensors`` and ``config.json``. Raises WeightsError if timm cannot build such a network."""
+    strides = strides_of(network.model)
+    if strides != [min(4, stem(network.model)[0].stride[0] ** 2), 2, 2, 2]:
+        raise WeightsError(
+            f"timm cannot build a ConvNeXt with strides {strides}, which {network.path} has: export it to onnx, or use "
+            "encoder.safetensors and fcmae.load"
+        )
     weights = {name: value.contiguous() for name, value in network.weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(network), indent=2) + "\n")
@@ -48,6 +56,8 @@ def _config(network: Network) -> dict[str, Any]:
     if network.classes:
         config["label_names"] = network.classes
     args = {"in_chans": network.model.in_chans, **network.backbone_config.backbone_kwargs()}
+    if args.pop("strides", None):
+        args["patch_size"] = stem(network.model)[0].stride[0]
     data = network.cfg.data
     config |= {"model_args": args, "pretrained_cfg": _pretrained_cfg(data, num_classes)}
     return {**config, "fcmae": preprocessing.extra(data)}
@@ -136,6 +146,7 @@ def _config_of_tensors(weights: StateDict, path: Path) -> dict[str, Any]:
         version=2 if any(".mlp.grn." in name for name in weights) else 1,
         in_chans=weights["stem.0.weight"].shape[1],
         stem_stride=weights["stem.0.weight"].shape[-1],
+        strides=(min(4, weights["stem.0.weight"].shape[-1] ** 2), 2, 2, 2),
         depths=tuple(
             sum(name.startswith(f"stages.{stage}.") and name.endswith(".conv_dw.weight") for name in weights)
             for stage in range(4)

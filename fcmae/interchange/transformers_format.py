@@ -84,6 +84,11 @@ def _to_their_value(name: str, value: Tensor) -> Tensor:
 def export(network: Network, folder: Path) -> None:
     """Writes the directory. Raises WeightsError if Transformers has no such network."""
     structure = Structure.of(network.model)
+    if not structure.is_timms:
+        raise WeightsError(
+            f"{network.path} has strides {list(structure.strides)}; Transformers has a stem of 1 or 4, then 2, 2, 2: "
+            "export it to onnx, or use encoder.safetensors and fcmae.load"
+        )
     if structure.stem_stride == 2:
         raise WeightsError(
             f"{network.path} has stem stride 2, after which timm downsamples before the first stage too; Transformers "
@@ -238,7 +243,8 @@ def _structure(content: dict[str, Any], folder: Path, num_classes: int) -> Struc
     return Structure(
         version=versions[model_type],
         in_chans=content.get("num_channels", 3),
-        stem_stride=sides.pop(),
+        stem_stride=max(sides),
+        strides=(max(sides), 2, 2, 2),
         depths=tuple(content.get("depths", (3, 3, 9, 3))),
         dims=tuple(content.get("hidden_sizes", (96, 192, 384, 768))),
         num_classes=num_classes,

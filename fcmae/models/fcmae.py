@@ -94,8 +94,8 @@ class FCMAE(nn.Module):
         self._compiled = False
         self.mask_ratio = mask_ratio
         self.grn_scope = grn_scope
-        self.recompute_stages = tuple(recompute_stages)
         self.backbone = backbone
+        self.recompute_stages = tuple(recompute_stages)
         self.targets = {
             name: create(patch_size=self.patch_size, in_chans=backbone.in_chans)
             for name, create in (targets or {"pixels": Pixels}).items()
@@ -119,8 +119,8 @@ class FCMAE(nn.Module):
             )
         elif name == "grn_scope":
             _check_one_of(name, value, GRN_SCOPES)
-        elif name == "recompute_stages" and not set(value) <= {1, 2, 3, 4}:
-            raise ValueError(f"recompute_stages is {list(value)}; allowed are some of 1, 2, 3, 4")
+        elif name == "recompute_stages" and not set(value) <= set(range(1, len(self.backbone.stages) + 1)):
+            raise ValueError(f"recompute_stages must be stages, 1 to {len(self.backbone.stages)}; got {list(value)}")
         super().__setattr__(name, value)
 
     def forward(

@@ -27,7 +27,7 @@ def layer_index(name: str, depths: tuple[int, ...], kind: str) -> tuple[int, int
     """
     group = kind == "group"
     groups = -(-depths[2] // BLOCKS_PER_GROUP)
-    head = 4 + groups if group else sum(depths) + 1
+    head = len(depths) + groups if group else sum(depths) + 1
     if name.startswith(("head", "norm_pre")):
         return head, head
     if name.startswith("stem"):
@@ -38,7 +38,9 @@ def layer_index(name: str, depths: tuple[int, ...], kind: str) -> tuple[int, int
     stage, block = int(match[1]), int(match[2] or 0)
     if not group:
         return sum(depths[:stage]) + block + 1, head
-    return (stage + 1, stage + 1, 3 + block // BLOCKS_PER_GROUP, 3 + groups)[stage], head
+    if stage == 2:
+        return 3 + block // BLOCKS_PER_GROUP, head
+    return (stage + 1 if stage < 2 else stage + groups), head
 
 
 def layer_scale(name: str, depths: tuple[int, ...], decay: float, kind: str) -> float:

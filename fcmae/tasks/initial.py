@@ -23,7 +23,7 @@ from fcmae.models.headed import Headed, backbone_of
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
-NETWORK = ("model.backbone", "model.depths", "model.dims", "model.stem_stride")
+NETWORK = ("model.backbone", "model.depths", "model.dims", "model.stem_stride", "model.strides")
 FIXED = (*NETWORK, "data.in_chans", "data.mean", "data.std")
 """Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
 libraries, only the network is."""

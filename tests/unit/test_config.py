@@ -32,7 +32,7 @@ BAD = {
         r"Could not find 'model/resnet50' Available options in 'model':.*convnextv2_base",
     ),
     "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio is 1.0; allowed is a number in \(0, 1\)"),
-    "depths": ("model.depths=[1,2]", r"model.depths is \[1, 2\]; allowed is four positive integers"),
+    "depths": ("model.depths=[1,2]", r"model.depths is \[1, 2\]; allowed is 4 positive integers"),
     "image size": ("data.image_size=[224]", r"data.image_size is \[224\]; allowed is an integer from 1"),
     "mean": ("data.mean=[0.5]", r"data.mean is .*allowed is 3 numbers, one a channel"),
     "crop": ("data.crop_scale=[0.5,0.2]", r"data.crop_scale is"),

@@ -88,7 +88,7 @@ def test_a_wrong_mask_is_refused(mask, message):
         ({"grn_scope": "gpu"}, "grn_scope is 'gpu'; allowed is one of image, batch"),
         ({"init": "zero"}, "init is 'zero'"),
         ({"engine": "sparse"}, "engine is 'sparse'"),
-        ({"recompute_stages": [0]}, r"recompute_stages is \[0\]; allowed are some of 1, 2, 3, 4"),
+        ({"recompute_stages": [0]}, r"recompute_stages must be stages, 1 to 4; got \[0\]"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
         ({"drop_path_rate": 0.1}, r"drop path 0.0\d+, .*; create it with drop_path_rate=0"),

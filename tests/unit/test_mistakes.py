@@ -4,7 +4,7 @@ import pytest
 
 from fcmae.cli import main
 from fcmae.config import compose, from_dict
-from fcmae.config.conflicts import TOTAL_STRIDE
+from fcmae.config.model import TIMM_TOTAL_STRIDE
 from fcmae.config.data import DataConfig
 from fcmae.engines import total_stride
 from fcmae.errors import ConfigError
@@ -153,7 +153,7 @@ def test_experiments_are_named_the_closest_first(capfd, name):
     assert name == "foo" or names[0] in ("in1k/finetune_base", "fashion_mnist/pretrain")
 
 
-@pytest.mark.parametrize("stem_stride", TOTAL_STRIDE)
+@pytest.mark.parametrize("stem_stride", TIMM_TOTAL_STRIDE)
 def test_the_total_stride_is_that_of_the_network(stem_stride):
     kwargs = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "patch_size": stem_stride}
-    assert total_stride(create_backbone("convnextv2_atto", **kwargs)) == TOTAL_STRIDE[stem_stride]
+    assert total_stride(create_backbone("convnextv2_atto", **kwargs)) == TIMM_TOTAL_STRIDE[stem_stride]
