@@ -4,8 +4,8 @@ import pytest
 
 from fcmae.cli import main
 from fcmae.config import compose, from_dict
-from fcmae.config.model import TIMM_TOTAL_STRIDE
 from fcmae.config.data import DataConfig
+from fcmae.config.model import TIMM_TOTAL_STRIDE
 from fcmae.engines import total_stride
 from fcmae.errors import ConfigError
 from fcmae.models import create_backbone
