@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fcmae.config import DataConfig
-from fcmae.data.collate import stack
+from fcmae.data.collate import Item, collate
 from fcmae.data.pixels.crops import cut
 from fcmae.data.pixels.decode import Encoded, explained
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
@@ -60,7 +60,7 @@ def _measure(data: DataConfig, theirs: Callable | None, batch_size: int, device:
         stages["crop"], crops = _timed(theirs, pictures)
     groups = [crops[i : i + batch_size] for i in range(0, len(crops), batch_size)]
     noise = torch.rand(49)
-    seconds, batches = _timed(lambda group: stack([(crop, noise) for crop in group]), groups)
+    seconds, batches = _timed(lambda group: collate([Item((crop, noise), []) for crop in group]).parts, groups)
     stages["collate"] = seconds / batch_size
     seconds, _ = _timed(lambda batch: batch[0].to(device, copy=True), batches)
     stages["copy"] = seconds / batch_size

@@ -1,28 +1,48 @@
-"""Samples to batches."""
+"""Samples to batches, together with the errors of samples that could not be read."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fcmae.data import shared_memory as shared
 from fcmae.data.pixels.on_device import Undecoded, pack
+from fcmae.data.shared_memory import Placed, stack
+from fcmae.errors import UsageError
 
 
-def stack(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Samples (image, anything) as a batch; or (several crops of an image, something of each), all in one row."""
-    images, *rest = zip(*samples, strict=True)
-    if any(isinstance(image, Undecoded) for image in images):
-        return [pack(images), *(_stack(_flat(column)) for column in rest)]
-    if isinstance(images[0], list):
-        return [_stack(_flat(images)), *(_stack(_flat(column)) for column in rest)]
-    return [_stack(column) for column in (images, *rest)]
+class Item(NamedTuple):
+    """The parts of a sample, None if it could not be read, and the errors met on the way."""
+
+    parts: Any
+    errors: list[UsageError]
 
 
-def _flat(column: Sequence[Sequence[Any]]) -> list[Any]:
-    return [crop for crops in column for crop in crops]
+class Batch(NamedTuple):
+    """The parts of all readable samples, None without any; all errors; the number of samples left out."""
+
+    parts: Any
+    errors: list[UsageError]
+    left_out: int
+
+    def opened(self) -> "Batch":
+        """With the tensors themselves instead of their places in shared memory."""
+        parts = [part.tensor() if isinstance(part, Placed) else part for part in self.parts or []]
+        return self._replace(parts=parts or None)
 
 
-def _stack(column: Sequence[Any]) -> Any:
-    return shared.stack(column) if isinstance(column[0], Tensor) else default_collate(list(column))
+def collate(items: Sequence[Item]) -> Batch:
+    """A batch of samples (image, ...), or of (several crops of an image, something for each), all in one row."""
+    readable = [item.parts for item in items if item.parts is not None]
+    errors = [error for item in items for error in item.errors]
+    return Batch(_columns(readable) if readable else None, errors, len(items) - len(readable))
+
+
+def _columns(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
+    columns: list[Sequence[Any]] = list(zip(*samples, strict=True))
+    images = columns[0]
+    undecoded = any(isinstance(image, Undecoded) for image in images)
+    if undecoded or isinstance(images[0], list):
+        columns = [[crop for crops in column for crop in crops] for column in columns[undecoded:]]
+    parts = [stack(column) if isinstance(column[0], Tensor) else default_collate(list(column)) for column in columns]
+    return [pack(images), *parts] if undecoded else parts

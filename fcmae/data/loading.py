@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fcmae import interrupt
 from fcmae.data import shared_memory as shared
+from fcmae.data.collate import Batch, collate
 from fcmae.data.plan import BatchPlan, MicroBatches
-from fcmae.data.unreadable import BadSamples, Batch, ErrorsAside, collate, errors_aside
+from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside
 from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
 
@@ -109,8 +110,7 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
         collate_fn=collate,
         **kwargs,
     )
-    batches = exchange.taken(iter(loader))
-    return _from_workers(batches) if count else batches
+    return _opened(iter(loader), exchange)
 
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
@@ -143,12 +143,13 @@ def explained() -> Iterator[None]:
         raise
 
 
-def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches of a loader with workers. Raises WorkerError if one dies while it sends a batch."""
+def _opened(batches: Iterator[Batch], exchange: shared.Exchange) -> Iterator[Batch]:
+    """The batches of a loader. Raises WorkerError if a worker dies while it sends one."""
     try:
-        yield from batches
+        for batch in batches:
+            yield batch.opened()
     except (EOFError, ConnectionError) as error:
-        if "in DataLoader worker process" in str(error):  # raised there, by reading a sample
+        if "in DataLoader worker process" in str(error) or not len(exchange.used):  # raised by reading a sample
             raise
         raise WorkerError(f"a data worker died while it sent a batch ({error})") from error
 

@@ -4,14 +4,13 @@ A training sample is a function of (seed, epoch, index), whichever process reads
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcmae.data import shared_memory as shared
 from fcmae.data.pixels.crops import Box, RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
@@ -61,15 +60,11 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
             return Undecoded(image, [self._draw(counters, opened) for counters in draws], self.crop.size), noise
-        crops = self._cut(draws, opened)
+        crops = [self.crop(opened, self._uniform(counters)) for counters in draws]
         noise = torch.stack([self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)])
         if self.crops_per_image == 1 and not self.undecoded:
             return crops[0], noise[0]
         return crops, noise
-
-    def _cut(self, crops: Sequence[tuple[int, ...]], image: LazyImage) -> list[Tensor]:
-        places = shared.places(len(crops), (self.crop.format.in_chans, *self.crop.size))
-        return [self.crop(image, self._uniform(counters), out) for counters, out in zip(crops, places, strict=True)]
 
     def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
         return self.crop.draw(image, self._uniform(counters))[0]

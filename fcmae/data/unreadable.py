@@ -5,41 +5,18 @@ one line, and the same with any number of workers.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset
 
-from fcmae.data import shared_memory as shared
-from fcmae.data.collate import stack
+from fcmae.data.collate import Batch, Item
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 from fcmae.randomness import Stream, derive
 
 TRIES = 10
 """Images that are tried in the place of one that cannot be read."""
-
-
-class Item(NamedTuple):
-    """A sample's parts, None if it could not be read, and the errors on the way to it."""
-
-    parts: Any
-    errors: list[UsageError]
-
-
-class Batch(NamedTuple):
-    """The collated parts of the samples that could be read, None without any; all errors; the samples left out."""
-
-    parts: Any
-    errors: list[UsageError]
-    left_out: int
-
-
-def collate(items: list[Item]) -> Batch:
-    """A batch of those samples that could be read."""
-    readable = [item.parts for item in items if item.parts is not None]
-    errors = [error for item in items for error in item.errors]
-    return Batch(stack(readable) if readable else None, errors, len(items) - len(readable))
 
 
 class ErrorsAside(Dataset[Item]):
@@ -58,11 +35,6 @@ class ErrorsAside(Dataset[Item]):
             except UsageError as error:  # of a class that the config names, such as the mask's: not the image's
                 return Item(None, [error])
         return Item(None, errors)
-
-    def __getitems__(self, keys: Sequence[Any]) -> list[Item]:
-        """The samples of a batch: torch's loader asks for them by this name."""
-        shared.begin(len(keys))
-        return [self[key] for key in keys]
 
     def candidates(self, key: Any) -> Iterator[Any]:
         """The sample itself, then those that may take its place."""

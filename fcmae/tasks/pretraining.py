@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from fcmae.checkpoints import encoder
 from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, to_dict
+from fcmae.data.collate import collate
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
 from fcmae.data.sources import train_source
-from fcmae.data.unreadable import ErrorsAside, collate, readable
+from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture

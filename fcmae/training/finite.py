@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fcmae.data.collate import collate
 from fcmae.data.plan import BatchPlan, MicroBatches
-from fcmae.data.unreadable import collate, errors_aside
+from fcmae.data.unreadable import errors_aside
 from fcmae.distributed import World
 from fcmae.errors import NonFiniteLossError
 from fcmae.files import replacing

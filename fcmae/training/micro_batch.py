@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fcmae import memory
 from fcmae.config import PretrainConfig, RunConfig
+from fcmae.data.collate import collate
 from fcmae.data.plan import BatchPlan
-from fcmae.data.unreadable import BadSamples, collate, errors_aside
+from fcmae.data.unreadable import BadSamples, errors_aside
 from fcmae.distributed import World
 from fcmae.errors import OutOfMemory, UsageError
 from fcmae.precision import autocast

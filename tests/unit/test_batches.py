@@ -10,13 +10,14 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from fcmae.config import DataConfig, compose
 from fcmae.data import shared_memory as shared
+from fcmae.data.collate import Batch, collate
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.on_device import PackedImages, decode_all, pack
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources.base import Sample
-from fcmae.data.unreadable import Batch, collate, errors_aside
+from fcmae.data.unreadable import errors_aside
 from fcmae.errors import ConfigError, ImageError
 from tests.conftest import run_python
 from tests.unit.test_pixels import encoded, exif, noise, smooth
@@ -67,7 +68,6 @@ def test_batches_stay_what_they_are(workers, prefetch):
 def worker(monkeypatch):
     """Both ends in this process: an exchange, and the slots of its only worker."""
     monkeypatch.setattr(shared, "_slots", [])
-    monkeypatch.setattr(shared, "_rows", [])
     exchange = shared.Exchange(1)
     shared.start_worker(exchange.number, exchange.used, 0)
     return exchange
@@ -79,35 +79,29 @@ def images(count, channels=3, dtype=np.uint8):
 
 def test_slots_are_used_again_once_nobody_holds_what_lies_in_them(worker):
     first, second = (shared.stack(images(2)) for _ in range(2))
-    assert first.slot.number != second.slot.number
+    assert first.number != second.number
     whole = first.tensor()
     part = whole[1:]
-    worker.release()
-    assert shared.stack(images(2)).slot.number == 2  # the others are lent, or on their way
+    assert shared.stack(images(2)).number == 2  # the others are lent, or on their way
     del whole
-    worker.release()
-    assert shared.stack(images(2)).slot.number == 3
+    assert shared.stack(images(2)).number == 3
     kept = part.clone()
     assert torch.equal(part, kept)
     del part
-    worker.release()
     again = shared.stack(images(2))
-    assert again.slot == first.slot
-    assert again.storage is None  # the training process knows this memory
-    assert shared.stack(images(9)).slot.number == 4
+    assert again.number == first.number
+    assert again.memory is None  # the training process knows this memory
+    assert shared.stack(images(9)).number == 4
     second.tensor()
-    worker.release()
     larger = shared.stack(images(9))
-    assert larger.slot == second.slot
-    assert larger.storage is not None  # too small, so there is a new one
+    assert larger.number == second.number
+    assert larger.memory is not None  # too small, so there is a new one
     assert larger.tensor().shape == (9, 3, 8, 6)
 
 
 def test_without_a_slot_left_a_batch_travels_as_torch_sends_it(worker):
     held = [shared.stack(images(2)) for _ in range(shared.SLOTS)]
-    assert {placed.slot.number for placed in held} == set(range(shared.SLOTS))
-    shared.begin(2)
-    assert shared.places(1, (3, 8, 6)) == [None]
+    assert {placed.number for placed in held} == set(range(shared.SLOTS))
     found = images(2)
     assert torch.equal(shared.stack(found), torch.stack(found))
 
@@ -118,7 +112,7 @@ def test_slots_are_free_once_pinned(worker, monkeypatch):
     found, masks = images(2), [torch.rand(4) for _ in range(2)]
     batch = Batch([shared.stack(found), shared.stack(masks)], [], 0)
     assert worker.used.sum() == 2
-    pinned = pin_memory(batch)
+    pinned = pin_memory(batch).opened()
     assert torch.equal(pinned.parts[0], torch.stack(found))
     assert torch.equal(pinned.parts[1], torch.stack(masks))
     assert worker.used.sum() == 0
@@ -137,47 +131,7 @@ def test_images_keep_their_memory_order(worker, channels, dtype):
     assert all(np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in zip(batch, found, strict=True))
 
 
-def test_images_are_written_where_the_batch_will_be(worker):
-    shared.begin(2)
-    places = [*shared.places(2, (3, 8, 6)), *shared.places(2, (3, 8, 6))]
-    found = images(4)
-    for place, image in zip(places, found, strict=True):
-        place.copy_(image)
-    batch = shared.stack(places)
-    assert batch.tensor().data_ptr() == places[0].data_ptr()
-    assert torch.equal(batch.tensor(), torch.stack(found))
-
-
-@pytest.mark.parametrize("kind", ["left out", "elsewhere", "in another order"])
-def test_images_that_are_not_where_the_batch_would_be_are_copied(worker, kind):
-    shared.begin(3)
-    places = [shared.places(1, (3, 8, 6))[0] for _ in range(3)]
-    found = images(3)
-    for place, image in zip(places, found, strict=True):
-        place.copy_(image)
-    taken = {
-        "left out": places[:1] + places[2:],
-        "elsewhere": [places[0], found[1], places[2]],
-        "in another order": places[::-1],
-    }[kind]
-    expected = torch.stack([image.clone() for image in taken])
-    assert torch.equal(shared.stack(taken).tensor(), expected)
-    assert worker.used.sum() == 1
-
-
-def test_the_slot_of_a_batch_that_comes_to_nothing_is_free_again(worker):
-    shared.begin(2)
-    assert shared.places(1, (3, 8, 6))[0] is not None
-    assert worker.used.sum() == 1
-    shared.begin(2)
-    assert worker.used.sum() == 0
-    batch = images(2)
-    assert torch.equal(shared.stack(batch).tensor(), torch.stack(batch))  # in the same slot, whose memory is sent now
-
-
 def test_a_batch_with_images_that_cannot_be_read(worker):
-    """Its other images are those of a process that writes nothing in place."""
-
     class Torn(Files):
         def __getitem__(self, index):
             if index % 5 == 2:
@@ -186,7 +140,7 @@ def test_a_batch_with_images_that_cannot_be_read(worker):
 
     samples = errors_aside(MaskedImages(Torn(), pretrain_transform(CFG), (2, 2), seed=0), 24, 0, skip=True)
     keys = [(0, index) for index in range(8)]
-    ours = collate(samples.__getitems__(keys)).parts
+    ours = collate([samples[key] for key in keys]).parts
     theirs = [samples[key].parts for key in keys]
     assert torch.equal(ours[0].tensor(), torch.stack([image for image, _ in theirs]))
     assert torch.equal(ours[1].tensor(), torch.stack([mask for _, mask in theirs]))

@@ -42,7 +42,7 @@ def large_photo():
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_crops_are_those_of_torchvision(photo, in_chans):
-    """Bit for bit, for the same box; decoded or not, in a place that is given or not."""
+    """Bit for bit, for the same box; decoded or not."""
     ours = pretrain_transform(
         DataConfig(image_size=[48, 64], in_chans=in_chans, mean=[0] * in_chans, std=[1] * in_chans)
     )
@@ -54,12 +54,8 @@ def test_crops_are_those_of_torchvision(photo, in_chans):
             pixels.contiguous(), *box[:4], list(CFG.size), v2.InterpolationMode.BICUBIC, antialias=True
         )
         expected = F.horizontal_flip(expected) if box.flip else expected
-        place = torch.zeros(48, 64, in_chans, dtype=torch.uint8).permute(2, 0, 1)
         for image in (pixels, pixels.contiguous(), photo):
             assert torch.equal(ours(image, random.Random(seed).random), expected)
-            assert ours(image, random.Random(seed).random, place) is place
-            assert torch.equal(place, expected)
-            place.zero_()
         flips.add(box.flip)
     assert flips == {False, True}
 
@@ -71,16 +67,7 @@ def test_a_whole_contiguous_image_is_resized_as_by_torchvision(in_chans, flip):
     pixels = torch.randint(0, 256, (in_chans, 61, 83), dtype=torch.uint8)
     expected = F.resize(pixels, list(CFG.size), v2.InterpolationMode.BICUBIC, antialias=True)
     expected = expected.flip(-1) if flip else expected
-    place = torch.zeros(48, 64, in_chans, dtype=torch.uint8).permute(2, 0, 1)
-    for out in (None, place):
-        assert torch.equal(cut(pixels, Box(0, 0, 61, 83, flip), CFG.size, out), expected)
-
-
-def test_a_place_of_another_kind_is_not_used(photo):
-    place = torch.zeros(1, 48, 64, dtype=torch.uint8)
-    crop = cut(decode(photo, 3), Box(0, 0, 100, 100, True), (48, 64), place)
-    assert crop.shape == (3, 48, 64)
-    assert place.max() == 0
+    assert torch.equal(cut(pixels, Box(0, 0, 61, 83, flip), CFG.size), expected)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (60, 400), (400, 60), (3, 2), (1, 1), (1, 9)])

@@ -8,7 +8,8 @@ import torch
 
 from fcmae import distributed
 from fcmae.cli import _tells, main
-from fcmae.data.loading import _from_workers, explained
+from fcmae.data.loading import _opened, explained
+from fcmae.data.shared_memory import Exchange
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
 
@@ -100,14 +101,14 @@ def raising(error):
 def test_a_worker_that_dies_is_told_as_such():
     for error in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
         with pytest.raises(WorkerError, match="a data worker died while it sent a batch"):
-            next(_from_workers(raising(error)))
+            next(_opened(raising(error), Exchange(1)))
 
 
 def test_a_connection_of_others_is_not_told_as_a_dead_worker():
     """By a sample that is read over a network, or by anything else in training."""
     reading = ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nOriginal Traceback ...")
     with pytest.raises(ConnectionError, match="Caught"):
-        next(_from_workers(raising(reading)))
+        next(_opened(raising(reading), Exchange(1)))
     with pytest.raises(ConnectionError, match="of a logger"), explained():
         raise ConnectionError("of a logger")
     with pytest.raises(UsageError), explained():

@@ -69,12 +69,10 @@ class RandomCrop:
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
 
-    def __call__(
-        self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random, out: Tensor | None = None
-    ) -> Tensor:
-        """A crop drawn by ``uniform``, Python's global generator by default; in ``out`` if given."""
+    def __call__(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> Tensor:
+        """A crop drawn by ``uniform``, by default Python's global generator."""
         pixels, box = self.part(image, uniform)
-        return cut(pixels, box, self.size, out)
+        return cut(pixels, box, self.size)
 
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
         """Pixels ``[C, H, W]``, of no more of the image than is needed, and the part of them that is chosen."""
@@ -122,18 +120,11 @@ def reduction(box: Box, size: tuple[int, int]) -> int:
     return next((reduce for reduce in jpeg.REDUCTIONS if ratio >= GAP * reduce), 1)
 
 
-def cut(pixels: Tensor, box: Box, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """A part of ``[C, H, W]``, on any device, resized by an antialiased bicubic filter and mirrored if asked.
-
-    In ``out``, and ``out`` itself, if that is given and fits the pixels.
-    """
-    if out is not None and (out.dtype, out.shape[0]) != (pixels.dtype, pixels.shape[0]):
-        out = None
+def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """A part of ``[C, H, W]``, on any device, resized by an antialiased bicubic filter and mirrored if asked."""
     part = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
-    if not box.flip:
-        return resize(part, list(size), out)
-    mirrored = _mirrored(resize(part, list(size)))
-    return mirrored if out is None else out.copy_(mirrored)
+    resized = resize(part, list(size))
+    return _mirrored(resized) if box.flip else resized
 
 
 def _mirrored(pixels: Tensor) -> Tensor:
@@ -145,26 +136,25 @@ def _mirrored(pixels: Tensor) -> Tensor:
     return pixels.flip(-1)
 
 
-def resize(pixels: Tensor, size: list[int], out: Tensor | None = None) -> Tensor:
+def resize(pixels: Tensor, size: list[int]) -> Tensor:
     """``[C, H, W]`` to ``[height, width]``, or to ``[short side]``, by an antialiased bicubic filter.
 
-    In ``out``, and ``out`` itself, if given. uint8 of three or four channels on the CPU comes with its channels last.
+    uint8 of three or four channels on the CPU comes back with its channels last in memory.
     """
     height, width = pixels.shape[-2:]
     if len(size) == 2 and height > NARROW * size[0] and size[1] > NARROW * width:
         pixels = _by_torchvision(pixels, [size[0], width])  # torch would bring all rows to their new width first
-    if pixels.dtype == torch.uint8 and len(size) == 2 and pixels.device.type == "cpu":
-        # what torchvision's resize comes to, without what it does before
-        if pixels.shape[0] not in (3, 4):
-            return _placed(interpolate(pixels[None], size, mode="bicubic", antialias=True)[0], out)
-        # and without the rearrangement of channels, which would take as long as the filter
-        if out is None:
-            out = torch.empty((*size, len(pixels)), dtype=torch.uint8).permute(2, 0, 1)
-        # From contiguous RGB to channels last, torch 2.14 writes past the end of its buffer.
-        source = pixels[None].contiguous(memory_format=torch.channels_last) if pixels.is_contiguous() else pixels[None]
-        _resize_into(source, size, False, None, None, out=out[None])
-        return out
-    return _placed(_by_torchvision(pixels, size), out)
+    if pixels.dtype != torch.uint8 or len(size) != 2 or pixels.device.type != "cpu":
+        return _by_torchvision(pixels, size)
+    # What torchvision's resize comes to, without its preliminaries.
+    if pixels.shape[0] not in (3, 4):
+        return interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    # And without the rearrangement of channels, which would take as long as the filter.
+    out = torch.empty((*size, len(pixels)), dtype=torch.uint8).permute(2, 0, 1)
+    # From contiguous RGB to channels last, torch 2.14 writes past the end of its buffer.
+    source = pixels[None].contiguous(memory_format=torch.channels_last) if pixels.is_contiguous() else pixels[None]
+    _resize_into(source, size, False, None, None, out=out[None])
+    return out
 
 
 def _by_torchvision(pixels: Tensor, size: list[int]) -> Tensor:
@@ -186,7 +176,3 @@ def middle(pixels: Tensor, height: int, width: int) -> Tensor:
 def _shortened(side: int, most: int) -> int:
     """At most ``most``, or one more so that the middle stays where it is."""
     return side if side <= most else most + (side - most) % 2
-
-
-def _placed(resized: Tensor, out: Tensor | None) -> Tensor:
-    return resized if out is None else out.copy_(resized)
