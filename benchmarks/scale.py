@@ -32,7 +32,7 @@ def main() -> None:
             key = row["model"], report["machine"].get("gpu", report["machine"]["cpu"])
             if key not in fastest or row["images_per_second"] > fastest[key]["images_per_second"]:
                 fastest[key] = row
-    print("| model | GPU | measured at batch | img/s a GPU | step, ms | all-reduce, MB | network a node, GB/s | "
+    print("| model | GPU | measured at batch | img/s per GPU | step, ms | all-reduce, MB | network per node, GB/s | "
           "data, GB/s | GPU-hours | days |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for (model, gpu), row in sorted(fastest.items(), key=lambda item: gradient_bytes(item[0][0])):
         print(line(model, gpu, row, given.gpus, given.gpus_per_node, given.epochs))
