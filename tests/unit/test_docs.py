@@ -148,6 +148,13 @@ def test_files_of_groups_exist(page):
     ] == []
 
 
+def test_pages_that_code_and_configs_name_exist():
+    files = [file for folder in ("fcmae", "conf", "launch", "benchmarks") for file in (ROOT / folder).rglob("*")]
+    texts = {file: file.read_text() for file in files if file.suffix in (".py", ".yaml", ".sh", ".sbatch")}
+    named = {(file.name, page) for file, text in texts.items() for page in re.findall(r"\bdocs/\w+\.md", text)}
+    assert [pair for pair in named if not (ROOT / pair[1]).exists()] == []
+
+
 def hydra_commands(page: Path) -> list[tuple[str, list[str]]]:
     """Commands that take ``KEY=VALUE``, with their overrides; sweeps and the user's own groups are left out."""
     found = []
