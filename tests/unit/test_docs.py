@@ -209,7 +209,7 @@ def test_the_readme_is_short():
 
 def test_where_things_are():
     """Each row of the table has a file, and names in it."""
-    table = ARCHITECTURE.read_text().partition("## Where is")[2]
+    table = ARCHITECTURE.read_text().partition("## Where things are")[2]
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 34
     wrong = []
@@ -224,7 +224,7 @@ def test_where_things_are():
 
 def test_the_way_of_an_image_is_there():
     text = ARCHITECTURE.read_text()
-    way = text[text.index("## The way of an image") : text.index("## Where is")]
+    way = text[text.index("## The way of an image") : text.index("## Where things are")]
     paths = re.findall(r"`([a-z_]+/[\w/]*(?:\.py)?)`", way)
     assert len(paths) >= 10
     assert [path for path in paths if not (ROOT / "fcmae" / path.removeprefix("fcmae/")).exists()] == []
