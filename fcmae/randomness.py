@@ -31,6 +31,7 @@ class Stream(IntEnum):
     SUBSET = 5
     REPLACE = 6
     STEP_SAMPLES = 7
+    TRANSFORM = 8
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:

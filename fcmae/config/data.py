@@ -60,6 +60,9 @@ class DataConfig:
     """Aspect ratio (width / height) of a training crop before it is resized."""
     hflip: float = 0.5
     """Probability that a training crop is mirrored left to right."""
+    transforms: list[Any] = field(default_factory=list)
+    """Further transforms of training crops, before normalisation: a list of ``_target_``, a class, and its arguments
+    (docs/plugins.md)."""
     exact_decode: bool = False
     """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
     crops_per_image: int = 1
@@ -98,8 +101,10 @@ class DataConfig:
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         check_not_negative("data.pad", self.pad)
         check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
-        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0
-        allowed = "cpu, unless in_chans=3, bit_depth=8 and pad=0"
+        ok = all(map(is_named, self.transforms))
+        check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
+        plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
+        allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and transforms=[]"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
         for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))

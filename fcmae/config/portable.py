@@ -6,7 +6,17 @@ from fcmae.plugins import is_named, is_ours
 
 LOCAL = ("name", "init_from", "init_channels", "logger")
 """Keys that say nothing of the weights, but of whose they are."""
-LOCAL_DATA = ("path", "val_path", "source", "val_source", "split", "val_split", "image_column", "label_column")
+LOCAL_DATA = (
+    "path",
+    "val_path",
+    "source",
+    "val_source",
+    "transforms",
+    "split",
+    "val_split",
+    "image_column",
+    "label_column",
+)
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:

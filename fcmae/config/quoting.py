@@ -18,7 +18,7 @@ PATHS = (
 """Keys that hold one path, or several."""
 
 
-OPEN = ("mask", "target", "objective", "data.source", "data.val_source")
+OPEN = ("mask", "target", "objective", "data.source", "data.val_source", "logger.sinks")
 """Keys that hold a class ``_target_`` and its arguments, which no schema knows."""
 
 

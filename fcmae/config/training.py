@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
+from fcmae.plugins import is_named
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -164,6 +165,11 @@ class LoggerConfig:
     channels: list[int] | None = None
     """Channels of the images that reconstruction pictures show: one as grey, or three as red, green and blue. None =
     the first as grey of one or two, the first three of more."""
+    sinks: dict[str, Any] = field(default_factory=dict)
+    """Further places for metrics and pictures, by a name of your own: ``_target_``, a class, and its arguments
+    (docs/plugins.md)."""
 
     def __post_init__(self) -> None:
         check_one_of("logger.wandb", self.wandb, WANDB_MODES)
+        for name, value in self.sinks.items():
+            check(f"logger.sinks.{name}", value, is_named(value), "_target_: PACKAGE.CLASS and its arguments")

@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 
 from fcmae.data.pixels.crops import Box, RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
 from fcmae.data.sources import Sample, Source
 from fcmae.masks import Mask, RandomMask, draw_scores
-from fcmae.randomness import Stream, derive, generator, seed_globals
+from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 
 
 class MaskedImages(Dataset[tuple[Any, Tensor]]):
@@ -33,6 +34,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         crops_per_image: k.
         undecoded: leave the decoding of JPEGs to the device.
         mask: scores the patches; the noise is its scores.
+        extra: transforms of the crops.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         crops_per_image: int = 1,
         undecoded: bool = False,
         mask: Mask | None = None,
+        extra: Extra | None = None,
     ) -> None:
         self.source = source
         self.crop = crop
@@ -52,6 +55,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         self.crops_per_image = crops_per_image
         self.undecoded = undecoded
         self.mask = RandomMask() if mask is None else mask
+        self.extra = extra
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Tensor]:
         image = self.source[key[1]].image
@@ -60,11 +64,19 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
             return Undecoded(image, [self._draw(counters, opened) for counters in draws], self.crop.size), noise
-        crops = [self.crop(opened, self._uniform(counters)) for counters in draws]
+        crops = [self._crop(opened, counters) for counters in draws]
         noise = torch.stack([self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)])
         if self.crops_per_image == 1 and not self.undecoded:
             return crops[0], noise[0]
         return crops, noise
+
+    def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> Tensor:
+        crop = self.crop(image, self._uniform(counters))
+        if self.extra is not None and self.extra.steps:
+            with preserved(crop.device):
+                seed_globals(self.seed, Stream.TRANSFORM, *counters)
+                crop.copy_(self.extra(crop.clone()))  # into the same memory layout for all crops of a batch
+        return crop
 
     def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
         return self.crop.draw(image, self._uniform(counters))[0]

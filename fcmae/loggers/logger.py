@@ -17,16 +17,24 @@ from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.loggers.wandb import WandbLogger, wandb_mode
 from fcmae.opening import open_regular, open_to_append, own_folder
+from fcmae.plugins import create
 
 
 class Sink(Protocol):
-    """Somewhere metrics and pictures go."""
+    """Somewhere metrics and pictures go.
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    A class of your own (``logger.sinks``) is created on the first rank, with its arguments from the config and
+    ``run_dir``, the run's folder, and ``start_step``, the steps that were done before.
+    """
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None: ...
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics after ``step`` optimizer steps, by name."""
 
-    def close(self) -> None: ...
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Takes a picture such as the reconstructions of pretraining."""
+
+    def close(self) -> None:
+        """The run ends."""
 
 
 class MetricsFile:
@@ -126,7 +134,9 @@ class Progress:
 
 def create_sinks(cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: Path, start_step: int) -> list[Sink]:
     """The files and services that the config asks for. Only for the first rank. Raises UsageError."""
-    sinks: list[Sink] = [MetricsFile(run_dir, start_step)]
+    more = {"run_dir": run_dir, "start_step": start_step}
+    own: list[Sink] = [create(given, f"logger.sinks.{key}", Sink, **more) for key, given in cfg.sinks.items()]
+    sinks: list[Sink] = [MetricsFile(run_dir, start_step), *own]
     if cfg.tensorboard:
         sinks.append(TensorBoard(run_dir))
     mode = wandb_mode(cfg)

@@ -127,6 +127,7 @@ def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfi
         given = getattr(cfg.data, name)
         if given is not None:
             setattr(cfg.data, name, named_by(path, given))
+    cfg.data.transforms = [named_by(path, given) for given in cfg.data.transforms]
     if isinstance(cfg, PretrainConfig):
         cfg.mask = named_by(path, cfg.mask, allow)
         cfg.target = {name: named_by(path, given, allow) for name, given in cfg.target.items()}

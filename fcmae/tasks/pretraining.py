@@ -13,6 +13,7 @@ from fcmae.checkpoints import encoder
 from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, to_dict
 from fcmae.data.collate import collate
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
@@ -46,6 +47,7 @@ class Pretraining:
         self.model: FCMAE = build_fcmae(cfg)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = train_source(cfg.data, cfg.loader)
+        self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
@@ -65,7 +67,8 @@ class Pretraining:
     def dataset(self) -> Dataset:
         data = self.cfg.data
         crop, undecoded = pretrain_transform(data, self.cfg.loader.max_pixels), data.decode_on == "gpu"
-        return MaskedImages(self.source, crop, self.grid, self.cfg.seed, data.crops_per_image, undecoded, self.mask)
+        crops, seed = data.crops_per_image, self.cfg.seed
+        return MaskedImages(self.source, crop, self.grid, seed, crops, undecoded, self.mask, self.extra)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:

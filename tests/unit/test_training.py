@@ -61,7 +61,7 @@ def test_set_lr_scales_each_group():
 
 
 def test_layer_decay_is_for_backbones():
-    with pytest.raises(ValueError, match="optim.layer_decay is 0.9"):
+    with pytest.raises(ValueError, match="optim.layer_decay must be null in pretraining; got 0.9"):
         param_groups(FCMAE("convnextv2_atto"), OptimConfig(layer_decay=0.9))
     with pytest.raises(ValueError, match="'decoder.pred.bias' is not a parameter of a ConvNeXt"):
         layer_scale("decoder.pred.bias", (1, 1, 1, 1), 0.9, "single")

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import RandomCrop, middle, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.errors import ConfigError
 
@@ -33,8 +34,8 @@ def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> RandomC
 
 
 def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> Transform:
-    """Random resized crop, flip, timm's auto-augmentation and random erasing: normalised float32."""
-    steps: list[Callable] = [RandomCrop(cfg, max_pixels)]
+    """Random resized crop and flip, ``data.transforms``, auto-augmentation, random erasing: normalised float32."""
+    steps: list[Callable] = [RandomCrop(cfg, max_pixels), Extra(cfg.transforms)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std)]

@@ -1,0 +1,42 @@
+"""Further transforms of training crops, which ``data.transforms`` names."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fcmae.errors import ConfigError
+from fcmae.plugins import create
+
+
+class ImageTransform(Protocol):
+    """A change of one crop, such as a transform of torchvision's v2 or a class of your own."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Takes and returns ``[C, H, W]`` of the same shape and type: uint8, uint16 above 8 bits, or float32.
+
+        Draws from the global generators of torch, NumPy and Python, which are seeded for each crop.
+        """
+        ...
+
+
+class Extra:
+    """The transforms of ``data.transforms`` in their order. Raises ConfigError naming one that is wrong."""
+
+    def __init__(self, given: Sequence[dict[str, Any]]) -> None:
+        named = [(f"data.transforms[{number}]", transform) for number, transform in enumerate(given)]
+        self.steps: list[tuple[str, ImageTransform]] = [
+            (f"{key}: {transform['_target_']}", create(transform, key, ImageTransform)) for key, transform in named
+        ]
+
+    def __call__(self, crop: Tensor) -> Tensor:
+        image = crop
+        for name, step in self.steps:
+            try:
+                image = step(image)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
+            if not isinstance(image, Tensor) or (image.shape, image.dtype) != (crop.shape, crop.dtype):
+                got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+                raise ConfigError(f"{name} must return {crop.dtype} {list(crop.shape)}; got {got}")
+        return image
