@@ -1,22 +1,21 @@
-"""The command line. ``pretrain finetune evaluate knn probe prepare`` are Hydra commands, the others take plain flags.
+"""The command line. ``pretrain finetune evaluate knn probe prepare`` are Hydra commands, others take plain flags.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
 """
 
 import argparse
 import functools
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fcmae import interrupt
-from fcmae import ranks as launch
+from fcmae import interrupt, ranks
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError
 from fcmae.files import check_output, output, write_output
-from fcmae.imports import quick_imports
+from fcmae.imports import load
+from fcmae.messages import print_rank0
 
 COMMANDS = {
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupt.take_for_ctrl_c()
     try:
         if command not in COMMANDS:
-            raise ConfigError(f"unknown command {command!r}; allowed is one of {', '.join(COMMANDS)}")
+            raise ConfigError(f"unknown command {command!r}; it must be one of {', '.join(COMMANDS)}")
         if command in _TOOLS:
             return _TOOLS[command](rest)
         from fcmae.hydra_run import run  # after signals are handled
@@ -78,18 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tells(error: FCMAEError) -> bool:
-    """Whether this rank prints an error that others may have, too."""
-    here = launch.detect()
+    """Whether this rank prints an error that other ranks may have, too."""
+    here = ranks.detect()
     if error.raised_by == "rank":
-        ranks = sys.modules.get("fcmae.distributed")  # before it is imported the ranks have not met
-        return ranks is None or ranks.is_first_to_say(str(error))
+        distributed = sys.modules.get("fcmae.distributed")  # before it is imported the ranks have not met
+        return distributed is None or distributed.is_first_to_say(str(error))
     return (here.local_rank if error.raised_by == "machine" else here.rank) == 0
 
 
 def _tell(command: str, line: str) -> None:
-    """Prints a line to stderr, once a launch."""
-    if launch.detect().rank == 0:
-        print(f"fcmae {command}: {line}", file=sys.stderr, flush=True)
+    print_rank0(f"fcmae {command}: {line}")
 
 
 def _usage() -> str:
@@ -101,64 +98,26 @@ def _usage() -> str:
     )
 
 
-def _pretrain(cfg: Any, run_dir: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.training.run import pretrain
-
-    _say(pretrain(cfg, run_dir))
+def _call(target: str, cfg: Any, *args: Path) -> dict[str, Any] | None:
+    """Runs a command's function and prints its result on rank 0. Returns the result if it is metrics."""
+    result = load(target)(cfg, *args)
+    if isinstance(result, dict):
+        return _report(result, cfg.out)
+    if result is not None and ranks.detect().rank == 0:
+        print(result)
     return None
 
 
-def _finetune(cfg: Any, run_dir: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.training.run import finetune
-
-    _say(finetune(cfg, run_dir))
-    return None
+def _without_folder(target: str) -> Callable[[Any, Path], dict[str, Any] | None]:
+    return lambda cfg, _: _call(target, cfg)
 
 
-def _evaluate(cfg: Any, _: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.evaluation.run import evaluate
-
-    return _report(evaluate(cfg), cfg.out)
-
-
-def _knn(cfg: Any, _: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.evaluation.run import knn
-
-    return _report(knn(cfg), cfg.out)
-
-
-def _probe(cfg: Any, _: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.evaluation.run import probe
-
-    return _report(probe(cfg), cfg.out)
-
-
-def _prepare(cfg: Any, _: Path) -> dict[str, Any] | None:
-    with quick_imports():
-        from fcmae.data.prepare.command import prepare
-
-    print(prepare(cfg))
-    return None
-
-
-def _say(text: object) -> None:
-    """Prints once a launch."""
-    if launch.detect().rank == 0:
-        print(text)
-
-
-def _report(result: dict[str, Any] | None, out: str | None) -> dict[str, Any] | None:
-    """Prints and writes what the first rank measured."""
-    if result is not None:
-        line = json.dumps(result)
-        print(line)
-        if out is not None:
-            write_output("out", out, line + "\n")
+def _report(result: dict[str, Any], out: str | None) -> dict[str, Any]:
+    """Prints metrics, and writes them to ``out`` if given."""
+    line = json.dumps(result)
+    print(line)
+    if out is not None:
+        write_output("out", out, line + "\n")
     return result
 
 
@@ -175,14 +134,11 @@ def _reconstruct(args: list[str]) -> int:
     parser.add_argument("--channels", type=_integers, metavar="N[,N,N]", help=which)
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = parser.parse_intermixed_args(args)
-    with quick_imports():
-        from fcmae.evaluation.reconstruct import picture_format
-        from fcmae.evaluation.run import reconstruct
-    kind = picture_format("--out", given.out)
+    kind = load("fcmae.evaluation.reconstruct:picture_format")("--out", given.out)
     among = [image for image in given.images if Path(given.out).resolve().is_relative_to(Path(image).resolve())]
     check_output("--out", given.out, [given.checkpoint, *([given.out] if among and Path(given.out).exists() else [])])
     options = {name: getattr(given, name) for name in ("max_images", "mask_ratio", "seed", "channels", "allow")}
-    picture = reconstruct(given.checkpoint, given.images, **options)
+    picture = load("fcmae.evaluation.run:reconstruct")(given.checkpoint, given.images, **options)
     with output("--out", given.out) as file:
         picture.image.save(file, kind)
     print(picture.display, file=sys.stderr)
@@ -208,10 +164,7 @@ def _export(args: list[str]) -> int:
     onnx_options = {name: True for name in ("half", "dynamic_size") if getattr(given, name)}
     if onnx_options and given.to != "onnx":
         raise UsageError("--half and --dynamic-size go with --to onnx only")
-    with quick_imports():
-        from fcmae.interchange.convert import export
-
-    result = export(
+    result = load("fcmae.interchange.convert:export")(
         given.checkpoint,
         given.to,
         given.out,
@@ -231,18 +184,14 @@ def _import(args: list[str]) -> int:
     )
     parser.add_argument("--from", dest="library", required=True, choices=["official", "timm", "transformers"])
     parser.add_argument("--out", required=True, help="the checkpoint to write")
-    parser.add_argument("--classes", metavar="FILE", help="class names, one a line, if the files do not hold them")
-    parser.add_argument("--mean", type=float, nargs="+", help="of pixel values in 0..1, a number a channel")
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, if the files do not hold them")
+    parser.add_argument("--mean", type=float, nargs="+", help="of pixel values in 0..1, a number per channel")
     parser.add_argument("--std", type=float, nargs="+")
     parser.add_argument("--image-size", type=int, help="pixels a side")
     given = parser.parse_args(args)
-    with quick_imports():
-        from fcmae.interchange.convert import import_weights
-        from fcmae.interchange.network import Given
-
     classes = None if given.classes is None else _lines(Path(given.classes))
-    said = Given(classes, given.mean, given.std, given.image_size)
-    for note in import_weights(given.path, given.library, given.out, said):
+    known = load("fcmae.interchange.network:Given")(classes, given.mean, given.std, given.image_size)
+    for note in load("fcmae.interchange.convert:import_weights")(given.path, given.library, given.out, known):
         print(note, file=sys.stderr)
     print(given.out)
     return 0
@@ -259,10 +208,7 @@ def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
     given = parser.parse_args(args)
-    with quick_imports():
-        from fcmae.doctor import run
-
-    return run([Path(file) for file in given.golden])
+    return load("fcmae.doctor:run")([Path(file) for file in given.golden])
 
 
 def _bench(args: list[str]) -> int:
@@ -274,9 +220,7 @@ def _bench(args: list[str]) -> int:
     given = parser.parse_intermixed_args(args)
     if given.json is not None:
         check_output("--json", given.json, json=True)
-    with quick_imports():
-        benchmark = importlib.import_module(f"fcmae.bench.{given.what}")
-    benchmark.run(given.overrides, given.json)
+    load(f"fcmae.bench.{given.what}:run")(given.overrides, given.json)
     return 0
 
 
@@ -284,22 +228,17 @@ def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae demo", description=COMMANDS["demo"])
     parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
     parser.add_argument("--data", help="a folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--minutes", type=float, help="how long it may take on two CPU cores (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take on two CPU cores (default: 8)")
     given = parser.parse_args(args)
-    with quick_imports():
-        from fcmae.demo import MINUTES, run
-
-    run(Path(given.out), given.data, MINUTES if given.minutes is None else given.minutes)
+    load("fcmae.demo:run")(Path(given.out), given.data, given.minutes)
     return 0
 
 
 _HYDRA: dict[str, Callable[[Any, Path], dict[str, Any] | None]] = {
-    "pretrain": _pretrain,
-    "finetune": _finetune,
-    "evaluate": _evaluate,
-    "knn": _knn,
-    "probe": _probe,
-    "prepare": _prepare,
+    "pretrain": functools.partial(_call, "fcmae.training.run:pretrain"),
+    "finetune": functools.partial(_call, "fcmae.training.run:finetune"),
+    **{name: _without_folder(f"fcmae.evaluation.run:{name}") for name in ("evaluate", "knn", "probe")},
+    "prepare": _without_folder("fcmae.data.prepare.command:prepare"),
 }
 _TRAINING = ("pretrain", "finetune")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {

@@ -1,4 +1,4 @@
-"""One command under Hydra: composing its config, telling what is wrong in it, and running it here or in a sweep."""
+"""Runs a command under Hydra, here or in a sweep: composes its config and reports the mistakes in it."""
 
 import os
 import signal
@@ -17,20 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 from fcmae import config, interrupt, sweep
 from fcmae import ranks as launch
 from fcmae.errors import ConfigError, FCMAEError, Interrupted, UsageError
-from fcmae.imports import quick_imports
+from fcmae.imports import load
+from fcmae.messages import print_rank0
 
 Action = Callable[[Any, Path], dict[str, Any] | None]
-"""A command: takes its typed config and its run directory, and returns what it measured."""
+"""A command: takes its typed config and its run directory, and returns its metrics, if any."""
 
 
 def run(command: str, overrides: list[str], action: Action, alone: bool = False) -> int:
     """Composes the command's config with Hydra, and calls ``action`` with the typed result and the run directory.
 
     Args:
-        alone: this process does nothing else, so the command may hide GPUs that it does not use.
+        alone: this process does nothing else, so it may hide GPUs that the command does not use.
     """
     _check_overrides(overrides)
-    # Hydra would print errors itself, in several lines, and exit with 1.
+    # Otherwise Hydra prints errors itself, in several lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register_schemas()
     OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
@@ -67,7 +68,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     except OSError as error:
         if begun:
             raise
-        what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be made"
+        what = "the sweep cannot be started" if _is_sweep(overrides) else "hydra.run.dir cannot be created"
         refused = UsageError(f"{what}: {error.filename}: {error.strerror}")
         refused.raised_by = "machine"
         raise refused from error
@@ -82,18 +83,18 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             folder, SweepFolder.path = SweepFolder.path, None
             sweep.report(folder)
     if failures:
-        raise failures.pop()  # held by a frozen frame of its traceback (see quick_imports), it would stay
+        raise failures.pop()  # a frame of its traceback may be frozen (see quick_imports) and would keep it
     return 0
 
 
 def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], action: Action) -> None:
-    """Perhaps in another process, on another machine. Raises what the job does: the launcher collects it."""
+    """May run in another process, on another machine. Raises what the job raises: the launcher collects it."""
     job = HydraConfig.get()
     run_dir, number = Path(job.runtime.output_dir), int(job.job.num)
 
     def also(cfg: Any) -> None:
         for named in sweep.number_outputs(cfg, number, overrides):
-            _say(f"job {number}: {named}")
+            print_rank0(f"job {number}: {named}")
         _check_places(cfg, run_dir)
 
     def task() -> None:
@@ -113,24 +114,20 @@ class SweepFolder(Callback):
         SweepFolder.path = Path(config.hydra.sweep.dir)
 
 
-def _say(line: str) -> None:
-    if launch.detect().rank == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
 def _device(cfg: Any) -> str | None:
     return getattr(getattr(cfg, "trainer", cfg), "device", None)
 
 
 def _mistakes(command: str, overrides: list[str], error: Exception) -> str:
-    """All mistakes in overrides that Hydra cannot compose, a line each; options may say where else to look."""
+    """All mistakes in overrides that Hydra cannot compose, a line each. With options, which may name another folder
+    of configs, only the one that Hydra met."""
     if any(override.startswith("-") for override in overrides):
         return config.explain(error)
     return config.every_mistake(command, config.quoted(overrides), error, lambda cfg: _check_places(cfg, Path()))
 
 
 def _check_places(cfg: Any, run_dir: Path) -> None:
-    """With several ranks, what is missing on one machine may be there on another: that is told after they have met."""
+    """With several ranks a folder may be missing on one machine only; that is reported after the ranks have met."""
     if launch.detect().size == 1 or config.mistaken():
         config.check_places(cfg, run_dir)
 
@@ -140,17 +137,15 @@ JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
 
 
 def _check_overrides(overrides: list[str]) -> None:
-    """Raises ConfigError for what Hydra would silently do otherwise, or refuse in words that nobody understands."""
+    """Raises ConfigError for overrides that Hydra would misread, or would refuse without a clear message."""
     sweep = _is_sweep(overrides)
     if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
-        raise ConfigError("--cfg prints the config of one run; allowed with it is no -m")
+        raise ConfigError("--cfg prints the config of one run and cannot be used with -m")
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     if given and given[-1] in ("", "null", "''", '""'):
-        raise ConfigError(f"hydra.run.dir is {given[-1]!r}; allowed is a folder")
+        raise ConfigError(f"hydra.run.dir must be a folder; got {given[-1]!r}")
     if given and sweep:
-        raise ConfigError(
-            f"hydra.run.dir is {given[-1]!r}; allowed with -m is hydra.sweep.dir, for all runs of the sweep"
-        )
+        raise ConfigError("hydra.run.dir cannot be used with -m; set hydra.sweep.dir, the folder of all its runs")
 
 
 MULTIRUN = ("-m", "--multirun")
@@ -161,7 +156,7 @@ def _is_sweep(overrides: list[str]) -> bool:
 
 
 def _submitted(task: Callable[[], object]) -> None:
-    """Runs a job that submitit started. It saves first, and then submitit puts it back into the queue."""
+    """Runs a job that submitit started. If it is stopped it saves, and then submitit requeues it."""
     interrupt.install()
     try:
         task()
@@ -178,7 +173,4 @@ def _submitted(task: Callable[[], object]) -> None:
 def _start_time() -> str:
     if launch.detect().size == 1:
         return launch.now()  # without importing torch
-    with quick_imports():
-        from fcmae.distributed import start_time
-
-    return start_time()
+    return load("fcmae.distributed:start_time")()

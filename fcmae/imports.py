@@ -2,16 +2,18 @@
 
 import contextlib
 import gc
+import importlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """In this block of imports the garbage collector rests, and what they made it leaves alone from then on.
+    """In this block of imports the garbage collector is off, and it ignores their objects from then on.
 
-    Modules stay until the end of the process. Looking through them again and again would take a second at the start,
-    and another at the end; and data workers, which are forked, go on sharing their memory.
+    Going through them would take a second at the start and another one at the end. And data workers, which are forked,
+    go on sharing their memory.
     """
     collecting, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
@@ -22,3 +24,10 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if collecting:
             gc.enable()
+
+
+def load(target: str) -> Any:
+    """What ``MODULE:NAME`` names, imported quickly."""
+    module, _, name = target.partition(":")
+    with quick_imports():
+        return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep (``--multirun``) leave, and the table of them at its end."""
+"""The results of a sweep (``--multirun``): a file per job, and a table of all jobs at the end."""
 
 import contextlib
 import csv
@@ -14,30 +14,19 @@ from fcmae.errors import FCMAEError, Interrupted
 from fcmae.files import write_output
 
 JOB_FILE = "sweep.json"
-"""In a job's directory: its number, its overrides, how it ended, and its metrics."""
+"""In the directory of a job: its number, overrides, status and metrics."""
 TABLE_FILE = "results.csv"
 OUTPUTS = ("out", "per_class", "confusion")
-"""Keys of files that would otherwise be written by every job."""
-NO_RESULTS = frozenset(
-    {
-        "step",
-        "epoch",
-        "lr",
-        "images_per_second",
-        "seconds_left",
-        "grad_norm",
-        "memory_gib",
-        "images",
-        "gallery",
-        "queries",
-    }
-)
+"""Keys of files that otherwise every job would write."""
+NO_RESULTS = ("step", "epoch", "lr", "images_per_second", "seconds_left", "grad_norm", "memory_gib", "images",
+              "gallery", "queries")  # fmt: skip
+"""Metrics that say nothing about the result of a job."""
 SHOWN = 6
 """Metrics in the printed table at most; the file has all."""
 
 
 def number_outputs(cfg: Any, number: int, overrides: list[str]) -> list[str]:
-    """Puts the job's number into the names of its outputs, unless they are swept or say the number themselves.
+    """Adds the job's number to the names of its outputs, unless they are swept or interpolated.
 
     Returns:
         The keys with their new values.
@@ -56,7 +45,7 @@ def number_outputs(cfg: Any, number: int, overrides: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[str, Any]]:
-    """Writes how the block ended into a job's directory. The block puts what it measured into the dict."""
+    """Writes into the directory of a job how this block ended, and the metrics that the block adds to the dict."""
     metrics: dict[str, Any] = {}
     status = "failed"
     try:
@@ -88,7 +77,7 @@ def _logged(folder: Path) -> dict[str, float]:
 
 
 def report(folder: Path) -> None:
-    """Prints a table of a sweep's jobs and writes it to ``results.csv``, from what they left in its folder."""
+    """Prints a table of the jobs in a sweep's folder, and writes it to ``results.csv``."""
     jobs = [json.loads(file.read_text()) | {"run": str(file.parent)} for file in folder.glob(f"*/{JOB_FILE}")]
     jobs.sort(key=lambda job: job["job"])
     if launch.detect().rank != 0 or not jobs:

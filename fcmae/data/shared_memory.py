@@ -90,7 +90,8 @@ class Slots:
         size = sum(tensor.nbytes for tensor in tensors)
         is_new = len(self.memory[number]) < size
         if is_new:
-            self.memory[number] = torch.empty(size, dtype=torch.uint8).share_memory_()
+            # Without the copy of share_memory_.
+            self.memory[number] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
         memory = self.memory[number]
         out = _stack(tensors, memory[:size].view(tensors[0].dtype), channels_last)
         sent = memory if is_new else None

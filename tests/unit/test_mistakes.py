@@ -135,7 +135,6 @@ def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, c
     """Another machine may have them. With other mistakes they are told at once, since all ranks end."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("fcmae.cli._pretrain", None)
     monkeypatch.setitem(main.__globals__["_HYDRA"], "pretrain", lambda *_: print("begun"))
     args = ["pretrain", "data.path=/nowhere", "hydra.run.dir=."]
     assert main(args) == 0

@@ -71,7 +71,7 @@ def test_what_a_machine_lacks_is_told_by_its_first_rank(monkeypatch, capsys, tmp
     for name, value in {"RANK": 2 + local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, str(value))
     assert main(["pretrain", f"hydra.run.dir={tmp_path}/file/run"]) == 2
-    assert capsys.readouterr().err.count("hydra.run.dir cannot be made") == lines
+    assert capsys.readouterr().err.count("hydra.run.dir cannot be created") == lines
 
 
 def test_the_same_error_of_several_ranks_is_told_once(monkeypatch):
