@@ -1,12 +1,12 @@
-"""Checks of values: one line that names the full key, what was given and what is allowed.
+"""Checks of values, whose errors are one line: ``KEY must be EXPECTED; got VALUE``.
 
-A check raises what is wrong. In a block of :func:`collected` it goes on, so that all mistakes of a config are told at
-once; what comes after a check must therefore bear the value that it refused.
+A check raises ConfigError. Inside :func:`collected` it appends to a list instead, so that all mistakes of a config are
+reported together; the code after a check must therefore cope with the value that it refused.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +17,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[str]]:
-    """In this block mistakes are appended to the list, a line each, instead of being raised."""
+    """In this block mistakes are appended to the list, one line each, instead of being raised."""
     mistakes: list[str] = []
     token = _collected.set(mistakes)
     try:
@@ -39,15 +39,15 @@ def mistaken() -> bool:
     return bool(_collected.get())
 
 
-def check(key: str, value: Any, ok: bool, allowed: str) -> bool:
-    """Whether ``ok``. Otherwise a mistake that names the full key, what was given and what is allowed."""
+def check(key: str, value: Any, ok: bool, expected: str) -> bool:
+    """Returns ``ok``. If it is false: a mistake ``KEY must be EXPECTED; got VALUE``."""
     if not ok:
-        mistake(f"{key} is {value!r}; allowed is {allowed}")
+        mistake(f"{key} must be {expected}; got {value!r}")
     return ok
 
 
-def check_one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    check(key, value, value in allowed, "one of " + ", ".join(allowed))
+def check_one_of(key: str, value: Any, options: Iterable[str]) -> None:
+    check(key, value, value in options, "one of " + ", ".join(options))
 
 
 def check_ratio(key: str, value: float) -> None:
@@ -67,7 +67,7 @@ def check_seed(value: int) -> None:
 
 
 def check_neighbours(key: str, value: Any, gallery_key: str, gallery: int | None) -> list[int]:
-    """Numbers of neighbours from a number or a list of them, at most as many as there are images to compare with."""
+    """The numbers of neighbours in a number or a list of numbers, each at most the number of gallery images."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     ok = len(numbers) > 0 and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in numbers)
     if check(key, value, ok, "a positive integer, or a list of them") and gallery is not None and gallery > 0:
@@ -76,6 +76,6 @@ def check_neighbours(key: str, value: Any, gallery_key: str, gallery: int | None
 
 
 def check_channels(key: str, channels: Sequence[int] | None, in_chans: int) -> None:
-    """One channel or three that an image has; None = chosen by the program."""
+    """One or three of an image's channels; None = chosen by the program."""
     ok = channels is None or (len(channels) in (1, 3) and all(0 <= channel < in_chans for channel in channels))
-    check(key, channels, ok, f"one channel or three, each from 0 to {in_chans - 1} (data.in_chans={in_chans})")
+    check(key, channels, ok, f"one or three channels from 0 to {in_chans - 1} (data.in_chans={in_chans})")

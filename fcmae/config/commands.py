@@ -238,7 +238,12 @@ class FeaturesConfig(CheckpointConfig):
             example = "a network, such as model=convnextv2_atto, with checkpoint=random"
             check("model.backbone", self.model.backbone, self.model.backbone is not None, example)
         for name, value in given.items():
-            check(name, value, self.checkpoint == RANDOM, "unset but for checkpoint=random: a checkpoint has its own")
+            check(
+                name,
+                value,
+                self.checkpoint == RANDOM,
+                "unset unless checkpoint=random",
+            )
 
 
 @dataclass

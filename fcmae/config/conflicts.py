@@ -29,7 +29,7 @@ def check_cuda_graph(cfg: RunConfig, obstacles: list[str]) -> bool:
     """Whether steps are replayed from a CUDA graph. A mistake where that was asked for and cannot be."""
     asked = cfg.trainer.cuda_graph
     if asked and obstacles:
-        mistake(f"trainer.cuda_graph is True; allowed with {' and '.join(obstacles)} is false or null")
+        mistake(f"trainer.cuda_graph must be false or null with {' and '.join(obstacles)}; got True")
     return not obstacles if asked is None else asked and not obstacles
 
 

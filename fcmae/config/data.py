@@ -91,7 +91,7 @@ class DataConfig:
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1]) if ok else (224, 224)
         check_positive("data.in_chans", self.in_chans)
-        check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "8 to 16")
+        check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "from 8 to 16")
         self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
@@ -104,8 +104,8 @@ class DataConfig:
         ok = all(map(is_named, self.transforms))
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
-        allowed = "cpu, unless in_chans=3, bit_depth=8, pad=0 and transforms=[]"
-        check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, allowed)
+        expected = "cpu unless in_chans=3, bit_depth=8, pad=0 and transforms=[]"
+        check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
@@ -118,10 +118,8 @@ class DataConfig:
         for name, least, what in (("mean", -math.inf, "numbers"), ("std", 0, "positive numbers")):
             value = getattr(self, name)
             ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
-            allowed = (
-                f"{self.in_chans} {what}, one a channel (data.in_chans); fcmae prepare data.stats=true prints them"
-            )
-            check(f"data.{name}", value, ok, allowed)
+            hint = f"data.in_chans={self.in_chans}; fcmae prepare data.stats=true prints them"
+            check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one per channel ({hint})")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         ok = self.workers is None or 0 <= self.workers <= MAX_WORKERS
-        check("loader.workers", self.workers, ok, f"0 to {MAX_WORKERS}, or null")
+        check("loader.workers", self.workers, ok, f"from 0 to {MAX_WORKERS}, or null")
         check_one_of("loader.on_error", self.on_error, ("raise", "skip"))
         check_ratio("loader.max_bad", self.max_bad)
         check_positive("loader.prefetch", self.prefetch)

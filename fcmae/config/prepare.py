@@ -52,7 +52,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_one_of("split", self.split, ("train", "val"))
         check_one_of("encode", self.encode, ("jpeg", "npy"))
-        check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
+        check("quality", self.quality, 1 <= self.quality <= 100, "from 1 to 100")
         for name in ("short_side", "samples_per_shard"):
             check_positive(name, getattr(self, name))
         check_seed(self.seed)

@@ -37,7 +37,8 @@ class OptimConfig:
         check_positive("optim.blr", self.blr)
         check_positive("optim.lr", self.lr)
         check_not_negative("optim.weight_decay", self.weight_decay)
-        check("optim.betas", self.betas, len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two in [0, 1)")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check("optim.betas", self.betas, ok, "two numbers in [0, 1)")
         ok = self.layer_decay is None or 0 < self.layer_decay <= 1
         check("optim.layer_decay", self.layer_decay, ok, "a number in (0, 1], or null")
         check_one_of("optim.layer_decay_type", self.layer_decay_type, ("single", "group"))
@@ -125,7 +126,7 @@ class TrainerConfig:
         positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))
-        check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "seconds, up to 1e7")
+        check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "a number of seconds up to 1e7")
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_not_negative("trainer.max_skipped", self.max_skipped)

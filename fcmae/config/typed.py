@@ -142,7 +142,7 @@ def explain(error: Exception) -> str:
         return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}")
     other = OTHER_TYPE.match(str(error))
     if other:
-        return f"{other[1]} holds a {other[2]}; allowed is keys and values"
+        return f"{other[1]} must hold keys and values; got a {other[2]}"
     if "Config group override must be" in str(error):
         return f"a group such as data, optim or trainer is set to what is no name ({str(error).split('. ')[-1]})"
     message = str(error).split("Config search path:")[0]

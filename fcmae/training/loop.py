@@ -224,7 +224,7 @@ class _Training:
             raise CheckpointError(f"{held}, so no run resumes from it; move it elsewhere, e.g. for init_from")
         if resumed["task"] != self.task.name:
             held = f"{self.run_dir} holds a run of fcmae {resumed['task']}"
-            raise CheckpointError(f"{held}; allowed for fcmae {self.task.name} is another hydra.run.dir")
+            raise CheckpointError(f"{held}; give fcmae {self.task.name} another hydra.run.dir")
         if not self.cfg.trainer.allow_changed_recipe:
             numbers = {"training images": (resumed.get("num_samples"), self.plan.num_samples)}
             if self.task.mixes_micro_batch:

@@ -25,16 +25,16 @@ def check_folder(cfg: RunConfig, run_dir: Path) -> None:
     """Raises UsageError for a folder with files of others, or one among the images, where it would be trained on."""
     found = [name for name in RESULTS if (run_dir / name).exists()]
     if found and not _is_ours(run_dir):
-        allowed = "allowed is a new folder, an empty one, or that of a run"
-        raise UsageError(f"hydra.run.dir={run_dir} has {found[0]}, which is not of fcmae; {allowed}")
+        give = "give a new folder, an empty one, or a run"
+        raise UsageError(f"hydra.run.dir={run_dir} has {found[0]}, which fcmae did not write; {give}")
     if cfg.data.name != "imagefolder" or cfg.data.source is not None:
         return
     for key in ("path", "val_path"):
         paths = getattr(cfg.data, key) or []
         for path in [paths] if isinstance(paths, str) else paths:
             if run_dir.resolve().is_relative_to(Path(path).resolve()):
-                why = "whose images its pictures would be; allowed is a folder elsewhere"
-                raise UsageError(f"hydra.run.dir={run_dir} is in data.{key}={path}, {why}")
+                why = "where its pictures would count as images"
+                raise UsageError(f"hydra.run.dir={run_dir} must not be in data.{key}={path}, {why}")
 
 
 def _is_ours(run_dir: Path) -> bool:

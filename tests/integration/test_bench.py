@@ -63,9 +63,9 @@ def test_kernels_need_a_gpu(capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engines=[sparse]", "engines is 'sparse'; allowed is some of packed, masked, minkowski, timm"),
+        ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm; got 'sparse'"),
         ("batch=3", "batch: unknown key; must be one of models, engines"),
-        ("repeats=0", "repeats is 0; allowed is a positive integer"),
+        ("repeats=0", "repeats must be a positive integer; got 0"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),
     ],
 )
@@ -122,8 +122,8 @@ def test_data_of_ones_own_is_measured_too(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("variants=[disk]", "variants is 'disk'; allowed is some of baseline, files, shards, raw"),
-        ("images=63", "images is 63; allowed is 64 or more"),
+        ("variants=[disk]", "variants must be some of baseline, files, shards, raw; got 'disk'"),
+        ("images=63", "images must be 64 or more"),
         ("photos=nowhere", "photos is nowhere; it has no RGB or grey images"),
     ],
 )
@@ -135,8 +135,8 @@ def test_a_mistake_about_data_is_named(override, message, capsys):
     ("override", "message"),
     [
         ("ranks=[3]", "batch_size is 256; allowed in mode strong is a multiple of 3"),
-        ("ranks=[0]", "ranks is [0]; allowed is positive integers"),
-        ("modes=[strange]", "modes is 'strange'; allowed is some of weak, strong"),
+        ("ranks=[0]", "ranks must be positive integers; got [0]"),
+        ("modes=[strange]", "modes must be some of weak, strong; got 'strange'"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),
         ("image_size=65", "65"),
     ],

@@ -87,7 +87,7 @@ def test_labels_of_a_file(folder, capfd):
     assert main([*args, f"confusion={folder}/c.csv"]) == 2
     assert "need one class an image" in capfd.readouterr().err
     assert main([*args[:2], "per_class=classes.txt"]) == 2
-    assert "per_class is 'classes.txt'; allowed is a file named .json or .csv" in capfd.readouterr().err
+    assert "per_class must be a file named .json or .csv; got 'classes.txt'" in capfd.readouterr().err
 
 
 def test_knn_is_watched_during_pretraining(tmp_path, capfd):

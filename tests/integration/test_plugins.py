@@ -85,8 +85,8 @@ WRONG = {
         "data.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 9}]",
         r"must return torch.uint8 \[3, 64, 64\]; got torch.uint8 \[3, 9, 9\]",
     ),
-    "GPU": ("data.decode_on=gpu", "data.decode_on is 'gpu'; allowed is cpu, unless"),
-    "kind": ("data.transforms=[flip]", r"data.transforms is \['flip'\]; allowed is a list of _target_"),
+    "GPU": ("data.decode_on=gpu", "data.decode_on must be cpu unless.*; got 'gpu'"),
+    "kind": ("data.transforms=[flip]", r"data.transforms must be a list of _target_.*; got \['flip'\]"),
 }
 
 

@@ -195,9 +195,12 @@ def test_random_weights_are_those_that_pretraining_begins_with(capsys, tmp_path,
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("knn", "checkpoint=random"), "model.backbone is None; allowed is a network, such as model=convnextv2_atto"),
+        (("knn", "checkpoint=random"), "model.backbone must be a network, such as model=convnextv2_atto"),
         (("knn", "checkpoint=random", "model.backbone=resnet50", "data.length=9"), "not a ConvNeXt known to timm"),
-        (("probe", "checkpoint=x", "model=demo"), "model.backbone is 'convnextv2_atto'; allowed is unset but for"),
+        (
+            ("probe", "checkpoint=x", "model=demo"),
+            "model.backbone must be unset unless checkpoint=random; got",
+        ),
         (("evaluate", "checkpoint=random"), "no checkpoint or run directory random"),
     ],
 )

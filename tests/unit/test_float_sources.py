@@ -62,7 +62,7 @@ def test_the_users_own_numbers_stay():
     numbers = ("data.mean=[1,2,3,4,5]", "data.std=[1,1,1,1,1]")
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "data.in_chans=5", overrides(dtype="float32"), *numbers])
     assert cfg.data.mean == [1, 2, 3, 4, 5]
-    with pytest.raises(ConfigError, match=r"data.std is \[0.229.*; allowed is 5 positive numbers"):
+    with pytest.raises(ConfigError, match=r"data.std must be 5 positive numbers.*; got \[0.229.*"):
         compose("pretrain", [*TINY_PRETRAIN[1:], "data.in_chans=5", overrides(dtype="float32"), numbers[0]])
 
 
@@ -73,7 +73,7 @@ def test_raw_pixels_still_need_them():
     assert len(train_source(DataConfig(source={**source, "damaged": True}, in_chans=5))) == 24
     train_source(DataConfig(source=source, in_chans=5, mean=[0.5] * 5, std=[0.2] * 5))
     for given in ({}, {"mean": [], "std": []}):
-        with pytest.raises(ConfigError, match=r"allowed is 5 numbers, one a channel .* data.stats=true prints them"):
+        with pytest.raises(ConfigError, match=r"must be 5 numbers, one per channel .* data.stats=true prints them"):
             DataConfig(in_chans=5, **given)
     with pytest.raises(ConfigError, match="data.mean and data.std are not set, but pixels are uint8"):
         normalize(torch.zeros(1, 5, 2, 2, dtype=torch.uint8), [], [])

@@ -72,5 +72,5 @@ def test_the_limit_of_pixels_can_be_raised(tmp_path, monkeypatch):
         with open_picture((tmp_path / kind).read_bytes()) as image:
             assert image.convert("RGB").size == (50, 40)
         assert vars(Image)["MAX_IMAGE_PIXELS"] == 100
-    with pytest.raises(ConfigError, match=r"loader.max_pixels is 0"):
+    with pytest.raises(ConfigError, match=r"loader.max_pixels must be a positive number; got 0"):
         LoaderConfig(max_pixels=0)

@@ -145,10 +145,10 @@ def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, caps
 
 def test_it_is_refused_where_the_micro_batch_is_part_of_the_recipe():
     with pytest.raises(
-        ConfigError, match=r"model.grn_scope is 'batch'; allowed is image with trainer.micro_batch_size"
+        ConfigError, match=r"model.grn_scope must be image with trainer.micro_batch_size.*; got 'batch'"
     ):
         compose("pretrain", [AUTO, "model.grn_scope=batch"])
     with pytest.raises(
-        ConfigError, match="trainer.micro_batch_size is 'many'; allowed is a positive integer, auto or nu"
+        ConfigError, match="trainer.micro_batch_size must be a positive integer, auto or nu.*; got 'many'"
     ):
         compose("pretrain", ["trainer.micro_batch_size=many"])

@@ -67,7 +67,7 @@ def test_it_is_never_recorded_in_a_cuda_graph():
         cfg = compose("pretrain", ["model=demo", f"engine={engine}"])
         assert use_cuda_graph(cfg, device) is graphed
     cfg.trainer.cuda_graph = True
-    with pytest.raises(ConfigError, match="allowed with engine=minkowski is false or null"):
+    with pytest.raises(ConfigError, match="must be false or null with engine=minkowski"):
         use_cuda_graph(cfg, device)
 
 
