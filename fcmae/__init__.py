@@ -4,14 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae.version import __version__ as __version__
 
-__all__ = ["FCMAE", "load", "save"]
+__all__ = ["FCMAE", "embed", "load", "predict", "save"]
 
 if TYPE_CHECKING:
+    from fcmae.evaluation.embed import embed, predict
     from fcmae.interchange.save import save
     from fcmae.models import FCMAE
     from fcmae.models.build import load
 
 _HOMES = {"FCMAE": "fcmae.models", "load": "fcmae.models.build", "save": "fcmae.interchange.save"}
+_HOMES |= dict.fromkeys(("embed", "predict"), "fcmae.evaluation.embed")
 
 
 def __getattr__(name: str) -> Any:

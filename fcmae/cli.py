@@ -25,6 +25,8 @@ COMMANDS = {
     "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
     "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
+    "embed": "features of images: CHECKPOINT IMAGES... --out FILE.npz|parquet",
+    "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "doctor": "check the installation and the engines against each other and golden files",
@@ -146,6 +148,39 @@ def _reconstruct(args: list[str]) -> int:
     return 0
 
 
+def _embed(args: list[str]) -> int:
+    return _rows("embed", args)
+
+
+def _predict(args: list[str]) -> int:
+    return _rows("predict", args)
+
+
+def _rows(command: str, args: list[str]) -> int:
+    """``embed`` and ``predict``, whose flags are the same but for one."""
+    parser = argparse.ArgumentParser(f"fcmae {command}", description=COMMANDS[command])
+    parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; embed: encoder.safetensors too")
+    what = "image files, folders, tar files, and data.KEY=VALUE and loader.KEY=VALUE for the checkpoint's config"
+    parser.add_argument("images", nargs="+", help=what)
+    parser.add_argument("--out", required=True, help="the file to write")
+    if command == "embed":
+        which = "mean over the image and norm; without the norm; of all stages; the last map (default: %(default)s)"
+        parser.add_argument("--layer", choices=["pooled", "mean", "stages", "patches"], default="pooled", help=which)
+    parser.add_argument("--batch-size", type=int, default=256, help="images per rank at once (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="float32, tf32, bf16, fp16 or auto (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights themselves, not their average")
+    parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
+    given = vars(parser.parse_intermixed_args(args))
+    with quick_imports():
+        from fcmae.evaluation import embed
+
+    rows = getattr(embed, command)(given.pop("checkpoint"), given.pop("images"), **given)
+    if rows is not None:
+        print(f"{given['out']}: {len(rows.paths)} images, {' x '.join(map(str, rows.values.shape[1:]))} values each")
+    return 0
+
+
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -243,6 +278,8 @@ _HYDRA: dict[str, Callable[[Any, Path], dict[str, Any] | None]] = {
 _TRAINING = ("pretrain", "finetune")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": _reconstruct,
+    "embed": _embed,
+    "predict": _predict,
     "export": _export,
     "import": _import,
     "doctor": _doctor,

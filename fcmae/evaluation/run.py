@@ -54,7 +54,7 @@ from fcmae.models.build import config_of, encoder_of, known_of, model_of, object
 
 
 @contextlib.contextmanager
-def _opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
+def opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
     """The ranks of this launch, and the checkpoint. ``cfg.precision`` becomes the one that the ranks compute in."""
     world = distributed.connect(cfg.device)
     try:
@@ -81,8 +81,8 @@ def _how_to_shrink(cfg: CheckpointConfig) -> str:
 @contextlib.contextmanager
 def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source], Features]]]:
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
-    with _opened(cfg) as (world, file, state):
-        data = _data(cfg, state, file)
+    with opened(cfg) as (world, file, state):
+        data = data_of(cfg, state, file)
         if world.is_main and unsaid(state):
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
@@ -98,7 +98,7 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         yield extractor, CachedExtractor(extractor, folder, {"checkpoint": identity})
 
 
-def _data(cfg: CheckpointConfig, state: State, file: Path) -> DataConfig:
+def data_of(cfg: CheckpointConfig, state: State, file: Path) -> DataConfig:
     """The checkpoint's data config with what was given. Raises ConfigError for other channels than the network's."""
     known = known_of(state, file)["data"]
     data = cfg.merge_data(known)
@@ -137,7 +137,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     The files of ``cfg.per_class`` and ``cfg.confusion`` are of the averaged weights then. None on ranks other than the
     first.
     """
-    with _opened(cfg) as (world, file, state):
+    with opened(cfg) as (world, file, state):
         return _evaluate(cfg, file, state, world)
 
 
@@ -146,7 +146,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         raise CheckpointError(
             f"{file} is of the task {state['task']!r} and has no classifier; fine-tune it, or use knn or probe"
         )
-    data = _data(cfg, state, file)
+    data = data_of(cfg, state, file)
     own = config_of(state, file, cfg.allow)
     assert isinstance(own, FinetuneConfig)
     objective = objective_of(state, own)
@@ -273,7 +273,7 @@ def reconstruct(
     if not isinstance(model, FCMAE):
         task = f"{path} is of the task {state['task']!r} and has no decoder"
         raise CheckpointError(f"{task}; give a pretraining run or one of its checkpoints")
-    cfg, data = config_of(state, file, allow), _data(named, state, file)
+    cfg, data = config_of(state, file, allow), data_of(named, state, file)
     assert isinstance(cfg, PretrainConfig)
     strategy = create_mask(cfg.mask)
     if mask_ratio is not None:

@@ -1,0 +1,78 @@
+"""Images that a command is given one after another: files, folders and tar files in one source without labels."""
+
+import bisect
+import itertools
+import os
+from collections.abc import Sequence
+
+from fcmae.data.pixels.decode import read_file
+from fcmae.data.sources.base import Sample, Source
+from fcmae.data.sources.imagefolder import ImageFolder
+from fcmae.data.sources.webdataset import WebDataset
+from fcmae.errors import UsageError
+
+
+class Files:
+    """Image files."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(read_file(self.paths[index]), None)
+
+    def label(self, index: int) -> None:
+        return None
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+
+class Joined:
+    """The samples of several sources in turn, without their labels."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self.ends = list(itertools.accumulate(map(len, self.sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        source, place = self._locate(index)
+        return Sample(source[place].image, None)
+
+    def label(self, index: int) -> None:
+        return None
+
+    def describe(self, index: int) -> str:
+        source, place = self._locate(index)
+        return source.describe(place)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self.ends, index)
+        return self.sources[number], index - (self.ends[number - 1] if number else 0)
+
+
+def images_at(paths: Sequence[str]) -> Joined:
+    """The images at ``paths``, in this order: files, folders of images at any depth, tar files and folders of them.
+
+    Raises UsageError naming what is missing or holds no image.
+    """
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UsageError(f"no file or folder {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
+    sources: list[Source] = []
+    for path in paths:
+        if path.endswith(".tar") or (os.path.isdir(path) and any(name.endswith(".tar") for name in os.listdir(path))):
+            sources.append(WebDataset(path))
+        else:
+            sources.append(ImageFolder(path) if os.path.isdir(path) else Files([path]))
+    return Joined(sources)

@@ -1,0 +1,219 @@
+"""``fcmae embed`` and ``fcmae predict``: a row of features or predictions per image, labels or not."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+
+from fcmae.checkpoints.checkpoint import State
+from fcmae.checkpoints.resume import say
+from fcmae.config import CheckpointConfig, DataConfig, DataOverrides, FinetuneConfig, LoaderConfig, check, from_dotlist
+from fcmae.data.sources import Source, train_source
+from fcmae.data.sources.images import Joined, images_at
+from fcmae.distributed import World
+from fcmae.engines.dense import dense
+from fcmae.errors import CheckpointError, UsageError
+from fcmae.evaluation.features import batches, gather
+from fcmae.evaluation.run import data_of, opened
+from fcmae.files import check_output, output, write_output
+from fcmae.models.build import config_of, encoder_of, model_of, objective_of
+from fcmae.precision import autocast
+
+LAYERS = ("pooled", "mean", "stages", "patches")
+TABLES = {"embed": (".npz", ".parquet"), "predict": (".csv", ".npz", ".parquet")}
+"""Endings of the files that each command writes."""
+
+
+class Rows(NamedTuple):
+    """A row per image that could be read, in the order in which the images were given.
+
+    ``paths``: what names each image. ``values``: float32 ``[n, ...]`` on the CPU. ``columns``: names of the last
+    dimension, e.g. classes, or none.
+    """
+
+    paths: list[str]
+    values: Tensor
+    columns: list[str]
+
+
+def embed(
+    checkpoint: str, images: Sequence[str], *, layer: str = "pooled", out: str | None = None, **options: Any
+) -> Rows | None:
+    """Features of images by the encoder of a checkpoint of any task, the same on any number of ranks.
+
+    Args:
+        checkpoint: RUN, RUN@best, a checkpoint, or ``encoder.safetensors``.
+        images: files, folders, tar files, and overrides ``data.KEY=VALUE`` and ``loader.KEY=VALUE`` of the checkpoint's
+            config; with ``data.path`` or ``data.source`` its training images.
+        layer: ``pooled`` ``[D]``, the mean over the image and the head's norm, as k-NN and probe use; ``mean``, without
+            the norm; ``stages``, the means of all stages one after another; ``patches`` ``[h, w, D]``, the last map.
+        out: an .npz file (arrays ``paths``, ``features``) or a .parquet file to write.
+        options: ``batch_size``, ``precision``, ``device``, ``allow`` as for ``fcmae evaluate``; ``ema``.
+
+    Returns:
+        The rows; None on ranks other than the first.
+    """
+    check("--layer", layer, layer in LAYERS, f"one of {', '.join(LAYERS)}")
+
+    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
+        backbone = encoder_of(state, file, ema).to(world.device).eval()
+        return lambda imgs: _features(backbone, imgs, layer), []
+
+    return _rows(checkpoint, images, create, out, "embed", "features", **options)
+
+
+def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | None:
+    """Predictions for images by a fine-tuned checkpoint: of a classifier the probability of each class.
+
+    Arguments and result are those of :func:`embed`; ``columns`` are the classes. ``out`` may be a .csv file too, whose
+    rows have the path, the most likely class, its probability, and the probability of each class.
+    """
+
+    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
+        if state["task"] != "finetune":
+            task = f"{file} is of the task {state['task']!r} and predicts nothing"
+            raise CheckpointError(f"{task}; fine-tune it, or use fcmae embed")
+        cfg = config_of(state, file, allow)
+        assert isinstance(cfg, FinetuneConfig)
+        objective = objective_of(state, cfg)
+        if objective.outputs == 0:
+            raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use fcmae embed")
+        model = model_of(state, file, ema, allow).to(world.device).eval()
+        classes: list[str] = state.get("classes") or []
+
+        def network(imgs: Tensor) -> Tensor:
+            outputs = model(imgs)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+                raise UsageError(f"{file} gives no row of numbers per image, so predict cannot write them")
+            return outputs.float().softmax(dim=1) if objective.num_classes is not None else outputs
+
+        return network, classes
+
+    return _rows(checkpoint, images, create, out, "predict", "predictions", **options)
+
+
+_Network = tuple[Callable[[Tensor], Tensor], list[str]]
+"""What makes rows of a batch of normalised images, and the names of columns."""
+
+
+def _features(backbone: ConvNeXt, imgs: Tensor, layer: str) -> Tensor:
+    maps = dense(backbone, imgs)
+    if layer == "patches":
+        return maps[-1].permute(0, 2, 3, 1)
+    if layer == "pooled":
+        return backbone.forward_head(maps[-1], pre_logits=True)
+    return torch.cat([m.float().mean((2, 3)) for m in (maps if layer == "stages" else maps[-1:])], dim=1)
+
+
+def _rows(
+    checkpoint: str,
+    images: Sequence[str],
+    create: Callable[[State, Path, World, bool, Sequence[str]], _Network],
+    out: str | None,
+    command: str,
+    name: str,
+    ema: bool = True,
+    allow: Sequence[str] = (),
+    **how: Any,
+) -> Rows | None:
+    """Runs a network over images, the ranks sharing them, and writes the rows."""
+    if out is not None:
+        ok = Path(out).suffix in TABLES[command]
+        check("--out", out, ok, f"a file whose name ends in {' or '.join(TABLES[command])}")
+        check_output("--out", out, [checkpoint, *images])
+        if out.endswith(".parquet"):
+            _arrow()
+    loader = from_dotlist(LoaderConfig, [image for image in images if _overrides(image, "loader")], "loader")
+    overrides = [image for image in images if _overrides(image, "data")]
+    given: Any = from_dotlist(DataOverrides, overrides, "data")
+    cfg = CheckpointConfig(checkpoint, data=given, loader=loader, allow=list(allow), **how)
+    paths = [image for image in images if not _overrides(image, "loader") and not _overrides(image, "data")]
+    with opened(cfg) as (world, file, state):
+        data = data_of(cfg, state, file)
+        source = world.together(lambda: _source(paths, overrides, data, loader))
+        network, columns = create(state, file, world, ema, allow)
+        shares = list(zip(*_share(network, source, cfg, data, world), strict=True))
+        values, places = (gather(torch.cat(parts), world).cpu() for parts in shares)
+        if not world.is_main:
+            return None
+        order = places.argsort()
+        named = [source.describe(int(place)) for place in places[order]]
+        rows = Rows(named, values[order], columns)
+        if len(named) < len(source):
+            say(f"{len(source) - len(named)} of {len(source)} images could not be read and have no row")
+        if out is not None:
+            write(rows, out, name)
+        return rows
+
+
+def _overrides(image: str, group: str) -> bool:
+    return image.startswith(f"{group}.") and "=" in image
+
+
+def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Source:
+    sources: list[Source] = [images_at(paths)] if paths else []
+    if any(override.startswith(("data.path=", "data.source", "data.name=")) for override in overrides):
+        sources.append(train_source(data, loader))
+    source = Joined(sources)
+    if not len(source):
+        raise UsageError("no images are given; name files, folders or tar files, or data.path=FOLDER")
+    return source
+
+
+def _share(
+    network: Callable[[Tensor], Tensor], source: Source, cfg: CheckpointConfig, data: DataConfig, world: World
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's rows and their places in the source. Begins with a batch of none, for a rank without images."""
+    blank = torch.zeros(1, data.in_chans, *data.size, device=world.device)
+    with torch.inference_mode(), autocast(world.device, cfg.precision):
+        yield network(blank)[:0].float(), torch.empty(0, dtype=torch.int64, device=world.device)
+    for imgs, _, places in batches(source, data, cfg.loader, cfg.batch_size, world):
+        with torch.inference_mode(), autocast(world.device, cfg.precision):
+            values = network(imgs).float()
+        yield values, places
+
+
+def write(rows: Rows, out: str, name: str) -> None:
+    """Writes rows as CSV, .npz or Parquet, by the file's ending. Raises DiskError."""
+    kind = Path(out).suffix
+    if kind == ".csv":
+        write_output("--out", out, _csv(rows))
+        return
+    with output("--out", out) as file:
+        if kind == ".npz":
+            arrays = {"paths": np.array(rows.paths, dtype=np.str_), name: rows.values.numpy()}
+            if rows.columns:
+                arrays["classes"] = np.array(rows.columns, dtype=np.str_)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # of a name that is a parameter
+            return
+        arrow, parquet = _arrow()
+        table = {"path": rows.paths, name: list(rows.values.flatten(1).numpy())}
+        parquet.write_table(arrow.table(table), file)
+
+
+def _csv(rows: Rows) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    columns = rows.columns or [f"output_{number}" for number in range(rows.values.shape[1])]
+    best = ["class", "probability"] if rows.columns else []
+    writer.writerow(["path", *best, *columns])
+    for path, values in zip(rows.paths, rows.values, strict=True):
+        top = int(values.argmax())
+        first = [columns[top], f"{values[top]:.6g}"] if best else []
+        writer.writerow([path, *first, *(f"{value:.6g}" for value in values.tolist())])
+    return text.getvalue()
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError("--out FILE.parquet needs pyarrow: pip install pyarrow, or write an .npz file") from error
+    return pyarrow, pyarrow.parquet
