@@ -172,10 +172,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights themselves, not their average")
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = vars(parser.parse_intermixed_args(args))
-    with quick_imports():
-        from fcmae.evaluation import embed
-
-    rows = getattr(embed, command)(given.pop("checkpoint"), given.pop("images"), **given)
+    rows = load(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
     if rows is not None:
         print(f"{given['out']}: {len(rows.paths)} images, {' x '.join(map(str, rows.values.shape[1:]))} values each")
     return 0

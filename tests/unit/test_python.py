@@ -53,7 +53,7 @@ def test_a_loaded_backbone_has_no_frozen_parameter(tmp_path):
         ("mask_patch_size", 0, "mask_patch_size is 0"),
         ("engine", "dense", "engine is 'dense'; allowed is one of packed, masked"),
         ("grn_scope", "gpu", "grn_scope is 'gpu'; allowed is one of image, batch"),
-        ("recompute_stages", [5], r"recompute_stages is \[5\]"),
+        ("recompute_stages", [5], r"recompute_stages must be stages, 1 to 4; got \[5\]"),
     ],
 )
 def test_attributes_are_checked_after_construction_too(name, value, message):
