@@ -94,17 +94,9 @@ def _load_slots(slots, cells, tile, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _load_group(
-    x,
-    table,
-    tile,
-    valid,
-    GROUP: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, table, tile, valid, GROUP: tl.constexpr, C: tl.constexpr, S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     TAIL: tl.constexpr,
-):
+):  # fmt: skip
     """Input sites of a group, a flat tuple for each neighbouring patch. Where there is none, any patch is read."""
     REACH: tl.constexpr = _reach(S, K // 2)
     if ROWS == S:
@@ -144,17 +136,9 @@ def _prefetch(x, tile, tiles, C: tl.constexpr, SITES: tl.constexpr, CHANNELS: tl
 
 @triton.jit
 def _convolve(
-    sums,
-    taps,
-    values,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    sums, taps, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Adds to the ROWS x S output sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
     inputs = ()
     for i in tl.static_range(HEIGHT * WIDTH):
@@ -172,17 +156,9 @@ def _convolve(
 
 @triton.jit
 def _correlate(
-    sums,
-    grads,
-    values,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    sums, grads, values, TOP: tl.constexpr, LEFT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Adds to the K rows of K weight sums what HEIGHT x WIDTH input sites at (TOP, LEFT) of the tile contribute."""
     inputs = ()
     for i in tl.static_range(HEIGHT * WIDTH):
@@ -206,67 +182,33 @@ def _correlate(
 
 @triton.jit
 def _accumulate(
-    sums,
-    factors,
-    sites,
-    table,
-    GROUP: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums, factors, sites, table, GROUP: tl.constexpr, S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
-):
+):  # fmt: skip
     """Adds one group, skipping neighbours that are not visible."""
     REACH: tl.constexpr = _reach(S, K // 2)
     for offset in tl.static_range(-REACH, REACH + 1):
         if table[GROUP][offset + REACH] >= 0:
             if WEIGHT_GRAD:
                 sums = _correlate(
-                    sums,
-                    factors,
-                    sites[offset + REACH],
-                    _group_first(GROUP, ROWS, S, K // 2),
-                    _first(offset, S, K // 2),
-                    _group_count(GROUP, ROWS, S, K // 2),
-                    _count(offset, S, K // 2),
-                    S,
-                    K,
+                    sums, factors, sites[offset + REACH], _group_first(GROUP, ROWS, S, K // 2),
+                    _first(offset, S, K // 2), _group_count(GROUP, ROWS, S, K // 2), _count(offset, S, K // 2), S, K,
                     ROWS,
-                )
+                )  # fmt: skip
             else:
                 sums = _convolve(
-                    sums,
-                    factors,
-                    sites[offset + REACH],
-                    _group_first(GROUP, ROWS, S, K // 2),
-                    _first(offset, S, K // 2),
-                    _group_count(GROUP, ROWS, S, K // 2),
-                    _count(offset, S, K // 2),
-                    S,
-                    K,
+                    sums, factors, sites[offset + REACH], _group_first(GROUP, ROWS, S, K // 2),
+                    _first(offset, S, K // 2), _group_count(GROUP, ROWS, S, K // 2), _count(offset, S, K // 2), S, K,
                     ROWS,
-                )
+                )  # fmt: skip
     return sums
 
 
 @triton.jit
 def _add_tile(
-    sums,
-    factors,
-    x,
-    slots,
-    cells,
-    tile,
-    valid,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr,
-):
+    sums, factors, x, slots, cells, tile, valid, C: tl.constexpr, S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, TAIL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+):  # fmt: skip
     """Adds the whole neighbourhood of a tile to the sums."""
     GROUPS: tl.constexpr = _groups(ROWS, S, K // 2)
     table = _load_slots(slots, cells, tile, S, K, WIDTH, ROWS)
@@ -296,23 +238,9 @@ def taps_kernel(weight, bias, taps, turned, C: tl.constexpr, TAPS: tl.constexpr,
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead"])
 def forward_kernel(
-    x,
-    taps,
-    y,
-    slots,
-    cells,
-    tiles,
-    tiles_per_program,
-    tiles_ahead,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
+    x, taps, y, slots, cells, tiles, tiles_per_program, tiles_ahead, C: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
     """The convolution; with the taps turned by 180 degrees, its input gradient.
 
     x, y: ``[N*V, S, S, C]``. taps: float32 ``[K*K + 1, C]``, the last row is the bias.
@@ -344,24 +272,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_program", "tiles_ahead", "grads_ahead"])
 def weight_grad_kernel(
-    x,
-    grad,
-    partial,
-    slots,
-    cells,
-    tiles,
-    tiles_per_program,
-    tiles_ahead,
-    grads_ahead,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
+    x, grad, partial, slots, cells, tiles, tiles_per_program, tiles_ahead, grads_ahead, C: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
     """Sums of ``grad * x`` for every tap over the tiles of a program, and of ``grad`` (the bias gradient).
 
     x, grad: ``[N*V, S, S, C]``. partial: float32 ``[programs, K*K + 1, C]``, the last row is the bias gradient.
@@ -398,15 +312,9 @@ def weight_grad_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def add_partial_kernel(
-    partial,
-    weight_grad,
-    bias_grad,
-    programs,
-    C: tl.constexpr,
-    TAPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    partial, weight_grad, bias_grad, programs, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Adds the partial sums of one tap, in a fixed order; taps come last in the weight's gradient.
 
     partial: float32 ``[programs, TAPS + 1, C]``. weight_grad: ``[C, TAPS]``. bias_grad: ``[C]``.
