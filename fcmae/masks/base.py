@@ -1,5 +1,6 @@
 """What a mask strategy is, how a config names one, and how its scores are checked."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +57,6 @@ def draw_scores(mask: Mask, rng: torch.Generator, grid: tuple[int, int], crop: T
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (rows * cols,):
         got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise UsageError(f"mask: {class_name(mask)}.scores must return a float tensor [{rows * cols}]; got {got}")
-    if not scores.isfinite().all():
+    if not math.isfinite(scores.sum()) and not scores.isfinite().all():  # the sum alone takes a third of the time
         raise UsageError(f"mask: {class_name(mask)}.scores must return finite numbers; got infinity or NaN")
     return scores.float()
