@@ -190,11 +190,13 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     assert "unexpected_keys=[]" in capsys.readouterr().out
 
 
-def test_the_source_of_the_data_page(tmp_path):
-    (code,) = [block for _, block in FENCE.findall((ROOT / "docs" / "data.md").read_text()) if "class Cells" in block]
+def test_the_source_of_the_plugins_page(tmp_path):
+    (code,) = [
+        block for _, block in FENCE.findall((ROOT / "docs" / "plugins.md").read_text()) if "class Cells" in block
+    ]
     (tmp_path / "cells.py").write_text(code)
-    np.save(tmp_path / "cells.npy", np.arange(2 * 6 * 8, dtype=np.uint8).reshape(2, 6, 8))
-    given = {"_target_": f"{tmp_path}/cells.py:Cells", "file": f"{tmp_path}/cells.npy"}
+    np.save(tmp_path / "cells.npy", np.arange(2 * 6 * 8, dtype=np.uint8).reshape(2, 1, 6, 8))
+    given = {"_target_": f"{tmp_path}/cells.py:Cells", "images": f"{tmp_path}/cells.npy"}
     source = create_own(given, "data.source", PixelFormat(in_chans=1))
     assert len(source) == 2
     assert source.describe(1) == "cell 1"
