@@ -7,7 +7,6 @@ less.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import resource
@@ -15,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torchvision.transforms import v2
 
 from fcmae.bench import feed, photos
 from fcmae.bench.feed import FeedResult
-from fcmae.bench.measure import machine, parse
+from fcmae.bench.measure import machine, parse, write_report
 from fcmae.bench.stages import Stages, measure_stages
 from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
@@ -38,7 +37,6 @@ from fcmae.data.prepare.command import MANIFEST_FILE, prepare
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.distributed import pick_device
-from fcmae.files import write_output
 from fcmae.grid import grid_size
 
 BASELINE = "baseline"
@@ -119,23 +117,17 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
             print(line, flush=True)
         report: dict[str, Any] = {
             "machine": where,
-            "config": asdict(cfg),
+            "config": cfg,
             "workers": workers,
             "photos": origin,
-            "results": [asdict(result) for result in results],
+            "results": results,
             "feeds": [],
         }
-        _write(report, json_file)
+        write_report(json_file, **report)
         for result in feed_models(cfg, configs, workers, device):
-            report["feeds"].append(asdict(result))
-            _write(report, json_file)
+            report["feeds"].append(result)
+            write_report(json_file, **report)  # after every row, so that it stays if a later one fails
     return results
-
-
-def _write(report: dict[str, Any], json_file: Path | None) -> None:
-    """After every row: what was measured is not lost when the rest isn't."""
-    if json_file is not None:
-        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
 
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fcmae.bench.measure import synchronize
 from fcmae.config import DataConfig, LoaderConfig, OptimConfig
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalize, pretrain_transform
@@ -134,7 +135,7 @@ def _speed(
     """Images a second over so many seconds, after some steps of warm-up."""
     for batch in itertools.islice(batches, warm_up):
         step(batch)
-    _synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     count = 0
     for batch in batches:
@@ -142,10 +143,5 @@ def _speed(
         count += 1
         if time.perf_counter() - began > seconds:
             break
-    _synchronize(device)
+    synchronize(device)
     return count * batch_size / (time.perf_counter() - began)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -4,7 +4,6 @@ The floor of a kernel is its traffic, each input read once and each output writt
 device-to-device copy measured in the same run.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fcmae import precision
-from fcmae.bench.measure import check_models, copy_bandwidth, machine, median_ms, parse
+from fcmae.bench.measure import check_models, copy_bandwidth, machine, median_ms, parse, write_report
 from fcmae.config import check
 from fcmae.config.checks import check_one_of
 from fcmae.engines import convnext
 from fcmae.errors import UsageError
-from fcmae.files import write_output
 from fcmae.kernels import gelu_grn, neighbors
 from fcmae.masks.patches import grid_size, len_keep
 from fcmae.models import create_backbone
@@ -79,10 +77,8 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
             f"{result.ms:8.4f} {result.floor_ms:8.4f} {result.ratio:6.2f}",
             flush=True,
         )
-    if json_file is not None:
-        rows = [{**asdict(result), "ratio": result.ratio} for result in results]
-        report = {"machine": where, "copy_gb_per_second": bandwidth / 1e9, "config": asdict(cfg), "results": rows}
-        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
+    rows = [{**asdict(result), "ratio": result.ratio} for result in results]
+    write_report(json_file, machine=where, copy_gb_per_second=bandwidth / 1e9, config=cfg, results=rows)
     return results
 
 

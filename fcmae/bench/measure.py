@@ -1,12 +1,16 @@
 """What every benchmark needs: honest times, the machine's own ceilings, and which machine it was."""
 
 import datetime
+import itertools
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fcmae.config import check, from_dict
 from fcmae.errors import ConfigError, UsageError
+from fcmae.files import write_output
 from fcmae.models import FCMAE
 
 CACHE_BYTES = 2**28
@@ -94,6 +99,36 @@ def median_ms(call: Callable[[], object], device: torch.device, repeats: int = 2
         events.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events[warm_up:])
+
+
+def median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
+    """Median time between the ends of consecutive steps, as training sees it: the host's launches count."""
+    synchronize(device)
+    if device.type == "cpu":
+        ends = [time.perf_counter()]
+        for i in range(repeats):
+            step(i)
+            ends.append(time.perf_counter())
+        return 1e3 * statistics.median(b - a for a, b in itertools.pairwise(ends))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for i in range(repeats):
+        step(i)
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def write_report(json_file: Path | None, **report: Any) -> None:
+    """Writes a benchmark's JSON if asked; dataclasses in it become objects."""
+    if json_file is not None:
+        write_output("--json", json_file, json.dumps(report, indent=1, default=asdict) + "\n")
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -5,7 +5,6 @@ It starts a process for each GPU itself; started by torchrun or srun, it measure
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from fcmae import distributed, precision, toolchain
 from fcmae import ranks as launch
-from fcmae.bench.measure import check_models, machine, parse
-from fcmae.bench.step import DISTINCT_BATCHES, median_step_ms
+from fcmae.bench.measure import check_models, machine, median_step_ms, parse, write_report
+from fcmae.bench.step import DISTINCT_BATCHES
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
 from fcmae.distributed import World
 from fcmae.errors import UsageError
-from fcmae.files import write_output
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
@@ -106,8 +104,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[Scaling
         report = _spawn(cfg)
     if report is None:
         return []
-    if json_file is not None:
-        write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
+    write_report(json_file, **report)
     return [ScalingResult(**row) for row in report["results"]]
 
 
@@ -128,10 +125,10 @@ def _counts(cfg: ScalingConfig, most: int) -> list[int]:
     powers = itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
     counts = sorted(cfg.ranks or {*powers, most})
     if counts[-1] > most:
-        raise UsageError(f"ranks is {cfg.ranks}; allowed is at most {most}, as many as there are")
+        raise UsageError(f"ranks must be at most {most}, as many as there are; got {cfg.ranks}")
     for count in counts if STRONG in cfg.modes else ():
         if cfg.batch_size % count:
-            raise UsageError(f"batch_size is {cfg.batch_size}; allowed in mode strong is a multiple of {count}")
+            raise UsageError(f"batch_size must be a multiple of {count} in mode strong; got {cfg.batch_size}")
     return counts
 
 

@@ -1,11 +1,9 @@
 """``fcmae bench step``: a whole training step (forward, backward, AdamW) of the engines, side by side in one run."""
 
 import gc
-import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +12,16 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae import precision, toolchain
-from fcmae.bench.measure import check_models, copy_bandwidth, machine, matmul_peak, parse
+from fcmae.bench.measure import (
+    check_models,
+    copy_bandwidth,
+    machine,
+    matmul_peak,
+    median_step_ms,
+    parse,
+    synchronize,
+    write_report,
+)
 from fcmae.bench.profile import profile_step
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
@@ -22,7 +29,6 @@ from fcmae.distributed import pick_device
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.engines.dense import dense
 from fcmae.errors import UsageError
-from fcmae.files import write_output
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
 from fcmae.optim.adamw import create_optimizer
@@ -108,21 +114,11 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     print(f"{'model':17} {'engine':9} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
           f"{'of peak':>7} {'start s':>7}")  # fmt: skip
     results: list[StepResult] = []
-
-    def write() -> None:
-        if json_file is not None:
-            report = {
-                "machine": where,
-                "matmul_tflops": peak / 1e12,
-                "copy_gb_per_second": bandwidth / 1e9,
-                "config": asdict(cfg),
-                "results": [asdict(result) for result in results],
-            }
-            write_output("--json", json_file, json.dumps(report, indent=1) + "\n")
-
+    ceilings = {"matmul_tflops": peak / 1e12, "copy_gb_per_second": bandwidth / 1e9}
     for result in _measure_all(cfg, device):
         results.append(result)
-        write()  # what was measured stays, should a later engine fail
+        # Here, so that what was measured stays if a later engine fails.
+        write_report(json_file, machine=where, **ceilings, config=cfg, results=results)
         print(_row(result, peak), flush=True)
         if result.kernel_ms:
             print("  " + _where_time_goes(result, bandwidth), flush=True)
@@ -189,7 +185,7 @@ def _measure(
 
     began = time.perf_counter()
     step(0)
-    _synchronize(device)
+    synchronize(device)
     compile_seconds = time.perf_counter() - began
     for i in range(cfg.warm_up):
         step(i)
@@ -222,34 +218,6 @@ def _measure(
         kernel_ms,
         traffic / kernel_ms["depthwise"] / 1e6 if kernel_ms and engine == "packed" else None,
     )
-
-
-def median_step_ms(step: Callable[[int], None], repeats: int, device: torch.device) -> float:
-    """Median time between the ends of consecutive steps, as training sees it: the host's launches count."""
-    _synchronize(device)
-    if device.type == "cpu":
-        ends = [time.perf_counter()]
-        for i in range(repeats):
-            step(i)
-            ends.append(time.perf_counter())
-        return 1e3 * _median(b - a for a, b in itertools.pairwise(ends))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for i in range(repeats):
-        step(i)
-        events[i + 1].record()
-    torch.cuda.synchronize()
-    return _median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-
-
-def _median(values: Iterator[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _workload(

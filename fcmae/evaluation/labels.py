@@ -33,7 +33,7 @@ def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[i
         for one, other in itertools.pairwise(in_order):
             if Path(names[one]).name == Path(names[other]).name:
                 several = f"{names[one]} and {names[other]}, whose file names have no order"
-                raise UsageError(f"labels {path} is a list, but there are {several}; allowed is an object or a .csv")
+                raise UsageError(f"labels {path} must be an object or a .csv: there are {several}")
         of_image = dict(zip(in_order, given, strict=True))
     else:
         of_image = {index: given[entry] for index, entry in enumerate(_entries(given, names, path))}
@@ -54,7 +54,7 @@ def _read(path: Path) -> list[Any] | dict[str, Any]:
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UsageError(f"labels {path} cannot be read: {error}") from error
     if not isinstance(given, (list, dict)):
-        raise UsageError(f"labels {path} holds a {type(given).__name__}; allowed is a list or an object")
+        raise UsageError(f"labels {path} must hold a list or an object; got a {type(given).__name__}")
     return given
 
 
@@ -97,5 +97,5 @@ def _number(value: Any, numbers: dict[str, int], path: Path) -> int:
     decimal = isinstance(value, str) and value.isdecimal() and len(value) < 20
     number = int(value) if type(value) is int or decimal else -1
     if not 0 <= number < len(numbers):
-        raise UsageError(f"labels {path} has the class {value!r}; allowed is a class's name or 0 to {len(numbers) - 1}")
+        raise UsageError(f"labels {path}: a class must be its name or 0 to {len(numbers) - 1}; got {value!r}")
     return number

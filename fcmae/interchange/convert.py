@@ -10,10 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 from fcmae.checkpoints.checkpoint import describe
-from fcmae.errors import DiskError, ExportError, FCMAEError, UsageError, WeightsError
+from fcmae.errors import DiskError, ExportError, UsageError
 from fcmae.files import check_output, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
 from fcmae.interchange.network import Check, Given, Network
+from fcmae.interchange.weights import explained
 
 IMPORTS: dict[str, ModuleType] = {
     "official": official,
@@ -49,7 +50,7 @@ def export(
     Raises UsageError for a network that the format cannot hold; ExportError if the outputs differ.
     """
     if to not in EXPORTS:
-        raise UsageError(f"--to is {to!r}; allowed is one of {', '.join(EXPORTS)}")
+        raise UsageError(f"--to must be one of {', '.join(EXPORTS)}; got {to!r}")
     with _new_folder(Path(folder)) as temporary:
         network = Network.read(checkpoint, ema)
         print(describe(network.path, network.state), file=sys.stderr, flush=True)
@@ -59,7 +60,7 @@ def export(
             IMPORTS[to].export(network, temporary)
             result = IMPORTS[to].check(network, temporary) if check else Check("--no-check", None)
             if result.error is not None and not result.error <= TOLERANCE:
-                raise ExportError(f"{result}; allowed is {TOLERANCE:g}")
+                raise ExportError(f"{result}; must be at most {TOLERANCE:g}")
         model_card.write(network, temporary, to, result, license_name)
     return result
 
@@ -80,17 +81,12 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
     Raises WeightsError naming the keys that are missing, left over, or of another shape.
     """
     if library not in IMPORTS:
-        raise UsageError(f"--from is {library!r}; allowed is one of {', '.join(IMPORTS)}")
+        raise UsageError(f"--from must be one of {', '.join(IMPORTS)}; got {library!r}")
     if os.path.lexists(out):
         raise UsageError(f"--out {out} exists; name a file that is new")
     check_output("--out", out)
-    try:
+    with explained(Path(path), f"weights of {library} as they should be"):
         imported = IMPORTS[library].load(Path(path), given or Given())
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, FCMAEError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise WeightsError(f"{path} does not hold weights of {library} as they should be ({reason})") from error
     try:
         imported.write(Path(out), library)
     except OSError as error:
@@ -99,12 +95,10 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
 
 
 def _export_onnx(network: Network, folder: Path, check: bool, options: dict[str, bool]) -> Check:
-    difference = onnx_format.export(network.model, network.cfg.data, folder, check=check, **options)
-    if not check:
-        return Check("--no-check", None)
-    if difference is None:
-        return Check("onnxruntime is not installed: pip install 'fcmae[onnx]'", None)
-    return Check(f"onnxruntime {importlib.metadata.version('onnxruntime')}", difference)
+    error = onnx_format.export(network.model, network.cfg.data, folder, check=check, **options)
+    if error is None:
+        return Check("onnxruntime is not installed: pip install 'fcmae[onnx]'" if check else "--no-check", None)
+    return Check(f"onnxruntime {importlib.metadata.version('onnxruntime')}", error)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from fcmae.checkpoints.checkpoint import State
 from fcmae.checkpoints.encoder import TASK
 from fcmae.config import PretrainConfig, to_dict
 from fcmae.config.unset import UNSET
-from fcmae.errors import FCMAEError, WeightsError
+from fcmae.errors import WeightsError
 from fcmae.interchange import official, timm_format, transformers_format
 from fcmae.interchange.network import Given, Imported
-from fcmae.interchange.weights import read_json
+from fcmae.interchange.weights import explained, read_json
 
 HUB = "timm:"
 OFFICIAL_LICENSE = "cc-by-nc-4.0"
@@ -49,13 +49,8 @@ def read_foreign(name: str) -> State:
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB), origin)
     path = Path(name)
-    try:
+    with explained(path, "the weights of a ConvNeXt"):
         imported, library = _load(path)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, FCMAEError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise WeightsError(f"{path} does not hold the weights of a ConvNeXt ({reason})") from error
     if library == "official":
         origin["license"] = OFFICIAL_LICENSE
     return _state(imported, library, origin)

@@ -166,6 +166,11 @@ class Network:
             outputs["logits"] = twin.forward_head(features)
         return outputs
 
+    def compared(self, library: str, theirs: dict[str, Tensor]) -> "Check":
+        """What another library makes of :meth:`fixed_input`, under names of :meth:`outputs`, against ours."""
+        ours = self.outputs(self.fixed_input())
+        return Check(library, difference((theirs[name], ours[name]) for name in theirs))
+
     def fixed_input(self) -> Tensor:
         """Two normalised images ``[2, C, H, W]`` of noise, always the same."""
         generator = torch.Generator().manual_seed(0)
@@ -189,9 +194,10 @@ class Check:
         return f"checked with {self.library}: largest difference {self.error:.1e}"
 
 
-def difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The largest difference in (theirs, ours), as a share of ours' largest magnitude or of 1."""
-    return max(((theirs.float() - ours).abs().max() / ours.abs().max().clamp(min=1)).item() for theirs, ours in pairs)
+def difference(pairs: Iterable[tuple[Tensor, Tensor]], least: float = 1.0) -> float:
+    """The largest difference in (theirs, ours), as a share of the largest magnitude in ours, or of ``least``."""
+    shares = ((theirs.float() - ours).abs().max() / ours.abs().max().clamp(min=least) for theirs, ours in pairs)
+    return max(share.item() for share in shares)
 
 
 @dataclass(frozen=True)

@@ -26,25 +26,8 @@ from fcmae.config import (
     upgraded,
 )
 from fcmae.errors import WeightsError
-from fcmae.interchange.network import (
-    Check,
-    Given,
-    Imported,
-    Network,
-    Structure,
-    difference,
-    empty_classifier,
-    empty_fcmae,
-)
-from fcmae.interchange.weights import (
-    HEAD_NORM,
-    StateDict,
-    as_float32,
-    read,
-    same_values,
-    translate,
-    without_head_norm,
-)
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, empty_fcmae
+from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, same_values, translate, without_head_norm
 
 STEM_STRIDE = 4
 STRIDES = (4, 2, 2, 2)
@@ -219,11 +202,9 @@ def check(network: Network, folder: Path) -> Check:
     absent = set() if network.classes else set(HEAD_NORM)
     translate(weights, model.state_dict(), {name: name for name in model.state_dict() if name not in absent}, "timm")
     model.load_state_dict(weights, strict=False)
-    imgs = network.fixed_input()
-    ours, theirs = network.outputs(imgs), network.outputs(imgs, model)
     _check_sparse(network, folder / sparse_file(network))
     reader = f"timm {timm.__version__}'s reader of official files"
-    return Check(reader, difference((theirs[name], ours[name]) for name in ours))
+    return network.compared(reader, network.outputs(network.fixed_input(), model))
 
 
 def _check_sparse(network: Network, file: Path) -> None:
@@ -285,9 +266,7 @@ def _structure(weights: StateDict, prefix: str = "", kernel: str = "weight") -> 
     """
     stem_weight = _get(weights, f"{prefix}downsample_layers.0.0.weight")
     if stem_weight.shape[2:] != (STEM_STRIDE, STEM_STRIDE):
-        raise WeightsError(
-            f"{prefix}downsample_layers.0.0.weight is {list(stem_weight.shape)}; allowed is [C, C, 4, 4]"
-        )
+        raise WeightsError(f"{prefix}downsample_layers.0.0.weight must be [C, C, 4, 4]; got {list(stem_weight.shape)}")
     depthwise = [_get(weights, f"{prefix}stages.{stage}.0.dwconv.{kernel}") for stage in range(4)]
     return Structure(
         version=2 if any(".grn." in name for name in weights) else 1,

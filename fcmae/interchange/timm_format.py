@@ -3,29 +3,18 @@
 It holds ``model.safetensors`` and ``config.json`` with what timm calls pretrained_cfg (timm ``models/_hub.py``).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.engines.convnext import stem
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import (
-    Check,
-    Given,
-    Imported,
-    Network,
-    Structure,
-    count_classes,
-    difference,
-    empty_classifier,
-)
-from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, read_folder, read_json, translate
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, count_classes, empty_classifier
+from fcmae.interchange.weights import HEAD_NORM, StateDict, read_file, read_folder, read_json, translate, write_folder
 from fcmae.models.backbone import strides_of
 
 MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
@@ -41,8 +30,7 @@ def export(network: Network, folder: Path) -> None:
             "encoder.safetensors and fcmae.load"
         )
     weights = {name: value.contiguous() for name, value in network.weights.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(network), indent=2) + "\n")
+    write_folder(folder, weights, {"config.json": _config(network)})
 
 
 def _config(network: Network) -> dict[str, Any]:
@@ -83,9 +71,7 @@ def _pretrained_cfg(data: DataConfig, num_classes: int) -> dict[str, Any]:
 def check(network: Network, folder: Path) -> Check:
     """Loads ``folder`` with timm and compares its outputs with ours."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    imgs = network.fixed_input()
-    ours, theirs = network.outputs(imgs), network.outputs(imgs, model)
-    return Check(f"timm {timm.__version__}", difference((theirs[name], ours[name]) for name in ours))
+    return network.compared(f"timm {timm.__version__}", network.outputs(network.fixed_input(), model))
 
 
 def load(path: Path, given: Given) -> Imported:
@@ -94,7 +80,7 @@ def load(path: Path, given: Given) -> Imported:
     A file's architecture is that of a ``config.json`` of timm beside it, or else follows from the tensors.
     """
     folder = path.parent if path.is_file() else path
-    weights = _read_file(path) if path.is_file() else read_folder(folder)
+    weights = read_file(path) if path.is_file() else read_folder(folder)
     config = _config_of_tensors(weights, path) if path.is_file() and not _has_config(folder) else _read_config(folder)
     pretrained = config.get("pretrained_cfg", {})
     args = config.get("model_args") or {}
@@ -120,13 +106,7 @@ def load(path: Path, given: Given) -> Imported:
 
 def is_timm(path: Path) -> bool:
     """Whether a file of weights has timm's names. Raises WeightsError if it cannot be read."""
-    content = read(path)
-    return "stem.0.weight" in next((content[key] for key in ("state_dict", "model") if key in content), content)
-
-
-def _read_file(path: Path) -> StateDict:
-    content = read(path)
-    return as_float32(next((content[key] for key in ("state_dict", "model") if key in content), content), path)
+    return "stem.0.weight" in read_file(path)
 
 
 def _has_config(folder: Path) -> bool:

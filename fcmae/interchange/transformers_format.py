@@ -5,31 +5,20 @@ values follow ``models/convnextv2`` of Transformers 4 and 5, which agree. Tensor
 the same files.
 """
 
-import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import (
-    Check,
-    Given,
-    Imported,
-    Network,
-    Structure,
-    count_classes,
-    difference,
-    empty_classifier,
-)
-from fcmae.interchange.weights import StateDict, read_folder, read_json, translate
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, count_classes, empty_classifier
+from fcmae.interchange.weights import StateDict, read_folder, read_json, translate, write_folder
 
 MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
 DINOV3 = "dinov3_convnext"
@@ -95,12 +84,8 @@ def export(network: Network, folder: Path) -> None:
             "has no layer there: export it to timm or onnx"
         )
     weights = to_transformers(network.weights, structure.version)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for file, content in (
-        ("config.json", config(structure, network)),
-        ("preprocessor_config.json", preprocessor_config(network.cfg.data)),
-    ):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    processor = preprocessor_config(network.cfg.data)
+    write_folder(folder, weights, {"config.json": config(structure, network), "preprocessor_config.json": processor})
 
 
 def config(structure: Structure, network: Network) -> dict[str, Any]:
@@ -172,13 +157,10 @@ def check(network: Network, folder: Path) -> Check:
     model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     if any(info.values()):
         raise WeightsError(f"Transformers reports of {folder}: {info}")
-    imgs = network.fixed_input()
     with torch.inference_mode():
-        out = model.eval()(imgs, output_hidden_states=True)
-    ours = network.outputs(imgs)
-    pairs = [(out.hidden_states[-1], ours["features"])]
-    pairs += [(out.logits, ours["logits"])] if network.classes else [(out.pooler_output, ours["pooled"])]
-    return Check(f"transformers {transformers.__version__}", difference(pairs))
+        out = model.eval()(network.fixed_input(), output_hidden_states=True)
+    head = {"logits": out.logits} if network.classes else {"pooled": out.pooler_output}
+    return network.compared(f"transformers {transformers.__version__}", {"features": out.hidden_states[-1], **head})
 
 
 def load(folder: Path, given: Given) -> Imported:
@@ -233,13 +215,13 @@ def _structure(content: dict[str, Any], folder: Path, num_classes: int) -> Struc
     model_type, act = content.get("model_type"), content.get("hidden_act", "gelu")
     if model_type not in versions or act != "gelu":
         raise WeightsError(
-            f"{folder}/config.json has model_type {model_type!r} and hidden_act {act!r}; allowed is "
+            f"{folder}/config.json has model_type {model_type!r} and hidden_act {act!r}; must be "
             f"{' or '.join(versions)} with gelu"
         )
     patch_size = content.get("patch_size", 4)
     sides = set(patch_size) if isinstance(patch_size, list) else {patch_size}
     if len(sides) != 1 or not sides <= {1, 4}:
-        raise WeightsError(f"{folder}/config.json has patch_size {patch_size}; allowed is 1 or 4, the stems timm has")
+        raise WeightsError(f"{folder}/config.json has patch_size {patch_size}; must be 1 or 4, the stems of timm")
     return Structure(
         version=versions[model_type],
         in_chans=content.get("num_channels", 3),

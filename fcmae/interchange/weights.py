@@ -1,17 +1,18 @@
 """State dicts and files of weights, whatever the library: read without running code, translated strictly."""
 
+import contextlib
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fcmae.checkpoints import torch_file
-from fcmae.errors import WeightsError
+from fcmae.errors import FCMAEError, WeightsError
 from fcmae.opening import open_regular, read_regular
 
 StateDict = dict[str, Tensor]
@@ -41,7 +42,7 @@ def read(path: Path) -> dict:
         reason = getattr(error, "strerror", None) or reason
         raise WeightsError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}; allowed is a dict")
+        raise WeightsError(f"{path} must hold a dict; got a {type(content).__name__}")
     return content
 
 
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}; expected an object")
+        raise WeightsError(f"{path} must hold an object; got a {type(content).__name__}")
     return content
 
 
@@ -64,12 +65,37 @@ def as_float32(weights: Mapping[str, object], where: Path) -> StateDict:
     return {name: value.float() for name, value in weights.items() if isinstance(value, Tensor)}
 
 
+def read_file(path: Path) -> StateDict:
+    """The weights in a file, which may have them under ``state_dict`` or ``model``. Raises WeightsError."""
+    content = read(path)
+    return as_float32(next((content[key] for key in ("state_dict", "model") if key in content), content), path)
+
+
 def read_folder(folder: Path) -> StateDict:
     """The weights in a directory of the hub, ``model.safetensors`` or ``pytorch_model.bin``. Raises WeightsError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return as_float32(read(folder / name), folder / name)
     raise WeightsError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def write_folder(folder: Path, weights: StateDict, configs: Mapping[str, Any]) -> None:
+    """A directory of the hub: ``model.safetensors`` and JSON files by name."""
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name, content in configs.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """In this block an error that wrong content causes is a WeightsError: ``path`` does not hold ``what``."""
+    try:
+        yield
+    except FCMAEError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(f"{path} does not hold {what} ({reason})") from error
 
 
 def same_values(value: Tensor, like: Tensor) -> Tensor:

@@ -68,3 +68,22 @@ def test_packed_follows_the_masked_curve(dtype, tolerance):
     print(f"\n{dtype}: losses {masked[0]:.4f} to {masked[-1]:.4f}, largest relative difference {difference:.1e}")
     assert masked[-1] < 0.5 * masked[0]
     assert difference < tolerance
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_cuda_graph_fills_the_parts_of_a_loss(accumulate):
+    layer = torch.nn.Linear(8, 2).cuda()
+
+    def run(batch, _):
+        output = layer(batch[0])
+        parts = {"loss_size": output.square().mean(), "loss_sum": output.sum(1).abs().mean()}
+        loss = sum(parts.values())
+        loss.backward()
+        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    graphed, eager = GraphedBackward(run, layer, accumulate), EagerBackward(run, layer)
+    for batch in torch.randn(3, 4, 8, device="cuda"):
+        expected = {name: value.clone() for name, value in eager([batch]).items()}
+        layer.zero_grad(set_to_none=not accumulate)
+        graphed.start_step()
+        assert all(value.equal(expected[name]) for name, value in graphed([batch]).items())

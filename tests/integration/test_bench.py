@@ -134,7 +134,7 @@ def test_a_mistake_about_data_is_named(override, message, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ranks=[3]", "batch_size is 256; allowed in mode strong is a multiple of 3"),
+        ("ranks=[3]", "batch_size must be a multiple of 3 in mode strong; got 256"),
         ("ranks=[0]", "ranks must be positive integers; got [0]"),
         ("modes=[strange]", "modes must be some of weak, strong; got 'strange'"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),

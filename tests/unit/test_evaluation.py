@@ -131,10 +131,10 @@ def test_labels_are_found_by_name_or_order(tmp_path, name, content):
     [
         ("l.json", "[[1]]", "has 1 entries for 3 images"),
         ("l.json", "{", "cannot be read"),
-        ("l.json", "3", "holds a int; allowed is a list or an object"),
+        ("l.json", "3", "must hold a list or an object; got a int"),
         ("l.csv", "1.png,cat\n2.png,dog", "has no entry for val/a/3.png"),
-        ("l.csv", "1.png,cow\n2.png,dog\n3.png,cat", "has the class 'cow'; allowed is a class's name or 0 to 1"),
-        ("l.csv", "1.png,2\n2.png,dog\n3.png,cat", "has the class '2'"),
+        ("l.csv", "1.png,cow\n2.png,dog\n3.png,cat", "a class must be its name or 0 to 1; got 'cow'"),
+        ("l.csv", "1.png,2\n2.png,dog\n3.png,cat", "got '2'"),
         ("l.json", "[[], [], []]", "has no class for any image"),
         ("l.csv", "1.png,cat\n2.png,dog\n3.png,cat\n1.png,dog", "cannot be read: 1.png is there twice"),
         ("l.json", '{"1.png": 0, "1.png": 1}', "cannot be read: 1.png is there twice"),
@@ -362,5 +362,5 @@ def test_features_that_are_not_finite_are_near_to_nothing(capsys):
 
 def test_true_is_no_class(tmp_path):
     (tmp_path / "l.json").write_text('{"1.png": true, "2.png": 0, "3.png": 0}')
-    with pytest.raises(UsageError, match="has the class True"):
+    with pytest.raises(UsageError, match="got True"):
         read_accepted(tmp_path / "l.json", Named(), ["cat", "dog"])

@@ -146,7 +146,7 @@ def test_configs_that_do_not_fit_are_refused(exported, tmp_path):
     for change, message in (
         ({"model_type": "resnet"}, "model_type 'resnet'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"patch_size": 2}, "patch_size 2; allowed is 1 or 4"),
+        ({"patch_size": 2}, "patch_size 2; must be 1 or 4"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(WeightsError, match=message):
