@@ -63,7 +63,7 @@ def test_kernels_need_a_gpu(capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm; got 'sparse'"),
+        ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm, dense; got 'sparse'"),
         ("batch=3", "batch: unknown key; must be one of models, engines"),
         ("repeats=0", "repeats must be a positive integer; got 0"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),
