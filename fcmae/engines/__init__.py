@@ -25,14 +25,14 @@ class Engine(Protocol):
             not drop paths (ValueError). What its ``set_grad_checkpointing`` says is added to ``recompute_stages``.
         imgs: ``[N, C, H, W]``, sides multiples of ``patch_size``.
         mask: bool ``[N, L]``, True = masked, ``keep`` visible patches in every row.
-        keep: V, the visible patches of an image.
-        patch_size: pixels a side of a mask patch, a multiple of the backbone's total stride.
+        keep: V, visible patches per image.
+        patch_size: pixels per side of a mask patch, a multiple of the backbone's total stride.
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
         compiled: by torch.compile, region by region (:mod:`fcmae.engines.regions`).
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
     Returns:
-        ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites a side.
+        ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites per side.
     """
 
     def __call__(
@@ -58,11 +58,11 @@ HOST_BOUND = ("minkowski",)
 def get_engine(name: str, device: str = "cpu") -> Engine:
     """The engine of that name.
 
-    Raises ValueError, naming the engines there are, for another name; ImportError, saying how to get it, for one that
-    is not installed or not for that type of device.
+    Raises ValueError for an unknown name; ImportError, saying how to install it, for an engine that does not run here
+    on that type of device.
     """
     if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}; allowed is one of {', '.join(ENGINES)}")
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
     if name == "minkowski":
         load_minkowski(device)
     return ENGINES[name]

@@ -79,7 +79,7 @@ def downsampling(backbone: ConvNeXt) -> Iterator[nn.Conv2d]:
 
 
 def total_stride(backbone: ConvNeXt) -> int:
-    """Pixels a side of what one site of the last stage stands for: 32 for the published models."""
+    """Pixels per side that one site of the last stage stands for: 32 for the published models."""
     stride = 1
     for conv in downsampling(backbone):
         stride *= conv.stride[0]
@@ -97,11 +97,12 @@ def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def patchwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution whose kernel k equals its stride: ``[N, V, S, S, C]`` to ``[N, V, S / k, S / k, D]``."""
-    n, v, size, _, c = x.shape
+    """A convolution whose kernel k equals its stride: ``[..., H, W, C]`` to ``[..., H / k, W / k, D]``."""
+    *outer, height, width, c = x.shape
     k = conv.stride[0]
-    x = x.view(n, v, size // k, k, size // k, k, c).transpose(3, 4).reshape(n, v, size // k, size // k, k * k * c)
-    # Of a 1 x 1 kernel nothing is to be reordered, and the gradient would get other strides than the parameter.
+    x = x.unflatten(-2, (width // k, k)).unflatten(-4, (height // k, k)).transpose(-4, -3)
+    x = x.reshape(*outer, height // k, width // k, k * k * c)
+    # A 1 x 1 kernel stays in its order: otherwise the gradient gets other strides than the parameter.
     weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
     return kernels.linear(x, weight.flatten(1), conv.bias)
 
@@ -144,16 +145,16 @@ def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
 
 
 def _images(x: Tensor, grn_scope: str) -> Tensor:
-    """``[N, R, C]``, the R sites of every image, or with scope ``batch`` all of them as those of one."""
+    """``[N, R, C]``, the R sites of every image; with scope ``batch`` all sites as one image."""
     return x.flatten(1, -2) if grn_scope == "image" else x.flatten(0, -2).unsqueeze(0)
 
 
 def check_backbone(backbone: nn.Module) -> None:
     """Raises ValueError, naming the layer, unless the engines can run ``backbone`` over visible patches."""
     if not isinstance(backbone, ConvNeXt):
-        raise ValueError(f"backbone is a {type(backbone).__name__}; allowed is a ConvNeXt of timm (V1 or V2)")
+        raise ValueError(f"backbone must be a ConvNeXt of timm (V1 or V2); got {type(backbone).__name__}")
     if len(backbone.stem) != 2:
-        raise ValueError("backbone.stem overlaps patches (timm's stem_type 'overlap*'); allowed is stem_type='patch'")
+        raise ValueError("backbone.stem must have timm's stem_type 'patch'; got one whose convolutions overlap patches")
     norms = {"stem.1": backbone.stem[1]}
     for name, module in backbone.named_modules():
         if isinstance(module, ConvNeXtStage) and isinstance(module.downsample, nn.Sequential):
@@ -162,11 +163,11 @@ def check_backbone(backbone: nn.Module) -> None:
             norms[f"{name}.norm"] = module.norm
             conv = module.conv_dw
             if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.kernel_size[0] % 2 == 0:
-                raise ValueError(f"backbone.{name}.conv_dw is {conv}; allowed is an odd kernel, stride 1, no dilation")
+                raise ValueError(f"backbone.{name}.conv_dw must have an odd kernel, stride 1, no dilation; got {conv}")
     for conv in downsampling(backbone):
         plain = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.padding == (0, 0)
         if not plain or conv.stride[0] != conv.stride[1]:
-            raise ValueError(f"backbone has {conv} between stages; allowed is {PATCHWISE_CONV}")
+            raise ValueError(f"backbone must downsample by {PATCHWISE_CONV}; got {conv}")
     for name, norm in norms.items():
         if not isinstance(norm, nn.LayerNorm):
-            raise ValueError(f"backbone.{name} is {type(norm).__name__}; allowed is LayerNorm")
+            raise ValueError(f"backbone.{name} must be LayerNorm; got {type(norm).__name__}")

@@ -1,8 +1,8 @@
 """The dense engine: a timm ConvNeXt over whole images, for fine-tuning and evaluation, on the packed engine's kernels.
 
 On a GPU the sites of every stage are kept in square tiles ``[N, V, S, S, C]``, as the packed engine keeps visible
-patches, so that its kernels serve here too. A stage's tile is chosen for the speed of the depthwise kernels alone;
-between stages the sites are laid out again. Elsewhere sites are ``[N, H, W, C]``.
+patches, so that the same kernels run. A stage's tile is chosen for the speed of the depthwise kernels; between
+stages the sites are laid out again. Elsewhere sites are ``[N, H, W, C]``.
 """
 
 import functools
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
-from fcmae import kernels
 from fcmae.engines import convnext
 from fcmae.engines.regions import recomputed, region
 from fcmae.kernels import Neighbors, neighbors, packed_depthwise, precompile
@@ -36,13 +35,11 @@ class Layout(NamedTuple):
 def dense(
     backbone: ConvNeXt, imgs: Tensor, *, compiled: bool = False, recompute_stages: Collection[int] = ()
 ) -> list[Tensor]:
-    """The features of every stage, as timm computes them.
-
-    Drop path is the backbone's own modules'. Differs from timm's forward by rounding alone.
+    """The features of every stage, as timm computes them, up to rounding. Drops paths as the backbone's modules do.
 
     Args:
         backbone: a timm ConvNeXt that passed :func:`fcmae.engines.check_backbone`.
-        imgs: ``[N, C, H, W]``; what is left of a side beyond a multiple of a stride is ignored, as by timm.
+        imgs: ``[N, C, H, W]``; a side's remainder beyond a multiple of a stride is ignored, as by timm.
         compiled: by torch.compile, region by region.
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
@@ -70,7 +67,7 @@ def dense(
 
 
 def _layouts(backbone: ConvNeXt, imgs: Tensor) -> Iterator[Layout]:
-    """That of every stage."""
+    """The layout of every stage."""
     stride = convnext.stem(backbone)[0].stride[0]
     height, width = imgs.shape[-2] // stride, imgs.shape[-1] // stride
     for stage in convnext.stages(backbone):
@@ -114,12 +111,8 @@ def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, before: Layout, 
 
 def _strided(x: Tensor, conv: nn.Conv2d, layout: Layout) -> Tensor:
     """A convolution whose kernel k equals its stride: ``[N, H, W, C]`` to the sites of ``layout``."""
-    k, c = conv.stride[0], x.shape[-1]
-    x = x[:, : layout.height * k, : layout.width * k]
-    x = x.unflatten(2, (layout.width, k)).unflatten(1, (layout.height, k)).transpose(2, 3)
-    x = x.reshape(-1, layout.height, layout.width, k * k * c)
-    weight = conv.weight.permute(0, 2, 3, 1) if k > 1 else conv.weight
-    return _tiled(kernels.linear(x, weight.flatten(1), conv.bias), layout)
+    k = conv.stride[0]
+    return _tiled(convnext.patchwise_conv(x[:, : layout.height * k, : layout.width * k], conv), layout)
 
 
 def _tiled(x: Tensor, layout: Layout) -> Tensor:

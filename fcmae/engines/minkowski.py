@@ -1,9 +1,9 @@
 """The minkowski engine: the backbone's weights run by MinkowskiEngine, as the official code runs its own.
 
-MinkowskiEngine (Choy et al., arXiv 1904.08755) keeps a sparse tensor as a matrix of features, one row a site, with a
-matrix of coordinates, and finds neighbours by hashing them. The order of the rows is its own affair. It convolves in
-float32 or float64, so its layers stay out of autocast. Several threads, or a GPU, list the neighbours in another order
-each time: not the same bits twice.
+MinkowskiEngine (Choy et al., arXiv 1904.08755) keeps a sparse tensor as a matrix of features, one row per site, with a
+matrix of coordinates, and finds neighbours by hashing them. The order of the rows is undefined. It convolves in float32
+or float64, so its layers do not use autocast. With several threads, or on a GPU, the order of the neighbours changes,
+so results are not the same to the bit.
 
 The coordinates here are (image, column, row). MinkowskiEngine numbers a kernel's offsets with the first coordinate
 fastest, so that they are in the order of torch's ``[ky, kx]``: its kernels are timm's weights, reshaped in every call.
@@ -30,7 +30,7 @@ INSTALLER = "launch/install_minkowski.sh"
 
 
 def load(device: str = "cpu") -> ModuleType:
-    """MinkowskiEngine. Raises ImportError, in one line, where it isn't there or not built for that type of device."""
+    """MinkowskiEngine. Raises ImportError, in one line, if it is missing or not built for that type of device."""
     try:
         engine = _import()
     except ImportError as error:
@@ -83,8 +83,7 @@ def minkowski(
 ) -> Tensor:
     """Runs ``backbone`` in MinkowskiEngine. See :data:`fcmae.engines.Engine` for the contract.
 
-    There is nothing that torch.compile could work on: with ``compiled`` it runs as it is. Raises ImportError as
-    :func:`load` does.
+    ``compiled`` has no effect: torch.compile cannot compile it. Raises ImportError as :func:`load` does.
     """
     load(imgs.device.type)
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
@@ -168,7 +167,7 @@ def _depthwise(conv: nn.Conv2d, x: Tensor, sites: Sites) -> Tensor:
 
 
 def _call(layer: nn.Module, kernel: Tensor, bias: Tensor | None, x: Tensor, sites: Sites) -> Any:
-    """The SparseTensor that a stock layer of MinkowskiEngine makes with these parameters in the place of its own."""
+    """The SparseTensor that a stock layer of MinkowskiEngine makes with these parameters instead of its own."""
     params = {"kernel": kernel.contiguous()} | ({} if bias is None else {"bias": bias[None]})
     tensor = load().SparseTensor(_float32(x), coordinate_map_key=sites.key, coordinate_manager=sites.manager)
     return torch.func.functional_call(layer, params, (tensor,))

@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 SHAPES = 256
-"""For how many stages of networks and sizes of batches a process may compile a function."""
+"""How often a process may compile a function: once for each stage of a network and size of a batch."""
 
 
 @functools.cache
@@ -29,10 +29,7 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _prepare() -> None:
-    """Sees to a private cache, and raises torch's limit of eight shapes for a function.
-
-    The limit is there to find surprises, and two networks reach it.
-    """
+    """Sets a private cache, and raises torch's limit of eight shapes per function, which two networks reach."""
     use_private_cache()
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, SHAPES)
@@ -40,9 +37,9 @@ def _prepare() -> None:
 
 
 def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
-    """``function``, which keeps its inputs only and is run again in the backward pass, if wanted.
+    """``function``; if wanted, one that keeps only its inputs and runs again in the backward pass.
 
-    Nothing random may happen in it: the generators are left alone, which also lets CUDA graphs record it.
+    It must not draw random numbers: generators are not restored, so that CUDA graphs can record it.
     """
     if not wanted:
         return function
