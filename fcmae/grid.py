@@ -23,7 +23,7 @@ def len_keep(num_patches: int, mask_ratio: float) -> int:
     Raises ValueError if none would stay visible or the ratio is outside [0, 1).
     """
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio is {mask_ratio}; allowed is a number in [0, 1)")
+        raise ValueError(f"mask_ratio must be in [0, 1); got {mask_ratio}")
     keep = int(num_patches * (1 - mask_ratio))
     if keep < 1:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Counter-based randomness: every random number is a function of a seed and of what it is for, not of what ran before.
+"""Counter-based randomness: every random number is a function of a seed and its purpose, not of what ran before.
 
-The crop, flip and mask of a sample follow from (seed, epoch, sample index); what is random in a step (drop path, mixup)
-from (seed, step, position of the sample in the global batch). So a run does not depend on its number of workers, ranks,
+The crop, flip and mask of a sample are functions of (seed, epoch, sample index). Drop path and mixup are functions of
+(seed, step, position of the sample in the global batch). So a run does not depend on its number of workers, ranks,
 micro-batches or restarts.
 """
 
@@ -21,7 +21,7 @@ T = TypeVar("T", int, Tensor)
 
 
 class Stream(IntEnum):
-    """What randomness is for; streams of different purpose never meet."""
+    """What random numbers are for. Two streams never share numbers."""
 
     ORDER = 0
     AUGMENT = 1
@@ -48,7 +48,7 @@ def generator(seed: int, stream: Stream, *counters: int) -> torch.Generator:
 def seed_globals(seed: int, stream: Stream, *counters: int) -> None:
     """Seeds the global CPU generators of Python, NumPy and torch, for libraries that draw from those.
 
-    Whoever relies on a global generator seeds it first.
+    Code that relies on a global generator must seed it first.
     """
     derived = derive(seed, stream, *counters)
     random.seed(derived)
@@ -58,7 +58,7 @@ def seed_globals(seed: int, stream: Stream, *counters: int) -> None:
 
 @contextlib.contextmanager
 def preserved(device: torch.device) -> Iterator[None]:
-    """The global generators, that of ``device`` too, are after this block as they were before it."""
+    """Restores the global generators, also that of ``device``, at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -70,7 +70,7 @@ def preserved(device: torch.device) -> Iterator[None]:
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """What draws for the whole global batch of an optimizer step, the same on every rank."""
+    """The generator for the whole global batch of an optimizer step, the same on every rank."""
     return np.random.Generator(np.random.Philox(derive(seed, Stream.STEP, step)))
 
 

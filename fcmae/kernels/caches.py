@@ -1,4 +1,4 @@
-"""Where compiled code is kept: it is loaded from there and run, so nobody else may write there."""
+"""The folder of compiled code. Code is loaded from it and run, so no other user may write there."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def use_private_cache() -> None:
     """Sets torch.compile's folder for this process and those that it starts, unless the user chose one.
 
-    torch's own choice, ``/tmp/torchinductor_USER``, is a name that others can take first. It stays if it belongs to
-    this user and nobody else can write it. Triton's folder is in it.
+    Another user can create torch's own choice, ``/tmp/torchinductor_USER``, first. It is used if it belongs to this
+    user and nobody else can write it. Triton's folder is inside.
     """
     usual: Path | None = None
     with contextlib.suppress(ImportError):  # private to torch

@@ -1,8 +1,8 @@
-"""Compiles Triton kernels into its cache on disk, side by side, for a GPU that this program does not touch.
+"""Compiles Triton kernels into the cache on disk, in parallel, for a GPU that this program does not open.
 
-``python -m fcmae.kernels.compiler`` reads an order from :mod:`fcmae.kernels.precompile`, a line of JSON, and ends when
-it is done. Kernels are launched on a small image in memory, by processes in which Triton compiles and runs nothing: so
-they need neither the GPU's memory nor the time to open it.
+The program reads an order from :mod:`fcmae.kernels.precompile`, a line of JSON, and ends when it is done. Its processes
+launch kernels on a small image in memory, but Triton only compiles: so they need neither memory of the GPU nor the time
+to open it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from fcmae.kernels.target import Target, pretend
 
 
 def main() -> None:
-    """Serves one order. It makes way for the process that waits, which meanwhile traces."""
+    """Compiles one order, at low priority: the process that waits traces meanwhile."""
     order = json.loads(sys.stdin.readline())
     with contextlib.suppress(OSError):
         os.nice(10)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def compile_only(gpu: GPUTarget) -> None:
-    """From now on a launch in this process compiles for ``gpu`` and does nothing else."""
+    """Makes every launch in this process compile for ``gpu`` and run nothing."""
     driver.set_active(_NoDevice(gpu))
     run = JITFunction.run
 
@@ -52,7 +52,7 @@ def compile_only(gpu: GPUTarget) -> None:
 
 
 class _NoDevice:
-    """Triton's driver, as far as compiling asks it."""
+    """The part of Triton's driver that compiling uses."""
 
     def __init__(self, gpu: GPUTarget) -> None:
         self.gpu = gpu
@@ -68,8 +68,8 @@ class _NoDevice:
 
 
 def _end_with_input(terminate: Callable[[], None]) -> None:
-    """Ends this program, whatever it does, when the one that started it is gone or needs no more."""
-    os.read(sys.stdin.fileno(), 1)  # without the lock of a buffer, which the end of Python would want
+    """Ends this program when the one that started it ends or closes the pipe."""
+    os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock the end of Python needs
     terminate()
     os._exit(0)
 
@@ -113,7 +113,7 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
 }
-"""By the kind of shape; each is called with the shape's fields."""
+"""By the kind of shape. Each function is called with the shape's fields."""
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Depthwise convolution over the visible patches of a masked image.
 
-The visible part of a batch is packed as ``[N, V, S, S, C]``: V patches an image of S x S sites with C channels.
+The visible part of a batch is packed as ``[N, V, S, S, C]``: V patches per image of S x S sites with C channels.
 A k x k depthwise convolution reads across patch borders; sites of masked patches and beyond the image count as zero,
 and outputs exist at visible sites only (the submanifold convolution of SparseConvNet, arXiv 1711.10275).
 
@@ -66,7 +66,7 @@ def packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, where: Neig
         ``[N, V, S, S, C]``, the dtype of ``x`` or of autocast.
     """
     if weight.shape[1] != 1 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; allowed is [C, 1, k, k] with k odd")
+        raise ValueError(f"weight must be [C, 1, k, k] with k odd; got {list(weight.shape)}")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -88,7 +88,7 @@ def _packed_depthwise(
 def _packed_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias; those of weight and bias in float32 at least."""
+    """Gradients of input, weight and bias; of weight and bias in float32 at least."""
     if _use_triton(x, weight):
         grad_weight, grad_bias = depthwise_launch.weight_grad(x, grad, weight.shape[-1], slots, cells)
         return depthwise_launch.input_grad(grad, weight, slots, cells), grad_weight, grad_bias

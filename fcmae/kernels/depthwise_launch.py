@@ -18,20 +18,20 @@ class _Plan(NamedTuple):
     ahead: int
     """Groups of input sites read before they are needed."""
     programs: int
-    """Programs a multiprocessor: what its registers hold at once."""
+    """Programs per multiprocessor, as many as its registers hold at once."""
     tiles_ahead: int = 0
     """How many tiles before its own an input tile is brought into the cache: its lower neighbours need it first."""
     grads_ahead: int = 0
-    """The same of gradients, which only their own tile needs."""
+    """The same for gradients, which only their own tile needs."""
     registers: int | None = None
-    """A thread's at most; None = the compiler decides."""
+    """At most, per thread; None = the compiler decides."""
 
 
 # By patch side, the fastest measured on an H200 and an H100 (bf16, ConvNeXt V2-Base at batch 256, mask ratio 0.6,
 # Triton 3.6) with rows in {1, 2, 4}, ahead in {0, 1, 2, 4}, programs from 4 to 24, tiles_ahead in {0, 1, 3, 8, 16} and
-# grads_ahead in {0, 1, 3}. Slower or no faster: one channel a thread, several warps a program, zeros read for masked
-# neighbours instead of a branch, loads inside the branch or predicated, loads that run ahead into the next tile, which
-# cost the registers of four resident warps, and tiles brought into the first-level cache.
+# grads_ahead in {0, 1, 3}. Slower or no faster: one channel per thread, several warps per program, zeros read for
+# masked neighbours instead of a branch, loads inside the branch or predicated, loads that run ahead into the next tile,
+# which cost the registers of four resident warps, and tiles brought into the first-level cache.
 _FORWARD_PLANS = {
     8: _Plan(2, 1, 8, tiles_ahead=1),
     4: _Plan(4, 1, 8, tiles_ahead=3),
@@ -46,10 +46,10 @@ _WEIGHT_GRAD_PLANS = {
 }
 
 _CHANNELS = 64
-"""Channels a program: one warp with two channels, 4 bytes of bf16, a thread."""
+"""Channels per program: one warp, each thread with two channels, 4 bytes of bf16."""
 
 _TAPS_CHANNELS = 128
-"""Channels a program of the kernel that lays out the taps."""
+"""Channels per program of the kernel that lays out the taps."""
 
 MAX_KERNEL = 7
 """Larger kernels do not leave room in the registers for two channels' taps."""
@@ -118,7 +118,7 @@ def _nvidia(plan: _Plan, x: Tensor) -> dict[str, int]:
 
 
 def _plan(plans: dict[int, _Plan], side: int) -> _Plan:
-    """The measured plan, or for other sides as many rows as 16 sums a channel allow."""
+    """The measured plan, or for other sides as many rows as 16 sums per channel allow."""
     if side in plans:
         return plans[side]
     rows = max(r for r in range(1, side + 1) if side % r == 0 and (r == 1 or r * side <= 16))
@@ -126,7 +126,7 @@ def _plan(plans: dict[int, _Plan], side: int) -> _Plan:
 
 
 def _divide(x: Tensor, plan: _Plan) -> tuple[int, int, tuple[int, int]]:
-    """Number of tiles, tiles a program, and a grid (blocks of channels, ranges of tiles) that fills the GPU once."""
+    """Number of tiles, tiles per program, and a grid (blocks of channels, ranges of tiles) that fills the GPU once."""
     n, v, s, _, c = x.shape
     tiles = n * v * (s // plan.rows)
     blocks = -(-c // _CHANNELS)

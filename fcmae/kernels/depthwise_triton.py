@@ -3,13 +3,13 @@
 Every thread holds two channels and, in float32 registers, all k*k taps of them (weight gradient: all k*k sums), while
 its program walks over a range of output tiles. A tile is ``ROWS`` x S sites of one patch. Its neighbourhood is read in
 groups, one for each row of neighbouring patches (one for each row of input sites where a tile is lower than its patch);
-every input site is read once a tile, ``AHEAD`` groups before it is needed, and used for all the outputs it reaches.
+every input site is read once per tile, ``AHEAD`` groups before it is needed, and used for all the outputs it reaches.
 Neighbours that are masked or outside the image are found in a table of slots and skipped by a branch that is uniform
 in the program, which saves half the arithmetic at S = 2 and a mask ratio of 0.6.
 
 There are no atomics: a program of the weight gradient writes its own partial sums, added afterwards in a fixed order.
 Only ``tl`` operations, so that ROCm's Triton compiles them too, but for ``_prefetch``, which NVIDIA's GPUs alone have:
-two or three warps a scheduler cannot wait for memory without it. Offsets of sites are 64 bit.
+two or three warps per scheduler cannot hide the latency of memory without it. Offsets of sites are 64 bit.
 """
 
 # In kernels, tuples of registers grow while loops are unrolled: their type is another at every turn.

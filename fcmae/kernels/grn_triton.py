@@ -9,12 +9,12 @@ The exchange needs the programs of an image to run at the same time. They are ne
 the order that devices start programs in, and never more than the device has multiprocessors; so the programs that wait
 always wait for ones that run or are next. Sums have a fixed order: the same input gives the same bits.
 
-At the speed of memory there are about 27 instructions an element (H200), and the erf of the maths library takes 25.
+At the speed of memory there are about 27 instructions per element (H200), and the erf of the maths library takes 25.
 Two measures make GELU cheap for 16-bit inputs:
 
 - With the Mills ratio m, the tail of the normal distribution is exp(-x^2 / 2) m(|x|) / sqrt(2 pi), and here m is a
   polynomial in r = 1 / sqrt(1 + 0.55 |x|), fitted to a relative error of 5.5e-5 up to |x| = 6: a ninth of float16's
-  rounding, a thirtieth of bfloat16's. The exponential serves the derivative too. Float32 takes the library's erf.
+  rounding, a thirtieth of bfloat16's. The derivative uses the same exponential. Float32 takes the library's erf.
 - The kernels work on u = ALPHA x with ALPHA^2 = log2(e) / 2, so that exp(-x^2 / 2) = exp2(-u^2), and on
   2 ALPHA GELU(x) = u + |u| erf(|x| / sqrt(2)); the constant factors are folded into per-channel ones.
 """
@@ -233,7 +233,7 @@ class Tiling(NamedTuple):
 
 # Chosen from about twenty measured for each of 19, 76, 304 and 1216 sites (rows 1, 4, 16 and streamed) on an H200.
 HELD_TILES = 20
-"""Tiles that the forward pass holds in registers at most: with 4 elements a thread and tile, 80 registers."""
+"""Tiles that the forward pass holds in registers at most: with 4 elements per thread and tile, 80 registers."""
 FORWARD_HELD = {
     1: Tiling(1, 256, 2),
     2: Tiling(2, 128, 2),
@@ -258,12 +258,12 @@ def _rows(sites: int) -> int:
 
 
 def _fit(tiling: Tiling, x: Tensor) -> tuple[Tiling, int]:
-    """The tiling adapted to the width of ``x``, and the programs an image takes."""
+    """The tiling adapted to the width of ``x``, and the number of programs per image."""
     rows, channels, warps = tiling
     width = x.shape[2]
     while channels > 32 and width % channels:
         rows, channels = 2 * rows, channels // 2
-    # Programs that do not run at the same time cannot wait for one another: without a GPU an image is a single one.
+    # Programs that do not run at the same time cannot wait for each other: without a GPU an image has one program.
     most = max(1, target(x).processors)
     while triton.cdiv(width, channels) > most:
         channels, warps = 2 * channels, min(2 * warps, 16)

@@ -1,8 +1,8 @@
 """Linear layers over the last dimension.
 
-On a CPU, torch multiplies float32 matrices by MKL, which does without AVX-512 on AMD's processors: about 105 GFLOP/s on
-a core of an EPYC (Zen 5), where oneDNN's 1 x 1 convolutions take half the time, forward and backward. They are the same
-product, and a convolution is torch's public way to oneDNN.
+On a CPU, torch multiplies float32 matrices by MKL, which does not use AVX-512 on AMD's processors: about 105 GFLOP/s
+on a core of an EPYC (Zen 5). oneDNN's 1 x 1 convolutions compute the same product in half the time, forward and
+backward, and a convolution is torch's public way to oneDNN.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN_BATCH = 16
-"""Images from which on a single thread's 1 x 1 convolutions go to oneDNN (torch's ``use_mkldnn``)."""
+"""Images from which torch gives 1 x 1 convolutions of a single thread to oneDNN (its ``use_mkldnn``)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

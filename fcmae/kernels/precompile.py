@@ -1,9 +1,9 @@
 """Compiling the Triton kernels of a network side by side, before its first step needs them.
 
-A kernel takes seconds to compile, and a network needs a dozen, one after another where they are launched first. Here
-another program (:mod:`fcmae.kernels.compiler`) compiles them, in as many processes as there are cores; Triton's cache
-on disk hands the results to this process, which meanwhile traces and compiles everything else. Once a machine has
-compiled the kernels of a network, a file in the cache says so. Of several ranks one has them compiled.
+A kernel takes seconds to compile at its first launch, and a network needs a dozen. Another program
+(:mod:`fcmae.kernels.compiler`) compiles them in as many processes as there are cores, into Triton's cache on disk,
+while this process traces and compiles everything else. A file in the cache marks a network whose kernels are compiled.
+On a machine with several ranks one of them starts the compiler.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ class DepthwiseShape(NamedTuple):
     """What the kernels of a packed depthwise convolution are specialised for."""
 
     grid: tuple[int, int]
-    """Rows and columns of patches in an image, of which ``keep`` are visible."""
+    """Rows and columns of patches in an image; ``keep`` patches are visible."""
     keep: int
     sites: int
-    """A side of a patch."""
+    """Per side of a patch."""
     channels: int
     kernel: int
     dtype: str
-    """Of the activations, as torch names it: ``bfloat16``."""
+    """The activations' type, as torch names it: ``bfloat16``."""
 
 
 class GeluGrnShape(NamedTuple):
     """What the kernels of GELU and GRN are specialised for."""
 
     sites: int
-    """Of an image."""
+    """Per image."""
     channels: int
     dtype: str
 
@@ -57,7 +57,7 @@ _compiling: list[Thread] = []
 
 
 def dtype_of(x: Tensor) -> str:
-    """Of the activations that follow from ``x``, as a shape names it."""
+    """The type of the activations computed from ``x``, as a shape names it."""
     autocast = torch.is_autocast_enabled(x.device.type)
     return str(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).removeprefix("torch.")
 
@@ -65,7 +65,7 @@ def dtype_of(x: Tensor) -> str:
 def start(shapes: Iterable[Shape]) -> None:
     """Starts compiling the kernels of every shape that is new to this process.
 
-    A kernel that could not be compiled this way is compiled, or fails, where it is launched.
+    A kernel that cannot be compiled this way is compiled, or fails, at its launch.
     """
     device = torch.cuda.current_device()
     new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
@@ -77,7 +77,7 @@ def start(shapes: Iterable[Shape]) -> None:
 
 
 def wait() -> None:
-    """Waits until what was started is over. Kernels are launched after this."""
+    """Waits until the compilers are done. Call it before a kernel is launched."""
     while _compiling:
         with contextlib.suppress(IndexError, ValueError):  # another thread waited too
             thread = _compiling[0]
@@ -86,7 +86,7 @@ def wait() -> None:
 
 
 def _gpu() -> dict[str, Any]:
-    """What the current device is, for the compiler, which does not look at it."""
+    """A description of the current device for the compiler, which does not open it."""
     from triton.runtime import driver
 
     found = driver.active.get_current_target()
@@ -94,9 +94,9 @@ def _gpu() -> dict[str, Any]:
 
 
 def _cache() -> Path:
-    """Triton's folder, from now on that of this process, the compiler, and the machine's other ranks.
+    """Triton's cache folder, set for this process, the compiler, and the machine's other ranks.
 
-    torch.compile would change it, on its first use, to one for each GPU.
+    Otherwise torch.compile sets one per GPU at its first use.
     """
     from triton import knobs
 
@@ -109,10 +109,10 @@ def _cache() -> Path:
 
 
 def _compile(order: str, cache: Path) -> None:
-    """Runs the compiler to its end, unless it did all this before. It ends with this process too: its input does."""
+    """Runs the compiler to its end, unless all is compiled. It ends with this process, because its input does."""
     done = cache / f"fcmae-{_digest(order)}"
     start_compiler = functools.partial(subprocess.Popen, _program(), text=True, stdin=subprocess.PIPE)
-    # where there are no such locks, or no place for them, launches compile
+    # Without such locks, or a place for them, launches compile.
     with contextlib.suppress(ImportError, OSError), _locked(done.with_suffix(".lock")):
         if done.exists():
             return
@@ -124,9 +124,10 @@ def _compile(order: str, cache: Path) -> None:
 
 
 def _program() -> list[str]:
-    """The compiler, with the libraries of this process. ``python -m`` would import those in the current folder.
+    """The command that starts the compiler with the libraries of this process.
 
-    ``-I`` leaves that folder out, in Python 3.10 too, and the environment's folders, which are given instead.
+    ``python -m`` would import from the current folder. ``-I`` excludes it, and the environment's folders, which are
+    passed as arguments instead.
     """
     import triton
 
@@ -137,7 +138,7 @@ def _program() -> list[str]:
 
 
 def _digest(order: str) -> str:
-    """Of what the results depend on: the order, the kernels, and their compiler."""
+    """A digest of what the results depend on: the order, the kernels, and Triton."""
     import triton
 
     digest = hashlib.sha256(f"{triton.__version__} {order}".encode())
@@ -148,7 +149,7 @@ def _digest(order: str) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Nobody else on this machine is in here."""
+    """One process of this machine at a time runs the block."""
     import fcntl
 
     file.parent.mkdir(parents=True, exist_ok=True)

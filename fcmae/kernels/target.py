@@ -17,7 +17,7 @@ _instead: Target | None = None
 
 
 def target(x: Tensor) -> Target:
-    """That of a tensor's device."""
+    """The GPU of a tensor."""
     if _instead is not None:
         return _instead
     if not x.is_cuda:
@@ -26,6 +26,6 @@ def target(x: Tensor) -> Target:
 
 
 def pretend(gpu: Target) -> None:
-    """Has this process launch on any device as on ``gpu``."""
+    """Makes this process launch on any device as if it were ``gpu``."""
     global _instead
     _instead = gpu

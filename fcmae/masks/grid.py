@@ -7,7 +7,7 @@ from torch import Tensor
 class GridMask:
     """Keeps patches on a regular grid with a random offset: of four patches in a square one each, before any second.
 
-    The order is that of ordered dithering (Bayer's matrix), so any mask ratio gives an even pattern.
+    The order is Bayer's matrix for ordered dithering, so any mask ratio gives an even pattern.
     """
 
     needs_pixels = False

@@ -17,7 +17,7 @@ def random_mask(noise: Tensor, keep: int) -> Tensor:
 
     Args:
         noise: ``[N, L]``; equal values are ordered by position.
-        keep: visible patches an image, 1 <= keep <= L.
+        keep: visible patches per image, 1 <= keep <= L.
 
     Returns:
         bool ``[N, L]``, True = masked.

@@ -48,21 +48,21 @@ class FCMAE(nn.Module):
         backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining, and it
             must not drop paths.
         mask_ratio: share of the patches that is masked, in [0, 1).
-        mask_patch_size: pixels a side of a mask patch; a multiple of the total stride, which is the default.
+        mask_patch_size: pixels per side of a mask patch; a multiple of the total stride, which is the default.
         targets: what is predicted, by name: a class such as :class:`fcmae.targets.Pixels`, or
             ``functools.partial(Pixels, norm="none")``. ``target_weights`` are their factors in the loss, 1 at first.
         decoder_embed_dim, decoder_depth: the decoder's width and number of blocks.
         engine: how the backbone runs over the visible patches, see :mod:`fcmae.engines`.
         grn_scope: ``image``, or ``batch`` for parity with the official code.
         init: ``timm`` (std 0.02 everywhere), or ``official``: std 1 in the encoder's depthwise and linear layers, the
-            stem and the decoder's convolutions, as the official code has it by an omitted argument.
-        recompute_stages: encoder stages, counted from 1, whose activations are recomputed in the backward pass, not
-            kept: less memory, more time.
+            stem and the decoder's convolutions, because the official code omits an argument.
+        recompute_stages: encoder stages, counted from 1, whose activations are recomputed in the backward pass:
+            less memory, more time.
         backbone_kwargs: ``in_chans``, ``depths`` and other arguments of :func:`fcmae.models.create_backbone`, when
             ``backbone`` is a name.
 
-    The predicted patch is the total stride (32 px), whatever the mask patch: so L counts patches of ``patch_size`` in
-    ``pred`` and of ``mask_patch_size`` in ``mask``, which are the same by default.
+    A predicted patch has the size of the total stride (32 px). So L counts patches of ``patch_size`` in ``pred`` and of
+    ``mask_patch_size`` in ``mask``; the two sizes are equal by default.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class FCMAE(nn.Module):
         if name == "engine" and isinstance(value, str):
             value = get_engine(value)
         elif name == "mask_ratio" and not 0 <= value < 1:
-            raise ValueError(f"mask_ratio is {value}; allowed is a number in [0, 1)")
+            raise ValueError(f"mask_ratio must be in [0, 1); got {value}")
         elif name == "mask_patch_size" and (value < 1 or value % self.patch_size):
             raise ValueError(
-                f"mask_patch_size is {value}; allowed is a multiple of the backbone's total stride, {self.patch_size}"
+                f"mask_patch_size must be a multiple of the backbone's total stride, {self.patch_size}; got {value}"
             )
         elif name == "grn_scope":
             _check_one_of(name, value, GRN_SCOPES)
@@ -189,19 +189,19 @@ class FCMAE(nn.Module):
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         if mask.dtype != torch.bool or mask.shape != (imgs.shape[0], rows * cols):
             raise ValueError(
-                f"mask is {mask.dtype} {list(mask.shape)}; allowed is torch.bool {[imgs.shape[0], rows * cols]}"
+                f"mask must be torch.bool {[imgs.shape[0], rows * cols]}; got {mask.dtype} {list(mask.shape)}"
             )
         counts = set((~mask).sum(dim=1).tolist())
         if len(counts) != 1 or counts == {0}:
             raise ValueError(
-                f"mask leaves {sorted(counts)} patches visible; allowed is one number, at least 1, for all images"
+                f"mask must leave the same number of patches visible in every image, at least 1; got {sorted(counts)}"
             )
         return counts.pop()
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _is_ours(target: Target) -> bool:

@@ -69,10 +69,10 @@ def test_mask_patch_of_two_strides():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(2, 4), "mask is torch.float32"),
-        (torch.zeros(2, 5, dtype=torch.bool), r"allowed is torch.bool \[2, 4\]"),
+        (torch.zeros(2, 4), "got torch.float32"),
+        (torch.zeros(2, 5, dtype=torch.bool), r"mask must be torch.bool \[2, 4\]; got torch.bool \[2, 5\]"),
         (torch.tensor([[True] * 4] * 2), "at least 1"),
-        (torch.tensor([[True, True, True, False], [True, False, True, False]]), r"leaves \[1, 2\]"),
+        (torch.tensor([[True, True, True, False], [True, False, True, False]]), r"got \[1, 2\]"),
     ],
 )
 def test_a_wrong_mask_is_refused(mask, message):
@@ -83,11 +83,11 @@ def test_a_wrong_mask_is_refused(mask, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
-        ({"mask_patch_size": 48}, "mask_patch_size is 48; allowed is a multiple .* 32"),
-        ({"grn_scope": "gpu"}, "grn_scope is 'gpu'; allowed is one of image, batch"),
-        ({"init": "zero"}, "init is 'zero'"),
-        ({"engine": "sparse"}, "engine is 'sparse'"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\); got 1.0"),
+        ({"mask_patch_size": 48}, "mask_patch_size must be a multiple .* 32; got 48"),
+        ({"grn_scope": "gpu"}, "grn_scope must be one of image, batch; got 'gpu'"),
+        ({"init": "zero"}, "init must be one of timm, official; got 'zero'"),
+        ({"engine": "sparse"}, "engine must be one of packed, .*; got 'sparse'"),
         ({"recompute_stages": [0]}, r"recompute_stages must be stages, 1 to 4; got \[0\]"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
