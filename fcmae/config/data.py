@@ -10,7 +10,7 @@ from fcmae.plugins import is_named
 MAX_SIDE = 2**14
 """Pixels."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SOURCES = ("imagefolder", "webdataset", "hf", "fashion_mnist", "synthetic")
+SOURCES = ("imagefolder", "webdataset", "hf", "table", "fashion_mnist", "synthetic")
 
 
 @dataclass
@@ -21,22 +21,26 @@ class DataConfig:
     """What kind of source ``path`` and ``val_path`` are."""
     path: Any = None
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
-    such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; fashion_mnist: the folder with
-    the four .gz files, or None to look for them."""
+    such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; table: a
+    .txt, .csv, .tsv or .parquet file; fashion_mnist: the folder with the four .gz files, or None to look for them."""
     val_path: Any = None
-    """Validation images, in the same way; hf: None = the same as ``path``; fashion_mnist has its own."""
+    """Validation images, in the same way; hf: None = the same as ``path``, as of a table with a column ``split``;
+    fashion_mnist has its own."""
     source: Any = None
     """A training source of your own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
     val_source: Any = None
     """A validation source of your own, in the same way."""
     split: str = "train"
-    """hf: the training split."""
+    """hf, table: the training split."""
     val_split: str = "validation"
-    """hf: the validation split."""
+    """hf, table: the validation split."""
     image_column: str | None = None
-    """hf: the column of images; None = the only one of that kind."""
-    label_column: str | None = None
-    """hf: the column of labels: ClassLabel, integers or strings; None = the only ClassLabel, if there is one."""
+    """hf, table: the column of images; None = hf: the only one of that kind; table: image, path, file or filename."""
+    label_column: Any = None
+    """hf, table: the column of labels: ClassLabel, integers or strings; None = the only ClassLabel, if there is one.
+    table: or a list of columns of numbers, which may be empty, for objective=multilabel or objective=regress."""
+    root: str | None = None
+    """table: the folder to which its paths are relative and which they may not leave; None = the table's own."""
     config_name: str | None = None
     """hf: the configuration ("subset") of data.path; None = the default."""
     revision: str | None = None
@@ -82,6 +86,7 @@ class DataConfig:
         check_one_of("data.name", self.name, SOURCES)
         for name in ("path", "val_path"):
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
+        self.label_column = _columns(self.name, self.label_column)
         for name in ("source", "val_source"):
             value = getattr(self, name)
             ok = value is None or is_named(value)
@@ -126,6 +131,15 @@ class DataConfig:
         """Height and width of an image in pixels."""
         height, width = self.image_size
         return height, width
+
+
+def _columns(name: str, value: Any) -> str | list[str] | None:
+    """A column, or of a table several."""
+    several = isinstance(value, (list, tuple))
+    ok = value is None or isinstance(value, str)
+    ok = ok or (several and name == "table" and bool(value) and all(isinstance(column, str) for column in value))
+    check("data.label_column", value, ok, "a column's name, of a table also a list of some, or null")
+    return list(value) if several else value
 
 
 def _paths(key: str, value: Any) -> str | list[str] | None:

@@ -15,6 +15,7 @@ from fcmae.files import check_output
 WHAT = {
     "imagefolder": "the folder of {} images, data.{}=FOLDER",
     "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
+    "table": "the table of {} images, data.{}=FILE.csv",
     "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
 }
 
@@ -56,7 +57,8 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
 
 def _check_images(data: DataConfig, key: str) -> None:
     path = getattr(data, key)
-    if data.source is not None or data.val_source is not None or data.name not in ("imagefolder", "webdataset"):
+    own = data.source is not None or data.val_source is not None
+    if own or data.name not in ("imagefolder", "webdataset", "table"):
         return
     if path is None:
         mistake(not_set(data.name, key))
@@ -64,6 +66,8 @@ def _check_images(data: DataConfig, key: str) -> None:
     for one in path if isinstance(path, list) else [path]:
         if data.name == "imagefolder" and not os.path.isdir(one):
             mistake(f"data.{key}: {one} is not a folder")
+        elif data.name == "table" and not os.path.isfile(one):
+            mistake(f"data.{key}: no file {one}")
         elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
             mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of some")
 

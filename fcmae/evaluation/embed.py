@@ -69,7 +69,7 @@ def embed(
 
 
 def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | None:
-    """Predictions for images by a fine-tuned checkpoint: of a classifier the probability of each class.
+    """Predictions for images by a fine-tuned checkpoint: the probability of each class, or the numbers it learned.
 
     Arguments and result are those of :func:`embed`; ``columns`` are the classes. ``out`` may be a .csv file too, whose
     rows have the path, the most likely class, its probability, and the probability of each class.
@@ -91,7 +91,7 @@ def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, *
             outputs = model(imgs)
             if not isinstance(outputs, Tensor) or outputs.ndim != 2:
                 raise UsageError(f"{file} gives no row of numbers per image, so predict cannot write them")
-            return outputs.float().softmax(dim=1) if objective.num_classes is not None else outputs
+            return objective.predict(outputs.float())
 
         return network, classes
 

@@ -75,6 +75,10 @@ class Objective(Protocol):
         """
         raise NotImplementedError
 
+    def predict(self, output: Any) -> Any:
+        """What ``fcmae predict`` writes for the images of an output of the head, e.g. probabilities ``[N, K]``."""
+        return output
+
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
         """What evaluations log, by name, exact over the samples of all ranks; ``images`` is how many there were.
 

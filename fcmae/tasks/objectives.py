@@ -1,8 +1,10 @@
 """The objectives of fine-tuning that a config's ``objective`` names (see :mod:`fcmae.models.objective`)."""
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,8 +12,9 @@ from fcmae.config import FinetuneConfig
 from fcmae.data.samples import label_of
 from fcmae.data.sources import Sample, Source, require_labels, with_classes
 from fcmae.distributed import World
-from fcmae.errors import ConfigError
+from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions
 
 
@@ -53,5 +56,178 @@ class Classify(Objective):
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return F.cross_entropy(output, target, label_smoothing=self.smoothing, reduction="none"), {}
 
+    def predict(self, output: Tensor) -> Tensor:
+        """The probability of each class."""
+        return output.softmax(dim=1)
+
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
         return accuracy(share, world)
+
+
+class _Columns(Objective):
+    """Numbers per image that a source gives in named columns, NaN where there is none."""
+
+    num_classes = None
+
+    def __init__(self) -> None:
+        self._set_columns([])
+
+    def _set_columns(self, columns: list[str]) -> None:
+        self.columns = columns
+        self.outputs = len(columns)
+
+    def fit(self, source: Source, cfg: FinetuneConfig) -> None:
+        self._set_columns(_columns(source, "data.path"))
+        values: Tensor = source.values  # type: ignore[attr-defined]  # checked
+        empty = [name for name, column in zip(self.columns, values.T, strict=True) if column.isnan().all()]
+        if empty:
+            raise UsageError(f"data.label_column: the column {', '.join(empty)} of data.path is empty")
+        self._fit(values)
+
+    def _fit(self, values: Tensor) -> None:
+        """Learns from the training targets ``[n, K]``. Raises UsageError."""
+
+    def validation(self, source: Source, key: str, whose: str) -> tuple[Source, list[str]]:
+        theirs = _columns(source, key)
+        if theirs != self.columns:
+            raise UsageError(f"the columns of {key} are {', '.join(theirs)}; {whose} has {', '.join(self.columns)}")
+        return source, []
+
+    def target(self, sample: Sample, source: Source, index: int) -> Tensor:
+        return sample.label
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._set_columns(state.get("classes") or [])
+
+
+def _columns(source: Source, key: str) -> list[str]:
+    columns = getattr(source, "columns", None)
+    if not columns or getattr(source, "values", None) is None:
+        raise UsageError(f"{key} has no numbers; give data.name=table and data.label_column=[COLUMN,...]")
+    return columns
+
+
+def _mean_of_valid(losses: Tensor, valid: Tensor) -> Tensor:
+    """``[N, K]`` to ``[N]``: the mean over the columns that have a value."""
+    return torch.where(valid, losses, 0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+class Multilabel(_Columns):
+    """Several labels per image, each 0 or 1 or missing (empty): binary cross entropy per label.
+
+    Args:
+        best: the metric whose best checkpoint is kept: ``map`` (mean average precision), ``auroc`` or ``f1``.
+    """
+
+    def __init__(self, best: str = "map") -> None:
+        super().__init__()
+        self.best = best
+
+    def _fit(self, values: Tensor) -> None:
+        wrong = ((values != 0) & (values != 1) & ~values.isnan()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise UsageError(
+                f"data.label_column: {self.columns[column]} must be 0, 1 or empty; image {row + 1} of data.path has "
+                f"{values[row, column]:g}"
+            )
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        valid = ~target.isnan()
+        target = torch.where(valid, target, 0)
+        return _mean_of_valid(F.binary_cross_entropy_with_logits(output, target, reduction="none"), valid), {}
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The probability of each label."""
+        return output.sigmoid()
+
+    def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
+        """Means over the labels that have both values among the images: exact over the images of all ranks."""
+        from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_f1_score
+
+        outputs, targets = _all(share, world, self.outputs)
+        found: dict[str, list[float]] = {"map": [], "auroc": [], "f1": []}
+        for output, target in zip(outputs.sigmoid().T, targets.T, strict=True):
+            valid = ~target.isnan() & output.isfinite()
+            score, truth = output[valid], target[valid].long()
+            if 0 < truth.sum() < len(truth):
+                found["map"].append(float(binary_average_precision(score, truth)))
+                found["auroc"].append(float(binary_auroc(score, truth)))
+                found["f1"].append(float(binary_f1_score(score, truth)))
+        means = {name: 100 * sum(values) / len(values) if values else math.nan for name, values in found.items()}
+        return {**means, "images": len(outputs)}
+
+
+class Regress(_Columns):
+    """One or more numbers per image, standardised by the training images, reported in their own units.
+
+    Args:
+        loss: ``mse``, ``l1`` or ``smooth_l1``, on the standardised numbers.
+        best: the metric whose best checkpoint is kept: ``-mae``, ``-rmse`` or ``r2``, means over the columns.
+    """
+
+    LOSSES: ClassVar = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+    def __init__(self, loss: str = "mse", best: str = "-mae") -> None:
+        super().__init__()
+        if loss not in self.LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(self.LOSSES)}; got {loss!r}")
+        self.best = best
+        self.kind = loss
+        self.mean, self.std = torch.zeros(0), torch.ones(0)
+
+    def _fit(self, values: Tensor) -> None:
+        self.mean = values.nanmean(dim=0)
+        self.std = (values - self.mean).square().nanmean(dim=0).sqrt()
+        constant = [name for name, std in zip(self.columns, self.std, strict=True) if std == 0]
+        if constant:
+            raise UsageError(f"data.label_column: the column {', '.join(constant)} of data.path has one value only")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean, self.std = state["mean"], state["std"]
+
+    def target(self, sample: Sample, source: Source, index: int) -> Tensor:
+        return (sample.label - self.mean) / self.std
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        valid = ~target.isnan()
+        target = torch.where(valid, target, 0)
+        return _mean_of_valid(self.LOSSES[self.kind](output, target, reduction="none"), valid), {}
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The numbers in their own units."""
+        return output * self.std.to(output) + self.mean.to(output)
+
+    def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
+        outputs, targets = _all(share, world, self.outputs)
+        result: dict[str, float] = {}
+        columns = zip(self.columns, self.predict(outputs).double().T, self.predict(targets).double().T, strict=True)
+        for name, output, target in columns:
+            valid = ~target.isnan()
+            error, target = (output - target)[valid], target[valid]
+            spread = (target - target.mean()).square().sum()
+            scores = {"mae": error.abs().mean(), "rmse": error.square().mean().sqrt()}
+            scores["r2"] = 1 - error.square().sum() / spread
+            result |= {f"{kind}_{name}": float(value) for kind, value in scores.items()}
+        means = {}
+        for kind in ("mae", "rmse", "r2"):
+            of_kind = [result[f"{kind}_{name}"] for name in self.columns]
+            means[kind] = sum(of_kind) / len(of_kind)
+        return {**means, **(result if len(self.columns) > 1 else {}), "images": len(outputs)}
+
+
+def _all(share: Iterable[Predictions], world: World, columns: int) -> tuple[Tensor, Tensor]:
+    """Outputs and targets of the images of all ranks ``[n, K]``, in the source's order, so that sums have one order."""
+    blank = torch.empty(0, columns, device=world.device)
+    parts = [(blank, blank, torch.empty(0, dtype=torch.int64, device=world.device))]
+    parts += [(outputs, targets, places) for outputs, targets, places in share]
+    outputs, targets, places = (gather(torch.cat(column), world) for column in zip(*parts, strict=True))
+    order = places.argsort()
+    return outputs[order], targets[order]

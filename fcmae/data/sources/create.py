@@ -9,6 +9,7 @@ from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.own import create_own, gives_float
 from fcmae.data.sources.synthetic import Synthetic
+from fcmae.data.sources.table import TableImages
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
 
@@ -41,11 +42,11 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
         return Synthetic(cfg.length, cfg.in_chans, cfg.size)
     if cfg.name == "fashion_mnist":
         return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
-    same = train or (cfg.name == "hf" and cfg.val_path is None)  # a data set of which another split is read
+    same = train or (cfg.name in ("hf", "table") and cfg.val_path is None)  # a data set of which another split is read
     name, path = ("path", cfg.path) if same else ("val_path", cfg.val_path)
     if path is None:
         raise UsageError(not_set(cfg.name, name))
-    if cfg.name == "hf":
+    if cfg.name in ("hf", "table"):
         path = _one(path, f"data.{name}", cfg.name)
     try:
         return _open(cfg, loader, path, train)
@@ -63,6 +64,9 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
 
         which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
         return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column, *which)
+    if cfg.name == "table":
+        split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
+        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split)
     return ImageFolder(path, loader.relist)
 
 

@@ -1,0 +1,190 @@
+"""Images that a table lists: a text file of paths, or CSV, TSV or Parquet with columns of labels or numbers."""
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcmae.data.pixels.decode import read_file
+from fcmae.data.sources.base import Sample
+from fcmae.errors import ConfigError, UsageError, shown
+from fcmae.opening import open_regular
+
+IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
+"""Names of the column of paths, if it is not given."""
+SPLIT_COLUMN = "split"
+MAX_BYTES = 2**32
+"""Of a table."""
+NAMED = 3
+"""Offending rows that a message names."""
+
+Table = dict[str, list[Any]]
+
+
+class TableImages:
+    """The images of a table's rows, in its order.
+
+    Args:
+        path: ``.txt`` with a path per line, ``.csv``, ``.tsv`` or ``.parquet``.
+        root: the folder to which paths are relative and which they may not leave; None = the table's own.
+        image_column: None = the first column called image, path, file or filename.
+        label_column: a column of classes; a list of columns of numbers, of which any may be empty; None = no labels.
+        split: rows whose column ``split`` has this value; None = all rows.
+
+    Raises UsageError naming the column, or the first rows that are wrong or whose image is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | None = None,
+        image_column: str | None = None,
+        label_column: str | Sequence[str] | None = None,
+        split: str | None = None,
+    ) -> None:
+        self.table = Path(path)
+        table = read_table(self.table)
+        column = _image_column(self.table, table, image_column)
+        rows = list(range(len(table[column])))
+        if split is not None and SPLIT_COLUMN in table:
+            rows = [row for row in rows if str(table[SPLIT_COLUMN][row]) == split]
+            if not rows:
+                raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}")
+        if not rows:
+            raise UsageError(f"{path} has no rows")
+        self.rows = rows
+        self.paths = _inside(self.table, [table[column][row] for row in rows], rows, Path(root or self.table.parent))
+        self.classes: list[str] | None = None
+        self.unlabelled = f"data.label_column is not set; {path} has the columns {', '.join(table)}"
+        self.columns: list[str] = []
+        self.values: Tensor | None = None
+        if isinstance(label_column, str):
+            values = [str(_get(self.table, table, label_column)[row] or "") for row in rows]
+            if "" in values:
+                self.unlabelled = f"the column {label_column} of {path} is empty in row {rows[values.index('')] + 1}"
+                return
+            self.classes = sorted(set(values))
+            number = {name: index for index, name in enumerate(self.classes)}
+            self.numbers = [number[value] for value in values]
+        elif label_column is not None:
+            self.columns = list(label_column)
+            columns = [_numbers(self.table, table, name, rows) for name in self.columns]
+            self.values = torch.tensor(columns, dtype=torch.float32).T.contiguous()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_file(self.paths[index])
+        return Sample(image, self.label(index) if self.values is None else self.values[index])
+
+    def label(self, index: int) -> int | None:
+        return None if self.classes is None else self.numbers[index]
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+
+def read_table(path: Path) -> Table:
+    """The columns of a table by name. Raises UsageError naming the file."""
+    try:
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UsageError(f"{path} has more than {MAX_BYTES} bytes; write it as Parquet")
+            text = file.read().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
+    if path.suffix == ".txt":
+        return {"path": [line.strip() for line in text.splitlines() if line.strip()]}
+    try:
+        header, *lines = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (csv.Error, ValueError) as error:
+        raise UsageError(f"{path} is no table: {error if str(error) else 'it is empty'}") from error
+    lines = [line for line in lines if line]
+    wrong = [number for number, line in enumerate(lines, start=2) if len(line) != len(header)]
+    if wrong:
+        raise UsageError(f"{path} has {len(header)} columns, but not in line {_some(wrong)}")
+    if len(set(header)) < len(header):
+        raise UsageError(f"{path} has two columns of one name: {', '.join(header)}")
+    return {name: [line[number] for line in lines] for number, name in enumerate(header)}
+
+
+def _parquet(path: Path) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or write the table as CSV") from error
+    with open_regular(path) as file:
+        try:
+            table = pyarrow.parquet.read_table(file)
+            if table.nbytes > MAX_BYTES:
+                raise UsageError(f"{path} unpacks to {table.nbytes} bytes; at most {MAX_BYTES} are read")
+            return table.to_pydict()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _image_column(path: Path, table: Table, name: str | None) -> str:
+    if name is not None:
+        _get(path, table, name, "data.image_column")
+        return name
+    known = [column for column in table if column.lower() in IMAGE_COLUMNS]
+    if not known:
+        raise ConfigError(f"data.image_column is not set; {path} has the columns {', '.join(table)}")
+    return known[0]
+
+
+def _get(path: Path, table: Table, name: str, key: str = "data.label_column") -> list[Any]:
+    if name not in table:
+        raise ConfigError(f"{key} is {name!r}; {path} has the columns {', '.join(table)}")
+    return table[name]
+
+
+def _numbers(path: Path, table: Table, name: str, rows: list[int]) -> list[float]:
+    """A column's numbers; NaN where it is empty. Raises UsageError naming the first rows that have something else."""
+    values, wrong = [], []
+    column = _get(path, table, name)
+    for row in rows:
+        value = column[row]
+        try:
+            number = math.nan if value is None or value == "" else float(value)
+        except (TypeError, ValueError):
+            number = math.inf
+        if math.isinf(number):
+            wrong.append(f"{row + 1} ({value!r:.40})")
+        values.append(number)
+    if wrong:
+        raise UsageError(f"data.label_column: column {name} of {path} must have numbers, but not in row {_some(wrong)}")
+    return values
+
+
+def _inside(path: Path, names: list[Any], rows: list[int], root: Path) -> list[str]:
+    """The full paths of images. Raises UsageError naming the first that are missing or outside of ``root``."""
+    top = os.path.realpath(root)
+    paths = [os.path.join(top, str(name)) for name in names]
+    outside, missing = [], []
+    for row, name, full in zip(rows, names, paths, strict=True):
+        real = os.path.realpath(full)
+        if os.path.commonpath([real, top]) != top:
+            outside.append(f"{row + 1} ({shown(str(name))})")
+        elif not os.path.isfile(real):
+            missing.append(f"{row + 1} ({shown(str(name))})")
+    for those, what in ((outside, "outside of"), (missing, "that are not in")):
+        if those:
+            raise UsageError(f"{path} names images {what} {root}: row {_some(those)}; data.root=FOLDER sets the root")
+    return paths
+
+
+def _some(items: Sequence[Any]) -> str:
+    more = len(items) - NAMED
+    return ", ".join(map(str, items[:NAMED])) + (f" and {more} more" if more > 0 else "")

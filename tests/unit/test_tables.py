@@ -1,0 +1,209 @@
+"""``data.name=table`` and the objectives that learn numbers of it: multilabel and regress."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fcmae
+from fcmae.checkpoints import checkpoint
+from fcmae.cli import main
+from fcmae.config import DataConfig
+from fcmae.data.sources import train_source, val_source
+from fcmae.data.sources.table import TableImages
+from fcmae.distributed import World
+from fcmae.errors import ConfigError, UsageError
+from fcmae.models.objective import Predictions
+from fcmae.tasks.objectives import Multilabel, Regress
+from tests.conftest import TINY
+from tests.interchange import assert_same
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+HEADER = ["image", "kind", "dark", "wide", "age", "split"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Twelve grey images; dark: 0 or 1, missing once; wide: random; age: the brightness times 100, in years."""
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(12):
+        value = rng.integers(0, 256)
+        Image.fromarray(np.full((20, 20, 3), value, dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+        dark = "" if number == 3 else int(value < 128)
+        split = "validation" if number > 7 else "train"
+        lines.append([f"images/{number}.png", "ab"[number % 2], dark, rng.integers(0, 2), 100 * value / 255, split])
+    with (folder / "table.csv").open("w") as file:
+        csv.writer(file).writerows([HEADER, *lines])
+    return folder / "table.csv"
+
+
+def edited(table, tmp_path, edit):
+    """The table with its lines changed by ``edit``."""
+    with table.open() as file:
+        lines = edit(list(csv.reader(file)))
+    with (tmp_path / "table.csv").open("w") as file:
+        csv.writer(file).writerows(lines)
+    return tmp_path / "table.csv"
+
+
+def test_classes_and_splits(table):
+    cfg = DataConfig(name="table", path=str(table), label_column="kind")
+    train, val = train_source(cfg), val_source(cfg)
+    assert (len(train), len(val), train.classes) == (8, 4, ["a", "b"])
+    assert [train.label(i) for i in range(4)] == [0, 1, 0, 1]
+    assert train[0].image.name == train.describe(0) == str(table.parent / "images" / "0.png")
+    assert len(train_source(DataConfig(name="table", path=str(table), val_path=str(table)))) == 12
+
+
+def test_a_text_file_tsv_and_parquet_are_the_same(table, tmp_path):
+    with table.open() as file:
+        lines = list(csv.reader(file))
+    (tmp_path / "t.txt").write_text("".join(f"{line[0]}\n" for line in lines[1:]))
+    (tmp_path / "t.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    root = str(table.parent)
+    expected = TableImages(table, label_column=["dark", "age"])
+    assert TableImages(tmp_path / "t.txt", root).paths == expected.paths
+    pandas = pytest.importorskip("pandas")
+    pandas.read_csv(table).to_parquet(tmp_path / "t.parquet")
+    for name in ("t.tsv", "t.parquet"):
+        source = TableImages(tmp_path / name, root, label_column=["dark", "age"])
+        assert source.paths == expected.paths
+        torch.testing.assert_close(source.values, expected.values, equal_nan=True, rtol=1e-6, atol=0)
+    assert math.isnan(expected.values[3, 0])
+
+
+MISTAKES = {
+    "column": ({"label_column": "species"}, None, r"data.label_column is 'species'; .* columns image, kind"),
+    "image column": ({"image_column": "photo"}, None, "data.image_column is 'photo'"),
+    "no number": (
+        {"label_column": ["kind"]},
+        None,
+        r"column kind of .* must have numbers, but not in row 1 \('a'\), 2",
+    ),
+    "missing": ({}, lambda t: [*t[:2], ["gone.png", *t[2][1:]], *t[3:]], r"not in .*: row 2 \(gone.png\)"),
+    "outside": ({}, lambda t: [*t[:2], ["/etc/passwd", *t[2][1:]], *t[3:]], r"outside of .*: row 2 \(/etc/passwd\)"),
+    "up": ({}, lambda t: [*t[:2], ["../../x.png", *t[2][1:]], *t[3:]], r"outside of .*: row 2"),
+    "cut": ({}, lambda t: [*t[:2], t[2][:2], *t[3:]], "has 6 columns, but not in line 3"),
+    "empty": ({}, lambda t: [], "is no table: "),
+    "header only": ({}, lambda t: t[:1], "has no rows"),
+    "split": ({"split": "test"}, None, "has no row whose column split is 'test'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_name_the_first_rows(table, tmp_path, name):
+    arguments, edit, message = MISTAKES[name]
+    path = table if edit is None else edited(table, tmp_path, edit)
+    with pytest.raises((UsageError, ConfigError), match=message):
+        TableImages(path, str(table.parent), **arguments)
+
+
+def share(outputs, targets):
+    """Two batches, in another order than the source's."""
+    order = torch.tensor([3, 4, 5, 0, 1, 2])
+    return [Predictions(outputs[o], targets[o], o) for o in (order[:3], order[3:])]
+
+
+def test_metrics_of_labels():
+    outputs = torch.tensor([[2.0, -1], [1, 1], [-1, 1], [0.5, 0], [-2, 3], [-3, 2]])
+    targets = torch.tensor([[1.0, 1], [0, 1], [0, 1], [1, 1], [0, math.nan], [math.nan, 1]])
+    objective = Multilabel()
+    objective.load_state_dict({"classes": ["a", "b"]})
+    metrics = objective.metrics(share(outputs, targets), WORLD)
+    # b has one value only; of a: 1 0 0 1 0 ranked 2 1 -1 .5 -2: precision 1/1 and 2/3; 5 of 6 pairs in order
+    assert metrics["map"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert metrics["auroc"] == pytest.approx(100 * 5 / 6)
+    assert metrics["f1"] == pytest.approx(100 * 0.8)
+    loss, _ = objective.loss(outputs, targets)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs[5, 1], targets[5, 1])
+    torch.testing.assert_close(loss[5], expected)
+    assert loss.isfinite().all()
+
+
+def test_metrics_of_numbers():
+    objective = Regress()
+    objective.columns = ["age"]
+    objective._set_columns(["age"])
+    objective._fit(torch.tensor([[10.0], [20], [math.nan], [30]]))
+    assert objective.mean.item() == 20
+    predicted, true = (
+        torch.tensor([[12.0], [20], [31], [18], [25], [9]]),
+        torch.tensor([[10.0], [20], [30], [math.nan], [20], [10]]),
+    )
+    standard = (predicted - objective.mean) / objective.std, (true - objective.mean) / objective.std
+    metrics = objective.metrics(share(*standard), WORLD)
+    errors = np.array([2, 0, 1, 5, -1.0])
+    spread = np.array([10, 20, 30, 20, 10.0])
+    assert metrics["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-5)
+    assert metrics["rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-5)
+    assert metrics["r2"] == pytest.approx(1 - (errors**2).sum() / ((spread - spread.mean()) ** 2).sum(), rel=1e-5)
+    torch.testing.assert_close(objective.predict(standard[0]), predicted)
+
+
+@pytest.mark.parametrize(
+    ("objective", "column", "metric"),
+    [("multilabel", "[dark,wide]", "auroc"), ("regress", "[age]", "mae"), ("classify", "kind", "top1")],
+)
+def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column, metric):
+    """Pretrained on the table's images, fine-tuned on its columns, resumed bit for bit, evaluated, predicted."""
+    small = [o for o in TINY if not o.startswith("data")]
+    data = ["data=table", f"data.path={table}", "data.image_size=16", "loader.workers=0"]
+    pre = [
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0",
+        "model.decoder_embed_dim=16",
+        "trainer.eval_every_epochs=null",
+    ]
+    assert main(["pretrain", *small, *data, *pre, f"hydra.run.dir={tmp_path}/pre"]) == 0
+    args = ["finetune", *[o for o in small if "model" not in o], *data, f"objective={objective}", "augment=none"]
+    args += [
+        f"data.label_column={column}",
+        f"init_from={tmp_path}/pre",
+        "schedule.epochs=3",
+        "schedule.warmup_epochs=1",
+    ]
+    assert main([*args, f"hydra.run.dir={tmp_path}/whole"]) == 0
+    assert main([*args, f"hydra.run.dir={tmp_path}/run", "trainer.max_steps=1"]) == 75
+    assert main([*args, f"hydra.run.dir={tmp_path}/run"]) == 0
+    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{name}@last")) for name in ("whole", "run")]
+    assert_same(states[0]["model"], states[1]["model"])
+    assert states[0]["best"] == states[1]["best"]
+    capsys.readouterr()
+    assert main(["evaluate", f"checkpoint={tmp_path}/run"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 4
+    assert metric in result
+    rows = fcmae.predict(f"{tmp_path}/run", [str(table.parent / "images")])
+    assert rows.columns == (["a", "b"] if objective == "classify" else column[1:-1].split(","))
+    assert rows.values.shape == (12, len(rows.columns))
+    if objective == "classify":
+        torch.testing.assert_close(rows.values.sum(1), torch.ones(12))
+    elif objective == "multilabel":
+        assert ((rows.values > 0) & (rows.values < 1)).all()
+    else:
+        assert 0 < rows.values.mean() < 100  # years, not standard deviations
+
+
+@pytest.mark.parametrize(
+    ("objective", "column", "message"),
+    [
+        ("multilabel", "[age]", r"data.label_column: age must be 0, 1 or empty; image \d+ of data.path has"),
+        ("multilabel", "kind", r"data.path has no numbers; give data.name=table and data.label_column=\[COLUMN,...\]"),
+        ("regress", "[kind]", "column kind of .* must have numbers"),
+        ("classify", "[age]", "data.path has no labels"),
+        ("regress", "[aeg]", "data.label_column is 'aeg'"),
+    ],
+)
+def test_objectives_refuse_other_columns(table, tmp_path, capsys, objective, column, message):
+    import re
+
+    args = ["finetune", *TINY, "data=table", f"data.path={table}", f"objective={objective}", "augment=none"]
+    assert main([*args, f"data.label_column={column}", f"hydra.run.dir={tmp_path}/run"]) == 2
+    assert re.search(message, capsys.readouterr().err)
