@@ -20,8 +20,9 @@ from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
-from fcmae.precision import autocast, fastest
-from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.precision import fastest
+from fcmae.tasks.task import Losses
+from fcmae.training.step import TrainingStep
 
 SYNTHETIC = "synthetic"
 DISTINCT_BATCHES = 4
@@ -90,21 +91,18 @@ def training_step(
         raise UsageError(str(error)) from error
     grid = grid_size(*data.size, model.mask_patch_size)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         model.compile()
 
-    def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
+    def loss(batch: Sequence[Tensor]) -> Losses:
         imgs, noise = batch
-        with autocast(device, fastest(device)):
-            loss = model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss
-        loss.backward()
-        return loss.detach()
+        return model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss, {}
 
-    backward = GraphedBackward(run_pass, model) if device.type == "cuda" else EagerBackward(run_pass, model)
+    passes = TrainingStep(model, loss, device, fastest(device), graphed=gpu)
 
     def step(batch: Sequence[Tensor]) -> None:
-        backward.start_step()
-        backward([part.to(device, non_blocking=True) for part in batch])
+        passes([[part.to(device, non_blocking=True) for part in batch]])
         optimizer.step()
 
     return step, grid

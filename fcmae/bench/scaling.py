@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from fcmae import distributed, precision, toolchain
 from fcmae import ranks as launch
@@ -28,8 +27,8 @@ from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
-from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.exchange import GradientExchange
+from fcmae.training.step import TrainingStep
 
 WEAK, STRONG = "weak", "strong"
 
@@ -211,24 +210,23 @@ def _times(
     ]
 
     def time_steps(exchanging: bool) -> float:
-        def run(batch: Sequence[Tensor], last: bool) -> Tensor:
-            with precision.autocast(device, cfg.precision):
-                loss = model(batch[0], batch[1], keep).loss
-            with exchange(last and exchanging):
-                (loss / count).backward()
-            return loss.detach()
+        step = TrainingStep(
+            model,
+            lambda batch: (model(batch[0], batch[1], keep).loss, {}),
+            device,
+            cfg.precision,
+            graphed=graphed,
+            exchange=exchange if exchanging else None,
+        )
 
-        backward = GraphedBackward(run, model, exchange=exchange) if graphed else EagerBackward(run, model)
-
-        def step(i: int) -> None:
-            backward.start_step()
-            backward(batches[i % len(batches)])
+        def run(i: int) -> None:
+            step([batches[i % len(batches)]])
             optimizer.step()
 
-        with contextlib.closing(backward):
+        with contextlib.closing(step):
             for i in range(cfg.warm_up + 1):
-                step(i)
-            return median_step_ms(step, cfg.repeats, device)
+                run(i)
+            return median_step_ms(run, cfg.repeats, device)
 
     ms = time_steps(exchanging=True)
     if count == 1:

@@ -32,8 +32,8 @@ from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
 from fcmae.optim.adamw import create_optimizer
-from fcmae.training.backward import EagerBackward, GraphedBackward
 from fcmae.training.determinism import only_deterministic_algorithms
+from fcmae.training.step import TrainingStep
 
 SUPERVISED = "timm"
 """The yardstick: timm's own forward over whole images with a classifier, no masking at all."""
@@ -170,17 +170,10 @@ def _measure(
     loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
-    def run_pass(batch: Sequence[Tensor], _: bool) -> Tensor:
-        with precision.autocast(device, cfg.precision):
-            value = loss(*batch)
-        value.backward()
-        return value.detach()
-
-    backward = GraphedBackward(run_pass, model) if graphed else EagerBackward(run_pass, model)
+    passes = TrainingStep(model, lambda batch: (loss(*batch), {}), device, cfg.precision, graphed=graphed)
 
     def step(i: int) -> None:
-        backward.start_step()
-        backward(batches[i % len(batches)])
+        passes([batches[i % len(batches)]])
         optimizer.step()
 
     began = time.perf_counter()
@@ -196,7 +189,7 @@ def _measure(
     if device.type == "cuda":
 
         def launched_step() -> None:
-            run_pass(batches[0], True)
+            passes.run_pass(batches[0], True)
             optimizer.step()
 
         kernel_ms = profile_step(launched_step)

@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
+from fcmae.config import LoaderConfig
 from fcmae.data.collate import Batch, Item
+from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 from fcmae.randomness import Stream, derive
@@ -104,7 +107,23 @@ def check_share(count: int, num_samples: int, max_bad: float, what: str) -> None
     """Raises UsageError if more than the share ``max_bad`` of the samples could not be read."""
     if count > max_bad * num_samples:
         failed = f"{count} of {num_samples} samples of {what} could not be read"
-        raise UsageError(f"{failed}; allowed is a share of {max_bad} (loader.max_bad)")
+        raise UsageError(f"{failed}; the share must be at most {max_bad} (loader.max_bad)")
+
+
+def count_bad_samples(counts: list[int], num_samples: int, cfg: LoaderConfig, world: World) -> dict[str, float]:
+    """The metric ``bad_samples`` where they are skipped, over all ranks. Every rank calls this.
+
+    Args:
+        counts: see :meth:`fcmae.data.loading.TrainBatches.bad_samples`.
+        num_samples: of an epoch.
+
+    Raises UsageError if they are more than ``loader.max_bad`` of an epoch (PeerError on all ranks but the first).
+    """
+    if cfg.on_error != "skip":
+        return {}
+    since, *epochs = world.sum(torch.tensor(counts)).tolist()
+    world.on_main(lambda: check_share(max(epochs, default=0), num_samples, cfg.max_bad, "an epoch"))
+    return {"bad_samples": since}
 
 
 def readable(batches: Iterable[Batch], num_samples: int, skip: bool, max_bad: float) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.models.convnext import ConvNeXt
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.config import OptimConfig
 from fcmae.engines.convnext import stages
@@ -81,6 +81,15 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over :func:`param_groups`; the loop sets the learning rates."""
     betas = (cfg.betas[0], cfg.betas[1])
     return torch.optim.AdamW(param_groups(model, cfg), lr=0.0, betas=betas, fused=True)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
+    """The norm of all gradients, which are scaled down to the norm ``largest`` where theirs is larger."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, largest, norm, foreach=True)
+    return norm
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

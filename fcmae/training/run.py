@@ -18,8 +18,8 @@ from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.task import Task
 from fcmae.training.backward import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
-from fcmae.training.lock import RunLock
 from fcmae.training.loop import train
+from fcmae.training.run_dir import RunLock
 from fcmae.training.stop import StopAgreement
 from fcmae.training.watchdog import Watchdog
 

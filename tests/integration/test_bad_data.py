@@ -46,5 +46,5 @@ def test_skipping_is_counted_and_does_not_depend_on_ranks_workers_or_restarts(fc
 
 def test_too_many_end_a_run_of_several_ranks_with_one_line(fcmae, images):
     failed = fcmae(*TINY_PRETRAIN, *DATA, "loader.on_error=skip", ranks=2, check=1)  # 1 is torchrun's
-    message = "of 24 samples of an epoch could not be read; allowed is a share of 0.001 (loader.max_bad)"
+    message = "of 24 samples of an epoch could not be read; the share must be at most 0.001 (loader.max_bad)"
     assert failed.stderr.count(message) == 1

@@ -185,7 +185,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
     assert "a.jpg: " in capsys.readouterr().err
     with pytest.raises(ImageError, match=r"a.jpg: .*\(loader.on_error=skip would go on without it\)"):
         evaluate(skip=False)
-    with pytest.raises(UsageError, match=r"1 of 5 samples of the evaluation could not be read; allowed is .* 0.1"):
+    with pytest.raises(UsageError, match=r"1 of 5 samples of the evaluation could not be read; .* at most 0.1"):
         evaluate(skip=True, max_bad=0.1)
 
 

@@ -30,7 +30,7 @@ from fcmae.interchange.convert import export, import_weights
 from fcmae.loggers.logger import MetricsFile
 from fcmae.processes import Process
 from fcmae.training import run
-from fcmae.training.lock import RunLock
+from fcmae.training.run_dir import RunLock
 from fcmae.training.watchdog import Watchdog
 from tests.interchange import CLASSES, classifier
 

@@ -16,8 +16,9 @@ from fcmae.errors import ConfigError, OutOfMemory
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training import micro_batch
-from fcmae.training.loop import _create_state, _plan
 from fcmae.training.micro_batch import candidates, find, largest
+from fcmae.training.setup import create_plan
+from fcmae.training.state import TrainState
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -80,7 +81,9 @@ def task():
 
 
 def look(task, world=CPU):
-    return find(task, lambda size: _plan(task, world, size), _create_state(task, world), world)
+    return find(
+        task, lambda size: create_plan(task, world, size), TrainState.create(task.model, task.cfg, world), world
+    )
 
 
 def test_a_search_leaves_no_trace(task, limit):

@@ -14,8 +14,8 @@ import torch
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.processes import Process, is_stopped
-from fcmae.training import lock as lock_module
-from fcmae.training.lock import RunLock
+from fcmae.training import run_dir as run_dir_module
+from fcmae.training.run_dir import RunLock
 from fcmae.training.watchdog import KEPT, Watchdog
 from tests.conftest import run_python, start_python
 
@@ -107,7 +107,7 @@ def test_the_watchdog_leaves_nothing_behind(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fcmae.training.lock import RunLock
+from fcmae.training.run_dir import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -134,7 +134,7 @@ def test_without_locks_a_holder_counts_in_the_file(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(run_dir_module.fcntl, "lockf", no_locks)
     monkeypatch.setattr(RunLock, "BEAT", 0.05)
     first = RunLock(tmp_path)
     first.acquire()

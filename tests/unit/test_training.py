@@ -18,7 +18,6 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.optim.adamw import create_optimizer, layer_scale, load_moments, param_groups, set_lr
 from fcmae.optim.schedule import CosineSchedule
 from fcmae.training.finite import FiniteGuard, infectious
-from fcmae.training.loop import _optimizer_step
 from fcmae.training.state import TrainState
 from tests.conftest import run_python
 
@@ -109,7 +108,7 @@ def test_only_a_scale_excuses_a_gradient_of_float16_that_is_not_finite(scale, no
     scaler.scale(layer(torch.full((1, 2), math.inf)).sum()).backward()
     before = layer.weight.detach().clone()
     guard = FiniteGuard(torch.device("cpu"))
-    _optimizer_step(TrainState(7, layer, optimizer, scaler, None), guard, None, 7, torch.tensor(1.0), CPU)
+    TrainState(7, layer, optimizer, scaler, None).update(torch.tensor(1.0), guard, None, CPU)
     assert torch.equal(layer.weight, before)
     assert guard.first_bad_step(CPU) == (7 if noticed else None)
 
@@ -127,7 +126,7 @@ def test_in_float16_nothing_changes_after_a_loss_that_is_not_finite(skip, moved)
         weight, average = layer.weight.detach().clone(), state.ema.module.weight.clone()
         for param in layer.parameters():
             param.grad = scaler.scale(torch.full_like(param, gradient))
-        _optimizer_step(state, guard, None, step, torch.tensor(math.nan if step == 2 else 1.0), CPU)
+        state.update(torch.tensor(math.nan if step == 2 else 1.0), guard, None, CPU)
         changed += [step] * (not torch.equal(layer.weight, weight))
         averaged += [step] * (not torch.equal(state.ema.module.weight, average))
     assert changed == averaged == moved

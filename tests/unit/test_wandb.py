@@ -11,7 +11,7 @@ from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.loggers.wandb import ID_FILE, WandbLogger, wandb_mode
 from fcmae.messages import print_once
-from fcmae.training.run_folder import set_results_aside
+from fcmae.training.run_dir import set_results_aside
 from tests.conftest import TINY_PRETRAIN
 
 VARIABLES = (

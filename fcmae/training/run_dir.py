@@ -1,4 +1,4 @@
-"""One run directory, one run."""
+"""A run's directory: what it may hold already, its config, and the lock that keeps a second run out."""
 
 import errno
 import json
@@ -10,8 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
+from fcmae.checkpoints.checkpoint import CheckpointDir
+from fcmae.checkpoints.encoder import ENCODER_FILE
+from fcmae.checkpoints.resume import say
+from fcmae.config import RunConfig
 from fcmae.errors import UsageError
-from fcmae.opening import open_regular, open_to_change
+from fcmae.files import replacing, set_aside
+from fcmae.loggers.wandb import ID_FILE
+from fcmae.opening import open_regular, open_to_change, read_regular
 from fcmae.processes import Process
 
 try:
@@ -19,18 +27,67 @@ try:
 except ImportError:  # not a POSIX system: a run directory is not guarded
     fcntl = None  # type: ignore[assignment]
 
+CONFIG_FILE = "config.yaml"
+MAX_CONFIG = 2**20
+"""Bytes of a config file."""
+RESULTS = (CONFIG_FILE, "metrics.jsonl", ENCODER_FILE, "reconstructions")
+"""What a run that starts again would overwrite; checkpoints are numbered."""
 HELD = (errno.EACCES, errno.EAGAIN)
-"""What locking fails with if another process has the lock. Anything else: this file system has no locks."""
-MAX_BYTES = 4096
+"""Errors of locking where another process has the lock. Any other error: this file system has no locks."""
+MAX_LOCK = 4096
+"""Bytes of a lock file."""
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
 
 
-class RunLock:
-    """``run.lock`` in a run directory, locked by the run's first rank and naming it: host, process, start.
+def check_folder(cfg: RunConfig, run_dir: Path) -> None:
+    """Raises UsageError for a folder with other files, and for one among the images, whose pictures would be read."""
+    found = [name for name in RESULTS if (run_dir / name).exists()]
+    if found and not _is_ours(run_dir):
+        give = "give a new folder, an empty one, or a run"
+        raise UsageError(f"hydra.run.dir={run_dir} has {found[0]}, which fcmae did not write; {give}")
+    if cfg.data.name != "imagefolder" or cfg.data.source is not None:
+        return
+    for key in ("path", "val_path"):
+        paths = getattr(cfg.data, key) or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            if run_dir.resolve().is_relative_to(Path(path).resolve()):
+                why = "where its pictures would count as images"
+                raise UsageError(f"hydra.run.dir={run_dir} must not be in data.{key}={path}, {why}")
 
-    The kernel releases the lock with its holder, however that ends, so a dead holder's lock is free. It is a POSIX
-    record lock: data workers do not inherit it, and it works over NFS. On a file system without locks the holder counts
-    in the file; a file in which nobody counts any more is free.
+
+def _is_ours(run_dir: Path) -> bool:
+    """Whether a run wrote the folder: it writes its config first, but the user may have deleted that."""
+    if CheckpointDir(run_dir).paths():
+        return True
+    try:
+        content = yaml.safe_load(read_regular(run_dir / CONFIG_FILE, MAX_CONFIG, links=False))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and {"data", "model", "schedule", "trainer"} <= content.keys()
+
+
+def set_results_aside(run_dir: Path) -> None:
+    """Renames the results of a run that starts again."""
+    for name in (*RESULTS, ID_FILE):
+        if (run_dir / name).exists():
+            set_aside(run_dir / name, say)
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """Writes ``config.yaml``, whole. Raises OSError."""
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(run_dir / CONFIG_FILE) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+
+class RunLock:
+    """``run.lock`` in a run directory, locked by the run's first rank; it names the host, the process and its start.
+
+    The kernel releases the lock when its holder ends, however that happens. It is a POSIX record lock: data workers do
+    not inherit it, and it works over NFS. On a file system without locks the holder writes a counter into the file;
+    once the counter stops, the file is free.
     """
 
     BEAT = 5.0
@@ -67,7 +124,7 @@ class RunLock:
         _write(self._file, _this())
 
     def close(self) -> None:
-        """Deletes the file and gives the lock back, if this process has it."""
+        """Deletes the file and releases the lock, if this process has it."""
         self._closed.set()
         if self._file is not None:
             self.path.unlink(missing_ok=True)
@@ -85,14 +142,11 @@ class RunLock:
         told = _read(file)
         if told is not None:
             holder = Process.told(told)
-            if holder.is_here():
-                if holder.is_alive():
-                    self._refuse(file)
-            elif self._is_counted_in(told):
+            if holder.is_alive() if holder.is_here() else self._is_counted_in(told):
                 self._refuse(file)
         _write(file, _this())
-        time.sleep(min(1.0, self.BEAT))  # two that found it free have both written by now, and one of them last
-        told = self._read_anew()
+        time.sleep(min(1.0, self.BEAT))  # if two processes found it free, both have written by now: the last one has it
+        told = self._read_again()
         if told is None or told["pid"] != os.getpid() or told["place"] != _this()["place"]:
             self._refuse(file)
 
@@ -100,12 +154,12 @@ class RunLock:
         deadline = time.monotonic() + 3 * self.BEAT
         while time.monotonic() < deadline:
             time.sleep(self.BEAT / 5)
-            if self._read_anew() != told:
+            if self._read_again() != told:
                 return True
         return False
 
-    def _read_anew(self) -> dict[str, Any] | None:
-        """NFS shows what others wrote to whoever opens a file after that."""
+    def _read_again(self) -> dict[str, Any] | None:
+        """NFS shows what others wrote only to those who open a file after that."""
         with open_regular(self.path, links=False) as file:
             return _read(file)
 
@@ -117,7 +171,7 @@ class RunLock:
                 with open_to_change(self.path) as file:
                     _write(file, {**_this(), "count": count})
             except OSError:
-                continue  # the disk may be full; whoever wants this directory waits for three counts
+                continue  # the disk may be full; another run waits for three counts
 
 
 def _this() -> dict[str, Any]:
@@ -134,7 +188,7 @@ def _read(file: IO[bytes]) -> dict[str, Any] | None:
     """The holder that a lock file names, if it does."""
     file.seek(0)
     try:
-        told = json.loads(file.read(MAX_BYTES))
+        told = json.loads(file.read(MAX_LOCK))
         Process.told(told)
         named = isinstance(told.get("host"), str) and isinstance(told.get("started"), str)
         return told if named and (told["host"] + told["started"]).isprintable() else None

@@ -1,0 +1,93 @@
+"""What a run is set up from: its batches, schedule and checkpoints, and whether it may resume."""
+
+from pathlib import Path
+
+from fcmae import precision
+from fcmae.checkpoints.checkpoint import CheckpointDir, State
+from fcmae.config import RunConfig
+from fcmae.config.recipe import MICRO_BATCH, check_recipe
+from fcmae.data.cores import default_workers
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.plan import BatchPlan
+from fcmae.distributed import World
+from fcmae.errors import CheckpointError, UsageError
+from fcmae.optim.schedule import CosineSchedule
+from fcmae.tasks.task import Task
+from fcmae.training.state import TrainState
+from fcmae.training.watchdog import Watchdog
+
+
+def create_plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
+    """The batches of a task. Raises UsageError where sizes do not fit."""
+    cfg = task.cfg
+    plan = BatchPlan.create(
+        len(task.source),
+        cfg.optim.global_batch_size,
+        micro_batch_size,
+        world.size,
+        cfg.seed,
+        cfg.data.crops_per_image,
+        task.pairs,
+    )
+    task.prepare(plan)
+    return plan
+
+
+def create_schedule(cfg: RunConfig, plan: BatchPlan) -> CosineSchedule:
+    """The learning rate of each step."""
+    warmup, total = (
+        round(epochs * plan.steps_per_epoch) for epochs in (cfg.schedule.warmup_epochs, cfg.schedule.epochs)
+    )
+    return CosineSchedule(cfg.optim.peak_lr, cfg.schedule.min_lr, warmup, max(1, total))
+
+
+def checkpoint_dir(run_dir: Path, cfg: RunConfig, plan: BatchPlan, watchdog: Watchdog) -> CheckpointDir:
+    """The run's checkpoints."""
+    every = cfg.trainer.keep_every_epochs
+    keep_every = None if every is None else max(1, round(every * plan.steps_per_epoch))
+    return CheckpointDir(run_dir, cfg.trainer.keep_checkpoints, keep_every, watchdog.beat)
+
+
+def settle_precision(cfg: RunConfig, world: World, resumed: State | None) -> None:
+    """``cfg.precision`` becomes what the run computes in, and what its config and checkpoints record."""
+    recorded = None if resumed is None else resumed["config"].get("precision")
+    cfg.precision = precision.settle(
+        "precision", cfg.precision, world.device, recorded=recorded, smallest=world.smallest, main=world.is_main
+    )
+
+
+def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: BatchPlan, total_steps: int) -> None:
+    """Raises CheckpointError or UsageError, unless a run with ``config`` may continue from a checkpoint's state."""
+    if "optimizer" not in resumed:
+        held = f"the newest checkpoint in {run_dir / 'checkpoints'} holds weights without an optimizer's state"
+        raise CheckpointError(f"{held}, so no run resumes from it; move it elsewhere, e.g. for init_from")
+    if resumed["task"] != task.name:
+        held = f"{run_dir} holds a run of fcmae {resumed['task']}"
+        raise CheckpointError(f"{held}; give fcmae {task.name} another hydra.run.dir")
+    if not task.cfg.trainer.allow_changed_recipe:
+        numbers = {"training images": (resumed.get("num_samples"), plan.num_samples)}
+        if task.mixes_micro_batch:
+            numbers[MICRO_BATCH] = resumed.get("micro_batch_size"), plan.micro_batch_size
+        check_recipe(resumed["config"], config, numbers)
+    if resumed["step"] > total_steps:
+        epochs = f"schedule.epochs={task.cfg.schedule.epochs:g} ends at step {total_steps}"
+        raise UsageError(f"{epochs}; the run in {run_dir} is at step {resumed['step']}")
+
+
+def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> TrainBatches:
+    """This rank's micro-batches of ``steps``."""
+    cfg = task.cfg
+    count = default_workers(world.device, world.local_size) if cfg.loader.workers is None else cfg.loader.workers
+    timeout = cfg.trainer.hang_timeout + Watchdog.GRACE / 2  # the watchdog, which leaves stacks, comes first
+    workers = Workers(count, world.device.type == "cuda", cfg.loader.prefetch, timeout)
+    return TrainBatches(task.dataset(), plan, world.rank, steps, workers, skip=cfg.loader.on_error == "skip")
+
+
+def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
+    """The line that a run begins with."""
+    params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
+    start = f"resumed at step {state.step}" if state.step else "from the start"
+    return (
+        f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {plan} "
+        f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
+    )
