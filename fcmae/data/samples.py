@@ -65,10 +65,10 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
             return Undecoded(image, [self._draw(counters, opened) for counters in draws], self.crop.size), noise
         crops = [self._crop(opened, counters) for counters in draws]
-        noise = [self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)]
+        noises = [self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)]
         if self.crops_per_image == 1 and not self.undecoded:
-            return crops[0], noise[0]
-        return crops, torch.stack(noise)
+            return crops[0], noises[0]
+        return crops, torch.stack(noises)
 
     def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> Tensor:
         crop = self.crop(image, self._uniform(counters))
