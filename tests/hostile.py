@@ -302,7 +302,7 @@ IMAGES = {
         image("a.tif", tile_tiff, in_chans=1), "it has tiles of 10240x10240 pixels; loader."
     ),
     "TIFF of 70,000 pages": Case(image("a.tif", lambda: tiff(*[{}] * 70_000)), "more than 4096 pages"),
-    "TIFF whose pages never end": Case(image("a.tif", endless_tiff, in_chans=5), "its pages form a circle"),
+    "TIFF whose pages never end": Case(image("a.tif", endless_tiff, in_chans=5), "its pages form a cycle"),
     "TIFF that names another file": Case(foreign_tiff, "channels|axes|pages"),
     "JPEG of 500 scans": Case(image("a.jpg", lambda: jpeg_of_scans(500, 2000)), "a JPEG of 5.. scans"),
     "JPEG of bad metadata": Case(image("a.jpg", jpeg_of_exif), r"^\(3, 224, 224\)$"),

@@ -280,9 +280,9 @@ SOURCES = {
     ),
     "folders in 1500 folders": Case(deep_folder, "^1$"),
     "20 folders with links": Case(linked_folders, "is reached by more than 1000 links"),
-    "Parquet: /etc/passwd": Case(parquet([{"path": "/etc/passwd"}]), r"/etc/passwd.* outside of the data set's folder"),
+    "Parquet: /etc/passwd": Case(parquet([{"path": "/etc/passwd"}]), r"/etc/passwd.* outside of the folder"),
     "Parquet: ..": Case(
-        parquet([{"path": "../a.png"}], lambda folder: (folder / "a.png").write_bytes(PNG)), "outside of the data set's"
+        parquet([{"path": "../a.png"}], lambda folder: (folder / "a.png").write_bytes(PNG)), "outside of the folder"
     ),
     "Parquet: a link": Case(
         parquet([{"path": "a.png"}], lambda folder: (folder / "data" / "a.png").symlink_to("/etc/passwd")), "outside of"

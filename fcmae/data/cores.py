@@ -1,4 +1,4 @@
-"""How many cores this process may use, whoever set the limit, and how many loader processes follow from that."""
+"""The number of cores that this process may use, and the default number of loader workers."""
 
 import os
 from collections.abc import Mapping
@@ -9,14 +9,11 @@ import torch
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MOST_WORKERS = 32
-"""A rank's, however many cores there are: each takes memory, and one training process has to receive from all."""
+"""Per rank, for any number of cores: each takes memory, and one training process receives from all."""
 
 
 def default_workers(device: torch.device, local_world_size: int) -> int:
-    """Loader processes a rank: its cores but one.
-
-    On the CPU the cores are training's own, so the loader gets one process, or none where there is one core.
-    """
+    """Loader workers per rank: its cores less one. On a CPU, which trains on the cores, 1, or 0 for a single core."""
     cores = cores_per_rank(local_world_size)
     if device.type == "cpu":
         return min(1, cores - 1)
@@ -26,8 +23,7 @@ def default_workers(device: torch.device, local_world_size: int) -> int:
 def cores_per_rank(local_world_size: int, environment: Mapping[str, str] = os.environ) -> int:
     """A rank's share, at least 1, of the cores that its process may use by affinity, cgroup quota and SLURM.
 
-    A SLURM task that is one rank has its cores for itself; those of a task that started the ranks, through torchrun,
-    are shared by them.
+    The ranks of one torchrun share the cores of its SLURM task; a rank that is a task has them for itself.
     """
     cores = min(_affinity(), _quota() or _affinity())
     per_task = environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE")
@@ -44,7 +40,7 @@ def _affinity() -> int:
 
 
 def _quota() -> int | None:
-    """The whole cores of the tightest CPU quota over this process, at least 1; None where there is none."""
+    """The smallest CPU quota over this process in whole cores, at least 1; None without one."""
     try:
         lines = OWN_CGROUP.read_text().splitlines()
     except OSError:  # not Linux
@@ -64,7 +60,7 @@ def _quota() -> int | None:
 
 
 def _cores(group: Path) -> float | None:
-    """A cgroup's quota over its period, of either version."""
+    """The quota of a cgroup in cores, of version 2 or 1."""
     try:
         quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):

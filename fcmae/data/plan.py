@@ -1,8 +1,8 @@
-"""Which samples make up which optimizer step, and how ranks and micro-batches divide them.
+"""Divides the source into optimizer steps, and each step into ranks and micro-batches.
 
-The samples of optimizer step k are a function of the seed and k alone: a fresh random order of the source every epoch,
-cut into global batches (a remainder is left out of that epoch). Ranks and micro-batches only divide a global batch, in
-parts that are equal or differ by one unit. All micro-batches have one size, so that shapes stay static: what a part
+The samples of optimizer step k are a function of the seed and k alone: each epoch is a new random order of the source,
+cut into global batches; the remainder is left out. Ranks and micro-batches divide a global batch into parts that are
+equal or differ by one unit. All micro-batches have one size, so that shapes stay static: what a part
 lacks is padding of weight 0 (:class:`Padding`).
 """
 
@@ -22,12 +22,12 @@ SampleKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which samples every optimizer step and every rank gets.
+    """The samples of each optimizer step and rank.
 
-    ``global_batch_size`` samples a step are divided into ``accum_steps`` micro-batches of ``micro_batch_size``, padding
-    included, on each of ``world_size`` ranks. Of each image ``crops_per_image`` samples are made, for the same step. An
-    epoch stays so many samples as there are images, and so a schedule its length: a pass over the images takes
-    ``crops_per_image`` epochs. With ``pairs`` the samples at positions 2i and 2i + 1 of a global batch stay together.
+    A step has ``global_batch_size`` samples in ``accum_steps`` micro-batches of ``micro_batch_size``, padding included,
+    on each of ``world_size`` ranks. Each image gives ``crops_per_image`` samples of the same step. An epoch has as many
+    samples as there are images, so a pass over the images takes ``crops_per_image`` epochs. With ``pairs`` the samples
+    at positions 2i and 2i + 1 of a global batch stay together.
     """
 
     num_samples: int
@@ -49,9 +49,9 @@ class BatchPlan:
         crops_per_image: int = 1,
         pairs: bool = False,
     ) -> "BatchPlan":
-        """A plan with as few micro-batches of at most ``micro_batch_size`` as possible, as small as that allows.
+        """A plan with the fewest and smallest micro-batches of at most ``micro_batch_size``.
 
-        Raises UsageError, naming the sizes that fit.
+        Raises UsageError naming sizes that fit.
         """
         rest = global_batch_size % crops_per_image
         if rest:
@@ -63,8 +63,8 @@ class BatchPlan:
             )
         if num_samples < global_batch_size:
             raise UsageError(
-                f"optim.global_batch_size is {global_batch_size}; allowed with {num_samples} training images is at "
-                f"most {num_samples}"
+                f"optim.global_batch_size must be at most {num_samples}, the number of training images; got "
+                f"{global_batch_size}"
             )
         plan = cls(num_samples, global_batch_size, global_batch_size, world_size, seed, crops_per_image, pairs)
         most = plan.units if micro_batch_size is None else micro_batch_size // plan.unit
@@ -83,12 +83,12 @@ class BatchPlan:
 
     @property
     def unit(self) -> int:
-        """Samples that stay in one micro-batch: the crops of an image, or two that are mixed."""
+        """Samples that stay in one micro-batch: the crops of an image, or a pair that is mixed."""
         return 2 if self.pairs else self.crops_per_image
 
     @property
     def units(self) -> int:
-        """Of a global batch; the last one may lack a sample."""
+        """Units per global batch; the last one may lack a sample."""
         return -(-self.global_batch_size // self.unit)
 
     @property
@@ -101,7 +101,7 @@ class BatchPlan:
 
     @property
     def padding(self) -> int:
-        """How many of the samples that all ranks process in a step are padding."""
+        """Samples of padding per step, over all ranks."""
         return self.world_size * self.accum_steps * self.micro_batch_size - self.global_batch_size
 
     @property
@@ -110,7 +110,7 @@ class BatchPlan:
 
     @property
     def steps_per_pass(self) -> int:
-        """Steps that read every image once, but for a remainder; without several crops an epoch's."""
+        """Steps of a pass over the images, without the remainder; an epoch's for one crop per image."""
         return self.num_samples // self.images_per_step
 
     def order(self, epoch: int) -> Tensor:
@@ -124,17 +124,17 @@ class BatchPlan:
         return [(epoch, index) for index in self.order(epoch)[position * count : (position + 1) * count].tolist()]
 
     def part(self, micro: int, rank: int) -> range:
-        """The positions in a global batch of the samples of a rank's micro-batch; none if it is all padding."""
+        """The positions of a rank's micro-batch in the global batch; none if it is all padding."""
         number, parts = micro * self.world_size + rank, self.accum_steps * self.world_size
         first, last = (self.unit * ((number + i) * self.units // parts) for i in (0, 1))
         return range(first, min(last, self.global_batch_size))
 
     def read(self, micro: int, rank: int) -> range:
-        """The positions of what is read for a rank's micro-batch: :meth:`part`, or the first unit if there is none."""
+        """The positions that are read for a rank's micro-batch: :meth:`part`, or the first unit if that is empty."""
         return self.part(micro, rank) or range(min(self.unit, self.global_batch_size))
 
     def share(self, rank: int) -> float:
-        """A rank's samples, in mean shares: 1 where ranks divide the global batch."""
+        """A rank's samples divided by the mean over ranks."""
         count = sum(len(self.part(micro, rank)) for micro in range(self.accum_steps))
         return count * self.world_size / self.global_batch_size
 
@@ -166,10 +166,10 @@ class MicroBatches(Sampler[list[SampleKey]]):
 
 
 class Padding:
-    """Fills the micro-batches of a rank up with copies of their last sample, on the device.
+    """Fills up the micro-batches of a rank with copies of their last sample, on the device.
 
-    The weights are 0 for padding and of mean 1 over all that the ranks process in a step. So the mean of weighted
-    losses over micro-batches and ranks is the mean over the samples of the step, as it is without padding.
+    Weights are 0 for padding and have a mean of 1 over all samples of a step. So the mean of weighted losses over
+    micro-batches and ranks is the mean over the samples of the step.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, device: torch.device) -> None:
@@ -184,7 +184,7 @@ class Padding:
             self._micro.append((slots.clamp(max=read - 1), (slots < real) * weight))
 
     def __call__(self, micro: int, batch: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of a micro-batch, filled up; and the weights float32 ``[N]``, if the plan has padding."""
+        """The parts of a micro-batch, filled up, and weights float32 ``[N]`` if the plan has padding."""
         if not self._micro:
             return list(batch)
         index, weight = self._micro[micro]

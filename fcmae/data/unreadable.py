@@ -1,7 +1,7 @@
-"""Samples that cannot be read: ``loader.on_error=raise`` ends the run at the first, ``skip`` puts another in its place.
+"""Samples that cannot be read: ``loader.on_error=raise`` ends the run at the first one, ``skip`` replaces it.
 
-A loader worker hands on what it could not read with the batch, so the training process reports it in order, once, in
-one line, and the same with any number of workers.
+A worker sends errors along with the batch, so the training process reports them in order, in one line each, the same
+for any number of workers.
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ from fcmae.messages import print_once
 from fcmae.randomness import Stream, derive
 
 TRIES = 10
-"""Images that are tried in the place of one that cannot be read."""
+"""Images that are tried in place of an unreadable one."""
 
 
 class ErrorsAside(Dataset[Item]):
-    """A dataset whose samples come with their errors instead of raising them."""
+    """A dataset that returns errors along with its samples instead of raising them."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -40,12 +40,12 @@ class ErrorsAside(Dataset[Item]):
         return Item(None, errors)
 
     def candidates(self, key: Any) -> Iterator[Any]:
-        """The sample itself, then those that may take its place."""
+        """The key of the sample itself, then those that may replace it."""
         yield key
 
 
 class Replacing(ErrorsAside):
-    """And another sample in the place of one that cannot be read: a function of (seed, epoch, index)."""
+    """Replaces unreadable samples by others, which are a function of (seed, epoch, index)."""
 
     def __init__(self, dataset: Dataset, num_samples: int, seed: int) -> None:
         super().__init__(dataset)
@@ -60,24 +60,24 @@ class Replacing(ErrorsAside):
 
 
 def errors_aside(dataset: Dataset, num_samples: int, seed: int, skip: bool) -> ErrorsAside:
-    """Training samples of (epoch, index), with another in the place of what cannot be read if ``skip``."""
+    """Training samples by (epoch, index). Unreadable ones are replaced if ``skip``."""
     return Replacing(dataset, num_samples, seed) if skip else ErrorsAside(dataset)
 
 
 class BadSamples:
-    """What a process makes of the samples that its loader could not read.
+    """Reports and counts the unreadable samples of a loader.
 
     Args:
-        skip: go on; otherwise the first is raised.
+        skip: continue; otherwise the first one is raised.
     """
 
     def __init__(self, skip: bool) -> None:
         self.skip = skip
         self.counts: Counter[int] = Counter()
-        """Unreadable samples met in each epoch."""
+        """Unreadable samples per epoch."""
 
     def take(self, batch: Batch, epoch: int, replaced: bool) -> Any:
-        """The parts of a batch, whose errors are raised, or reported and counted.
+        """The parts of a batch. Its errors are raised, or reported and counted.
 
         Args:
             replaced: no sample may be left out.
@@ -88,7 +88,7 @@ class BadSamples:
             if not isinstance(error, ImageError):
                 raise error
             if not self.skip:
-                hint = "loader.on_error=skip would go on without it"
+                hint = "loader.on_error=skip would continue without it"
                 if batch.parts is None and batch.left_out > 1:
                     hint = (
                         f"no image of this batch of {batch.left_out} can be read; loader.on_error=skip would not help"
@@ -127,9 +127,9 @@ def count_bad_samples(counts: list[int], num_samples: int, cfg: LoaderConfig, wo
 
 
 def readable(batches: Iterable[Batch], num_samples: int, skip: bool, max_bad: float) -> Iterator[Any]:
-    """The parts of batches for evaluation, without the samples that cannot be read where ``skip`` allows that.
+    """The parts of batches for evaluation, without unreadable samples if ``skip``.
 
-    Raises ImageError, and UsageError past the share ``max_bad``.
+    Raises ImageError, and UsageError if more than the share ``max_bad`` is unreadable.
     """
     bad = BadSamples(skip)
     for batch in batches:

@@ -169,7 +169,7 @@ def test_the_hint_is_right_where_all_files_are_alike(folder):
     with pytest.raises(ImageError, match=f"npy: {wrong} .* {hint}"):
         next(batches(ImageFolder(folder), skip=False))
     (folder / "good.png").write_bytes(encoded(picture(), "PNG"))
-    with pytest.raises(ImageError, match=f"npy: {wrong}.*\\(loader.on_error=skip would go on without it\\)"):
+    with pytest.raises(ImageError, match=f"npy: {wrong}.*\\(loader.on_error=skip would continue without it\\)"):
         next(batches(ImageFolder(folder), skip=False))
 
 
@@ -183,7 +183,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
 
     assert evaluate(skip=True) == evaluate(skip=True, batch_size=1) == 4
     assert "a.jpg: " in capsys.readouterr().err
-    with pytest.raises(ImageError, match=r"a.jpg: .*\(loader.on_error=skip would go on without it\)"):
+    with pytest.raises(ImageError, match=r"a.jpg: .*\(loader.on_error=skip would continue without it\)"):
         evaluate(skip=False)
     with pytest.raises(UsageError, match=r"1 of 5 samples of the evaluation could not be read; .* at most 0.1"):
         evaluate(skip=True, max_bad=0.1)

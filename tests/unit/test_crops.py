@@ -170,7 +170,7 @@ def test_the_ends_of_sixteen_bits_do_not_wrap():
 
 
 def test_auto_augment_needs_eight_bits():
-    with pytest.raises(ConfigError, match="augment.auto_augment is 'rand-m9'; allowed with data.bit_depth=16 is null"):
+    with pytest.raises(ConfigError, match="augment.auto_augment must be null with data.bit_depth=16; got 'rand-m9'"):
         finetune_transform(DataConfig(bit_depth=16), AugmentConfig(auto_augment="rand-m9"))
 
 

@@ -46,7 +46,7 @@ def test_parquet_files(tmp_path, hf_rows, monkeypatch):
     with pytest.raises(UsageError, match=r"cannot load the data set .*, split dev: .*train"):
         val_source(cfg)
     cfg.image_column = "image"
-    with pytest.raises(ConfigError, match=r"data.image_column is 'image'; allowed is one of picture, kind"):
+    with pytest.raises(ConfigError, match=r"data.image_column must be one of picture, kind; got 'image'"):
         train_source(cfg)
 
 
@@ -64,7 +64,7 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     with pytest.raises(UsageError, match="data.path has no labels: no column is a ClassLabel; data.label_column may"):
         require_labels(source, "data.path")
     (tmp_path / "one.parquet").touch()
-    with pytest.raises(UsageError, match="one.parquet is a file; allowed is a folder with Parquet or Arrow files, or"):
+    with pytest.raises(UsageError, match="one.parquet must be a folder with Parquet or Arrow files, or"):
         train_source(DataConfig(name="hf", path=str(tmp_path / "one.parquet")))
     cfg.label_column = "class"
     assert train_source(cfg).classes == ["0", "1"]

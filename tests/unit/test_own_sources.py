@@ -136,15 +136,15 @@ GREY = torch.zeros(1, 8, 8, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (GREY, r"the source gives a Tensor; allowed is Sample\(image, label\)"),
-        (Sample(GREY.numpy(), 0), r"its image is a ndarray; allowed is a tensor or Encoded"),
-        (Sample(GREY.repeat(3, 1, 1), 0), r"its shape is \[3, 8, 8\]; allowed is \[C, H, W\] with 1 channels"),
-        (Sample(GREY[0], 0), r"its shape is \[8, 8\]"),
-        (Sample(GREY[:, :0], 0), r"its shape is \[1, 0, 8\]"),
-        (Sample(GREY.to(torch.uint16), 0), r"torch.uint16; allowed with data.bit_depth=8 is torch.uint8, or"),
-        (Sample(GREY.double(), 0), r"its pixels are torch.float64"),
-        (Sample(GREY, 2), r"its label is 2; allowed is 0 to 1"),
-        (Sample(GREY, None), r"its label is None; allowed is 0 to 1"),
+        (GREY, r"the source must give Sample\(image, label\); got a Tensor"),
+        (Sample(GREY.numpy(), 0), r"its image must be a tensor or Encoded.*; got a ndarray"),
+        (Sample(GREY.repeat(3, 1, 1), 0), r"its shape must be \[C, H, W\] with data.in_chans=1; got \[3, 8, 8\]"),
+        (Sample(GREY[0], 0), r"its shape must be .*; got \[8, 8\]"),
+        (Sample(GREY[:, :0], 0), r"its shape must be .*; got \[1, 0, 8\]"),
+        (Sample(GREY.to(torch.uint16), 0), r"torch.uint8 \(data.bit_depth=8\), or .*; got torch.uint16"),
+        (Sample(GREY.double(), 0), r"its pixels must be .*; got torch.float64"),
+        (Sample(GREY, 2), r"its label must be 0 to 1; got 2"),
+        (Sample(GREY, None), r"its label must be 0 to 1; got None"),
     ],
 )
 def test_samples_of_ones_own_source_are_checked(sample, message, monkeypatch):
@@ -228,7 +228,7 @@ def test_labels_are_matched_by_the_names_of_classes(monkeypatch, classes, notes)
 
 
 def test_one_path_where_one_is_meant(tmp_path):
-    with pytest.raises(UsageError, match=r"data.path is .*; allowed with data.name=fashion_mnist is one path"):
+    with pytest.raises(UsageError, match=r"data.path must be one path with data.name=fashion_mnist; got"):
         train_source(DataConfig(name="fashion_mnist", path=["a", "b"]))
     assert DataConfig(path=2024).path == "2024"
     assert isinstance(train_source(DataConfig(name="synthetic")), Synthetic)

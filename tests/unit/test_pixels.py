@@ -165,18 +165,16 @@ def png16(values):
 def test_sixteen_bit_images_are_refused_where_eight_are_expected():
     values = noise(HEIGHT, WIDTH, dtype=np.uint16, most=65535)
     for image in (encoded(values, "PNG"), encoded(values, "TIFF"), npy(values)):
-        with pytest.raises(
-            ImageError, match=rf"{image.name}: its pixels have 16 bits; data.bit_depth is 8; allowed is"
-        ):
+        with pytest.raises(ImageError, match=rf"{image.name}: its pixels have 16 bits; data.bit_depth is 8; set it to"):
             decode(image, 1)
-    with pytest.raises(ImageError, match=r"a.tiff: its pixels have 16 bits; data.bit_depth is 8; allowed is"):
+    with pytest.raises(ImageError, match=r"a.tiff: its pixels have 16 bits; data.bit_depth is 8; set it to"):
         decode(tiff(np.stack([values] * 3, -1), photometric="rgb"), 3)
 
 
 def test_fewer_bits_are_spread_over_the_whole_range():
     values = np.array([[0, 1, 2048, 4095]], dtype=np.uint16)
     assert decode(npy(values), 1, bit_depth=12).flatten().tolist() == [0, 16, 32776, 65535]
-    with pytest.raises(ImageError, match="it holds the value 4096; data.bit_depth is 12, which ends at 4095"):
+    with pytest.raises(ImageError, match="its values must be at most 4095 with data.bit_depth=12; got 4096"):
         decode(npy(values + 1), 1, bit_depth=12)
     assert decode(npy(np.array([[0, 1, 255]], dtype=np.uint8)), 1, bit_depth=12).flatten().tolist() == [0, 257, 65535]
 
@@ -227,7 +225,7 @@ REFUSED = {
     "signed npy": (lambda: npy(np.ones((8, 8), np.int16)), 1, "its pixels are int16"),
     "npy without pixels": (lambda: npy(noise(0, 5, 3)), 3, r"its shape is \[3, 0, 5\]: it has no pixels"),
     "objects in npy": (lambda: npy(np.array([[{}]], dtype=object)), 1, "allow_pickle"),
-    "npy with four axes": (lambda: npy(noise(1, 2, 3, 4)), 1, r"its shape is \[1, 2, 3, 4\]; allowed is"),
+    "npy with four axes": (lambda: npy(noise(1, 2, 3, 4)), 1, r"its shape must be .*; got \[1, 2, 3, 4\]"),
     "npy with other channels": (lambda: npy(noise(5, 8, 8)), 3, "it has 5 channels; data.in_chans is 3"),
     "npy cut short": (lambda: Encoded(npy(noise(5, 8, 8)).data[:-9], "a.npy"), 5, "."),
     "7 channels of a JPEG": (lambda: encoded(smooth(), "JPEG"), 7, "it has 3 channels; data.in_chans is 7"),

@@ -80,7 +80,7 @@ def test_what_is_read_for_a_rank_without_samples_is_the_first_of_the_step():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((9, 10, None, 1, 0), "global_batch_size is 10; allowed with 9 training images is at most 9"),
+        ((9, 10, None, 1, 0), "global_batch_size must be at most 9, the number of training images; got 10"),
         (
             (24, 8, None, 1, 0, 3),
             "global_batch_size must be a multiple of data.crops_per_image=3, such as 6 or 9; got 8",

@@ -144,7 +144,7 @@ def test_what_is_no_tar_file_is_named(tmp_path):
         tar.add(__file__, "a.jpg")
     with pytest.raises(UsageError, match=r"compressed tar files have no random access"):
         WebDataset(tmp_path)
-    with pytest.raises(UsageError, match=r"nowhere.tar is neither a tar file nor"):
+    with pytest.raises(UsageError, match=r"nowhere.tar must be a tar file, a folder"):
         WebDataset(tmp_path / "nowhere.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty has no files that end in .tar"):

@@ -1,8 +1,8 @@
-"""A band of a JPEG as a JPEG of its own: of the rows that a crop needs the pixels are the same, bit for bit.
+"""Cuts the rows that a crop needs out of a JPEG; their pixels stay the same, bit for bit.
 
-libjpeg goes through all bits of a file up to the last row that is wanted, and no Python package asks it for less than
-the whole. But where each row of blocks ends with a restart marker, as ``fcmae prepare`` writes them, rows can be taken
-out: what is left is a JPEG of less height. Markers are those of ITU-T T.81, annex B.
+libjpeg decodes all bits of a file up to the last row. But if each row of blocks ends with a restart marker, as in files
+of ``fcmae prepare``, rows of blocks can be left out, and the rest is a JPEG of less height. That saves a sixth of the
+time of decoding and cropping a prepared image. The markers are in ITU-T T.81, annex B.
 """
 
 import re
@@ -12,19 +12,19 @@ SOF0, SOS, DRI = 0xC0, 0xDA, 0xDD
 """Baseline frame, scan, restart interval; each after 0xff."""
 END = b"\xff\xd9"
 RESTARTS = tuple(bytes([0xFF, 0xD0 + i]) for i in range(8))
-"""The restart markers, which take turns."""
+"""The restart markers, used in turn."""
 BLOCK = 8
-"""Pixels a side of a block."""
+"""Pixels per side of a block."""
 MARGIN = 1
-"""Rows of pixels beyond a crop that its chroma is interpolated from."""
+"""Rows of pixels above and below a crop from which its chroma is interpolated."""
 LEAST = 2
-"""Rows of blocks to leave out: looking for the markers takes as long as decoding one of sixteen."""
+"""Fewest rows of blocks that are worth leaving out: finding the markers takes as long as decoding one of sixteen."""
 
 _restart = re.compile(rb"(\xff[\xd0-\xd7])")
 
 
 class Band(NamedTuple):
-    """A JPEG of some rows of another one, and where they are: from the row ``top`` on."""
+    """A JPEG of ``height`` rows of another one, from row ``top`` on."""
 
     data: bytes
     top: int
@@ -32,7 +32,7 @@ class Band(NamedTuple):
 
 
 def segments(data: bytes) -> dict[int, int]:
-    """Where in a JPEG the content of each kind of segment starts, of the first of its kind, up to the first scan."""
+    """The position in a JPEG of the first segment of each kind, up to the first scan."""
     found: dict[int, int] = {}
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF and SOS not in found:
@@ -42,9 +42,9 @@ def segments(data: bytes) -> dict[int, int]:
 
 
 def cut_band(data: bytes, where: dict[int, int], top: int, bottom: int) -> Band | None:
-    """The rows of pixels from ``top`` to before ``bottom``, and as many more as there have to be.
+    """A band that has the rows of pixels from ``top`` to ``bottom - 1``.
 
-    None if the file has no restart marker after each row of blocks, is not whole, or nearly all rows are needed.
+    None if the file lacks restart markers after each row of blocks, is damaged, or nearly all rows are needed.
 
     Args:
         where: :func:`segments` of the file.
@@ -68,7 +68,7 @@ def cut_band(data: bytes, where: dict[int, int], top: int, bottom: int) -> Band 
         return None
     band_top, band_bottom = first * BLOCK * down, min(height, end * BLOCK * down)
     parts = parts[2 * first : 2 * end - 1]
-    parts[1::2] = markers[: end - first - 1]  # they start anew
+    parts[1::2] = markers[: end - first - 1]
     size = (band_bottom - band_top).to_bytes(2, "big")
     return Band(
         b"".join([data[: frame + 1], size, data[frame + 3 : first_row], *parts, END]), band_top, band_bottom - band_top
@@ -80,8 +80,8 @@ def _number(data: bytes, position: int) -> int:
 
 
 def _sampling(data: bytes, frame: int, components: int) -> tuple[int, int]:
-    """Blocks that lie side by side, and one below the other, in what is coded together."""
+    """Blocks per row and per column of a minimum coded unit."""
     if components == 1:
-        return 1, 1  # whatever the file says
+        return 1, 1  # whatever the file states
     factors = [data[frame + 7 + 3 * i] for i in range(components)]
     return max(factor >> 4 for factor in factors), max(factor & 15 for factor in factors)

@@ -1,4 +1,4 @@
-"""Random resized crops, distributed as torchvision's, of images that are decoded no further than the crop needs."""
+"""Random resized crops, distributed as torchvision's. An image is decoded only as far as its crop needs."""
 
 import math
 import random
@@ -17,19 +17,19 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.formats import MAX_PIXELS
 
 GAP = 2
-"""A JPEG is decoded to a fraction of its size if the crop still has this many times the pixels a side that it becomes.
-The resize then has enough to filter: the result differs from that of the whole by less than docs/pixels.md states."""
+"""A JPEG is decoded at reduced size if its crop still has this many times the pixels per side of the result. That is
+enough for the filter of the resize; docs/pixels.md states the largest difference."""
 NARROW = 16
-"""Ratio of sides from which an image is resized in another way, as its memory would otherwise grow with the ratio."""
+"""Ratio of sides from which an image is resized in two passes, since memory would grow with the ratio."""
 TRIES = 10
-"""Parts that are drawn before one in the middle is taken."""
+"""Boxes that are drawn before the central one is taken."""
 
 _resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
-"""What :func:`torch.nn.functional.interpolate` calls, with a place for the result."""
+"""What :func:`torch.nn.functional.interpolate` calls, with an output whose memory order we choose."""
 
 
 class Box(NamedTuple):
-    """A part of an image in pixels, and whether it is then mirrored left to right."""
+    """A part of an image in pixels, and whether it is mirrored left to right."""
 
     top: int
     left: int
@@ -38,25 +38,25 @@ class Box(NamedTuple):
     flip: bool
 
     def divided(self, reduce: int) -> "Box":
-        """The same part of an image of a fraction of the size."""
+        """The same part of an image decoded at reduced size."""
         top, left, height, width = (side // reduce for side in self[:4])
         return Box(top, left, height, width, self.flip)
 
     def aligned(self, reduce: int) -> "Box":
-        """The box on the grid of an image of a fraction of the size."""
+        """The box rounded to the pixels of an image decoded at reduced size."""
         top, left, height, width = (side - side % reduce for side in self[:4])
         return Box(top, left, height, width, self.flip)
 
 
 Uniform = Callable[[], float]
-"""What gives random numbers in [0, 1)."""
+"""Gives random numbers in [0, 1)."""
 
 
 class RandomCrop:
     """Random resized crop and horizontal flip: raw pixels ``[C, *cfg.size]``.
 
-    The pixels that torchvision's v2 transforms give for the same box, but where a JPEG is so large that a fraction of
-    its size is decoded: there the box is aligned to that fraction's grid.
+    Its pixels are those of torchvision's v2 transforms for the same box, unless a JPEG is so large that it is decoded
+    at reduced size.
     """
 
     def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
@@ -65,7 +65,7 @@ class RandomCrop:
         self.pad = cfg.pad
         self.hflip = cfg.hflip
         self.exact = cfg.exact_decode
-        self.alone = cfg.crops_per_image == 1  # otherwise the image is decoded once for all crops
+        self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
 
@@ -75,7 +75,7 @@ class RandomCrop:
         return cut(pixels, box, self.size)
 
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
-        """Pixels ``[C, H, W]``, of no more of the image than is needed, and the part of them that is chosen."""
+        """The part of the image that is decoded, ``[C, H, W]``, and the box in it."""
         image = open_image(image, self.format)
         if self.pad:
             padded = F.pad(image.pixels(1), [self.pad])
@@ -87,7 +87,7 @@ class RandomCrop:
         return pixels, box._replace(top=box.top - top)
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
-        """The part that ``uniform`` chooses, and the fraction of the image that has enough pixels."""
+        """The box that ``uniform`` chooses, and the divisor of the size at which the image has enough pixels."""
         box = Box(*random_part(image.size, self.scale, self.ratio, uniform), uniform() < self.hflip)
         reduce = reduction(box, self.size) if image.reducible else 1
         return box.aligned(reduce), reduce
@@ -96,10 +96,10 @@ class RandomCrop:
 def random_part(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], uniform: Uniform
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of an image of ``size``, distributed as torchvision's RandomResizedCrop.
+    """Top, left, height and width of a box in an image of ``size``, distributed as torchvision's RandomResizedCrop.
 
-    Its share of the area is uniform in ``scale`` and the logarithm of its aspect ratio uniform in that of ``ratio``,
-    among the parts that fit. torchvision's own takes seven times as long, for its tensors of one number.
+    Among the boxes that fit, the share of the area is uniform in ``scale``, and the logarithm of the aspect ratio is
+    uniform. torchvision's own function is seven times as slow: its numbers are tensors.
     """
     height, width = size
     least, most = math.log(ratio[0]), math.log(ratio[1])
@@ -109,13 +109,13 @@ def random_part(
         rows, cols = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < rows <= height and 0 < cols <= width:
             return int((height - rows + 1) * uniform()), int((width - cols + 1) * uniform()), rows, cols
-    # none fits: as much as one of an allowed aspect ratio can have, in the middle
+    # None fits: take the largest central box of an allowed aspect ratio.
     rows, cols = min(height, max(1, round(width / ratio[0]))), min(width, max(1, round(height * ratio[1])))
     return (height - rows) // 2, (width - cols) // 2, rows, cols
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:
-    """The fraction of a JPEG's size, 1/8 to 1, that has enough pixels for a box that becomes ``size``."""
+    """The largest divisor of a JPEG's size, 8 to 1, that leaves enough pixels for a box that is resized to ``size``."""
     ratio = min(box.height / size[0], box.width / size[1])
     return next((reduce for reduce in jpeg.REDUCTIONS if ratio >= GAP * reduce), 1)
 
@@ -128,7 +128,7 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def _mirrored(pixels: Tensor) -> Tensor:
-    """``[C, H, W]``, left to right. torch has fast code for whole pixels, if they lie together, as innermost."""
+    """``[C, H, W]`` mirrored left to right. torch is fast where the channels are last in memory and in shape."""
     if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
         return _mirrored(pixels.view(torch.int16)).view(torch.uint16)
     if pixels.stride(0) == 1:
@@ -143,7 +143,7 @@ def resize(pixels: Tensor, size: list[int]) -> Tensor:
     """
     height, width = pixels.shape[-2:]
     if len(size) == 2 and height > NARROW * size[0] and size[1] > NARROW * width:
-        pixels = _by_torchvision(pixels, [size[0], width])  # torch would bring all rows to their new width first
+        pixels = _by_torchvision(pixels, [size[0], width])  # torch would resize all rows to their new width first
     if pixels.dtype != torch.uint8 or len(size) != 2 or pixels.device.type != "cpu":
         return _by_torchvision(pixels, size)
     # What torchvision's resize comes to, without its preliminaries.
@@ -165,7 +165,7 @@ def _by_torchvision(pixels: Tensor, size: list[int]) -> Tensor:
 
 
 def middle(pixels: Tensor, height: int, width: int) -> Tensor:
-    """``[C, H, W]``, of a long image only the middle: what a centre crop of about ``height`` x ``width`` is made of."""
+    """``[C, H, W]`` without the ends of a long image, which a centre crop of ``height`` x ``width`` does not need."""
     ratio = min(pixels.shape[-2] / height, pixels.shape[-1] / width)
     rows = _shortened(pixels.shape[-2], math.ceil(NARROW * height * ratio))
     cols = _shortened(pixels.shape[-1], math.ceil(NARROW * width * ratio))
@@ -174,5 +174,5 @@ def middle(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _shortened(side: int, most: int) -> int:
-    """At most ``most``, or one more so that the middle stays where it is."""
+    """At most ``most``, or one more to keep the same centre."""
     return side if side <= most else most + (side - most) % 2

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to pixels.
+"""Decodes image files to pixels.
 
-Sources hand on undecoded bytes (:class:`Encoded`), the transforms decode them: so one place knows what files can hold,
-and a transform may decode only what it needs. docs/pixels.md has the rules as a table.
+Sources give undecoded bytes (:class:`Encoded`), which transforms decode, perhaps only in part. docs/pixels.md has the
+rules as a table.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ from fcmae.errors import ImageError, UsageError
 from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
-"""Pillow's modes whose conversion keeps the scale of brightness; it would clip others."""
+"""Pillow's modes whose conversion keeps the scale of brightness; it clips others."""
 
 MAX_BYTES = 2**32
-"""Of a file: one of nothing but a length takes no room on a disk."""
+"""Of a file. A sparse file of any length takes no room on a disk."""
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 class Encoded(NamedTuple):
-    """An image file's undecoded bytes, and what messages call it: its path."""
+    """The undecoded bytes of an image file, and its path for messages."""
 
     data: bytes
     name: str
 
 
 class PixelFormat(NamedTuple):
-    """What images become: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` is above 8.
+    """The pixels of all images: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` > 8.
 
-    Images with more than ``max_pixels`` pixels are refused.
+    Images of more than ``max_pixels`` are refused.
     """
 
     in_chans: int
@@ -57,9 +57,9 @@ class PixelFormat(NamedTuple):
 
 
 class LazyImage:
-    """An image whose size ``(height, width)`` is known and whose pixels are decoded when they are asked for, once.
+    """An image of a known size ``(height, width)``, decoded on first use.
 
-    ``reducible``: :meth:`pixels` can give a half, a quarter or an eighth of each side for less than the whole costs.
+    ``reducible``: :meth:`pixels` can decode it to a half, a quarter or an eighth of the size.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class LazyImage:
         self._decoded: dict[int, Tensor] = {}
 
     def pixels(self, reduce: int) -> Tensor:
-        """``[C, H, W]``, each side divided by ``reduce`` and rounded up where that is possible."""
+        """``[C, H, W]``, each side divided by ``reduce`` and rounded up if it is reducible."""
         if reduce not in self._decoded:
             self._decoded[reduce] = self._decode(reduce)
         return self._decoded[reduce]
 
     def rows(self, top: int, bottom: int) -> tuple[Tensor, int]:
-        """The rows from ``top`` to before ``bottom``, or more, and the first that is there. Nothing is kept."""
+        """The rows from ``top`` to ``bottom - 1``, or more, and the number of the first. They are not kept."""
         return self._decode_rows(top, bottom) if self._decode_rows else (self.pixels(1), 0)
 
 
@@ -101,13 +101,13 @@ def read_file(path: str | Path) -> Encoded:
 def decode(image: Encoded | Tensor, in_chans: int, bit_depth: int = 8, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image as uint8 (uint16 if ``bit_depth`` is above 8) ``[in_chans, H, W]``; a tensor is returned as it is.
 
-    Raises ImageError naming the file, whatever is wrong with it.
+    Raises ImageError naming the file, for any damage.
     """
     return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels)).pixels(1)
 
 
 def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
-    """An image before its pixels are decoded, if it is a JPEG; others are decoded at once. Raises ImageError."""
+    """A JPEG, not decoded yet; other images are decoded at once. Raises ImageError."""
     if isinstance(image, LazyImage):
         return image
     if isinstance(image, Tensor):
@@ -135,10 +135,10 @@ def _decoded(pixels: Tensor) -> LazyImage:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Whatever goes wrong in this block becomes an ImageError: damaged files make libraries raise all sorts."""
+    """Turns all errors in this block into ImageError: libraries raise all kinds for damaged files."""
     try:
         yield
-    except UsageError:  # one of ours, or a package that is missing
+    except UsageError:  # our own, or a missing package
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error
@@ -147,7 +147,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _upright(pixels: Tensor, turn: int) -> Tensor:
-    """Stored pixels ``[C, H, W]`` turned by an EXIF orientation."""
+    """Stored pixels ``[C, H, W]`` rotated by an EXIF orientation."""
     if turn >= 5:
         pixels = pixels.transpose(-1, -2)
     flips = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}
@@ -171,11 +171,11 @@ def _decode_rows(
 
 
 def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
-    """Any file but an ordinary JPEG."""
+    """Decodes all other files than ordinary JPEGs."""
     if data.startswith(scientific.NPY_MAGIC):
         return _to_depth(scientific.read_npy(data, to.in_chans), to.bit_depth)
     if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
-        raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; allowed: TIFF and .npy")
+        raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; convert it to TIFF")
     try:
         pixels = _decode_by_pillow(data, to)
     except UnidentifiedImageError:
@@ -188,7 +188,7 @@ def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
 
 
 def _decode_by_pillow(data: bytes, to: PixelFormat) -> Tensor | None:
-    """What Pillow makes of a file; None for a TIFF that it does not read rightly."""
+    """Decodes a file by Pillow; None for a TIFF that Pillow reads wrongly."""
     with open_picture(data, to.max_pixels) as image:
         if isinstance(image, TiffImageFile) and (
             image.is_animated or to.in_chans not in IMAGE_MODES or _has_wide_colour(image)
@@ -213,29 +213,29 @@ def _repeated(grey: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def _has_wide_colour(image: TiffImageFile) -> bool:
-    """Whether several channels have more than 8 bits, of which Pillow would drop the rest."""
+    """Whether several channels have more than 8 bits, which Pillow cuts to 8."""
     bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
     return len(bits) > 1 and max(bits) > 8
 
 
 def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
-    """uint8 for a depth of 8; else uint16, 65535 for the largest value of ``bit_depth`` bits. Raises ValueError."""
+    """uint8 for a depth of 8; else uint16 scaled so that the largest value of ``bit_depth`` bits is 65535."""
     if pixels.dtype == np.uint8:
         return torch.from_numpy(pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257)
     scientific.check_type(pixels.dtype)
     if bit_depth == 8:
-        raise ValueError("its pixels have 16 bits; data.bit_depth is 8; allowed is 9 to 16, as many as are used")
+        raise ValueError("its pixels have 16 bits; data.bit_depth is 8; set it to the bits that are used, 9 to 16")
     if bit_depth == 16:
         return torch.from_numpy(pixels)
     most = 2**bit_depth - 1
     if pixels.max(initial=0) > most:
-        raise ValueError(f"it holds the value {pixels.max()}; data.bit_depth is {bit_depth}, which ends at {most}")
+        raise ValueError(f"its values must be at most {most} with data.bit_depth={bit_depth}; got {pixels.max()}")
     scaled = pixels.astype(np.uint32) * 65535
     return torch.from_numpy(((scaled + most // 2) // most).astype(np.uint16))
 
 
 def to_stored(pixels: Tensor, bit_depth: int) -> Tensor:
-    """Decoded pixels as a file of ``bit_depth`` bits holds them, so that decoding gives them again."""
+    """The inverse of the scaling to ``bit_depth`` bits, for pixels that are written to a file."""
     if pixels.dtype != torch.uint16 or bit_depth == 16:
         return pixels
     scaled = pixels.to(torch.int64) * (2**bit_depth - 1)

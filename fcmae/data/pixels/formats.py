@@ -1,6 +1,6 @@
-"""Which image files are read: by which decoders of Pillow, under which names, and up to which size.
+"""The image formats that are read, their file names, and the largest size.
 
-Every image file that Pillow opens is opened here. Pillow knows fifty formats, some of which start other programs.
+All images that Pillow reads are opened here: Pillow knows fifty formats, some of which start other programs.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-"""Pillow's name of each format that is read, and how names of its files end. What a file is, its bytes decide."""
+"""The formats by Pillow's names, and the endings of their files. A file's bytes decide which format it has."""
 EXTENSIONS = (*(ending for endings in FORMATS.values() for ending in endings), ".npy")
-"""File names that end so, in any case, are taken for images."""
+"""Endings of image files, in lower or upper case."""
 MAX_PIXELS = LoaderConfig.max_pixels
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong is in the exception, too
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # exceptions say the same
 _pillow = threading.RLock()
-"""Held while an image is open: Pillow's limit and Python's warnings belong to the whole process."""
+"""Held while an image is open: Pillow's limit and Python's warnings are global."""
 
 
 @contextlib.contextmanager
 def open_picture(data: bytes, max_pixels: float = math.inf) -> Iterator[Image.Image]:
-    """An image by Pillow, before its pixels are decoded. Metadata gives no warnings.
+    """An image opened by Pillow, not decoded yet. Its metadata gives no warnings.
 
-    Raises UnidentifiedImageError for another format, and ValueError for more than ``max_pixels`` or none.
+    Raises UnidentifiedImageError for other formats, and ValueError for no pixels or more than ``max_pixels``.
     """
     with _pillow, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ def open_picture(data: bytes, max_pixels: float = math.inf) -> Iterator[Image.Im
 
 
 def check_size(height: int, width: int, max_pixels: float = MAX_PIXELS, what: str = "") -> None:
-    """Raises ValueError for an image, or ``what`` it has, without pixels or with more than ``max_pixels``."""
+    """Raises ValueError for no pixels, or for more than ``max_pixels`` in an image or in ``what`` it has."""
     if not height or not width:
         raise ValueError("it has no pixels")
     if height * width > max_pixels:

@@ -1,7 +1,7 @@
-"""JPEG files by libjpeg-turbo through simplejpeg, or through Pillow where that is missing or refuses a file.
+"""JPEG files by simplejpeg (libjpeg-turbo), or by Pillow if simplejpeg is missing or refuses a file.
 
-Both decode to the same pixels, so what is installed changes the speed alone. Both can give a half, a quarter or an
-eighth of the size by an inverse DCT of the low frequencies alone, for much less than the whole takes.
+Both decode to the same pixels. Both can decode to a half, a quarter or an eighth of the size, which is much faster: by
+an inverse DCT of the low frequencies alone.
 """
 
 import math
@@ -24,13 +24,13 @@ APP1 = 0xE1
 MAX_SCANS = 64
 """Progressive files have about ten."""
 REDUCTIONS = (8, 4, 2)
-"""Divisors of the size that libjpeg has fast code for."""
+"""Divisors of the size for which libjpeg has fast code."""
 COLORS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
-"""simplejpeg's name for a number of channels; of a colour image read as grey, libjpeg gives the luma that is stored."""
+"""simplejpeg's names for numbers of channels. libjpeg reads a colour image as grey by its luma."""
 COLOR_SPACES = ("Gray", "YCbCr", "RGB")
-"""As simplejpeg calls them. It does not know that Adobe stores CMYK inverted; Pillow does."""
+"""Of simplejpeg. CMYK is missing: Adobe stores it inverted, which only Pillow knows."""
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's name for a number of channels."""
+"""Pillow's names for numbers of channels."""
 
 
 class Size(NamedTuple):
@@ -41,8 +41,9 @@ class Size(NamedTuple):
 
 
 def stored_size(data: bytes, max_pixels: float = math.inf) -> Size | None:
-    """The size that the header states; None if the image is not grey, YCbCr or RGB. Raises what Pillow raises,
-    and ValueError where Pillow finds more than ``max_pixels``.
+    """The size in the header; None if the image is not grey, YCbCr or RGB.
+
+    Raises what Pillow raises, and ValueError for more than ``max_pixels``.
     """
     if simplejpeg is not None:
         try:
@@ -56,7 +57,7 @@ def stored_size(data: bytes, max_pixels: float = math.inf) -> Size | None:
 
 
 def check_scans(data: bytes, where: dict[int, int]) -> None:
-    """Raises ValueError for a file of very many scans, each of which goes through all pixels for a few bytes.
+    """Raises ValueError for a file of very many scans, each of which visits all pixels for a few bytes.
 
     ``where`` are the :func:`~fcmae.data.pixels.bands.segments` of the file.
     """
@@ -67,11 +68,11 @@ def check_scans(data: bytes, where: dict[int, int]) -> None:
 
 
 def orientation(data: bytes, where: dict[int, int]) -> int:
-    """How the stored pixels have to be turned to be upright, 1 to 8 as EXIF counts; 1 = as they are.
+    """The EXIF orientation, 1 to 8; 1 = upright.
 
     ``where`` are the :func:`~fcmae.data.pixels.bands.segments` of the file.
     """
-    if APP1 not in where:  # much faster to know than to ask Pillow
+    if APP1 not in where:  # much faster than asking Pillow
         return 1
     with open_picture(data) as image:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -85,7 +86,7 @@ def decode(data: bytes, size: Size, in_chans: int, reduce: int = 1) -> np.ndarra
         try:
             return simplejpeg.decode_jpeg(data, COLORS[in_chans], False, False, height, width, reduce)
         except ValueError:
-            pass  # damaged, or of an unusual kind: Pillow shall judge
+            pass  # damaged or unusual; Pillow decides
     with open_picture(data) as image:
         image.draft("L" if in_chans == 1 else "RGB", (size.width // reduce, size.height // reduce))
         pixels = np.array(image.convert(IMAGE_MODES[in_chans]))

@@ -1,7 +1,7 @@
-"""JPEGs that the training process decodes, on a GPU by nvJPEG through torchvision (``data.decode_on=gpu``).
+"""JPEGs that the training process decodes on the GPU, by nvJPEG through torchvision (``data.decode_on=gpu``).
 
-The loader's workers read files and draw the crops; a batch travels as bytes and becomes pixels as it is moved to the
-device. nvJPEG's pixels differ a little from libjpeg's, so the key is part of the recipe.
+Workers read the files and draw the boxes; the bytes become pixels when the batch is moved to the device. nvJPEG's
+pixels differ a little from libjpeg's, so the key belongs to the recipe.
 """
 
 import sys
@@ -24,7 +24,7 @@ CHECKED = sys.maxsize
 
 
 class Undecoded(NamedTuple):
-    """A colour JPEG, the parts of it that become samples, and their height and width."""
+    """A colour JPEG, the boxes of its samples, and the height and width of a sample."""
 
     image: Encoded
     boxes: list[Box]
@@ -32,20 +32,20 @@ class Undecoded(NamedTuple):
 
 
 class PackedImages(NamedTuple):
-    """Images of a batch on their way to the device; :meth:`to` makes pixels of them."""
+    """The images of a batch on their way to the device, where :meth:`to` decodes them."""
 
     data: Tensor
     """The bytes of all undecoded files, uint8."""
     lengths: list[int]
     """Bytes of each file."""
     names: list[str]
-    """What messages call each file."""
+    """The path of each file, for messages."""
     boxes: Tensor
     """int64 ``[files, k, 5]``: :class:`~fcmae.data.pixels.crops.Box`."""
     decoded: Tensor
-    """Crops ``[n, C, H, W]`` of other kinds of images, decoded by the workers."""
+    """Crops ``[n, C, H, W]`` of other images, which the workers decoded."""
     order: Tensor
-    """int64 ``[N]``: where each sample is among the crops of the files followed by those of ``decoded``."""
+    """int64 ``[N]``: the index of each sample in the crops of the files followed by ``decoded``."""
     size: tuple[int, int]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
@@ -61,12 +61,12 @@ class PackedImages(NamedTuple):
 
 
 def is_for_device(image: Encoded, opened: LazyImage) -> bool:
-    """Whether a file is an ordinary JPEG that is stored upright."""
+    """Whether a file is an ordinary, upright JPEG."""
     return opened.reducible and jpeg.orientation(image.data, segments(image.data)) == 1
 
 
 def pack(images: Sequence[Undecoded | list[Tensor]]) -> PackedImages:
-    """Files, and lists of crops that were decoded, at least one of them a file, as a batch."""
+    """A batch of files, at least one, and of lists of decoded crops."""
     files = [image for image in images if isinstance(image, Undecoded)]
     others = [crop for image in images if not isinstance(image, Undecoded) for crop in image]
     crops = len(files[0].boxes)
@@ -85,7 +85,7 @@ def pack(images: Sequence[Undecoded | list[Tensor]]) -> PackedImages:
 
 
 def decode_all(files: Sequence[Tensor], names: Sequence[str], device: torch.device) -> list[Tensor]:
-    """uint8 ``[3, H, W]`` of each file's bytes, on the device; what nvJPEG refuses is decoded on the CPU.
+    """Each file as uint8 ``[3, H, W]`` on the device. Files that nvJPEG refuses are decoded on the CPU.
 
     Raises ImageError naming the file.
     """
@@ -93,7 +93,7 @@ def decode_all(files: Sequence[Tensor], names: Sequence[str], device: torch.devi
         try:
             return _decode_on_gpu(list(files), device)
         except RuntimeError:
-            if len(files) > 1:  # one of them is to blame
+            if len(files) > 1:  # one of them is refused: try each alone
                 pairs = zip(files, names, strict=True)
                 return [pixels for file, name in pairs for pixels in decode_all([file], [name], device)]
     pairs = zip(files, names, strict=True)
@@ -104,5 +104,5 @@ def decode_all(files: Sequence[Tensor], names: Sequence[str], device: torch.devi
 
 def _decode_on_gpu(files: list[Tensor], device: torch.device) -> list[Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision 0.29 announces the end of its decoders
+        warnings.simplefilter("ignore")  # torchvision 0.29 deprecates its decoders
         return decode_jpeg(files, ImageReadMode.RGB, device)

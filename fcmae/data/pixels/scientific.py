@@ -18,13 +18,13 @@ from fcmae.errors import UsageError
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PAGES = 4096
-"""Of a TIFF. Its pages may be its channels."""
+"""Of a TIFF, whose pages may be its channels."""
 JPEG, DEFLATE, ZSTD = (7,), (8, 32946), (50000,)
 COMPRESSIONS = (1, 5, 32773, *JPEG, *DEFLATE, *ZSTD)
-"""TIFF's numbers of no compression, LZW, PackBits and those above: what they give can be limited or checked before."""
+"""TIFF's numbers of no compression, LZW, PackBits and the above: their output can be limited or checked first."""
 CHUNK = 2**20
 SMALL = CHUNK // 16
-"""Bytes of deflate that become 64 MiB at most."""
+"""Bytes of deflate that become at most 64 MiB."""
 
 
 def read_npy(data: bytes, in_chans: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def read_npy(data: bytes, in_chans: int) -> np.ndarray:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version in readers:  # the next is that of structures, which np.load shows
+    if version in readers:  # others are of structured arrays, which np.load refuses
         shape, _, dtype = readers[version](file)
         if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - file.tell():
             raise ValueError("it is cut off")
@@ -41,7 +41,7 @@ def read_npy(data: bytes, in_chans: int) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[None]
     if pixels.ndim != 3:
-        raise ValueError(f"its shape is {list(pixels.shape)}; allowed is [H, W], [C, H, W] or [H, W, C]")
+        raise ValueError(f"its shape must be [H, W], [C, H, W] or [H, W, C]; got {list(pixels.shape)}")
     if pixels.shape[0] != in_chans and pixels.shape[2] == in_chans:
         pixels = pixels.transpose(2, 0, 1)
     _check_channels(len(pixels), in_chans)
@@ -53,13 +53,13 @@ def read_npy(data: bytes, in_chans: int) -> np.ndarray:
 def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
     """A TIFF file as ``[C, H, W]``: its samples, or else its pages, are the channels. Raises ValueError.
 
-    Sizes and channels are checked before pixels are decoded. No other file is opened, whatever the metadata name.
+    Sizes and channels are checked before pixels are decoded. Other files that its metadata names are not opened.
     """
     try:
         import tifffile
     except ImportError:
         raise UsageError("this kind of TIFF needs tifffile: pip install 'fcmae[tiff]'") from None
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong is in the exception, too
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # exceptions say the same
     _check_pages(data)
     closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
     with tifffile.TiffFile(io.BytesIO(data), **closed) as file:
@@ -69,7 +69,7 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
         check_size(height, width, max_pixels)
         channels = [axis for axis in series.axes if axis not in "YX" and shape[axis] > 1]
         if len(channels) > 1:
-            raise ValueError(f"its axes are {series.axes}; allowed is one beside Y and X")
+            raise ValueError(f"it must have one axis beside Y and X; got {series.axes}")
         _check_channels(math.prod(series.shape) // (height * width), in_chans)
         check_type(series.dtype)
         for page in series.pages:
@@ -79,7 +79,7 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
 
 
 def check_type(dtype: np.dtype) -> None:
-    """Raises ValueError for other pixels than uint8 and uint16."""
+    """Raises ValueError unless pixels are uint8 or uint16."""
     if dtype not in (np.uint8, np.uint16):
         raise ValueError(
             f"its pixels are {dtype}; they must be integers of 8 or 16 bits (uint8, uint16); convert the files, or "
@@ -93,11 +93,11 @@ def _check_channels(count: int, in_chans: int) -> None:
 
 
 def _native(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch knows the machine's own byte order only
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch has no other byte order
 
 
 def _check_pages(data: bytes) -> None:
-    """Follows the chain of pages. Raises ValueError for one that is too long or never ends."""
+    """Follows the chain of pages. Raises ValueError if it is too long or never ends."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     (count, entry), number = ("Q", 20) if big else ("H", 12), "Q" if big else "I"
@@ -105,7 +105,7 @@ def _check_pages(data: bytes) -> None:
     while position + struct.calcsize(number) <= len(data):
         (page,) = struct.unpack_from(order + number, data, position)
         if page in seen or len(seen) == MAX_PAGES:
-            raise ValueError("its pages form a circle" if page in seen else f"it has more than {MAX_PAGES} pages")
+            raise ValueError("its pages form a cycle" if page in seen else f"it has more than {MAX_PAGES} pages")
         if not page or page + struct.calcsize(count) > len(data):
             return
         seen.add(page)
@@ -113,7 +113,7 @@ def _check_pages(data: bytes) -> None:
 
 
 def _check_segments(data: bytes, page: Any, max_pixels: int) -> None:
-    """Raises ValueError for strips or tiles of a page that would decode to more than the image or tile has."""
+    """Raises ValueError if a strip or tile of a page would decode to more than the image or tile has."""
     kind = int(page.compression)
     if kind not in COMPRESSIONS:
         raise ValueError(f"its compression is {page.compression.name}; convert it to deflate, LZW or none")

@@ -1,6 +1,6 @@
-"""From a uint8 image to a training or evaluation sample, by torchvision's v2 transforms and timm's augmentations.
+"""Transforms of images into samples, by torchvision's v2 transforms and timm's augmentations.
 
-A tensor of integers holds raw pixels and is normalised on the device (:func:`normalize`); a float tensor already is.
+Integer tensors hold raw pixels, which :func:`normalize` normalises on the device; float tensors are normalised.
 """
 
 import functools
@@ -22,10 +22,10 @@ from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
-"""What makes a sample of an image, decoded or not."""
+"""Makes a sample of an image, decoded or not."""
 
 WARP_FROM = 384
-"""Image size from which evaluation resizes straight to the square (ConvNeXt, arXiv 2201.03545, official code)."""
+"""Image size from which evaluation resizes to the exact size (official code of ConvNeXt, arXiv 2201.03545)."""
 
 
 def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> RandomCrop:
@@ -45,7 +45,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
 
 
 def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
-    """Resize and centre crop below 384 px, resize to the exact size from there on: raw pixels.
+    """Resize and centre crop below 384 px, else resize to the exact size: raw pixels.
 
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
@@ -62,7 +62,7 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
 def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
     """``[C, H, W]`` to the smallest size of the same aspect ratio that covers ``height`` x ``width``.
 
-    Of a very long image only the middle is resized, from which the centre crop comes.
+    Of a very long image only the middle is resized, which has the centre crop.
     """
     pixels = middle(pixels, height, width)
     if height == width:
@@ -75,7 +75,8 @@ def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Raw ``[..., C, H, W]`` to normalised float32, contiguous; a float tensor is returned as it is.
 
-    Of uint8 255 is 1, of uint16 65535. Raises ConfigError for raw pixels without ``mean``.
+    White, 1.0 before the normalisation, is 255 of uint8 and 65535 of uint16. Raises ConfigError for raw pixels without
+    ``mean``.
     """
     if imgs.dtype.is_floating_point:
         return imgs
@@ -89,7 +90,7 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of :func:`normalize`: black is 0 and white is 1; nothing is clipped. As it is without ``mean``."""
+    """The inverse of :func:`normalize`, not clipped: black is 0, white is 1. Returns ``imgs`` without ``mean``."""
     if not mean:
         return imgs
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
@@ -98,17 +99,17 @@ def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @functools.lru_cache(maxsize=8)
 def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[C, 1, 1]``, copied to the device once: each copy would make the host wait for it."""
-    with torch.inference_mode(False):  # else those first made for an evaluation could not be used in training
+    """Mean and deviation ``[C, 1, 1]``, copied to the device once: the host waits for each copy."""
+    with torch.inference_mode(False):  # otherwise training could not use those first made for an evaluation
         return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
 
 
 def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
     if cfg.in_chans != 3 or cfg.bit_depth != 8:
         what = f"data.in_chans={cfg.in_chans}" if cfg.in_chans != 3 else f"data.bit_depth={cfg.bit_depth}"
-        raise ConfigError(f"augment.auto_augment is {policy!r}; allowed with {what} is null")
-    # The parameters of timm's create_transform. Without an interpolation timm draws bilinear or bicubic each time; the
-    # official recipe says bicubic.
+        raise ConfigError(f"augment.auto_augment must be null with {what}; got {policy!r}")
+    # The parameters of timm's create_transform, with the official recipe's interpolation: by default timm draws
+    # bilinear or bicubic each time.
     params: dict[str, Any] = {
         "translate_const": int(min(cfg.size) * 0.45),
         "img_mean": tuple(min(255, round(255 * m)) for m in cfg.mean),
@@ -122,5 +123,5 @@ def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
         return makers.get(kind, auto_augment_transform)(policy, params)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"augment.auto_augment is {policy!r}; allowed is a policy of timm, e.g. rand-m9-mstd0.5-inc1"
+            f"augment.auto_augment must be a policy of timm, such as rand-m9-mstd0.5-inc1; got {policy!r}"
         ) from error

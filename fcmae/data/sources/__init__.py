@@ -1,7 +1,4 @@
-"""Sources of samples behind one small interface: a length, sample i, its label or none, and its name in messages.
-
-A module for each kind; :mod:`fcmae.data.sources.base` has the interface.
-"""
+"""Sources of images and labels: a module per kind. :mod:`fcmae.data.sources.base` has their interface."""
 
 from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_labels, with_classes
 from fcmae.data.sources.create import train_source, val_source

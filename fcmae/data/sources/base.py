@@ -1,5 +1,6 @@
-"""What a source is, and what can be said of any source."""
+"""The interface of sources, and functions that suit every source."""
 
+import bisect
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 
 LIKELY_CLASSES = 2**16
-"""Classes that may be known by their numbers; more of them only if there are as many images."""
+"""Numbered classes may be this many, or as many as there are images."""
 
 
 class Sample(NamedTuple):
@@ -27,7 +28,7 @@ class Source(Protocol):
     """Samples by index. Reading sample i gives the same sample in any process, at any time."""
 
     classes: list[str] | None
-    """Names of the classes; None without labels."""
+    """The names of the classes; None without labels."""
 
     def __len__(self) -> int: ...
 
@@ -38,17 +39,36 @@ class Source(Protocol):
         ...
 
     def describe(self, index: int) -> str:
-        """What a message calls sample ``index``: its path."""
+        """The name of sample ``index`` in messages: its path."""
         ...
 
 
-class Subset:
+class Wrapper:
+    """Another source, whose samples subclasses change or choose."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[index]
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(index)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+
+class Subset(Wrapper):
     """Some samples of another source."""
 
     def __init__(self, source: Source, indices: list[int]) -> None:
-        self.source = source
+        super().__init__(source)
         self.indices = indices
-        self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,8 +101,14 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
     return Subset(source, sorted(index for indices in chosen.values() for index in indices))
 
 
+def locate(ends: list[int], index: int) -> tuple[int, int]:
+    """The part that has sample ``index``, and the place there. Parts end before the samples ``ends``, ascending."""
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
 def class_names(largest: int, images: int) -> list[str] | None:
-    """Names of classes known by numbers up to ``largest`` alone; None if there cannot be so many."""
+    """Names for classes numbered up to ``largest``; None if that is too many."""
     return [str(label) for label in range(largest + 1)] if largest <= max(images, LIKELY_CLASSES) else None
 
 
@@ -93,39 +119,33 @@ def require_labels(source: Source, key: str) -> list[str]:
     return source.classes
 
 
-class Relabelled:
-    """Another source with its labels counted in the order of ``classes``, which has all of its classes."""
+class Relabelled(Wrapper):
+    """Another source whose labels are indices into ``classes``, which includes all of its classes."""
 
     def __init__(self, source: Source, classes: list[str]) -> None:
+        super().__init__(source)
         assert source.classes is not None
         numbers = {name: number for number, name in enumerate(classes)}
-        self.source = source
         self.numbers = [numbers[name] for name in source.classes]
-        self.classes: list[str] | None = classes
-
-    def __len__(self) -> int:
-        return len(self.source)
+        self.classes = classes
 
     def __getitem__(self, index: int) -> Sample:
-        image, label = self.source[index]
-        return Sample(image, None if label is None else self.numbers[label])
+        sample = self.source[index]
+        return sample if sample.label is None else sample._replace(label=self.numbers[sample.label])
 
     def label(self, index: int) -> int | None:
         label = self.source.label(index)
         return None if label is None else self.numbers[label]
 
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
 
 def with_classes(source: Source, key: str, expected: list[str], whose: str) -> tuple[Source, list[str]]:
-    """The source with its labels counted in the order of ``expected``, and a line that names classes it lacks, if any.
+    """The source with labels that are indices into ``expected``, and a line that names missing classes, if any.
 
     Args:
         key: names the source in messages.
-        whose: has the expected classes.
+        whose: names what has the expected classes.
 
-    Raises UsageError if the source has no labels, or a class that is not expected.
+    Raises UsageError if the source has no labels, or an unexpected class.
     """
     classes = require_labels(source, key)
     if classes == expected:

@@ -1,4 +1,4 @@
-"""The sources that a data config names."""
+"""Creates the sources of a data config."""
 
 from typing import Any
 
@@ -72,5 +72,5 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
 
 def _one(path: Any, key: str, name: str) -> Any:
     if isinstance(path, list):
-        raise UsageError(f"{key} is {path}; allowed with data.name={name} is one path")
+        raise UsageError(f"{key} must be one path with data.name={name}; got {path}")
     return path

@@ -21,7 +21,7 @@ class FashionMNIST:
     """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): grey 28 x 28 images in 10 classes.
 
     Read from ``folder`` if given, else from Debian's package ``dataset-fashion-mnist``, else downloaded by torchvision
-    to ``~/.cache/fcmae``. Raises UsageError, which says all three ways, if none works.
+    to ``~/.cache/fcmae``. Raises UsageError naming the three ways if none works.
     """
 
     DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -44,7 +44,7 @@ class FashionMNIST:
         return folder / f"{self.split}-{kind}-ubyte.gz"
 
     def _read(self, folder: Path, kind: str, header: int, shape: tuple[int, ...]) -> np.ndarray:
-        """The values in a file, ``[N, *shape]``, which are at most as many as in the published one."""
+        """The values in a file, ``[N, *shape]``, at most as many as in the published one."""
         path = self._file(folder, kind)
         most = header + MOST * math.prod(shape)
         try:
@@ -75,7 +75,7 @@ class FashionMNIST:
                     self._download(cache)
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                "Fashion-MNIST was not found. Three ways to bring it: data.path=FOLDER with the four .gz files; "
+                "Fashion-MNIST was not found. Three ways to get it: data.path=FOLDER with the four .gz files; "
                 "Debian's package, `apt-get install dataset-fashion-mnist`; or a network from which torchvision "
                 f"can download it (tried just now: {error})"
             ) from error

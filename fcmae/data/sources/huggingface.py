@@ -12,19 +12,19 @@ from fcmae.errors import ConfigError, ImageError, UsageError, shown
 
 
 class HuggingFace:
-    """The images of one split; their files' bytes, not decoded by that library.
+    """The images of one split, whose bytes that library does not decode.
 
     Args:
         path: a folder with Parquet or Arrow files or with what ``save_to_disk`` wrote, or a name on the hub. Images
-            that rows name by paths must lie in that folder, or for a name on the hub in the library's cache.
+            that rows give as paths must lie in that folder, or in the library's cache.
         split: its name, or an expression of ``datasets`` such as ``train[:90%]``.
         image_column: None = the only column of the type Image.
-        label_column: of the type ClassLabel, of integers or of strings, which are then the classes' names; None = the
-            only ClassLabel. Without one, or where it has empty values or numbers below 0, there are no labels.
+        label_column: a ClassLabel, integers, or strings, the names of the classes; None = the only ClassLabel. Without
+            such a column, or if it has empty or negative values, there are no labels.
         config_name: the configuration ("subset") of the data set.
         revision: of a data set on the hub: a branch, tag or commit.
 
-    Raises UsageError if the package or the data set is missing, or which column is meant is not clear.
+    Raises UsageError if the package or the data set is missing, or the choice of a column is ambiguous.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class HuggingFace:
         self.labels = labels.astype(np.int32)
 
     def _numbered(self, labels: np.ndarray, names: list[str] | None) -> tuple[list[str] | None, str]:
-        """The names of classes, or None and what is wrong with their numbers."""
+        """The names of the classes, or None and what is wrong with the labels."""
         least, most = int(labels.min(initial=0)), int(labels.max(initial=0))
         if least < 0:
             return None, f"{least}, at row {labels.argmin()}"
@@ -85,7 +85,7 @@ class HuggingFace:
 
     @property
     def files(self) -> list[str]:
-        """The Arrow files that the library made of the data set's own, which a name on the hub does not tell."""
+        """The Arrow files that the library made of the data set."""
         return [file["filename"] for file in self.rows.cache_files]
 
     def __len__(self) -> int:
@@ -101,12 +101,12 @@ class HuggingFace:
         return Sample(read_file(self._inside(image["path"], name)), self.label(index))
 
     def _inside(self, path: str, name: str) -> str:
-        """An image's file, which must lie in the data set's folder. Raises ImageError."""
+        """The path of an image, which must lie in the folder of the data set. Raises ImageError."""
         for start in (self.folders[0], os.curdir):  # the library itself writes paths from the current folder
             real = os.path.realpath(os.path.join(start, path))
             if any(os.path.commonpath([real, folder]) == folder for folder in self.folders) and os.path.exists(real):
                 return real
-        raise ImageError(name, f"its path {shown(path)} is not there, or outside of the data set's folder")
+        raise ImageError(name, f"its path {shown(path)} is missing, or outside of the folder of the data set")
 
     def label(self, index: int) -> int | None:
         return int(self.labels[index]) if self.classes is not None else None
@@ -121,7 +121,7 @@ def _load(path: str, split: str, config_name: str | None, revision: str | None) 
 
     folder = Path(path)
     if folder.is_file():
-        raise UsageError(f"{path} is a file; allowed is a folder with Parquet or Arrow files, or a name on the hub")
+        raise UsageError(f"{path} must be a folder with Parquet or Arrow files, or a name on the hub; it is a file")
     try:
         if not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
             builder = datasets.load_dataset_builder(path, config_name, revision=revision)
@@ -141,7 +141,7 @@ def _load(path: str, split: str, config_name: str | None, revision: str | None) 
 
 
 def _check_files(folder: Path, files: dict[str, list[str]]) -> None:
-    """Raises UsageError if a local data set's description names files outside of its folder."""
+    """Raises UsageError if a local data set names files outside of its folder."""
     real = os.path.realpath(folder)
     for file in (str(file) for some in files.values() for file in some):
         if "://" in file or os.path.commonpath([os.path.realpath(file), real]) != real:
@@ -149,7 +149,7 @@ def _check_files(folder: Path, files: dict[str, list[str]]) -> None:
 
 
 def _folders(path: str) -> list[str]:
-    """Where the files of a data set may lie."""
+    """The folders that may have the files of a data set."""
     if Path(path).is_dir():
         return [os.path.realpath(path)]
     import datasets
@@ -159,12 +159,12 @@ def _folders(path: str) -> list[str]:
 
 
 def _column(key: str, given: str | None, features: Any, kind: type) -> str | None:
-    """The column asked for, else the only one of a kind, else None. Raises ConfigError if it is not clear which."""
+    """The given column, else the only one of a kind, else None. Raises ConfigError if there are several."""
     if given is not None and given not in features:
-        raise ConfigError(f"{key} is {given!r}; allowed is one of {', '.join(features)}")
+        raise ConfigError(f"{key} must be one of {', '.join(features)}; got {given!r}")
     if given is not None:
         return given
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(found) > 1:
-        raise ConfigError(f"{key} is not set; allowed is one of {', '.join(found)}")
+        raise ConfigError(f"{key} must be one of {', '.join(found)}; it is not set")
     return found[0] if found else None

@@ -1,23 +1,22 @@
-"""Image files below one folder or several."""
+"""Image files in one or several folders and their subfolders."""
 
-import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from fcmae.data.pixels.decode import read_file
-from fcmae.data.sources.base import Sample
+from fcmae.data.sources.base import Sample, locate
 from fcmae.data.sources.listing import list_folder
 
 
 class ImageFolder:
-    """Image files below folders; each subfolder is a class, subfolders of the same name in several folders the same.
+    """Image files below folders. Each subfolder is a class; subfolders of the same name are the same class.
 
-    Files that lie in a folder itself have no class, and then the source has no labels.
+    There are no labels if an image lies in a folder itself.
 
     Args:
-        folders: one folder or several; all their images make one source, in this order.
-        relist: list them anew although nothing seems to have changed.
+        folders: one or several, whose images make one source in this order.
+        relist: list them again even if nothing has changed.
     """
 
     def __init__(self, folders: str | Path | Sequence[str | Path], relist: bool = False) -> None:
@@ -35,7 +34,7 @@ class ImageFolder:
         """Why there are no classes."""
         listing = next(listing for listing in self.listings if not listing.is_labelled)
         stray = listing.path(int(listing.labels.argmin()))
-        return f"{stray} is in no folder of a class; allowed is one folder a class, and every image in one"
+        return f"{stray} is in no folder of a class; every image must be in the folder of its class"
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -46,15 +45,9 @@ class ImageFolder:
     def label(self, index: int) -> int | None:
         if self.classes is None:
             return None
-        folder, position = self._locate(index)
+        folder, position = locate(self.ends, index)
         return self.class_of[folder][self.listings[folder].labels[position]]
 
     def describe(self, index: int) -> str:
-        folder, position = self._locate(index)
+        folder, position = locate(self.ends, index)
         return self.listings[folder].path(position)
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The folder that sample ``index`` is in, and its place there."""
-        folder = bisect.bisect_right(self.ends, index)
-        first = self.ends[folder - 1] if folder else 0
-        return folder, index - first

@@ -1,7 +1,7 @@
-"""The image files below a folder: found once, kept in a file, and found again only after the folder changed.
+"""Lists the image files below a folder once, and keeps the listing in a file until the folder changes.
 
-A change is noticed by the modification times of the folder and of all folders below it: a file or folder added, removed
-or renamed, but not a file whose content changed, which changes nothing here.
+Changes are found by the modification times of the folder and its subfolders: files and folders that are added, removed
+or renamed.
 """
 
 import os
@@ -24,25 +24,24 @@ from fcmae.messages import print_once_rank0
 
 SUFFIX = ".fcmae-listing"
 KEEP_FROM = 10_000
-"""Images from which a listing is worth a file."""
+"""Number of images from which a listing is kept in a file."""
 FORMAT = 2
 MAX_LINKS = 1000
-"""Links by which a folder may be reached; a few folders full of links to each other would never be listed."""
+"""Links that may lead to a folder: listing a few folders full of links to each other would never end."""
 MAX_KINDS = 100
-"""Endings of files that are counted apart."""
+"""Endings of files that are counted separately."""
 SHOWN = 5
-"""Of these, those that are named in a message."""
+"""Endings that are named in a message."""
 _CLOCK_STEP_NS = 2_000_000_000
-"""A folder that changed so shortly before it was listed may change again within its clock's resolution."""
+"""A folder that changed so recently may change again without a new modification time."""
 _CHANGING = -1
 _ENDINGS = frozenset(extension.encode() for extension in EXTENSIONS)
 
 
 class Listing:
-    """Relative paths and classes of the image files below ``root``: a folder's own, then those of each folder in it.
+    """Relative paths and labels of the image files below ``root``, those of a folder before those of its subfolders.
 
-    The class of a file is its first folder; ``class_names`` are those folders, and a file in ``root`` itself has the
-    class -1.
+    ``class_names`` are the folders in ``root``; the label of a file in ``root`` itself is -1.
     """
 
     def __init__(self, root: Path, arrays: Arrays) -> None:
@@ -70,7 +69,7 @@ def list_folder(root: Path, relist: bool = False) -> Listing:
     """The listing of a folder, from its file if that is up to date. Raises UsageError if there is no image.
 
     Args:
-        relist: look again in any case.
+        relist: list the folder in any case.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder")
@@ -95,7 +94,7 @@ def list_folder(root: Path, relist: bool = False) -> Listing:
 
 @dataclass
 class Others:
-    """Files that are not read as images: how many of each ending, and one of them."""
+    """Files that are not read: their number by ending, and an example."""
 
     kinds: dict[str, int] = field(default_factory=dict)
     example: str = ""
@@ -106,7 +105,7 @@ class Others:
         self.example = self.example or os.fsdecode(os.path.join(folder, name))
 
     def told(self) -> str:
-        """As a part of a line; nothing without any."""
+        """A part of a line; empty if there are none."""
         most = Counter(self.kinds).most_common()
         named = [f"{count:,} {what}" for what, count in most[:SHOWN]]
         named += [f"{sum(count for _, count in most[SHOWN:]):,} others"] if most[SHOWN:] else []
@@ -163,9 +162,9 @@ def _list(root: Path) -> Arrays:
 
 
 def _walk(root: bytes, others: Others) -> Iterator[tuple[bytes, int, list[bytes]]]:
-    """Each folder: its path below ``root``, its modification time, its own image files' names; others are counted.
+    """For each folder its path below ``root``, its modification time and the names of its images. Counts ``others``.
 
-    Links are followed, but not into a folder that the link is in. Names that start with a dot are left out.
+    Links are followed unless they lead to a folder above them. Names that start with a dot are left out.
     """
     linked: Counter[tuple[int, int]] = Counter()
     left: list[tuple[bytes, frozenset, bool]] = [(b"", frozenset(), False)]
@@ -174,7 +173,7 @@ def _walk(root: bytes, others: Others) -> Iterator[tuple[bytes, int, list[bytes]
         path = os.path.join(root, folder) if folder else root
         files, subfolders = [], []
         try:
-            status = os.stat(path)  # before its entries are read: what comes later changes the time
+            status = os.stat(path)  # first: later changes change the time
             identity = (status.st_dev, status.st_ino)
             if identity in ancestors:
                 continue
@@ -199,9 +198,9 @@ def _walk(root: bytes, others: Others) -> Iterator[tuple[bytes, int, list[bytes]
 
 
 def _why_not(entry: os.DirEntry) -> str:
-    """What kind of file this is, if it is not read as an image: by its name; nothing for an image.
+    """The kind of a file that is not read as an image; empty for an image.
 
-    What is neither a file nor a broken link to one, such as a pipe, would never end being read.
+    Reading a pipe or a device might never end. A broken link is read, to be reported as an error.
     """
     ending = os.path.splitext(entry.name)[1].lower()
     if ending not in _ENDINGS:

@@ -1,7 +1,7 @@
-"""The files in a tar file, by its headers, of which no number is believed before it was compared with the file.
+"""Lists the files in a tar file by its headers, whose numbers are checked against the file before use.
 
-Python's ``tarfile`` reads a single header here. By itself it follows hostile ones: sizes below zero bring it back for
-ever (CVE-2025-8194), and names, attributes and maps of sparse files are read whatever their size.
+Python's ``tarfile`` parses single headers here. It does not protect from hostile files: negative sizes make it loop
+forever (CVE-2025-8194), and it reads names, attributes and maps of sparse files of any size.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import IO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 2**16
-"""Bytes of a long name, or of what is said about a file beyond its header."""
+"""Bytes of a long name or of attributes."""
 MAX_SIZE = 2**62
-"""Bytes of a file: larger numbers do not fit into the index."""
+"""Bytes of a file; larger numbers do not fit into the index."""
 NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 ATTRIBUTES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 
 
 class Member(NamedTuple):
-    """A regular file: its name, where its content begins, its bytes; whether it is stored without its zeros."""
+    """A regular file: its name, the position of its content and its bytes. A sparse one is stored without its zeros."""
 
     name: str
     offset: int
@@ -28,13 +28,13 @@ class Member(NamedTuple):
 
 
 class DamagedError(ValueError):
-    """What is wrong with a tar file from some byte on."""
+    """Says what is damaged in a tar file."""
 
 
 def members(file: IO[bytes]) -> Iterator[Member]:
-    """The regular files of an archive, the last of which may be cut off.
+    """The regular files of an archive. The last one may be cut off.
 
-    Raises DamagedError where the headers end before the archive's end, and tarfile.ReadError if there are none.
+    Raises DamagedError if the headers end before the archive, and tarfile.ReadError without any header.
     """
     end = os.fstat(file.fileno()).st_size
     shared: dict[str, str] = {}
@@ -80,7 +80,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
 
 
 def _whole(size: int) -> int:
-    """Bytes that a content takes."""
+    """Bytes in whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -94,7 +94,7 @@ def _read(file: IO[bytes], start: int, size: int, end: int) -> bytes:
 
 
 def _attributes(content: bytes, offset: int) -> Iterator[tuple[str, str]]:
-    """POSIX's records "LENGTH KEY=VALUE", each of which ends a line."""
+    """POSIX's records ``LENGTH KEY=VALUE``, one per line."""
     while content:
         length, _, _ = content[:20].partition(b" ")
         if not length.isdigit() or not len(length) + 2 < int(length) <= len(content):
@@ -111,7 +111,7 @@ def _size(text: str, offset: int) -> int:
 
 
 def _after_map(file: IO[bytes], start: int, end: int) -> int:
-    """Where the content begins after GNU's maps of a sparse file, which may go on in further blocks."""
+    """The position of the content after the maps of a GNU sparse file, which may take several blocks."""
     file.seek(start - BLOCK)
     goes_on = file.read(BLOCK)[482]
     while goes_on and start < end:

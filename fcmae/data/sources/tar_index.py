@@ -1,4 +1,4 @@
-"""Where in a tar file its samples are: made by reading the file's headers once, and kept beside it."""
+"""The positions of the samples in a tar file, found by reading its headers once and kept in a file beside it."""
 
 import itertools
 import json
@@ -26,12 +26,12 @@ MAX_LABEL = 2**31 - 1
 MAX_LABEL_BYTES = 2**20
 """Of a .cls or .json file; larger ones have no label."""
 SPARSE = -1
-"""Instead of the size of an image that is stored without its zeros."""
+"""In place of the size of an image that is stored as a sparse file."""
 
 
 @dataclass
 class LeftOut:
-    """What of a tar file is no sample: further images of samples, and samples without any image."""
+    """Files of a tar file that are left out: further images of samples, and samples without an image."""
 
     further: int = 0
     further_example: str = ""
@@ -42,9 +42,9 @@ class LeftOut:
 
 
 class ShardIndex:
-    """The images of one tar file: the byte at which each begins, its size, its label or -1, its name in the file.
+    """The images of one tar file: position, size, label or -1, and name of each.
 
-    ``cut`` says why reading the headers ended before the end of the archive; empty if it did not.
+    ``cut`` says why the headers ended before the archive; empty if they did not.
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -75,9 +75,9 @@ class ShardIndex:
 
 
 def index_shard(shard: Path, reindex: bool = False) -> ShardIndex:
-    """The index of a tar file, from its own file if size and modification time are as they were, else made anew.
+    """The index of a tar file, from the kept file if the size and modification time are the same.
 
-    Raises UsageError if it is not a tar file, or a compressed one.
+    Raises UsageError if it is not a tar file or is compressed.
     """
     try:
         status = shard.stat()
@@ -110,7 +110,7 @@ def _is_current(kept: Arrays, state: dict) -> bool:
 
 
 class _Files:
-    """The regular files of an archive: names, places, and the labels of those that hold one, without an object each."""
+    """The names, positions, sizes and labels of an archive's regular files, without an object per file."""
 
     def __init__(self) -> None:
         self.names = StringsBuilder()
@@ -119,7 +119,7 @@ class _Files:
     def add(self, member: Member, file: IO[bytes]) -> None:
         base = member.name.rpartition("/")[2]
         if base.startswith("."):
-            return  # what some systems put beside a file: ._0001.jpg
+            return  # such as ._0001.jpg, which macOS adds
         self.names.append(os.fsencode(member.name))
         self.offsets.append(member.offset)
         self.sizes.append(SPARSE if member.is_sparse else member.size)
@@ -135,7 +135,7 @@ class _Files:
         return map(os.fsdecode, strings)
 
     def samples(self) -> tuple[dict[str, np.ndarray], LeftOut]:
-        """The arrays of a :class:`ShardIndex`, and what is left out. Raises ValueError if names mean two things."""
+        """The arrays of a :class:`ShardIndex`, and what is left out. Raises ValueError for ambiguous names."""
         split = choose_split(self.all_names)
         left_out = LeftOut(at_last_dot=split is at_last_dot)
         images, labels, names = array("q"), array("i"), StringsBuilder()
@@ -169,7 +169,7 @@ class _Files:
 
 
 def read_label(ending: str, content: bytes) -> int:
-    """The class's number in a ``cls`` or ``json`` file; -1 where there is none."""
+    """The label in a ``cls`` or ``json`` file; -1 without one."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # also numbers of thousands of digits, and lists in lists in lists

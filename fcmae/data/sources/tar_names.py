@@ -1,8 +1,7 @@
-"""Which files of a tar file make up a sample, by their names.
+"""Finds the files of a tar file that are one sample, by their names.
 
-WebDataset's rule: those that follow each other under one name up to the first dot. But where names hold dots of their
-own (``img_0.25_x.png``, DICOM's ``1.2.840.113.png``) that rule makes one sample of many, so there a name ends at the
-last dot.
+WebDataset's rule: they follow each other and have the same name up to the first dot. If names have dots of their own
+(``img_0.25_x.png``, DICOM's ``1.2.840.113.png``), that rule would merge samples, so names end at the last dot.
 """
 
 import itertools
@@ -13,10 +12,10 @@ from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.errors import shown
 
 MAX_ENDINGS = 1000
-"""Endings of several parts that an archive can have; more are parts of names."""
+"""Endings of several parts in an archive; if there are more, they are parts of names."""
 
 Split = Callable[[str], tuple[str, str]]
-"""From a file's name to that of its sample, and the ending in lower case."""
+"""Splits the name of a file into the name of its sample and the ending in lower case."""
 
 
 def at_first_dot(name: str) -> tuple[str, str]:
@@ -36,15 +35,15 @@ def is_image(ending: str) -> bool:
 
 
 def choose_split(names: Callable[[], Iterable[str]]) -> Split:
-    """Where the names of an archive end.
+    """Decides at which dot the names in an archive end.
 
-    At the first dot where a sample has a file with a single ending (``0001.cls``), or where the same words come before
-    the last ending of several samples (``0001.left.png``). Otherwise at the last.
+    At the first dot if a sample has a file with a single ending (``0001.cls``), or if several samples have the same
+    words before the last ending (``0001.left.png``). Otherwise at the last.
 
     Args:
         names: gives all names, in their order, each time it is called.
 
-    Raises ValueError naming two files if names follow both rules, and images would be lost.
+    Raises ValueError naming two files if names follow both rules and images would be lost.
     """
     recurring = _recurring(names())
     votes: set[bool] = set()
@@ -65,20 +64,20 @@ def choose_split(names: Callable[[], Iterable[str]]) -> Split:
     if lost:
         raise ValueError(
             f"{lost} images have the names of others up to the first dot, such as {example}, but other files follow "
-            "that rule; rename the files so that a sample's have the same name up to the first dot and others do not"
+            "that rule; rename the files so that only those of one sample have the same name up to the first dot"
         )
     return at_first_dot
 
 
 def _groups(names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """What follows each other under one name up to the first dot, and its endings."""
+    """Files that follow each other under one name up to the first dot, and their endings."""
     for _, group in itertools.groupby(names, lambda name: at_first_dot(name)[0]):
         found = list(group)
         yield found, [at_first_dot(name)[1] for name in found]
 
 
 def _recurring(names: Iterable[str]) -> set[str]:
-    """Endings of several parts that several samples have."""
+    """The endings of several parts that more than one sample has."""
     counts: Counter[str] = Counter()
     for _, endings in _groups(names):
         counts.update({ending for ending in endings if "." in ending})
@@ -88,7 +87,7 @@ def _recurring(names: Iterable[str]) -> set[str]:
 
 
 def _ends_at_first(endings: list[str], recurring: set[str]) -> bool | None:
-    """Whether a sample's name, some of whose endings have several parts, ends at the first dot; None if unclear."""
+    """Whether the name of a sample with endings of several parts ends at the first dot; None if unclear."""
     single = [ending for ending in endings if "." not in ending]
     several = [ending for ending in endings if "." in ending]
     words = not any(ending[:1].isdigit() for ending in several)

@@ -1,10 +1,9 @@
 """Tar files in the WebDataset layout, with random access to every sample.
 
-A sample is what follows each other in a tar file under one name up to the first dot: ``a/0001.jpg`` and ``a/0001.cls``
-are the image and the label of the sample ``a/0001``. :mod:`fcmae.data.sources.tar_names` has the rule in full.
+Files that follow each other under one name up to the first dot are a sample: ``a/0001.jpg`` and ``a/0001.cls`` are the
+image and the label of the sample ``a/0001``. :mod:`fcmae.data.sources.tar_names` has the full rule.
 """
 
-import bisect
 import glob
 import itertools
 import os
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from fcmae.data.pixels.decode import MAX_BYTES, Encoded
 from fcmae.data.pixels.formats import EXTENSIONS
-from fcmae.data.sources.base import Sample, class_names
+from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard
 from fcmae.errors import ImageError, UsageError, shown
 from fcmae.files import one_at_a_time
@@ -25,7 +24,7 @@ from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
 
 CLASSES_FILE = "classes.txt"
-"""Names of the classes, one a line, beside the tar files."""
+"""The names of the classes, one per line, beside the tar files."""
 MAX_NAMES = 2**24
 """Bytes of that file."""
 TOO_MANY = f"if that is right, name all classes in {CLASSES_FILE} beside the tar files"
@@ -34,14 +33,14 @@ TOO_MANY = f"if that is right, name all classes in {CLASSES_FILE} beside the tar
 class WebDataset:
     """The images in tar files ("shards"), and their labels where every sample has one.
 
-    The image of a sample is its first file that is one by its name. Its label is a number in its ``.cls`` or, under
-    ``label`` or ``cls``, in its ``.json``. Samples without an image are left out.
+    The image of a sample is its first file with the ending of an image. Its label is the number in its ``.cls``, or
+    ``label`` or ``cls`` in its ``.json``. Samples without an image are left out.
 
     Args:
         shards: a tar file, a folder of them, a pattern such as ``train-{0000..0146}.tar`` or ``train-*.tar``, or
             several of these.
-        allow_cut: take what is there of a tar file that was cut off; otherwise it is a UsageError.
-        reindex: look through the files anew although they seem to be the same.
+        allow_cut: read what is left of truncated tar files; otherwise they raise UsageError.
+        reindex: index the files again even if nothing has changed.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class WebDataset:
         self._open = OpenFiles()
 
     def _tell_left_out(self) -> None:
-        """One line on what of the tar files is no sample of its own."""
+        """Prints one line about files of the tar files that are not samples."""
         notes = [index.left_out for index in self.indices]
         further, without = sum(note.further for note in notes), sum(note.without for note in notes)
         told = []
@@ -69,7 +68,7 @@ class WebDataset:
             example = next(note.without_example for note in notes if note.without)
             told.append(f"{without:,} samples without an image are left out, such as {shown(example)}")
         if any(note.at_last_dot for note in notes):
-            told.append("samples' names end at the last dot, as the first would make one of many")
+            told.append("samples' names end at the last dot, as the first dot would merge samples")
         if told:
             files = f"{self.shards[0]}" + (f" to {self.shards[-1]}" if len(self.shards) > 1 else "")
             print_once_rank0(f"{files}: {len(self):,} images; {'; '.join(told)}")
@@ -110,7 +109,7 @@ class WebDataset:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        shard, position = self._locate(index)
+        shard, position = locate(self.ends, index)
         entry = self.indices[shard]
         name = self.describe(index)
         size, offset = int(entry.sizes[position]), int(entry.offsets[position])
@@ -135,24 +134,18 @@ class WebDataset:
     def label(self, index: int) -> int | None:
         if self.classes is None:
             return None
-        shard, position = self._locate(index)
+        shard, position = locate(self.ends, index)
         return int(self.indices[shard].labels[position])
 
     def describe(self, index: int) -> str:
-        shard, position = self._locate(index)
+        shard, position = locate(self.ends, index)
         return f"{self.shards[shard]}/{self.indices[shard].name(position)}"
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The shard of sample ``index``, and its place there."""
-        shard = bisect.bisect_right(self.ends, index)
-        first = self.ends[shard - 1] if shard else 0
-        return shard, index - first
 
 
 class OpenFiles:
-    """Descriptors of files to read from, of which only so many stay open. A process that gets a pickle opens its own.
+    """Open files, at most ``limit`` at a time. Pickled without descriptors.
 
-    Reading by offset (``pread``) moves no position, so forked processes may share descriptors.
+    Forked processes may share descriptors, since reading by ``pread`` moves no position.
     """
 
     def __init__(self, limit: int = 128) -> None:
@@ -177,7 +170,7 @@ class OpenFiles:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The tar files that a path, a folder or a pattern means, in the order of the pattern. Raises UsageError."""
+    """The tar files of a path, a folder or a pattern, in the order of the pattern. Raises UsageError."""
     if re.match(r"[a-z0-9+.-]{2,}://|pipe:", pattern, re.IGNORECASE):
         raise UsageError(
             f"{pattern} is a URL, which is not supported yet; download the tar files and give their folder"
@@ -191,7 +184,7 @@ def find_shards(pattern: str) -> list[Path]:
         else:
             matches = sorted(glob.glob(name))
             if not matches:
-                raise UsageError(f"{name} is neither a tar file nor a folder or pattern of some")
+                raise UsageError(f"{name} must be a tar file, a folder of them or a pattern; nothing is there")
             found += map(Path, matches)
     if not found:
         raise UsageError(f"{pattern} has no files that end in .tar")
@@ -199,7 +192,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``a-{00..02}`` and ``{a,b}`` written out, as a shell would."""
+    """Expands ``a-{00..02}`` and ``{a,b}`` as a shell does."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
@@ -219,8 +212,8 @@ def _index(shards: list[Path], allow_cut: bool, reindex: bool) -> list[ShardInde
             index = index_shard(shard, reindex)
             if index.cut and not allow_cut:
                 raise UsageError(
-                    f"{shard} is cut off or damaged after {len(index)} images ({index.cut}); bring it again, or take "
-                    "what is there with loader.on_error=skip"
+                    f"{shard} is cut off or damaged after {len(index)} images ({index.cut}); download it again, or "
+                    "read what is left with loader.on_error=skip"
                 )
             indices.append(index)
     return indices
