@@ -20,7 +20,7 @@ from fcmae.opening import cache_folder, check_link, create, open_regular, random
 from fcmae.processes import Process
 
 STRAY = re.compile(r"\.(\d+(?:-[0-9a-f]{8})?)(?:-[0-9a-f]{16})?\.tmp$")
-"""Ending of the temporary files of :func:`replacing`: process, machine, random. Older versions: the process."""
+"""Ending of temporary files of :func:`replacing`: process, machine, random digits. Older versions: the process."""
 
 MARGIN = 2**16
 """Bytes: a disk with less is full."""
@@ -30,12 +30,12 @@ PATIENCE = 10.0
 
 @contextlib.contextmanager
 def replacing(path: Path, permissions: int = 0o666) -> Iterator[IO[bytes]]:
-    """A file to write; at the end of the block it takes the place of ``path``.
+    """A file to write, which replaces ``path`` at the end of the block.
 
     ``path`` is either the old file or the whole new one, also after a power cut. A link at ``path`` is replaced too.
 
     Args:
-        permissions: of the file, less those of the umask; 0o644 for what is trusted later.
+        permissions: of the file, less those of the umask; 0o644 for files that are trusted later.
     """
     temporary = temporary_path(path)
     try:
@@ -53,12 +53,12 @@ def replacing(path: Path, permissions: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` for a temporary file or folder: of this process, and used once."""
+    """A unique name beside ``path`` for a temporary file or folder of this process."""
     return path.with_name(f"{path.name}.{_tag(Process.this())}-{random_token()}.tmp")
 
 
 def delete_strays(run_dir: Path, processes: Collection[Process] | None = None) -> None:
-    """Deletes the temporary files of :func:`replacing` in a run directory: all, or those of some processes."""
+    """Deletes the temporary files of :func:`replacing` in a run directory, of all or of some processes."""
     tags = None if processes is None else {_tag(process) for process in processes}
     for stray in (*run_dir.glob("*.tmp"), *run_dir.glob("*/*.tmp")):
         found = STRAY.search(stray.name)
@@ -67,40 +67,40 @@ def delete_strays(run_dir: Path, processes: Collection[Process] | None = None) -
 
 
 def _tag(process: Process) -> str:
-    """The process in the name of a temporary file; numbers of processes repeat between containers and machines."""
+    """The process in the name of a temporary file, with its machine and container: process ids repeat."""
     return f"{process.pid}-{hashlib.sha256(process.place.encode()).hexdigest()[:8]}"
 
 
 def set_aside(path: Path, say: Callable[[str], object]) -> None:
-    """Renames a file that a run does without to ``*.unused``, beside those that are there, and says so."""
+    """Renames a file that a run no longer uses to a new name ``*.unused``, and says so."""
     names = (f"{path.name}.unused{'' if i == 1 else i}" for i in itertools.count(1))
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.replace(aside)
-    say(f"{path.name} is not used any more: renamed to {aside.name}")
+    say(f"{path.name} is no longer used: renamed to {aside.name}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder outlast a power cut."""
+    """Makes changes of the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot do this, such as some in user space
+        if error.errno != errno.EINVAL:  # some file systems cannot do this
             raise
     finally:
         os.close(descriptor)
 
 
 def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), json: bool = False) -> None:
-    """Raises UsageError before the work instead of after it, if no file can be written at ``path``; makes its folder.
+    """Raises UsageError, before the work begins, if ``path`` cannot be written; creates its folder.
 
     Args:
-        key: what the user set to ``path``, for the message.
-        kept: files that must not be overwritten, such as what is read.
-        json: a file that is there may be overwritten only if it begins like JSON: it might be anything of the user's.
+        key: the key that the user set to ``path``, for the message.
+        kept: files that must not be overwritten, such as inputs.
+        json: overwrite an existing file only if it begins like JSON.
     """
     if os.path.isdir(path or "."):
-        raise UsageError(f"{key} is {str(path)!r}, a folder; allowed is a file")
+        raise UsageError(f"{key} must be a file; {str(path)!r} is a folder")
     try:
         real = _target(path)
     except OSError as error:
@@ -108,10 +108,10 @@ def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), js
     if _is_special(path):
         return
     if any(os.path.realpath(other) == str(real) for other in kept):
-        raise UsageError(f"{key} is {str(path)!r}, which is read or written otherwise; allowed is another file")
+        raise UsageError(f"{key} must be another file; {str(path)!r} is used otherwise")
     try:
         if json and real.is_file() and not _begins_like_json(real):
-            raise UsageError(f"{key} is {str(path)!r}, which holds something else than JSON; allowed is a new file")
+            raise UsageError(f"{key} must be a new file or JSON; {str(path)!r} is something else")
         if real.parent.exists() and not real.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _begins_like_json(path: Path) -> bool:
 
 @contextlib.contextmanager
 def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write, which the user named: whole or not at all, unless it is a device or a pipe.
+    """A file that the user named, to write: the whole file or nothing, unless it is a device or a pipe.
 
     Raises DiskError.
     """
@@ -141,13 +141,13 @@ def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_output(key: str, path: str | Path, text: str) -> None:
-    """Writes text to a file that the user named, as :func:`output` does."""
+    """Writes text to a file that the user named, by :func:`output`."""
     with output(key, path) as file:
         file.write(text.encode(errors="surrogateescape"))
 
 
 def _target(path: str | Path) -> Path:
-    """The file that the user named; a link stays one. Raises OSError for a link that another user made."""
+    """The file that the user named, behind links. Raises OSError for a link that another user made."""
     return Path(os.path.realpath(check_link(Path(path))))
 
 
@@ -156,10 +156,7 @@ def _is_special(path: str | Path) -> bool:
 
 
 def is_full(folder: Path, error: BaseException) -> bool:
-    """Whether ``error``, raised while files were written to ``folder``, is of a full disk.
-
-    Libraries that write by themselves do not all hand on the system's reason.
-    """
+    """Whether ``error``, raised by writing to ``folder``, means a full disk. Some libraries hide the system's error."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "No space left" in str(error) or shutil.disk_usage(folder).free < MARGIN

@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop. The first is noted, and acted upon between two steps; a second one ends the process.
+"""Signals that stop a run: the first one is recorded and handled between two steps, a second one ends the process.
 
-The command line installs this before torch is imported: SLURM's warning may arrive seconds after the start. Imports
-nothing that takes time, and imports where POSIX signals are missing (Windows).
+The command line installs this before it imports torch, since SLURM's warning may arrive seconds after the start. So
+this module imports nothing slow. It can be imported without POSIX signals (Windows).
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from typing import Any
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 ENDING = (signal.SIGINT, signal.SIGTERM)
-"""What ends a process when it comes a second time. SIGUSR1 and SIGUSR2 only ask: SLURM sends SIGTERM after them."""
+"""Signals that end the process the second time. After SIGUSR1 and SIGUSR2 SLURM sends SIGTERM."""
 DOUBLED = 0.5
-"""Seconds in which a signal counts as the same one: torchrun and srun send each twice."""
+"""Seconds in which signals count as one: torchrun and srun send each twice."""
 HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 STARTED = time.monotonic()
-"""When this process started, on the monotonic clock."""
+"""The start of this process on the monotonic clock."""
 
 _received: list[str] = []
 _before: dict[signal.Signals, Any] = {}
@@ -34,22 +34,22 @@ _watchers: list["_Watcher"] = []
 
 
 def install(say: Callable[[str], object] | None = None) -> None:
-    """From now on the signals are noted instead of ending the process; a second one ends it, see :func:`watch`.
+    """Records signals from now on instead of ending the process; a second one ends it, see :func:`watch`.
 
     Args:
-        say: is given a line at the first SIGINT or SIGTERM, and one at the end, from another thread.
+        say: prints a line at the first SIGINT or SIGTERM and at the end; called from another thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread may; whoever calls from another one handles signals himself
+        return  # only the main thread can; callers in other threads handle signals themselves
     watch(say, "stops as soon as it can, and saves; another {} ends it at once")
     for number in SIGNALS:
         _before.setdefault(number, signal.signal(number, _note))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # torchrun, killed, would leave its ranks behind
+        die_with_parent()  # a killed torchrun leaves its ranks behind
 
 
 def uninstall() -> None:
-    """Forgets what was received, restores the handlers of before, and stops watching."""
+    """Forgets received signals, restores the previous handlers and stops watching."""
     _received.clear()
     while _before:
         signal.signal(*_before.popitem())
@@ -57,11 +57,11 @@ def uninstall() -> None:
 
 
 def watch(say: Callable[[str], object] | None = None, at_first: str = "") -> None:
-    """From now on a second SIGINT or SIGTERM ends this process, whatever it is doing. Call in the main thread.
+    """From now on a second SIGINT or SIGTERM ends this process at once. Call it in the main thread.
 
-    The main thread may be in a call that lasts, such as a collective or a compilation, and Python's handlers wait for
-    its end. So a thread reads the descriptor to which Python writes each signal at once. A signal whose handler is the
-    system's default is not seen.
+    Python's handlers wait for the end of the main thread's current call, such as a collective or a compilation. So a
+    thread reads the descriptor to which Python writes each signal immediately. Signals without a Python handler are
+    not seen.
     """
     _stop_watching()
     _watchers.append(_Watcher(say or (lambda _: None), at_first))
@@ -73,9 +73,9 @@ def _stop_watching() -> None:
 
 
 def ignore() -> None:
-    """From now on the signals change nothing: the process is about to end, and its exit code is settled.
+    """Ignores the signals from now on: the process is about to end with a known exit code.
 
-    A handler would not do: Python gives handlers up before it has ended.
+    A Python handler would not be enough: Python drops handlers before it ends.
     """
     for number in _before:
         signal.signal(number, signal.SIG_IGN)
@@ -83,12 +83,12 @@ def ignore() -> None:
 
 
 def received() -> str | None:
-    """The name of the first signal that asked this process to stop, if one did."""
+    """The name of the first recorded signal, or None."""
     return _received[0] if _received else None
 
 
 def shield_worker() -> None:
-    """For data workers: only the training process decides when they end, but they never outlive it.
+    """Makes a data worker ignore signals, but end with its parent.
 
     Schedulers and terminals signal whole process groups, and the last step before a stop needs its workers.
     """
@@ -99,12 +99,12 @@ def shield_worker() -> None:
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """In this block signals wait for its end. Processes that start here never get any."""
+    """Delays signals to the end of this block. Processes that start in it never receive any."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
     came: list[int] = []
-    # The mask, which processes inherit, does not do for this one: any thread may be given a signal, to be handled here.
+    # New processes inherit the mask. It is not enough for this one: any of its threads may receive a signal.
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (*SIGNALS, HANG_UP)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     try:
@@ -116,13 +116,13 @@ def postponed() -> Iterator[None]:
         for number in came:
             handler = handlers[number]
             if callable(handler):
-                handler(number, None)  # sent again it would count as a second one
+                handler(number, None)  # a second signal would end the process
             else:
                 signal.raise_signal(number)
 
 
 def take_for_ctrl_c() -> None:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, so that processes of a pool end with this one."""
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, so that the processes of a pool end."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, HANG_UP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
@@ -130,7 +130,7 @@ def take_for_ctrl_c() -> None:
 
 
 def die_with_parent() -> None:
-    """SIGKILL for this process as soon as its parent is dead. Linux only; elsewhere nothing happens."""
+    """Lets the system kill this process when its parent dies. Linux only; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -154,7 +154,7 @@ class _Watcher:
         self._reader.close()
 
     def drop(self) -> None:
-        """Closes the descriptors of a process that was forked, and has no such thread."""
+        """Closes the descriptors in a forked process, which has no such thread."""
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
         self._writer.close()
@@ -173,9 +173,9 @@ class _Watcher:
                 self._end(ending[0])
 
     def _end(self, number: signal.Signals) -> None:
-        """The exit code is the one that a shell gives for the signal."""
+        """Ends the process with the exit code that a shell gives for the signal."""
         with contextlib.suppress(Exception):
-            # Not imported here, since the main thread may be importing it. Without it there are no children.
+            # Not imported here: the main thread may be importing it. Without it there are no children.
             for child in sys.modules["multiprocessing.process"].active_children():
                 child.kill()
         line = f"ended at once by a second {number.name}; nothing more was saved"

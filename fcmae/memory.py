@@ -1,4 +1,4 @@
-"""Memory of a device: how much is in use, and one line where there is none left."""
+"""The memory of a device: how much is in use, and a message of one line when it runs out."""
 
 import contextlib
 import resource
@@ -10,12 +10,12 @@ import torch
 from fcmae.errors import OutOfMemory
 
 SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-"""In messages of torch's errors, of CUDA's libraries, and of the CPU's allocator."""
+"""Parts of the messages of torch, of CUDA's libraries and of the CPU's allocator."""
 GIB = 2**30
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether an error is of memory that could not be had, or followed from one that is, as in a CUDA graph."""
+    """Whether an error means a lack of memory, or follows from one that does, as in a CUDA graph."""
     while error is not None:
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
             return True
@@ -25,7 +25,7 @@ def ran_out(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def explained(device: torch.device, what_to_do: Callable[[], str]) -> Iterator[None]:
-    """In this block an error for lack of memory is an OutOfMemory of one line: what is in use, and what to do."""
+    """Turns errors for lack of memory into OutOfMemory of one line: what is in use and what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -35,7 +35,7 @@ def explained(device: torch.device, what_to_do: Callable[[], str]) -> Iterator[N
 
 
 def in_use(device: torch.device) -> str:
-    """The device and what is in use of it, for a message."""
+    """The device and its memory in use, for a message."""
     own = f"this process held up to {peak(device) / GIB:.1f} GiB"
     if device.type != "cuda":
         return f"the CPU ({own})"
@@ -45,7 +45,7 @@ def in_use(device: torch.device) -> str:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held so far: tensors on the GPU, or this process on the CPU."""
+    """The largest number of bytes held so far: by tensors on a GPU, or by this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

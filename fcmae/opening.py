@@ -1,7 +1,7 @@
-"""How files are opened: only regular files are read, and what is written in place or trusted is not a link.
+"""Opens files safely: reads only regular files, and follows no link to write in place or to read trusted content.
 
-A pipe or a device never hangs a reader. Files that fcmae creates have names that nobody can guess and are created
-exclusively, so a link that somebody else put there is never followed. A user's own image may be a link.
+So a pipe or device cannot block a reader. New files have random names and are created exclusively, so a link planted by
+another user is never followed. Images may be links.
 
 Every error is an OSError with ``filename`` and a ``strerror`` of a few words.
 """
@@ -25,7 +25,7 @@ MAX_LINKS = 40
 
 
 def open_regular(path: str | os.PathLike, links: bool = True) -> IO[bytes]:
-    """A regular file to read. Opening never waits, as it would for a pipe.
+    """A regular file to read. Opening never blocks, as opening a pipe would.
 
     Args:
         links: follow a link at the end of ``path``.
@@ -45,12 +45,12 @@ def read_regular(path: str | os.PathLike, most: int, links: bool = True) -> byte
 
 
 def open_trusted(path: str | os.PathLike, owners: Collection[int] = ()) -> IO[bytes]:
-    """A file to read whose content is believed, such as a cache: regular, no link, and written by nobody else.
+    """A file to read whose content is trusted, such as a cache: regular, not a link, and not writable by others.
 
     Args:
-        owners: user ids that are believed besides this user and root, e.g. the owner of the data.
+        owners: user ids that are trusted besides this user and root, such as the owner of the data.
 
-    Raises OSError, a PermissionError for a file that others own or may write.
+    Raises OSError, a PermissionError if others own the file or may write it.
     """
     file = open_regular(path, links=False)
     problem = _distrust(os.fstat(file.fileno()), owners)
@@ -61,9 +61,9 @@ def open_trusted(path: str | os.PathLike, owners: Collection[int] = ()) -> IO[by
 
 
 def open_to_change(path: str | os.PathLike, permissions: int = 0o666) -> IO[bytes]:
-    """A file to read and write in place, created if missing; without buffering, so each write is one system call.
+    """A file to read and write in place, created if missing, unbuffered.
 
-    Raises OSError for a link, for what is not a regular file, and for a file that has several names.
+    Raises OSError for a link, a hard link, and anything but a regular file.
     """
     return os.fdopen(_open_in_place(path, os.O_RDWR, permissions), "r+b", buffering=0)
 
@@ -82,31 +82,28 @@ def _open_in_place(path: str | os.PathLike, flags: int, permissions: int = 0o666
 
 
 def create(path: str | os.PathLike, permissions: int = 0o666) -> IO[bytes]:
-    """A new file to write. Raises FileExistsError if there is anything at ``path``, a link too.
+    """A new file to write. Raises FileExistsError if ``path`` exists, even as a link.
 
     Args:
-        permissions: of the file, less those of the umask. What is trusted later must not be writable by others: 0o644.
+        permissions: of the file, less those of the umask; 0o644 for files that are trusted later.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | _CLOSE
     return os.fdopen(os.open(path, flags, permissions), "w+b")
 
 
 def random_token() -> str:
-    """16 hexadecimal digits for the name of a temporary file, different in every process and container."""
+    """16 random hexadecimal digits for the name of a temporary file."""
     return secrets.token_hex(8)
 
 
 def own_folder(path: Path) -> Path:
-    """Makes a folder, with those above it, for files of this user. It may be a link if this user or root made that.
-
-    Raises OSError.
-    """
+    """Creates a folder for files of this user. It may be a link that this user or root made. Raises OSError."""
     path.mkdir(parents=True, exist_ok=True)
     return check_link(path)
 
 
 def check_link(path: Path) -> Path:
-    """``path``, unless it is a link that another user made, or leads to one. Raises OSError."""
+    """``path``. Raises OSError if it is, or leads to, a link that another user made."""
     link = path
     for _ in range(MAX_LINKS):
         if not os.path.islink(link):
@@ -118,10 +115,9 @@ def check_link(path: Path) -> Path:
 
 
 def private_folder(*candidates: Path) -> Path:
-    """The first of some folders that belongs to this user and that nobody else can write; made if missing.
+    """The first of some folders that this user owns and nobody else can write, created if missing.
 
-    If none does, a new one with a random name in the system's folder for temporary files. For what is run or believed
-    later.
+    If there is none, a new temporary folder. For files that are run or trusted later.
     """
     for path in candidates:
         try:
@@ -164,7 +160,7 @@ def _open(path: str | os.PathLike, flags: int, permissions: int = 0o666) -> int:
 
 
 def _distrust(status: os.stat_result, owners: Collection[int]) -> str:
-    """Why a file or folder is not trusted; nothing if it is."""
+    """Why a file or folder is not trusted; empty if it is."""
     if status.st_uid not in (_user(), ROOT, *owners):
         return f"it belongs to another user ({status.st_uid})"
     if status.st_mode & WRITTEN_BY_OTHERS:

@@ -1,4 +1,4 @@
-"""Other processes of this machine: whether they stand still, and signals that reach nobody else."""
+"""Identifies processes: whether they run, are suspended, and signals that cannot reach another process."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Process:
-    """A process by its number and the moment it started, since numbers are given out again. Known on Linux only."""
+    """A process by its id and start time, since ids are reused. Known on Linux only."""
 
     pid: int
     born: str
-    """In clock ticks since the machine was switched on; empty where unknown."""
+    """Clock ticks from boot to the start of the process; empty if unknown."""
     place: str
-    """The machine, since it was switched on, and on it the container: what its number is valid in."""
+    """The boot of the machine and the container in which the id is valid."""
 
     @classmethod
     def this(cls) -> "Process":
@@ -25,7 +25,7 @@ class Process:
 
     @classmethod
     def told(cls, values: Any) -> "Process":
-        """A process that a file or another machine names. Raises ValueError for values of other types."""
+        """A process from a file or another machine. Raises ValueError for values of other types."""
         pid, born, place = (
             (values.get(name) for name in ("pid", "born", "place")) if isinstance(values, dict) else 3 * [0]
         )
@@ -34,15 +34,15 @@ class Process:
         return cls(pid, born, place)
 
     def is_here(self) -> bool:
-        """Whether this process is of the caller's machine and container."""
+        """Whether the process belongs to the caller's machine and container."""
         return bool(self.place) and self.place == _place()
 
     def is_alive(self) -> bool:
-        """Whether it runs or stands still, if it is here."""
+        """Whether it is here, and runs or is suspended."""
         return self.is_here() and _born(self.pid) == self.born != ""
 
     def send(self, number: signal.Signals) -> None:
-        """Signals it, if it is here and alive."""
+        """Signals the process if it is here and alive."""
         if self.is_alive():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -60,7 +60,7 @@ def _born(pid: int) -> str:
 
 
 def _stat(pid: int | None) -> list[str]:
-    """The fields of /proc/PID/stat from the state on: the name before it may contain anything."""
+    """The fields of /proc/PID/stat from the state on; the name before it may contain anything."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

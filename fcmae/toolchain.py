@@ -1,4 +1,4 @@
-"""The compilers that torch.compile and Triton call on this machine."""
+"""The compilers that torch.compile and Triton use."""
 
 import os
 import shlex
@@ -14,13 +14,13 @@ Which = Callable[[str], str | None]
 
 
 def c_compiler(environment: Mapping[str, str] = os.environ, which: Which = shutil.which) -> str | None:
-    """The C compiler that Triton takes for its kernels on a GPU: CC, else gcc, else clang; None without one."""
+    """The C compiler that Triton uses on a GPU: CC, else gcc, else clang; None without one."""
     given = environment.get("CC")
     return _program(given, which) if given else which("gcc") or which("clang")
 
 
 def cxx_compiler(environment: Mapping[str, str] = os.environ, which: Which = shutil.which) -> str | None:
-    """The C++ compiler that torch.compile takes on a CPU: CXX, else g++ (clang++ on a Mac); None without one."""
+    """The C++ compiler that torch.compile uses on a CPU: CXX, else g++ (clang++ on a Mac); None without one."""
     return _program(environment.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"), which)
 
 
@@ -30,13 +30,13 @@ def _program(command: str, which: Which) -> str | None:
 
 
 HAS_C_COMPILER = c_compiler() is not None
-"""Without one Triton runs no kernel, and plain torch takes their place."""
+"""Without one Triton runs no kernel, and plain torch is used."""
 
 
 def python_header() -> Path:
-    """Where Python.h must be, which what is compiled includes."""
+    """The path of Python.h, which compiled code includes."""
     scheme = sysconfig.get_default_scheme()
-    # Debian's scheme of its own names a folder that does not exist.
+    # Debian's own scheme names a folder that does not exist.
     return Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"], "Python.h")
 
 
@@ -46,7 +46,7 @@ def missing(
     which: Which = shutil.which,
     header: Path | None = None,
 ) -> str | None:
-    """What torch.compile lacks on a type of device, and what to install; None if nothing."""
+    """What torch.compile lacks on a type of device and what to install; None if nothing."""
     if device == "cuda" and c_compiler(environment, which) is None:
         return "no C compiler was found (CC, gcc or clang); install gcc"
     if device != "cuda" and cxx_compiler(environment, which) is None:
@@ -56,7 +56,7 @@ def missing(
 
 
 def check(key: str, wanted: bool, device: str) -> None:
-    """Raises UsageError, with what to do, if ``key`` wants torch.compile and something that it needs is missing."""
+    """Raises UsageError if ``key`` asks for torch.compile and something that it needs is missing."""
     lacks = missing(device) if wanted else None
     if lacks is not None:
         raise UsageError(f"{key}: torch.compile cannot run: {lacks}, or set {key}=false")

@@ -1,7 +1,7 @@
-"""torchrun that asks its ranks to stop instead of ending them, and that exits as they do: ``python -m fcmae.torchrun``.
+"""torchrun that passes signals on to its ranks and returns their exit code: ``python -m fcmae.torchrun``.
 
-torchrun itself gives its ranks a grace period after a signal and then exits with 1, whatever they return; a job script
-could not tell a run that stopped and can be resumed (75) from one that failed.
+torchrun itself ends its ranks some time after a signal and always exits with 1, so a job script could not tell a
+stopped, resumable run (75) from a failed one.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> int:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun would leave its own behind
+    with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun leaves its own behind
         try:
-            # It must handle some signal, and leaves those alone that it is not told to handle.
+            # It must handle some signal, and ignores those that are not named.
             run.main(["--signals-to-handle=SIGQUIT", f"--log-dir={logs}", *arguments])
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
-    """Every rank gets the signal. Without any so far there is nothing to save, and nothing lost."""
+    """Sends the signal to every rank. Before there are ranks, nothing is lost."""
     ranks = _children()
     if not ranks:
         raise SystemExit(EXIT_RESUMABLE)
@@ -47,7 +47,7 @@ def _pass_on(number: int, _: FrameType | None) -> None:
 
 
 def _children() -> list[int]:
-    """The processes that this one started; known on Linux only."""
+    """The children of this process; known on Linux only."""
     return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
 
 

@@ -86,7 +86,7 @@ def test_begun_anew_nothing_of_the_first_run_is_lost(fcmae, pretrained, tmp_path
     for again in ("", "2"):
         done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", "trainer.resume=false", "seed=1")
         for name in names:
-            assert f"{name} is not used any more: renamed to {name}.unused{again}" in done.stderr
+            assert f"{name} is no longer used: renamed to {name}.unused{again}" in done.stderr
     for name in (*names[:3], "checkpoints/step_00000009.pt"):
         assert (tmp_path / "run" / f"{name}.unused").read_bytes() == (pretrained / name).read_bytes()
     pictures = (folder.iterdir() for folder in (tmp_path / "run" / "reconstructions.unused", pretrained / names[3]))
@@ -307,7 +307,7 @@ MISTAKES = {
         ("pretrain", "-m", "seed=1,2", "hydra.run.dir=x"),
         "cannot be used with -m; set hydra.sweep",
     ),
-    "run directory below a file": (("pretrain", "hydra.run.dir=/dev/null/x"), "cannot be made: /dev/null/x: Not a dir"),
+    "run directory below a file": (("pretrain", "hydra.run.dir=/dev/null/x"), "cannot be created: /dev/null/x: Not a dir"),
     "output": (("knn", "checkpoint=.", "out=/dev/null/x"), "out /dev/null/x cannot be written: "),
     "picture": (("reconstruct", "x", "y", "--out", "a.foo"), "--out must be a file whose name says its"),
     "benchmark": (("bench", "step", "--json", "/dev/null/x"), "--json /dev/null/x cannot be written"),

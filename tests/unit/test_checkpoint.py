@@ -122,7 +122,7 @@ def test_checkpoints_that_a_run_does_not_go_on_from_count_no_more(tmp_path):
     assert state["step"] == 3
     said: list[str] = []
     checkpoints.set_aside(3, said.append)
-    assert said == ["step_00000009.pt is not used any more: renamed to step_00000009.pt.unused"]
+    assert said == ["step_00000009.pt is no longer used: renamed to step_00000009.pt.unused"]
     checkpoints.save({"step": 4})
     assert [checkpoint.step_of(path) for path in checkpoints.paths()] == [4]
     assert (checkpoints.folder / "step_00000009.pt.unused").read_bytes() == b"damaged"

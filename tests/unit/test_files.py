@@ -54,8 +54,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "out is '', a folder; allowed is a file"),
-        (".", "out is '.', a folder; allowed is a file"),
+        ("", "out must be a file; '' is a folder"),
+        (".", "out must be a file; '.' is a folder"),
         ("file/below", "out file/below cannot be written: Not a directory"),
         ("/proc/nope", "out /proc/nope cannot be written: "),
     ],
@@ -70,7 +70,7 @@ def test_what_cannot_be_written_is_refused_before(path, message, tmp_path, monke
 def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.csv").touch()
-    with pytest.raises(UsageError, match="out is './labels.csv', which is read or written otherwise; allowed is a"):
+    with pytest.raises(UsageError, match="out must be another file; './labels.csv' is used otherwise"):
         check_output("out", "./labels.csv", [tmp_path / "labels.csv"])
     check_output("out", "./labels.csv")
 
@@ -78,5 +78,5 @@ def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch):
 def test_a_result_does_not_replace_what_is_no_result(tmp_path):
     for content, allowed in ((b"", True), (b' {"top1": 1}', True), (b"PK\3\4", False), (b"\xff\xd8\xff", False)):
         (tmp_path / "out").write_bytes(content)
-        with contextlib.nullcontext() if allowed else pytest.raises(UsageError, match="holds something else than JSON"):
+        with contextlib.nullcontext() if allowed else pytest.raises(UsageError, match="must be a new file or JSON"):
             check_output("out", tmp_path / "out", json=True)

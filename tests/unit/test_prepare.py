@@ -218,7 +218,7 @@ def test_other_settings_need_another_folder(folder, tmp_path):
 def test_a_folder_with_files_of_others_is_refused(name, content, more, folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text(content)
-    with pytest.raises(UsageError, match=f"has files that are not of fcmae prepare, such as {name}; allowed is a new"):
+    with pytest.raises(UsageError, match=f"has files that are not of fcmae prepare, such as {name}; it must be a new"):
         run(folder, f"out={tmp_path / 'out'}", *more)
     assert contents(tmp_path / "out") == {name: hashlib.sha256(content.encode()).hexdigest()}
 
@@ -226,7 +226,7 @@ def test_a_folder_with_files_of_others_is_refused(name, content, more, folder, t
 def test_neither_the_source_nor_a_file_is_a_folder_to_write_to(folder, tmp_path):
     with pytest.raises(UsageError, match="has files that are not of fcmae prepare, such as cat"):
         run(folder, f"out={folder}")
-    with pytest.raises(UsageError, match="which is not a folder"):
+    with pytest.raises(UsageError, match="out must be a folder"):
         run(folder, f"out={folder / 'cat' / '00.jpg'}")
 
 
@@ -323,7 +323,7 @@ def test_what_holds_for_all_images_is_said_once(tmp_path, capsys):
     run(tmp_path, "data.stats=true", "data.in_chans=1", "data.bit_depth=12")
     err = capsys.readouterr().err
     assert err.count("data.bit_depth") == 1
-    assert " and 8 more images: it holds the value 500" in err
+    assert " and 8 more images: its values must be at most 4095" in err
     with pytest.raises(UsageError, match="none of 10 images could be read"):
         run(tmp_path, "data.stats=true", "data.in_chans=1")
     assert capsys.readouterr().err.count("its pixels have 16 bits") == 1

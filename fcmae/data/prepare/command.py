@@ -1,7 +1,7 @@
-"""``fcmae prepare``: any source as shuffled tar files, or the mean and deviation of its images.
+"""``fcmae prepare``: writes any source as shuffled tar files, or computes the mean and deviation of its images.
 
-Every tar file is a function of the source and the settings. So a run that was stopped goes on with the files that are
-missing, and ends with what it would have written at once.
+Each tar file is a function of the source and the settings. So a run that was stopped continues with the missing files
+and gives the same result.
 """
 
 import concurrent.futures
@@ -43,16 +43,16 @@ UNREADABLE_FILE = "unreadable.txt"
 MAX_JSON = 2**28
 """Bytes of one of these files."""
 TRIED = 64
-"""Samples that an estimate is made from."""
-ALLOWED = "allowed is a new folder, an empty one, or that of the same command"
+"""Samples that the estimate is based on."""
+EXPECTED = "it must be a new or empty folder, or one of the same command"
 FLAT = 1e-6
-"""A smaller standard deviation is the rounding of a channel of one value: a 16-bit level is 1.5e-5."""
+"""Smaller standard deviations are rounding errors of a constant channel: a 16-bit level is 1.5e-5."""
 CHUNK = 100
-"""Samples that a process sums at a time."""
+"""Samples per task of a process."""
 
 
 def prepare(cfg: PrepareConfig) -> str:
-    """Runs the command and returns what it has to say. Raises FCMAEError."""
+    """Runs the command and returns its message. Raises FCMAEError."""
     source = train_source(cfg.data, cfg.loader) if cfg.split == "train" else val_source(cfg.data, cfg.loader)
     if cfg.data.stats:
         return statistics(cfg, source)
@@ -69,14 +69,14 @@ def prepare(cfg: PrepareConfig) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"out={out} cannot be made: {error.strerror}") from error
+        raise UsageError(f"out={out} cannot be created: {error.strerror}") from error
     try:
         with one_at_a_time(out):
             _begin(out, names, now)
             shards = _write_missing(cfg, source, how, order, out)
             return _finish(cfg, source, shards, out)
     except OSError as error:
-        raise FCMAEError(f"cannot write to {out}: {error}; the same command goes on where it stopped") from error
+        raise FCMAEError(f"cannot write to {out}: {error}; the same command continues where it stopped") from error
 
 
 def sample_order(cfg: PrepareConfig, count: int) -> list[int]:
@@ -87,12 +87,12 @@ def sample_order(cfg: PrepareConfig, count: int) -> list[int]:
 
 
 def shard_names(cfg: PrepareConfig, count: int) -> list[str]:
-    """The tar files of that many samples."""
+    """The names of the tar files of ``count`` samples."""
     return [f"{cfg.split}-{i:06d}.tar" for i in range(-(-count // cfg.samples_per_shard))]
 
 
 def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]) -> str:
-    """Size and time, from some samples. Raises ImageError if none of them can be read: then something is amiss."""
+    """Size and time, estimated from some samples. Raises ImageError if none of them can be read."""
     tried = order[:: max(1, len(order) // TRIED)][:TRIED]
     sizes: list[int] = []
     failure: ImageError | None = None
@@ -127,7 +127,7 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
         for i, part in in_processes(_workers(cfg), sum_images, source, chunks):
             parts[i] = part
             bar.update(len(chunks[i][0]))
-    sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in one order, whoever was first
+    sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in the order of the chunks
     for line in left_out(sums.unreadable):
         print(line, file=sys.stderr)
     if not sums.pixels:
@@ -142,7 +142,7 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
 
 
 def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int], out: Path) -> list[Shard]:
-    """Writes the tar files that are not there yet, and returns what is in all of them."""
+    """Writes the missing tar files. Returns the contents of all."""
     delete_strays(out)
     for partial in out.glob(".*.part"):
         partial.unlink()
@@ -165,7 +165,7 @@ def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: lis
 
 
 def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) -> str:
-    """Reads everything back, and writes down what there is. Raises FCMAEError if it is not what was written."""
+    """Verifies all tar files and writes the manifest. Raises FCMAEError if they differ from what was written."""
     unreadable = [entry for shard in shards for entry in shard.unreadable]
     with tqdm(total=len(source), desc="verifying", unit=" images", disable=None) as bar:
         wrong = []
@@ -189,7 +189,7 @@ def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) 
 
 
 def verify(out: Path, shard: Shard) -> str:
-    """What is wrong with a tar file; nothing if its checksum and its number of images are those written down."""
+    """What is wrong with a tar file; empty if its checksum and number of images are as recorded."""
     path = out / shard.name
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -202,7 +202,7 @@ def verify(out: Path, shard: Shard) -> str:
 
 
 def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
-    """What the tar files are a function of."""
+    """The settings and images that determine the tar files."""
     names = hashlib.sha256()
     for index in range(len(source)):
         names.update(source.describe(index).encode(errors="surrogateescape") + b"\0")
@@ -213,17 +213,17 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
 
 
 def _begin(out: Path, names: list[str], now: dict[str, Any]) -> None:
-    """Writes down the settings in a folder that has none yet."""
+    """Writes the settings file if there is none."""
     _check_folder(out, names, now)
     if not (out / SETTINGS_FILE).is_file():
         write_output("out", out / SETTINGS_FILE, json.dumps(now, indent=1) + "\n")
 
 
 def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
-    """Raises UsageError for a folder with files of others, which would be overwritten, or begun with other settings."""
+    """Raises UsageError for a folder that has other files or was begun with other settings."""
     if not out.is_dir():
         if os.path.lexists(out):
-            raise UsageError(f"out is {str(out)!r}, which is not a folder")
+            raise UsageError(f"out must be a folder; got {str(out)!r}")
         return
     try:
         found = sorted(name for name in os.listdir(out) if not name.startswith(".") and not STRAY.search(name))
@@ -233,17 +233,17 @@ def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
         return
     before = _read_json(out / SETTINGS_FILE) if SETTINGS_FILE in found else {}
     if not now.keys() <= before.keys():
-        raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {found[0]}; {ALLOWED}")
+        raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {found[0]}; {EXPECTED}")
     changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before[key] != value]
     if changed:
-        raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); {ALLOWED}")
+        raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); {EXPECTED}")
     foreign = [name for name in found if name.endswith(".tar") and name not in names]
     if foreign:
-        raise UsageError(f"out={out} has {foreign[0]}, which is not of fcmae prepare; {ALLOWED}")
+        raise UsageError(f"out={out} has {foreign[0]}, which is not of fcmae prepare; {EXPECTED}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Nothing of a file that is damaged or holds something else."""
+    """The object in a file; empty if the file is damaged."""
     try:
         content = json.loads(_read(file))
     except (OSError, ValueError, RecursionError):
@@ -256,7 +256,7 @@ def _read(file: Path) -> str:
 
 
 def _written(out: Path) -> Iterator[Shard]:
-    """The tar files that an earlier run finished and that still have their size."""
+    """The tar files that an earlier run finished and whose size is unchanged."""
     entries = list(_read_json(out / MANIFEST_FILE).get("shards", []))
     if os.path.lexists(out / PROGRESS_FILE):
         for line in _read(out / PROGRESS_FILE).splitlines():
@@ -281,7 +281,7 @@ def _workers(cfg: PrepareConfig) -> int:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder, or its nearest ancestor that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 

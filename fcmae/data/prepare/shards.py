@@ -1,4 +1,4 @@
-"""Writing samples into tar files of the WebDataset layout."""
+"""Writes samples into tar files of the WebDataset layout."""
 
 import hashlib
 import io
@@ -30,17 +30,14 @@ MAGICS = {
     b"MM\0*": "tif",
     b"\x93NUMPY": "npy",
 }
-"""How the files of each format begin; other formats go by their names."""
+"""The first bytes of each format; others are known by their names."""
 
 SUBSAMPLING = "4:2:0"
-"""JPEG's chroma at half the resolution, as most cameras and programs write it: a fifth faster to decode than whole."""
+"""Chroma of JPEGs at half the resolution, as usual: a fifth faster to decode than at full resolution."""
 
 
 class Encoding(NamedTuple):
-    """How images are written: as they are, or no larger than ``short_side`` and then encoded anew.
-
-    With ``encode="npy"`` all are written as pixels.
-    """
+    """How images are written: unchanged, or resized to ``short_side`` and encoded; as pixels with ``encode="npy"``."""
 
     to: PixelFormat
     short_side: int | None = None
@@ -50,18 +47,18 @@ class Encoding(NamedTuple):
 
 @dataclass
 class Shard:
-    """What was written into a tar file."""
+    """The contents of a tar file."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
     unreadable: list[list[str]]
-    """Name and reason of the samples that are not in it."""
+    """Name and reason of each sample that could not be read."""
 
 
 def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
-    """An image's format, as its file name ends, and its bytes. It is decoded in any case, to know that it can be.
+    """The ending and the bytes of an image's file. All images are decoded, to check that they can be.
 
     Raises ImageError.
     """
@@ -78,7 +75,7 @@ def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
 
 
 def ending_of(image: Encoded) -> str:
-    """By what the file holds, else by its name. Raises ImageError."""
+    """The ending of an image file, by its bytes, else by its name. Raises ImageError."""
     for magic, ending in MAGICS.items():
         if image.data.startswith(magic):
             return ending
@@ -89,7 +86,7 @@ def ending_of(image: Encoded) -> str:
 
 
 def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tuple[str, bytes]:
-    """JPEG of a quality, or None for what loses nothing, as far as a format can hold the pixels; else .npy."""
+    """JPEG of a quality, or lossless for None; .npy if no other format can store the pixels."""
     if pixels.dtype != torch.uint8 or len(pixels) not in (1, 3, 4):
         return _npy(pixels, to)
     content = io.BytesIO()
@@ -103,14 +100,14 @@ def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tupl
 
 
 def _npy(pixels: Tensor, to: PixelFormat) -> tuple[str, bytes]:
-    """``[H, W, C]``, the order in which the resize is fast; in the scale of the files that are kept as they are."""
+    """``[H, W, C]``, which is resized fastest, with the scale of unchanged files."""
     content = io.BytesIO()
     np.save(content, to_stored(pixels, to.bit_depth).permute(1, 2, 0).contiguous().numpy(), allow_pickle=False)
     return "npy", content.getvalue()
 
 
 def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encoding) -> Shard:
-    """Writes samples, named by their indices, into a tar file, whole or not at all; the same bytes every time.
+    """Writes samples, named by their indices, into a tar file: the whole file or nothing, and always the same bytes.
 
     Raises OSError.
     """
@@ -140,7 +137,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 class _Hashed:
-    """A file that is hashed while it is written."""
+    """Computes the hash of a file while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

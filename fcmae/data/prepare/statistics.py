@@ -1,4 +1,4 @@
-"""Mean and standard deviation of images, channel by channel."""
+"""Mean and standard deviation of images, per channel."""
 
 import re
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 
 PART = 2**22
-"""Pixels that are taken to float64 at a time."""
+"""Pixels that are converted to float64 at a time."""
 
 
 @dataclass
 class Sums:
-    """Over pixels of values in 0..1: their number, sums and sums of squares ``[C]``; images that could not be read."""
+    """The number, sums and sums of squares ``[C]`` of pixels in 0..1, and errors of unreadable images."""
 
     pixels: int
     total: np.ndarray
@@ -32,13 +32,13 @@ class Sums:
         return (self.total / self.pixels).tolist()
 
     def std(self) -> list[float]:
-        """Of the population, as the mean of squares minus the square of the mean, in float64."""
+        """The deviation of the population, in float64."""
         variance = self.squares / self.pixels - (self.total / self.pixels) ** 2
-        return np.sqrt(variance.clip(min=0)).tolist()  # of one value everywhere it is 0 but for rounding
+        return np.sqrt(variance.clip(min=0)).tolist()  # rounding may make it negative
 
 
 def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
-    """Every pixel of some images counts the same. What cannot be read is left out, and named."""
+    """Sums over all pixels of some images. Unreadable ones are left out and recorded."""
     sums = Sums(0, np.zeros(to.in_chans), np.zeros(to.in_chans), [])
     for index in indices:
         try:
@@ -54,7 +54,7 @@ def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
 
 
 def left_out(errors: Iterable[ImageError]) -> list[str]:
-    """A line for each kind of reason, whatever the numbers in it: what holds for all images is said once."""
+    """A line per reason, apart from numbers in it, for images that were left out."""
     kinds: dict[str, list[ImageError]] = {}
     for error in errors:
         kinds.setdefault(re.sub(r"\d+", "", error.reason), []).append(error)

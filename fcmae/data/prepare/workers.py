@@ -1,4 +1,4 @@
-"""The same work on many parts, in several processes that each get the source once."""
+"""Runs a function on many tasks in several processes, each of which receives the source once."""
 
 import concurrent.futures
 import multiprocessing
@@ -16,14 +16,14 @@ from fcmae import interrupt
 T = TypeVar("T")
 
 _job: dict[str, Any] = {}
-"""In a process of the pool: the work, and what it is done with."""
+"""In a process of the pool: the function and what all its calls share."""
 
 
 def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequence[tuple]) -> Iterator[tuple[int, T]]:
-    """``work(shared, *task)`` for every task: its place and result, as they come.
+    """Calls ``work(shared, *task)`` for every task. Yields index and result of each task as it ends.
 
-    ``shared`` is sent once to each of the ``count`` processes; with one, everything happens here. Processes end with
-    this one, however that ends.
+    ``shared`` is sent once to each of ``count`` processes; with one, this process does the work. They end with this
+    process, even if it is killed.
     """
     count = min(count, len(tasks))
     if count <= 1:
@@ -34,7 +34,7 @@ def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequenc
     if forks:
         context.set_forkserver_preload([work.__module__])  # imported once, not in every process
     with interrupt.postponed():
-        resource_tracker.ensure_running()  # first: where it starts it ends the postponement
+        resource_tracker.ensure_running()  # first: starting it ends the postponement
     pool = concurrent.futures.ProcessPoolExecutor(count, context, _start, (work, shared))
     try:
         with interrupt.postponed():  # the processes import for seconds before they ignore signals
@@ -53,7 +53,7 @@ def _start(work: Callable, shared: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Two processes of the pool would otherwise keep each other waiting for ever, once nobody gives them work."""
+    """Otherwise two processes of the pool would wait for each other forever after this one was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
