@@ -1,6 +1,6 @@
-"""The schema of conf/: one dataclass a group, every range check, and how a Hydra config becomes one of them.
+"""The schema of conf/: one dataclass per group, with its range checks.
 
-Hydra composes, OmegaConf checks names and types against these classes, ``__post_init__`` checks ranges. Nothing past
+Hydra composes, OmegaConf checks names and types against these classes, ``__post_init__`` checks ranges. Nothing after
 :func:`to_typed` sees a DictConfig.
 """
 
@@ -18,16 +18,14 @@ from fcmae.config.commands import (
     ProbeConfig,
     RunConfig,
 )
-from fcmae.config.compose import compose, conf_dir, every_mistake, register_schemas
+from fcmae.config.compose import compose, conf_dir, every_mistake, quoted, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig, EngineConfig, FCMAEConfig
 from fcmae.config.places import check_outputs, check_places, not_set
-from fcmae.config.plain import check_plain
-from fcmae.config.portable import portable, without_arguments
+from fcmae.config.plain import check_plain, portable, without_arguments
 from fcmae.config.prepare import PrepareConfig
-from fcmae.config.quoting import quoted
 from fcmae.config.renamed import upgraded
 from fcmae.config.training import (
     LoggerConfig,

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from fcmae.errors import ConfigError
+from fcmae.plugins import is_named
 
 _collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
 
@@ -48,6 +49,11 @@ def check(key: str, value: Any, ok: bool, expected: str) -> bool:
 
 def check_one_of(key: str, value: Any, options: Iterable[str]) -> None:
     check(key, value, value in options, "one of " + ", ".join(options))
+
+
+def check_class(key: str, value: Any) -> None:
+    """``_target_`` and its arguments, or None."""
+    check(key, value, value is None or is_named(value), "null, or _target_: PACKAGE.CLASS and its arguments")
 
 
 def check_ratio(key: str, value: float) -> None:

@@ -1,4 +1,4 @@
-"""What each Hydra command takes, made of the groups."""
+"""The config of each Hydra command, made of the groups."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from typing import Any
 from fcmae.config.checks import (
     check,
     check_channels,
+    check_class,
     check_neighbours,
     check_not_negative,
     check_one_of,
@@ -21,7 +22,7 @@ from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineC
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
-from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled_data, settled_model
+from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled
 from fcmae.plugins import NAMED_BY, is_named
 from fcmae.precision import PRECISIONS
 
@@ -30,12 +31,12 @@ INIT_CHANNELS = ("strict", "repeat", "mean", "new")
 
 @dataclass
 class RunConfig:
-    """What every training run has."""
+    """Keys of every training run."""
 
     name: str = "default"
     """Names the run directory, runs/NAME/TIME."""
     seed: int = 0
-    """Of everything random: initial weights, order, crops, masks, augmentation, drop path."""
+    """Seeds everything random: initial weights, order, crops, masks, augmentation, drop path."""
     init_from: str | None = None
     """Initial weights: a run (RUN, RUN@best, RUN@last or RUN@STEP), a checkpoint, encoder.safetensors, a directory of
     timm's or Transformers', a file of the official code or of timm, or timm:NAME, which timm downloads. None = random
@@ -78,7 +79,7 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         self.mask = {"_target_": "fcmae.masks.RandomMask"} if self.mask is None else self.mask
         self.target = _targets(self.target)
-        check("mask", self.mask, is_named(self.mask), "null, or _target_: PACKAGE.CLASS and its arguments")
+        check_class("mask", self.mask)
         found, scope = self.trainer.micro_batch_size == "auto", self.model.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("model.grn_scope", scope, not (found and scope == "batch"), allowed)
@@ -117,18 +118,16 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective = {"_target_": CLASSIFY} if self.objective is None else self.objective
-        check(
-            "objective", self.objective, is_named(self.objective), "null, or _target_: PACKAGE.CLASS and its arguments"
-        )
+        check_class("objective", self.objective)
         check_finetuning(self)
 
     def settled(self, known: dict[str, dict[str, Any]]) -> "FinetuneConfig":
-        """With a value for every key: what is given, else ``known`` (group: key: value), else the standard value.
+        """With a value for every key of ``data`` and ``model``; ``known`` holds values by group and key.
 
         Raises ConfigError.
         """
-        data = settled_data(self.data, known.get("data", {}))
-        return dataclasses.replace(self, data=data, model=settled_model(self.model, known.get("model", {})))
+        data = settled(DataConfig, self.data, known.get("data"))
+        return dataclasses.replace(self, data=data, model=settled(ClassifierConfig, self.model, known.get("model")))
 
 
 DataOverrides = dataclasses.make_dataclass(
@@ -141,14 +140,14 @@ DataOverrides = dataclasses.make_dataclass(
 CLASSIFY = "fcmae.tasks.objectives.Classify"
 """The objective without which a config means this one."""
 RANDOM = "random"
-"""The checkpoint that stands for random weights."""
+"""The checkpoint that means random weights."""
 CHANNELS = ("in_chans", "bit_depth", "mean", "std", "pad", "decode_on")
-"""Keys of group ``data`` whose values have to fit each other."""
+"""Keys of group ``data`` whose values must fit each other."""
 
 
 @dataclass
 class CheckpointConfig:
-    """What commands on a checkpoint share: where it is, and what differs from its own data config."""
+    """Keys of all commands that take a checkpoint."""
 
     checkpoint: str = ""
     """A checkpoint file, or a run's directory: RUN, RUN@best, RUN@last or RUN@STEP. ``knn`` and ``probe`` also take
@@ -156,7 +155,7 @@ class CheckpointConfig:
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     batch_size: int = 256
-    """Images a rank processes at once."""
+    """Images per rank at once."""
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as in a new run."""
     device: str = "auto"
@@ -177,10 +176,10 @@ class CheckpointConfig:
         from_dict(DataConfig, alone, prefix="data")
 
     def merge_data(self, own: DataConfig | dict[str, Any]) -> DataConfig:
-        """The checkpoint's data config, or what it says of it, with what was given on the command line.
+        """The checkpoint's data config, or the keys that it knows, overridden by the command line.
 
-        Images that are given take the place of the checkpoint's, whether a path or a source tells where they are. A
-        source of the checkpoint's own can be opened only if ``allow`` has its class.
+        A path or a source on the command line replaces the checkpoint's images, whichever of the two named them. The
+        class of a checkpoint's own source must be in ``allow``.
         """
         given, values = self._given(), dataclasses.asdict(own) if isinstance(own, DataConfig) else dict(own)
         for source, path in (("source", "path"), ("val_source", "val_path")):
@@ -206,7 +205,7 @@ class EvaluateConfig(CheckpointConfig):
     per_class: str | None = None
     """A .json or .csv file for the accuracy of each class."""
     confusion: str | None = None
-    """A .json or .csv file for the confusion matrix: a row a true class, a column a predicted one."""
+    """A .json or .csv file for the confusion matrix: one row per true class, one column per predicted class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,14 +216,14 @@ class EvaluateConfig(CheckpointConfig):
 
 @dataclass
 class FeaturesConfig(CheckpointConfig):
-    """What commands on frozen features share."""
+    """Keys of all commands on frozen features."""
 
     pooling: str = "norm"
     """``norm``: mean over the image, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone."""
     cache: str | None = "run"
-    """Where features are kept: ``run``, the checkpoint's run's folder ``features``; or a folder; None = nowhere."""
+    """Where features are kept: ``run`` = the folder ``features`` of the checkpoint's run; a folder; None = nowhere."""
     seed: int = 0
-    """Draws the images of data.labels_per_class, the weights of checkpoint=random, and in ``probe`` initial weights,
+    """Seeds the images of data.labels_per_class, the weights of checkpoint=random, and in ``probe`` initial weights,
     order and crops."""
     model: UnsetBackboneConfig = field(default_factory=UnsetBackboneConfig)
     """The network of checkpoint=random."""
@@ -251,7 +250,7 @@ class KnnConfig(FeaturesConfig):
     """``fcmae knn``."""
 
     k: Any = field(default_factory=lambda: [10, 20])
-    """How many neighbours vote: a number or several."""
+    """Number of neighbours that vote: one number or several."""
     temperature: float = 0.07
     """Neighbours vote with exp(cosine similarity / temperature)."""
     gallery: int | None = 20_000
@@ -276,7 +275,7 @@ class ProbeConfig(FeaturesConfig):
     blr: Any = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
     """Base learning rates, lr = blr * train_batch_size / 256; each trains a classifier of its own, all at once."""
     train_batch_size: int = 1024
-    """Features a step; at most as many as there are training images."""
+    """Features per step; at most as many as there are training images."""
     epochs: int = 90
     """Times that every feature is seen."""
     warmup_epochs: int = 10
@@ -284,7 +283,7 @@ class ProbeConfig(FeaturesConfig):
     weight_decay: float = 0.0
     """On the classifier's weights, not its bias."""
     momentum: float = 0.9
-    """Of lars and sgd."""
+    """Momentum of lars and sgd."""
     random_crops: bool = False
     """Features of a new random crop and flip every epoch (data.crop_scale, data.hflip), which cannot be kept."""
 

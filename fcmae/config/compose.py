@@ -1,6 +1,7 @@
-"""Hydra's composition of conf/ from Python."""
+"""Composes conf/ with Hydra, and collects every mistake in the overrides."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,27 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fcmae.config.commands import COMMANDS
-from fcmae.config.quoting import quoted
 from fcmae.config.typed import explain, to_typed
 from fcmae.errors import ConfigError
+
+PATHS = (
+    "data.path",
+    "data.val_path",
+    "init_from",
+    "checkpoint",
+    "out",
+    "labels",
+    "per_class",
+    "confusion",
+    "cache",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)
+"""Keys that hold one path, or several."""
+
+
+OPEN = ("mask", "target", "objective", "data.source", "data.val_source", "logger.sinks")
+"""Keys that hold a class ``_target_`` and its arguments, which no schema knows."""
 
 
 def conf_dir() -> Path:
@@ -27,7 +46,7 @@ def conf_dir() -> Path:
 
 @functools.cache
 def register_schemas() -> None:
-    """Makes the schemas known to Hydra as ``schema/COMMAND``."""
+    """Registers the schemas with Hydra as ``schema/COMMAND``."""
     from hydra.core.config_store import ConfigStore
 
     for name, schema in COMMANDS.items():
@@ -46,7 +65,7 @@ def compose(command: str, overrides: list[str] | None = None) -> Any:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """What Hydra raises of overrides and files."""
+    """The errors that Hydra raises for overrides and files."""
     from hydra.errors import HydraException
 
     return HydraException, OmegaConfBaseException, YAMLError, ValueError
@@ -63,9 +82,8 @@ def _composed(command: str, overrides: list[str]) -> DictConfig:
 def every_mistake(
     command: str, overrides: list[str], error: Exception, also: Callable[[Any], object] | None = None
 ) -> str:
-    """What is wrong in overrides that cannot be composed, a line each: Hydra stops at the first.
-
-    What it stopped at is left out until the rest can be composed, and its values can be checked.
+    """Every mistake in overrides that cannot be composed, one line each. Hydra stops at the first: that override is
+    left out, until the rest can be composed and its values checked.
 
     Args:
         error: what Hydra raised.
@@ -105,3 +123,39 @@ def _blame(command: str, overrides: list[str], message: str) -> tuple[str | None
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+def quoted(overrides: list[str]) -> list[str]:
+    """Overrides for Hydra: special characters in paths are quoted, ~ is expanded, arguments of a class may be added."""
+    return [_quoted(override) for override in overrides]
+
+
+def _quoted(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if key.startswith(tuple(f"{name}." for name in OPEN)) or (key in OPEN and value.startswith("{")):
+        return f"++{override}"
+    if not equals or key.lstrip("+") not in PATHS or _is_known(override, value):
+        return override
+    if value.startswith("[") and value.endswith("]"):
+        parts = ",".join(_in_quotes(part.strip()) for part in value[1:-1].split(","))
+        return f"{key}=[{parts}]"
+    return f"{key}={_in_quotes(value)}"
+
+
+def _in_quotes(path: str) -> str:
+    if len(path) > 1 and path[0] == path[-1] in ("'", '"'):
+        return path
+    escaped = os.path.expanduser(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _is_known(override: str, value: str) -> bool:
+    """Whether Hydra's grammar parses an override as intended: a word, a list, or a sweep that is not a path."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return not (parsed.is_sweep_override() and os.path.exists(value))

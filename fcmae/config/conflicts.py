@@ -1,4 +1,4 @@
-"""Values that are right by themselves and do not fit each other, found before data is read."""
+"""Checks of values that must fit each other, before data is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
-    """What keeps a run's steps from being replayed from a CUDA graph, as far as its config tells.
+    """What in a config prevents a CUDA graph.
 
     Args:
         device: ``cuda`` or another type; ``auto`` = not known yet.
@@ -66,7 +66,7 @@ def check_pretraining(cfg: PretrainConfig) -> None:
 
 
 def check_finetuning(cfg: FinetuneConfig) -> None:
-    """What only pretraining can do."""
+    """Values that only pretraining can use."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
     if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import check, check_not_negative, check_one_of, check_positive, check_ratio
+from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
 from fcmae.plugins import is_named
 
 MAX_SIDE = 2**14
@@ -18,7 +18,7 @@ class DataConfig:
     """Group ``data``: where samples come from and how they become tensors."""
 
     name: str = "imagefolder"
-    """What kind of source ``path`` and ``val_path`` are."""
+    """The kind of source that ``path`` and ``val_path`` name."""
     path: Any = None
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
     such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; table: a
@@ -48,12 +48,12 @@ class DataConfig:
     in_chans: int = 3
     """Channels: 1 grey, 3 RGB, 4 RGBA, which image files are converted to; others as the files have them."""
     bit_depth: int = 8
-    """Bits a channel that the images use, 8 to 16; above 8 pixels keep 16 bits up to the device."""
+    """Bits per channel that the images use, 8 to 16. Above 8, pixels keep 16 bits until they are on the device."""
     image_size: Any = 224
-    """Pixels a side, or [height, width]."""
+    """Pixels per side, or [height, width]."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
-    """Of pixel values in 0..1, one number per channel. Empty, with ``std``, for a source of your own whose pixels are
-    float32 and normalised already; so is the default for other channels than three."""
+    """Mean of pixel values in 0..1, one number per channel. Empty, like ``std``, for a source of your own with pixels
+    that are float32 and normalised already; so is the default for other channels than three."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     """Standard deviation of pixel values in 0..1, one number per channel."""
     pad: int = 0
@@ -68,17 +68,17 @@ class DataConfig:
     """Further transforms of training crops, before normalisation: a list of ``_target_``, a class, and its arguments
     (docs/plugins.md)."""
     exact_decode: bool = False
-    """Decode whole JPEGs even where training crops would do with a half, a quarter or an eighth of their size."""
+    """Decode whole JPEGs even where a half, a quarter or an eighth of their size is enough for a training crop."""
     crops_per_image: int = 1
-    """Pretraining: samples made of each image that is read and decoded, for the same step, each with its own mask. An
-    epoch stays so many samples as there are images."""
+    """Pretraining: crops taken from each image that is read, for the same step, each with its own mask. An epoch still
+    has as many samples as there are images."""
     decode_on: str = "cpu"
     """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped; the aspect
     ratio is kept. From 384 px on the image is resized straight to image_size, as the official code does."""
     labels_per_class: int | None = None
-    """Train on that many labelled images of each class only, chosen by the seed."""
+    """Train on this many labelled images per class, chosen by the seed; None = all."""
     length: int = 1024
     """Images in the synthetic source."""
 
@@ -88,9 +88,7 @@ class DataConfig:
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
         self.label_column = _columns(self.name, self.label_column)
         for name in ("source", "val_source"):
-            value = getattr(self, name)
-            ok = value is None or is_named(value)
-            check(f"data.{name}", value, ok, "null, or _target_: PACKAGE.CLASS and its arguments")
+            check_class(f"data.{name}", getattr(self, name))
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         ok = len(sides) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
@@ -155,7 +153,7 @@ def _paths(key: str, value: Any) -> str | list[str] | None:
 
 @dataclass
 class AugmentConfig:
-    """Group ``augment``: what fine-tuning does to images and labels beyond crop and flip; timm's implementations."""
+    """Group ``augment``: changes of images and labels in fine-tuning beyond crop and flip, by timm."""
 
     auto_augment: str | None = None
     """A timm policy, the paper's is ``rand-m9-mstd0.5-inc1``."""

@@ -1,4 +1,4 @@
-"""Group ``loader``: how samples are read, and what happens to those that cannot be."""
+"""Group ``loader``: how samples are read, and what happens if one cannot be read."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,15 @@ class LoaderConfig:
     workers: int | None = None
     """Loader processes per rank; None = from the cores this process may use; 0 = load in the training process."""
     prefetch: int = 2
-    """Micro-batches that each loader process is ahead."""
+    """Micro-batches that each loader process reads ahead."""
     relist: bool = False
     """List folders and tar files again although nothing seems to have changed since."""
     on_error: str = "raise"
-    """At an image that cannot be read: ``raise``, or ``skip``: another one takes its place."""
+    """If an image cannot be read: ``raise`` an error, or ``skip`` it and take another one."""
     max_bad: float = 0.001
-    """With ``skip``: the share of an epoch's samples that may be replaced before the run stops after all."""
+    """With ``skip``: the largest share of an epoch's samples that may be replaced; the run stops at more."""
     max_pixels: int = 89_478_485
-    """Images with more pixels cannot be read: a small file may claim to be large enough to fill the memory. The default
-    is Pillow's."""
+    """Images with more pixels are refused: a small file can expand to fill the memory. The default is Pillow's."""
 
     def __post_init__(self) -> None:
         ok = self.workers is None or 0 <= self.workers <= MAX_WORKERS

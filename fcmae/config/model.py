@@ -89,7 +89,7 @@ class ClassifierConfig(BackboneConfig):
     drop_path_rate: float = 0.0
     """Probability that the last block is left out for a sample (stochastic depth); it rises linearly from 0."""
     head_init_scale: float = 1.0
-    """Factor on the initial weights and bias of the classifier; 0.001 of timm's std 0.02 is the paper's 2e-5."""
+    """Factor on the classifier's initial weights and bias; 0.001 times timm's std of 0.02 is the paper's 2e-5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

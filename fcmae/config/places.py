@@ -1,4 +1,4 @@
-"""Folders and files that a config names and that are not there, found together with what is wrong in its values."""
+"""Checks that the folders and files that a config names exist."""
 
 import os
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ WHAT = {
 
 
 def not_set(name: str, key: str) -> str:
-    """What to say where images are needed and ``data.KEY`` does not name them."""
+    """The error where images are needed and ``data.KEY`` is not set."""
     return f"data.{key} is not set; give {WHAT[name].format('training' if key == 'path' else 'validation', key)}"
 
 
 def check_places(cfg: Any, run_dir: Path) -> None:
-    """Notes every folder or file of a command's config that is missing, and every output that cannot be written.
+    """A mistake for every folder or file of a config that is missing, and every output that cannot be written.
 
     Args:
-        run_dir: a run that has a checkpoint does not need what it was initialised from.
+        run_dir: if it has a checkpoint, ``init_from`` is not needed any more.
     """
     if isinstance(cfg, RunConfig) and cfg.init_from and not any((run_dir / "checkpoints").glob("step_*.pt")):
         _check_checkpoint("init_from", cfg.init_from)
@@ -69,7 +69,7 @@ def _check_images(data: DataConfig, key: str) -> None:
         elif data.name == "table" and not os.path.isfile(one):
             mistake(f"data.{key}: no file {one}")
         elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
-            mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of some")
+            mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of tar files")
 
 
 def _check_checkpoint(key: str, path: str) -> None:
@@ -79,7 +79,7 @@ def _check_checkpoint(key: str, path: str) -> None:
 
 
 def check_outputs(cfg: CheckpointConfig) -> None:
-    """Notes each file of results that cannot be written, is read, or is named twice; makes their folders."""
+    """A mistake for each output that cannot be written, is also an input, or is named twice; makes their folders."""
     used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
     for key in ("out", "per_class", "confusion"):
         path = getattr(cfg, key, None)

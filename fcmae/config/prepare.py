@@ -1,4 +1,4 @@
-"""``fcmae prepare``: what the source is, and how it is written."""
+"""Config of ``fcmae prepare``."""
 
 from dataclasses import dataclass, field
 
@@ -9,12 +9,12 @@ from fcmae.config.loader import LoaderConfig
 
 @dataclass
 class PreparedDataConfig(DataConfig):
-    """Group ``data``; of it what concerns reading images counts."""
+    """Group ``data``; only the keys about reading images have an effect."""
 
     stats: bool = False
     """Compute mean and standard deviation instead of writing."""
     stats_samples: int | None = 10_000
-    """Images to compute them of, drawn by the seed; None = all."""
+    """Images to compute them from, drawn by the seed; None = all."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
@@ -34,18 +34,18 @@ class PrepareConfig:
     out: str | None = None
     """The folder for the tar files."""
     short_side: int | None = None
-    """Larger images are resized to it, converted to data.in_chans and encoded anew; None = the files as they are."""
+    """Larger images are resized to it, converted to data.in_chans and encoded again; None = keep the files."""
     encode: str = "jpeg"
-    """How images are written that are encoded anew; ``npy``: all of them, as pixels, of which nothing is to be decoded,
-    for ten times the bytes."""
+    """How images are encoded again: ``jpeg``, or ``npy`` for all images as pixels, which need no decoding and take ten
+    times the space."""
     quality: int = 90
-    """Of JPEG, for images that are encoded anew; those that JPEG cannot hold become PNG or .npy."""
+    """JPEG quality of images that are encoded again; images that JPEG cannot hold become PNG or .npy."""
     samples_per_shard: int = 2000
     """Images per tar file."""
     shuffle: bool = True
     """Write the images in an order drawn by the seed."""
     seed: int = 0
-    """Draws the order, and the images of data.stats_samples."""
+    """Seeds the order and the images of data.stats_samples."""
     dry_run: bool = False
     """Only estimate the size and the time."""
 

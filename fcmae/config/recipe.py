@@ -14,9 +14,9 @@ PLACES = frozenset(
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""
 WHOLE = ("data.source", "data.val_source", "mask", "target", "objective")
-"""Keys whose values are compared as one: what is in them depends on the class that they name."""
+"""Keys whose values are compared as a whole: their content depends on the class that they name."""
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
-"""What else is part of the recipe then."""
+"""Also part of the recipe then."""
 
 
 def check_recipe(

@@ -75,8 +75,8 @@ class TrainerConfig:
     """Group ``trainer``: how the recipe runs on the hardware at hand."""
 
     micro_batch_size: Any = None
-    """Samples that a rank processes at once, at most; None = a rank's whole share. The rest is accumulated. ``auto`` =
-    as many as fit into the GPU's memory."""
+    """Most samples per rank and pass; the rest is accumulated. None = a rank's whole share; ``auto`` = as many
+    as fit into the GPU's memory."""
     compile: bool | None = None
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None
@@ -88,17 +88,17 @@ class TrainerConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_epochs: float = 1.0
-    """Epochs between checkpoints; there is one at the end and at every stop, too."""
+    """Epochs between checkpoints. One is also written at the end and at every stop."""
     keep_checkpoints: int = 2
-    """The newest that stay; in fine-tuning the best stays too."""
+    """Number of newest checkpoints to keep; fine-tuning also keeps the best."""
     keep_every_epochs: float | None = None
-    """Checkpoints after multiples of so many epochs stay for good; None = none."""
+    """Keep the checkpoint of every such number of epochs for good; None = none."""
     on_save_error: str = "stop"
-    """When a checkpoint cannot be written, e.g. on a full disk: ``stop``, or ``continue`` without it."""
+    """If a checkpoint cannot be written, e.g. on a full disk: ``stop``, or ``continue`` without it."""
     on_nonfinite: str = "stop"
-    """At a loss or gradient that is infinite or NaN: ``stop`` before the step, or ``skip`` the step."""
+    """If a loss or gradient is infinite or NaN: ``stop`` before the step, or ``skip`` the step."""
     max_skipped: int = 10
-    """Steps that may be skipped before the run stops after all."""
+    """Most steps that may be skipped; the run stops at more."""
     hang_timeout: float = 1800.0
     """Seconds without a finished step, batch of an evaluation or part of a save (the first step compiles) after which
     the run ends, leaving the stacks of every rank; also how long ranks and data workers are waited for."""
@@ -107,11 +107,11 @@ class TrainerConfig:
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
     max_steps: int | None = None
-    """Stop (resumable) after that many optimizer steps of the schedule."""
+    """Stop (resumable) after this many optimizer steps of the schedule."""
     allow_changed_recipe: bool = False
     """Resume although keys outside the groups trainer, loader, engine, monitor and logger changed."""
     max_hours: float | None = None
-    """Save and stop (resumable) so long after the start of the process; None = never."""
+    """Save and stop (resumable) this long after the start of the process; None = never."""
 
     def compiles(self, device: str) -> bool:
         """Whether a run on that type of device uses torch.compile."""
@@ -134,12 +134,12 @@ class TrainerConfig:
 
 @dataclass
 class MonitorConfig:
-    """Group ``monitor``: what pretraining measures of its encoder besides the loss; needs labels."""
+    """Group ``monitor``: measurements of the encoder during pretraining; they need labels."""
 
     knn_every_epochs: float | None = None
     """k-NN accuracy of the frozen features of data.val_path against those of data.path; None = never."""
     knn_k: Any = field(default_factory=lambda: [10, 20])
-    """How many neighbours vote: a number or several."""
+    """Number of neighbours that vote: one number or several."""
     knn_gallery: int | None = 20_000
     """Training images to compare with, the first of a fixed random order; None = all."""
     knn_queries: int | None = 5_000

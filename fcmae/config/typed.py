@@ -1,4 +1,4 @@
-"""How a Hydra config, or a nested dict, becomes an instance of its schema, and what a mistake in it is called."""
+"""Turns a Hydra config or a nested dict into an instance of its schema, and errors of OmegaConf into one line."""
 
 import dataclasses
 import difflib
@@ -17,11 +17,11 @@ from fcmae.errors import ConfigError
 
 T = TypeVar("T")
 UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:.*full_key: (\S+)", re.DOTALL)
-"""What Hydra says of a file with keys that a command's schema lacks."""
+"""Hydra's error for a file with keys that a command's schema lacks."""
 OTHER_TYPE = re.compile(
     r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
 )
-"""What Hydra says of a file that holds a list, or a number."""
+"""Hydra's error for a file that holds a list or a number."""
 
 
 def to_typed(cfg: DictConfig, schema: type[T], also: Callable[[T], object] | None = None) -> T:
@@ -55,7 +55,7 @@ def to_typed(cfg: DictConfig, schema: type[T], also: Callable[[T], object] | Non
 
 
 def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
-    """Notes each key that a schema lacks: Hydra adds it where it is written ``+key=value``."""
+    """A mistake for each key that a schema lacks: Hydra adds those that are given as ``+key=value``."""
     schema = OmegaConf.get_type(cfg)
     if not dataclasses.is_dataclass(schema):
         return
@@ -98,7 +98,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def describe(error: Exception, prefix: str = "") -> str:
-    """One line for an error of OmegaConf: the full key, what was given, and what is allowed."""
+    """One line for an error of OmegaConf, with the full key."""
     key = ".".join(part for part in (prefix, getattr(error, "full_key", None) or "") if part)
     reason = str(error).split("\n")[0]
     owner = getattr(error, "object_type", None)
@@ -112,7 +112,7 @@ def _unknown(key: str, names: list[str]) -> str:
 
 
 def _experiments(name: str) -> list[str]:
-    """The names of the experiments, those first that are most like ``name``."""
+    """The names of the experiments, the most similar to ``name`` first."""
     from fcmae.config.compose import conf_dir
 
     folder = conf_dir() / "experiment"
@@ -136,7 +136,7 @@ def explain(error: Exception) -> str:
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing.startswith("experiment/"):
-        return f"Could not find {missing!r}; there are, the closest first: {', '.join(_experiments(missing))}"
+        return f"Could not find {missing!r}; must be one of, the closest first: {', '.join(_experiments(missing))}"
     unfit = UNFIT.match(str(error))
     if unfit:
         return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}")
@@ -144,7 +144,7 @@ def explain(error: Exception) -> str:
     if other:
         return f"{other[1]} must hold keys and values; got a {other[2]}"
     if "Config group override must be" in str(error):
-        return f"a group such as data, optim or trainer is set to what is no name ({str(error).split('. ')[-1]})"
+        return f"a group such as data, optim or trainer must be set to a name ({str(error).split('. ')[-1]})"
     message = str(error).split("Config search path:")[0]
     hint = "; it needs pip install 'fcmae[slurm]'" if "hydra/launcher/submitit" in message else ""
     return " ".join(line.strip() for line in message.splitlines() if line.strip()).rstrip(".") + hint

@@ -16,6 +16,7 @@ from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import State
 from fcmae.checkpoints.resume import say
 from fcmae.config import (
+    BackboneConfig,
     CheckpointConfig,
     DataConfig,
     DataOverrides,
@@ -32,7 +33,7 @@ from fcmae.config import (
     from_dotlist,
 )
 from fcmae.config.commands import RANDOM
-from fcmae.config.unset import settled_backbone
+from fcmae.config.unset import settled
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import CroppedImages
@@ -110,7 +111,7 @@ def data_of(cfg: CheckpointConfig, state: State, file: Path) -> DataConfig:
 def _random(cfg: FeaturesConfig, world: World) -> tuple[Path, State]:
     """Random weights, the same on every rank."""
     in_chans = cfg.merge_data({}).in_chans
-    state = world.together(lambda: random_encoder(settled_backbone(cfg.model), in_chans, cfg.seed))
+    state = world.together(lambda: random_encoder(settled(BackboneConfig, cfg.model), in_chans, cfg.seed))
     if world.is_main:
         say(f"checkpoint random: random weights of {cfg.model.backbone}, drawn with seed={cfg.seed}")
     return Path(RANDOM), state

@@ -55,7 +55,7 @@ BAD = {
     "betas": ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\); got \[0.9\]"),
     "syntax": ("optim blr", r"optim blr"),
     "quotes": ("name=a(b", r"^name=a\(b: not an override \(.*\); values with spaces or brackets are quoted: 'KEY="),
-    "group of no name": ("data=null", r"a group such as data, optim or trainer is set to what is no name"),
+    "group of no name": ("data=null", r"a group such as data, optim or trainer must be set to a name"),
     "many workers": ("loader.workers=10000", r"loader.workers must be from 0 to 512, or null.*; got 10000"),
     "empty path": ("data.path=", r"data.path must be a path, or a list of paths.*; got ''"),
 }

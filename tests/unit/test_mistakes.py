@@ -153,7 +153,7 @@ def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, c
 @pytest.mark.parametrize("name", ["foo", "in1k/finetune_bas", "fashion_mnist"])
 def test_experiments_are_named_the_closest_first(capfd, name):
     (line,) = told(capfd, "finetune", "data=synthetic", f"experiment={name}")
-    start = f"Could not find 'experiment/{name}'; there are, the closest first: "
+    start = f"Could not find 'experiment/{name}'; must be one of, the closest first: "
     assert line.startswith(start)
     names = line.removeprefix(start).split(", ")
     assert {"in1k/finetune_base", "fashion_mnist/finetune_100", "budget/base_pretrain"} <= set(names)
