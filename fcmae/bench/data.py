@@ -2,7 +2,7 @@
 
 The baseline is torchvision's ImageFolder, Pillow, and v2 transforms that end in normalised float32. All variants read
 the same photographs with the same number of processes; their repetitions take turns, so what else the machine does hits
-all alike. Two measures: images a second that arrive, and images a second of CPU time, which other processes disturb
+all alike. Two measures: images per second that arrive, and images per second of CPU time, which other processes disturb
 less.
 """
 
@@ -66,13 +66,13 @@ class DataBenchConfig:
     batch_size: int = 64
     repeats: int = 5
     step_speed: list[float] = field(default_factory=lambda: [4000.0, 25000.0])
-    """Images a second that a GPU takes, to say how many are fed."""
+    """Images per second that a GPU takes, to say how many are fed."""
     models: list[str] = field(default_factory=list)
     """Pretraining steps of these models are fed from each variant but the baseline: what of their speed remains?"""
     crops: list[int] = field(default_factory=lambda: [1, 2, 4])
     """``data.crops_per_image`` of the feeds."""
     step_batch: int = 512
-    """Images a step."""
+    """Images per step."""
     seconds: float = 5.0
     """How long each feed is measured."""
     device: str = "auto"
@@ -221,7 +221,7 @@ def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> 
 
 
 def _speed(epoch: Callable[[], Iterable[Any]], batch: int, warm_up: int, device: torch.device) -> tuple[float, float]:
-    """Images a second, and images a second of CPU time of all processes, once the workers run."""
+    """Images per second, and images per second of CPU time of all processes, once the workers run."""
     began = cpu_began = 0.0
     count = timed = 0
     batches = iter(epoch())
@@ -270,7 +270,7 @@ def table(results: Sequence[DataResult], step_speeds: Sequence[float]) -> Iterat
     """The result as lines of text."""
     base = next((result for result in results if result.variant == BASELINE), None)
     feeds = "".join(f"{f'GPUs at {speed:g}/s':>18}" for speed in step_speeds)
-    yield f"{'variant':9} {'img/s':>7} {'times':>6} {'img/s a core':>12} {'times':>6} {'kB':>5}{feeds}"
+    yield f"{'variant':9} {'img/s':>7} {'times':>6} {'img/s/core':>12} {'times':>6} {'kB':>5}{feeds}"
     for result in results:
         wall, cpu = result.images_per_second, result.images_per_cpu_second
         ratios = ["-", "-"]
@@ -279,7 +279,7 @@ def table(results: Sequence[DataResult], step_speeds: Sequence[float]) -> Iterat
         fed = "".join(f"{wall / speed:18.2f}" for speed in step_speeds)
         yield (f"{result.variant:9} {wall:7.0f} {ratios[0]:>6} {cpu:12.0f} {ratios[1]:>6} {result.kilobytes:5.0f}{fed}")
     yield ""
-    yield "stages in one process, microseconds an image:"
+    yield "stages in one process, microseconds per image:"
     yield f"{'variant':9} " + " ".join(f"{name:>9}" for name in results[0].stages)
     for result in results:
         yield f"{result.variant:9} " + " ".join(f"{1e6 * seconds:9.0f}" for seconds in result.stages.values())

@@ -41,7 +41,7 @@ class FeedResult:
 
 
 def feeds(configs: dict[str, DataConfig], crops: Sequence[int], device: torch.device) -> dict[str, DataConfig]:
-    """The data of each variant, also with several crops an image, and decoded on the GPU where there is one."""
+    """The data of each variant, also with several crops per image, and decoded on the GPU where there is one."""
     found = {}
     for variant, data in configs.items():
         for count in crops:
@@ -130,7 +130,7 @@ def _speed(
     seconds: float,
     device: torch.device,
 ) -> float:
-    """Images a second over so many seconds, after some steps of warm-up."""
+    """Images per second over so many seconds, after some steps of warm-up."""
     for batch in itertools.islice(batches, warm_up):
         step(batch)
     synchronize(device)

@@ -132,14 +132,14 @@ def write_report(json_file: Path | None, **report: Any) -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a large copy: the ceiling of whatever is bound by memory."""
+    """Bytes per second, read plus written, of a large copy: the ceiling of whatever is bound by memory."""
     source = torch.randint(0, 100, (2**30 if device.type == "cuda" else 2**27,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), device) * 1e3
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product: the ceiling of linear layers."""
+    """Floating-point operations per second of a large matrix product: the ceiling of linear layers."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / median_ms(lambda: F.linear(a, b), device) * 1e3

@@ -16,7 +16,7 @@ SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333), (640, 480), (400, 3
 QUALITY = 90
 CLASSES = 10
 SMALLEST = 300
-"""Pixels a side below which a photograph is left out."""
+"""Pixels per side below which a photograph is left out."""
 
 
 def photographs(folder: str | None) -> tuple[list[Image.Image], str]:
@@ -24,7 +24,7 @@ def photographs(folder: str | None) -> tuple[list[Image.Image], str]:
     if folder is not None:
         found, name = _load(image_files(Path(folder))), folder
         if not found:
-            raise UsageError(f"photos is {folder}; it has no RGB or grey images of {SMALLEST} pixels a side or more")
+            raise UsageError(f"photos is {folder}; it has no RGB or grey images of {SMALLEST} pixels per side or more")
         return found, name
     try:
         import skimage.data
@@ -49,7 +49,7 @@ def _load(files: list[Path]) -> list[Image.Image]:
 
 
 def _clouds(seed: int, height: int = 480, width: int = 640) -> Image.Image:
-    """Colour noise whose power falls with the square of the frequency, as that of photographs does."""
+    """Colour noise whose power falls with the square of the frequency, as in photographs."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
     noise = np.fft.fft2(rng.standard_normal((3, height, width))) / np.maximum(frequency, 1 / width)

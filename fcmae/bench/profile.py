@@ -19,7 +19,7 @@ REST = "element-wise, norms, sums"
 
 
 def profile_step(step: Callable[[], None], steps: int = 3) -> dict[str, float]:
-    """Milliseconds a step of every kind of kernel, the longest first. ``step`` launches its kernels one by one.
+    """Milliseconds per step of every kind of kernel, the longest first. ``step`` launches its kernels one by one.
 
     Kernels that replays of a CUDA graph launch are not told apart, so the step must not be one.
     """

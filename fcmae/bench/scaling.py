@@ -41,7 +41,7 @@ class ScalingConfig:
     ranks: list[int] | None = None
     """Numbers of ranks; None = 1, 2, 4, ... as many as there are GPUs. The first is the yardstick."""
     modes: list[str] = field(default_factory=lambda: [WEAK, STRONG])
-    """``weak``: ``batch_size`` images a rank; ``strong``: ``batch_size`` images a step, over all ranks."""
+    """``weak``: ``batch_size`` images per rank; ``strong``: ``batch_size`` images per step, over all ranks."""
     batch_size: int = 256
     image_size: int = 224
     mask_ratio: float = 0.6
@@ -72,13 +72,13 @@ class ScalingResult:
     mode: str
     ranks: int
     batch_size: int
-    """Images a rank."""
+    """Images per rank."""
     cuda_graph: bool
     ms: float
     images_per_second: float
     """Of all ranks."""
     efficiency: float
-    """Images a second and rank, of those of the first row of the mode."""
+    """Images per second and rank, of those of the first row of the mode."""
     exposed_ms: float
     """What a step takes longer than one that exchanges nothing: communication that nothing hides."""
     gradient_mb: float

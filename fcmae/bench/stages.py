@@ -18,7 +18,7 @@ from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
 
 Stages = dict[str, float]
-"""Seconds an image."""
+"""Seconds per image."""
 SAMPLES = 256
 """Images that are timed."""
 
@@ -29,7 +29,7 @@ S = TypeVar("S")
 def measure_stages(
     data: DataConfig, theirs: Callable | None, batch_size: int, device: torch.device
 ) -> tuple[Stages, float]:
-    """CPU seconds an image of each stage on one thread, as in a worker, and the mean size of a file in kB.
+    """CPU seconds per image of each stage on one thread, as in a worker, and the mean size of a file in kB.
 
     Of a file is decoded what a crop needs.
 

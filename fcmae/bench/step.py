@@ -216,7 +216,7 @@ def _measure(
 def _workload(
     cfg: StepConfig, name: str, engine: str, compiled: bool, batch_size: int, device: torch.device
 ) -> tuple[Callable[..., Tensor], nn.Module, list[list[Tensor]], float]:
-    """Loss function, trained model, batches, and floating-point operations an image of the visible linear layers."""
+    """Loss function, trained model, batches, and floating-point operations per image of the visible linear layers."""
     imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
     fcmae = FCMAE(
         name,
@@ -340,6 +340,6 @@ def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
             memory = ""
             if packed.peak_gib and other.peak_gib:
                 share = (packed.peak_gib / packed.batch_size) / (other.peak_gib / other.batch_size)
-                memory = f", {share:.2f} of its memory an image"
+                memory = f", {share:.2f} of its memory per image"
             speed = packed.images_per_second / other.images_per_second
             yield f"{model}: packed is {speed:.2f} times {other.engine}{memory}"

@@ -100,7 +100,8 @@ def label_of(sample: Sample, source: Source, index: int) -> int:
 def _with_target(source: Source, index: int, transform: Transform, target: Target) -> tuple[Tensor, Any]:
     sample = source[index]
     image, value = transform(sample.image), target(sample, source, index)
-    return image, torch.tensor(value) if isinstance(value, float) else value  # a batch of floats would be float64
+    # A batch of Python's floats would be float64.
+    return image, torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
 
 
 class LabelledImages(Dataset[tuple[Tensor, Any]]):

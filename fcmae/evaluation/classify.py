@@ -60,7 +60,7 @@ def accuracy(
         accepted: the classes that are right for each image, instead of the source's label; images with none are left
             out (ImageNet-ReaL, arXiv 2006.07159).
         confusion: int64 ``[classes, classes]``, to which this rank's predictions (columns) are added for each class
-            (rows). It needs one class an image.
+            (rows). It needs one class per image.
     """
     counts = torch.zeros(5, dtype=torch.float64, device=world.device)
     for logits, labels, places in share:

@@ -34,7 +34,7 @@ class Display(NamedTuple):
 
 
 def choose(imgs: Tensor, data: DataConfig, channels: Sequence[int] | None = None) -> Display:
-    """How to show normalised ``[N, C, H, W]``: ``channels`` if given, else grey of one or two and RGB of three or more.
+    """How to show normalised ``[N, C, H, W]``: ``channels`` if given; else the first channel as grey, or three as RGB.
 
     Channels are stretched if they have more than 8 bits, are not those of an ordinary image file (grey, RGB, RGBA), or
     if their values use little of the range or leave it.

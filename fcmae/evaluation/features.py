@@ -60,7 +60,7 @@ def batches(
     dataset: CroppedImages | EvaluationImages | None = None,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Images]:
-    """This rank's share of the source, in order. Ranks share no sample; all have to go on to the end of theirs.
+    """This rank's share of the source, in order. Ranks share no sample; each must read its share to the end.
 
     What cannot be read is left out with ``loader.on_error=skip``.
 

@@ -69,7 +69,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(given: dict[str, Any], names: list[str], path: Path) -> list[str]:
-    """The entry of each image, which is that of no other: the longest end of its path that is one."""
+    """The entry of each image: the longest end of its path that is one. No two images share an entry."""
     entries = []
     owner: dict[str, str] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Pictures of what a pretrained model sees and what it makes of it."""
+"""Pictures of reconstructions by a pretrained model."""
 
 import os
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
 
 
 class Picture(NamedTuple):
-    """A picture, and in a line what of the images it shows."""
+    """A picture, and which channels it shows and how."""
 
     image: Image.Image
     display: Display

@@ -118,7 +118,7 @@ def _random(cfg: FeaturesConfig, world: World) -> tuple[Path, State]:
 
 
 def _read(path: str, world: World) -> tuple[Path, State]:
-    """The same checkpoint on every rank, although the run that writes it may go on to another in between."""
+    """The same checkpoint on every rank, although the run that writes it may save another one meanwhile."""
     file = world.from_main(lambda: checkpoint.resolve(path))
     states: list[State] = []
     world.together(lambda: states.append(checkpoint.read(file, mmap=True)))
@@ -164,7 +164,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         for note in notes + one_class(classes) if world.is_main else ():
             say(note)
     if tables and accepted is not None and max(map(len, accepted)) > 1:
-        raise UsageError(f"per_class and confusion need one class an image; labels {cfg.labels} has several")
+        raise UsageError(f"per_class and confusion need one class per image; labels={cfg.labels} has several")
     result: dict[str, float] = {}
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
         model = model_of(state, file, ema, cfg.allow).to(world.device)

@@ -25,7 +25,7 @@ DINOV3 = "dinov3_convnext"
 """Read, not written: a V1 under other names."""
 CLASSES = {1: "ConvNext", 2: "ConvNextV2"}
 EPS = 1e-6
-"""Of the final norm, which Transformers takes from the config; that of the other norms is fixed there, and the same."""
+"""Of the final norm, which Transformers takes from the config. The other norms have the same, fixed in its code."""
 BICUBIC = 3  # Pillow's number
 
 # (ours, theirs) for the names within a backbone; the first match wins.

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, a progress bar or lines, TensorBoard and wandb by config."""
+"""Where a run logs: metrics.jsonl, a progress bar or lines, and by config TensorBoard, wandb and your own sinks."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with its ``step``; pictures in reconstructions/."""
+    """metrics.jsonl: one JSON object per line, each with its ``step``; pictures in reconstructions/."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir = run_dir
@@ -117,7 +117,8 @@ class Progress:
         self.bar.update()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        shown = {name: f"{metrics[name]:.4g}" for name in ("loss", "top1", "images_per_second") if name in metrics}
+        names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # of training or an evaluation
+        shown = {name: f"{metrics[name]:.4g}" for name in names if name in metrics}
         self.bar.set_postfix(shown)
         if self.enabled and self.bar.disable:
             left = metrics.get("seconds_left")
@@ -163,10 +164,7 @@ class RunLogger:
         self._each(lambda sink: sink.close())
 
     def _each(self, write: Callable[[Sink], None]) -> None:
-        """What cannot be logged is no reason to stop, be the disk full or wandb's process dead.
-
-        Whether the run stops when a checkpoint cannot be written, is another matter.
-        """
+        """An error of a sink, such as a full disk or a dead process of wandb, is printed once and stops nothing."""
         for sink in self.sinks:
             try:
                 write(sink)

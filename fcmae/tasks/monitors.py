@@ -1,4 +1,4 @@
-"""What is looked at while a run trains."""
+"""What is measured while a run trains."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias

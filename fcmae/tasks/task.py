@@ -25,7 +25,7 @@ class Task(Protocol):
     name: str
     source: Source
     monitors: list[Monitor]
-    """What is looked at while training goes on, in this order."""
+    """What is measured during training, in this order."""
     notes: list[str]
     """What the user should know before training starts, a line each."""
     pairs: bool
