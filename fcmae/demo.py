@@ -1,4 +1,4 @@
-"""``fcmae demo``: the whole purpose of the project in a few minutes, on Fashion-MNIST and the hardware at hand."""
+"""``fcmae demo``: pretrains, evaluates and fine-tunes on Fashion-MNIST in a few minutes, on any hardware."""
 
 import contextlib
 import json
@@ -23,32 +23,32 @@ from fcmae.training.run import finetune, pretrain
 
 GALLERY, QUERIES = 10_000, 2_000
 MINUTES = 8.0
-"""What the demo may take on a machine with two CPU cores."""
+"""The time limit on a machine with two CPU cores."""
 GPU_SECONDS = 200
-"""Pretraining time aimed at on a GPU; the number of epochs follows from its measured speed."""
+"""The aim for pretraining on a GPU; the measured speed gives the number of epochs."""
 GPU_EPOCHS = (2, 60)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train on this machine, from its speed in pretraining (images per second)."""
+    """The number of epochs for this machine, by its speed in pretraining in images per second."""
 
     speed: float
     pretrain_epochs: float
     finetune_epochs: float
 
     RECIPE = (2.0, 60.0)
-    """Epochs of pretraining and of fine-tuning by the recipe for CPUs, conf/experiment/demo."""
+    """Epochs of pretraining and of fine-tuning in the recipe for CPUs, conf/experiment/demo."""
     PRETRAINING, REST = 120_000, 80_000
-    """What pretraining, and fine-tuning with all evaluations, cost on CPUs, counted in images of pretraining."""
+    """The cost of pretraining, and of the rest, on CPUs in images of pretraining."""
     LEAST = 0.25
-    """Share of pretraining below which the features would not show what they learn."""
+    """The smallest share of pretraining that still gives useful features."""
     RESERVE = 0.15
-    """Share of the time for a machine that gets slower."""
+    """Share of the time that is kept for a machine that becomes slower."""
 
     @classmethod
     def for_cpu(cls, speed: float, seconds: float) -> "Plan":
-        """As much of pretraining as fits into ``seconds``. Fine-tuning is short, and whole: else it shows nothing."""
+        """As much of pretraining as fits into ``seconds``, and all of fine-tuning, which is short."""
         share = ((1 - cls.RESERVE) * seconds * speed - cls.REST) / cls.PRETRAINING
         pretraining, finetuning = cls.RECIPE
         return cls(speed, round(min(max(share, cls.LEAST), 1.0) * pretraining, 2), finetuning)
@@ -63,8 +63,7 @@ class Plan:
 def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> dict[str, Any]:
     """Runs the demo into folder ``out`` and returns what it writes to summary.json.
 
-    On a CPU as much of pretraining is run as fits into ``minutes``, by the speed of a few steps, but a quarter of it at
-    the least.
+    On a CPU it runs as much of pretraining as fits into ``minutes`` by the speed of a few steps, at least a quarter.
 
     Raises UsageError, before anything is trained, if the data or matplotlib (for loss.png) is missing.
     """
@@ -169,7 +168,7 @@ def _images_per_second(run_dir: Path) -> float:
 
 
 def _speed(overrides: list[str], runs: Path) -> float:
-    """Images per second in pretraining, by a few steps of it."""
+    """Images per second of a few steps of pretraining."""
     cfg: PretrainConfig = compose("pretrain", [*overrides, "trainer.max_steps=60", "trainer.log_every=20"])
     with contextlib.suppress(Interrupted):
         pretrain(cfg, runs / "speed")
@@ -177,7 +176,7 @@ def _speed(overrides: list[str], runs: Path) -> float:
 
 
 def _schedule(cfg: PretrainConfig | FinetuneConfig, epochs: float) -> list[str]:
-    """Overrides for so many epochs, with the recipe's share of warm-up."""
+    """Overrides for a number of epochs, with the recipe's share of warm-up."""
     warmup = cfg.schedule.warmup_epochs * epochs / cfg.schedule.epochs
     return [f"schedule.epochs={epochs}", f"schedule.warmup_epochs={warmup:.4f}"]
 

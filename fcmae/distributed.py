@@ -199,7 +199,7 @@ def siblings(world: World) -> dict[int, Process]:
     store, rank, size = _store()
     store.set(f"fcmae/process/{rank}", json.dumps(asdict(Process.this())))
     others = (other for other in range(size) if other != rank)
-    told = {other: Process.told(json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
+    told = {other: Process.parse(json.loads(store.get(f"fcmae/process/{other}"))) for other in others}
     return {other: process for other, process in told.items() if process.is_here()}
 
 

@@ -119,8 +119,7 @@ def _device(cfg: Any) -> str | None:
 
 
 def _mistakes(command: str, overrides: list[str], error: Exception) -> str:
-    """All mistakes in overrides that Hydra cannot compose, a line each. With options, which may name another folder
-    of configs, only the one that Hydra met."""
+    """All mistakes in overrides that Hydra cannot compose, one per line; with options only the one that Hydra found."""
     if any(override.startswith("-") for override in overrides):
         return config.explain(error)
     return config.every_mistake(command, config.quoted(overrides), error, lambda cfg: _check_places(cfg, Path()))

@@ -24,7 +24,7 @@ class Process:
         return cls(os.getpid(), _born(os.getpid()), _place())
 
     @classmethod
-    def told(cls, values: Any) -> "Process":
+    def parse(cls, values: Any) -> "Process":
         """A process from a file or another machine. Raises ValueError for values of other types."""
         pid, born, place = (
             (values.get(name) for name in ("pid", "born", "place")) if isinstance(values, dict) else 3 * [0]

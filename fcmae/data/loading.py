@@ -98,7 +98,7 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
         multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
         _end_workers_at_exit()
     exchange = shared.Exchange(count)
-    # Without a generator of its own the loader draws a seed from the global one, and a resumed run would differ.
+    # Without a generator the loader draws a seed from the global one, and a resumed run would differ.
     loader = DataLoader(
         dataset,
         num_workers=count,
@@ -115,21 +115,21 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
-    gc.freeze()  # a full collection writes to every object there is, and what is shared by the fork would be copied
+    gc.freeze()  # a full collection would write to all objects, and so copy the memory that the fork shares
     shared.start_worker(loader, used, worker)
 
 
 @functools.cache
 def _end_workers_at_exit() -> None:
-    """Workers of iterators that are still alive when Python ends: it would send SIGTERM and wait for them for ever."""
+    """Ends workers that are alive when Python ends: it would send SIGTERM, which they ignore, and wait forever."""
     atexit.register(_end_workers)  # runs before what multiprocessing has registered
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """In this block a RuntimeError of a DataLoader becomes a WorkerError of one line; after an error no worker is left.
+    """Turns RuntimeErrors of a DataLoader in this block into WorkerErrors of one line. After an error, ends all workers.
 
-    torch raises some of them out of a signal handler, so wherever the block happens to be.
+    torch raises some of these errors in a signal handler, so anywhere in the block.
     """
     try:
         yield
@@ -155,9 +155,9 @@ def _opened(batches: Iterator[Batch], exchange: shared.Exchange) -> Iterator[Bat
 
 
 def _end_workers() -> None:
-    """SIGKILL for all workers: they ignore anything else, and one that hangs would keep this process from ending."""
+    """Kills all workers: they ignore other signals, and one that hangs would keep this process from ending."""
     main = threading.current_thread() is threading.main_thread()
-    # torch's handler would raise an error for each of them
+
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -1,4 +1,4 @@
-"""``fcmae doctor``: what is installed, what of the machine is in the way, and whether the engines compute the same."""
+"""``fcmae doctor``: lists versions, warns of problems of the machine, and compares the engines."""
 
 import platform
 from pathlib import Path
@@ -12,7 +12,7 @@ PACKAGES = ("fcmae", "torch", "torchvision", "timm", "hydra-core", "triton", "wa
 
 
 def run(golden: list[Path]) -> int:
-    """Prints the report; returns 0, or 1 if engines disagree. What of the machine is in the way is a warning."""
+    """Prints the report. Returns 0, or 1 if engines disagree; problems of the machine are only warnings."""
     for name in PACKAGES:
         print(f"{name:16} {version_of(name) or 'not installed'}")
     print(f"{'python':16} {platform.python_version()} on {platform.platform()}")

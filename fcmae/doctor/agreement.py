@@ -1,4 +1,4 @@
-"""Whether the engines compute the same, and what the official code computes."""
+"""Compares the engines with each other and with golden files of the official code."""
 
 import json
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from fcmae.precision import set_tf32
 from fcmae.targets import Pixels
 
 TOLERANCE = 1e-5
-"""Largest relative error, ||a - b|| / ||b||, between float32 results that are to be equal."""
+"""Largest relative error, ||a - b|| / ||b||, of float32 results that should be equal."""
 
 ANY_V2 = "convnextv2_atto"
-"""A timm name; the golden files bring their own depths and widths."""
+"""A timm name; golden files have their own depths and widths."""
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -50,7 +50,7 @@ def agree(golden: list[Path]) -> int:
 
 
 def _missing_engines(device: str) -> Iterator[str]:
-    """Why an engine can't be checked on that device, a line each."""
+    """A line for each engine that cannot run on the device."""
     for name in ENGINES:
         try:
             get_engine(name, device)
@@ -94,7 +94,7 @@ def _engines_agree(device: str) -> Iterator[tuple[str, float]]:
 
 
 def _golden_errors(file: Path, device: str) -> Iterator[tuple[str, float]]:
-    """The relative errors of every result in a golden file, for every engine; of gradients the worst."""
+    """The relative error of each result in a golden file for each engine; for gradients the largest."""
     try:
         with open_regular(file) as opened:
             check_safetensors(opened)

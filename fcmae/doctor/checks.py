@@ -1,4 +1,4 @@
-"""The checks of a machine: functions of facts, each of which says what it found and, where that is bad, what to do."""
+"""The checks of a machine: functions of facts that return what they found and, if it is a problem, what to do."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -11,12 +11,12 @@ from fcmae.ranks import port_of
 
 GIB = 2**30
 BATCH = 256
-"""Images of 224 px that a micro-batch is taken to have."""
+"""Assumed images of 224 px per micro-batch."""
 IMAGE_BYTES = 3 * 224 * 224
 DISK_BYTES = 5 * GIB
 """Three checkpoints of ConvNeXt V2-Base with optimizer and averaged weights take 4.5 GiB."""
 TORCHRUN_PORT = 29400
-"""Where launch/torchrun.sh has several nodes meet, unless another port is given."""
+"""The port at which the nodes of launch/torchrun.sh meet by default."""
 
 
 class Finding(NamedTuple):
@@ -41,7 +41,7 @@ def compilers(c: str | None, cxx: str | None, header: Path | None) -> Finding:
 
 
 def gpu_precision(name: str, capability: tuple[int, int]) -> Finding:
-    """Which of bf16 and float8 a GPU computes natively."""
+    """Whether a GPU supports bf16 and float8."""
     float8 = "float8" if capability >= (8, 9) else "no float8"
     if capability < (8, 0):
         return Finding(f"{name}: no bf16, {float8}", "precision=auto takes fp16; do not set bf16")
@@ -49,7 +49,7 @@ def gpu_precision(name: str, capability: tuple[int, int]) -> Finding:
 
 
 def architecture(name: str, capability: tuple[int, int], built_for: Sequence[str]) -> Finding:
-    """Whether torch has code for a GPU: of its architecture (``sm_90``), or to compile for it (``compute_90``)."""
+    """Whether torch has code for a GPU: binary (``sm_90``), or to be compiled for it (``compute_90``)."""
     kinds = [match for arch in built_for if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch))]
     for kind, major, minor, exact in (match.groups() for match in kinds):
         version = int(major), int(minor)
@@ -65,8 +65,8 @@ def driver(built: str | None, supports: int | None, has_gpu: bool) -> Finding:
     """Whether the NVIDIA driver suits torch.
 
     Args:
-        built: the version of CUDA that torch was built for, ``13.0``; None for a build without CUDA.
-        supports: the newest version that the driver supports, 12040 for 12.4; None without a driver.
+        built: torch's version of CUDA, such as ``13.0``; None for a build without CUDA.
+        supports: the newest version that the driver supports, such as 12040 for 12.4; None without a driver.
         has_gpu: whether the system shows an NVIDIA GPU.
     """
     if built is None:
@@ -85,12 +85,12 @@ def driver(built: str | None, supports: int | None, has_gpu: bool) -> Finding:
 
 
 def cpu(flags: Collection[str], capability: str, bf16_time: float) -> Finding:
-    """The processor's instructions.
+    """The instructions of the processor.
 
     Args:
-        flags: as /proc/cpuinfo names them; empty where unknown.
-        capability: what torch's own kernels use, such as ``AVX2``.
-        bf16_time: how long a convolution and a product take in bf16, in float32's time.
+        flags: the names in /proc/cpuinfo; empty if unknown.
+        capability: the instructions of torch's kernels, such as ``AVX2``.
+        bf16_time: the time of a step in bf16 divided by its time in float32.
     """
     avx512 = "AVX-512" if "avx512f" in flags else "no AVX-512"
     bf16 = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags]
@@ -103,7 +103,7 @@ def cpu(flags: Collection[str], capability: str, bf16_time: float) -> Finding:
 
 
 def shared_memory(size: int, free: int, workers: int, ranks: int, prefetch: int) -> Finding:
-    """Whether /dev/shm holds the batches that the loaders of all ranks hand over (docs/data_speed.md)."""
+    """Whether /dev/shm can hold the batches of all ranks' loaders (docs/data_speed.md)."""
     need = ranks * workers * (prefetch + 2) * BATCH * IMAGE_BYTES
     what = f"shared memory: {free / GIB:.2f} of {size / GIB:.2f} GiB free in /dev/shm"
     most = f"{ranks} x {workers} loader processes with micro-batches of {BATCH} images at 224 px"
@@ -114,7 +114,7 @@ def shared_memory(size: int, free: int, workers: int, ranks: int, prefetch: int)
 
 
 def ports(environment: Mapping[str, str]) -> list[int]:
-    """Where several ranks would meet on this host, by what the launcher's environment says."""
+    """The ports at which several ranks would meet on this host, by the launcher's environment."""
     if "MASTER_PORT" in environment:
         return [int(environment["MASTER_PORT"])]
     if "SLURM_JOB_ID" in environment:
@@ -123,7 +123,7 @@ def ports(environment: Mapping[str, str]) -> list[int]:
 
 
 def rendezvous(tried: Mapping[int, str | None]) -> Iterable[Finding]:
-    """Ports, and why one cannot be opened."""
+    """Whether ports can be opened; ``tried`` has the reasons of those that cannot."""
     for port, reason in tried.items():
         if reason is None:
             yield Finding(f"rendezvous: port {port} is free")
@@ -132,7 +132,7 @@ def rendezvous(tried: Mapping[int, str | None]) -> Iterable[Finding]:
 
 
 def versions(required: Sequence[str], installed: Callable[[str], str | None]) -> list[Finding]:
-    """What is installed against what the project declares, extras apart.
+    """Compares installed packages with the declared requirements, without extras.
 
     Args:
         required: such as ``timm>=1.0.20``.
@@ -150,7 +150,7 @@ def versions(required: Sequence[str], installed: Callable[[str], str | None]) ->
 
 
 def wandb(mode: str | None, problem: str = "") -> Finding:
-    """What ``logger.wandb=auto`` would do: ``online``, ``offline``, ``disabled``, or None with its problem."""
+    """The mode of ``logger.wandb=auto``: ``online``, ``offline``, ``disabled``, or None with a problem."""
     if mode is None:
         return Finding(f"wandb: {problem}", "or set logger.wandb=offline")
     what = {"online": "logs in and is online", "offline": "offline (not logged in, or WANDB_MODE)", "disabled": "off"}
@@ -158,7 +158,7 @@ def wandb(mode: str | None, problem: str = "") -> Finding:
 
 
 def disk(folder: Path, free: int) -> Finding:
-    """Whether the current folder has room for a run."""
+    """Whether the current folder has space for a run."""
     what = f"disk: {free / GIB:.1f} GiB free in {folder}"
     to_do = f"a run of ConvNeXt V2-Base needs {DISK_BYTES / GIB:.0f}; set hydra.run.dir to a folder on another disk"
     return Finding(what, to_do if free < DISK_BYTES else "")

@@ -1,4 +1,4 @@
-"""The facts of this machine, as the checks take them."""
+"""Gathers the facts of this machine for the checks."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ def findings() -> Iterator[Finding]:
 
 
 def _cpu_flags() -> set[str]:
-    """The instructions of the first processor; empty where the system does not say."""
+    """The instructions of the first processor; empty if unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -60,11 +60,11 @@ def _cpu_flags() -> set[str]:
 
 
 def _bf16_time() -> float:
-    """How long a forward and backward pass of ConvNeXt V2-Atto takes on the CPU in bf16, in float32's time."""
+    """The CPU time of a step of ConvNeXt V2-Atto in bf16 divided by its time in float32."""
     model, imgs, cpu = FCMAE("convnextv2_atto"), torch.randn(4, 3, 96, 96), torch.device("cpu")
 
     def seconds(name: str) -> float:
-        began = time.process_time()  # not the clock's: others may use the machine too
+        began = time.process_time()  # other processes may use the machine too
         with autocast(cpu, name):
             loss = model(imgs).loss
         loss.backward()
@@ -74,7 +74,7 @@ def _bf16_time() -> float:
 
 
 def _driver() -> int | None:
-    """The newest version of CUDA that the driver supports, 12040 for 12.4; None without a driver."""
+    """The newest version of CUDA that the driver supports, such as 12040 for 12.4; None without a driver."""
     version = ctypes.c_int(0)
     with contextlib.suppress(OSError, AttributeError):
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
@@ -97,11 +97,11 @@ def _versions() -> list[Finding]:
     try:
         return checks.versions(metadata.requires("fcmae") or [], version_of)
     except metadata.PackageNotFoundError:
-        return [Finding("versions: not compared, for fcmae itself is not installed")]
+        return [Finding("versions: not compared, since fcmae itself is not installed")]
 
 
 def version_of(package: str) -> str | None:
-    """The version that is installed, if any."""
+    """The installed version, if any."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -141,7 +141,7 @@ class RunLock:
         """Without locks: raises UsageError if the holder that the file names is alive."""
         told = _read(file)
         if told is not None:
-            holder = Process.told(told)
+            holder = Process.parse(told)
             if holder.is_alive() if holder.is_here() else self._is_counted_in(told):
                 self._refuse(file)
         _write(file, _this())
@@ -189,7 +189,7 @@ def _read(file: IO[bytes]) -> dict[str, Any] | None:
     file.seek(0)
     try:
         told = json.loads(file.read(MAX_LOCK))
-        Process.told(told)
+        Process.parse(told)
         named = isinstance(told.get("host"), str) and isinstance(told.get("started"), str)
         return told if named and (told["host"] + told["started"]).isprintable() else None
     except (ValueError, RecursionError):

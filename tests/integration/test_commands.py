@@ -307,7 +307,7 @@ MISTAKES = {
         ("pretrain", "-m", "seed=1,2", "hydra.run.dir=x"),
         "cannot be used with -m; set hydra.sweep",
     ),
-    "run directory below a file": (("pretrain", "hydra.run.dir=/dev/null/x"), "cannot be created: /dev/null/x: Not a dir"),
+    "run directory below a file": (("pretrain", "hydra.run.dir=/dev/null/x"), "cannot be created: /dev/null/x: Not a"),
     "output": (("knn", "checkpoint=.", "out=/dev/null/x"), "out /dev/null/x cannot be written: "),
     "picture": (("reconstruct", "x", "y", "--out", "a.foo"), "--out must be a file whose name says its"),
     "benchmark": (("bench", "step", "--json", "/dev/null/x"), "--json /dev/null/x cannot be written"),

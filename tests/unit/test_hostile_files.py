@@ -144,7 +144,7 @@ def test_a_lock_file_of_anything_is_taken_over(told, run_dir):
 )
 def test_a_process_that_is_none_gets_no_signal(values):
     with pytest.raises(ValueError, match="it names no process"):
-        Process.told(values)
+        Process.parse(values)
 
 
 def test_a_start_time_from_the_network_names_no_folder(monkeypatch):

@@ -86,9 +86,9 @@ def list_folder(root: Path, relist: bool = False) -> Listing:
                 print(f"listed {count:,} images below {root} in {took:.1f} s, {where}", file=sys.stderr, flush=True)
     others = Others(**arrays.meta["others"])
     if not len(arrays["labels"]):
-        raise UsageError(f"{root} has no images; looked for {' '.join(EXTENSIONS)}{others.told()}")
+        raise UsageError(f"{root} has no images; looked for {' '.join(EXTENSIONS)}{others.message()}")
     if others.kinds:
-        print_once_rank0(f"{root}: {len(arrays['labels']):,} images ({' '.join(EXTENSIONS)}){others.told()}")
+        print_once_rank0(f"{root}: {len(arrays['labels']):,} images ({' '.join(EXTENSIONS)}){others.message()}")
     return Listing(root, arrays)
 
 
@@ -104,7 +104,7 @@ class Others:
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
         self.example = self.example or os.fsdecode(os.path.join(folder, name))
 
-    def told(self) -> str:
+    def message(self) -> str:
         """A part of a line; empty if there are none."""
         most = Counter(self.kinds).most_common()
         named = [f"{count:,} {what}" for what, count in most[:SHOWN]]
@@ -124,7 +124,7 @@ def _is_current(root: Path, kept: Arrays) -> bool:
         raise ValueError("its arrays have other sizes")
     if labels.min(initial=0) < -1 or labels.max(initial=-1) >= len(classes):
         raise ValueError("its labels are not those of its classes")
-    Others(**kept.meta["others"]).told()
+    Others(**kept.meta["others"]).message()
     base = os.fsencode(root)
     found = zip(folders, times, strict=True)
     return all(os.stat(os.path.join(base, name)).st_mtime_ns == changed for name, changed in found)
