@@ -98,7 +98,7 @@ ONLY_IN = {
     "wandb": {"loggers/wandb.py"},
     "MinkowskiEngine": {"engines/minkowski.py"},
     "triton": {"kernels", "bench"},
-    "hydra": {"config/compose.py", "config/quoting.py", "hydra_run.py"},
+    "hydra": {"config/compose.py", "hydra_run.py"},
     "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},
