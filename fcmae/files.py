@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -50,6 +50,38 @@ def replacing(path: Path, permissions: int = 0o666) -> Iterator[IO[bytes]]:
             error.filename = str(path)  # a failed write does not know what it wrote to
         raise
     sync_folder(path.parent)
+
+
+class HashingWriter:
+    """A file to write through: hashes and counts the bytes, and keeps the first error.
+
+    Some writers replace an OSError such as "No space left on device" by an error of their own.
+
+    Args:
+        alive: called after every write.
+    """
+
+    def __init__(self, file: IO[bytes], alive: Callable[[], object] | None = None) -> None:
+        self.file = file
+        self.alive = alive
+        self.digest = hashlib.sha256()
+        self.count = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.count += written
+        if self.alive is not None:
+            self.alive()
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def temporary_path(path: Path) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fcmae.checkpoints import encoder, torch_file
 from fcmae.config import check_plain, upgraded
 from fcmae.errors import CheckpointError, ConfigError
-from fcmae.files import delete_strays, replacing, set_aside, sync_folder
+from fcmae.files import HashingWriter, delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
 from fcmae.version import versions
 
@@ -31,43 +31,8 @@ PATTERN = re.compile(r"step_(\d+)\.pt")
 State = dict[str, Any]
 
 
-class _HashingWriter:
-    """A file that ``torch.save`` writes to: hashes what passes, and keeps the reason of a failed write.
-
-    torch replaces an OSError such as "No space left on device" by one about positions in its archive.
-    """
-
-    def __init__(self, file: IO[bytes], alive: Callable[[], object]) -> None:
-        self.file = file
-        self.alive = alive
-        self.hash = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        try:
-            written = self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.alive()
-        return written
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def nothing() -> None:
-    """Where nobody asks whether reading and writing goes on."""
-
-
-def _save_with_checksum(state: State, file: IO[bytes], alive: Callable[[], object] = nothing) -> None:
-    writer = _HashingWriter(file, alive)
-    try:
-        torch.save(state, writer)  # type: ignore[arg-type]  # it calls write and flush
-    except RuntimeError as error:
-        raise writer.error or error from error
-    file.write(MAGIC + writer.hash.digest())
+    """The default of ``alive``."""
 
 
 def write_atomically(path: Path, state: State, alive: Callable[[], object] = nothing) -> None:
@@ -77,6 +42,15 @@ def write_atomically(path: Path, state: State, alive: Callable[[], object] = not
     """
     with replacing(path) as file:
         _save_with_checksum(state, file, alive)
+
+
+def _save_with_checksum(state: State, file: IO[bytes], alive: Callable[[], object] = nothing) -> None:
+    writer = HashingWriter(file, alive)
+    try:
+        torch.save(state, writer)  # type: ignore[arg-type]  # it calls write and flush
+    except RuntimeError as error:
+        raise writer.error or error from error
+    file.write(MAGIC + writer.digest.digest())
 
 
 def _verify(file: IO[bytes], alive: Callable[[], object]) -> None:

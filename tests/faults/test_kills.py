@@ -77,7 +77,7 @@ def deadly(function):
         return function(*args, **kwargs)
     return call
 
-checkpoint._HashingWriter.write = deadly(checkpoint._HashingWriter.write)
+checkpoint.HashingWriter.write = deadly(checkpoint.HashingWriter.write)
 os.fsync = deadly(os.fsync)
 Path.replace = deadly(Path.replace)
 Path.unlink = deadly(Path.unlink)
@@ -145,7 +145,7 @@ def counted(self, state, *args, save=checkpoint.CheckpointDir.save, **kwargs):
     return path
 
 checkpoint.CheckpointDir.save = counted
-for owner, name in ((checkpoint._HashingWriter, "write"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
+for owner, name in ((checkpoint.HashingWriter, "write"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
     deadly(owner, name)
 from fcmae.cli import main
 sys.exit(main())

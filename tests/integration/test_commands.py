@@ -296,7 +296,7 @@ MISTAKES = {
         ("pretrain", "data=synthetic", "hydra.run.dir=${foo}"),
         "hydra.run.dir: Interpolation key 'foo' not found",
     ),
-    "benchmark without a model": (("bench", "step", "models=[]"), "models must be one model or more; got []"),
+    "benchmark without a model": (("bench", "step", "models=[]"), "models must be one model or more, in a list"),
     "size of a benchmark": (
         ("bench", "step", "image_size=33"),
         "image height 33 is not a multiple of the patch",
@@ -344,7 +344,7 @@ def test_a_mistake_in_a_file_of_ones_own_config_names_it(fcmae, tmp_path):
     (tmp_path / "own" / "data").mkdir(parents=True)
     for text, message in (
         ("a: b: c", 'data/mine.yaml", line 1, column 5'),
-        ("- a", "data/mine holds a list"),
+        ("- a", "data/mine must hold keys and values; got a list"),
     ):
         (tmp_path / "own" / "data" / "mine.yaml").write_text(text)
         done = fcmae("pretrain", "--config-dir=own", "data=mine", check=2)

@@ -48,3 +48,4 @@ def test_training_and_benchmarks_share_one_step():
 
 def test_one_place_writes_files_whole():
     assert of_package(r"os\.fsync\(|os\.replace\(") == {"files.py"}
+    assert of_package(r"class \w*Hash\w*") == {"files.py"}

@@ -1,13 +1,12 @@
 """Writes samples into tar files of the WebDataset layout."""
 
-import hashlib
 import io
 import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image, to_stored
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
-from fcmae.files import replacing
+from fcmae.files import HashingWriter, replacing
 
 MAGICS = {
     b"\xff\xd8\xff": "jpg",
@@ -113,7 +112,7 @@ def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encodin
     """
     shard = Shard(path.name, 0, 0, "", [])
     with replacing(path) as file:
-        hashed = _Hashed(file)
+        hashed = HashingWriter(file)
         with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for index in indices:
                 try:
@@ -134,17 +133,3 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # no time, no owner: nothing but the content
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-class _Hashed:
-    """Computes the hash of a file while it is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.count = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.count += len(content)
-        return self.file.write(content)
