@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +268,9 @@ def empty_classifier(cfg: FinetuneConfig, weights: StateDict, path: Path) -> Sta
 
     Raises CheckpointError if the config is of a larger network than the weights of ``path`` are for.
     """
-    num_classes = count_classes(weights)
-    check_size(cfg, num_classes, weights, path)
-    return build_classifier(cfg.model, cfg.data.in_chans, num_classes, cfg.seed).state_dict()
+    build = partial(build_classifier, cfg.model, cfg.data.in_chans, count_classes(weights), cfg.seed)
+    check_size(build, cfg.model, weights, path)
+    return build().state_dict()
 
 
 def count_classes(weights: StateDict) -> int:
@@ -279,5 +280,5 @@ def count_classes(weights: StateDict) -> int:
 
 def empty_fcmae(cfg: PretrainConfig, weights: StateDict, path: Path) -> StateDict:
     """The names and shapes of a pretraining model's weights. Raises CheckpointError as :func:`empty_classifier`."""
-    check_size(cfg, 0, weights, path)
+    check_size(partial(build_fcmae, cfg), cfg.model, weights, path)
     return build_fcmae(cfg).state_dict()

@@ -18,6 +18,7 @@ from fcmae.config import (
     CLASSIFY,
     BackboneConfig,
     ClassifierConfig,
+    FCMAEConfig,
     FinetuneConfig,
     PretrainConfig,
     RunConfig,
@@ -68,18 +69,16 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
 def build_classifier(cfg: ClassifierConfig, in_chans: int, num_classes: int, seed: int) -> ConvNeXt:
     """The dense classifier with its initial weights, a function of the seed. Raises UsageError."""
     seed_globals(seed, Stream.INIT)
+    scale = {"drop_path_rate": cfg.drop_path_rate, "head_init_scale": cfg.head_init_scale}
+    return _create(cfg, in_chans, num_classes=num_classes, **scale)
+
+
+def _create(cfg: BackboneConfig, in_chans: int, **more: Any) -> ConvNeXt:
+    """The timm ConvNeXt of a config. Raises UsageError."""
     try:
-        model = create_backbone(
-            cfg.backbone,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            drop_path_rate=cfg.drop_path_rate,
-            head_init_scale=cfg.head_init_scale,
-            **cfg.backbone_kwargs(),
-        )
+        return create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs(), **more)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return model
 
 
 def build_network(cfg: FinetuneConfig, objective: Objective) -> ConvNeXt | Headed:
@@ -143,55 +142,47 @@ class _LinspaceOnCpu(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {})})
 
 
-def on_meta(build: Callable[[], Network], blocks: int, path: Path) -> Network:
-    """The network of a config that comes from a file, without memory for its weights. Raises CheckpointError."""
+def on_meta(build: Callable[[], Network], cfg: BackboneConfig, path: Path) -> Network:
+    """The network of a config that comes from a file, without memory for its weights.
+
+    Args:
+        build: builds the network.
+        cfg: its group ``model``.
+
+    Raises CheckpointError.
+    """
+    blocks = sum(cfg.depths or []) + (cfg.decoder_depth if isinstance(cfg, FCMAEConfig) else 0)
     if blocks > MAX_BLOCKS:
         raise CheckpointError(f"{path} has a config of {blocks} blocks; at most {MAX_BLOCKS} are built")
     try:
         with torch.device("meta"), _LinspaceOnCpu():
             return build()
+    except ConfigError:
+        raise
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:
         raise CheckpointError(f"{path} has a config of no network: {str(error).splitlines()[0]}") from error
 
 
 def check_size(
-    cfg: PretrainConfig | FinetuneConfig, num_classes: int, weights: Mapping[str, torch.Tensor], path: Path
+    build: Callable[[], nn.Module], cfg: BackboneConfig, weights: Mapping[str, torch.Tensor], path: Path
 ) -> None:
     """Raises CheckpointError if the network of a config that comes from a file is larger than the weights beside it.
 
-    For it would be built, and might take any memory, before the weights are found not to fit.
+    Call it before the network is built, which might take any memory. For the arguments see :func:`on_meta`.
     """
-    blocks = sum(cfg.model.depths or []) + (cfg.model.decoder_depth if isinstance(cfg, PretrainConfig) else 0)
-    _compare_sizes(on_meta(lambda: build_model(cfg, num_classes), blocks, path), weights, path)
-
-
-def check_backbone_size(known: dict[str, dict[str, Any]], weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """The same for what :func:`known_of` returns, of which a network for fine-tuning is built."""
-    names = [field.name for field in dataclasses.fields(BackboneConfig)]
-    model = BackboneConfig(**{name: known["model"][name] for name in names})
-
-    def build() -> ConvNeXt:
-        return create_backbone(model.backbone, in_chans=known["data"]["in_chans"], **model.backbone_kwargs())
-
-    try:
-        backbone = on_meta(build, sum(model.depths or []), path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    _compare_sizes(backbone, weights, path)
-
-
-def _compare_sizes(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    needed = sum(parameter.numel() for parameter in model.parameters())
+    needed = sum(parameter.numel() for parameter in on_meta(build, cfg, path).parameters())
     present = sum(value.numel() for value in weights.values())
     if needed > 2 * present + MARGIN:
         raise CheckpointError(f"{path} has {present:,} weights; the network of its config needs {needed:,}")
 
 
-def build_model(cfg: PretrainConfig | FinetuneConfig, num_classes: int) -> FCMAE | ConvNeXt:
-    """The network of a config with its initial weights. Raises UsageError."""
-    if isinstance(cfg, PretrainConfig):
-        return build_fcmae(cfg)
-    return build_classifier(cfg.model, cfg.data.in_chans, num_classes, cfg.seed)
+def check_backbone_size(known: dict[str, dict[str, Any]], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """:func:`check_size` for the backbone that :func:`known_of` describes."""
+    names = [field.name for field in dataclasses.fields(BackboneConfig)]
+    model = BackboneConfig(**{name: known["model"][name] for name in names})
+    check_size(partial(_create, model, known["data"]["in_chans"]), model, weights, path)
 
 
 def unsaid(state: State) -> list[str]:
@@ -267,11 +258,12 @@ def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] 
     weights = (state.get("ema") if ema else None) or state["model"]
     model: FCMAE | ConvNeXt | Headed
     if isinstance(cfg, PretrainConfig):
-        check_size(cfg, 0, weights, path)
+        check_size(partial(build_fcmae, cfg), cfg.model, weights, path)
         model = build_fcmae(cfg)
     else:
         objective = objective_of(state, cfg)
-        check_size(cfg, objective.outputs or 0, weights, path)
+        backbone = partial(_create, cfg.model, cfg.data.in_chans, num_classes=objective.outputs or 0)
+        check_size(backbone, cfg.model, weights, path)
         model = build_network(cfg, objective)
     load_state(model, weights, path)
     return model.eval()
@@ -304,10 +296,7 @@ def random_encoder(cfg: BackboneConfig, in_chans: int, seed: int) -> State:
     Raises UsageError for an unknown network.
     """
     seed_globals(seed, Stream.INIT)
-    try:
-        weights = create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs()).state_dict()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    weights = _create(cfg, in_chans).state_dict()
     config = {"model": dataclasses.asdict(cfg), "data": {"in_chans": in_chans}}
     return {"task": TASK, "config": config, "model": weights, "ema": None}
 
@@ -321,13 +310,6 @@ def _encoder_of(state: State, path: Path) -> ConvNeXt:
 
 def _backbone(cfg: BackboneConfig, in_chans: int, weights: dict[str, torch.Tensor], path: Path) -> ConvNeXt:
     """A backbone that consists of ``weights`` themselves, so that it takes no more memory, whatever the config says."""
-
-    def build() -> ConvNeXt:
-        return create_backbone(cfg.backbone, in_chans=in_chans, **cfg.backbone_kwargs())
-
-    try:
-        model = on_meta(build, sum(cfg.depths or []), path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    model = on_meta(partial(_create, cfg, in_chans), cfg, path)
     load_state(model, weights, path, assign=True)
     return model.eval()

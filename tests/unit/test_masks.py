@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.config import DataConfig, compose, to_dict
+from fcmae.config import DataConfig, compose, portable, to_dict, upgraded, without_arguments
 from fcmae.config.recipe import check_recipe
 from fcmae.data.loading import TrainBatches, Workers, explained
 from fcmae.data.pixels.decode import Encoded
@@ -238,6 +238,31 @@ def test_the_mask_is_part_of_the_recipe():
     for changed in (["mask=random"], ["mask=block", "mask.aspect=0.5"]):
         with pytest.raises(UsageError, match="the recipe differs.*\n  mask: .*BlockMask"):
             check_recipe(config("mask=block"), config(*changed))
+
+
+def test_an_old_config_had_random_masks_and_the_norm_that_it_says():
+    old = to_dict(compose("pretrain", []))
+    del old["mask"], old["target"]
+    old["model"]["norm_pix_loss"] = False
+    new = upgraded(old)
+    assert new["mask"] == {"_target_": "fcmae.masks.RandomMask"}
+    assert new["target"]["pixels"]["norm"] == "none"
+    with pytest.raises(UsageError, match="the recipe differs.*\n  mask: .*RandomMask.*\n  target: .*'none'"):
+        check_recipe(new, to_dict(compose("pretrain", ["mask=block"])))
+    check_recipe(new, to_dict(compose("pretrain", ["target.pixels.norm=none"])))
+    with pytest.raises(ConfigError, match="^model.norm_pix_loss is now target.pixels.norm; patch stands for true"):
+        compose("pretrain", ["model.norm_pix_loss=false"])
+
+
+def test_arguments_of_the_users_own_classes_stay_on_the_machine():
+    own = ("mask._target_=a.B", "mask.password=p", "target.own._target_=a.C", "target.own.password=p")
+    config = to_dict(compose("pretrain", list(own)))
+    assert "password" not in str(without_arguments(config))
+    assert without_arguments(config)["target"]["pixels"]["norm"] == "patch"
+    kept = portable(config)
+    assert "mask" not in kept
+    assert "target" not in kept
+    assert portable(to_dict(compose("pretrain", ["mask=block"])))["mask"]["aspect"] == 0.3
 
 
 def test_a_mask_that_a_checkpoint_names_is_called_only_if_it_is_ours_or_allowed(tmp_path):
