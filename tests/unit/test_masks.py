@@ -226,7 +226,7 @@ def test_the_command_line_chooses_strategies_and_their_arguments():
     assert mask("mask={_target_: a.B, width: 3}") == {"_target_": "a.B", "width": 3}
     for name in ("random", "block", "grid", "weighted"):
         create_mask(mask(f"mask={name}"))
-    with pytest.raises(ConfigError, match="mask is {'_target_': None}"):
+    with pytest.raises(ConfigError, match="mask must be .*; got {'_target_': None}"):
         mask("mask._target_=null")
 
 
