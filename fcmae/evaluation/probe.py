@@ -8,7 +8,7 @@ rates train at once over the same batches, each a classifier of its own.
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,6 @@ from fcmae.randomness import Stream, seed_globals
 
 HEAD_STD = 0.01
 """Of the initial weights, as MAE's."""
-
-
-class _Top1(TypedDict):
-    blr: float
-    lr: float
-    top1: float
-
-
-class HeadResult(_Top1, total=False):
-    """What a learning rate came to; accuracies in percent. There is no ``top5`` of fewer than six classes."""
-
-    top5: float
 
 
 class Heads(nn.Module):
@@ -113,8 +101,12 @@ def accuracies(heads: Heads, val: Features) -> Tensor:
     return 100 * right / len(val.labels)
 
 
-def probe(epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeConfig, world: World) -> list[HeadResult]:
-    """Accuracy on ``val`` of a linear classifier for each learning rate of ``cfg.blr``; the ranks share them.
+def probe(
+    epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeConfig, world: World
+) -> list[dict[str, float]]:
+    """``blr``, ``lr``, ``top1`` and ``top5`` on ``val`` for each rate of ``cfg.blr``; the ranks share them.
+
+    Accuracies are in percent. Fewer than six classes have no ``top5``.
 
     Args:
         epochs: the features of the training images in each epoch, whole on every rank.
@@ -133,8 +125,7 @@ def probe(epochs: Iterable[Features], val: Features, classes: int, cfg: ProbeCon
     if heads is not None:
         result[mine] = accuracies(heads, val)
     measured = world.sum(result).tolist()
-    results = []
-    for blr, lr, (top1, top5) in zip(cfg.blr, lrs, measured, strict=True):
-        head = HeadResult(blr=blr, lr=lr, top1=top1)
-        results.append(HeadResult(**head, top5=top5) if classes >= TOP5_FROM else head)
-    return results
+    return [
+        {"blr": blr, "lr": lr, "top1": top1, **({"top5": top5} if classes >= TOP5_FROM else {})}
+        for blr, lr, (top1, top5) in zip(cfg.blr, lrs, measured, strict=True)
+    ]
