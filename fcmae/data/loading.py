@@ -127,7 +127,7 @@ def _end_workers_at_exit() -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns RuntimeErrors of a DataLoader in this block into WorkerErrors of one line. After an error, ends all workers.
+    """Turns RuntimeErrors of a DataLoader in this block into WorkerErrors of one line. Ends all workers after an error.
 
     torch raises some of these errors in a signal handler, so anywhere in the block.
     """
