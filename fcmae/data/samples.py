@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcmae.data.pixels.crops import Box, RandomCrop, Uniform
+from fcmae.data.pixels.crops import RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
@@ -63,7 +63,9 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
-            return Undecoded(image, [self._draw(counters, opened) for counters in draws], self.crop.size), noise
+            return Undecoded(
+                image, [self.crop.draw(opened, self._uniform(counters))[0] for counters in draws], self.crop.size
+            ), noise
         crops = [self._crop(opened, counters) for counters in draws]
         noises = [self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)]
         if self.crops_per_image == 1 and not self.undecoded:
@@ -77,9 +79,6 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
                 seed_globals(self.seed, Stream.TRANSFORM, *counters)
                 crop.copy_(self.extra(crop.clone()))  # into the same memory layout for all crops of a batch
         return crop
-
-    def _draw(self, counters: tuple[int, ...], image: LazyImage) -> Box:
-        return self.crop.draw(image, self._uniform(counters))[0]
 
     def _uniform(self, counters: tuple[int, ...]) -> Uniform:
         return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random

@@ -72,7 +72,9 @@ def prepare(cfg: PrepareConfig) -> str:
         raise UsageError(f"out={out} cannot be created: {error.strerror}") from error
     try:
         with one_at_a_time(out):
-            _begin(out, names, now)
+            _check_folder(out, names, now)
+            if not (out / SETTINGS_FILE).is_file():
+                write_output("out", out / SETTINGS_FILE, json.dumps(now, indent=1) + "\n")
             shards = _write_missing(cfg, source, how, order, out)
             return _finish(cfg, source, shards, out)
     except OSError as error:
@@ -212,13 +214,6 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
     return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}
 
 
-def _begin(out: Path, names: list[str], now: dict[str, Any]) -> None:
-    """Writes the settings file if there is none."""
-    _check_folder(out, names, now)
-    if not (out / SETTINGS_FILE).is_file():
-        write_output("out", out / SETTINGS_FILE, json.dumps(now, indent=1) + "\n")
-
-
 def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
     """Raises UsageError for a folder that has other files or was begun with other settings."""
     if not out.is_dir():
@@ -265,15 +260,13 @@ def _written(out: Path) -> Iterator[Shard]:
     for entry in entries:
         with contextlib.suppress(TypeError):  # changed since it was written
             shard = Shard(**entry)
-            if os.path.basename(shard.name) != shard.name or not all(map(_is_pair, shard.unreadable)):
+            if os.path.basename(shard.name) != shard.name or not all(
+                isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in shard.unreadable
+            ):
                 raise TypeError("not of this program")
             file = out / shard.name
             if file.is_file() and file.stat().st_size == shard.bytes:
                 yield shard
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _workers(cfg: PrepareConfig) -> int:

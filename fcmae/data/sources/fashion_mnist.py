@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
 from fcmae.data.sources.base import Sample
 from fcmae.errors import UsageError
@@ -28,8 +29,6 @@ class FashionMNIST:
     CACHE = Path("~/.cache/fcmae")
 
     def __init__(self, folder: str | Path | None, train: bool) -> None:
-        from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
-
         self.classes: list[str] | None = list(TorchvisionFashionMNIST.classes)
         self.split = "train" if train else "t10k"
         where = self._find(folder)
@@ -72,7 +71,7 @@ class FashionMNIST:
             cache.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(cache):  # the ranks of a run would write over each other's files
                 if not self._has_files(raw):
-                    self._download(cache)
+                    TorchvisionFashionMNIST(str(cache), download=True)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 "Fashion-MNIST was not found. Three ways to get it: data.path=FOLDER with the four .gz files; "
@@ -80,12 +79,6 @@ class FashionMNIST:
                 f"can download it (tried just now: {error})"
             ) from error
         return raw
-
-    @staticmethod
-    def _download(cache: Path) -> None:
-        from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
-
-        TorchvisionFashionMNIST(str(cache), download=True)
 
     def __len__(self) -> int:
         return len(self.labels)

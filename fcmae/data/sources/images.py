@@ -1,12 +1,11 @@
 """Images that a command is given one after another: files, folders and tar files in one source without labels."""
 
-import bisect
 import itertools
 import os
 from collections.abc import Sequence
 
 from fcmae.data.pixels.decode import read_file
-from fcmae.data.sources.base import Sample, Source
+from fcmae.data.sources.base import Sample, Source, locate
 from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import UsageError
@@ -46,19 +45,15 @@ class Joined:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Sample:
-        source, place = self._locate(index)
-        return Sample(source[place].image, None)
+        part, place = locate(self.ends, index)
+        return Sample(self.sources[part][place].image, None)
 
     def label(self, index: int) -> None:
         return None
 
     def describe(self, index: int) -> str:
-        source, place = self._locate(index)
-        return source.describe(place)
-
-    def _locate(self, index: int) -> tuple[Source, int]:
-        number = bisect.bisect_right(self.ends, index)
-        return self.sources[number], index - (self.ends[number - 1] if number else 0)
+        part, place = locate(self.ends, index)
+        return self.sources[part].describe(place)
 
 
 def images_at(paths: Sequence[str]) -> Joined:
