@@ -1,4 +1,4 @@
-"""The processes of a run: how they come together, and what they agree on. :mod:`fcmae.ranks` knows who they are."""
+"""Connects the ranks of a run, and lets them agree. :mod:`fcmae.ranks` reads who they are from the environment."""
 
 import datetime
 import functools
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """A process's place among the ranks of a run."""
+    """A process among the ranks of a run."""
 
     rank: int
     size: int
@@ -77,8 +77,8 @@ class World:
     def together(self, action: Callable[[], T]) -> T:
         """What ``action`` returns; every rank runs it, and where one fails, all of them end here.
 
-        Raises what it raised, on the first rank that failed, and PeerError on the others: the ranks mostly make the
-        same mistake, of which one line is enough.
+        Raises what it raised on the first rank that failed, and PeerError on the others: ranks mostly fail for the same
+        reason, which needs to be printed once.
         """
         failure: Exception | None = None
         try:
@@ -139,8 +139,8 @@ def _checked_time(told: bytes) -> str:
         pass
     address = launch.detect().meeting
     raise UsageError(
-        f"{told[:40]!r}, which the ranks were told at {address}, is not a time such as 2026-01-31_23-59-59; "
-        "another program answers there: set another MASTER_PORT"
+        f"{told[:40]!r}, which {address} answered, is not a time such as 2026-01-31_23-59-59; "
+        "another program uses this port: set another MASTER_PORT"
     )
 
 
@@ -204,6 +204,6 @@ def siblings(world: World) -> dict[int, Process]:
 
 
 def disconnect() -> None:
-    """Leaves the other ranks."""
+    """Disconnects from the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 PRECISIONS = (AUTO, "float32", "tf32", "bf16", "fp16")
 BY_DEMAND = ("float32", "fp16", "bf16")
-"""What ``auto`` may choose; a device that computes one of them fast computes those before it, too."""
+"""What ``auto`` may choose. A device that computes one of them fast also computes the ones before it fast."""
 
 
 def settle(
@@ -30,7 +30,7 @@ def settle(
     smallest: Callable[[int], int] = int,
     main: bool = True,
 ) -> str:
-    """The precision to compute in, the same on all ranks, and TF32 set for it. Says in a line what ``auto`` chose.
+    """Returns the precision to compute in, the same on all ranks, and sets TF32 for it; prints what ``auto`` chose.
 
     Args:
         key: the config key that holds ``asked``.
@@ -58,9 +58,9 @@ def settle(
 
 
 def fastest(device: torch.device) -> str:
-    """What ``auto`` takes on one device: a rule and not a measurement, so the same machine always takes the same.
+    """What ``auto`` takes on one device: a rule, not a measurement, so that it is reproducible.
 
-    On a GPU with bf16 units bf16, on an older one fp16. On a CPU float32: without bf16 instructions bf16 takes up to 20
+    bf16 on a GPU with bf16 units, fp16 on an older one, float32 on a CPU: without bf16 instructions bf16 takes up to 20
     times as long, and with them (AMX) a training step of ConvNeXt V2-Atto saves a sixth at most.
     """
     import torch

@@ -1,6 +1,6 @@
-"""Who this process is among the processes of a run, and where they meet: as torchrun says, srun, or alone.
+"""Rank, world size and rendezvous address of this process, from the environment of torchrun or srun.
 
-The one place that reads a launcher's environment. Imports nothing that takes time.
+The only place that reads a launcher's environment. Imports nothing slow.
 """
 
 import os
@@ -23,7 +23,7 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """One process's place among the ranks that a launcher started."""
+    """A process among the ranks that a launcher started."""
 
     rank: int = 0
     size: int = 1
@@ -34,7 +34,7 @@ class Launch:
     meeting: str = "env://"
     """Where the ranks find each other, for :func:`torch.distributed.rendezvous`."""
     one_gpu_each: bool = False
-    """The launcher may show every rank a GPU of its own as the only one."""
+    """The launcher may show every rank only its own GPU."""
 
 
 def detect(environment: Mapping[str, str] = os.environ) -> Launch:

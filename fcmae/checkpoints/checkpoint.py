@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to continue, in files that are there whole or not at all.
+"""Checkpoints: everything that a run needs to continue, in files that exist whole or not at all.
 
 A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and the SHA-256 of everything before it.
 ``torch.load`` reads it too (a zip archive may be followed by other bytes), but does not notice a flipped bit.
@@ -79,7 +79,7 @@ def read(
 
     Args:
         alive: called whenever a part is read.
-        mmap: leave tensors on the disk until they are used: for what takes a part of them, at once.
+        mmap: leave tensors on the disk until they are used, for callers that use only some of them.
     """
 
     if path.suffix == encoder.SUFFIX:
@@ -131,12 +131,12 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: isinstance(value, list) and all(type(name) is str for name in value),
     "versions": lambda value: isinstance(value, dict) and all(type(t) is str for pair in value.items() for t in pair),
 }
-"""What the entries of a checkpoint that commands use must be, where there are any."""
+"""The types of a checkpoint's entries, where there are any."""
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 that a checkpoint file states of itself, in hexadecimal, which :func:`read` verifies; of an encoder
-    file, that of its content.
+    """The SHA-256 in hexadecimal: as a checkpoint states it, which :func:`read` verifies; computed from the content of an
+    encoder file.
 
     Raises CheckpointError naming the file.
     """
@@ -163,8 +163,8 @@ def step_of(path: Path) -> int:
 class CheckpointDir:
     """The checkpoints of one run, ``step_00000123.pt`` after 123 optimizer steps.
 
-    The newest ``keep`` stay, and as milestones those after multiples of ``keep_every`` steps. ``alive`` is called
-    whenever a part of one is read or written.
+    The newest ``keep`` are kept, and for good the milestones, after multiples of ``keep_every`` steps. ``alive`` is
+    called whenever a part of a file is read or written.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class CheckpointDir:
         return self.folder / f"step_{step:08d}.pt"
 
     def is_milestone(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` stays for good."""
+        """Whether the checkpoint of ``step`` is kept for good."""
         return self.keep_every is not None and step % self.keep_every == 0
 
     def sweep(self) -> None:
@@ -194,17 +194,16 @@ class CheckpointDir:
         delete_strays(self.folder.parent)
 
     def set_aside(self, step: int, say: Callable[[str], object]) -> None:
-        """Renames the checkpoints after ``step``, from which a run goes on without them.
+        """Renames the checkpoints after ``step``, from which a run continues.
 
-        They are damaged, or belong to a run that was begun anew; nothing is deleted. Left under their names, they would
-        count as the newest.
+        They are damaged, or belong to a run that started again. Under their names they would count as the newest.
         """
         for path in self.paths():
             if step_of(path) > step:
                 set_aside(path, say)
 
     def save(self, state: State, keep_steps: Collection[int] = ()) -> Path:
-        """Writes ``state``, then deletes all but the newest ``keep`` and those of ``keep_steps`` and its milestones.
+        """Writes ``state``, then deletes all checkpoints but the newest ``keep``, ``keep_steps`` and the milestones.
 
         Raises OSError, with the older checkpoints as they were.
         """
@@ -221,10 +220,7 @@ class CheckpointDir:
         return path
 
     def best(self) -> dict[str, Any] | None:
-        """The ``step`` and ``score`` of the best evaluation, if its checkpoint is there.
-
-        By the newest checkpoint that can be read.
-        """
+        """The ``step`` and ``score`` of the best evaluation by the newest readable checkpoint, if its file exists."""
         for path in reversed(self.paths()):
             with contextlib.suppress(CheckpointError):
                 best = _best_of(header(path))
@@ -232,7 +228,7 @@ class CheckpointDir:
         return None
 
     def load_latest(self, warn: Callable[[str], object], map_location: str | torch.device = "cpu") -> State | None:
-        """The newest readable state, or None without a checkpoint. Each unreadable one is told to ``warn`` in a line.
+        """The newest readable state, or None without a checkpoint. ``warn`` gets a line for each unreadable one.
 
         Raises CheckpointError if there are checkpoints and none is readable.
         """
@@ -248,7 +244,7 @@ class CheckpointDir:
 
 
 def header(path: Path) -> State:
-    """What a checkpoint file says, unverified; its tensors stay on the disk until they are used.
+    """The content of a checkpoint file, unverified; its tensors stay on the disk until they are used.
 
     Raises CheckpointError naming the file.
     """
@@ -319,7 +315,7 @@ def _best_of(state: State) -> dict[str, Any] | None:
 
 
 def describe(path: Path, state: State) -> str:
-    """The line that tells which checkpoint a command takes."""
+    """The line that says which checkpoint a command takes."""
     step, best = state.get("step"), _best_of(state)
     if step is None:
         return f"checkpoint {path}"

@@ -1,4 +1,4 @@
-"""Where a run goes on: from the same checkpoint on all ranks."""
+"""Resumes all ranks from the same checkpoint."""
 
 import sys
 
@@ -11,8 +11,8 @@ from fcmae.distributed import World
 def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:
     """The newest state that the first rank can read, on every rank; None without a checkpoint.
 
-    Each rank for itself might take another one, e.g. where a disk fails on one of the machines. What cannot be read is
-    told in a line each. Raises CheckpointError.
+    Ranks that chose by themselves could differ, e.g. if a disk fails on one machine. Each unreadable checkpoint gets a
+    line. Raises CheckpointError.
     """
     state: State | None = None
 

@@ -37,19 +37,19 @@ class EagerBackward(Generic[Result]):
         return self.run(batch, last)
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """Nothing to release."""
 
 
 class GraphedBackward(Generic[Result]):
     """A :data:`Pass` that is recorded at its first call and replayed from then on.
 
-    The gradients stay the same tensors, so nobody else may replace ``.grad``: :meth:`start_step` clears them. Batches
+    The gradients stay the same tensors, so nothing else may replace ``.grad``: :meth:`start_step` clears them. Batches
     must keep the shapes of the first; randomness drawn in a replay would repeat.
 
     Args:
         run: the pass to record.
         model: the model whose gradients it fills.
-        accumulate: add to the gradients, for several micro-batches a step; else a replay overwrites them, which saves
+        accumulate: add to the gradients, for several micro-batches per step; otherwise a replay overwrites them, without
             clearing and adding.
         exchange: what ``run`` exchanges gradients with, between several ranks.
     """
@@ -84,7 +84,7 @@ class GraphedBackward(Generic[Result]):
         return result
 
     def close(self) -> None:
-        """Forgets the graphs. NCCL does not end while a graph holds its collectives."""
+        """Releases the graphs. NCCL does not end while a graph holds its collectives."""
         for graph, _ in self.recorded.values():
             graph.reset()
         self.recorded.clear()
@@ -110,7 +110,7 @@ class GraphedBackward(Generic[Result]):
         pool = None
         for last in (False, True) if self.accumulate and self.exchange is not None else (True,):
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on meanwhile: the loader's, which pins memory, and NCCL's watchdog.
+            # Other threads keep running: the loader's, which pins memory, and NCCL's watchdog.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = self.run(self.batch, last)
             self.recorded[last] = graph, result
@@ -118,7 +118,7 @@ class GraphedBackward(Generic[Result]):
 
 
 def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
-    """Whether steps are replayed from a CUDA graph. Raises ConfigError where that was asked for and cannot be."""
+    """Whether steps are replayed from a CUDA graph. Raises ConfigError if that was asked for and is not possible."""
     assert isinstance(cfg, PretrainConfig | FinetuneConfig)
     obstacles = graph_obstacles(cfg, device.type)
     if cfg.engine.name in (*HOST_BOUND, "timm"):

@@ -1,4 +1,4 @@
-"""The same bits from the same run, on a GPU too, whatever it costs (``trainer.deterministic``)."""
+"""Bit-identical results of the same run on a GPU, too (``trainer.deterministic``)."""
 
 import os
 
@@ -13,11 +13,11 @@ def only_deterministic_algorithms() -> None:
     # cuBLAS may otherwise pick another workspace, and with it another order of summation, stream by stream.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # It would also fill memory that is written a moment later.
+    # Filling memory that is overwritten at once costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # the fastest algorithm of today is not that of tomorrow
+    torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
     from torch._inductor import config as inductor
 
     if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True  # nor are the block sizes of a reduction
+        inductor.deterministic = True  # no autotuning of the block sizes of reductions

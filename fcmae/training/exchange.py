@@ -1,7 +1,7 @@
-"""Gradients summed over the ranks, bucket by bucket, while the backward pass is still under way.
+"""Sums gradients over the ranks, bucket by bucket, during the backward pass.
 
-What torch's DistributedDataParallel does, made of nothing but tensor operations and collectives. So a CUDA graph
-records it together with the backward pass, and steps are replayed on several GPUs as they are on one.
+Like torch's DistributedDataParallel, but made of tensor operations and collectives only, so that a CUDA graph records
+it together with the backward pass.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 100 * 2**20
-"""Few: every bucket holds up what runs beside it for a while (measured: docs/scale.md)."""
+"""Few buckets, because each of them slows down the kernels that run beside it (measured: docs/scale.md)."""
 LAST_SHARE = 1 / 32
-"""Of the bytes, for the last bucket: what the stem and the first stages have, and nothing hides."""
+"""Share of the bytes in the last bucket, of the stem and the first stages: nothing hides its exchange."""
 
 
 class Bucket:
-    """Parameters whose gradients travel together, in one flat buffer."""
+    """Parameters whose gradients are exchanged together, in one flat buffer."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self.params = params
@@ -27,7 +27,7 @@ class Bucket:
         self.flat = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
         self.views = [_as(part, p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
         self.missing: set[Tensor] = set()
-        """Gradients that are still to come."""
+        """Parameters whose gradients are not there yet."""
         self.work: dist.Work | None = None
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class Bucket:
         self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
     def finish(self) -> None:
-        """The sum is in ``.grad``; on a GPU nobody waits but the stream."""
+        """Puts the sum into ``.grad``; on a GPU only the stream waits."""
         assert self.work is not None
         self.work.wait()
         self.work = None
@@ -82,7 +82,7 @@ class GradientExchange:
 
     @contextlib.contextmanager
     def __call__(self, last: bool = True) -> Iterator[None]:
-        """In this block runs the backward pass of a micro-batch; if it is a step's ``last``, gradients are exchanged.
+        """Runs the backward pass of a micro-batch in its block; exchanges gradients if it is the ``last`` of a step.
 
         Raises RuntimeError naming a parameter that got no gradient, without which its bucket cannot start.
         """
@@ -105,13 +105,13 @@ class GradientExchange:
             bucket.finish()
 
     def attach(self) -> None:
-        """Makes the buffers, cleared, the gradients, for passes that add to them."""
+        """Clears the buffers and makes them the gradients, for passes that add to them."""
         for bucket in self.buckets:
             bucket.flat.zero_()
             bucket.attach()
 
     def _arrived(self, param: Tensor) -> None:
-        """A parameter's gradient is complete: starts the buckets whose turn it is."""
+        """Called when a parameter's gradient is complete: starts the buckets whose turn it is."""
         if not self._active:
             return
         self._bucket[param].missing.discard(param)
@@ -127,7 +127,7 @@ def _as(part: Tensor, param: Tensor) -> Tensor:
 
 
 def _split(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
-    """Runs of at most ``limit`` bytes; the last parameters have one of their own, of ``LAST_SHARE`` at most."""
+    """Runs of at most ``limit`` bytes; the last parameters are a separate run, of at most ``LAST_SHARE``."""
     sizes = list(itertools.accumulate(_nbytes(param) for param in reversed(params)))
     last = sum(size <= LAST_SHARE * sizes[-1] for size in sizes)
     yield from _runs(params[: len(params) - last], limit)
@@ -139,7 +139,7 @@ def _nbytes(param: nn.Parameter) -> int:
 
 
 def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters of one kind, of at most ``limit`` bytes, or of one parameter."""
+    """Runs of parameters of one dtype and device, of at most ``limit`` bytes or of one parameter."""
     part: list[nn.Parameter] = []
     size = 0
     for param in params:
@@ -155,7 +155,7 @@ def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]
 
 
 def broadcast(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """The first rank's parameters and buffers for all."""
+    """Sends rank 0's parameters and buffers to all ranks."""
     with torch.no_grad():
         tensors = [*model.parameters(), *model.buffers()]
         for work in [dist.broadcast(t, group_src=0, group=group, async_op=True) for t in tensors]:

@@ -1,4 +1,4 @@
-"""Losses and gradients that are infinite or NaN: noticed before the optimizer steps, reported with their samples."""
+"""Finds losses and gradients that are infinite or NaN before the optimizer steps, and reports their samples."""
 
 import json
 import sys
@@ -17,13 +17,12 @@ from fcmae.tasks.task import Task
 
 
 class FiniteGuard:
-    """Keeps, on the device, the optimizer from stepping with a gradient that is not finite.
+    """Keeps the optimizer from stepping with a gradient that is not finite, without a synchronisation per step.
 
-    The gradient is the mean over ranks, so all ranks agree, and asking costs no synchronisation with the device until
-    the guard is read.
+    The gradient is the mean over ranks, so all ranks agree. Only reading the guard waits for the device.
 
     Args:
-        skip: leave out only such steps; otherwise no step after the first of them changes anything either.
+        skip: leave out such steps only; otherwise no later step changes anything either.
     """
 
     def __init__(self, device: torch.device, skip: bool = False) -> None:
@@ -86,7 +85,7 @@ def infectious(loss: Tensor) -> Tensor:
 
 
 def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> Path:
-    """Lists the samples of a step, and saves what this rank saw of them: its micro-batches, read once more."""
+    """Lists the samples of a step, and saves this rank's micro-batches, which are read again."""
     listed = run_dir / f"nonfinite_step_{step:08d}.json"
     dataset = errors_aside(task.dataset(), plan.num_samples, plan.seed, task.cfg.loader.on_error == "skip")
     try:

@@ -1,4 +1,4 @@
-"""The training loop, for both tasks. It reads from top to bottom: set up, resume, steps, save."""
+"""The training loop of both tasks, from top to bottom: set up, resume, steps, save."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -108,7 +108,7 @@ class _Training:
             say(f"trainer.micro_batch_size=auto takes {self.plan.micro_batch_size}")
 
     def _begin_folder(self) -> None:
-        """Renames what the run continues without, writes the config, and tells the user what begins."""
+        """Renames files that the run does not use, writes the config, and prints what begins."""
         self.checkpoints.sweep()
         self.checkpoints.set_aside(self.state.step, say)
         if not self.cfg.trainer.resume:
@@ -210,9 +210,9 @@ class _Training:
         self.logger.log(step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
 
     def _look(self) -> bool:
-        """Whether a monitor that is due found this state the best so far.
+        """Runs the monitors that are due. Returns whether one of them found this state the best so far.
 
-        A stop does not wait for them, and changes the verdict: the next process begins with them.
+        A stop does not wait for them: the next process begins with them.
         """
         state = self.state
         if not state.evaluation_due or self.verdict != Verdict.GO_ON:
@@ -231,7 +231,7 @@ class _Training:
         return best
 
     def _wish(self) -> bool:
-        """Whether this rank wishes to stop. Monitors ask before every batch, so they do not stand still."""
+        """Whether this rank wants to stop. Monitors ask before every batch, which also feeds the watchdog."""
         self.watchdog.beat()
         return self.stop.wished()
 
@@ -244,7 +244,7 @@ class _Training:
 
 
 def _due_monitors(task: Task, step: int, stop_step: int, plan: BatchPlan) -> list[Monitor]:
-    """The monitors that look after a step: all of them at the end."""
+    """The monitors that run after a step: all of them at the end."""
     return [m for m in task.monitors if step == stop_step or _due(step, m.every_epochs, plan)]
 
 
@@ -257,5 +257,5 @@ def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
 def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreement, run_dir: Path) -> str:
     again = f"the same command with hydra.run.dir={run_dir}"
     if step == stop_step < total_steps:
-        return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps goes on"
-    return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} goes on"
+        return f"stopped at trainer.max_steps={stop_step} of {total_steps}; {again} and more steps continues"
+    return f"stopped after step {step} of {total_steps} ({stop.reason()}); {again} continues"

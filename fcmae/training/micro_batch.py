@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into the memory of every rank's device (``trainer.micro_batch_size=auto``)."""
+"""Finds the largest micro-batch that fits into every rank's memory (``trainer.micro_batch_size=auto``)."""
 
 import bisect
 import contextlib
@@ -23,9 +23,9 @@ from fcmae.training.state import TrainState
 
 AUTO = "auto"
 LIMITED = ("cuda",)
-"""Types of devices that refuse memory. On a CPU nothing is tried: its operating system kills the process instead."""
+"""Types of devices that report when memory runs out. Nothing is tried on a CPU, where the system kills the process."""
 MARGIN = 0.06
-"""Share of a device's memory that is left: for collectives, libraries, and pieces that are too small to use."""
+"""Share of a device's memory that stays free for collectives, libraries and fragmentation."""
 
 
 def find(task: Task, plan: Callable[[int | None], BatchPlan], state: TrainState, world: World) -> BatchPlan:
@@ -35,7 +35,7 @@ def find(task: Task, plan: Callable[[int | None], BatchPlan], state: TrainState,
     weights, gradients, generators, or the statistics of memory.
 
     Args:
-        plan: the plan with micro-batches of at most so many samples, None = a rank's whole share. Raises UsageError for
+        plan: makes the plan for micro-batches of at most this size, None = a rank's whole share. Raises UsageError for
             a size that does not do.
 
     Raises OutOfMemory if the smallest micro-batch does not fit on some rank.
@@ -73,7 +73,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def how_to_shrink(cfg: RunConfig, world: World, asked: int | str | None) -> str:
-    """What to change where memory runs out."""
+    """What to change if memory runs out."""
     share = math.ceil(cfg.optim.global_batch_size / world.size)
     size = cfg.trainer.micro_batch_size
     size = share if size in (None, AUTO) else min(size, share)

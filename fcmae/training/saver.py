@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied to the host, a thread writes it to the disk."""
+"""Saving in the background: the state is copied to the host, and a thread writes it to the disk."""
 
 import sys
 import threading
@@ -46,10 +46,9 @@ class HostCopy:
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time, on the one rank that does so; with milestones of pretraining
-    the encoder alone.
+    """Writes checkpoints in the background, one at a time, on one rank; for milestones of pretraining also the encoder.
 
-    ``failed`` turns true as soon as a write went wrong and the run is to stop for it; the reason was printed then.
+    ``failed`` is true once a write has failed and the run is to stop for it; the reason was printed.
     """
 
     def __init__(self, checkpoints: CheckpointDir, on_error: str, enabled: bool) -> None:
@@ -63,7 +62,7 @@ class Saver:
         self._stall: float | None = None
 
     def save(self, state: Callable[[], State]) -> None:
-        """Starts to write what ``state`` returns; waits for the write before, and for the copy to the host."""
+        """Starts to write what ``state`` returns; waits for the previous write and for the copy to the host."""
         if not self.enabled:
             return
         start = time.perf_counter()
@@ -73,7 +72,7 @@ class Saver:
         self._stall = (self._stall or 0.0) + time.perf_counter() - start
 
     def take_stall(self) -> dict[str, float]:
-        """The metric ``checkpoint_stall_seconds``, for which training stood still since last asked, if it did."""
+        """The metric ``checkpoint_stall_seconds``: seconds that training waited since the last call, if any."""
         stall, self._stall = self._stall, None
         return {} if stall is None else {"checkpoint_stall_seconds": stall}
 
@@ -84,7 +83,7 @@ class Saver:
             raise SaveError(f"the last checkpoint was not saved: {_reason(self._error)}")
 
     def close(self) -> None:
-        """Waits for the write that is under way."""
+        """Waits for the current write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -99,11 +98,11 @@ class Saver:
             if state["task"] == "pretrain" and self.checkpoints.is_milestone(state["step"]):
                 encoder.write(self.checkpoints.folder / f"encoder_{state['step']:08d}.safetensors", state)
             self._error = None
-        except Exception as error:  # nobody else would see it
+        except Exception as error:  # a thread's error would be lost
             self._error = error
             self.failed = self.on_error == "stop"
             path = self.checkpoints.path(state["step"])
-            what_now = "the run stops" if self.failed else "training goes on"
+            what_now = "the run stops" if self.failed else "training continues"
             what_now += f" (trainer.on_save_error={self.on_error})"
             print(f"checkpoint {path} was not saved: {_reason(error)}; {what_now}", file=sys.stderr, flush=True)
 

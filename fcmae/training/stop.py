@@ -1,4 +1,4 @@
-"""When to stop: every rank may wish to, and all of them do so after the same step."""
+"""When to stop: any rank may ask to, and all ranks stop after the same step."""
 
 import time
 from enum import IntEnum
@@ -14,7 +14,7 @@ from fcmae.errors import Interrupted
 
 
 class Verdict(IntEnum):
-    """What the ranks agreed upon; of different wishes the largest counts."""
+    """What the ranks agreed on: the largest of their wishes."""
 
     GO_ON = 0
     STOP = 1
@@ -26,11 +26,11 @@ class Verdict(IntEnum):
 class StopAgreement:
     """Asks all ranks, after every step, whether one of them wants to stop.
 
-    The question is a collective between the hosts that nobody waits for: its answer is read one step later, when it has
-    long arrived. So the ranks agree on the step, and neither they nor their GPUs wait for each other.
+    The question is an asynchronous all_reduce between the hosts, whose answer is read one step later. So the ranks
+    agree on the step, and neither they nor their GPUs wait for each other.
 
     Args:
-        max_hours: wish to stop so long after the start of the process; None = never.
+        max_hours: stop this long after the start of the process; None = never.
     """
 
     def __init__(self, world: World, max_hours: float | None = None) -> None:
@@ -39,21 +39,21 @@ class StopAgreement:
         self._pending: tuple[Tensor, dist.Work | None] | None = None
 
     def at_once(self) -> Verdict:
-        """The verdict on the wishes of this moment; the ranks wait for each other."""
+        """The verdict on the current wishes; the ranks wait for each other."""
         return Verdict(int(self.world.max(torch.tensor(self._wish(failed=False)))))
 
     def before_training(self, run_dir: Path) -> None:
-        """Between two phases of the set-up: raises Interrupted, on all ranks, if one of them wishes to stop."""
+        """Between two phases of the set-up: raises Interrupted on all ranks if one of them wants to stop."""
         if self.at_once() != Verdict.GO_ON:
-            again = f"the same command with hydra.run.dir={run_dir} goes on"
+            again = f"the same command with hydra.run.dir={run_dir} continues"
             raise Interrupted(f"stopped before the first step ({self.reason()}); {again}")
 
     def wished(self) -> bool:
-        """Whether this rank wishes to stop; the others may not know."""
+        """Whether this rank wants to stop; the others may not know."""
         return self._wish(failed=False) == Verdict.STOP
 
     def after_step(self, failed: bool) -> Verdict:
-        """Asks anew, and returns the verdict on the wishes after the step before (on one rank: of this moment)."""
+        """Asks again, and returns the verdict on the wishes of the previous step (with one rank: of this one)."""
         wish = torch.tensor(self._wish(failed))
         if self.world.size == 1:
             return Verdict(int(wish))
@@ -62,7 +62,7 @@ class StopAgreement:
         return verdict
 
     def close(self) -> Verdict:
-        """Reads the answer that is still under way. Call on all ranks after the last step."""
+        """Reads the pending answer. Call on all ranks after the last step."""
         if self._pending is None:
             return Verdict.GO_ON
         answer, work = self._pending
@@ -72,7 +72,7 @@ class StopAgreement:
         return Verdict(int(answer))
 
     def reason(self) -> str:
-        """Why this rank wishes to stop, for the message."""
+        """Why this rank wants to stop, for the message."""
         if signal := interrupt.received():
             return signal
         return "trainer.max_hours" if self._late() else "another rank was asked to"

@@ -1,4 +1,4 @@
-"""A run that stands still ends, and leaves the Python stacks of every rank."""
+"""Ends a run that hangs, and leaves the Python stacks of every rank."""
 
 import faulthandler
 import itertools
@@ -15,11 +15,11 @@ from fcmae.opening import open_to_append
 from fcmae.processes import Process, is_stopped
 
 DUMP = getattr(signal, "SIGURG", None)
-"""Asks a rank for its stacks. Whoever does not expect it ignores it."""
+"""Asks a rank for its stacks; a process without a handler ignores it."""
 
 
 KEPT = 4
-"""Files of stacks that earlier processes of a rank left."""
+"""Files of stacks to keep of earlier processes of a rank."""
 
 
 class Watchdog:
@@ -54,7 +54,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="fcmae-watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Something was finished: a step, a batch of an evaluation, a part of a save."""
+        """Call when something was finished: a step, a batch of an evaluation, a part of a save."""
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self.timeout + 2 * self.GRACE, exit=True, file=self._file)
 

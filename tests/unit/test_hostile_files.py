@@ -150,7 +150,7 @@ def test_a_process_that_is_none_gets_no_signal(values):
 def test_a_start_time_from_the_network_names_no_folder(monkeypatch):
     assert distributed._checked_time(b"2026-01-31_23-59-59") == "2026-01-31_23-59-59"
     for told in (b"../../home/me", b"/tmp/x", b"2026-01-31_23-59-59/..", b"\xff", b"", b"2026-1-31_23-59-59"):
-        with pytest.raises(UsageError, match="is not a time such as .*; another program answers there"):
+        with pytest.raises(UsageError, match="is not a time such as .*; another program uses this port"):
             distributed._checked_time(told)
 
 
