@@ -135,8 +135,8 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 in hexadecimal: as a checkpoint states it, which :func:`read` verifies; computed from the content of an
-    encoder file.
+    """The SHA-256 in hexadecimal: as a checkpoint states it, which :func:`read` verifies; computed from the content of
+    an encoder file.
 
     Raises CheckpointError naming the file.
     """
