@@ -11,6 +11,7 @@ from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
+from fcmae.models.build import is_classifier
 from fcmae.opening import open_regular
 from fcmae.version import __version__
 
@@ -105,7 +106,7 @@ def _data(data: DataConfig) -> dict[str, Any]:
         "std": data.std or "normalised by the source",
         "padding": data.pad or None,
         "evaluation crop": data.crop_pct if max(data.size) < WARP_FROM else "none, both sides are resized",
-        "labelled images of a class": data.labels_per_class,
+        "labelled images per class": data.labels_per_class,
     }
 
 
@@ -148,6 +149,7 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
         }
     assert isinstance(cfg, FinetuneConfig)
     return {
+        "objective": None if is_classifier(cfg) else f"{_text(cfg.objective['_target_'])}, whose head is not exported",
         "drop path": cfg.model.drop_path_rate,
         "EMA decay": cfg.optim.ema_decay,
         **{name.replace("_", " "): _text(value) or None for name, value in dataclasses.asdict(cfg.augment).items()},

@@ -58,6 +58,7 @@ def test_the_examples_train_resume_evaluate_and_export(fcmae_here, here):
         assert steps == [str(step) for step in range(1, len(steps) + 1)]
         assert len(steps) > 4
         fcmae_here("export", name, "--to", "timm", "--out", f"{name}_timm")
+    assert "number.py:Number, whose head is not exported" in (here / "fine_timm" / "README.md").read_text()
     assert "names the class" in fcmae_here("evaluate", "checkpoint=fine", check=2).stderr
     allowed = "allow=[number.py:Number, cells.py:Cells]"
     fcmae_here("evaluate", "checkpoint=fine", allowed, "out=result.json")
