@@ -68,6 +68,10 @@ def check_not_negative(key: str, value: float | None) -> None:
     check(key, value, value is None or 0 <= value < math.inf, "a number that is not negative")
 
 
+def check_device(key: str, value: str) -> None:
+    check_one_of(key, value, ("auto", "cpu", "cuda"))
+
+
 def check_seed(value: int) -> None:
     check("seed", value, 0 <= value < 2**63, "an integer from 0 to 2**63 - 1")
 

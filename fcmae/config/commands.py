@@ -9,6 +9,7 @@ from fcmae.config.checks import (
     check,
     check_channels,
     check_class,
+    check_device,
     check_neighbours,
     check_not_negative,
     check_one_of,
@@ -170,7 +171,7 @@ class CheckpointConfig:
         check("checkpoint", self.checkpoint, bool(self.checkpoint), "a run's directory or a checkpoint file")
         check_positive("batch_size", self.batch_size)
         check_one_of("precision", self.precision, PRECISIONS)
-        check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check_device("device", self.device)
         # Before the checkpoint is read; what depends on its channels is checked with them.
         alone = {name: value for name, value in self._given().items() if name not in CHANNELS}
         from_dict(DataConfig, alone, prefix="data")

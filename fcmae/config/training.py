@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import check, check_neighbours, check_not_negative, check_one_of, check_positive
+from fcmae.config.checks import check, check_device, check_neighbours, check_not_negative, check_one_of, check_positive
 from fcmae.plugins import is_named
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -118,7 +118,7 @@ class TrainerConfig:
         return device == "cuda" if self.compile is None else self.compile
 
     def __post_init__(self) -> None:
-        check_one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        check_device("trainer.device", self.device)
         micro = self.micro_batch_size
         ok = micro in (None, "auto") or (type(micro) is int and micro > 0)
         check("trainer.micro_batch_size", micro, ok, "a positive integer, auto or null")

@@ -49,8 +49,8 @@ class GraphedBackward(Generic[Result]):
     Args:
         run: the pass to record.
         model: the model whose gradients it fills.
-        accumulate: add to the gradients, for several micro-batches per step; otherwise a replay overwrites them, without
-            clearing and adding.
+        accumulate: add to the gradients, for several micro-batches per step; otherwise a replay overwrites them, which
+            saves clearing and adding.
         exchange: what ``run`` exchanges gradients with, between several ranks.
     """
 

@@ -121,7 +121,7 @@ def test_a_signal_in_the_set_up_is_acted_on_before_the_next_phase(monkeypatch, t
     monkeypatch.setattr(places.get(not_reached, run), not_reached, must_not)
     assert cli.main([*TINY_PRETRAIN, f"hydra.run.dir={tmp_path}/run"]) == 75
     error = capfd.readouterr().err
-    assert f"stopped before the first step (SIGTERM); the same command with hydra.run.dir={tmp_path}/run continues" in error
+    assert f"before the first step (SIGTERM); the same command with hydra.run.dir={tmp_path}/run continues" in error
 
 
 WITHOUT_POSIX_SIGNALS = """

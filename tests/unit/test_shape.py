@@ -1,4 +1,4 @@
-"""Limits on the shape of the code: arguments of functions, one place for what all share."""
+"""Limits on the shape of the code: length of files, arguments of functions, one place for what all share."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ import fcmae
 PACKAGE = Path(fcmae.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_ARGUMENTS = 10
+MAX_LINES = 400
 
 
 def of_package(pattern: str) -> set[str]:
@@ -24,6 +25,11 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
             named = [*args.posonlyargs, *args.args, *args.kwonlyargs]
             count = len([arg for arg in named if arg.arg not in ("self", "cls")])
             yield f"{file.relative_to(PACKAGE)}:{node.name}", count
+
+
+def test_no_file_is_long():
+    lines = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_no_function_has_many_arguments():
