@@ -81,7 +81,7 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
             f"it {kind}{' without ' + ', '.join(lacking) if lacking else ''}"
         )
     for name in methods:
-        _check_signature(getattr(found, name), getattr(protocol, name), f"{key}._target_ is {target!r}, whose {name}")
+        _check_signature(found, name, protocol, f"{key}._target_ is {target!r}, whose {name}")
     try:
         made = found(**more, **arguments)
     except UsageError:
@@ -113,15 +113,16 @@ def _has(found: Any, method: str) -> bool:
     return callable(given) or isinstance(given, classmethod | staticmethod)
 
 
-def _check_signature(given: Any, wanted: Any, what: str) -> None:
+def _check_signature(found: type, method: str, protocol: type, what: str) -> None:
     """Raises ConfigError if a method cannot be called with the arguments that the protocol names."""
-    names = list(inspect.signature(wanted).parameters)
+    names = list(inspect.signature(getattr(protocol, method)).parameters)
+    bound = isinstance(inspect.getattr_static(found, method), classmethod | staticmethod)
     try:
-        signature = inspect.signature(given)
+        signature = inspect.signature(getattr(found, method))
     except ValueError:  # a method in C
         return
     try:
-        signature.bind(*names)
+        signature.bind(*names[bound:])
     except TypeError as error:
         raise ConfigError(f"{what} must take ({', '.join(names[1:])}); it takes {signature} ({error})") from error
 

@@ -157,6 +157,14 @@ class Incomplete:
         return torch.zeros(rows * cols)
 
 
+class Static:
+    needs_pixels = False
+
+    @staticmethod
+    def scores(rng, rows, cols, crop):
+        return torch.zeros(rows * cols)
+
+
 class OtherArguments:
     needs_pixels = False
 
@@ -205,6 +213,7 @@ def test_a_mask_that_reads_pixels_is_refused_where_the_gpu_decodes():
     with pytest.raises(ConfigError, match="data.decode_on must be cpu with .*WeightedMask, which reads the pixels"):
         create_mask(given, "gpu")
     create_mask({"_target_": "fcmae.masks.BlockMask"}, "gpu")
+    create_mask({"_target_": f"{__name__}.Static"}, "gpu")
 
 
 def test_a_channel_that_images_lack_is_refused_in_one_line():
