@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae import interrupt
+from fcmae.config import LoaderConfig
 from fcmae.data import shared_memory as shared
 from fcmae.data.collate import Batch, collate
+from fcmae.data.cores import default_workers
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside
+from fcmae.distributed import World
 from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
 
@@ -37,6 +40,12 @@ class Workers:
     pin_memory: bool = False
     prefetch: int = 2
     timeout: float = 0
+
+    @classmethod
+    def of(cls, cfg: LoaderConfig, world: World, timeout: float = 0) -> "Workers":
+        """The workers of one rank."""
+        count = default_workers(world.device, world.local_size) if cfg.workers is None else cfg.workers
+        return cls(count, world.device.type == "cuda", cfg.prefetch, timeout)
 
 
 class TrainBatches:

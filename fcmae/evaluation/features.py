@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
-from fcmae.data.cores import default_workers
 from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.data.samples import CroppedImages, EvaluationImages
@@ -68,13 +67,12 @@ def batches(
         dataset: reads the samples in another way than evaluation does.
         stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
-    workers = default_workers(world.device, world.local_size) if loader.workers is None else loader.workers
     loaded = eval_loader(
         _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels))),
         batch_size,
         rank=world.rank,
         world_size=world.size,
-        workers=Workers(workers, pin_memory=world.device.type == "cuda", prefetch=loader.prefetch),
+        workers=Workers.of(loader, world),
     )
     stopped = torch.tensor(0)
     for imgs, labels, places in readable(loaded, len(source), loader.on_error == "skip", loader.max_bad):

@@ -6,7 +6,6 @@ from fcmae import precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
 from fcmae.config import RunConfig
 from fcmae.config.recipe import MICRO_BATCH, check_recipe
-from fcmae.data.cores import default_workers
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
@@ -77,9 +76,8 @@ def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: B
 def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> TrainBatches:
     """This rank's micro-batches of ``steps``."""
     cfg = task.cfg
-    count = default_workers(world.device, world.local_size) if cfg.loader.workers is None else cfg.loader.workers
     timeout = cfg.trainer.hang_timeout + Watchdog.GRACE / 2  # the watchdog, which leaves stacks, comes first
-    workers = Workers(count, world.device.type == "cuda", cfg.loader.prefetch, timeout)
+    workers = Workers.of(cfg.loader, world, timeout)
     return TrainBatches(task.dataset(), plan, world.rank, steps, workers, skip=cfg.loader.on_error == "skip")
 
 
