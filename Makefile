@@ -51,7 +51,7 @@ format: $(VENV)/.dev
 
 # docs/config.md, from the dataclasses of fcmae/config; a test compares.
 reference: $(VENV)/.dev
-	$(BIN)/python -m fcmae.config.reference > docs/config.md
+	$(BIN)/python -m benchmarks.reference > docs/config.md
 
 # Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
 demo-data:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fcmae.config import COMMANDS, reference
+from benchmarks import reference
+from fcmae.config import COMMANDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
