@@ -16,10 +16,10 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.unreadable import BadSamples, errors_aside
 from fcmae.distributed import World
 from fcmae.errors import OutOfMemory, UsageError
-from fcmae.precision import autocast
 from fcmae.randomness import preserved
 from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
+from fcmae.training.step import TrainingStep
 
 AUTO = "auto"
 LIMITED = ("cuda",)
@@ -96,6 +96,9 @@ class Trial:
             self.sample: list[Tensor] = BadSamples(skip).take(collate([item]), 0, replaced=True)
             self.sample += task.draw(0, range(1))
         weights = sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
+        self.step = TrainingStep(
+            task.model, lambda batch: task.loss(task.model, batch), self.device, task.cfg.precision
+        )
         # AdamW's moments come with the first step; the buffers of an exchange are beside the gradients.
         self.later = weights * (2 * (not state.optimizer.state) + (world.size > 1))
         if self.device.type == "cuda":
@@ -118,9 +121,7 @@ class Trial:
         held = [torch.empty(self.later, dtype=torch.uint8, device=self.device)]
         batch = [torch.cat([part.to(self.device)] * (size // self.crops)) for part in self.sample]
         held += [part.clone() for part in batch]  # the next one is on its way
-        with autocast(self.device, self.task.cfg.precision):
-            loss, _ = self.task.loss(self.task.model, batch)
-        loss.backward()
+        self.step([batch])
 
     @contextlib.contextmanager
     def _without_trace(self) -> Iterator[None]:

@@ -45,11 +45,7 @@ def test_the_folder_of_training_is_small():
 def test_training_and_benchmarks_share_one_step():
     assert of_package(r"= (Graphed|Eager)Backward\(") == {"training/step.py"}
     passes = of_package(r"\.backward\(\)")
-    # micro_batch.py tries which sizes fit.
-    assert {name for name in passes if name.startswith(("training/", "bench/", "tasks/"))} == {
-        "training/step.py",
-        "training/micro_batch.py",
-    }
+    assert {name for name in passes if name.startswith(("training/", "bench/", "tasks/"))} == {"training/step.py"}
 
 
 def test_one_place_writes_files_whole():
