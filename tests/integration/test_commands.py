@@ -167,12 +167,30 @@ def test_no_command_overwrites_what_it_reads(fcmae, pretrained, tmp_path):
     (tmp_path / "labels.csv").write_text("a,1")
     before = {path: path.read_bytes() for path in (*tmp_path.rglob("*.*"), checkpoint_file)}
     for args, key in (
-        (("reconstruct", str(pretrained), "photo.png", "--out", "photo.png"), "--out is 'photo.png'"),
-        (("reconstruct", str(pretrained), "folder", "--out", "folder/a.png"), "--out is 'folder/a.png'"),
-        (("knn", f"checkpoint={checkpoint_file}", f"out={checkpoint_file}"), f"out is '{checkpoint_file}'"),
-        (("knn", f"checkpoint={pretrained}", "out=photo.png"), "out is 'photo.png', which holds something else"),
-        (("evaluate", "checkpoint=x", "labels=labels.csv", "per_class=labels.csv"), "per_class is 'labels.csv'"),
-        (("evaluate", "checkpoint=x", "per_class=a.json", "confusion=./a.json"), "confusion is './a.json'"),
+        (
+            ("reconstruct", str(pretrained), "photo.png", "--out", "photo.png"),
+            "--out must be another file; 'photo.png' is",
+        ),
+        (
+            ("reconstruct", str(pretrained), "folder", "--out", "folder/a.png"),
+            "--out must be another file; 'folder/a.png' is",
+        ),
+        (
+            ("knn", f"checkpoint={checkpoint_file}", f"out={checkpoint_file}"),
+            f"out must be another file; '{checkpoint_file}' is",
+        ),
+        (
+            ("knn", f"checkpoint={pretrained}", "out=photo.png"),
+            "out must be a new file or JSON; 'photo.png' is something else",
+        ),
+        (
+            ("evaluate", "checkpoint=x", "labels=labels.csv", "per_class=labels.csv"),
+            "per_class must be another file; 'labels.csv' is",
+        ),
+        (
+            ("evaluate", "checkpoint=x", "per_class=a.json", "confusion=./a.json"),
+            "confusion must be another file; './a.json' is",
+        ),
     ):
         assert f"fcmae {args[0]}: {key}" in fcmae(*args, check=2).stderr
     assert {path: path.read_bytes() for path in before} == before
