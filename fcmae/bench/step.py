@@ -51,6 +51,8 @@ class StepConfig:
     engines: list[str] = field(default_factory=lambda: ["packed", "masked", SUPERVISED])
     compile: list[bool] | None = None
     """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
+    strides: list[int] | None = None
+    """As ``model.strides``; None = timm's."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages, 1 to 4, whose activations packed and masked recompute instead of keeping them."""
     cuda_graph: bool | None = None
@@ -99,7 +101,7 @@ class StepResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
-    check_models(cfg.models, cfg.image_size, cfg.mask_ratio)
+    check_models(cfg.models, cfg.image_size, cfg.mask_ratio, cfg.strides)
     if cfg.deterministic:
         only_deterministic_algorithms()
     device = pick_device(cfg.device)
@@ -223,13 +225,14 @@ def _workload(
         mask_ratio=cfg.mask_ratio,
         engine=engine if engine in ENGINES else "packed",
         recompute_stages=cfg.recompute_stages,
+        strides=cfg.strides,
     )
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
     flops = visible_matmul_flops(fcmae, keep, rows * cols)
     batches: list[list[Tensor]] = []
     if engine in (SUPERVISED, DENSE):
-        model = create_backbone(name, num_classes=1000).to(device)
+        model = create_backbone(name, num_classes=1000, strides=cfg.strides).to(device)
         if engine == SUPERVISED:
             model.to(memory_format=torch.channels_last)
         for _ in range(DISTINCT_BATCHES):
