@@ -136,7 +136,8 @@ def _columns(name: str, value: Any) -> str | list[str] | None:
     several = isinstance(value, (list, tuple))
     ok = value is None or isinstance(value, str)
     ok = ok or (several and name == "table" and bool(value) and all(isinstance(column, str) for column in value))
-    check("data.label_column", value, ok, "a column's name, of a table also a list of some, or null")
+    ok = ok and not (several and len(set(value)) < len(value))
+    check("data.label_column", value, ok, "a column's name, of a table also a list of different ones, or null")
     return list(value) if several else value
 
 

@@ -79,6 +79,55 @@ def test_a_text_file_tsv_and_parquet_are_the_same(table, tmp_path):
     assert math.isnan(expected.values[3, 0])
 
 
+def written(folder, content, **arguments):
+    """A table with this content beside two images, a.png and b.png."""
+    for name in ("a.png", "b.png", "a\nb.png", "a\u2028b.png"):
+        Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "t.csv").write_bytes(content.encode())
+    return TableImages(folder / "t.csv", **arguments)
+
+
+def test_a_class_may_be_zero_or_false_in_parquet(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    written(tmp_path, "image\na.png\n")
+    table = {"image": ["a.png", "b.png"], "kind": [0, 1], "good": [False, True], "gap": [0.0, math.nan]}
+    parquet.write_table(arrow.table(table), tmp_path / "t.parquet")
+    assert TableImages(tmp_path / "t.parquet", label_column="kind").classes == ["0", "1"]
+    assert TableImages(tmp_path / "t.parquet", label_column="good").classes == ["False", "True"]
+    assert "empty in row 2" in TableImages(tmp_path / "t.parquet", label_column="gap").unlabelled
+
+
+def test_line_ends_within_a_field_belong_to_it(tmp_path):
+    source = written(tmp_path, 'image\n"a\nb.png"\na\u2028b.png\n')
+    assert [path.rpartition("/")[2] for path in source.paths] == ["a\nb.png", "a\u2028b.png"]
+
+
+def test_a_table_that_unpacks_to_much_is_refused_before(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(10_000, dtype=np.int32)), ["a" * 1000])
+    parquet.write_table(arrow.table({"image": names}), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    monkeypatch.setattr("fcmae.data.sources.table.MAX_BYTES", 5_000_000)
+    with pytest.raises(UsageError, match="unpacks to more than 5000000 bytes"):
+        TableImages(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image\na\0.png\n", r"not in .*: row 1 \('a\\x00.png'\)"),
+        ("", "it is empty"),
+        ("image,kind\n\na.png,1\n\nb.png\n", "not in line 5"),
+        ("image\n" + 100_000 * "a" + "\n", r"row 1 \(a{80}\)"),
+        ("image,age\na.png,1e39\n", r"must have numbers, but not in row 1 \('1e39'\)"),
+    ],
+)
+def test_odd_content_is_one_short_line(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        written(tmp_path, content, label_column=["age"] if "age" in content else None)
+    assert len(str(raised.value)) < 500
+
+
 MISTAKES = {
     "column": ({"label_column": "species"}, None, r"data.label_column is 'species'; .* columns image, kind"),
     "image column": ({"image_column": "photo"}, None, "data.image_column is 'photo'"),
@@ -197,7 +246,8 @@ def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column,
         ("multilabel", "[age]", r"data.label_column: age must be 0, 1 or empty; image \d+ of data.path has"),
         ("multilabel", "kind", r"data.path has no numbers; give data.name=table and data.label_column=\[COLUMN,...\]"),
         ("regress", "[kind]", "column kind of .* must have numbers"),
-        ("classify", "[age]", "data.path has no labels"),
+        ("classify", "[age]", "data.path has no labels: data.label_column is a list"),
+        ("regress", "[age,age]", "data.label_column must be .* a list of different ones"),
         ("regress", "[aeg]", "data.label_column is 'aeg'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Images that a table lists: a text file of paths, or CSV, TSV or Parquet with columns of labels or numbers."""
 
 import csv
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ MAX_BYTES = 2**32
 """Of a table."""
 NAMED = 3
 """Offending rows that a message names."""
+LENGTH = 80
+"""Characters of a value that a message shows."""
+BATCH = 1024
+"""Rows of a Parquet file that are decoded at a time."""
 
 Table = dict[str, list[Any]]
 
@@ -64,7 +69,8 @@ class TableImages:
         self.columns: list[str] = []
         self.values: Tensor | None = None
         if isinstance(label_column, str):
-            values = [str(_get(self.table, table, label_column)[row] or "") for row in rows]
+            labels = _get(self.table, table, label_column)
+            values = ["" if labels[row] is None or labels[row] != labels[row] else str(labels[row]) for row in rows]
             if "" in values:
                 self.unlabelled = f"the column {label_column} of {path} is empty in row {rows[values.index('')] + 1}"
                 return
@@ -73,6 +79,7 @@ class TableImages:
             self.numbers = [number[value] for value in values]
         elif label_column is not None:
             self.columns = list(label_column)
+            self.unlabelled = f"data.label_column is a list, {self.columns}; give a column of classes by its name"
             columns = [_numbers(self.table, table, name, rows) for name in self.columns]
             self.values = torch.tensor(columns, dtype=torch.float32).T.contiguous()
 
@@ -104,13 +111,16 @@ def read_table(path: Path) -> Table:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
     if path.suffix == ".txt":
-        return {"path": [line.strip() for line in text.splitlines() if line.strip()]}
+        return {"path": [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]}
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
-        header, *lines = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (csv.Error, ValueError) as error:
-        raise UsageError(f"{path} is no table: {error if str(error) else 'it is empty'}") from error
-    lines = [line for line in lines if line]
-    wrong = [number for number, line in enumerate(lines, start=2) if len(line) != len(header)]
+        numbered = [(reader.line_num, line) for line in reader if line]
+    except csv.Error as error:
+        raise UsageError(f"{path} is no table: {error} (line {reader.line_num})") from error
+    if not numbered:
+        raise UsageError(f"{path} is no table: it is empty")
+    header, *lines = [line for _, line in numbered]
+    wrong = [number for number, line in numbered if len(line) != len(header)]
     if wrong:
         raise UsageError(f"{path} has {len(header)} columns, but not in line {_some(wrong)}")
     if len(set(header)) < len(header):
@@ -126,10 +136,19 @@ def _parquet(path: Path) -> Table:
         raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or write the table as CSV") from error
     with open_regular(path) as file:
         try:
-            table = pyarrow.parquet.read_table(file)
-            if table.nbytes > MAX_BYTES:
-                raise UsageError(f"{path} unpacks to {table.nbytes} bytes; at most {MAX_BYTES} are read")
-            return table.to_pydict()
+            parquet = pyarrow.parquet.ParquetFile(file)
+            table: Table = {name: [] for name in parquet.schema_arrow.names}
+            if len(table) < len(parquet.schema_arrow.names):
+                raise UsageError(f"{path} has two columns of one name: {', '.join(parquet.schema_arrow.names)}")
+            size = 0
+            for batch in parquet.iter_batches(BATCH):  # a small file may unpack to any size
+                columns = [c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns]
+                size += sum(column.nbytes for column in columns)
+                if size > MAX_BYTES:
+                    raise UsageError(f"{path} unpacks to more than {MAX_BYTES} bytes")
+                for values, column in zip(table.values(), columns, strict=True):
+                    values += column.to_pylist()
+            return table
         except (pyarrow.ArrowException, OSError) as error:
             raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -160,7 +179,7 @@ def _numbers(path: Path, table: Table, name: str, rows: list[int]) -> list[float
             number = math.nan if value is None or value == "" else float(value)
         except (TypeError, ValueError):
             number = math.inf
-        if math.isinf(number):
+        if abs(number) > torch.finfo(torch.float32).max:
             wrong.append(f"{row + 1} ({value!r:.40})")
         values.append(number)
     if wrong:
@@ -174,11 +193,11 @@ def _inside(path: Path, names: list[Any], rows: list[int], root: Path) -> list[s
     paths = [os.path.join(top, str(name)) for name in names]
     outside, missing = [], []
     for row, name, full in zip(rows, names, paths, strict=True):
-        real = os.path.realpath(full)
+        real = top if "\0" in full else os.path.realpath(full)
         if os.path.commonpath([real, top]) != top:
-            outside.append(f"{row + 1} ({shown(str(name))})")
+            outside.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
         elif not os.path.isfile(real):
-            missing.append(f"{row + 1} ({shown(str(name))})")
+            missing.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
     for those, what in ((outside, "outside of"), (missing, "that are not in")):
         if those:
             raise UsageError(f"{path} names images {what} {root}: row {_some(those)}; data.root=FOLDER sets the root")
