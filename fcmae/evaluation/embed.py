@@ -34,12 +34,13 @@ class Rows(NamedTuple):
     """A row per image that could be read, in the order in which the images were given.
 
     ``paths``: what names each image. ``values``: float32 ``[n, ...]`` on the CPU. ``columns``: names of the last
-    dimension, e.g. classes, or none.
+    dimension, or none. ``exclusive``: the columns are classes, of which an image has one.
     """
 
     paths: list[str]
     values: Tensor
     columns: list[str]
+    exclusive: bool = False
 
 
 def embed(
@@ -63,7 +64,7 @@ def embed(
 
     def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
         backbone = encoder_of(state, file, ema).to(world.device).eval()
-        return lambda imgs: _features(backbone, imgs, layer), []
+        return lambda imgs: _features(backbone, imgs, layer), [], False
 
     return _rows(checkpoint, images, create, out, "embed", "features", **options)
 
@@ -71,8 +72,9 @@ def embed(
 def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | None:
     """Predictions for images by a fine-tuned checkpoint: the probability of each class, or the numbers it learned.
 
-    Arguments and result are those of :func:`embed`; ``columns`` are the classes. ``out`` may be a .csv file too, whose
-    rows have the path, the most likely class, its probability, and the probability of each class.
+    Arguments and result are those of :func:`embed`; ``columns`` are the classes, labels or numbers. ``out`` may be a
+    .csv file too, whose rows have the path and the values; after ``objective=classify`` also the most likely class and
+    its probability.
     """
 
     def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
@@ -93,13 +95,13 @@ def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, *
                 raise UsageError(f"{file} gives no row of numbers per image, so predict cannot write them")
             return objective.predict(outputs.float())
 
-        return network, classes
+        return network, classes, objective.num_classes is not None
 
     return _rows(checkpoint, images, create, out, "predict", "predictions", **options)
 
 
-_Network = tuple[Callable[[Tensor], Tensor], list[str]]
-"""What makes rows of a batch of normalised images, and the names of columns."""
+_Network = tuple[Callable[[Tensor], Tensor], list[str], bool]
+"""What makes rows of a batch of normalised images, the names of columns, and whether these are exclusive."""
 
 
 def _features(backbone: ConvNeXt, imgs: Tensor, layer: str) -> Tensor:
@@ -137,14 +139,14 @@ def _rows(
     with opened(cfg) as (world, file, state):
         data = data_of(cfg, state, file)
         source = world.together(lambda: _source(paths, overrides, data, loader))
-        network, columns = create(state, file, world, ema, allow)
+        network, columns, exclusive = create(state, file, world, ema, allow)
         shares = list(zip(*_share(network, source, cfg, data, world), strict=True))
         values, places = (gather(torch.cat(parts), world).cpu() for parts in shares)
         if not world.is_main:
             return None
         order = places.argsort()
         named = [source.describe(int(place)) for place in places[order]]
-        rows = Rows(named, values[order], columns)
+        rows = Rows(named, values[order], columns, exclusive)
         if len(named) < len(source):
             say(f"{len(source) - len(named)} of {len(source)} images could not be read and have no row")
         if out is not None:
@@ -189,7 +191,7 @@ def write(rows: Rows, out: str, name: str) -> None:
         if kind == ".npz":
             arrays = {"paths": np.array(rows.paths, dtype=np.str_), name: rows.values.numpy()}
             if rows.columns:
-                arrays["classes"] = np.array(rows.columns, dtype=np.str_)
+                arrays["classes" if rows.exclusive else "columns"] = np.array(rows.columns, dtype=np.str_)
             np.savez(file, **arrays)  # type: ignore[arg-type]  # of a name that is a parameter
             return
         arrow, parquet = _arrow()
@@ -201,7 +203,7 @@ def _csv(rows: Rows) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     columns = rows.columns or [f"output_{number}" for number in range(rows.values.shape[1])]
-    best = ["class", "probability"] if rows.columns else []
+    best = ["class", "probability"] if rows.exclusive and rows.columns else []
     writer.writerow(["path", *best, *columns])
     for path, values in zip(rows.paths, rows.values, strict=True):
         top = int(values.argmax())

@@ -161,7 +161,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     accepted = None if cfg.labels is None else read_accepted(Path(cfg.labels), source, classes)
     if accepted is None:
         source, notes = objective.validation(source, "data.val_path", str(file))
-        for note in notes + one_class(classes) if world.is_main else ():
+        if objective.num_classes is not None:
+            notes = notes + one_class(classes)
+        for note in notes if world.is_main else ():
             say(note)
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class per image; labels={cfg.labels} has several")

@@ -226,9 +226,15 @@ def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column,
     assert states[0]["best"] == states[1]["best"]
     capsys.readouterr()
     assert main(["evaluate", f"checkpoint={tmp_path}/run"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
     assert result["images"] == 4
     assert metric in result
+    assert "of one class" not in printed.err
+    images, predicted = str(table.parent / "images"), tmp_path / "predicted.csv"
+    assert main(["predict", f"{tmp_path}/run", images, "--out", str(predicted)]) == 0
+    names = ["class", "probability", "a", "b"] if objective == "classify" else column[1:-1].split(",")
+    assert predicted.read_text().splitlines()[0] == ",".join(["path", *names])
     rows = fcmae.predict(f"{tmp_path}/run", [str(table.parent / "images")])
     assert rows.columns == (["a", "b"] if objective == "classify" else column[1:-1].split(","))
     assert rows.values.shape == (12, len(rows.columns))
