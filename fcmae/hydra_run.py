@@ -1,8 +1,10 @@
 """Runs a command under Hydra, here or in a sweep: composes its config and reports the mistakes in it."""
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     config.register_schemas()
     OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
 
-    begun = False
+    begun, started = False, time.time()
     failures: list[FCMAEError] = []
 
     @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
@@ -46,14 +48,17 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
         if HydraConfig.get().mode != RunMode.RUN:
             _run_job_of_sweep(command, composed, overrides, action)
             return
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            run_dir = Path(HydraConfig.get().runtime.output_dir)
             typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: _check_places(cfg, run_dir))
             if alone and _device(typed) == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
             action(typed, run_dir)
         except FCMAEError as error:
             failures.append(error)  # raised here, Hydra would print a line of its own
+            with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
+                if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():  # Hydra has created it
+                    run_dir.rmdir()
 
     program = sys.argv
     first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides

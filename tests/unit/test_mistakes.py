@@ -164,3 +164,12 @@ def test_experiments_are_named_the_closest_first(capfd, name):
 def test_the_total_stride_is_that_of_the_network(stem_stride):
     kwargs = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "patch_size": stem_stride}
     assert total_stride(create_backbone("convnextv2_atto", **kwargs)) == TIMM_TOTAL_STRIDE[stem_stride]
+
+
+def test_a_command_that_fails_early_leaves_no_folder(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mistake in ("data.path=/nowhere", "optim.lr=-1"):
+        told(capfd, "pretrain", "data=synthetic", "data.name=imagefolder", mistake, f"hydra.run.dir={tmp_path}/run")
+        assert list(tmp_path.iterdir()) == []
+    told(capfd, "evaluate", "checkpoint=nowhere")
+    assert tmp_path.is_dir()
