@@ -1,6 +1,7 @@
 """What a run begins with: the weights of ``init_from``, and the values of the keys that the user leaves unset."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,25 @@ def check_network(cfg: PretrainConfig, start: Start) -> None:
     """Raises ConfigError naming the keys of ``model`` that contradict ``init_from``."""
     if start.path is None:
         return
+    known = dict(start.known["model"])
     wrong = []
-    for name, theirs in start.known["model"].items():
+    if "stem_stride" in known:
+        own, given = cfg.model, _strides(known.pop("stem_stride"), known.pop("strides", None))
+        if _strides(own.stem_stride, own.strides) != given:
+            wrong.append(f"{_strides(own.stem_stride, own.strides)}; {start.path} has {given}")
+    for name, theirs in known.items():
         ours = getattr(cfg.model, name)
         if theirs is not None and ours is not None and list(_flat(ours)) != list(_flat(theirs)):
             wrong.append(f"model.{name} is {_plain(ours)}; {start.path} has {_plain(theirs)}")
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _strides(stem_stride: int, strides: Sequence[int] | None) -> str:
+    """The entry of the config that sets the strides; the same for a network that both entries can describe."""
+    if strides is not None and list(strides) in ([1, 2, 2, 2], [4, 2, 2, 2]):
+        stem_stride, strides = strides[0], None
+    return f"model.stem_stride={stem_stride}" if strides is None else f"model.strides={list(strides)}"
 
 
 def _flat(value: Any) -> Any:

@@ -12,7 +12,7 @@ from fcmae.interchange import foreign, official
 from fcmae.interchange.convert import export
 from fcmae.interchange.network import Network
 from fcmae.models.build import build_fcmae
-from fcmae.tasks.initial import adapt_stem, find_start, load_initial
+from fcmae.tasks.initial import Start, adapt_stem, check_network, find_start, load_initial
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 from tests.interchange import assert_same
 
@@ -184,3 +184,31 @@ def test_dinov3(tmp_path):
         out = theirs(imgs, output_hidden_states=True)
         torch.testing.assert_close(ours.forward_features(imgs), out.hidden_states[-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours(imgs), out.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({"stem_stride": 1, "strides": None}, ["model.strides=[1,2,2,2]"], None),
+        ({"stem_stride": 4, "strides": [1, 2, 2, 2]}, ["model.stem_stride=1"], None),
+        ({"stem_stride": 1, "strides": [2, 2, 2, 2]}, ["model.strides=[2,2,2,2]"], None),
+        (
+            {"stem_stride": 4, "strides": None},
+            ["model.strides=[2,2,2,2]"],
+            r"model.strides=\[2, 2, 2, 2\]; x has model",
+        ),
+        (
+            {"stem_stride": 1, "strides": None},
+            ["model.stem_stride=4"],
+            "model.stem_stride=4; x has model.stem_stride=1",
+        ),
+    ],
+)
+def test_strides_are_compared_however_they_are_given(theirs, ours, message):
+    cfg = compose("pretrain", ["data=synthetic", "data.image_size=64", "model.mask_ratio=0.5", *ours])
+    start = Start("x", {"model": theirs, "data": {}})
+    if message is None:
+        check_network(cfg, start)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_network(cfg, start)
