@@ -329,6 +329,21 @@ def test_what_holds_for_all_images_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("its pixels have 16 bits") == 1
 
 
+def test_tables_are_prepared_with_a_column_of_classes(folder, tmp_path):
+    images = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
+    lines = [f"{name},{number % 2},{number}" for number, name in enumerate(images)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,a,b", *lines]))
+    table = ["data=table", f"data.path={tmp_path}/t.csv", f"data.root={folder}", f"out={tmp_path}/out"]
+    with pytest.raises(UsageError, match="label_column must be a column of classes or null"):
+        prepare(compose("prepare", [*table, "data.label_column=[a,b]"]))
+    assert not (tmp_path / "out").exists()
+    prepare(compose("prepare", [*table, "data.label_column=a", "shuffle=false"]))
+    shards = WebDataset(tmp_path / "out")
+    assert [shards.label(i) for i in range(4)] == [0, 1, 0, 1]
+    with pytest.raises(UsageError, match=r"label_column"):
+        prepare(compose("prepare", [*table, "data.label_column=b", "shuffle=false"]))
+
+
 def test_any_source_can_be_prepared(tmp_path):
     out = tmp_path / "out"
     own = ["data=synthetic", "data.length=10", "data.image_size=32", "loader.workers=1"]

@@ -56,6 +56,8 @@ def prepare(cfg: PrepareConfig) -> str:
     source = train_source(cfg.data, cfg.loader) if cfg.split == "train" else val_source(cfg.data, cfg.loader)
     if cfg.data.stats:
         return statistics(cfg, source)
+    if isinstance(cfg.data.label_column, list):
+        raise UsageError("data.label_column must be a column of classes or null, as tar files hold one class per image")
     order = sample_order(cfg, len(source))
     how = Encoding(PixelFormat.of(cfg.data, cfg.loader.max_pixels), cfg.short_side, cfg.encode, cfg.quality)
     names, now = shard_names(cfg, len(order)), settings(cfg, source)
@@ -210,7 +212,8 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
         names.update(source.describe(index).encode(errors="surrogateescape") + b"\0")
     keys = ("split", "short_side", "encode", "quality", "samples_per_shard", "shuffle", "seed")
     own = {key: getattr(cfg, key) for key in keys}
-    data = {f"data.{key}": getattr(cfg.data, key) for key in ("in_chans", "bit_depth")}
+    told = ("in_chans", "bit_depth", *(["label_column"] if cfg.data.name == "table" else []))
+    data = {f"data.{key}": getattr(cfg.data, key) for key in told}
     return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}
 
 
