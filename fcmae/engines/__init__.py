@@ -7,12 +7,12 @@ from typing import Protocol
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
+from fcmae.engines.compiled import region
 from fcmae.engines.convnext import check_backbone, check_no_drop_path, total_stride
 from fcmae.engines.masked import masked
 from fcmae.engines.minkowski import load as load_minkowski
 from fcmae.engines.minkowski import minkowski
 from fcmae.engines.packed import packed
-from fcmae.engines.regions import region
 
 GRN_SCOPES = ("image", "batch")
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
         keep: V, visible patches per image.
         patch_size: pixels per side of a mask patch, a multiple of the backbone's total stride.
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
-        compiled: by torch.compile, region by region (:mod:`fcmae.engines.regions`).
+        compiled: by torch.compile, region by region (:mod:`fcmae.engines.compiled`).
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
     Returns:

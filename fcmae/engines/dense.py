@@ -15,7 +15,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import recomputed, region
+from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import Neighbors, neighbors, packed_depthwise, precompile
 
 SIDES = (8, 4, 14, 7, 12, 16, 10, 6, 13, 11, 9, 15, 5, 3, 2, 1)

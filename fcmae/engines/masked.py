@@ -8,7 +8,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import recomputed, region
+from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import gather_patches
 from fcmae.masks.patches import grid_size, upsample_mask, visible_indices
 

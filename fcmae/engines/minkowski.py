@@ -22,7 +22,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import recomputed
+from fcmae.engines.compiled import recomputed
 from fcmae.kernels import gather_patches
 from fcmae.masks.patches import grid_size, visible_indices
 

@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.engines.regions import recomputed, region
+from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
 from fcmae.masks.patches import grid_size, visible_indices
 

@@ -20,15 +20,16 @@ from fcmae.loggers.meter import Meter
 from fcmae.optim.adamw import set_lr
 from fcmae.tasks.monitors import Monitor
 from fcmae.tasks.task import Losses, Task
-from fcmae.training import micro_batch, setup
-from fcmae.training.backward import use_cuda_graph
+from fcmae.training import fit_micro_batch as micro_batch
+from fcmae.training import setup
+from fcmae.training.agree_to_stop import StopAgreement, Verdict
+from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite
 from fcmae.training.run_dir import check_folder, set_results_aside, write_config
 from fcmae.training.saver import Saver
 from fcmae.training.state import TrainState
 from fcmae.training.step import TrainingStep
-from fcmae.training.stop import StopAgreement, Verdict
 from fcmae.training.watchdog import Watchdog
 
 

@@ -16,11 +16,11 @@ from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start, find_start
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.task import Task
-from fcmae.training.backward import use_cuda_graph
+from fcmae.training.agree_to_stop import StopAgreement
+from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.loop import train
 from fcmae.training.run_dir import RunLock
-from fcmae.training.stop import StopAgreement
 from fcmae.training.watchdog import Watchdog
 
 

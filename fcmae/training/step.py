@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fcmae.precision import autocast
 from fcmae.tasks.task import Losses
-from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.cuda_graphs import EagerBackward, GraphedBackward
 from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import infectious
 

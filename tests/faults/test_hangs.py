@@ -155,7 +155,7 @@ def test_a_rank_stops(tmp_path, timeout, command):
 
 LONELY = """
 import os, sys
-import fcmae.training.stop as stop
+import fcmae.training.agree_to_stop as stop
 import torch, torch.distributed as dist
 after_step, calls = stop.StopAgreement.after_step, 0
 def lonely(self, failed):

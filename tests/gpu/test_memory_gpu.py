@@ -7,7 +7,7 @@ import torch
 
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
-from fcmae.training import micro_batch
+from fcmae.training import fit_micro_batch as micro_batch
 
 pytestmark = pytest.mark.gpu
 

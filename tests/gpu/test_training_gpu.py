@@ -8,7 +8,7 @@ from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
 from fcmae.optim.schedule import CosineSchedule
-from fcmae.training.backward import EagerBackward, GraphedBackward
+from fcmae.training.cuda_graphs import EagerBackward, GraphedBackward
 
 pytestmark = pytest.mark.gpu
 

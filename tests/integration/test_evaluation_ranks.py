@@ -85,7 +85,7 @@ def test_labels_of_a_file(folder, capfd):
     assert main(args) == 0
     assert json.loads(capfd.readouterr().out)["images"] == 23
     assert main([*args, f"confusion={folder}/c.csv"]) == 2
-    assert "need one class an image" in capfd.readouterr().err
+    assert "need one class per image" in capfd.readouterr().err
     assert main([*args[:2], "per_class=classes.txt"]) == 2
     assert "per_class must be a file named .json or .csv; got 'classes.txt'" in capfd.readouterr().err
 

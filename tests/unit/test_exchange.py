@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fcmae.training.backward import EagerBackward
+from fcmae.training.cuda_graphs import EagerBackward
 from fcmae.training.exchange import Bucket, GradientExchange, _split
 from tests.conftest import relative_error, run_python
 

@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fcmae.engines import regions
+from fcmae.engines import compiled as regions
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE, create_backbone
 from tests.conftest import ENGINE_NAMES

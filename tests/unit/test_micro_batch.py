@@ -15,8 +15,8 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError, OutOfMemory
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.pretraining import Pretraining
-from fcmae.training import micro_batch
-from fcmae.training.micro_batch import candidates, find, largest
+from fcmae.training import fit_micro_batch as micro_batch
+from fcmae.training.fit_micro_batch import candidates, find, largest
 from fcmae.training.setup import create_plan
 from fcmae.training.state import TrainState
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN

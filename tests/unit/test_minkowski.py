@@ -15,7 +15,7 @@ from fcmae.errors import ConfigError
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae, model_of
-from fcmae.training.backward import use_cuda_graph
+from fcmae.training.cuda_graphs import use_cuda_graph
 from tests.conftest import TINY_PRETRAIN, relative_error
 
 MESSAGE = r"engine minkowski: not installed \(.*launch/install_minkowski.sh builds and installs MinkowskiEngine\)"

@@ -46,7 +46,7 @@ def compiled(tmp_path):
 LAUNCH = """
 import torch
 from triton.backends.compiler import GPUTarget
-from fcmae.kernels.compiler import compile_only
+from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.target import Target, pretend
@@ -202,7 +202,7 @@ def test_the_compiler_ends_with_the_process_that_started_it():
     pytest.importorskip("triton")
     program = """
 import os, time
-from fcmae.kernels import compiler
+from fcmae.kernels import triton_compiler as compiler
 compiler.KERNELS["GeluGrnShape"] = {"endless": lambda *shape: print(os.getpid(), flush=True) or time.sleep(600)}
 compiler.main()
 """
