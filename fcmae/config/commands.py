@@ -172,8 +172,10 @@ class CheckpointConfig:
         check_positive("batch_size", self.batch_size)
         check_one_of("precision", self.precision, PRECISIONS)
         check_device("device", self.device)
-        # Before the checkpoint is read; what depends on its channels is checked with them.
-        alone = {name: value for name, value in self._given().items() if name not in CHANNELS}
+        # Before the checkpoint is read; what depends on its channels or its kind of source is checked with them.
+        given = self._given()
+        known = (*CHANNELS, *(() if "name" in given else ("label_column",)))
+        alone = {name: value for name, value in given.items() if name not in known}
         from_dict(DataConfig, alone, prefix="data")
 
     def merge_data(self, own: DataConfig | dict[str, Any]) -> DataConfig:
@@ -191,6 +193,8 @@ class CheckpointConfig:
         for source in ("source", "val_source"):
             if values.get(source) is not None and values[source]["_target_"] in self.allow:
                 values[source].pop(NAMED_BY, None)
+        if given.get("name", "table") != "table" and isinstance(values.get("label_column"), (list, tuple)):
+            values["label_column"] = None  # other sources have no columns of numbers
         return from_dict(DataConfig, {**values, **given}, prefix="data")
 
     def _given(self) -> dict[str, Any]:

@@ -214,12 +214,13 @@ class Regress(_Columns):
             error, target = (output - target)[valid], target[valid]
             spread = (target - target.mean()).square().sum()
             scores = {"mae": error.abs().mean(), "rmse": error.square().mean().sqrt()}
-            scores["r2"] = 1 - error.square().sum() / spread
+            scores["r2"] = 1 - error.square().sum() / torch.where(spread > 0, spread, math.nan)
             result |= {f"{kind}_{name}": float(value) for kind, value in scores.items()}
         means = {}
         for kind in ("mae", "rmse", "r2"):
             of_kind = [result[f"{kind}_{name}"] for name in self.columns]
-            means[kind] = sum(of_kind) / len(of_kind)
+            known = [value for value in of_kind if not math.isnan(value)]  # not of a column without values
+            means[kind] = sum(known) / len(known) if known else math.nan
         return {**means, **(result if len(self.columns) > 1 else {}), "images": len(outputs)}
 
 

@@ -196,6 +196,18 @@ def test_metrics_of_numbers():
     torch.testing.assert_close(objective.predict(standard[0]), predicted)
 
 
+def test_a_column_without_values_takes_no_part_in_the_means():
+    objective = Regress()
+    objective._set_columns(["age", "height", "zero"])
+    objective._fit(torch.tensor([[0.0, 0, 0], [2, 2, 2]]))
+    true = torch.tensor([[1.0, math.nan, 1]] * 5 + [[2.0, math.nan, 1]])
+    metrics = objective.metrics(share(true + 1, true), WORLD)
+    assert metrics["mae"] == metrics["mae_age"] == metrics["mae_zero"]
+    assert math.isnan(metrics["mae_height"])
+    assert math.isnan(metrics["r2_zero"])  # all are equal
+    assert metrics["r2"] == metrics["r2_age"]
+
+
 @pytest.mark.parametrize(
     ("objective", "column", "metric"),
     [("multilabel", "[dark,wide]", "auroc"), ("regress", "[age]", "mae"), ("classify", "kind", "top1")],
@@ -231,6 +243,12 @@ def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column,
     assert result["images"] == 4
     assert metric in result
     assert "of one class" not in printed.err
+    other = "kind" if objective == "classify" else "[age,dark,wide]"
+    expected = 0 if objective == "classify" else 2
+    assert main(["evaluate", f"checkpoint={tmp_path}/run", f"data.label_column={other}"]) == expected
+    assert ("the columns of data.val_path are age, dark, wide" in capsys.readouterr().err) == bool(expected)
+    folder = ["data.name=imagefolder", f"data.path={table.parent}/images"]
+    assert len(fcmae.predict(f"{tmp_path}/run", folder).paths) == 12
     images, predicted = str(table.parent / "images"), tmp_path / "predicted.csv"
     assert main(["predict", f"{tmp_path}/run", images, "--out", str(predicted)]) == 0
     names = ["class", "probability", "a", "b"] if objective == "classify" else column[1:-1].split(",")
