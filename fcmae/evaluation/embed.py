@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,7 +196,8 @@ def write(rows: Rows, out: str, name: str) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # of a name that is a parameter
             return
         arrow, parquet = _arrow()
-        table = {"path": rows.paths, name: list(rows.values.flatten(1).numpy())}
+        paths = [os.fsencode(path).decode(errors="backslashreplace") for path in rows.paths]  # Parquet has UTF-8 only
+        table = {"path": paths, name: list(rows.values.flatten(1).numpy())}
         parquet.write_table(arrow.table(table), file)
 
 

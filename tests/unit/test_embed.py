@@ -1,6 +1,7 @@
 """``fcmae embed`` and ``fcmae predict``: a row per image, whatever names the images, on any number of ranks."""
 
 import csv
+import os
 import tarfile
 
 import numpy as np
@@ -14,6 +15,7 @@ from fcmae.cli import main
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.errors import ImageError
+from fcmae.evaluation.embed import Rows, write
 from fcmae.models.build import config_of
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
@@ -94,6 +96,13 @@ def test_files_of_features(runs, photos, tmp_path, capsys):
     assert read["path"][0] == str(photos / "alone.png")
     with np.load(out) as arrays:
         np.testing.assert_array_equal(np.array(read["features"], dtype=np.float32), arrays["features"])
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = Rows(["a\n.png", os.fsdecode(b"b\xff.png")], torch.zeros(2, 3), [])
+    write(rows, str(tmp_path / "rows.parquet"), "features")
+    assert parquet.read_table(tmp_path / "rows.parquet").to_pydict()["path"] == ["a\n.png", "b\\xff.png"]
 
 
 def test_predictions(runs, photos, tmp_path):
