@@ -27,7 +27,7 @@ def len_keep(num_patches: int, mask_ratio: float) -> int:
     keep = int(num_patches * (1 - mask_ratio))
     if keep < 1:
         raise ValueError(
-            f"mask_ratio {mask_ratio} leaves none of {num_patches} patches visible; "
-            f"the largest ratio that keeps one is {1 - 1 / num_patches:.4g}"
+            f"mask_ratio {mask_ratio} leaves none of {num_patches} patches visible; use larger images, a smaller total "
+            "stride (model.strides)" + f" or a ratio up to {1 - 1 / num_patches:.4g}" * (num_patches > 1)
         )
     return keep

@@ -173,3 +173,19 @@ def test_a_command_that_fails_early_leaves_no_folder(capfd, tmp_path, monkeypatc
         assert list(tmp_path.iterdir()) == []
     told(capfd, "evaluate", "checkpoint=nowhere")
     assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (32, "leaves none of 1 patches visible; use larger images, a smaller total stride (model.strides)"),
+        (
+            64,
+            "leaves none of 4 patches visible; use larger images, a smaller total stride (model.strides) or a ratio",
+        ),
+    ],
+)
+def test_images_that_are_too_small_say_what_helps(capfd, size, expected):
+    (line,) = told(capfd, "pretrain", "data=synthetic", f"data.image_size={size}", "model.mask_ratio=0.9")
+    assert expected in line
+    assert line.endswith("0.75" if size == 64 else "(model.strides)")
