@@ -23,11 +23,11 @@ class BlockMask:
     """Rectangles drawn per image; enough to cover nearly all of it."""
 
     def __init__(self, area: tuple[float, float] = (0.05, 0.2), aspect: float = 0.3) -> None:
-        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        self.area, self.aspect = [float(share) for share in area], float(aspect)
+        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
             raise ValueError(f"area must be two numbers, 0 < smallest <= largest <= 1; got {list(area)}")
-        if not 0 < aspect <= 1:
+        if not 0 < self.aspect <= 1:
             raise ValueError(f"aspect must be in (0, 1]; got {aspect}")
-        self.area, self.aspect = area, aspect
 
     def scores(self, rng: torch.Generator, rows: int, cols: int, crop: Tensor | None) -> Tensor:
         area, ratio, top, left = torch.rand(4, self.BLOCKS, generator=rng)

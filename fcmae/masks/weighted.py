@@ -1,5 +1,7 @@
 """Masks that hide patches in proportion to a weight, such as how much an image varies there."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,13 @@ class WeightedMask:
     needs_pixels = True
 
     def __init__(self, channel: int | None = None, power: float = 1.0, floor: float = 0.05) -> None:
-        if not 0 < floor <= 1:
+        self.channel, self.power, self.floor = channel, float(power), float(floor)
+        if not 0 < self.floor <= 1:
             raise ValueError(f"floor must be in (0, 1]; got {floor}")
-        self.channel, self.power, self.floor = channel, power, floor
+        if not math.isfinite(self.power):
+            raise ValueError(f"power must be finite; got {power}")
+        if channel is not None and (type(channel) is not int or channel < 0):
+            raise ValueError(f"channel must be the number of a channel, from 0, or null; got {channel!r}")
 
     def scores(self, rng: torch.Generator, rows: int, cols: int, crop: Tensor | None) -> Tensor:
         assert crop is not None
