@@ -18,6 +18,13 @@ from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions
 
 
+def _metric(best: str, names: tuple[str, ...]) -> str:
+    """``best`` if it is a metric, or a metric of a column, perhaps after "-". Raises ValueError."""
+    if not isinstance(best, str) or best.removeprefix("-").split("_")[0] not in names:
+        raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}")
+    return best
+
+
 class Classify(Objective):
     """One class per image: cross entropy with ``augment.label_smoothing``; top-1 and top-5.
 
@@ -26,7 +33,7 @@ class Classify(Objective):
     """
 
     def __init__(self, best: str = "top1") -> None:
-        self.best = best
+        self.best = _metric(best, ("top1", "top5"))
         self.smoothing = 0.0
         self._set_classes([])
 
@@ -124,7 +131,7 @@ class Multilabel(_Columns):
 
     def __init__(self, best: str = "map") -> None:
         super().__init__()
-        self.best = best
+        self.best = _metric(best, ("map", "auroc", "f1"))
 
     def _fit(self, values: Tensor) -> None:
         wrong = ((values != 0) & (values != 1) & ~values.isnan()).nonzero()
@@ -175,7 +182,7 @@ class Regress(_Columns):
         super().__init__()
         if loss not in self.LOSSES:
             raise ValueError(f"loss must be one of {', '.join(self.LOSSES)}; got {loss!r}")
-        self.best = best
+        self.best = _metric(best, ("mae", "rmse", "r2"))
         self.kind = loss
         self.mean, self.std = torch.zeros(0), torch.ones(0)
 

@@ -162,8 +162,8 @@ def test_a_wrong_objective_is_one_line(here, name, overrides, message):
 
 
 def test_the_best_metric_is_one_that_is_measured():
-    task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], "+objective.best=f1"]))
-    with pytest.raises(ConfigError, match="best must be one of top1; got 'f1'$"):
+    task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], "+objective.best=top5"]))
+    with pytest.raises(ConfigError, match="best must be one of top1; got 'top5'$"):
         task._score({"top1": 1.0, "ema_top1": 2.0})
 
 

@@ -18,7 +18,7 @@ from fcmae.data.sources.table import TableImages
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Predictions
-from fcmae.tasks.objectives import Multilabel, Regress
+from fcmae.tasks.objectives import Classify, Multilabel, Regress
 from tests.conftest import TINY
 from tests.interchange import assert_same
 
@@ -158,6 +158,13 @@ def share(outputs, targets):
     """Two batches, in another order than the source's."""
     order = torch.tensor([3, 4, 5, 0, 1, 2])
     return [Predictions(outputs[o], targets[o], o) for o in (order[:3], order[3:])]
+
+
+@pytest.mark.parametrize(("objective", "best"), [(Classify, "map"), (Multilabel, "mae"), (Regress, 3), (Regress, "")])
+def test_the_metric_of_the_best_checkpoint_is_checked_before_training(objective, best):
+    with pytest.raises(ValueError, match=r"best must be one of .*, after - where less is better; got"):
+        objective(best=best)
+    assert Regress(best="-rmse_age").best == "-rmse_age"
 
 
 def test_metrics_of_labels():
