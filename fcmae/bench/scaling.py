@@ -78,7 +78,7 @@ class ScalingResult:
     images_per_second: float
     """Of all ranks."""
     efficiency: float
-    """Images per second and rank, of those of the first row of the mode."""
+    """Images per second per rank, as a share of the first row of the same mode."""
     exposed_ms: float
     """What a step takes longer than one that exchanges nothing: communication that nothing hides."""
     gradient_mb: float

@@ -100,7 +100,7 @@ def read(path: Path, weights: bool = True) -> State:
 
 
 def is_encoder(path: Path) -> bool:
-    """Whether the metadata of a .safetensors file is that of an encoder file."""
+    """Whether a .safetensors file has the metadata of an encoder file."""
     try:
         with open_regular(path) as opened:
             check_safetensors(opened)

@@ -99,7 +99,7 @@ def _set_strides(backbone: ConvNeXt, strides: Sequence[int]) -> None:
         if isinstance(stage.downsample, nn.Sequential):  # else two stages of one width, which timm joins at stride 1
             norm, conv = stage.downsample
             same = stride == 1 and conv.in_channels == conv.out_channels
-            stage.downsample = nn.Identity() if same else nn.Sequential(norm, _strided(conv, stride))  # type: ignore
+            stage.downsample = nn.Identity() if same else nn.Sequential(norm, _strided(conv, stride))  # type: ignore[assignment]
     backbone.feature_info = info
 
 
