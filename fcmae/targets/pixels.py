@@ -5,28 +5,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.masks.patches import patchify, unpatchify
+from fcmae.targets.losses import OF_NUMBERS, get_loss
 
 NORMS = ("patch", "channel", "none")
 EPS = 1e-6
 
 
 class Pixels:
-    """Predicts the P = patch_size**2 * in_chans pixels of a patch, by mean squared error.
+    """Predicts the P = patch_size**2 * in_chans pixels of a patch.
 
     Args:
         norm: what the pixels are normalised over: ``patch``, all P values (MAE, arXiv 2111.06377, section 3; unbiased
             variance and eps inside the square root, as the official code); ``channel``, the pixels of each channel of
             the patch; ``none``.
+        loss: ``mse``, ``l1`` or ``smooth_l1`` (:mod:`fcmae.targets.losses`).
 
-    Raises ValueError for another norm.
+    Raises ValueError for another norm or loss.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, norm: str = "patch") -> None:
+    def __init__(self, patch_size: int, in_chans: int, norm: str = "patch", loss: str = "mse") -> None:
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
         self.patch_size = patch_size
         self.dim = patch_size**2 * in_chans
         self.norm = norm
+        self._error = get_loss(loss, OF_NUMBERS)
 
     def __call__(self, imgs: Tensor) -> tuple[Tensor, None]:
         target = patchify(imgs, self.patch_size).float()
@@ -41,7 +44,7 @@ class Pixels:
         return target, None
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
-        return (pred - target).square().mean(dim=-1)
+        return self._error(pred, target, valid)
 
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor:
         """A normalised prediction has no brightness and contrast; each patch takes those of the image."""
