@@ -1,6 +1,8 @@
 """The encoder: a timm ConvNeXt that owns its weights in the ordinary dense layout."""
 
 import difflib
+import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -132,3 +134,9 @@ def strides_of(backbone: ConvNeXt) -> list[int]:
         if isinstance(stage.downsample, nn.Sequential):
             strides[number] *= next(convs).stride[0]
     return strides
+
+
+def stage_shapes(backbone: ConvNeXt) -> tuple[list[int], list[int]]:
+    """The channels of every stage's features, and the pixels per side of one of their sites; the finest stage first."""
+    widths = [stage.blocks[-1].conv_dw.out_channels for stage in backbone.stages]  # type: ignore[union-attr,index]
+    return widths, list(itertools.accumulate(strides_of(backbone), operator.mul))
