@@ -24,7 +24,8 @@ from fcmae.models.headed import Headed, backbone_of
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
-NETWORK = ("model.backbone", "model.depths", "model.dims", "model.stem_stride", "model.strides")
+STRIDES = ("model.stem_stride", "model.strides")
+NETWORK = ("model.backbone", "model.depths", "model.dims", *STRIDES)
 FIXED = (*NETWORK, "data.in_chans", "data.mean", "data.std")
 """Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
 libraries, only the network is."""
@@ -114,9 +115,13 @@ def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]
     taken: list[str] = []
     wrong: list[str] = []
     others: list[str] = []
+    contradiction = _other_strides(cfg.model.stem_stride, cfg.model.strides, start)
+    wrong += [contradiction] if contradiction else []
     for group, values in start.known.items():
         for name, theirs in values.items():
             key, ours = f"{group}.{name}", getattr(getattr(cfg, group), name)
+            if key in STRIDES and ours is not None:
+                continue  # compared by what they mean, above
             if ours is None:
                 taken += [f"{key}={_plain(theirs)}"] if theirs is not None else []
             elif theirs is not None and ours != theirs:
@@ -140,18 +145,29 @@ def check_network(cfg: PretrainConfig, start: Start) -> None:
     """Raises ConfigError naming the keys of ``model`` that contradict ``init_from``."""
     if start.path is None:
         return
-    known = dict(start.known["model"])
-    wrong = []
-    if "stem_stride" in known:
-        own, given = cfg.model, _strides(known.pop("stem_stride"), known.pop("strides", None))
-        if _strides(own.stem_stride, own.strides) != given:
-            wrong.append(f"{_strides(own.stem_stride, own.strides)}; {start.path} has {given}")
-    for name, theirs in known.items():
+    contradiction = _other_strides(cfg.model.stem_stride, cfg.model.strides, start)
+    wrong = [contradiction] if contradiction else []
+    for name, theirs in start.known["model"].items():
         ours = getattr(cfg.model, name)
-        if theirs is not None and ours is not None and list(_flat(ours)) != list(_flat(theirs)):
+        if (
+            f"model.{name}" not in STRIDES
+            and theirs is not None
+            and ours is not None
+            and list(_flat(ours)) != list(_flat(theirs))
+        ):
             wrong.append(f"model.{name} is {_plain(ours)}; {start.path} has {_plain(theirs)}")
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _other_strides(stem_stride: int | None, strides: Sequence[int] | None, start: Start) -> str | None:
+    """What contradicts the strides of ``init_from``; None if nothing does, or both entries are unset."""
+    known = start.known["model"]
+    if "stem_stride" not in known or (stem_stride is None and strides is None):
+        return None
+    theirs = _strides(known["stem_stride"], known.get("strides"))
+    ours = _strides(known["stem_stride"] if stem_stride is None else stem_stride, strides)
+    return None if ours == theirs else f"{ours}; {start.path} has {theirs}"
 
 
 def _strides(stem_stride: int, strides: Sequence[int] | None) -> str:

@@ -206,7 +206,7 @@ def test_network_and_images_are_those_of_init_from_where_they_are_not_set(tmp_pa
     ("given", "message"),
     [
         ("model=convnextv2_pico", "model.backbone is convnextv2_pico; {} has convnextv2_atto"),
-        ("model.stem_stride=4", "model.stem_stride is 4; {} has 1"),
+        ("model.stem_stride=4", "model.stem_stride=4; {} has model.stem_stride=1"),
         ("model.depths=[1,1,2,1]", "model.depths is [1, 1, 2, 1]; {} has [1, 1, 1, 1]"),
         ("data.in_chans=3", "data.in_chans is 3; {} has 2. To adapt the stem, give init_channels=repeat|mean|new"),
         ("data.mean=[0.5,0.5]", "data.mean is [0.5, 0.5]; {} has [0.3, 0.4]"),

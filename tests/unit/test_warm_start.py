@@ -12,7 +12,7 @@ from fcmae.interchange import foreign, official
 from fcmae.interchange.convert import export
 from fcmae.interchange.network import Network
 from fcmae.models.build import build_fcmae
-from fcmae.tasks.initial import Start, adapt_stem, check_network, find_start, load_initial
+from fcmae.tasks.initial import Start, adapt_stem, check_network, find_start, load_initial, settle
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 from tests.interchange import assert_same
 
@@ -205,10 +205,11 @@ def test_dinov3(tmp_path):
     ],
 )
 def test_strides_are_compared_however_they_are_given(theirs, ours, message):
-    cfg = compose("pretrain", ["data=synthetic", "data.image_size=64", "model.mask_ratio=0.5", *ours])
     start = Start("x", {"model": theirs, "data": {}})
-    if message is None:
-        check_network(cfg, start)
-    else:
-        with pytest.raises(ConfigError, match=message):
-            check_network(cfg, start)
+    for command, compare in ("pretrain", check_network), ("finetune", settle):
+        cfg = compose(command, ["data=synthetic", "data.image_size=64", *ours])
+        if message is None:
+            compare(cfg, start)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                compare(cfg, start)
