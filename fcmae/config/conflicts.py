@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fcmae.config.checks import check, mistake
-from fcmae.config.model import TIMM_TOTAL_STRIDE
+from fcmae.config.model import TIMM_TOTAL_STRIDE, TOTAL
 from fcmae.grid import grid_size, len_keep
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     check(
         "data.decode_on", decoder, decoder == "cpu" or cfg.loader.on_error == "raise", "cpu with loader.on_error=skip"
     )
-    if cfg.model.strides is None and cfg.model.stem_stride not in TIMM_TOTAL_STRIDE:
+    stem, strides = cfg.model.stem_stride, cfg.model.strides
+    if stem not in TIMM_TOTAL_STRIDE if strides is None else cfg.model.total_stride not in TOTAL:
         return  # noted already
     stride = cfg.model.total_stride
     patch = cfg.model.mask_patch_size or stride

@@ -45,7 +45,7 @@ class BackboneConfig:
     @property
     def total_stride(self) -> int:
         """Pixels a side that one site of the last stage stands for."""
-        return math.prod(self.strides) if self.strides else TIMM_TOTAL_STRIDE[self.stem_stride]
+        return TIMM_TOTAL_STRIDE[self.stem_stride] if self.strides is None else math.prod(self.strides)
 
     def backbone_kwargs(self) -> dict[str, Any]:
         """The arguments for timm that differ from the named model's."""

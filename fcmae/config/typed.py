@@ -18,6 +18,8 @@ from fcmae.errors import ConfigError
 T = TypeVar("T")
 UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:.*full_key: (\S+)", re.DOTALL)
 """Hydra's error for a file with keys that a command's schema lacks."""
+SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'\s*1\. To use it as a list", re.DOTALL)
+"""Hydra's error for ``KEY=A,B``."""
 OTHER_TYPE = re.compile(
     r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
 )
@@ -137,6 +139,12 @@ def explain(error: Exception) -> str:
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing.startswith("experiment/"):
         return f"Could not find {missing!r}; must be one of, the closest first: {', '.join(_experiments(missing))}"
+    several = SEVERAL.match(str(error))
+    if several:
+        key, _, values = several[1].partition("=")
+        return (
+            f"{key} must be one value; got {values}. Write a list as {key}=[{values}]; -m starts a run with each value"
+        )
     unfit = UNFIT.match(str(error))
     if unfit:
         return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}")

@@ -65,6 +65,18 @@ TOGETHER = {
             "model.mask_patch_size must be a multiple of 32, the total stride with model.stem_stride=4; got 48",
         ],
     ),
+    "strides, and a list without brackets": (
+        "pretrain data=synthetic data.image_size=40 model.strides=[64,2,2,2] trainer.log_every=1,2",
+        [
+            "trainer.log_every must be one value; got 1,2. Write a list as trainer.log_every=[1,2]; -m starts a run with "
+            "each value",
+            "model.strides must be three to five strides of 1 to 8",
+        ],
+    ),
+    "no strides": (
+        "pretrain data=synthetic data.image_size=40 model.strides=[]",
+        ["model.strides must be three to five strides of 1 to 8"],
+    ),
     "fine-tuning": (
         "finetune data=synthetic init_from=/nowhere trainer.cuda_graph=true trainer.device=cpu model.num_classes=1 "
         "data.decode_on=gpu augment.mixup=0.8 trainer.micro_batch_size=1",
