@@ -66,13 +66,13 @@ def test_a_text_file_tsv_and_parquet_are_the_same(table, tmp_path):
     with table.open() as file:
         lines = list(csv.reader(file))
     (tmp_path / "t.txt").write_text("".join(f"{line[0]}\n" for line in lines[1:]))
-    (tmp_path / "t.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    (tmp_path / "t.TSV").write_text("".join("\t".join(line) + "\n" for line in lines))
     root = str(table.parent)
     expected = TableImages(table, label_column=["dark", "age"])
     assert TableImages(tmp_path / "t.txt", root).paths == expected.paths
     pandas = pytest.importorskip("pandas")
     pandas.read_csv(table).to_parquet(tmp_path / "t.parquet")
-    for name in ("t.tsv", "t.parquet"):
+    for name in ("t.TSV", "t.parquet"):
         source = TableImages(tmp_path / name, root, label_column=["dark", "age"])
         assert source.paths == expected.paths
         torch.testing.assert_close(source.values, expected.values, equal_nan=True, rtol=1e-6, atol=0)

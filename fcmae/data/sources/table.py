@@ -19,7 +19,7 @@ from fcmae.opening import open_regular
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
 """Names of the column of paths, if it is not given."""
 SPLIT_COLUMN = "split"
-MAX_BYTES = 2**32
+MAX_BYTES = 2**30
 """Of a table."""
 NAMED = 3
 """Offending rows that a message names."""
@@ -100,7 +100,8 @@ class TableImages:
 def read_table(path: Path) -> Table:
     """The columns of a table by name. Raises UsageError naming the file."""
     try:
-        if path.suffix == ".parquet":
+        ending = path.suffix.lower()
+        if ending == ".parquet":
             return _parquet(path)
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -110,9 +111,9 @@ def read_table(path: Path) -> Table:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    if path.suffix == ".txt":
+    if ending == ".txt":
         return {"path": [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]}
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if ending == ".tsv" else ",")
     try:
         numbered = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
