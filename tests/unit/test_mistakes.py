@@ -68,8 +68,8 @@ TOGETHER = {
     "strides, and a list without brackets": (
         "pretrain data=synthetic data.image_size=40 model.strides=[64,2,2,2] trainer.log_every=1,2",
         [
-            "trainer.log_every must be one value; got 1,2. Write a list as trainer.log_every=[1,2]; -m starts a run with "
-            "each value",
+            "trainer.log_every must be one value; got 1,2. Write a list as trainer.log_every=[1,2]; -m starts a run "
+            "with each value",
             "model.strides must be three to five strides of 1 to 8",
         ],
     ),
