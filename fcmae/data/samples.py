@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fcmae.data.labels import Labels
 from fcmae.data.pixels.crops import RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
 from fcmae.data.pixels.extra import Extra
@@ -22,11 +23,11 @@ from fcmae.masks import Mask, RandomMask, draw_scores
 from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 
 
-class MaskedImages(Dataset[tuple[Any, Tensor]]):
-    """Samples for pretraining: (image, mask noise ``[L]``).
+class MaskedImages(Dataset[tuple[Any, ...]]):
+    """Samples for pretraining: (image, mask noise ``[L]``), and the label if asked.
 
-    With several crops per image: (list of k crops, noise ``[k, L]``). With ``undecoded`` the image may be an
-    :class:`~fcmae.data.pixels.on_device.Undecoded`.
+    With several crops per image: (list of k crops, noise ``[k, L]``, label ``[k, ...]``). With ``undecoded`` the image
+    may be an :class:`~fcmae.data.pixels.on_device.Undecoded`.
 
     Args:
         crop: makes a sample of an image.
@@ -35,6 +36,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         undecoded: leave the decoding of JPEGs to the device.
         mask: scores the patches; the noise is its scores.
         extra: transforms of the crops.
+        labels: makes the tensor of a label.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         undecoded: bool = False,
         mask: Mask | None = None,
         extra: Extra | None = None,
+        labels: Labels | None = None,
     ) -> None:
         self.source = source
         self.crop = crop
@@ -56,21 +59,26 @@ class MaskedImages(Dataset[tuple[Any, Tensor]]):
         self.undecoded = undecoded
         self.mask = RandomMask() if mask is None else mask
         self.extra = extra
+        self.labels = labels
 
-    def __getitem__(self, key: SampleKey) -> tuple[Any, Tensor]:
-        image = self.source[key[1]].image
+    def __getitem__(self, key: SampleKey) -> tuple[Any, ...]:
+        sample = self.source[key[1]]
+        image = sample.image
         opened = open_image(image, self.crop.format)
         draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
+        one = self.crops_per_image == 1 and not self.undecoded
+        more = [] if self.labels is None else [self.labels(sample, key[1])]
+        if not one:
+            more = [part.expand(len(draws), *part.shape) for part in more]
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
-            return Undecoded(
-                image, [self.crop.draw(opened, self._uniform(counters))[0] for counters in draws], self.crop.size
-            ), noise
+            boxes = [self.crop.draw(opened, self._uniform(counters))[0] for counters in draws]
+            return Undecoded(image, boxes, self.crop.size), noise, *more
         crops = [self._crop(opened, counters) for counters in draws]
         noises = [self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)]
-        if self.crops_per_image == 1 and not self.undecoded:
-            return crops[0], noises[0]
-        return crops, torch.stack(noises)
+        if one:
+            return crops[0], noises[0], *more
+        return crops, torch.stack(noises), *more
 
     def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> Tensor:
         crop = self.crop(image, self._uniform(counters))

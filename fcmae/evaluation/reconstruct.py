@@ -33,11 +33,11 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
         The prediction for every patch ``[N, C, H, W]`` and the mask, bool ``[N, 1, H, W]``, True = masked.
     """
     height, width = imgs.shape[-2:]
-    out = model(imgs, mask)
+    preds, mask = model.predict(imgs, mask)
     rows, cols = grid_size(height, width, model.mask_patch_size)
-    hidden = upsample_mask(out.mask, rows, cols, model.mask_patch_size).unsqueeze(1)
+    hidden = upsample_mask(mask, rows, cols, model.mask_patch_size).unsqueeze(1)
     for name, target in model.targets.items():
-        pixels = target.to_pixels(out.preds[name].float(), imgs)
+        pixels = target.to_pixels(preds[name].float(), imgs)
         if pixels is not None:
             return pixels, hidden
     return None

@@ -14,7 +14,7 @@ from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_en
 from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone
 from fcmae.models.decoder import Decoder
-from fcmae.targets import Pixels, Target, part
+from fcmae.targets import NEEDS, Pixels, Seen, Target, part
 
 INITS = ("timm", "official")
 
@@ -124,9 +124,18 @@ class FCMAE(nn.Module):
         super().__setattr__(name, value)
 
     def forward(
-        self, imgs: Tensor, mask: Tensor | None = None, keep: int | None = None, weight: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask: Tensor | None = None,
+        keep: int | None = None,
+        weight: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        channels: Tensor | None = None,
+        channels_valid: Tensor | None = None,
+        label: Tensor | None = None,
     ) -> FCMAEOutput:
-        """Reconstructs the masked patches of normalised images.
+        """Predicts the targets at the masked patches of normalised images.
 
         Args:
             imgs: ``[N, C, H, W]``, sides multiples of ``mask_patch_size``.
@@ -134,7 +143,33 @@ class FCMAE(nn.Module):
             keep: the visible patches in a row of ``mask``. Without it the mask is counted and checked, for which the
                 host waits for the device.
             weight: ``[N]``, a factor on the error of each image in the loss.
+            valid: which pixels have a value; the others become 0.
+            channels, channels_valid, label: what targets need, see :class:`fcmae.targets.Seen`.
+
+        Raises ValueError where a target needs what is not given.
         """
+        if valid is not None:
+            imgs = torch.where(valid, imgs, 0)
+        seen = Seen(imgs, valid, channels, channels_valid, label)
+        for needed in NEEDS:
+            if getattr(seen, needed) is None and self.targets_that_need(needed):
+                raise ValueError(f"target {self.targets_that_need(needed)[0]} needs {needed}; give {needed}= as well")
+        preds, mask, sites = self._predict(imgs, mask, keep)
+        compiled = self._compiled and self.training
+        parts = {
+            # Target and error in one region, so that the target need not be stored. Code of others may not compile.
+            name: region(part, compiled and _is_ours(target))(target, seen, preds[name], sites, weight)
+            for name, target in self.targets.items()
+        }
+        return FCMAEOutput(self._sum(parts), preds, mask, parts)
+
+    def predict(self, imgs: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """The predictions of :meth:`forward` by the name of the target, and the mask, without a loss."""
+        preds, mask, _ = self._predict(imgs, mask, None)
+        return preds, mask
+
+    def _predict(self, imgs: Tensor, mask: Tensor | None, keep: int | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The predictions, the mask, and the mask of predicted patches ``[N, L]``."""
         if mask is None:
             mask, keep = self.random_mask(imgs)
         elif keep is None:
@@ -153,17 +188,16 @@ class FCMAE(nn.Module):
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
         preds = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
-        parts = {
-            # Target and error in one region, so that the target need not be stored. Code of others may not compile.
-            name: region(part, compiled and _is_ours(target))(target, imgs, preds[name], sites.flatten(1), weight)
-            for name, target in self.targets.items()
-        }
-        return FCMAEOutput(self._sum(parts), preds, mask, parts)
+        return preds, mask, sites.flatten(1)
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
         weights = self.target_weights
         terms = [value if weights[name] == 1 else weights[name] * value for name, value in parts.items()]
         return functools.reduce(torch.add, terms)
+
+    def targets_that_need(self, what: str) -> list[str]:
+        """Names of the targets that need ``channels`` or ``label``."""
+        return [name for name, target in self.targets.items() if what in getattr(target, "needs", ())]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.

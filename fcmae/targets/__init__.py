@@ -1,6 +1,6 @@
 """What the decoder predicts at every patch. A target is a small class; several can be predicted at once."""
 
-from fcmae.targets.base import Target, create_target, part
+from fcmae.targets.base import NEEDS, Seen, Target, create_target, part
 from fcmae.targets.pixels import Pixels
 
-__all__ = ["Pixels", "Target", "create_target", "part"]
+__all__ = ["NEEDS", "Pixels", "Seen", "Target", "create_target", "part"]

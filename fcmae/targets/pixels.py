@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.masks.patches import patchify, unpatchify
+from fcmae.targets.base import Seen
 from fcmae.targets.losses import OF_NUMBERS, get_loss
 
 NORMS = ("patch", "channel", "none")
@@ -31,7 +32,8 @@ class Pixels:
         self.norm = norm
         self._error = get_loss(loss, OF_NUMBERS)
 
-    def __call__(self, imgs: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, seen: Seen) -> tuple[Tensor, None]:
+        imgs = seen.imgs
         target = patchify(imgs, self.patch_size).float()
         if self.norm == "patch":
             # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU.

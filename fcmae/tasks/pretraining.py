@@ -13,6 +13,7 @@ from fcmae.checkpoints import encoder
 from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, to_dict
 from fcmae.data.collate import collate
+from fcmae.data.labels import Labels
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.plan import BatchPlan
@@ -49,6 +50,9 @@ class Pretraining:
         self.source = train_source(cfg.data, cfg.loader)
         self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
+        self.labels = self._labels()
+        self.carried = () if self.labels is None else ("label",)
+        """What a batch has beside images and noise, as :class:`fcmae.targets.Seen` calls it."""
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
         self.notes = list(self.start.notes)
@@ -60,6 +64,11 @@ class Pretraining:
             self.notes += knn.notes
             self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
 
+    def _labels(self) -> Labels | None:
+        """Labels for the targets that need them; None without such a target. Raises ConfigError."""
+        asking = self.model.targets_that_need("label")
+        return Labels(self.source, f"target.{asking[0]}") if asking else None
+
     def initialise(self) -> None:
         if self.start.path is not None:
             self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
@@ -68,7 +77,7 @@ class Pretraining:
         data = self.cfg.data
         crop, undecoded = pretrain_transform(data, self.cfg.loader.max_pixels), data.decode_on == "gpu"
         crops, seed = data.crops_per_image, self.cfg.seed
-        return MaskedImages(self.source, crop, self.grid, seed, crops, undecoded, self.mask, self.extra)
+        return MaskedImages(self.source, crop, self.grid, seed, crops, undecoded, self.mask, self.extra, self.labels)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:
@@ -85,9 +94,10 @@ class Pretraining:
         return []
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
-        imgs, noise = batch
+        imgs, noise, *more = batch
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
-        out = model(imgs, random_mask(noise, self.keep), self.keep, weight)
+        seen = dict(zip(self.carried, more, strict=True))
+        out = model(imgs, random_mask(noise, self.keep), self.keep, weight, **seen)
         return out.loss, {name: value.detach() for name, value in out.parts.items()}
 
     def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:

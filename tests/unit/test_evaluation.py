@@ -24,7 +24,7 @@ from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.models.objective import Predictions
-from fcmae.targets import Pixels
+from fcmae.targets import Pixels, Seen
 from fcmae.tasks import monitors
 from fcmae.tasks.monitors import OnlineKnn
 from fcmae.tasks.pretraining import Pretraining
@@ -276,13 +276,11 @@ def test_top5_is_reported_of_six_classes_or_more(classes, reported):
 
 @pytest.mark.parametrize("norm", ["patch", "channel", "none"])
 def test_a_perfect_prediction_reconstructs_the_image(norm, monkeypatch):
-    from fcmae.models import FCMAEOutput
-
     model = FCMAE("convnextv2_atto", targets={"pixels": partial(Pixels, norm=norm)}, decoder_embed_dim=16)
     imgs = torch.randn(2, 3, 64, 96)
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
-    perfect = FCMAEOutput(torch.zeros(()), {"pixels": model.targets["pixels"](imgs)[0]}, mask, {})
-    monkeypatch.setattr(FCMAE, "forward", lambda self, imgs, mask: perfect)
+    perfect = {"pixels": model.targets["pixels"](Seen(imgs))[0]}
+    monkeypatch.setattr(FCMAE, "predict", lambda self, imgs, mask: (perfect, mask))
     pred, hidden = reconstruct(model, imgs, mask)
     torch.testing.assert_close(pred, imgs, rtol=1e-3, atol=1e-4)
     assert hidden.shape == (2, 1, 64, 96)

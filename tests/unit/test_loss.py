@@ -8,13 +8,13 @@ import torch
 from fcmae.errors import UsageError
 from fcmae.masks.patches import patchify
 from fcmae.models import FCMAE
-from fcmae.targets import Pixels, part
+from fcmae.targets import Pixels, Seen, part
 
 MASK = torch.tensor([[True, False, True, True], [False, True, False, False]])
 
 
 def target_of(imgs, norm):
-    return Pixels(32, imgs.shape[1], norm)(imgs)[0]
+    return Pixels(32, imgs.shape[1], norm)(Seen(imgs))[0]
 
 
 def test_pixels_are_normalised_by_the_unbiased_variance_with_eps_inside_the_root():
@@ -40,7 +40,7 @@ class Given:
     def __init__(self, target, valid=None, dim=8):
         self.target, self.valid, self.dim = target, valid, dim
 
-    def __call__(self, imgs):
+    def __call__(self, seen):
         return self.target, self.valid
 
     def loss(self, pred, target, mask, valid):
@@ -56,12 +56,12 @@ class Given:
 def test_loss_averages_over_a_patch_then_over_masked_patches():
     pred, target = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
     expected = torch.stack([((pred - target) ** 2)[i, j].mean() for i, j in MASK.nonzero().tolist()]).mean()
-    torch.testing.assert_close(part(Given(target), pred, pred, MASK), expected)
+    torch.testing.assert_close(part(Given(target), Seen(pred), pred, MASK), expected)
 
 
 def test_predictions_of_visible_patches_have_no_gradient():
     pred = torch.randn(2, 4, 8, requires_grad=True)
-    part(Given(torch.randn(2, 4, 8)), pred, pred, MASK).backward()
+    part(Given(torch.randn(2, 4, 8)), Seen(pred), pred, MASK).backward()
     assert (pred.grad[~MASK] == 0).all()
     assert (pred.grad[MASK] != 0).all()
 
@@ -72,25 +72,38 @@ def test_invalid_values_have_no_gradient_and_images_count_the_same():
     valid = torch.ones(2, 4, 8, dtype=torch.bool)
     valid[0, :2] = valid[1, 0, :5] = False
     target = torch.randn(2, 4, 8)
-    loss = part(Given(target, valid), pred, pred, mask)
+    loss = part(Given(target, valid), Seen(pred), pred, mask)
     loss.backward()
     assert ((pred.grad != 0) == valid & mask[..., None]).all()
     squares = (pred - target).square().detach()
     first, second = squares[0, 2].mean(), (squares[1, 0, 5:].mean() + squares[1, 1].mean() + squares[1, 2].mean()) / 3
     torch.testing.assert_close(loss, (first + second) / 2)
-    single = [part(Given(target[i : i + 1], valid[i : i + 1]), pred[:1], pred[i : i + 1], mask[:1]) for i in (0, 1)]
+    single = [
+        part(Given(target[i : i + 1], valid[i : i + 1]), Seen(pred[:1]), pred[i : i + 1], mask[:1]) for i in (0, 1)
+    ]
     torch.testing.assert_close(loss, torch.stack(single).mean())  # whatever the micro-batches
+
+
+def test_a_patch_without_a_valid_pixel_is_not_in_the_loss_of_a_target_that_says_nothing():
+    pred, target = torch.randn(1, 4, 8, requires_grad=True), torch.randn(1, 4, 8)
+    pixels = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
+    pixels[0, 1, 3, 3] = pixels[0, 0, 4, 7] = True  # in the first and the last patch
+    mask = torch.tensor([[True, True, False, True]])
+    loss = part(Given(target), Seen(torch.zeros(1, 2, 8, 8), pixels), pred, mask)
+    torch.testing.assert_close(loss, (pred - target)[0, [0, 3]].square().mean())
+    loss.backward()
+    assert pred.grad.abs().sum(-1).bool().tolist() == [[True, False, False, True]]
 
 
 def test_a_visible_nan_does_not_reach_the_loss():
     pred = torch.zeros(1, 2, 4)
     pred[0, 0] = float("nan")
-    assert part(Given(torch.ones(1, 2, 4)), pred, pred, torch.tensor([[False, True]])) == 1
+    assert part(Given(torch.ones(1, 2, 4)), Seen(pred), pred, torch.tensor([[False, True]])) == 1
 
 
 def test_nothing_masked_costs_nothing():
     pred = torch.ones(1, 2, 4)
-    assert part(Given(torch.zeros(1, 2, 4)), pred, pred, torch.zeros(1, 2, dtype=torch.bool)) == 0
+    assert part(Given(torch.zeros(1, 2, 4)), Seen(pred), pred, torch.zeros(1, 2, dtype=torch.bool)) == 0
 
 
 def test_several_targets_have_a_head_each_and_add_up_by_their_weights():
@@ -121,5 +134,5 @@ def test_several_targets_have_a_head_each_and_add_up_by_their_weights():
 )
 def test_a_target_that_returns_other_shapes_is_refused_in_one_line(target, message):
     with pytest.raises(UsageError, match=message) as raised:
-        part(target, torch.zeros(2, 4, 8), torch.zeros(2, 4, 8), MASK)
+        part(target, Seen(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8), MASK)
     assert "\n" not in str(raised.value)

@@ -73,7 +73,7 @@ class NoLoss:
     def __init__(self, patch_size, in_chans):
         self.dim = 1
 
-    def __call__(self, imgs):
+    def __call__(self, seen):
         return None
 
     def to_pixels(self, pred, imgs):
@@ -100,16 +100,20 @@ class ZeroDim(NoDim):
 class Alone(NoDim):
     dim = 1
 
-    def __call__(self, imgs):
-        return torch.zeros(len(imgs), 16, 1)
+    def __call__(self, seen):
+        return torch.zeros(len(seen.imgs), 16, 1)
 
 
 class Whole(Alone):
-    def __call__(self, imgs):
-        return torch.zeros(len(imgs), 16, 1), None
+    def __call__(self, seen):
+        return torch.zeros(len(seen.imgs), 16, 1), None
 
     def loss(self, pred, target, mask, valid):
         return pred.mean()
+
+
+class Greedy(Whole):
+    needs = ("depth",)
 
 
 class NoPatchSize(Whole):
@@ -130,6 +134,7 @@ class OtherLoss(Whole):
         ("NotCallable", "without __call__, loss"),
         ("NoDim", "target.own: wrong.py:NoDim must have the attribute dim"),
         ("ZeroDim", "target.own: wrong.py:ZeroDim.dim must be a positive integer; got 0"),
+        ("Greedy", r"target.own: wrong.py:Greedy.needs must be some of channels, label; got 'depth'"),
         ("NoPatchSize", "target.own: wrong.py:NoPatchSize does not take these arguments: .*patch_size"),
         ("OtherLoss", r"whose loss must take \(pred, target, mask, valid\); it takes \(self, pred, target\)"),
         ("Missing", "target.own._target_ is 'wrong.py:Missing'; expected a class that Python finds"),
