@@ -4,23 +4,27 @@ One mechanism for every seam: sources, masks, targets, objectives, loggers, tran
 seam's protocol before it is called, and a class that a file names, not the user, is refused.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Collection
+import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fcmae.errors import ConfigError, UsageError
+from fcmae.errors import ConfigError, FCMAEError, UsageError
 
 NAMED_BY = "_named_by_"
 """Entry of an object that a file names, not the user; its value is the file."""
 LOADED = "fcmae_plugin_"
 """What the modules of files are called."""
+INSTALLED = re.compile(rf"{re.escape(str(Path(__file__).parent))}[/\\]|.*[/\\]((site|dist)-packages|lib[/\\]python)")
+"""Files that are not the user's: ours, of installed packages, and Python's."""
 OURS = re.compile(r"fcmae\.(masks|targets|tasks\.objectives)\.\w+")
 """Classes of the package that a file may name."""
 
@@ -125,6 +129,30 @@ def _check_signature(found: type, method: str, protocol: type, what: str) -> Non
         signature.bind(*names[bound:])
     except TypeError as error:
         raise ConfigError(f"{what} must take ({', '.join(names[1:])}); it takes {signature} ({error})") from error
+
+
+def brings_code(config: Any) -> bool:
+    """Whether a config, of plain values, names a class that is not the package's."""
+    if isinstance(config, dict):
+        return (is_named(config) and not is_ours(config)) or any(map(brings_code, config.values()))
+    return isinstance(config, (list, tuple)) and any(map(brings_code, config))
+
+
+@contextlib.contextmanager
+def failures_explained(doing: str) -> Iterator[None]:
+    """In this block an error of code that a config names is a UsageError of one line, with its file and line."""
+    try:
+        yield
+    except (FCMAEError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if not INSTALLED.match(frame.filename)] or frames
+        where = f"{theirs[-1].filename}, line {theirs[-1].lineno}"
+        said = " ".join(str(error).split())
+        raise UsageError(f"{doing} fails: {type(error).__name__}: {said} ({where})") from error
 
 
 def _find(target: str, key: str) -> Any:

@@ -16,6 +16,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.unreadable import BadSamples, errors_aside
 from fcmae.distributed import World
 from fcmae.errors import OutOfMemory, UsageError
+from fcmae.plugins import failures_explained
 from fcmae.randomness import preserved
 from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
@@ -48,6 +49,13 @@ def find(task: Task, plan: Callable[[int | None], BatchPlan], state: TrainState,
     if not found:
         raise OutOfMemory(f"trainer.micro_batch_size={sizes[0]} does not fit on {memory.in_use(world.device)}")
     return plan(found)
+
+
+def rehearse(task: Task, plan: BatchPlan, state: TrainState, world: World) -> None:
+    """One pass of the first sample, without a trace. Raises UsageError if code that the config names fails."""
+    with failures_explained("a pass of the first sample"):
+        trial = Trial(task, plan, state, world)
+        trial(plan.crops_per_image * (1 + task.pairs))
 
 
 def candidates(plan: Callable[[int | None], BatchPlan]) -> list[int]:

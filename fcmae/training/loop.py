@@ -18,6 +18,7 @@ from fcmae.kernels.caches import use_private_cache
 from fcmae.loggers.logger import Progress, RunLogger, Sink, create_sinks
 from fcmae.loggers.meter import Meter
 from fcmae.optim.adamw import set_lr
+from fcmae.plugins import brings_code
 from fcmae.tasks.monitors import Monitor
 from fcmae.tasks.task import Losses, Task
 from fcmae.training import fit_micro_batch as micro_batch
@@ -64,6 +65,8 @@ class _Training:
         self.state = self._resume()
         if asked == micro_batch.AUTO:
             self._fit()
+        if brings_code(to_dict(cfg)):
+            world.together(lambda: micro_batch.rehearse(task, self.plan, self.state, world))
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
         self.config = to_dict(cfg)

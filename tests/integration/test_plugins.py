@@ -97,3 +97,46 @@ def test_a_wrong_plugin_is_one_line(fcmae_here, here, name):
     said = fcmae_here(*PRETRAIN, override, "hydra.run.dir=run", check=2).stderr
     assert re.search(message, said), said
     assert "Traceback" not in said
+
+
+BROKEN = """
+import torch
+from fcmae.masks import RandomMask
+from fcmae.targets import Pixels
+
+class Short(RandomMask):
+    def scores(self, rng, rows, cols, crop):
+        return super().scores(rng, rows, cols, crop)[1:]
+
+class Wide(Pixels):
+    def loss(self, pred, target, mask, valid):
+        return (pred - target).square()
+
+class Missing(Pixels):
+    def loss(self, pred, target, mask, valid):
+        return {}["error"]
+
+def fails(image):
+    raise RuntimeError("no")
+
+class Failing:
+    def __call__(self, image):
+        return fails(image)
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mask._target_=broken.py:Short", r"scores must return a float tensor \[\d+\]; got"),
+        ("target.wide._target_=broken.py:Wide", r"the loss of broken.py:Wide must be \["),
+        ("target.gone._target_=broken.py:Missing", r"KeyError: 'error' \(.*broken.py, line 16\)$"),
+        ('data.transforms=[{_target_: "broken.py:Failing"}]', r"RuntimeError: no \(.*broken.py, line 19\)$"),
+    ],
+)
+def test_what_fails_on_the_first_sample_is_told_before_the_run_begins(fcmae_here, here, override, message):
+    (here / "broken.py").write_text(BROKEN)
+    said = fcmae_here(*TINY_PRETRAIN, SOURCE, "data.image_size=64", override, "hydra.run.dir=run", check=2).stderr
+    assert re.search(message, said, re.MULTILINE), said
+    assert "Traceback" not in said
+    assert not (here / "run" / "config.yaml").exists()
