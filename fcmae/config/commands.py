@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import (
-    LAYERS,
     check,
     check_channels,
     check_class,
@@ -16,7 +15,6 @@ from fcmae.config.checks import (
     check_one_of,
     check_positive,
     check_seed,
-    check_stages,
 )
 from fcmae.config.conflicts import check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
@@ -74,7 +72,8 @@ class PretrainConfig(RunConfig):
     arguments; mask=random, block, grid or weighted (docs/plugins.md). None = random."""
     target: Any = None
     """What is predicted at the masked patches, one or several of NAME: ``_target_``, a class, its arguments, and
-    ``weight``, its factor in the loss (docs/plugins.md). target.NAME=null leaves one out. None = the image's pixels."""
+    ``weight``, its factor in the loss or ``learned`` (docs/targets.md). target.NAME=null leaves one out. None = the
+    image's pixels."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
@@ -101,8 +100,8 @@ def _targets(given: Any) -> dict[str, dict[str, Any]]:
         ok = str(name).isidentifier() and is_named(value)
         if check(f"target.{name}", value, ok, "a name and _target_: PACKAGE.CLASS and its arguments"):
             weight = value.get("weight", 1.0)
-            ok = type(weight) in (int, float) and 0 < weight < math.inf
-            check(f"target.{name}.weight", weight, ok, "a positive number")
+            ok = weight == "learned" or (type(weight) in (int, float) and 0 < weight < math.inf)
+            check(f"target.{name}.weight", weight, ok, "a positive number or learned")
             targets[name] = {**value, "weight": weight}
     return targets
 
@@ -225,11 +224,8 @@ class EvaluateConfig(CheckpointConfig):
 class FeaturesConfig(CheckpointConfig):
     """Keys of all commands on frozen features."""
 
-    layer: str = "pooled"
-    """``pooled``: mean over the last map, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone;
-    ``stages``: the means of stages one after another; ``stages_std``: their means and standard deviations."""
-    stages: list[int] | None = None
-    """Stages, from 1, of ``layer=stages`` and ``stages_std``; None = all."""
+    pooling: str = "norm"
+    """``norm``: mean over the image, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone."""
     cache: str | None = "run"
     """Where features are kept: ``run`` = the folder ``features`` of the checkpoint's run; a folder; None = nowhere."""
     seed: int = 0
@@ -240,8 +236,7 @@ class FeaturesConfig(CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one_of("layer", self.layer, LAYERS)
-        check_stages("stages", self.stages, self.layer)
+        check_one_of("pooling", self.pooling, ("norm", "mean"))
         check_seed(self.seed)
         given = {f"model.{name}": value for name, value in vars(self.model).items() if value is not None}
         if self.checkpoint == RANDOM:

@@ -108,10 +108,13 @@ def _to_official_value(name: str, value: Tensor) -> Tensor:
 
 
 def pretraining_names(ours: StateDict) -> dict[str, str]:
-    """Our FCMAE parameter names to the official pretraining checkpoint's; the backbone's head is not in it."""
+    """Our FCMAE parameter names to the official pretraining checkpoint's.
+
+    The backbone's head and learned weights of targets are not in it.
+    """
     names = {}
     for name in ours:
-        if name.startswith("backbone.head."):
+        if name.startswith(("backbone.head.", "log_var_")):
             continue
         part, rest = name.split(".", 1)
         names[name] = f"encoder.{sparse_name(rest)}" if part == "backbone" else _decoder_name(rest)

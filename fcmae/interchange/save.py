@@ -72,8 +72,8 @@ def _pretrain_config(model: FCMAE, data: DataConfig, network: dict[str, Any]) ->
     )
     target = {}
     for name, made in model.targets.items():
-        if not isinstance(made, Pixels):
+        if type(made) is not Pixels:
             raise UsageError(f"target {name} must be of fcmae.targets.Pixels to be saved; got {class_name(made)}")
         weight = model.target_weights[name]
-        target[name] = {"_target_": "fcmae.targets.Pixels", "norm": made.norm, "weight": weight}
+        target[name] = {"_target_": "fcmae.targets.Pixels", "norm": made.norm, "loss": made.loss_name, "weight": weight}
     return PretrainConfig(data=data, model=cfg, target=target)

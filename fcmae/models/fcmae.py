@@ -1,6 +1,7 @@
 """Fully convolutional masked autoencoder (FCMAE; ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from fcmae.models.decoder import Decoder
 from fcmae.targets import NEEDS, Pixels, Seen, Target, part
 
 INITS = ("timm", "official")
+LEARNED = "learned"
+"""Instead of a target's weight."""
 
 
 @dataclass
@@ -24,7 +27,7 @@ class FCMAEOutput:
     """What a forward pass returns; ``loss, pred, mask = output`` unpacks it."""
 
     loss: Tensor
-    """The sum of ``parts`` times their weights, float32 scalar."""
+    """The sum of ``parts`` times their weights, float32 scalar; see :class:`FCMAE` for learned weights."""
     preds: dict[str, Tensor]
     """``[N, L, dim]`` by the name of the target, in its scale."""
     mask: Tensor
@@ -51,6 +54,9 @@ class FCMAE(nn.Module):
         mask_patch_size: pixels per side of a mask patch; a multiple of the total stride, which is the default.
         targets: what is predicted, by name: a class such as :class:`fcmae.targets.Pixels`, or
             ``functools.partial(Pixels, norm="none")``. ``target_weights`` are their factors in the loss, 1 at first.
+            Instead of a number, ``"learned"`` makes the part L of a target count as ``exp(-s) * L + s`` with a
+            parameter s, the logarithm of a variance, 0 at first (Kendall et al., arXiv 1705.07115, section 3.2). Set it
+            before the optimizer is created.
         decoder_embed_dim, decoder_depth: the decoder's width and number of blocks.
         engine: how the backbone runs over the visible patches, see :mod:`fcmae.engines`.
         grn_scope: ``image``, or ``batch`` for parity with the official code.
@@ -100,7 +106,7 @@ class FCMAE(nn.Module):
             name: create(patch_size=self.patch_size, in_chans=backbone.in_chans)
             for name, create in (targets or {"pixels": Pixels}).items()
         }
-        self.target_weights = dict.fromkeys(self.targets, 1.0)
+        self.target_weights: dict[str, float | str] = dict.fromkeys(self.targets, 1.0)
         dims = {name: target.dim for name, target in self.targets.items()}
         self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, dims)
         _init_decoder(self.decoder)
@@ -121,6 +127,12 @@ class FCMAE(nn.Module):
             _check_one_of(name, value, GRN_SCOPES)
         elif name == "recompute_stages" and not set(value) <= set(range(1, len(self.backbone.stages) + 1)):
             raise ValueError(f"recompute_stages must be stages, 1 to {len(self.backbone.stages)}; got {list(value)}")
+        elif name == "target_weights":
+            for target, weight in value.items():
+                if isinstance(weight, str):
+                    _check_one_of(f"target_weights[{target!r}]", weight, (LEARNED,))
+                learned = nn.Parameter(torch.zeros(())) if weight == LEARNED else None
+                self.register_parameter(f"log_var_{target}", learned)
         super().__setattr__(name, value)
 
     def forward(
@@ -191,13 +203,26 @@ class FCMAE(nn.Module):
         return preds, mask, sites.flatten(1)
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
-        weights = self.target_weights
-        terms = [value if weights[name] == 1 else weights[name] * value for name, value in parts.items()]
+        terms = []
+        for name, value in parts.items():
+            weight = self.target_weights[name]
+            if isinstance(weight, str):
+                log_var = getattr(self, f"log_var_{name}")
+                value = (-log_var).exp() * value + log_var
+            elif weight != 1:
+                value = weight * value
+            terms.append(value)
         return functools.reduce(torch.add, terms)
 
     def targets_that_need(self, what: str) -> list[str]:
         """Names of the targets that need ``channels`` or ``label``."""
         return [name for name, target in self.targets.items() if what in getattr(target, "needs", ())]
+
+    @torch.no_grad()
+    def learned_weights(self) -> dict[str, float]:
+        """The present weight of each target whose weight is learned. Waits for the device."""
+        learned = [name for name, weight in self.target_weights.items() if weight == LEARNED]
+        return {name: math.exp(-getattr(self, f"log_var_{name}").item()) for name in learned}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.

@@ -30,6 +30,7 @@ class Pixels:
         self.patch_size = patch_size
         self.dim = patch_size**2 * in_chans
         self.norm = norm
+        self.loss_name = loss
         self._error = get_loss(loss, OF_NUMBERS)
 
     def __call__(self, seen: Seen) -> tuple[Tensor, None]:

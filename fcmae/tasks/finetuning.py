@@ -153,6 +153,9 @@ class Finetuning:
         value = metrics.get(f"ema_{name}", metrics[name])
         return -value if self.objective.best.startswith("-") else value
 
+    def extra_metrics(self) -> dict[str, float]:
+        return {}
+
     def extra_state(self) -> dict[str, Any]:
         state = self.objective.state_dict()
         classes = {"classes": state.pop("classes")} if "classes" in state else {}

@@ -129,6 +129,9 @@ class Pretraining:
         self.model.train(was_training)
         return picture
 
+    def extra_metrics(self) -> dict[str, float]:
+        return {f"weight_{name}": weight for name, weight in self.model.learned_weights().items()}
+
     def extra_state(self) -> dict[str, Any]:
         return self.start.state()
 

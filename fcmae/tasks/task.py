@@ -71,6 +71,10 @@ class Task(Protocol):
         """
         ...
 
+    def extra_metrics(self) -> dict[str, float]:
+        """What is logged beside the means of losses: values at the time of the call. Waits for the device."""
+        ...
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beyond the loop's own."""
         ...

@@ -205,7 +205,7 @@ class _Training:
     def _log(self, lr: float) -> None:
         """A line of metrics: means since the last one."""
         step, plan = self.state.step, self.plan
-        metrics = self.meter.read() | self.saver.take_stall()
+        metrics = self.meter.read() | self.task.extra_metrics() | self.saver.take_stall()
         metrics |= act_on_non_finite(self.guard, self.task, plan, self.run_dir, self.world)
         of_epoch = plan.steps_per_epoch * plan.global_batch_size
         metrics |= count_bad_samples(self.batches.bad_samples(step), of_epoch, self.cfg.loader, self.world)

@@ -138,11 +138,11 @@ class OtherLoss(Whole):
         ("NoPatchSize", "target.own: wrong.py:NoPatchSize does not take these arguments: .*patch_size"),
         ("OtherLoss", r"whose loss must take \(pred, target, mask, valid\); it takes \(self, pred, target\)"),
         ("Missing", "target.own._target_ is 'wrong.py:Missing'; expected a class that Python finds"),
-        ("Whole target.own.weight=0", "target.own.weight must be a positive number; got 0"),
+        ("Whole target.own.weight=0", "target.own.weight must be a positive number or learned; got 0"),
         ("Whole target.own.more=1", "target.own: wrong.py:Whole does not take these arguments: .*'more'"),
         ("Whole target=null", "target must be one or several of NAME: .*; got {"),
         ("Alone", r"target: wrong.py:Alone must return \(target, valid\); got Tensor"),
-        ("Whole", r"target: the loss of wrong.py:Whole must be \[8, 16\]; got \[\]"),
+        ("Whole", r"target: the loss of wrong.py:Whole must be \[1, 16\]; got \[\]"),
     ],
 )
 def test_a_wrong_target_is_refused_in_one_line(given, message, tmp_path, fcmae_here):
