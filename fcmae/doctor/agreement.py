@@ -140,7 +140,7 @@ def _golden_pretraining(
         with torch.no_grad():
             visible = engine(
                 model.backbone, imgs, mask, keep=keep, patch_size=model.mask_patch_size, grn_scope=model.grn_scope
-            )
+            )[-1]
         encoder = golden["output.encoder"].flatten(2).transpose(1, 2)
         yield f"{name} encoder output", relative_error(visible.flatten(0, 3), encoder[~mask.cpu()])
         like = {n: results.get(f"grad.{n}", torch.zeros_like(v)) for n, v in model.state_dict().items()}

@@ -30,9 +30,10 @@ class Engine(Protocol):
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
         compiled: by torch.compile, region by region (:mod:`fcmae.engines.compiled`).
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
+        all_stages: return the features of every stage, not only of the last one.
 
     Returns:
-        ``[N, V, s, s, D]``: the last stage's features, s = patch_size / total stride sites per side.
+        ``[N, V, s, s, D]`` per stage, s = patch_size / stride of the stage's sites; the last one after ``norm_pre``.
     """
 
     def __call__(
@@ -46,7 +47,8 @@ class Engine(Protocol):
         grn_scope: str = "image",
         compiled: bool = False,
         recompute_stages: Collection[int] = (),
-    ) -> Tensor: ...
+        all_stages: bool = False,
+    ) -> list[Tensor]: ...
 
 
 ENGINES: dict[str, Engine] = {"packed": packed, "masked": masked, "minkowski": minkowski}

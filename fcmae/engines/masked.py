@@ -23,18 +23,23 @@ def masked(
     grn_scope: str = "image",
     compiled: bool = False,
     recompute_stages: Collection[int] = (),
-) -> Tensor:
+    all_stages: bool = False,
+) -> list[Tensor]:
     """Runs ``backbone`` over whole images, masked. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     x = region(_apply, compiled)(backbone.stem, imgs)
+    maps = []
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
         x = region(_apply, compiled)(stage.downsample, x)
         visible = ~upsample_mask(mask, rows, cols, x.shape[-1] // cols).unsqueeze(1)
         for block in convnext.blocks(stage):
             x = run_block(block, x, visible, grn_scope)
-    x = backbone.norm_pre(x)
-    return gather_patches(x, visible_indices(mask, keep), rows, cols)
+        if all_stages or number == len(backbone.stages):
+            maps.append(x)
+    maps[-1] = backbone.norm_pre(maps[-1])
+    index = visible_indices(mask, keep)
+    return [gather_patches(x, index, rows, cols) for x in maps]
 
 
 def _apply(layers: nn.Module, x: Tensor) -> Tensor:

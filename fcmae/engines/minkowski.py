@@ -10,6 +10,7 @@ fastest, so that they are in the order of torch's ``[ky, kx]``: its kernels are 
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -80,7 +81,8 @@ def minkowski(
     grn_scope: str = "image",
     compiled: bool = False,
     recompute_stages: Collection[int] = (),
-) -> Tensor:
+    all_stages: bool = False,
+) -> list[Tensor]:
     """Runs ``backbone`` in MinkowskiEngine. See :data:`fcmae.engines.Engine` for the contract.
 
     ``compiled`` has no effect: torch.compile cannot compile it. Raises ImportError as :func:`load` does.
@@ -88,18 +90,26 @@ def minkowski(
     load(imgs.device.type)
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
+    finest = patch_size // convnext.stem(backbone)[0].stride[0]
     x, sites = _stem(*convnext.stem(backbone), imgs, index, rows, cols)
+    features = []
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         run_block = recomputed(_block, number in recompute_stages or stage.grad_checkpointing)
         if isinstance(stage.downsample, nn.Sequential):
             x, sites = _downsample(*convnext.downsample(stage.downsample), x, sites)
         for block in convnext.blocks(stage):
             x = run_block(block, x, sites, grn_scope)
+        if all_stages or number == len(backbone.stages):
+            features.append((x, sites))
     if isinstance(backbone.norm_pre, nn.LayerNorm):
-        x = convnext.layer_norm(x, backbone.norm_pre)
-    finest = patch_size // convnext.stem(backbone)[0].stride[0]
+        features[-1] = convnext.layer_norm(x, backbone.norm_pre), sites
+    return [_packed(x, sites, rows, cols, keep, finest) for x, sites in features]
+
+
+def _packed(x: Tensor, sites: Sites, rows: int, cols: int, keep: int, finest: int) -> Tensor:
+    """Features ``[R, C]`` in packed order: ``[N, V, s, s, C]``. For ``finest`` see ``size`` of :func:`_positions`."""
     order = _positions(sites.coordinates, rows, cols, finest).argsort()
-    size = patch_size // convnext.total_stride(backbone)
+    size = math.isqrt(len(x) // (sites.images * keep))
     return x[order].view(sites.images, keep, size, size, -1)
 
 

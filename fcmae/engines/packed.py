@@ -25,7 +25,8 @@ def packed(
     grn_scope: str = "image",
     compiled: bool = False,
     recompute_stages: Collection[int] = (),
-) -> Tensor:
+    all_stages: bool = False,
+) -> list[Tensor]:
     """Runs ``backbone`` over the visible patches alone. See :data:`fcmae.engines.Engine` for the contract."""
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
@@ -33,15 +34,18 @@ def packed(
     if compiled and imgs.is_cuda:
         precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
+    features = []
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
         for block in convnext.blocks(stage):
             x = run_block(block, x, where, grn_scope)
+        if all_stages or number == len(backbone.stages):
+            features.append(x)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
-        x = convnext.layer_norm(x, backbone.norm_pre)
-    return x
+        features[-1] = convnext.layer_norm(features[-1], backbone.norm_pre)
+    return features
 
 
 def _shapes(

@@ -196,7 +196,7 @@ class FCMAE(nn.Module):
             grn_scope=self.grn_scope,
             compiled=compiled,
             recompute_stages=self.recompute_stages if self.training else (),
-        )
+        )[-1]
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
         preds = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))

@@ -89,7 +89,7 @@ class UNet(nn.Module):
         pixels = {(f.shape[2] * s, f.shape[3] * s) for f, s in zip(features, self.strides, strict=True)}
         if len(pixels) > 1:
             raise ValueError(
-                f"UNet expects images whose sides divide by {self.strides[-1]} px, the coarsest stride: pad them; "
+                f"UNet expects images whose sides are divisible by {self.strides[-1]} px, the coarsest stride; "
                 f"got features of {[list(f.shape[2:]) for f in features]} sites at strides {self.strides}"
             )
 

@@ -24,7 +24,7 @@ if {ahead}:
 backbone = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1)).cuda()
 mask = random_mask(torch.rand(4, 49, device="cuda"), 19)
 with torch.autocast("cuda", torch.bfloat16):
-    out = packed(backbone, torch.randn(4, 3, 224, 224, device="cuda"), mask, keep=19, patch_size=32, compiled=True)
+    out = packed(backbone, torch.randn(4, 3, 224, 224, device="cuda"), mask, keep=19, patch_size=32, compiled=True)[-1]
 out.float().sum().backward()
 """
 """An encoder, compiled; with ``ahead`` no more than its kernels."""

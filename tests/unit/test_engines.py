@@ -46,9 +46,11 @@ def small_backbone(name: str, in_chans: int = 3, **kwargs) -> nn.Module:
 def run(engine, backbone, imgs, mask, patch_size, scope):
     keep = int((~mask[0]).sum())
     backbone.zero_grad()
-    visible = ENGINES[engine](backbone, imgs, mask, keep=keep, patch_size=patch_size, grn_scope=scope)
-    visible.backward(torch.randn(visible.shape, generator=torch.Generator().manual_seed(1)).to(visible.dtype))
-    return visible.detach(), {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
+    kwargs = {"keep": keep, "patch_size": patch_size, "grn_scope": scope}
+    features = ENGINES[engine](backbone, imgs, mask, **kwargs, all_stages=True)
+    rng = torch.Generator().manual_seed(1)
+    torch.autograd.backward(features, [torch.randn(f.shape, generator=rng).to(f.dtype) for f in features])
+    return [f.detach() for f in features], {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -70,9 +72,9 @@ def test_every_engine_equals_masked(engine, case, scope, dtype, tolerance):
     imgs = torch.randn(3, in_chans, *size, dtype=dtype)
     mask = random_mask(torch.rand(3, rows * cols), len_keep(rows * cols, ratio))
     expected, expected_grads = run("masked", backbone, imgs, mask, patch_size, scope)
-    visible, grads = run(engine, backbone, imgs, mask, patch_size, scope)
-    assert visible.shape == expected.shape
-    assert relative_error(visible, expected) < tolerance
+    features, grads = run(engine, backbone, imgs, mask, patch_size, scope)
+    assert [f.shape for f in features] == [f.shape for f in expected]
+    assert all(relative_error(a, b) < tolerance for a, b in zip(features, expected, strict=True))
     assert grads.keys() == expected_grads.keys() != set()
     for name, grad in grads.items():
         assert relative_error(grad, expected_grads[name]) < tolerance, name
@@ -86,8 +88,8 @@ def test_every_activation_of_timm_is_the_one_that_is_computed(act):
     imgs = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     mask = torch.tensor([[True, False, False, True]] * 2)
     expected, expected_grads = run("masked", backbone, imgs, mask, 32, "image")
-    visible, grads = run("packed", backbone, imgs, mask, 32, "image")
-    assert relative_error(visible, expected) < 1e-12
+    features, grads = run("packed", backbone, imgs, mask, 32, "image")
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(features, expected, strict=True))
     for name, grad in grads.items():
         assert relative_error(grad, expected_grads[name]) < 1e-10, name
 
@@ -98,9 +100,20 @@ def test_nothing_masked_equals_timm(engine, name):
     backbone = small_backbone(name)
     imgs = torch.randn(2, 3, 64, 96)
     mask = torch.zeros(2, 6, dtype=torch.bool)
-    visible = ENGINES[engine](backbone, imgs, mask, keep=6, patch_size=32)
+    visible = ENGINES[engine](backbone, imgs, mask, keep=6, patch_size=32)[-1]
     expected = backbone.forward_features(imgs)
     assert relative_error(visible.view(2, 2, 3, -1).permute(0, 3, 1, 2), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_the_last_of_all_stages_is_the_default(engine):
+    backbone = small_backbone("convnextv2_atto")
+    imgs, mask = torch.randn(2, 3, 96, 96), random_mask(torch.rand(2, 9), 4)
+    (last,) = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32)
+    features = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32, all_stages=True)
+    assert [f.shape[2:] for f in features] == [(8, 8, 8), (4, 4, 12), (2, 2, 16), (1, 1, 24)]
+    assert torch.equal(features[-1], last) or engine == "minkowski"  # its threads add up in another order each time
+    assert relative_error(features[-1], last) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
@@ -110,7 +123,7 @@ def test_a_masked_pixel_has_no_influence(engine):
     imgs = torch.randn(2, 3, 96, 96)
     hidden = mask.view(2, 1, 3, 1, 3, 1).expand(2, 3, 3, 32, 3, 32).reshape(2, 3, 96, 96)
     other = torch.where(hidden, 1e3 * torch.randn_like(imgs), imgs)
-    results = [ENGINES[engine](backbone, x, mask, keep=4, patch_size=32) for x in (imgs, other)]
+    results = [ENGINES[engine](backbone, x, mask, keep=4, patch_size=32)[-1] for x in (imgs, other)]
     if engine == "minkowski":  # its threads add up in another order each time
         assert relative_error(*results) < 1e-6
     else:
@@ -122,10 +135,10 @@ def test_order_of_images_does_not_matter_with_image_scope(engine):
     backbone = small_backbone("convnextv2_atto")
     mask = random_mask(torch.rand(3, 9), 4)
     imgs = torch.randn(3, 3, 96, 96)
-    together = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32)
-    alone = ENGINES[engine](backbone, imgs[1:2], mask[1:2], keep=4, patch_size=32)
+    together = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32)[-1]
+    alone = ENGINES[engine](backbone, imgs[1:2], mask[1:2], keep=4, patch_size=32)[-1]
     assert relative_error(together[1:2], alone) < TOLERANCE
-    batch = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32, grn_scope="batch")
+    batch = ENGINES[engine](backbone, imgs, mask, keep=4, patch_size=32, grn_scope="batch")[-1]
     assert relative_error(batch[1:2], alone) > 1e-3
 
 
@@ -153,9 +166,9 @@ def test_autocast_keeps_statistics_in_float32(engine):
                 block.mlp.fc1.weight.mul_(100)
                 block.mlp.fc2.weight.mul_(0.01)
     imgs, mask = torch.randn(2, 3, 64, 64), torch.tensor([[True, False, True, False]]).expand(2, 4)
-    expected = ENGINES[engine](backbone, imgs, mask, keep=2, patch_size=32)
+    expected = ENGINES[engine](backbone, imgs, mask, keep=2, patch_size=32)[-1]
     with torch.autocast("cpu", torch.float16):
-        half = ENGINES[engine](backbone, imgs, mask, keep=2, patch_size=32)
+        half = ENGINES[engine](backbone, imgs, mask, keep=2, patch_size=32)[-1]
     assert relative_error(half, expected) < 0.02
 
 

@@ -7,13 +7,16 @@ import fcmae
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import BackboneConfig, from_dict
+from fcmae.engines import ENGINES, total_stride
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, WeightsError
 from fcmae.interchange.convert import export
+from fcmae.kernels import gather_patches
+from fcmae.masks.patches import random_mask, visible_indices
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import strides_of
 from fcmae.optim.adamw import layer_index
-from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
 from tests.interchange import assert_same
 
 DEPTHS, DIMS = [1, 2, 1, 1, 1], [8, 12, 16, 16, 24]
@@ -49,6 +52,37 @@ def test_packed_is_masked_is_dense(name, strides):
     for ours, theirs in zip(maps, backbone.forward_intermediates(imgs, intermediates_only=True), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert [len(imgs[0, 0]) // m.shape[2] for m in maps] == [info["reduction"] for info in backbone.feature_info]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+def test_features_of_all_stages_are_those_of_masked_and_dense(name, strides, dtype, tolerance):
+    n = len(strides)
+    backbone = create_backbone(name, strides=strides, depths=DEPTHS[:n], dims=DIMS[:n]).to(dtype)
+    for param in backbone.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    side = total_stride(backbone)
+    imgs = torch.randn(2, 3, 3 * side, 2 * side, dtype=dtype)
+    for keep in (2, 6):
+        mask = random_mask(torch.rand(2, 6), keep)
+        kwargs = {"keep": keep, "patch_size": side, "all_stages": True}
+        results = [ENGINES[engine](backbone, imgs, mask, **kwargs) for engine in ("packed", "masked")]
+        if keep == 6:  # nothing is masked
+            index = visible_indices(mask, keep)
+            results.append([gather_patches(x, index, 3, 2) for x in dense(backbone, imgs)])
+        directions = [torch.randn_like(f) for f in results[0]]
+        grads = []
+        for features in results:
+            backbone.zero_grad()
+            torch.autograd.backward(features, directions)
+            grads.append({key: p.grad for key, p in backbone.named_parameters() if p.grad is not None})
+        for features, grad in zip(results[1:], grads[1:], strict=True):
+            for stage in range(n):
+                assert relative_error(results[0][stage], features[stage]) < tolerance, stage
+            assert grad.keys() == grads[0].keys()
+            for key, value in grad.items():
+                assert relative_error(grads[0][key], value) < tolerance, key
 
 
 def test_timms_network_is_timms():

@@ -55,7 +55,7 @@ def test_sites_of_a_coarse_site_differ_although_their_features_are_equal():
 @pytest.mark.parametrize("size", [(64, 72), (40, 64)])
 def test_sides_that_are_no_multiples_of_the_coarsest_stride_are_refused(size):
     features, dims, totals = features_of(None, torch.randn(1, 3, *size))
-    with pytest.raises(ValueError, match="divide by 32 px, the coarsest stride: pad them"):
+    with pytest.raises(ValueError, match="divisible by 32 px, the coarsest stride"):
         UNet(dims, totals, width=16)(features)
 
 
