@@ -1,4 +1,5 @@
 """The Triton kernels against plain torch, on the CPU; test_depthwise.py runs this file with TRITON_INTERPRET=1.
+Its largest cases are `slow`.
 
 The interpreter takes a millisecond an operation, so the cases are small: few visible patches, which still have
 neighbours above, beside and at a corner, inside the image and beyond its border.
@@ -18,6 +19,10 @@ L_SHAPE = [[0, 1, 3]]
 ALONE = [[1]]
 TWO_IMAGES = [[0, 5], [1, 4]]
 ALL = [list(range(ROWS * COLS))]
+
+
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 class PlainTaps:
@@ -74,7 +79,7 @@ def check(s: int, k: int, c: int, index: list[list[int]], dtype: torch.dtype = t
 
 # C = 5 leaves most of a block of channels masked, C = 70 fills one and starts a second.
 @pytest.mark.parametrize(
-    ("s", "k", "c", "index"), [(2, 3, 70, CORNER), (1, 7, 5, TWO_IMAGES), (1, 5, 5, ALL), (1, 1, 5, L_SHAPE)]
+    ("s", "k", "c", "index"), [(2, 3, 70, CORNER), slow(1, 7, 5, TWO_IMAGES), (1, 5, 5, ALL), (1, 1, 5, L_SHAPE)]
 )
 def test_equals_plain_torch(s, k, c, index):
     check(s, k, c, index)
@@ -83,8 +88,8 @@ def test_equals_plain_torch(s, k, c, index):
 @pytest.mark.parametrize(
     ("s", "k", "c", "index"),
     [
-        (8, 7, 5, CORNER), (6, 7, 2, CORNER), (6, 5, 5, CORNER), (5, 3, 5, CORNER), (4, 7, 5, L_SHAPE),
-        (4, 5, 5, ALONE), (3, 7, 5, L_SHAPE), (2, 7, 5, L_SHAPE),
+        slow(8, 7, 5, CORNER), slow(6, 7, 2, CORNER), slow(6, 5, 5, CORNER), (5, 3, 5, CORNER), (4, 7, 5, L_SHAPE),
+        (4, 5, 5, ALONE), slow(3, 7, 5, L_SHAPE), (2, 7, 5, L_SHAPE),
     ],
 )  # fmt: skip
 def test_convolution_equals_plain_torch(s, k, c, index, monkeypatch):

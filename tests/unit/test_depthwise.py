@@ -120,11 +120,12 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, wanted)
 
 
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_kernels_in_the_interpreter(cases):
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined."""
     pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_depthwise.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("depthwise", "grn")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", cases, *files]
     root = str(Path(depthwise.__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}

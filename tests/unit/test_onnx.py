@@ -45,9 +45,9 @@ def run_literally(file: Path, imgs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("convnextv2_atto", {"num_classes": 5}),
+        pytest.param("convnextv2_atto", {"num_classes": 5}, marks=pytest.mark.slow),
         ("convnextv2_tiny", {"num_classes": 5, "in_chans": 4, "patch_size": 2}),
-        ("convnext_tiny", {"num_classes": 5, "in_chans": 1, "patch_size": 1}),
+        pytest.param("convnext_tiny", {"num_classes": 5, "in_chans": 1, "patch_size": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_classifier_of_any_batch_and_size(tmp_path, name, kwargs):

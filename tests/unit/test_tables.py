@@ -217,7 +217,11 @@ def test_a_column_without_values_takes_no_part_in_the_means():
 
 @pytest.mark.parametrize(
     ("objective", "column", "metric"),
-    [("multilabel", "[dark,wide]", "auroc"), ("regress", "[age]", "mae"), ("classify", "kind", "top1")],
+    [
+        ("multilabel", "[dark,wide]", "auroc"),
+        pytest.param("regress", "[age]", "mae", marks=pytest.mark.slow),
+        pytest.param("classify", "kind", "top1", marks=pytest.mark.slow),
+    ],
 )
 def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column, metric):
     """Pretrained on the table's images, fine-tuned on its columns, resumed bit for bit, evaluated, predicted."""

@@ -1,0 +1,46 @@
+"""The Triton kernels of GELU and GRN against plain torch, on the CPU; test_depthwise.py runs this file."""
+
+import pytest
+import torch
+
+from fcmae.kernels.grn import gelu_grn_torch
+from tests.unit.test_grn import parameters
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
+def test_equals_plain_torch():
+    from fcmae.kernels.grn_triton import gelu_grn_triton
+
+    def gradients(op, leaves, dy):
+        y = op(*leaves, 1e-6)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+    # The interpreter cuts float32 to bfloat16 where a device rounds, so its error is twice bfloat16's.
+    tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
+    for dtype in tolerance:
+        for shape, zeros in [
+            ((2, 16, 32), False),
+            ((3, 19, 40), False),
+            ((2, 5, 24), True),
+            ((1, 76, 8), False),
+            ((1, 700, 8), False),
+        ]:
+            x, dy = torch.randn(2, *shape).to(dtype).unbind(0)
+            weight, bias, input_bias = (p.detach() for p in parameters(shape[2]))
+            if zeros:
+                x[:, :, 3] = 0
+                x[1] = 0
+                input_bias = None
+            leaves = [t if t is None else t.clone().requires_grad_() for t in (x, input_bias, weight, bias)]
+            exact = [t if t is None else t.detach().double().requires_grad_() for t in leaves]
+            expected = gradients(gelu_grn_torch, exact, dy.double())
+            for value, reference in zip(gradients(gelu_grn_triton, leaves, dy), expected, strict=True):
+                error = ((value.double() - reference).norm() / reference.norm()).item()
+                assert error < tolerance[dtype], (dtype, shape, error)
+
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 5, 8), (8,), (8,), (8,))]
+    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (*leaves, 1e-6))
+    compiled = torch.compile(gelu_grn_triton, fullgraph=True, backend="aot_eager")
+    dy = torch.randn(2, 5, 8)
+    for a, b in zip(gradients(compiled, leaves, dy), gradients(gelu_grn_triton, leaves, dy), strict=True):
+        assert torch.equal(a, b)
