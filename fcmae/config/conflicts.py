@@ -70,6 +70,8 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
+    extra = isinstance(cfg.data.channels, dict) and {"target", "classes"} & set(cfg.data.channels)
+    check("data.channels", cfg.data.channels, not extra, "a list in fine-tuning, the channels that the network gets")
     if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
         _check_micro_batch(cfg, 2, "augment.mixup or augment.cutmix (pairs)")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fcmae.config.channels import Layout, layout
 from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
 from fcmae.plugins import is_named
 
@@ -47,6 +48,11 @@ class DataConfig:
     """hf: the branch, tag or commit of data.path on the hub."""
     in_chans: int = 3
     """Channels: 1 grey, 3 RGB, 4 RGBA, which image files are converted to; others as the files have them."""
+    channels: Any = None
+    """Where the channels lie in the files, counted from 0; None = the files have data.in_chans. A list: those that the
+    network gets. Pretraining: or a mapping with ``input``, this list; ``target``, channels that only targets get, with
+    their ``mean`` and ``std``; ``classes``, such channels of class numbers; ``of``, the channels of a file if it has
+    more (docs/data.md)."""
     bit_depth: int = 8
     """Bits per channel that the images use, 8 to 16. Above 8, pixels keep 16 bits until they are on the device."""
     image_size: Any = 224
@@ -94,6 +100,7 @@ class DataConfig:
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1]) if ok else (224, 224)
         check_positive("data.in_chans", self.in_chans)
+        read = layout(self.channels, self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "from 8 to 16")
         self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
@@ -107,8 +114,11 @@ class DataConfig:
         ok = all(map(is_named, self.transforms))
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
-        expected = "cpu unless in_chans=3, bit_depth=8, pad=0 and transforms=[]"
+        plain = plain and self.channels is None
+        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null and transforms=[]"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
+        alone = not (read.extra and self.transforms)
+        check("data.transforms", self.transforms, alone, "[] with channels that only targets get (data.channels)")
         for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
@@ -123,6 +133,11 @@ class DataConfig:
             ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
             hint = f"data.in_chans={self.in_chans}; fcmae prepare data.stats=true prints them"
             check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one per channel ({hint})")
+
+    @property
+    def layout(self) -> Layout:
+        """Which channels of the files are read."""
+        return layout(self.channels, self.in_chans)
 
     @property
     def size(self) -> tuple[int, int]:

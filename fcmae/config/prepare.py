@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fcmae.config.checks import check, check_one_of, check_positive, check_seed
+from fcmae.config.checks import check, check_one_of, check_positive, check_seed, mistake
 from fcmae.config.data import DataConfig
 from fcmae.config.loader import LoaderConfig
 
@@ -20,6 +20,8 @@ class PreparedDataConfig(DataConfig):
         if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
             self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans  # nothing is normalised here
         super().__post_init__()
+        if self.channels is not None:
+            mistake(f"fcmae prepare reads all channels; leave out data.channels={self.channels}")
         check_positive("data.stats_samples", self.stats_samples)
 
 

@@ -27,7 +27,8 @@ class UnsetDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Checks what is set."""
-        channels = self.in_chans or len(self.mean or self.std or range(3))
+        listed = self.channels if isinstance(self.channels, (list, tuple)) else None
+        channels = self.in_chans or len(self.mean or self.std or listed or range(3))
         known = {"in_chans": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
         checked = settled(DataConfig, self, known)
         for field in dataclasses.fields(self):

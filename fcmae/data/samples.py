@@ -24,9 +24,9 @@ from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 
 
 class MaskedImages(Dataset[tuple[Any, ...]]):
-    """Samples for pretraining: (image, mask noise ``[L]``), and the label if asked.
+    """Samples for pretraining: (image, mask noise ``[L]``), what the crop carries, and the label if asked.
 
-    With several crops per image: (list of k crops, noise ``[k, L]``, label ``[k, ...]``). With ``undecoded`` the image
+    With several crops per image: (list of k crops, noise ``[k, L]``, others ``[k, ...]``). With ``undecoded`` the image
     may be an :class:`~fcmae.data.pixels.on_device.Undecoded`.
 
     Args:
@@ -67,26 +67,27 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         opened = open_image(image, self.crop.format)
         draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
         one = self.crops_per_image == 1 and not self.undecoded
-        more = [] if self.labels is None else [self.labels(sample, key[1])]
+        label = [] if self.labels is None else [self.labels(sample, key[1])]
         if not one:
-            more = [part.expand(len(draws), *part.shape) for part in more]
+            label = [part.expand(len(draws), *part.shape) for part in label]
         if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
             boxes = [self.crop.draw(opened, self._uniform(counters))[0] for counters in draws]
-            return Undecoded(image, boxes, self.crop.size), noise, *more
+            return Undecoded(image, boxes, self.crop.size), noise, *label
         crops = [self._crop(opened, counters) for counters in draws]
-        noises = [self._noise(counters, crop) for counters, crop in zip(draws, crops, strict=True)]
         if one:
-            return crops[0], noises[0], *more
-        return crops, torch.stack(noises), *more
+            return *crops[0], *label
+        imgs, *more = zip(*crops, strict=True)
+        return list(imgs), *(torch.stack(part) for part in more), *label
 
-    def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> Tensor:
-        crop = self.crop(image, self._uniform(counters))
+    def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> list[Tensor]:
+        """A crop, its mask noise, and what the crop carries."""
+        crop, *more = self.crop.seen(image, self._uniform(counters))
         if self.extra is not None and self.extra.steps:
             with preserved(crop.device):
                 seed_globals(self.seed, Stream.TRANSFORM, *counters)
                 crop.copy_(self.extra(crop.clone()))  # into the same memory layout for all crops of a batch
-        return crop
+        return [crop, self._noise(counters, crop), *more]
 
     def _uniform(self, counters: tuple[int, ...]) -> Uniform:
         return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random

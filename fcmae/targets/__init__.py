@@ -1,8 +1,9 @@
 """What the decoder predicts at every patch. A target is a small class; several can be predicted at once."""
 
 from fcmae.targets.base import NEEDS, Seen, Target, create_target, part
+from fcmae.targets.channels import Channels
 from fcmae.targets.hog import Hog
 from fcmae.targets.laplacian import Laplacian
 from fcmae.targets.pixels import Pixels
 
-__all__ = ["NEEDS", "Hog", "Laplacian", "Pixels", "Seen", "Target", "create_target", "part"]
+__all__ = ["NEEDS", "Channels", "Hog", "Laplacian", "Pixels", "Seen", "Target", "create_target", "part"]

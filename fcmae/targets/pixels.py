@@ -12,6 +12,12 @@ NORMS = ("patch", "channel", "none")
 EPS = 1e-6
 
 
+def check_norm(norm: str) -> None:
+    """Raises ValueError unless it is one of :data:`NORMS`."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+
+
 class Pixels:
     """Predicts the P = patch_size**2 * in_chans pixels of a patch.
 
@@ -25,26 +31,18 @@ class Pixels:
     """
 
     def __init__(self, patch_size: int, in_chans: int, norm: str = "patch", loss: str = "mse") -> None:
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+        check_norm(norm)
         self.patch_size = patch_size
         self.dim = patch_size**2 * in_chans
         self.norm = norm
         self.loss_name = loss
         self._error = get_loss(loss, OF_NUMBERS)
 
-    def __call__(self, seen: Seen) -> tuple[Tensor, None]:
-        imgs = seen.imgs
-        target = patchify(imgs, self.patch_size).float()
-        if self.norm == "patch":
-            # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU.
-            # It divides by the biased variance, which is the unbiased one times (P - 1) / P.
-            size = self.dim
-            target = F.layer_norm(target, (size,), eps=EPS * (size - 1) / size) * ((size - 1) / size) ** 0.5
-        elif self.norm == "channel":
-            mean, std = self._statistics(imgs)
-            target = (target - mean) / std
-        return target, None
+    def __call__(self, seen: Seen) -> tuple[Tensor, Tensor | None]:
+        target, valid = patchify(seen.imgs, self.patch_size).float(), None
+        if seen.valid is not None:
+            valid = patchify(seen.valid.expand_as(seen.imgs), self.patch_size)
+        return normalized(target, valid, self.norm, self.patch_size**2), valid
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
         return self._error(pred, target, valid)
@@ -52,17 +50,43 @@ class Pixels:
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor:
         """A normalised prediction has no brightness and contrast; each patch takes those of the image."""
         if self.norm != "none":
-            mean, std = self._statistics(imgs)
+            mean, std = statistics(patchify(imgs, self.patch_size).float(), None, self.norm, self.patch_size**2)
             pred = pred * std + mean
         return unpatchify(pred, self.patch_size, *imgs.shape[-2:])
 
-    def _statistics(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of every patch ``[N, L, 1]``, or of every channel of it, repeated: ``[N, L, P]``."""
-        patches = patchify(imgs, self.patch_size).float()
-        if self.norm == "channel":
-            patches = patches.unflatten(-1, (self.patch_size**2, -1))
+
+def normalized(patches: Tensor, valid: Tensor | None, norm: str, pixels: int) -> Tensor:
+    """Patches ``[N, L, P]``, float32, normalised over what ``norm`` says, one of :data:`NORMS`.
+
+    Args:
+        valid: bool ``[N, L, P]``: which values count; the others become finite numbers without a meaning. None = all.
+        pixels: of each of the P / pixels channels.
+    """
+    if norm == "none":
+        return patches
+    size = patches.shape[-1]
+    if norm == "patch" and valid is None:
+        # Layer normalisation is one pass over memory, where torch.var_mean alone takes ten times as long on a CPU.
+        # It divides by the biased variance, which is the unbiased one times (P - 1) / P.
+        return F.layer_norm(patches, (size,), eps=EPS * (size - 1) / size) * ((size - 1) / size) ** 0.5
+    mean, std = statistics(patches, valid, norm, pixels)
+    return (patches - mean) / std
+
+
+def statistics(patches: Tensor, valid: Tensor | None, norm: str, pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every patch ``[N, L, 1]``, or of every channel of it, repeated: ``[N, L, P]``."""
+    whole = patches
+    if norm == "channel":
+        patches = patches.unflatten(-1, (pixels, -1))
+        valid = None if valid is None else valid.unflatten(-1, (pixels, -1))
+    if valid is None:
         var, mean = torch.var_mean(patches, dim=2, keepdim=True)
-        std = (var + EPS).sqrt()
-        if self.norm == "channel":
-            return mean.expand_as(patches).flatten(2), std.expand_as(patches).flatten(2)
-        return mean, std
+    else:
+        count = valid.sum(dim=2, keepdim=True)
+        mean = torch.where(valid, patches, 0.0).sum(dim=2, keepdim=True) / count.clamp(min=1)
+        squares = torch.where(valid, patches - mean, 0.0).square().sum(dim=2, keepdim=True)
+        var = squares / (count - 1).clamp(min=1)
+    std = (var + EPS).sqrt()
+    if norm == "channel":
+        return mean.expand_as(patches).reshape_as(whole), std.expand_as(patches).reshape_as(whole)
+    return mean, std

@@ -15,7 +15,7 @@ from fcmae.config import PretrainConfig, to_dict
 from fcmae.data.collate import collate
 from fcmae.data.labels import Labels
 from fcmae.data.pixels.extra import Extra
-from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.pixels.transforms import eval_transform, normalize, normalize_channels, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
 from fcmae.data.sources import train_source
@@ -51,7 +51,8 @@ class Pretraining:
         self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.labels = self._labels()
-        self.carried = () if self.labels is None else ("label",)
+        self.crop = pretrain_transform(cfg.data, cfg.loader.max_pixels, self._channels())
+        self.carried = (*self.crop.carries, *(() if self.labels is None else ("label",)))
         """What a batch has beside images and noise, as :class:`fcmae.targets.Seen` calls it."""
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
@@ -69,15 +70,30 @@ class Pretraining:
         asking = self.model.targets_that_need("label")
         return Labels(self.source, f"target.{asking[0]}") if asking else None
 
+    def _channels(self) -> bool:
+        """Whether targets need channels that the encoder does not get. Raises ConfigError if there are none."""
+        asking, given = self.model.targets_that_need("channels"), self.cfg.data.layout.extra
+        if asking and not given:
+            raise ConfigError(f"target.{asking[0]} needs data.channels with target or classes; got none")
+        for name in asking:
+            asked = getattr(self.model.targets[name], "channels", [])
+            if max(asked, default=0) >= len(given):
+                raise ConfigError(
+                    f"target.{name}.channels must be below {len(given)}, the number of channels that data.channels "
+                    f"gives to targets; got {asked}"
+                )
+        return bool(asking)
+
     def initialise(self) -> None:
         if self.start.path is not None:
             self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
-        crop, undecoded = pretrain_transform(data, self.cfg.loader.max_pixels), data.decode_on == "gpu"
-        crops, seed = data.crops_per_image, self.cfg.seed
-        return MaskedImages(self.source, crop, self.grid, seed, crops, undecoded, self.mask, self.extra, self.labels)
+        crops, seed, undecoded = data.crops_per_image, self.cfg.seed, data.decode_on == "gpu"
+        return MaskedImages(
+            self.source, self.crop, self.grid, seed, crops, undecoded, self.mask, self.extra, self.labels
+        )
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:
@@ -97,6 +113,9 @@ class Pretraining:
         imgs, noise, *more = batch
         imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
         seen = dict(zip(self.carried, more, strict=True))
+        if "channels" in seen:
+            data = self.cfg.data
+            seen["channels"] = normalize_channels(seen["channels"], data.layout, data.bit_depth)
         out = model(imgs, random_mask(noise, self.keep), self.keep, weight, **seen)
         return out.loss, {name: value.detach() for name, value in out.parts.items()}
 

@@ -57,9 +57,15 @@ class RandomCrop:
 
     Its pixels are those of torchvision's v2 transforms for the same box, unless a JPEG is so large that it is decoded
     at reduced size.
+
+    Args:
+        channels: :meth:`seen` gives the channels that only targets get, too.
     """
 
-    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: bool = False) -> None:
+        self.layout = cfg.layout
+        self.carries: tuple[str, ...] = ("channels",) if channels else ()
+        """What :meth:`seen` gives beside the image, as :class:`fcmae.targets.Seen` calls it."""
         self.format = PixelFormat.of(cfg, max_pixels)
         self.size = cfg.size
         self.pad = cfg.pad
@@ -71,8 +77,16 @@ class RandomCrop:
 
     def __call__(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> Tensor:
         """A crop drawn by ``uniform``, by default Python's global generator."""
+        return self.seen(image, uniform)[0]
+
+    def seen(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> list[Tensor]:
+        """A crop, and what :attr:`carries` names, cut and mirrored in the same way."""
         pixels, box = self.part(image, uniform)
-        return cut(pixels, box, self.size)
+        crops = [cut(pick(pixels, self.layout.input), box, self.size)]
+        if self.carries:
+            kinds = ((self.layout.target, cut), (self.layout.classes, cut_nearest))
+            crops.append(torch.cat([how(pick(pixels, those), box, self.size) for those, how in kinds if those]))
+        return crops
 
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
         """The part of the image that is decoded, ``[C, H, W]``, and the box in it."""
@@ -118,6 +132,21 @@ def reduction(box: Box, size: tuple[int, int]) -> int:
     """The largest divisor of a JPEG's size, 8 to 1, that leaves enough pixels for a box that is resized to ``size``."""
     ratio = min(box.height / size[0], box.width / size[1])
     return next((reduce for reduce in jpeg.REDUCTIONS if ratio >= GAP * reduce), 1)
+
+
+def pick(pixels: Tensor, channels: list[int] | None) -> Tensor:
+    """Some channels of ``[C, H, W]``; None = all."""
+    return pixels if channels is None else pixels[channels]
+
+
+def cut_nearest(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """As :func:`cut`, with the pixel whose area holds the centre of the new one instead of a filter."""
+    rows, cols = (
+        start + ((torch.arange(count) + 0.5) * (side / count)).long().clamp(max=side - 1)
+        for start, side, count in zip(box[:2], box[2:4], size, strict=True)
+    )
+    part = pixels[:, rows][:, :, cols]
+    return _mirrored(part) if box.flip else part
 
 
 def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:

@@ -53,7 +53,7 @@ class PixelFormat(NamedTuple):
 
     @classmethod
     def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
-        return cls(cfg.in_chans, cfg.bit_depth, max_pixels)
+        return cls(cfg.layout.of, cfg.bit_depth, max_pixels)
 
 
 class LazyImage:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.pixels.crops import RandomCrop, middle, resize
+from fcmae.config.channels import Layout
+from fcmae.data.pixels.crops import RandomCrop, middle, pick, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
@@ -28,9 +29,13 @@ WARP_FROM = 384
 """Image size from which evaluation resizes to the exact size (official code of ConvNeXt, arXiv 2201.03545)."""
 
 
-def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> RandomCrop:
-    """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels."""
-    return RandomCrop(cfg, max_pixels)
+def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: bool = False) -> RandomCrop:
+    """Random resized crop and flip (ConvNeXt V2, arXiv 2301.00808, appendix A.1): raw pixels.
+
+    Args:
+        channels: with the channels that only targets get.
+    """
+    return RandomCrop(cfg, max_pixels, channels)
 
 
 def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> Transform:
@@ -52,7 +57,11 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     """
     size = list(cfg.size)
     decoded = functools.partial(decode, **PixelFormat.of(cfg, max_pixels)._asdict())
-    steps: list[Callable] = [decoded, v2.Pad(cfg.pad)] if cfg.pad else [decoded]
+    steps: list[Callable] = [decoded]
+    if cfg.channels is not None:
+        steps.append(functools.partial(pick, channels=cfg.layout.input))
+    if cfg.pad:
+        steps.append(v2.Pad(cfg.pad))
     if max(size) >= WARP_FROM:
         return v2.Compose([*steps, functools.partial(resize, size=size)])
     height, width = (int(side / cfg.crop_pct) for side in size)
@@ -87,6 +96,13 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
     return (values - white * shift) / (white * scale)
+
+
+def normalize_channels(channels: Tensor, layout: Layout, bit_depth: int) -> Tensor:
+    """Raw ``[N, K, H, W]`` that only targets get to float32: classes to their numbers, others by their mean and std."""
+    stored = 1 / (2**bit_depth - 1)
+    classes = len(layout.classes)
+    return normalize(channels, [*layout.mean, *[0.0] * classes], [*layout.std, *[stored] * classes])
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

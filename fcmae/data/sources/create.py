@@ -39,7 +39,7 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
             )
         return source
     if cfg.name == "synthetic":
-        return Synthetic(cfg.length, cfg.in_chans, cfg.size)
+        return Synthetic(cfg.length, cfg.layout.of, cfg.size)
     if cfg.name == "fashion_mnist":
         return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
     same = train or (cfg.name in ("hf", "table") and cfg.val_path is None)  # a data set of which another split is read
