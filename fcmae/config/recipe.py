@@ -13,6 +13,8 @@ PLACES = frozenset(
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""
+PLACES_OF_TARGETS = ("checkpoint", "run")
+"""Where a target that records the checksum of what lies there finds it."""
 WHOLE = ("data.source", "data.val_source", "data.channels", "mask", "target", "objective")
 """Keys whose values are compared as a whole: their content depends on the class that they name."""
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
@@ -29,9 +31,10 @@ def check_recipe(
     """
     before, now = _flat(old), _flat(new)
     changed = [
-        f"  {key}: {before[key]!r} -> {value!r}"
+        line
         for key, value in now.items()
         if is_recipe(key) and key in before and before[key] not in (value, AUTO)  # AUTO: imported weights
+        for line in _changes(key, before[key], value)
     ]
     for name, (given, value) in (numbers or {}).items():
         if None not in (given, value) and given != value:
@@ -41,6 +44,16 @@ def check_recipe(
             "the recipe differs from the run's so far; give its values again, or "
             "trainer.allow_changed_recipe=true to continue with these:\n" + "\n".join(changed)
         )
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    """A line for each value that differs; of targets, an argument or a target that only one of them has is None."""
+    if key.split(".")[0] == "target" and isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        if "sha256" in old and "sha256" in new:
+            names = {name: None for name in names if name not in PLACES_OF_TARGETS}
+        return [line for name in names for line in _changes(f"{key}.{name}", old.get(name), new.get(name))]
+    return [] if old == new else [f"  {key}: {old!r} -> {new!r}"]
 
 
 def is_recipe(key: str) -> bool:

@@ -169,8 +169,8 @@ class FCMAE(nn.Module):
         preds, mask, sites = self._predict(imgs, mask, keep)
         compiled = self._compiled and self.training
         parts = {
-            # Target and error in one region, so that the target need not be stored. Code of others may not compile.
-            name: region(part, compiled and _is_ours(target))(target, seen, preds[name], sites, weight)
+            # Target and error in one region, so that the target need not be stored.
+            name: region(part, compiled and _compiles(target))(target, seen, preds[name], sites, weight)
             for name, target in self.targets.items()
         }
         return FCMAEOutput(self._sum(parts), preds, mask, parts)
@@ -263,8 +263,9 @@ def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _is_ours(target: Target) -> bool:
-    return type(target).__module__.startswith("fcmae.")
+def _compiles(target: Target) -> bool:
+    """Code of others may not compile."""
+    return type(target).__module__.startswith("fcmae.") and getattr(target, "compiles", True)
 
 
 def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> dict[str, Tensor]:

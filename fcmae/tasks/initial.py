@@ -63,7 +63,7 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
             return Start(known=_unset(known_of(state, path)), origin=state.get("origin"))
     if own or cfg.init_from is None:
         return Start()  # none of its own can be read: resuming says so
-    name, state = _read(cfg.init_from, header=True)
+    name, state = read_initial(cfg.init_from, header=True)
     path, origin = Path(name), state.get("origin")
     known = known_of(state, path)
     check_backbone_size(known, state["model"], path)
@@ -89,7 +89,7 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
     return Start(name, _unset(known), notes, fixed, origin)
 
 
-def _read(init_from: str, header: bool = False) -> tuple[str, State]:
+def read_initial(init_from: str, header: bool = False) -> tuple[str, State]:
     """The full name and the state of ``init_from``; of a checkpoint of ours the header alone, if that will do."""
     if is_foreign(init_from):
         return init_from, read_foreign(init_from)
@@ -187,7 +187,7 @@ def load_initial(model: FCMAE | ConvNeXt | Headed, init_from: str, init_channels
     A head for fine-tuning keeps its initial weights. Returns a line that says what was loaded. Raises CheckpointError
     naming the keys of the backbone that do not fit.
     """
-    name, state = _read(init_from)
+    name, state = read_initial(init_from)
     weights = encoder.backbone_weights(state)
     backbone = backbone_of(model)
     initial = stem(backbone)[0].weight.detach()

@@ -32,6 +32,7 @@ from fcmae.randomness import Stream, generator
 from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
 from fcmae.tasks.task import Losses
+from fcmae.tasks.teachers import attach, load_teachers
 
 
 class Pretraining:
@@ -45,7 +46,9 @@ class Pretraining:
         self.cfg = cfg
         self.start = Start() if start is None else start
         check_network(cfg, self.start)
+        teachers, said = load_teachers(cfg)
         self.model: FCMAE = build_fcmae(cfg)
+        attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = train_source(cfg.data, cfg.loader)
         self.extra = Extra(cfg.data.transforms)
@@ -56,7 +59,7 @@ class Pretraining:
         """What a batch has beside images and noise, as :class:`fcmae.targets.Seen` calls it."""
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
-        self.notes = list(self.start.notes)
+        self.notes = [*self.start.notes, *said]
         self._told = False
         self.mixes_micro_batch = cfg.model.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)

@@ -74,7 +74,10 @@ ALLOWED = {
     "loggers": {"checkpoints", "config", "data"},
     "interchange": {"checkpoints", "config", "data", "engines", "models", "targets"},
     "evaluation": {"checkpoints", "config", "data", "engines", "masks", "models", "optim"},
-    "tasks": {"checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models"},
+    "tasks": {
+        "checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models",
+        "targets",
+    },
     "training": {
         "checkpoints", "config", "data", "engines", "evaluation", "kernels", "loggers", "models", "optim", "tasks",
     },

@@ -41,7 +41,7 @@ def test_parts_are_logged_and_classes_of_a_checkpoint_need_to_be_allowed(files, 
         assert line["loss"] == pytest.approx(line["loss_pixels"] + 0.5 * line["loss_edges"], rel=1e-4)
     changed = fcmae_here(*args, "target.edges.weight=1", "hydra.run.dir=run", check=2)
     assert "the recipe differs" in changed.stderr
-    assert "\n  target: " in changed.stderr
+    assert "\n  target.edges.weight: 0.5 -> 1\n" in changed.stderr
     refused = fcmae_here("reconstruct", "run", "data.name=synthetic", check=2).stderr.splitlines()[-1]
     assert re.search(r"names the class edges.py:Edges as its target.edges; .*--allow edges.py:Edges", refused)
     allow = ("--allow", "edges.py:Edges", "--allow", "columns.py:Columns")
