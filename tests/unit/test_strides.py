@@ -54,8 +54,11 @@ def test_packed_is_masked_is_dense(name, strides):
     assert [len(imgs[0, 0]) // m.shape[2] for m in maps] == [info["reduction"] for info in backbone.feature_info]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=str)
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [("convnextv2_atto", torch.float64, 1e-9), ("convnext_tiny", torch.float32, 1e-5)],
+    ids=["v2", "v1"],
+)
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 def test_features_of_all_stages_are_those_of_masked_and_dense(name, strides, dtype, tolerance):
     n = len(strides)
@@ -63,14 +66,14 @@ def test_features_of_all_stages_are_those_of_masked_and_dense(name, strides, dty
     for param in backbone.parameters():
         torch.nn.init.normal_(param, std=0.3)
     side = total_stride(backbone)
-    imgs = torch.randn(2, 3, 3 * side, 2 * side, dtype=dtype)
-    for keep in (2, 6):
-        mask = random_mask(torch.rand(2, 6), keep)
+    imgs = torch.randn(2, 3, 2 * side, side, dtype=dtype)
+    for keep in (1, 2):
+        mask = random_mask(torch.rand(2, 2), keep)
         kwargs = {"keep": keep, "patch_size": side, "all_stages": True}
         results = [ENGINES[engine](backbone, imgs, mask, **kwargs) for engine in ("packed", "masked")]
-        if keep == 6:  # nothing is masked
+        if keep == 2:  # nothing is masked
             index = visible_indices(mask, keep)
-            results.append([gather_patches(x, index, 3, 2) for x in dense(backbone, imgs)])
+            results.append([gather_patches(x, index, 2, 1) for x in dense(backbone, imgs)])
         directions = [torch.randn_like(f) for f in results[0]]
         grads = []
         for features in results:
