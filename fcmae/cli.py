@@ -29,6 +29,8 @@ COMMANDS = {
     "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
+    "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
+    "ls": "a table of the runs in a folder: FOLDER (default: runs)",
     "doctor": "check the installation and the engines against each other and golden files",
     "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
@@ -236,6 +238,25 @@ def _lines(file: Path) -> list[str]:
         raise UsageError(f"--classes {file} cannot be read: {error}") from error
 
 
+def _status(args: list[str]) -> int:
+    from fcmae.status import describe, read_status
+
+    parser = argparse.ArgumentParser("fcmae status", description=COMMANDS["status"])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    print("\n".join([describe(read_status(run)) for run in parser.parse_args(args).runs]))
+    return 0
+
+
+def _ls(args: list[str]) -> int:
+    from fcmae.status import find_runs, read_status, table
+
+    parser = argparse.ArgumentParser("fcmae ls", description=COMMANDS["ls"])
+    parser.add_argument("folder", nargs="?", default="runs", help="searched four levels deep (default: %(default)s)")
+    folder = parser.parse_args(args).folder
+    print(table([read_status(run) for run in find_runs(folder)], folder))
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
@@ -279,6 +300,8 @@ _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "export": _export,
     "import": _import,
+    "status": _status,
+    "ls": _ls,
     "doctor": _doctor,
     "bench": _bench,
     "demo": _demo,

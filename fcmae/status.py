@@ -1,0 +1,244 @@
+"""``fcmae status`` and ``fcmae ls``: what runs do, read from their folders, without torch and from any machine."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fcmae.errors import UsageError, shown
+from fcmae.opening import open_regular, read_regular
+from fcmae.processes import Process
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: whether a run goes on is not known
+    fcntl = None  # type: ignore[assignment]
+
+TAIL = 2**18
+"""Bytes from the end of metrics.jsonl that are read."""
+MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
+HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run's folder says. Numbers are None where nothing is logged yet."""
+
+    folder: Path
+    task: str
+    """The run's name in its config."""
+    state: str
+    """``running``, ``stopped``, ``done``, or ``killed``: it left its lock behind."""
+    holder: str
+    """Host and process of a run that goes on or was killed."""
+    step: int | None
+    total: int | None
+    epoch: float | None
+    loss: float | None
+    earlier: tuple[int, float] | None
+    """The step and loss of the first line of the last :data:`TAIL` bytes."""
+    images_per_second: float | None
+    memory_gib: float | None
+    seconds_left: float | None
+    scores: dict[str, float]
+    """The last evaluation."""
+    scored_at: int | None
+    written: float | None
+    """When metrics.jsonl was last written, seconds since 1970."""
+    checkpoints: list[int]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+
+
+def read_status(folder: str | Path) -> RunStatus:
+    """Reads a run's folder. Raises UsageError if it holds no run."""
+    folder = Path(folder)
+    if not is_run(folder):
+        raise UsageError(f"{shown(str(folder))} holds no run: it has neither metrics.jsonl nor checkpoints")
+    lines, written = _metrics(folder / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    last: dict[str, float] = training[-1] if training else {}
+    looks = [line for line in lines if "loss" not in line]
+    config = _config(folder / "config.yaml")
+    left, speed, batch = last.get("seconds_left"), last.get("images_per_second"), _batch_size(config)
+    step = int(last["step"]) if last else None
+    total = None
+    if step is not None and left is not None and speed is not None and batch:
+        total = step + round(left * speed / batch)
+    state, holder = _state(folder / "run.lock")
+    steps = sorted(int(path.stem[5:]) for path in folder.glob("checkpoints/step_*.pt") if path.stem[5:].isdecimal())
+    if state == "stopped" and step is not None and step == total:
+        state = "done"
+    return RunStatus(
+        folder=folder,
+        task=str(config.get("name", "?"))[:40],
+        state=state,
+        holder=holder,
+        step=step,
+        total=total,
+        epoch=last.get("epoch"),
+        loss=last.get("loss"),
+        earlier=(int(training[0]["step"]), training[0]["loss"]) if len(training) > 1 else None,
+        images_per_second=speed,
+        memory_gib=last.get("memory_gib") or None,
+        seconds_left=left if state == "running" else None,
+        scores={name: value for name, value in looks[-1].items() if name != "step"} if looks else {},
+        scored_at=int(looks[-1]["step"]) if looks else None,
+        written=written,
+        checkpoints=steps,
+    )
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """The runs at or below a folder, at most :data:`MAX_DEPTH` deep, in the order of their names.
+
+    Raises UsageError if there is none.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise UsageError(f"no folder {shown(str(top))}")
+    found = sorted(_runs_below(top, MAX_DEPTH))
+    if not found:
+        raise UsageError(f"{shown(str(top))} holds no runs")
+    return found
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+    elif depth:
+        with contextlib.suppress(OSError):
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+                    yield from _runs_below(entry, depth - 1)
+
+
+def describe(run: RunStatus, now: float | None = None) -> str:
+    """A run in a few lines of at most 80 columns, file names aside."""
+    where = f" ({run.holder})" if run.holder else ""
+    lines = [f"{shown(str(run.folder))}: {shown(run.task)}, {run.state}{where}"]
+    if run.step is not None:
+        total = f"/{run.total}" if run.total else ""
+        epoch = f", epoch {run.epoch:.4g}" if run.epoch is not None else ""
+        lines.append(f"  step {run.step}{total}{epoch}{_left(run.seconds_left)}")
+    if run.loss is not None:
+        before = f" ({run.earlier[1]:.4g} at step {run.earlier[0]})" if run.earlier else ""
+        speed = f", {run.images_per_second:.0f} images/s" if run.images_per_second else ""
+        memory = f", {run.memory_gib:.1f} GiB of GPU memory" if run.memory_gib else ""
+        lines.append(f"  loss {run.loss:.4g}{before}{speed}{memory}")
+    if run.scores:
+        lines.append(f"  at step {run.scored_at}: {_scores(run.scores, most=6)}")
+    kept = ", ".join(map(str, run.checkpoints[-4:])) or "none"
+    lines.append(f"  checkpoints of steps {kept}; metrics written {_ago(run.written, now)}")
+    return "\n".join(lines)
+
+
+def table(runs: Sequence[RunStatus], top: str | Path, now: float | None = None) -> str:
+    """A line per run, under a header."""
+    rows = [HEADER]
+    for run in runs:
+        name = os.path.relpath(run.folder, top)
+        step = "" if run.step is None else f"{run.step}/{run.total}" if run.total else str(run.step)
+        loss = "" if run.loss is None else f"{run.loss:.4g}"
+        speed = "" if run.images_per_second is None else f"{run.images_per_second:.0f}"
+        cells = shown(name), shown(run.task), run.state, step, loss, _scores(run.scores, most=2), speed
+        rows.append((*cells, _ago(run.written, now)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    padded = ([f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _scores(scores: dict[str, float], most: int) -> str:
+    text = " ".join(f"{shown(name)} {value:.4g}" for name, value in list(scores.items())[:most])
+    return text + " ..." * (len(scores) > most)
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    return f", {minutes // 60} h {minutes % 60:02} min left" if minutes >= 60 else f", {minutes} min left"
+
+
+def _ago(moment: float | None, now: float | None) -> str:
+    if moment is None:
+        return "never"
+    seconds = max(0.0, (time.time() if now is None else now) - moment)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
+    """The numbers of the last lines, and when they were written."""
+    try:
+        with open_regular(path, links=False) as file:
+            status = os.fstat(file.fileno())
+            start = max(0, status.st_size - TAIL)
+            file.seek(start)
+            content = file.read(TAIL)
+    except OSError:
+        return [], None
+    texts = content.split(b"\n")[bool(start) :]
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(text)
+            if isinstance(given, dict) and _is_number(given.get("step")):
+                lines.append({name: value for name, value in given.items() if _is_number(value)})
+    return lines, status.st_mtime
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(read_regular(path, MAX_CONFIG, links=False))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _batch_size(config: dict[str, Any]) -> int | None:
+    for group in ("optim", "trainer"):  # trainer: in runs of older versions
+        value = config[group].get("global_batch_size") if isinstance(config.get(group), dict) else None
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _state(lock: Path) -> tuple[str, str]:
+    """Whether a run goes on, and who runs it. The lock is held while it does, and deleted when it ends."""
+    try:
+        with open_regular(lock, links=False) as file:
+            given = json.loads(file.read(MAX_LOCK))
+            process = Process.parse(given)
+            goes_on = process.is_alive() if process.is_here() else _is_held(file)
+    except FileNotFoundError:
+        return "stopped", ""
+    except (OSError, ValueError, RecursionError):
+        return "killed", ""
+    holder = f"host {shown(str(given.get('host'))[:80])}, process {process.pid}"
+    return ("running" if goes_on else "killed"), holder
+
+
+def _is_held(file: Any) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,117 @@
+"""`fcmae status` and `fcmae ls` say what a run's folder says, whoever wrote it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fcmae.cli import main
+from fcmae.errors import UsageError
+from fcmae.status import describe, find_runs, read_status, table
+from fcmae.training.run_dir import RunLock
+
+
+def write(folder, lines, steps=(), config="name: pretrain\noptim: {global_batch_size: 64}\n"):
+    (folder / "checkpoints").mkdir(parents=True)
+    for step in steps:
+        (folder / "checkpoints" / f"step_{step:08d}.pt").touch()
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def training(step, left, loss=0.5):
+    speed = {"images_per_second": 128.0, "seconds_left": left, "memory_gib": 0.0, "grad_norm": 1.0}
+    return {"step": step, "loss": loss, "lr": 1e-3, "epoch": step / 10, **speed}
+
+
+def test_a_run_in_a_few_lines(tmp_path):
+    lines = [training(10, 95, 1.0), training(100, 50, 0.25), {"step": 100, "knn10": 71.25}]
+    run = read_status(write(tmp_path / "a", lines, steps=(50, 100)))
+    assert (run.state, run.step, run.total, run.scores, run.checkpoints) == (
+        "stopped",
+        100,
+        200,
+        {"knn10": 71.25},
+        [50, 100],
+    )
+    assert describe(run, now=run.written + 7200).splitlines() == [
+        f"{tmp_path}/a: pretrain, stopped",
+        "  step 100/200, epoch 10",
+        "  loss 0.25 (1 at step 10), 128 images/s",
+        "  at step 100: knn10 71.25",
+        "  checkpoints of steps 50, 100; metrics written 2 h ago",
+    ]
+    done = read_status(write(tmp_path / "b", [training(200, 0)], steps=(200,)))
+    assert done.state == "done"
+    shown = table([run, done], tmp_path, now=time.time()).splitlines()
+    assert [line.split()[:4] for line in shown[1:]] == [
+        ["a", "pretrain", "stopped", "100/200"],
+        ["b", "pretrain", "done", "200/200"],
+    ]
+
+
+def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_killed(tmp_path):
+    run = write(tmp_path / "a", [training(1, 7260.0)])
+    holds = (
+        "import sys; from pathlib import Path; from fcmae.training.run_dir import RunLock; "
+        f"lock = RunLock(Path({str(run)!r})); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        status = read_status(run)
+        assert (status.state, str(process.pid) in status.holder) == ("running", True)
+        assert "2 h 01 min left" in describe(status)
+    finally:
+        process.kill()
+        process.communicate()
+    assert read_status(run).state == "killed"
+    lock = RunLock(run)  # the next run takes it over
+    lock.acquire()
+    lock.close()
+    assert read_status(run).state == "stopped"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.lock"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"step": "x"}\n{"step": 1e999}\n{"step"', b"a: *b"]
+)
+def test_files_that_are_damaged_say_nothing_and_do_no_harm(tmp_path, name, content):
+    run = write(tmp_path / "a", [training(10, 10)], steps=(1,))
+    (run / name).write_bytes(content)
+    assert describe(read_status(run))
+    assert table([read_status(run)], tmp_path)
+
+
+def test_names_in_files_are_only_text(tmp_path):
+    lines = [training(1, 1), {"step": 1, "\x1b[2Jtop1": 3.0}]
+    run = read_status(write(tmp_path / "a\n\x1b", lines, config='name: "\\e[2J"\n'))
+    for text in (describe(run), table([run], tmp_path)):
+        assert "\x1b" not in text
+
+
+def test_a_long_run_is_read_from_its_end(tmp_path):
+    run = write(tmp_path / "a", [training(1, 5)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(training(step, 5)) + "\n" for step in range(2, 20_000))
+    status = read_status(run)
+    assert status.step == 19_999
+    assert 0 < 19_999 - status.earlier[0] < 3000
+
+
+def test_runs_are_found_and_links_are_not_followed(tmp_path, capsys):
+    write(tmp_path / "x" / "b", [])
+    write(tmp_path / "x" / "a", [training(3, 1)])
+    os.symlink(tmp_path, tmp_path / "x" / "loop")
+    assert [run.name for run in find_runs(tmp_path)] == ["a", "b"]
+    assert main(["ls", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("x/a  pretrain  stopped  3/5")
+    assert main(["status", str(tmp_path / "x" / "b")]) == 0
+    for wrong in (tmp_path / "none", tmp_path / "x" / "a" / "checkpoints"):
+        with pytest.raises(UsageError):
+            find_runs(wrong)
+        assert main(["status", str(wrong)]) == 2
