@@ -86,7 +86,17 @@ class PretrainConfig(RunConfig):
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"
         check("model.grn_scope", scope, not (found and scope == "batch"), allowed)
         check_channels("logger.channels", self.logger.channels, self.data.in_chans)
+        patience = self.monitor.patience
+        expected = "null without val_loss (data.val_path, trainer.eval_every_epochs)"
+        check("monitor.patience", patience, patience is None or self.measures_val_loss, expected)
         check_pretraining(self)
+
+    @property
+    def measures_val_loss(self) -> bool:
+        """Whether the run measures its loss on validation images."""
+        asked = self.monitor.val_loss
+        given = self.data.val_path is not None or self.data.val_source is not None
+        return self.trainer.eval_every_epochs is not None and (given if asked is None else asked)
 
 
 def _targets(given: Any) -> dict[str, dict[str, Any]]:

@@ -50,8 +50,11 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
         yield "path" if cfg.split == "train" else "val_path"
         return
     yield "path"
-    compared = cfg.monitor.knn_every_epochs if isinstance(cfg, PretrainConfig) else cfg.trainer.eval_every_epochs
-    if compared is not None and cfg.data.val_path is not None:  # without it another message is more helpful
+    if isinstance(cfg, PretrainConfig):
+        validates = cfg.measures_val_loss or cfg.monitor.knn_every_epochs is not None
+    else:
+        validates = cfg.trainer.eval_every_epochs is not None
+    if validates and cfg.data.val_path is not None:  # without it another message is more helpful
         yield "val_path"
 
 

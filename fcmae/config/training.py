@@ -90,7 +90,7 @@ class TrainerConfig:
     checkpoint_every_epochs: float = 1.0
     """Epochs between checkpoints. One is also written at the end and at every stop."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep; fine-tuning also keeps the best."""
+    """Number of newest checkpoints to keep; fine-tuning, and pretraining with monitor.val_loss, also keep the best."""
     keep_every_epochs: float | None = None
     """Keep the checkpoint of every such number of epochs for good; None = none."""
     on_save_error: str = "stop"
@@ -103,7 +103,8 @@ class TrainerConfig:
     """Seconds without a finished step, batch of an evaluation or part of a save (the first step compiles) after which
     the run ends, leaving the stacks of every rank; also how long ranks and data workers are waited for."""
     eval_every_epochs: float | None = 1.0
-    """Fine-tuning: evaluation; pretraining: a reconstruction picture; None = never, and no validation images needed."""
+    """Fine-tuning: evaluation; pretraining: a reconstruction picture and the loss on validation images, if there are
+    any (monitor.val_loss); None = never, and no validation images needed."""
     resume: bool = True
     """Continue from the newest valid checkpoint of the run directory, if there is one."""
     max_steps: int | None = None
@@ -134,10 +135,17 @@ class TrainerConfig:
 
 @dataclass
 class MonitorConfig:
-    """Group ``monitor``: measurements of the encoder during pretraining; they need labels."""
+    """Group ``monitor``: measurements during pretraining (docs/monitoring.md)."""
 
+    val_loss: bool | None = None
+    """Every trainer.eval_every_epochs: the loss on validation images with fixed masks, which chooses the best
+    checkpoint; it needs no labels. None = where data.val_path or data.val_source is set."""
+    val_images: int | None = 5_000
+    """Validation images for it, the first of a fixed random order; None = all."""
+    patience: int | None = None
+    """End the run after this many evaluations without a lower val_loss; None = never."""
     knn_every_epochs: float | None = None
-    """k-NN accuracy of the frozen features of data.val_path against those of data.path; None = never."""
+    """k-NN accuracy of the frozen features of data.val_path against those of data.path; needs labels. None = never."""
     knn_k: Any = field(default_factory=lambda: [10, 20])
     """Number of neighbours that vote: one number or several."""
     knn_gallery: int | None = 20_000
@@ -147,7 +155,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         self.knn_k = check_neighbours("monitor.knn_k", self.knn_k, "monitor.knn_gallery", self.knn_gallery)
-        for name in ("knn_every_epochs", "knn_gallery", "knn_queries"):
+        for name in ("val_images", "patience", "knn_every_epochs", "knn_gallery", "knn_queries"):
             check_positive(f"monitor.{name}", getattr(self, name))
 
 

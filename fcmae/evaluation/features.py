@@ -50,6 +50,30 @@ class _Placed(Dataset[tuple[Tensor, Any, int]]):
         return image, label, index
 
 
+def share_of(
+    dataset: Dataset, loader: LoaderConfig, batch_size: int, world: World, stop: Callable[[], bool] = never
+) -> Iterator[list[Tensor]]:
+    """This rank's samples of a dataset, in order, as batches on the device.
+
+    Ranks share no sample; each must read its share to the end. What cannot be read is left out with
+    ``loader.on_error=skip``.
+
+    Args:
+        stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    workers = Workers.of(loader, world)
+    loaded = eval_loader(dataset, batch_size, rank=world.rank, world_size=world.size, workers=workers)
+    stopped = torch.tensor(0)
+    for parts in readable(loaded, count, loader.on_error == "skip", loader.max_bad):
+        if stop():
+            stopped.fill_(1)
+            break
+        yield [part.to(world.device, non_blocking=True) for part in parts]
+    if world.max(stopped):
+        raise EvaluationStopped
+
+
 def batches(
     source: Source,
     cfg: DataConfig,
@@ -59,38 +83,26 @@ def batches(
     dataset: CroppedImages | EvaluationImages | None = None,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Images]:
-    """This rank's share of the source, in order. Ranks share no sample; each must read its share to the end.
-
-    What cannot be read is left out with ``loader.on_error=skip``.
+    """This rank's share of the source, see :func:`share_of`.
 
     Args:
         dataset: reads the samples in another way than evaluation does.
-        stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
-    loaded = eval_loader(
-        _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels))),
-        batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=Workers.of(loader, world),
-    )
-    stopped = torch.tensor(0)
-    for imgs, labels, places in readable(loaded, len(source), loader.on_error == "skip", loader.max_bad):
-        if stop():
-            stopped.fill_(1)
-            break
-        imgs, labels, places = (part.to(world.device, non_blocking=True) for part in (imgs, labels, places))
+    samples = _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels)))
+    for imgs, labels, places in share_of(samples, loader, batch_size, world, stop):
         yield Images(normalize(imgs, cfg.mean, cfg.std), labels, places)
-    if world.max(stopped):
-        raise EvaluationStopped
+
+
+def first_indices(source: Source, count: int | None) -> list[int]:
+    """The first ``count`` indices of a fixed random order, or all of them in order."""
+    if count is None or count >= len(source):
+        return list(range(len(source)))
+    return torch.randperm(len(source), generator=generator(0, Stream.SUBSET))[:count].tolist()
 
 
 def first(source: Source, count: int | None) -> Source:
-    """The first ``count`` samples of a fixed random order, or all of them."""
-    if count is None or count >= len(source):
-        return source
-    order = torch.randperm(len(source), generator=generator(0, Stream.SUBSET))
-    return Subset(source, order[:count].tolist())
+    """The samples of :func:`first_indices`."""
+    return source if count is None or count >= len(source) else Subset(source, first_indices(source, count))
 
 
 class Labelled(NamedTuple):

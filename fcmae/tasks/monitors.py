@@ -30,11 +30,22 @@ class Monitor(NamedTuple):
 
     every_epochs: float
     look: Look
+    patience: int | None = None
+    """The run ends after so many looks without a better score; None = never."""
 
 
-def at_evaluations(cfg: TrainerConfig, look: Look) -> list[Monitor]:
+def at_evaluations(cfg: TrainerConfig, look: Look, patience: int | None = None) -> list[Monitor]:
     """One monitor that looks at every evaluation, or none where the run has no evaluations."""
-    return [] if cfg.eval_every_epochs is None else [Monitor(cfg.eval_every_epochs, look)]
+    return [] if cfg.eval_every_epochs is None else [Monitor(cfg.eval_every_epochs, look, patience)]
+
+
+MOST_IMAGES = 256
+"""Of a batch that is only looked at. Images without gradients take little memory."""
+
+
+def evaluation_batch(cfg: PretrainConfig) -> int:
+    """Images per rank and batch of a look."""
+    return min(cfg.trainer.micro_batch_size or MOST_IMAGES, MOST_IMAGES)
 
 
 class OnlineKnn:
@@ -42,9 +53,6 @@ class OnlineKnn:
 
     Raises UsageError, before anything is trained, if either has no labels or ``monitor.knn_k`` is too large.
     """
-
-    BATCH_SIZE = 256
-    """At most; images without gradients take little memory."""
 
     def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
         self.backbone = backbone
@@ -61,9 +69,10 @@ class OnlineKnn:
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         """Looks at the weights that are exported: the averaged ones where the run keeps an average."""
         backbone = ema.backbone if isinstance(ema, FCMAE) else self.backbone
-        batch_size = min(self.cfg.trainer.micro_batch_size or self.BATCH_SIZE, self.BATCH_SIZE)
         cfg = self.cfg
-        extract = Extractor(backbone, cfg.data, world, batch_size, cfg.precision, stop=stop, loader=cfg.loader)
+        extract = Extractor(
+            backbone, cfg.data, world, evaluation_batch(cfg), cfg.precision, stop=stop, loader=cfg.loader
+        )
         gallery, queries = extract(self.gallery), extract(self.queries)
         result = knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k)
         if not self.warned:

@@ -1,5 +1,6 @@
 """Masked autoencoding of unlabelled images."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,16 @@ from fcmae.config import PretrainConfig, to_dict
 from fcmae.data.collate import collate
 from fcmae.data.labels import Labels
 from fcmae.data.pixels.extra import Extra
-from fcmae.data.pixels.transforms import eval_transform, normalize, normalize_channels, pretrain_transform
+from fcmae.data.pixels.transforms import (
+    CentreCrop,
+    eval_transform,
+    normalize,
+    normalize_channels,
+    pretrain_transform,
+)
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
-from fcmae.data.sources import train_source
+from fcmae.data.sources import train_source, val_source, with_classes
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
@@ -29,6 +36,7 @@ from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator
+from fcmae.tasks.held_out import HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
 from fcmae.tasks.task import Losses
@@ -63,6 +71,9 @@ class Pretraining:
         self._told = False
         self.mixes_micro_batch = cfg.model.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
+        if cfg.measures_val_loss:
+            held_out = HeldOutLoss(self.model, cfg, self._held_out(), self.loss)
+            self.monitors += at_evaluations(cfg.trainer, held_out, cfg.monitor.patience)
         if cfg.monitor.knn_every_epochs is not None:
             knn = OnlineKnn(self.model.backbone, cfg)
             self.notes += knn.notes
@@ -97,6 +108,18 @@ class Pretraining:
         return MaskedImages(
             self.source, self.crop, self.grid, seed, crops, undecoded, self.mask, self.extra, self.labels
         )
+
+    def _held_out(self) -> MaskedImages:
+        """Validation images as training sees them, with the central crop; labels where a target needs some."""
+        cfg, labels = self.cfg, copy.copy(self.labels)
+        source = val_source(cfg.data, cfg.loader)
+        if labels is not None:
+            if None not in (source.classes, self.source.classes):
+                source, notes = with_classes(source, "data.val_path", self.source.classes or [], "data.path")
+                self.notes += notes
+            labels.source = source
+        crop = CentreCrop(cfg.data, cfg.loader.max_pixels, bool(self.crop.carries))
+        return MaskedImages(source, crop, self.grid, cfg.seed, mask=self.mask, labels=labels)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:

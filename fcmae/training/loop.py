@@ -160,7 +160,7 @@ class _Training:
             if state.evaluation_due:
                 self._look()
                 self._save()
-            while state.step < stop_step and self.verdict == Verdict.GO_ON:
+            while state.step < stop_step and self.verdict == Verdict.GO_ON and not self._is_over():
                 lr = self._advance()
                 self.verdict = self.stop.after_step(self.saver.failed)
                 at_end = state.step == stop_step
@@ -168,7 +168,7 @@ class _Training:
                     self._log(lr)
                 state.evaluation_due = bool(_due_monitors(self.task, state.step, stop_step, self.plan))
                 due = self._look() or _due(state.step, self.cfg.trainer.checkpoint_every_epochs, self.plan)
-                if self.verdict != Verdict.FAIL and (at_end or due or self.verdict == Verdict.STOP):
+                if self.verdict != Verdict.FAIL and (at_end or due or self.verdict == Verdict.STOP or self._is_over()):
                     self._save()
             self.stop.close()
             self.world.on_main(self.saver.finish)
@@ -176,7 +176,10 @@ class _Training:
             raise SaveError(
                 f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)"
             )
-        if state.step < self.schedule.total_steps or state.evaluation_due:
+        over = self._is_over()
+        if over and self.world.is_main:
+            say(_why_over(state, self.schedule.total_steps))
+        if (state.step < self.schedule.total_steps and not over) or state.evaluation_due:
             raise Interrupted(_why_stopped(state.step, stop_step, self.schedule.total_steps, self.stop, self.run_dir))
         if self.world.is_main:
             self.task.finish(self.run_dir, state.average, state.step)
@@ -221,18 +224,23 @@ class _Training:
         state = self.state
         if not state.evaluation_due or self.verdict != Verdict.GO_ON:
             return False
-        best = False
+        scores = []
         try:
             for monitor in _due_monitors(self.task, state.step, self.stop_step, self.plan):
                 score = monitor.look(state.average, state.step, self.logger, self.world, self._wish)
-                best |= state.improves(score)
+                scores.append((score, _due(state.step, monitor.every_epochs, self.plan)))
                 self.meter.restart()
                 self.watchdog.beat()
-        except EvaluationStopped:
+        except EvaluationStopped:  # the next process looks again, and a score counts once
             self.verdict = Verdict.STOP
-            return best
+            return False
         state.evaluation_due = False
-        return best
+        improved = [state.improves(*score) for score in scores]
+        return any(improved)
+
+    def _is_over(self) -> bool:
+        """Whether a monitor's patience is at its end, on all ranks."""
+        return any(m.patience is not None and self.state.since_best >= m.patience for m in self.task.monitors)
 
     def _wish(self) -> bool:
         """Whether this rank wants to stop. Monitors ask before every batch, which also feeds the watchdog."""
@@ -256,6 +264,14 @@ def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
     """Whether another ``every_epochs`` epochs ended with this step."""
     interval = max(1, round(every_epochs * plan.steps_per_epoch))
     return step % interval == 0
+
+
+def _why_over(state: TrainState, total_steps: int) -> str:
+    best = "" if state.best is None else f" than that of step {state.best['step']}"
+    return (
+        f"ended at step {state.step} of {total_steps}: the last {state.since_best} evaluations were not better{best} "
+        "(monitor.patience); monitor.patience=null continues"
+    )
 
 
 def _why_stopped(step: int, stop_step: int, total_steps: int, stop: StopAgreement, run_dir: Path) -> str:

@@ -1,5 +1,6 @@
 """What training changes, and a resume needs."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class TrainState:
     ema: ModelEmaV3 | None
     best: dict[str, float] | None = None
     """The step and score of the best evaluation."""
+    since_best: int = 0
+    """Evaluations since then."""
     evaluation_due: bool = False
     """The step is one to evaluate after, and that was not done."""
 
@@ -88,12 +91,13 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "best": self.best,
+            "since_best": self.since_best,
             "evaluation_due": self.evaluation_due,
         }
 
     def load_state_dict(self, state: State, path: Path) -> None:
         self.step = state["step"]
-        self.best = state["best"]
+        self.best, self.since_best = state["best"], state.get("since_best", 0)
         self.evaluation_due = state.get("evaluation_due", False)
         load_state(self.model, state["model"], path)
         load_moments(self.optimizer, state["optimizer"])
@@ -107,9 +111,17 @@ class TrainState:
         """The model with averaged weights, if the run keeps one."""
         return self.ema.module if self.ema is not None else None
 
-    def improves(self, score: float | None) -> bool:
-        """Whether ``score`` is the highest so far; then the step is remembered."""
-        if score is None or (self.best is not None and score <= self.best["score"]):
+    def improves(self, score: float | None, counts: bool = True) -> bool:
+        """Whether ``score`` is the highest so far; then the step is remembered. NaN never is.
+
+        Args:
+            counts: as an evaluation since the best; not where a run was only stopped.
+        """
+        if score is None:
             return False
-        self.best = {"step": self.step, "score": score}
+        highest = -math.inf if self.best is None or math.isnan(self.best["score"]) else self.best["score"]
+        if not score > highest:
+            self.since_best += counts
+            return False
+        self.best, self.since_best = {"step": self.step, "score": score}, 0
         return True

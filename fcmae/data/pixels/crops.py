@@ -102,9 +102,13 @@ class RandomCrop:
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
         """The box that ``uniform`` chooses, and the divisor of the size at which the image has enough pixels."""
-        box = Box(*random_part(image.size, self.scale, self.ratio, uniform), uniform() < self.hflip)
+        box = self.box(image.size, uniform)
         reduce = reduction(box, self.size) if image.reducible else 1
         return box.aligned(reduce), reduce
+
+    def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
+        """The box that ``uniform`` chooses in an image of ``size``."""
+        return Box(*random_part(size, self.scale, self.ratio, uniform), uniform() < self.hflip)
 
 
 def random_part(

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.config.channels import Layout
-from fcmae.data.pixels.crops import RandomCrop, middle, pick, resize
+from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
@@ -66,6 +66,22 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
         return v2.Compose([*steps, functools.partial(resize, size=size)])
     height, width = (int(side / cfg.crop_pct) for side in size)
     return v2.Compose([*steps, functools.partial(_resize_to_cover, height=height, width=width), v2.CenterCrop(size)])
+
+
+class CentreCrop(RandomCrop):
+    """The part of an image that :func:`eval_transform` shows, where a RandomCrop is expected; it draws nothing."""
+
+    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: bool = False) -> None:
+        super().__init__(cfg, max_pixels, channels)
+        self.crop_pct = cfg.crop_pct
+
+    def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
+        height, width = self.size
+        if max(self.size) >= WARP_FROM:
+            return Box(0, 0, *size, flip=False)
+        scale = self.crop_pct * min(size[0] / height, size[1] / width)
+        rows, cols = max(1, round(scale * height)), max(1, round(scale * width))
+        return Box((size[0] - rows) // 2, (size[1] - cols) // 2, rows, cols, flip=False)
 
 
 def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
