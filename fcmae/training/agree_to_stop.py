@@ -3,6 +3,7 @@
 import time
 from enum import IntEnum
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,16 @@ class StopAgreement:
     def before_training(self, run_dir: Path) -> None:
         """Between two phases of the set-up: raises Interrupted on all ranks if one of them wants to stop."""
         if self.at_once() != Verdict.GO_ON:
-            again = f"the same command with hydra.run.dir={run_dir} continues"
-            raise Interrupted(f"stopped before the first step ({self.reason()}); {again}")
+            self._stop_before_training(run_dir)
+
+    def at_a_failed_first_step(self, run_dir: Path) -> None:
+        """Raises Interrupted on this rank alone if a signal has reached it; the others may wait for its gradients."""
+        if interrupt.received():
+            self._stop_before_training(run_dir)
+
+    def _stop_before_training(self, run_dir: Path) -> NoReturn:
+        again = f"the same command with hydra.run.dir={run_dir} continues"
+        raise Interrupted(f"stopped before the first step ({self.reason()}); {again}")
 
     def wished(self) -> bool:
         """Whether this rank wants to stop; the others may not know."""

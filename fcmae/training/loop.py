@@ -74,7 +74,7 @@ class _Training:
             self._begin_folder()
         stop.before_training(run_dir)
         watchdog.beat()
-        self.verdict = Verdict.GO_ON
+        self.verdict, self.has_stepped = Verdict.GO_ON, False
         if cfg.trainer.compiles(world.device.type):
             use_private_cache()
             task.compile()
@@ -190,7 +190,13 @@ class _Training:
         state = self.state
         lr = self.schedule(state.step)
         set_lr(state.optimizer, lr)
-        losses = self.step(self._micro_batches())
+        try:
+            losses = self.step(self._micro_batches())
+        except RuntimeError:
+            if not self.has_stepped:  # Ctrl-C also ends the assembler of a kernel that torch.compile waits for
+                self.stop.at_a_failed_first_step(self.run_dir)
+            raise
+        self.has_stepped = True
         loss = losses.pop("loss")
         grad_norm = state.update(loss, self.guard, self.cfg.optim.clip_grad, self.world)
         self.meter.add(loss, grad_norm, losses)

@@ -124,6 +124,20 @@ def test_a_signal_in_the_set_up_is_acted_on_before_the_next_phase(monkeypatch, t
     assert f"before the first step (SIGTERM); the same command with hydra.run.dir={tmp_path}/run continues" in error
 
 
+def test_a_signal_that_ends_a_compilation_stops_the_run_as_if_before_it(monkeypatch, tmp_path, capfd):
+    """Ctrl-C reaches every process of the terminal: torch.compile loses the assembler and raises."""
+
+    def compiles(self, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("`ptxas` failed with error code -2")
+
+    monkeypatch.setattr(loop.TrainingStep, "__call__", compiles)
+    assert cli.main([*TINY_PRETRAIN, f"hydra.run.dir={tmp_path}/run"]) == 75
+    error = capfd.readouterr().err
+    assert "before the first step (SIGINT); the same command" in error
+    assert "Traceback" not in error
+
+
 WITHOUT_POSIX_SIGNALS = """
 import signal, sys
 for name in dir(signal):
