@@ -3,8 +3,21 @@
 from fcmae.targets.base import NEEDS, Seen, Target, create_target, part
 from fcmae.targets.channels import Channels
 from fcmae.targets.hog import Hog
+from fcmae.targets.labels import Labels
 from fcmae.targets.laplacian import Laplacian
 from fcmae.targets.pixels import Pixels
 from fcmae.targets.teacher import Teacher
 
-__all__ = ["NEEDS", "Channels", "Hog", "Laplacian", "Pixels", "Seen", "Target", "Teacher", "create_target", "part"]
+__all__ = [
+    "NEEDS",
+    "Channels",
+    "Hog",
+    "Labels",
+    "Laplacian",
+    "Pixels",
+    "Seen",
+    "Target",
+    "Teacher",
+    "create_target",
+    "part",
+]

@@ -38,6 +38,7 @@ from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator
 from fcmae.tasks.held_out import HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
+from fcmae.tasks.label_targets import settle_labels
 from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
 from fcmae.tasks.task import Losses
 from fcmae.tasks.teachers import attach, load_teachers
@@ -54,11 +55,12 @@ class Pretraining:
         self.cfg = cfg
         self.start = Start() if start is None else start
         check_network(cfg, self.start)
+        self.source = train_source(cfg.data, cfg.loader)
+        settle_labels(cfg, self.source)
         teachers, said = load_teachers(cfg)
         self.model: FCMAE = build_fcmae(cfg)
         attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
-        self.source = train_source(cfg.data, cfg.loader)
         self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.labels = self._labels()
