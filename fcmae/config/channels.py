@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from fcmae.config.checks import check
 
 LISTS = ("input", "target", "classes")
-KEYS = (*LISTS, "mean", "std", "of")
-EXPECTED = "null, a list of channels, or a mapping with input and some of target, classes, mean, std, of"
+KEYS = (*LISTS, "mean", "std", "nodata", "of")
+EXPECTED = "null, a list of channels, or a mapping with input and some of target, classes, mean, std, nodata, of"
 
 
 class Layout(NamedTuple):
@@ -23,6 +23,8 @@ class Layout(NamedTuple):
     """Those that only targets get, as they are stored."""
     mean: list[float] = []  # noqa: RUF012
     std: list[float] = []  # noqa: RUF012
+    nodata: list[Any] | None = None
+    """What marks a pixel without a value in each channel of ``extra``; None = nothing does."""
 
     @property
     def extra(self) -> list[int]:
@@ -57,7 +59,25 @@ def layout(given: Any, in_chans: int) -> Layout:
         expected = f"{size} {'positive ' * (name == 'std')}numbers, one per channel of {key}.target"
         if not check(f"{key}.{name}", values, numbers and len(values) == size, expected):
             return default
-    return Layout(count, **lists, mean=mean, std=std)
+    marks = no_data(f"{key}.nodata", given.get("nodata"), size + len(lists["classes"]))
+    return Layout(count, **lists, mean=mean, std=std, nodata=marks)
+
+
+def no_data(key: str, given: Any, channels: int) -> list[Any] | None:
+    """What marks a pixel without a value in each channel: a number, ``nan``, or None; None alone if nothing does.
+
+    A mistake where it is nothing of that kind. NaN becomes text: it would differ from itself.
+    """
+    if given is None:
+        return None
+    several = isinstance(given, (list, tuple))
+    values = list(given) if several else [given] * channels
+    values = ["nan" if isinstance(value, float) and value != value else value for value in values]
+    ok = len(values) == channels and all(
+        value in ("nan", None) or (type(value) in (int, float) and abs(value) < math.inf) for value in values
+    )
+    expected = f"a number, nan, or a list of {channels} of these or null, one per channel"
+    return values if check(key, given, ok, expected) else None
 
 
 def _list(value: Any) -> list[Any]:

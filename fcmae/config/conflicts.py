@@ -44,6 +44,9 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     check(
         "data.decode_on", decoder, decoder == "cpu" or cfg.loader.on_error == "raise", "cpu with loader.on_error=skip"
     )
+    unaware = cfg.data.nodata is None and not _has_extra(cfg)
+    expected = "[] with data.nodata, and with channels that only targets get (data.channels)"
+    check("data.transforms", cfg.data.transforms, unaware or not cfg.data.transforms, expected)
     stem, strides = cfg.model.stem_stride, cfg.model.strides
     if stem not in TIMM_TOTAL_STRIDE if strides is None else cfg.model.total_stride not in TOTAL:
         return  # noted already
@@ -70,11 +73,17 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
-    extra = isinstance(cfg.data.channels, dict) and {"target", "classes"} & set(cfg.data.channels)
-    check("data.channels", cfg.data.channels, not extra, "a list in fine-tuning, the channels that the network gets")
+    expected = "a list in fine-tuning, the channels that the network gets"
+    check("data.channels", cfg.data.channels, not _has_extra(cfg), expected)
     if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
         _check_micro_batch(cfg, 2, "augment.mixup or augment.cutmix (pairs)")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
+
+
+def _has_extra(cfg: RunConfig) -> bool:
+    """Whether there are channels that only targets get."""
+    channels = cfg.data.channels
+    return isinstance(channels, dict) and any(channels.get(name) for name in ("target", "classes"))
 
 
 def _check_micro_batch(cfg: RunConfig, least: int, why: str) -> None:

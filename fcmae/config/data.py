@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.channels import Layout, layout
+from fcmae.config.channels import Layout, layout, no_data
 from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
 from fcmae.plugins import is_named
 
@@ -62,6 +62,10 @@ class DataConfig:
     that are float32 and normalised already; so is the default for other channels than three."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     """Standard deviation of pixel values in 0..1, one number per channel."""
+    nodata: Any = None
+    """What the files store for pixels without a value: a number, nan, or a list with one per channel (null = all have
+    one). NaN of float32 is then meant, too. The network gets the mean instead; pretraining leaves such pixels out of
+    the loss (docs/data.md)."""
     pad: int = 0
     """Pixels added on each side before anything else."""
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
@@ -100,7 +104,7 @@ class DataConfig:
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1]) if ok else (224, 224)
         check_positive("data.in_chans", self.in_chans)
-        read = layout(self.channels, self.in_chans)
+        layout(self.channels, self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "from 8 to 16")
         self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
@@ -114,13 +118,23 @@ class DataConfig:
         ok = all(map(is_named, self.transforms))
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
-        plain = plain and self.channels is None
-        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null and transforms=[]"
+        plain = plain and self.channels is None and self.nodata is None
+        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null, nodata=null and transforms=[]"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
-        alone = not (read.extra and self.transforms)
-        check("data.transforms", self.transforms, alone, "[] with channels that only targets get (data.channels)")
+        self._check_no_data()
         for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
+
+    def _check_no_data(self) -> None:
+        marks = no_data("data.nodata", self.nodata, self.in_chans)
+        if marks is None:
+            return
+        self.nodata = marks if isinstance(self.nodata, (list, tuple)) else marks[0]
+        check("data.pad", self.pad, self.pad == 0, "0 with data.nodata")
+        if self.source is None and self.val_source is None:
+            most = 2**self.bit_depth - 1
+            ok = all(value is None or (type(value) in (int, float) and value in range(most + 1)) for value in marks)
+            check("data.nodata", self.nodata, ok, f"an integer from 0 to {most} (data.bit_depth={self.bit_depth})")
 
     def _check_normalisation(self) -> None:
         own = self.source is not None or self.val_source is not None
@@ -138,6 +152,18 @@ class DataConfig:
     def layout(self) -> Layout:
         """Which channels of the files are read."""
         return layout(self.channels, self.in_chans)
+
+    @property
+    def marks(self) -> list[Any] | None:
+        """What marks a pixel without a value in each of the network's channels; None = nothing does."""
+        return no_data("data.nodata", self.nodata, self.in_chans)
+
+    @property
+    def may_be_nan(self) -> set[int]:
+        """Channels of an image that may hold NaN."""
+        read = self.layout
+        given = range(self.in_chans) if read.input is None else read.input
+        return {*(given if self.marks else ()), *(read.extra if read.nodata else ())}
 
     @property
     def size(self) -> tuple[int, int]:

@@ -57,6 +57,7 @@ class PrepareConfig:
         check("quality", self.quality, 1 <= self.quality <= 100, "from 1 to 100")
         for name in ("short_side", "samples_per_shard"):
             check_positive(name, getattr(self, name))
+        check("short_side", self.short_side, None in (self.short_side, self.data.nodata), "null with data.nodata")
         check_seed(self.seed)
         ok = bool(self.out) or self.data.stats or self.dry_run
         check("out", self.out, ok, "a folder to write to (none is needed with data.stats=true or dry_run=true)")

@@ -87,13 +87,27 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
             with preserved(crop.device):
                 seed_globals(self.seed, Stream.TRANSFORM, *counters)
                 crop.copy_(self.extra(crop.clone()))  # into the same memory layout for all crops of a batch
-        return [crop, self._noise(counters, crop), *more]
+        noise = self._noise(counters, crop)
+        if "valid" in self.crop.carries:
+            noise = hidden_without_data(noise, more[0], self.grid)
+        return [crop, noise, *more]
 
     def _uniform(self, counters: tuple[int, ...]) -> Uniform:
         return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
 
     def _noise(self, counters: tuple[int, ...], crop: Tensor | None) -> Tensor:
         return draw_scores(self.mask, generator(self.seed, Stream.MASK, *counters), self.grid, crop)
+
+
+def hidden_without_data(scores: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scores ``[L]``, raised above all others for patches without a valid pixel, so that they are hidden first.
+
+    Args:
+        valid: bool ``[C, H, W]``.
+    """
+    rows, cols = grid
+    patches = valid.any(dim=0).unflatten(1, (cols, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
+    return torch.where(patches, scores, scores + (scores.max() - scores.min() + 1))
 
 
 Target = Callable[[Sample, Source, int], float | Tensor]

@@ -162,6 +162,8 @@ class FCMAE(nn.Module):
         """
         if valid is not None:
             imgs = torch.where(valid, imgs, 0)
+        if channels is not None and channels_valid is not None:
+            channels = torch.where(channels_valid, channels, 0)
         seen = Seen(imgs, valid, channels, channels_valid, label)
         for needed in NEEDS:
             if getattr(seen, needed) is None and self.targets_that_need(needed):

@@ -19,7 +19,7 @@ class Seen(NamedTuple):
     valid: Tensor | None = None
     """bool ``[N, 1, H, W]`` or ``[N, C, H, W]``: which pixels have a value; None = all."""
     channels: Tensor | None = None
-    """Normalised ``[N, K, H, W]``: channels that the encoder does not get."""
+    """``[N, K, H, W]``: channels that the encoder does not get. What has no value is 0."""
     channels_valid: Tensor | None = None
     """bool ``[N, K, H, W]``: which values of ``channels`` are given; None = all."""
     label: Tensor | None = None

@@ -173,12 +173,6 @@ def test_a_wrong_layout_is_refused(channels, message):
         config(channels)
 
 
-def test_channels_of_targets_do_not_go_with_transforms():
-    with pytest.raises(ConfigError, match="data.transforms must be .* with channels that only targets get"):
-        config({"input": [0, 1, 2], "target": [3]}, transforms=[{"_target_": "x.Y"}])
-    config([0, 1, 2], transforms=[{"_target_": "x.Y"}])
-
-
 RUN = (
     *TINY_PRETRAIN,
     "schedule.epochs=2",
@@ -210,6 +204,7 @@ def test_a_run_with_channels_of_targets_resumes(tmp_path, fcmae_here):
     [
         ("data.channels=null", "target.depth needs data.channels with target or classes; got none"),
         ("target.map.channels=2", r"target.map.channels must be below 2, the number .*; got \[2\]"),
+        ("data.transforms=[{_target_: x.Y}]", "data.transforms must be .* with channels that only targets get"),
         ("data.decode_on=gpu", "data.decode_on must be cpu unless"),
     ],
 )

@@ -15,6 +15,7 @@ from fcmae.config import DataConfig
 from fcmae.data.pixels import jpeg
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.formats import MAX_PIXELS
+from fcmae.data.pixels.nodata import NoData, resized
 
 GAP = 2
 """A JPEG is decoded at reduced size if its crop still has this many times the pixels per side of the result. That is
@@ -63,14 +64,23 @@ class RandomCrop:
     """
 
     def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: bool = False) -> None:
-        self.layout = cfg.layout
-        self.carries: tuple[str, ...] = ("channels",) if channels else ()
+        read, self.no_data = cfg.layout, NoData.of(cfg)
+        self.input = read.input
+        self.kinds: list[tuple[list[int], bool, NoData | None]] = []
+        """Of the channels that only targets get: which, whether the nearest pixel is taken, and their no-data."""
+        self.carries: tuple[str, ...] = () if self.no_data is None else ("valid",)
         """What :meth:`seen` gives beside the image, as :class:`fcmae.targets.Seen` calls it."""
+        if channels:
+            self.carries += ("channels",) if read.nodata is None else ("channels", "channels_valid")
+            count = len(read.target)
+            for those, nearest, part in ((read.target, False, slice(count)), (read.classes, True, slice(count, None))):
+                given = None if read.nodata is None else NoData(read.nodata[part], [0.0] * len(those), cfg.bit_depth)
+                self.kinds += [(those, nearest, given)] if those else []
         self.format = PixelFormat.of(cfg, max_pixels)
         self.size = cfg.size
         self.pad = cfg.pad
         self.hflip = cfg.hflip
-        self.exact = cfg.exact_decode
+        self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None
         self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
@@ -82,11 +92,30 @@ class RandomCrop:
     def seen(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> list[Tensor]:
         """A crop, and what :attr:`carries` names, cut and mirrored in the same way."""
         pixels, box = self.part(image, uniform)
-        crops = [cut(pick(pixels, self.layout.input), box, self.size)]
-        if self.carries:
-            kinds = ((self.layout.target, cut), (self.layout.classes, cut_nearest))
-            crops.append(torch.cat([how(pick(pixels, those), box, self.size) for those, how in kinds if those]))
-        return crops
+        crops = [self._cut(pixels, box, self.input, False, self.no_data)]
+        if self.kinds:
+            found = [self._cut(pixels, box, *kind) for kind in self.kinds]
+            crops.append([torch.cat(column) for column in zip(*found, strict=True)])
+        return [tensor for crop in crops for tensor in crop]
+
+    def _cut(
+        self, pixels: Tensor, box: Box, channels: list[int] | None, nearest: bool, no_data: NoData | None
+    ) -> list[Tensor]:
+        """Some channels of a crop, and, where there may be no data, which pixels have a value."""
+        how = cut_nearest if nearest else cut
+        pixels = pick(pixels, channels)
+        if no_data is None:
+            return [how(pixels, box, self.size)]
+        pixels = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
+        box = box._replace(top=0, left=0)
+        valid = no_data.valid(pixels)
+        crop = how(no_data.replace(pixels, valid), box, self.size)
+        if nearest:
+            valid = cut_nearest(valid, box, self.size)
+        else:
+            valid = resized(valid, self.size)
+            valid = _mirrored(valid) if box.flip else valid
+        return [no_data.replace(crop, valid), valid]
 
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
         """The part of the image that is decoded, ``[C, H, W]``, and the box in it."""

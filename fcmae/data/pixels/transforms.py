@@ -20,6 +20,7 @@ from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resi
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
+from fcmae.data.pixels.nodata import NoData
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -60,6 +61,9 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     steps: list[Callable] = [decoded]
     if cfg.channels is not None:
         steps.append(functools.partial(pick, channels=cfg.layout.input))
+    no_data = NoData.of(cfg)
+    if no_data is not None:
+        steps.append(no_data.replaced)
     if cfg.pad:
         steps.append(v2.Pad(cfg.pad))
     if max(size) >= WARP_FROM:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from fcmae.config import PrepareConfig
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.pixels.nodata import NoData
 from fcmae.data.prepare.shards import Encoding, Shard, encode, write_shard
 from fcmae.data.prepare.statistics import left_out, sum_images
 from fcmae.data.prepare.workers import in_processes
@@ -125,7 +126,8 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
     to = PixelFormat.of(cfg.data, cfg.loader.max_pixels)
     count = min(len(source), cfg.data.stats_samples or len(source))
     chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
-    chunks = [(chosen[first : first + CHUNK], to) for first in range(0, count, CHUNK)]
+    no_data = NoData.of(cfg.data)
+    chunks = [(chosen[first : first + CHUNK], to, no_data) for first in range(0, count, CHUNK)]
     with tqdm(total=count, desc="reading", unit=" images", disable=None) as bar:
         parts = {}
         for i, part in in_processes(_workers(cfg), sum_images, source, chunks):
@@ -134,8 +136,11 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
     sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in the order of the chunks
     for line in left_out(sums.unreadable):
         print(line, file=sys.stderr)
-    if not sums.pixels:
+    if len(sums.unreadable) == count:
         raise UsageError(f"none of {count} images could be read, such as: {sums.unreadable[0]}")
+    if not sums.pixels.all():
+        empty = ", ".join(map(str, (sums.pixels == 0).nonzero()[0].tolist()))
+        raise UsageError(f"channel {empty} has no pixel with a value (data.nodata={cfg.data.nodata})")
     mean, std = (", ".join(f"{x:#.6g}" for x in values) for values in (sums.mean(), sums.std()))
     flat = "\n# a channel has one value everywhere; data.std must be positive" if min(sums.std()) < FLAT else ""
     depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fcmae.data.pixels.decode import PixelFormat, decode
+from fcmae.data.pixels.nodata import NoData
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 
@@ -17,9 +18,9 @@ PART = 2**22
 
 @dataclass
 class Sums:
-    """The number, sums and sums of squares ``[C]`` of pixels in 0..1, and errors of unreadable images."""
+    """The numbers, sums and sums of squares ``[C]`` of pixels in 0..1, and errors of unreadable images."""
 
-    pixels: int
+    pixels: np.ndarray
     total: np.ndarray
     squares: np.ndarray
     unreadable: list[ImageError]
@@ -37,9 +38,9 @@ class Sums:
         return np.sqrt(variance.clip(min=0)).tolist()  # rounding may make it negative
 
 
-def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
-    """Sums over all pixels of some images. Unreadable ones are left out and recorded."""
-    sums = Sums(0, np.zeros(to.in_chans), np.zeros(to.in_chans), [])
+def sum_images(source: Source, indices: Iterable[int], to: PixelFormat, no_data: NoData | None = None) -> Sums:
+    """Sums over all pixels of some images but those without a value. Unreadable images are left out and recorded."""
+    sums = Sums(np.zeros(to.in_chans, dtype=np.int64), np.zeros(to.in_chans), np.zeros(to.in_chans), [])
     for index in indices:
         try:
             pixels = decode(source[index].image, *to)
@@ -48,8 +49,11 @@ def sum_images(source: Source, indices: Iterable[int], to: PixelFormat) -> Sums:
             continue
         white = 1.0 if pixels.dtype.is_floating_point else float(torch.iinfo(pixels.dtype).max)
         for part in pixels.flatten(1).split(PART, dim=1):
-            values = part.double() / white
-            sums += Sums(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy(), [])
+            values, count = part.double() / white, np.full(len(part), part.shape[1])
+            if no_data is not None:
+                valid = no_data.valid(part[..., None])[..., 0]
+                values, count = torch.where(valid, values, 0.0), valid.sum(1).numpy()
+            sums += Sums(count, values.sum(1).numpy(), values.square().sum(1).numpy(), [])
     return sums
 
 
