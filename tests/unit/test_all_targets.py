@@ -1,0 +1,125 @@
+"""All kinds of targets at once: packed is masked, resumed is uninterrupted, and micro-batches change nothing."""
+
+import json
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fcmae.checkpoints import checkpoint
+from fcmae.masks.patches import random_mask
+from fcmae.models import FCMAE
+from fcmae.targets import Hog, Labels, Laplacian, Pixels, Seen, Teacher, part
+from tests.conftest import TINY_PRETRAIN
+
+NAMES = ("pixels", "laplacian", "hog", "teacher", "labels")
+ALL = (
+    f"target=[{','.join(NAMES)}]",
+    "target.pixels.norm=channel",
+    "target.pixels.loss=smooth_l1",
+    "target.hog.loss=cosine",
+    "target.hog.cell=4",
+    "target.hog.weight=learned",
+    "target.teacher.name=test_convnext",
+    "target.teacher.checkpoint=teacher.pt",
+    "target.labels.weight=learned",
+    "target.laplacian.weight=0.3",
+)
+RUN = (*TINY_PRETRAIN, *ALL, "optim.ema_decay=0.9", "mask=block")
+
+
+class Averages(nn.Module):
+    """A teacher that needs no file."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 12, 16, 16)
+
+    def forward(self, imgs):
+        return self.conv(imgs)
+
+
+def model_of(engine, chans=2):
+    torch.manual_seed(1)
+    teacher = Teacher(32, chans, dim=12)
+    teacher.network = Averages().eval().requires_grad_(False)
+    targets = {
+        "pixels": Pixels,
+        "laplacian": partial(Laplacian, norm="channel", loss="l1"),
+        "hog": Hog,
+        "teacher": lambda **_: teacher,
+        "labels": partial(Labels, dim=3),
+        "numbers": partial(Labels, loss="mse", dim=1),
+    }
+    size = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "in_chans": chans, "decoder_embed_dim": 16}
+    model = FCMAE("convnextv2_atto", engine=engine, targets=targets, init="official", **size).double()
+    model.target_weights = {**model.target_weights, "hog": "learned", "labels": "learned"}
+    return model.double()
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_packed_predicts_and_learns_what_masked_does(holes):
+    torch.manual_seed(0)
+    imgs = torch.randn(3, 2, 64, 64, dtype=torch.float64)
+    mask = random_mask(torch.rand(3, 4), 2)
+    valid = torch.rand(3, 1, 64, 64) > 0.2 if holes else None
+    results = []
+    for engine in ("packed", "masked"):
+        model = model_of(engine)
+        out = model(imgs, mask, 2, valid=valid, label=torch.tensor([2, -1, 0]))
+        out.loss.backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (packed, grads), (masked, expected) = results
+    for name, pred in packed.preds.items():
+        torch.testing.assert_close(pred, masked.preds[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(packed.parts[name], masked.parts[name], rtol=1e-5, atol=1e-5)
+    assert {"log_var_hog", "log_var_labels", "decoder.pred_teacher.weight"} <= grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(grad / scale, expected[name] / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_targets_compile_without_a_break(holes):
+    """What ``torch.compile`` cannot trace would end a compiled run; the teacher runs as it is."""
+    torch.manual_seed(0)
+    mask = random_mask(torch.rand(3, 4), 2)
+    valid = torch.rand(3, 1, 64, 64) > 0.2 if holes else None
+    seen = Seen(torch.randn(3, 2, 64, 64), valid, label=torch.tensor([2, -1, 0]))
+    compiled = torch.compile(part, dynamic=False, fullgraph=True, backend="eager")
+    for name, target in model_of("packed").targets.items():
+        if getattr(target, "compiles", True):
+            pred = torch.randn(3, 4, target.dim)
+            torch.testing.assert_close(compiled(target, seen, pred, mask), part(target, seen, pred, mask), msg=name)
+    torch.compiler.reset()
+
+
+def newest(run):
+    return checkpoint.read(checkpoint.resolve(f"{run}@last"))
+
+
+def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch, fcmae_here):
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_convnext").state_dict(), "teacher.pt")
+    fcmae_here(*RUN, "hydra.run.dir=whole")
+    fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=5", "loader.workers=1", check=75)
+    fcmae_here(*RUN, "hydra.run.dir=cut")
+    whole, cut = newest("whole"), newest("cut")
+    for state in ("model", "ema"):
+        assert all(value.equal(cut[state][name]) for name, value in whole[state].items())
+    steps = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    parts = [line for line in steps if "loss_hog" in line]
+    assert len(parts) == 9
+    for line in parts:
+        assert {f"loss_{name}" for name in NAMES} | {"weight_hog", "weight_labels"} <= line.keys()
+    first = parts[0]
+    fixed = first["loss_pixels"] + first["loss_teacher"] + 0.3 * first["loss_laplacian"]
+    assert first["loss"] == pytest.approx(fixed + first["loss_hog"] + first["loss_labels"], rel=1e-5)
+    fcmae_here(*RUN, "hydra.run.dir=parts", "trainer.micro_batch_size=3", "trainer.max_steps=3", check=75)
+    again = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    for line, expected in zip([line for line in again if "loss_hog" in line], parts[:3], strict=True):
+        for name in ("loss", "weight_hog", "weight_labels", *(f"loss_{name}" for name in NAMES)):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert line["weight_hog"] != 1
