@@ -166,8 +166,10 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("images", nargs="+", help=what)
     parser.add_argument("--out", required=True, help="the file to write")
     if command == "embed":
-        which = "mean over the image and norm; without the norm; of all stages; the last map (default: %(default)s)"
-        parser.add_argument("--layer", choices=["pooled", "mean", "stages", "patches"], default="pooled", help=which)
+        which = "mean over the image and norm; without the norm; of stages; with deviation; the last map (%(default)s)"
+        layers = ["pooled", "mean", "stages", "stages_std", "patches"]
+        parser.add_argument("--layer", choices=layers, default="pooled", help=which)
+        parser.add_argument("--stages", type=_integers, metavar="N[,N]", help="stages of --layer stages (default: all)")
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank at once (default: %(default)s)")
     parser.add_argument("--precision", default="auto", help="float32, tf32, bf16, fp16 or auto (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")

@@ -4,7 +4,7 @@ Hydra composes, OmegaConf checks names and types against these classes, ``__post
 :func:`to_typed` sees a DictConfig.
 """
 
-from fcmae.config.checks import check, check_channels, mistaken
+from fcmae.config.checks import LAYERS, check, check_channels, check_stages, mistaken
 from fcmae.config.commands import (
     CLASSIFY,
     COMMANDS,
@@ -39,6 +39,7 @@ from fcmae.config.typed import explain, from_dict, from_dotlist, to_dict, to_typ
 __all__ = [
     "CLASSIFY",
     "COMMANDS",
+    "LAYERS",
     "AugmentConfig",
     "BackboneConfig",
     "CheckpointConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "check_outputs",
     "check_places",
     "check_plain",
+    "check_stages",
     "compose",
     "conf_dir",
     "every_mistake",

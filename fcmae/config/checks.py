@@ -13,6 +13,8 @@ from typing import Any
 from fcmae.errors import ConfigError
 from fcmae.plugins import is_named
 
+LAYERS = ("pooled", "mean", "stages", "stages_std")
+"""What a row of features may be made of (:mod:`fcmae.models.pooled`)."""
 _collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
 
 
@@ -89,3 +91,12 @@ def check_channels(key: str, channels: Sequence[int] | None, in_chans: int) -> N
     """One or three of an image's channels; None = chosen by the program."""
     ok = channels is None or (len(channels) in (1, 3) and all(0 <= channel < in_chans for channel in channels))
     check(key, channels, ok, f"one or three channels from 0 to {in_chans - 1} (data.in_chans={in_chans})")
+
+
+def check_stages(key: str, stages: Sequence[int] | None, layer: str) -> None:
+    """Different stages of a network, from 1; None = all."""
+    ok = stages is None or (len(stages) > 0 and min(stages) > 0 and len(set(stages)) == len(stages))
+    ok = check(key, stages, ok, "a list of different stages, from 1")
+    check(
+        key, stages, not ok or stages is None or layer.startswith("stages"), "unset unless layer=stages or stages_std"
+    )

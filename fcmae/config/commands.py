@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import (
+    LAYERS,
     check,
     check_channels,
     check_class,
@@ -15,6 +16,7 @@ from fcmae.config.checks import (
     check_one_of,
     check_positive,
     check_seed,
+    check_stages,
 )
 from fcmae.config.conflicts import check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
@@ -234,8 +236,11 @@ class EvaluateConfig(CheckpointConfig):
 class FeaturesConfig(CheckpointConfig):
     """Keys of all commands on frozen features."""
 
-    pooling: str = "norm"
-    """``norm``: mean over the image, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone."""
+    layer: str = "pooled"
+    """``pooled``: mean over the last map, then the head's LayerNorm, as the classifier's; ``mean``: the mean alone;
+    ``stages``: the means of stages one after another; ``stages_std``: their means and standard deviations."""
+    stages: list[int] | None = None
+    """Stages, from 1, of ``layer=stages`` and ``stages_std``; None = all."""
     cache: str | None = "run"
     """Where features are kept: ``run`` = the folder ``features`` of the checkpoint's run; a folder; None = nowhere."""
     seed: int = 0
@@ -246,7 +251,8 @@ class FeaturesConfig(CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one_of("pooling", self.pooling, ("norm", "mean"))
+        check_one_of("layer", self.layer, LAYERS)
+        check_stages("stages", self.stages, self.layer)
         check_seed(self.seed)
         given = {f"model.{name}": value for name, value in vars(self.model).items() if value is not None}
         if self.checkpoint == RANDOM:

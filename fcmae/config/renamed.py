@@ -24,6 +24,8 @@ def renamed(key: str) -> str | None:
     """What to say where a user gives the old name of a key; None for any other key."""
     if key == NORM_PIX_LOSS:
         return f"{key} is now target.pixels.norm; patch stands for true, none for false"
+    if key == "pooling":
+        return "pooling is now layer; pooled stands for norm"
     return f"{key} is now {RENAMED[key]}" if key in RENAMED else None
 
 

@@ -37,7 +37,7 @@ class CachedExtractor:
     """An :class:`Extractor` that keeps what it extracts in ``folder``.
 
     A file's name is a hash of what its features follow from: the checkpoint's checksum, which weights of it, the data
-    config, the images (names, sizes, times of change) and labels, precision, pooling and versions. The file also holds
+    config, the images (names, sizes, times of change) and labels, precision, layer and versions. The file also holds
     all of that in full, and is used only if it is exactly what is wanted. The first rank reads and writes.
 
     Args:
@@ -73,7 +73,7 @@ class CachedExtractor:
             "on_error": extract.loader.on_error,
             "images": fingerprint(source, extract.data),
             "precision": extract.precision,
-            "pooling": extract.pooling,
+            "layer": [extract.layer, *(extract.stages or [])],
             "device": extract.world.device.type,
             "torch": str(torch.__version__),
             "timm": timm.__version__,
@@ -97,7 +97,7 @@ class CachedExtractor:
                 if (file.metadata() or {}).get("wanted") != wanted:
                     return None
                 features = Features(file.get_tensor("values"), file.get_tensor("labels"))
-            if features.values.shape != (*features.labels.shape, self.extract.backbone.num_features):
+            if features.values.shape != (*features.labels.shape, self.extract.width):
                 raise SafetensorError("its arrays have other sizes")
         except (OSError, SafetensorError) as error:
             _say(f"features in {path} cannot be read: {error}; they are extracted again")
@@ -121,7 +121,7 @@ class CachedExtractor:
         world = self.extract.world
         if world.size == 1:
             return found
-        width = self.extract.backbone.num_features
+        width = self.extract.width
         count = int(world.max(torch.tensor(-1 if found is None else len(found.labels))))
         if count < 0:
             return None

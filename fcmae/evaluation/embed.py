@@ -14,7 +14,17 @@ from torch import Tensor
 
 from fcmae.checkpoints.checkpoint import State
 from fcmae.checkpoints.resume import say
-from fcmae.config import CheckpointConfig, DataConfig, DataOverrides, FinetuneConfig, LoaderConfig, check, from_dotlist
+from fcmae.config import (
+    LAYERS,
+    CheckpointConfig,
+    DataConfig,
+    DataOverrides,
+    FinetuneConfig,
+    LoaderConfig,
+    check,
+    check_stages,
+    from_dotlist,
+)
 from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.images import Joined, images_at
 from fcmae.distributed import World
@@ -24,9 +34,11 @@ from fcmae.evaluation.features import batches, gather
 from fcmae.evaluation.run import data_of, opened
 from fcmae.files import check_output, output, write_output
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
+from fcmae.models.pooled import pool_maps
 from fcmae.precision import autocast
 
-LAYERS = ("pooled", "mean", "stages", "patches")
+ROWS = (*LAYERS, "patches")
+"""What a row may hold."""
 TABLES = {"embed": (".npz", ".parquet"), "predict": (".csv", ".npz", ".parquet")}
 """Endings of the files that each command writes."""
 
@@ -45,7 +57,13 @@ class Rows(NamedTuple):
 
 
 def embed(
-    checkpoint: str, images: Sequence[str], *, layer: str = "pooled", out: str | None = None, **options: Any
+    checkpoint: str,
+    images: Sequence[str],
+    *,
+    layer: str = "pooled",
+    stages: Sequence[int] | None = None,
+    out: str | None = None,
+    **options: Any,
 ) -> Rows | None:
     """Features of images by the encoder of a checkpoint of any task, the same on any number of ranks.
 
@@ -54,18 +72,21 @@ def embed(
         images: files, folders, tar files, and overrides ``data.KEY=VALUE`` and ``loader.KEY=VALUE`` of the checkpoint's
             config; with ``data.path`` or ``data.source`` its training images.
         layer: ``pooled`` ``[D]``, the mean over the image and the head's norm, as k-NN and probe use; ``mean``, without
-            the norm; ``stages``, the means of all stages one after another; ``patches`` ``[h, w, D]``, the last map.
+            the norm; ``stages``, the means of the stages one after another; ``stages_std``, their means and standard
+            deviations; ``patches`` ``[h, w, D]``, the last map.
+        stages: numbers, from 1, of the stages of ``stages`` and ``stages_std``; None = all.
         out: an .npz file (arrays ``paths``, ``features``) or a .parquet file to write.
         options: ``batch_size``, ``precision``, ``device``, ``allow`` as for ``fcmae evaluate``; ``ema``.
 
     Returns:
         The rows; None on ranks other than the first.
     """
-    check("--layer", layer, layer in LAYERS, f"one of {', '.join(LAYERS)}")
+    check("--layer", layer, layer in ROWS, f"one of {', '.join(ROWS)}")
+    check_stages("--stages", stages, layer)
 
     def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
         backbone = encoder_of(state, file, ema).to(world.device).eval()
-        return lambda imgs: _features(backbone, imgs, layer), [], False
+        return lambda imgs: _features(backbone, imgs, layer, stages), [], False
 
     return _rows(checkpoint, images, create, out, "embed", "features", **options)
 
@@ -105,13 +126,13 @@ _Network = tuple[Callable[[Tensor], Tensor], list[str], bool]
 """What makes rows of a batch of normalised images, the names of columns, and whether these are exclusive."""
 
 
-def _features(backbone: ConvNeXt, imgs: Tensor, layer: str) -> Tensor:
+def _features(backbone: ConvNeXt, imgs: Tensor, layer: str, stages: Sequence[int] | None) -> Tensor:
     maps = dense(backbone, imgs)
     if layer == "patches":
         return maps[-1].permute(0, 2, 3, 1)
     if layer == "pooled":
         return backbone.forward_head(maps[-1], pre_logits=True)
-    return torch.cat([m.float().mean((2, 3)) for m in (maps if layer == "stages" else maps[-1:])], dim=1)
+    return pool_maps(maps, layer, stages)
 
 
 def _rows(

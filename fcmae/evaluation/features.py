@@ -18,7 +18,10 @@ from fcmae.data.samples import CroppedImages, EvaluationImages
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
+from fcmae.engines.dense import dense
 from fcmae.errors import EvaluationStopped
+from fcmae.models.backbone import stage_shapes
+from fcmae.models.pooled import pool_maps, row_width
 from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
 
@@ -146,10 +149,10 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pooled features of a frozen backbone. The ranks share the work, and each gets all of the result.
+    """Features of a frozen backbone, a row per image. The ranks share the work, and each gets all of the result.
 
     Args:
-        pooling: ``norm``, the mean over the image and the head's norm, or ``mean``, the mean alone.
+        layer, stages: which features; see :data:`fcmae.models.pooled.ROWS`.
         stop: see :func:`batches`.
     """
 
@@ -158,9 +161,15 @@ class Extractor:
     world: World
     batch_size: int = 256
     precision: str = "float32"
-    pooling: str = "norm"
+    layer: str = "pooled"
     stop: Callable[[], bool] = never
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    stages: Sequence[int] | None = None
+
+    @property
+    def width(self) -> int:
+        """D, the number of features."""
+        return row_width(stage_shapes(self.backbone)[0], self.layer, self.stages)
 
     @torch.no_grad()
     def __call__(self, source: Source, dataset: CroppedImages | None = None) -> Features:
@@ -187,7 +196,7 @@ class Extractor:
     def _share(self, stream: Iterator[Images]) -> list[Tensor]:
         """Features, labels and places of this rank's images."""
         device = self.world.device
-        parts = [[torch.empty(0, self.backbone.num_features, device=device)]]
+        parts = [[torch.empty(0, self.width, device=device)]]
         parts += [[torch.empty(0, dtype=torch.int64, device=device)] for _ in range(2)]
         for imgs, labels, places in stream:
             with autocast(device, self.precision):
@@ -197,8 +206,9 @@ class Extractor:
         return [torch.cat(part) for part in parts]
 
     def _pool(self, imgs: Tensor) -> Tensor:
-        maps = self.backbone.forward_features(imgs)
-        return maps.mean((2, 3)) if self.pooling == "mean" else self.backbone.forward_head(maps, pre_logits=True)
+        if self.layer == "pooled":
+            return self.backbone.forward_head(self.backbone.forward_features(imgs), pre_logits=True)
+        return pool_maps(dense(self.backbone, imgs), self.layer, self.stages)
 
 
 def gather(share: Tensor, world: World) -> Tensor:

@@ -87,9 +87,8 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         if world.is_main and unsaid(state):
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
-        extractor = Extractor(
-            backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, cfg.pooling, loader=cfg.loader
-        )
+        how = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
+        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, **how)
         random = cfg.checkpoint == RANDOM
         if cfg.cache is None or (random and cfg.cache == "run"):
             yield extractor, extractor

@@ -96,7 +96,10 @@ def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
         ("pretrain", "monitor.knn_k=[]", r"monitor.knn_k must be a positive integer, or a list of them.*; got \[\]"),
         ("pretrain", "monitor.knn_every_epochs=0", "monitor.knn_every_epochs must be a positive number.*; got 0.0"),
         ("knn", "k=[10,0]", r"k must be a positive integer, or a list of them.*; got \[10, 0\]"),
-        ("knn", "pooling=max", "pooling must be one of norm, mean.*; got 'max'"),
+        ("knn", "layer=max", "layer must be one of pooled, mean, stages, stages_std.*; got 'max'"),
+        ("knn", "layer=stages stages=[0,1]", r"stages must be a list of different stages, from 1.*; got \[0, 1\]"),
+        ("probe", "stages=[3]", r"stages must be unset unless layer=stages or stages_std.*; got \[3\]"),
+        ("probe", "pooling=norm", r"pooling is now layer; pooled stands for norm"),
         ("probe", "blr=[]", r"blr must be a positive number, or a list of them.*; got \[\]"),
         ("probe", "optimizer=lamb", "optimizer must be one of lars, sgd, adamw.*; got 'lamb'"),
         ("probe", "warmup_epochs=91", "warmup_epochs must be from 0 to epochs.*; got 91"),
@@ -106,7 +109,7 @@ def test_data_of_a_checkpoint_is_overridden_by_what_is_given():
 )
 def test_ranges_of_evaluation(command, override, message):
     with pytest.raises(ConfigError, match=message):
-        compose(command, [override, *(["checkpoint=x"] if command != "pretrain" else [])])
+        compose(command, [*override.split(), *(["checkpoint=x"] if command != "pretrain" else [])])
 
 
 @pytest.mark.parametrize("command", ["evaluate", "knn", "probe"])

@@ -65,6 +65,14 @@ LAYERS = {
     "pooled": lambda m, x: m.forward_head(m.forward_features(x), pre_logits=True),
     "mean": lambda m, x: m.forward_features(x).mean((2, 3)),
     "stages": lambda m, x: torch.cat([f.mean((2, 3)) for f in m.forward_intermediates(x, intermediates_only=True)], 1),
+    "stages_std": lambda m, x: torch.cat(
+        [
+            part
+            for f in [m.forward_intermediates(x, intermediates_only=True)]
+            for part in [*(each.mean((2, 3)) for each in f), *(each.std((2, 3), correction=0) for each in f)]
+        ],
+        1,
+    ),
     "patches": lambda m, x: m.forward_features(x).permute(0, 2, 3, 1),
 }
 

@@ -207,15 +207,39 @@ def test_several_k_at_once_and_in_chunks_are_what_each_is_alone(monkeypatch):
     assert torch.equal(together[0], labels[nearest])
 
 
-@pytest.mark.parametrize("pooling", ["norm", "mean"])
-def test_features_are_what_the_classifier_pools(pooling):
-    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+def of_stages(maps, *parts):
+    how = {"mean": {}, "std": {"correction": 0}}
+    return torch.cat([getattr(maps[number - 1], part)((2, 3), **how[part]) for part, number in parts], 1)
+
+
+ROWS = {
+    "pooled": ([], lambda m, maps: m.head.norm(maps[-1].mean((2, 3), keepdim=True)).flatten(1)),
+    "mean": ([], lambda m, maps: of_stages(maps, ("mean", 4))),
+    "stages": ([], lambda m, maps: of_stages(maps, ("mean", 1), ("mean", 2), ("mean", 3), ("mean", 4))),
+    "stages_std": ([3, 2], lambda m, maps: of_stages(maps, ("mean", 3), ("mean", 2), ("std", 3), ("std", 2))),
+}
+
+
+@pytest.mark.parametrize("layer", ROWS)
+def test_features_of_a_layer(layer):
+    """``std`` is over a map's sites, without Bessel's correction."""
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 24))
     torch.nn.init.normal_(backbone.head.norm.weight)
-    features = Extractor(backbone, DATA, CPU, loader=LOADER, batch_size=7, pooling=pooling)(Known())
+    stages, row = ROWS[layer]
+    extract = Extractor(backbone, DATA, CPU, loader=LOADER, batch_size=7, layer=layer, stages=stages or None)
+    features = extract(Known())
     assert features.labels.tolist() == [index % 10 for index in range(23)]
-    maps = backbone.eval().forward_features(normalize(Known()[4].image[None], DATA.mean, DATA.std))
-    pooled = maps.mean((2, 3)) if pooling == "mean" else backbone.head.norm(maps.mean((2, 3), keepdim=True)).flatten(1)
-    torch.testing.assert_close(features.values[4:5], pooled, rtol=1e-4, atol=1e-5)
+    assert features.values.shape == (23, extract.width)
+    imgs = normalize(Known()[4].image[None], DATA.mean, DATA.std)
+    with torch.no_grad():
+        maps = backbone.eval().forward_intermediates(imgs, intermediates_only=True)
+    torch.testing.assert_close(features.values[4:5], row(backbone, maps), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_that_the_network_lacks_is_named():
+    backbone = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    with pytest.raises(ConfigError, match=r"stages must be from 1 to 4, the stages of the network; got \[2, 5\]"):
+        Extractor(backbone, DATA, CPU, loader=LOADER, layer="stages", stages=[2, 5])(Known())
 
 
 def test_extracting_leaves_the_model_in_training_mode():

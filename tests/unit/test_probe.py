@@ -131,7 +131,7 @@ def test_features_are_extracted_once(images, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"checkpoint": "2"}, {"image_size": 64}, {"precision": "bf16"}, {"pooling": "mean"}],
+    [{"checkpoint": "2"}, {"image_size": 64}, {"precision": "bf16"}, {"layer": "mean"}],
     ids=lambda change: next(iter(change)),
 )
 def test_other_features_are_not_taken_for_these(images, tmp_path, change):
