@@ -32,6 +32,7 @@ class Stream(IntEnum):
     REPLACE = 6
     STEP_SAMPLES = 7
     TRANSFORM = 8
+    FOLDS = 9
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:

@@ -15,6 +15,8 @@ from fcmae.plugins import is_named
 
 LAYERS = ("pooled", "mean", "stages", "stages_std")
 """What a row of features may be made of (:mod:`fcmae.models.pooled`)."""
+L2 = (1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+"""Strengths of the penalty of logistic regression that cross-validation tries."""
 _collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
 
 
@@ -100,3 +102,19 @@ def check_stages(key: str, stages: Sequence[int] | None, layer: str) -> None:
     check(
         key, stages, not ok or stages is None or layer.startswith("stages"), "unset unless layer=stages or stages_std"
     )
+
+
+def check_positives(key: str, value: Any) -> Any:
+    """One positive number or several, as a list; ``value`` itself if it is neither."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    ok = bool(numbers) and all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
+    return [float(n) for n in numbers] if check(key, value, ok, "a positive number, or a list of them") else value
+
+
+def check_class_weights(key: str, value: Any) -> Any:
+    """Factors on the loss of each class: None, ``auto`` or a list of positive numbers."""
+    if value is None or value == "auto":
+        return value
+    ok = isinstance(value, (list, tuple)) and len(value) > 0
+    ok = ok and all(type(number) in (int, float) and 0 < number < math.inf for number in value)
+    return [float(n) for n in value] if check(key, value, ok, "auto, null, or a positive number per class") else value

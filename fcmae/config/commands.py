@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import (
+    L2,
     LAYERS,
     check,
     check_channels,
     check_class,
+    check_class_weights,
     check_device,
     check_neighbours,
     check_not_negative,
     check_one_of,
     check_positive,
+    check_positives,
     check_seed,
     check_stages,
 )
@@ -292,6 +295,17 @@ class KnnConfig(FeaturesConfig):
 class ProbeConfig(FeaturesConfig):
     """``fcmae probe``: linear classifiers on frozen features; ``experiment=in1k/probe`` is MAE's recipe."""
 
+    solver: str = "sgd"
+    """``sgd``: steps of ``optimizer`` over batches; ``lbfgs``: logistic regression by L-BFGS, for few labels."""
+    norm: str = "batchnorm"
+    """Before the linear layer of solver=sgd: ``batchnorm``, without affine parameters, or ``standardise``, by the mean
+    and deviation of all training features, which solver=lbfgs always does."""
+    l2: Any = field(default_factory=lambda: list(L2))
+    """lbfgs: strengths of the penalty l2 / 2 * sum of squared weights, of which ``folds`` chooses; or one of them."""
+    folds: int = 5
+    """lbfgs: parts of the training images; each is held out once to choose l2."""
+    class_weights: Any = None
+    """lbfgs: factors on the loss, one per class; ``auto`` = by inverse frequency; None = none."""
     optimizer: str = "sgd"
     """``sgd`` with momentum, ``lars`` as MAE, or ``adamw``."""
     blr: Any = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
@@ -311,11 +325,14 @@ class ProbeConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_one_of("solver", self.solver, ("sgd", "lbfgs"))
+        check_one_of("norm", self.norm, ("batchnorm", "standardise"))
         check_one_of("optimizer", self.optimizer, ("lars", "sgd", "adamw"))
-        rates = list(self.blr) if isinstance(self.blr, (list, tuple)) else [self.blr]
-        ok = bool(rates) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
-        if check("blr", self.blr, ok, "a positive number, or a list of them"):
-            self.blr = [float(rate) for rate in rates]
+        self.blr, self.l2 = check_positives("blr", self.blr), check_positives("l2", self.l2)
+        check("folds", self.folds, self.folds > 1, "2 or more")
+        self.class_weights = check_class_weights("class_weights", self.class_weights)
+        crops, sgd = self.random_crops, self.solver == "sgd"
+        check("random_crops", crops, sgd or not crops, "false with solver=lbfgs, which sees every image once")
         check("train_batch_size", self.train_batch_size, self.train_batch_size > 1, "2 or more")
         check_positive("epochs", self.epochs)
         check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs <= self.epochs, "from 0 to epochs")

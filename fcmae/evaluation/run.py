@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
+from fcmae.evaluation.class_metrics import class_metrics
 from fcmae.evaluation.classify import accuracy, predictions
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
@@ -175,8 +176,10 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         share = predictions(
             model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target
         )
-        if tables or accepted is not None:
+        if accepted is not None:
             metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
+        elif tables:
+            metrics = class_metrics(share, world, len(classes), confusion)
         else:
             metrics = objective.metrics(share, world)
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
@@ -223,21 +226,19 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
 
         crop = pretrain_transform(data, cfg.loader.max_pixels)
 
-        def cropped() -> Iterator[Features]:
-            for epoch in itertools.count():
-                yield extractor(train, CroppedImages(train, crop, cfg.seed, epoch))
-
-        epochs = cropped() if cfg.random_crops else itertools.repeat(extract(train))
+        if cfg.random_crops:
+            epochs: Iterable[Features] = linear.Epochs(
+                lambda epoch: extractor(train, CroppedImages(train, crop, cfg.seed, epoch))
+            )
+        else:
+            epochs = itertools.repeat(extract(train))
         known = extract(val)
-        heads = linear.probe(epochs, known, len(classes), cfg, world)
-        best = max(heads, key=lambda head: head["top1"])
-        result: dict[str, Any] = {
-            **{name: best[name] for name in ("top1", "top5", "blr") if name in best},
-            "chosen": f"the best of {len(heads)} learning rates, on the validation images themselves",
-            "images": len(known.labels),
-            "all": heads,
-        }
-        return result if world.is_main else None
+        solve = linear.probe_by_lbfgs if cfg.solver == "lbfgs" else linear.probe_by_sgd
+        result = solve(epochs, known, len(classes), cfg, world)
+        if not world.is_main:
+            return None
+        say(linear.table(result))
+        return result
 
 
 def reconstruct(

@@ -13,27 +13,29 @@ from fcmae.data.samples import label_of
 from fcmae.data.sources import Sample, Source, require_labels, with_classes
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation.classify import accuracy
+from fcmae.evaluation import class_metrics
 from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions
 
 
 def _metric(best: str, names: tuple[str, ...]) -> str:
     """``best`` if it is a metric, or a metric of a column, perhaps after "-". Raises ValueError."""
-    if not isinstance(best, str) or best.removeprefix("-").split("_")[0] not in names:
+    name = best.removeprefix("-") if isinstance(best, str) else ""
+    if name not in names and name.split("_")[0] not in names:
         raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}")
     return best
 
 
 class Classify(Objective):
-    """One class per image: cross entropy with ``augment.label_smoothing``; top-1 and top-5.
+    """One class per image: cross entropy with ``augment.label_smoothing``.
 
     Args:
-        best: the metric whose best checkpoint is kept.
+        best: the metric whose best checkpoint is kept: ``top1``, ``top5``, ``balanced_accuracy``, ``f1``, ``auroc`` or
+            ``average_precision``.
     """
 
     def __init__(self, best: str = "top1") -> None:
-        self.best = _metric(best, ("top1", "top5"))
+        self.best = _metric(best, class_metrics.NAMES)
         self.smoothing = 0.0
         self._set_classes([])
 
@@ -68,7 +70,7 @@ class Classify(Objective):
         return output.softmax(dim=1)
 
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
-        return accuracy(share, world)
+        return class_metrics.class_metrics(share, world, len(self.classes))
 
 
 class _Columns(Objective):

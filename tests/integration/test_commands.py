@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import fcmae as package
 from fcmae.checkpoints import checkpoint
+from fcmae.evaluation.class_metrics import NAMES
 from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
 
 
@@ -147,7 +148,7 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     state = last_checkpoint(run_dir)
     assert state["classes"] == [str(i) for i in range(10)]
     logged = [m for m in metrics(run_dir) if "top1" in m][-1]
-    assert logged.keys() == {"step", "top1", "top5", "ema_top1", "ema_top5"}
+    assert logged.keys() == {"step", *NAMES, *(f"ema_{name}" for name in NAMES)}
     result = json.loads(fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5").stdout)
     assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -211,6 +212,7 @@ import sys
 from fcmae import ranks as launch
 from fcmae.cli import main
 from fcmae.checkpoints import checkpoint
+from fcmae.evaluation.class_metrics import NAMES
 
 if launch.detect().rank > 0:
     checkpoint.header = checkpoint.resolve = checkpoint.read = None

@@ -16,7 +16,7 @@ from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.cache import CachedExtractor, fingerprint
 from fcmae.evaluation.features import Extractor, Features
-from fcmae.evaluation.probe import Heads, create_optimizer, probe
+from fcmae.evaluation.probe import Epochs, Heads, create_optimizer, probe, probe_by_sgd
 from fcmae.models import create_backbone
 from fcmae.optim.adamw import set_lr
 
@@ -51,6 +51,27 @@ def test_each_learning_rate_trains_as_if_alone(optimizer):
     alone = [probe(repeat(train), val, 3, config(optimizer=optimizer, blr=[r], epochs=3), CPU)[0] for r in rates]
     assert together == alone
     assert len({head["top1"] for head in together}) > 1
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "standardise"])
+def test_the_rate_is_chosen_on_training_images(norm):
+    """Wrong validation labels change what is reported, and nothing else."""
+    train, val = clusters(150, 0), clusters(60, 1)
+    cfg = config(blr=[1e-6, 1.0], norm=norm)
+    result = probe_by_sgd(repeat(train), val, 3, cfg, CPU)
+    assert (result["blr"], result["chosen"]) == (1.0, "one of 2 rates, on a fifth of the training images")
+    assert result["top1"] == result["all"][1]["top1"] > 90
+    wrong = probe_by_sgd(repeat(train), Features(val.values, (val.labels + 1) % 3), 3, cfg, CPU)
+    assert wrong["blr"] == 1.0
+    assert wrong["top1"] < 30
+    assert probe_by_sgd(repeat(train), val, 3, config(blr=[1.0], norm=norm), CPU)["top1"] == result["top1"]
+
+
+def test_features_of_crops_begin_again_for_the_second_training():
+    seen = []
+    epochs = Epochs(lambda epoch: seen.append(epoch) or clusters(60, epoch))
+    probe_by_sgd(epochs, clusters(30, 9), 3, config(blr=[0.1, 1.0], epochs=3), CPU)
+    assert seen == [0, 0, 1, 2, 0, 1, 2]
 
 
 def test_a_batch_is_at_most_all_images_and_the_rate_follows():

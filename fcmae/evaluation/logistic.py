@@ -1,0 +1,156 @@
+"""Logistic regression on frozen features by L-BFGS, its regularisation chosen by cross-validation.
+
+The loss is the mean cross entropy plus ``l2 / 2`` times the sum of squared weights, in float64, on features that are
+standardised by the training images. The result is folded: it is a linear layer on the features themselves.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcmae.config.checks import L2
+from fcmae.errors import UsageError
+from fcmae.randomness import Stream, generator
+
+MAX_ITERATIONS = 300
+"""Of L-BFGS, which mostly converges in fewer than 100."""
+
+
+class Linear(NamedTuple):
+    """A linear classifier: float64 ``weight`` ``[K, D]`` and ``bias`` ``[K]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Logits, float64 ``[n, K]``."""
+        return values.double() @ self.weight.T + self.bias
+
+
+class Chosen(NamedTuple):
+    """The result of a cross-validation: the best ``l2``, and for each l2 the mean log loss of held-out images."""
+
+    l2: float
+    log_loss: dict[float, float]
+    logits: Tensor
+    """Of every image, by the classifier with the best l2 that has not seen it, ``[n, K]``; NaN if never held out."""
+
+
+def class_shares(labels: Tensor, classes: int) -> Tensor:
+    """Weights of classes by inverse frequency, float64 ``[K]``, whose mean over the images is 1; 0 without images."""
+    counts = labels.bincount(minlength=classes).double()
+    present = counts > 0
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0)
+
+
+def fit(
+    values: Tensor, labels: Tensor, classes: int, l2s: Sequence[float], class_weights: Tensor | None = None
+) -> dict[float, Linear]:
+    """A classifier for each l2, a function of the arguments alone.
+
+    Args:
+        values: ``[n, D]``, with ``labels`` int64 ``[n]``.
+        class_weights: ``[K]``, a factor on the loss of each image by its class.
+    """
+    values = values.double()
+    mean, std = values.mean(0), values.std(0, correction=0)
+    std = torch.where(std > 1e-9 * (1 + mean.abs()), std, 1)
+    values = (values - mean) / std
+    per_image = torch.ones(len(labels), device=values.device, dtype=torch.float64)
+    if class_weights is not None:
+        per_image = class_weights.to(values)[labels]
+    weight = torch.zeros(classes, values.shape[1], device=values.device, dtype=torch.float64)
+    bias = torch.zeros(classes, device=values.device, dtype=torch.float64)
+    result = {}
+    for l2 in sorted(l2s, reverse=True):  # each begins with the result of the one before
+        weight, bias = _minimum(values, labels, per_image, l2, weight, bias)
+        folded = weight / std
+        result[l2] = Linear(folded, bias - folded @ mean)
+    return result
+
+
+def _minimum(
+    values: Tensor, labels: Tensor, per_image: Tensor, l2: float, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=MAX_ITERATIONS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        losses = F.cross_entropy(values @ weight.T + bias, labels, reduction="none")
+        return (losses * per_image).mean() + l2 / 2 * weight.square().sum()
+
+    def closure() -> float:
+        with torch.enable_grad():
+            value = loss()
+        weight.grad, bias.grad = torch.autograd.grad(value, (weight, bias))
+        return float(value.detach())
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """The fold in which each image is held out, int64 ``[n]``; -1 for the only image of a class, which never is.
+
+    A function of the labels and the seed. Folds differ by at most one image per class, and by one in all.
+
+    Raises UsageError if no class has two images.
+    """
+    labels = labels.cpu()
+    result = torch.full_like(labels, -1)
+    rng, placed = generator(seed, Stream.FOLDS), 0
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) > 1:
+            members = members[torch.randperm(len(members), generator=rng)]
+            result[members] = (placed + torch.arange(len(members))) % folds
+            placed += len(members)
+    if not placed:
+        raise UsageError(
+            "data.path has no class with two images, so none can be held out; give a single value of blr or l2"
+        )
+    return result
+
+
+def cross_validate(
+    values: Tensor,
+    labels: Tensor,
+    classes: int,
+    folds: Tensor,
+    l2s: Sequence[float] = L2,
+    class_weights: Tensor | None = None,
+) -> Chosen:
+    """The l2 with the least log loss of held-out images; of equal ones the largest.
+
+    Args:
+        folds: of :func:`stratified_folds`.
+    """
+    folds = folds.to(labels.device)
+    logits = {l2: torch.full((len(labels), classes), math.nan, dtype=torch.float64, device=values.device) for l2 in l2s}
+    for fold in folds.unique().tolist():
+        held = folds == fold
+        if fold < 0 or held.all():
+            continue
+        for l2, linear in fit(values[~held], labels[~held], classes, l2s, class_weights).items():
+            logits[l2][held] = linear(values[held])
+    known = folds >= 0
+    weights = torch.ones(classes, device=values.device) if class_weights is None else class_weights
+    losses = {
+        l2: float(
+            (F.cross_entropy(each[known], labels[known], reduction="none") * weights.to(each)[labels[known]]).mean()
+        )
+        for l2, each in logits.items()
+    }
+    best = min(sorted(l2s, reverse=True), key=lambda l2: losses[l2])
+    return Chosen(best, losses, logits[best])
