@@ -39,15 +39,17 @@ def parse(schema: type[T], overrides: Sequence[str]) -> T:
     return from_dict(schema, {str(key): value for key, value in given.items()})
 
 
-def check_models(
-    names: Sequence[str], image_size: int, mask_ratio: float, strides: Sequence[int] | None = None
-) -> None:
-    """Raises UsageError for no model, an unknown one, or images that cannot be masked so."""
+def check_models(names: Sequence[str], image_size: int, mask_ratio: float, **network: Any) -> None:
+    """Raises UsageError for no model, an unknown one, or images that cannot be masked so.
+
+    Args:
+        network: other arguments of :class:`fcmae.FCMAE`.
+    """
     check("models", list(names), bool(names), "one model or more, in a list")
     try:
         for name in names:
             with torch.device("meta"):
-                FCMAE(name, mask_ratio=mask_ratio, strides=strides).len_keep(image_size, image_size)
+                FCMAE(name, mask_ratio=mask_ratio, **network).len_keep(image_size, image_size)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,15 @@ from fcmae.bench.measure import (
 from fcmae.bench.profile import profile_step
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
+from fcmae.config.model import DECODER_WIDTH
 from fcmae.distributed import pick_device
 from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
 from fcmae.engines.dense import dense
 from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE, create_backbone
+from fcmae.models.backbone import stage_shapes
+from fcmae.models.decoder import Decoder, LightDecoder
 from fcmae.optim.adamw import create_optimizer
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.step import TrainingStep
@@ -53,6 +57,10 @@ class StepConfig:
     """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
     strides: list[int] | None = None
     """As ``model.strides``; None = timm's."""
+    decoder: str = "light"
+    """As ``model.decoder``: ``light`` or ``unet``."""
+    pred_patch_size: int | None = None
+    """As ``model.pred_patch_size``; None = the total stride."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages, 1 to 4, whose activations packed and masked recompute instead of keeping them."""
     cuda_graph: bool | None = None
@@ -72,6 +80,7 @@ class StepConfig:
         for engine in self.engines:
             allowed = (*ENGINES, SUPERVISED, DENSE)
             check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
+        check_one_of("decoder", self.decoder, tuple(DECODER_WIDTH))
         check_one_of("precision", self.precision, precision.PRECISIONS)
         for name in ("batch_size", "image_size", "repeats", "warm_up"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
@@ -101,7 +110,7 @@ class StepResult:
 def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepResult]:
     """Measures, prints a table, and writes JSON if asked. Raises ConfigError for a wrong override."""
     cfg = parse(StepConfig, overrides)
-    check_models(cfg.models, cfg.image_size, cfg.mask_ratio, cfg.strides)
+    check_models(cfg.models, cfg.image_size, cfg.mask_ratio, **_network(cfg))
     if cfg.deterministic:
         only_deterministic_algorithms()
     device = pick_device(cfg.device)
@@ -224,9 +233,9 @@ def _workload(
         name,
         mask_ratio=cfg.mask_ratio,
         engine=engine if engine in ENGINES else "packed",
-        recompute_stages=cfg.recompute_stages,
-        strides=cfg.strides,
+        **_network(cfg),
     )
+    fcmae.recompute_stages = cfg.recompute_stages
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
     flops = visible_matmul_flops(fcmae, keep, rows * cols)
@@ -249,6 +258,10 @@ def _workload(
     for _ in range(DISTINCT_BATCHES):
         batches.append([imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep)])
     return lambda imgs, mask: fcmae(imgs, mask, keep).loss, fcmae, batches, flops
+
+
+def _network(cfg: StepConfig) -> dict[str, Any]:
+    return {"decoder": cfg.decoder, "pred_patch_size": cfg.pred_patch_size, "strides": cfg.strides}
 
 
 def _supervised_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
@@ -288,11 +301,36 @@ def visible_matmul_flops(model: FCMAE, keep: int, num_patches: int) -> float:
             products += sites * conv.weight.numel()
         for block in convnext.blocks(stage):
             products += sites * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-    products += sites * model.decoder.proj.weight.numel()
-    decoder_sites = num_patches * (model.mask_patch_size / model.patch_size) ** 2
-    linear = [m for m in model.decoder.modules() if isinstance(m, nn.Linear) and m is not model.decoder.proj]
-    products += decoder_sites * sum(layer.weight.numel() for layer in linear)
-    return 3 * 2 * products
+    return 3 * 2 * (products + _decoder_products(model, keep, num_patches))
+
+
+def _decoder_products(model: FCMAE, keep: int, num_patches: int) -> float:
+    """Multiply-adds of the decoder's linear layers, which work on all sites, but for those before the mask tokens."""
+
+    def sites(stride: int) -> float:
+        return num_patches * (model.mask_patch_size / stride) ** 2
+
+    decoder, strides = model.decoder, stage_shapes(model.backbone)[1]
+    of_visible: list[tuple[int, nn.Module]]
+    of_all: list[tuple[int, nn.Module]]
+    if isinstance(decoder, LightDecoder):
+        of_visible = [(strides[-1], decoder.proj)]
+        of_all = [(strides[-1], layers) for layers in (decoder.blocks, *_heads(decoder))]
+    else:
+        unet = decoder.unet
+        of_visible = [*zip(strides, unet.laterals, strict=True)]
+        of_all = [*zip(strides, unet.blocks, strict=True), *zip(strides[1:], unet.ups, strict=True)]
+        of_all += [(model.pred_patch_size, head) for head in _heads(decoder)]
+    products = sum(sites(stride) * _weights(layers) for stride, layers in of_all)
+    return products + keep / num_patches * sum(sites(stride) * _weights(layer) for stride, layer in of_visible)
+
+
+def _weights(layers: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, nn.Linear))
+
+
+def _heads(decoder: Decoder) -> list[nn.Module]:
+    return [getattr(decoder, head) for head in decoder.heads.values()]
 
 
 def depthwise_traffic(model: FCMAE, batch_size: int, cfg: StepConfig) -> int:

@@ -8,6 +8,8 @@ from fcmae.config.checks import check, check_one_of, check_positive
 
 STAGES, TOTAL = range(3, 6), range(4, 65)
 """Numbers of stages and total strides that a network may have."""
+DECODER_WIDTH = {"light": 512, "unet": 128}
+"""The decoders, and the width of each by default."""
 TIMM_TOTAL_STRIDE = {4: 32, 2: 32, 1: 8}
 """By the stem's stride: timm downsamples once more after a stem of 2."""
 
@@ -61,10 +63,16 @@ class FCMAEConfig(BackboneConfig):
     """Share of the mask patches of each image that is masked."""
     mask_patch_size: int | None = None
     """Pixels a side; a multiple of the total stride, which is the default."""
-    decoder_embed_dim: int = 512
-    """Width of the decoder."""
+    pred_patch_size: int | None = None
+    """Pixels a side of a predicted patch; a divisor of the total stride, which is the default. With decoder=unet also a
+    multiple of the stride of the first stage's sites."""
+    decoder: str = "light"
+    """``light``: blocks on the last stage's features (the paper's); ``unet``: a U-Net on the features of all stages,
+    which segmentation can take over (docs/network.md)."""
+    decoder_embed_dim: int | None = None
+    """Width of the decoder; None = 512 for ``light``, 128 for ``unet``."""
     decoder_depth: int = 1
-    """Blocks of the decoder."""
+    """Blocks of the decoder ``light``; ``unet`` has one per stage."""
     grn_scope: str = "image"
     """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     init: str = "timm"
@@ -74,10 +82,17 @@ class FCMAEConfig(BackboneConfig):
         super().__post_init__()
         check("model.mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "a number in (0, 1)")
         check_positive("model.mask_patch_size", self.mask_patch_size)
+        check_positive("model.pred_patch_size", self.pred_patch_size)
+        check_one_of("model.decoder", self.decoder, tuple(DECODER_WIDTH))
+        if self.decoder_embed_dim is None:
+            self.decoder_embed_dim = DECODER_WIDTH.get(self.decoder)
         check_positive("model.decoder_embed_dim", self.decoder_embed_dim)
         check_positive("model.decoder_depth", self.decoder_depth)
         check_one_of("model.grn_scope", self.grn_scope, ("image", "batch"))
         check_one_of("model.init", self.init, ("timm", "official"))
+        if self.decoder == "unet":
+            check("model.decoder_depth", self.decoder_depth, self.decoder_depth == 1, "1 with model.decoder=unet")
+            check("model.init", self.init, self.init == "timm", "timm with model.decoder=unet, which is not official")
 
 
 @dataclass

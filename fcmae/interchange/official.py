@@ -28,6 +28,8 @@ from fcmae.config import (
 from fcmae.errors import WeightsError
 from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, empty_fcmae
 from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, same_values, translate, without_head_norm
+from fcmae.models import FCMAE
+from fcmae.models.decoder import LightDecoder
 
 STEM_STRIDE = 4
 STRIDES = (4, 2, 2, 2)
@@ -183,9 +185,15 @@ def export(network: Network, folder: Path) -> None:
         raise WeightsError(f"the official code has the strides {list(STRIDES)} only; {network.path} has {has}")
     ours = _description(network)
     torch.save({"model": to_classifier(network.weights), "fcmae": ours}, folder / dense_file(network))
-    if network.fcmae is not None and structure.version == 2 and list(network.fcmae.targets) == ["pixels"]:
+    if network.fcmae is not None and structure.version == 2 and _is_official(network.fcmae):
         sparse = to_pretraining(network.fcmae.state_dict())
         torch.save({"model": sparse, "fcmae": ours}, folder / sparse_file(network))
+
+
+def _is_official(fcmae: FCMAE) -> bool:
+    """Whether the official code has this decoder."""
+    light = isinstance(fcmae.decoder, LightDecoder) and fcmae.decoder.split == 1
+    return light and list(fcmae.targets) == ["pixels"]
 
 
 def _description(network: Network) -> dict[str, Any]:

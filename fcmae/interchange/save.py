@@ -10,6 +10,7 @@ from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConf
 from fcmae.errors import UsageError
 from fcmae.interchange.network import Given, Imported, Structure
 from fcmae.models import FCMAE
+from fcmae.models.decoder import Decoder, UNetDecoder
 from fcmae.plugins import class_name
 from fcmae.targets import Pixels
 
@@ -61,13 +62,19 @@ def _architecture(backbone: ConvNeXt) -> str | None:
     return (description or {}).get("architecture")
 
 
+def _decoder_config(decoder: Decoder) -> dict[str, Any]:
+    if isinstance(decoder, UNetDecoder):
+        return {"decoder": "unet", "decoder_embed_dim": decoder.unet.width}
+    return {"decoder_embed_dim": decoder.proj.out_features, "decoder_depth": len(decoder.blocks)}
+
+
 def _pretrain_config(model: FCMAE, data: DataConfig, network: dict[str, Any]) -> PretrainConfig:
     cfg = FCMAEConfig(
         **network,
         mask_ratio=model.mask_ratio,
         mask_patch_size=model.mask_patch_size,
-        decoder_embed_dim=model.decoder.proj.out_features,
-        decoder_depth=len(model.decoder.blocks),
+        pred_patch_size=model.pred_patch_size,
+        **_decoder_config(model.decoder),
         grn_scope=model.grn_scope,
     )
     target = {}

@@ -27,6 +27,7 @@ from fcmae.config import (
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.models import FCMAE, create_backbone
+from fcmae.models.fcmae import init_official
 from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.objective import Objective
 from fcmae.plugins import create, named_by
@@ -46,17 +47,19 @@ def build_fcmae(cfg: PretrainConfig) -> FCMAE:
     seed_globals(cfg.seed, Stream.INIT)
     targets = {name: partial(create_target, given, f"target.{name}") for name, given in cfg.target.items()}
     of_backbone = {field.name for field in dataclasses.fields(BackboneConfig)}
-    own = {name: value for name, value in vars(cfg.model).items() if name not in of_backbone}
+    own = {name: value for name, value in vars(cfg.model).items() if name not in {*of_backbone, "init"}}
     try:
         fcmae = FCMAE(
             cfg.model.backbone,
             targets=targets,
             engine=cfg.engine.name,
-            recompute_stages=cfg.engine.recompute_stages,
             in_chans=cfg.data.in_chans,
             **own,
             **cfg.model.backbone_kwargs(),
         )
+        if cfg.model.init == "official":
+            init_official(fcmae)
+        fcmae.recompute_stages = cfg.engine.recompute_stages
         fcmae.target_weights = {name: given["weight"] for name, given in cfg.target.items()}
         fcmae.len_keep(*cfg.data.size)
     except UsageError:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ from timm.layers import trunc_normal_
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae.config.model import DECODER_WIDTH
 from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_engine, region, total_stride
 from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
-from fcmae.models.backbone import create_backbone
-from fcmae.models.decoder import Decoder
+from fcmae.models.backbone import create_backbone, stage_shapes
+from fcmae.models.decoder import Decoder, LightDecoder, UNetDecoder
 from fcmae.targets import NEEDS, Pixels, Seen, Target, part
 
-INITS = ("timm", "official")
 LEARNED = "learned"
 """Instead of a target's weight."""
 
@@ -45,31 +45,34 @@ class FCMAEOutput:
 
 
 class FCMAE(nn.Module):
-    """A ConvNeXt encoder over visible patches and a light decoder that predicts targets at the masked patches.
+    """A ConvNeXt encoder over visible patches and a decoder that predicts targets at the masked patches.
 
     Args:
         backbone: a timm ConvNeXt or its name; owns every encoder weight. Its head takes no part in pretraining, and it
             must not drop paths.
         mask_ratio: share of the patches that is masked, in [0, 1).
         mask_patch_size: pixels per side of a mask patch; a multiple of the total stride, which is the default.
+        pred_patch_size: pixels per side of a predicted patch; a divisor of the total stride, which is the default. With
+            the decoder ``unet`` also a multiple of the first stage's stride.
         targets: what is predicted, by name: a class such as :class:`fcmae.targets.Pixels`, or
             ``functools.partial(Pixels, norm="none")``. ``target_weights`` are their factors in the loss, 1 at first.
             Instead of a number, ``"learned"`` makes the part L of a target count as ``exp(-s) * L + s`` with a
             parameter s, the logarithm of a variance, 0 at first (Kendall et al., arXiv 1705.07115, section 3.2). Set it
             before the optimizer is created.
-        decoder_embed_dim, decoder_depth: the decoder's width and number of blocks.
+        decoder: ``light``, which reads the last stage, or ``unet``, which reads all (:mod:`fcmae.models.decoder`).
+        decoder_embed_dim: the decoder's width; None = 512 for ``light``, 128 for ``unet``.
+        decoder_depth: blocks of ``light``; ``unet`` has one per stage.
         engine: how the backbone runs over the visible patches, see :mod:`fcmae.engines`.
         grn_scope: ``image``, or ``batch`` for parity with the official code.
-        init: ``timm`` (std 0.02 everywhere), or ``official``: std 1 in the encoder's depthwise and linear layers, the
-            stem and the decoder's convolutions, because the official code omits an argument.
-        recompute_stages: encoder stages, counted from 1, whose activations are recomputed in the backward pass:
-            less memory, more time.
         backbone_kwargs: ``in_chans``, ``depths`` and other arguments of :func:`fcmae.models.create_backbone`, when
             ``backbone`` is a name.
 
-    A predicted patch has the size of the total stride (32 px). So L counts patches of ``patch_size`` in ``pred`` and of
-    ``mask_patch_size`` in ``mask``; the two sizes are equal by default.
+    L counts patches of ``pred_patch_size`` in ``preds`` and of ``mask_patch_size`` in ``mask``; the two sizes are equal
+    by default.
     """
+
+    recompute_stages: Collection[int] = ()
+    """Encoder stages, counted from 1, whose activations are recomputed in the backward pass: less memory, more time."""
 
     def __init__(
         self,
@@ -77,13 +80,13 @@ class FCMAE(nn.Module):
         *,
         mask_ratio: float = 0.6,
         mask_patch_size: int | None = None,
+        pred_patch_size: int | None = None,
         targets: Mapping[str, Callable[..., Target]] | None = None,
-        decoder_embed_dim: int = 512,
+        decoder: str = "light",
+        decoder_embed_dim: int | None = None,
         decoder_depth: int = 1,
         engine: str = "packed",
         grn_scope: str = "image",
-        init: str = "timm",
-        recompute_stages: Collection[int] = (),
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -93,25 +96,34 @@ class FCMAE(nn.Module):
             raise ValueError(f"{', '.join(backbone_kwargs)} must be given where the backbone is created")
         check_backbone(backbone)
         check_no_drop_path(backbone)
-        _check_one_of("init", init, INITS)
         self.patch_size = total_stride(backbone)
         self.mask_patch_size = mask_patch_size or self.patch_size
+        self.pred_patch_size = pred_patch_size or self.patch_size
         self.engine = get_engine(engine)
         self._compiled = False
         self.mask_ratio = mask_ratio
         self.grn_scope = grn_scope
         self.backbone = backbone
-        self.recompute_stages = tuple(recompute_stages)
         self.targets = {
-            name: create(patch_size=self.patch_size, in_chans=backbone.in_chans)
+            name: create(patch_size=self.pred_patch_size, in_chans=backbone.in_chans)
             for name, create in (targets or {"pixels": Pixels}).items()
         }
         self.target_weights: dict[str, float | str] = dict.fromkeys(self.targets, 1.0)
         dims = {name: target.dim for name, target in self.targets.items()}
-        self.decoder = Decoder(backbone.num_features, decoder_embed_dim, decoder_depth, dims)
-        _init_decoder(self.decoder)
-        if init == "official":
-            _init_official(self)
+        self.decoder = self._create_decoder(decoder, decoder_embed_dim, decoder_depth, dims)
+
+    def _create_decoder(self, kind: str, width: int | None, depth: int, dims: dict[str, int]) -> Decoder:
+        _check_one_of("decoder", kind, tuple(DECODER_WIDTH))
+        width, side = width or DECODER_WIDTH[kind], self.pred_patch_size
+        widths, strides = stage_shapes(self.backbone)
+        if self.patch_size % side or (kind == "unet" and side % strides[0]):
+            also = f" and a multiple of {strides[0]}, the stride of its first stage" if kind == "unet" else ""
+            raise ValueError(
+                f"pred_patch_size must be a divisor of {self.patch_size}, the backbone's total stride{also}; got {side}"
+            )
+        if kind == "unet":
+            return UNetDecoder(widths, strides, width, dims, side // strides[0])
+        return LightDecoder(self.backbone.num_features, width, depth, dims, self.patch_size // side)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks what the constructor checks. ``engine`` may be a name. Raises ValueError."""
@@ -198,11 +210,13 @@ class FCMAE(nn.Module):
             grn_scope=self.grn_scope,
             compiled=compiled,
             recompute_stages=self.recompute_stages if self.training else (),
-        )[-1]
+            all_stages=self.decoder.all_stages,
+        )
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
-        sites = upsample_mask(mask, rows, cols, self.mask_patch_size // self.patch_size)
-        preds = region(_decode, compiled)(self.decoder, visible, sites, visible_indices(mask, keep))
-        return preds, mask, sites.flatten(1)
+        grid = mask.view(-1, rows, cols)
+        preds = region(_decode, compiled)(self.decoder, visible, grid, visible_indices(mask, keep))
+        hidden = upsample_mask(mask, rows, cols, self.mask_patch_size // self.pred_patch_size)
+        return preds, mask, hidden.flatten(1)
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
         terms = []
@@ -270,22 +284,16 @@ def _compiles(target: Target) -> bool:
     return type(target).__module__.startswith("fcmae.") and getattr(target, "compiles", True)
 
 
-def _decode(decoder: Decoder, visible: Tensor, sites: Tensor, index: Tensor) -> dict[str, Tensor]:
-    return decoder(visible, sites, index)
+def _decode(decoder: Decoder, visible: Sequence[Tensor], mask: Tensor, index: Tensor) -> dict[str, Tensor]:
+    return decoder(visible, mask, index)
 
 
-def _init_decoder(decoder: Decoder) -> None:
-    """Truncated normal of std 0.02 and zero biases, as timm initialises the encoder."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.normal_(decoder.mask_token, std=0.02)
+def init_official(model: FCMAE) -> None:
+    """Draws the weights of a model with the decoder ``light`` as the official code does.
 
-
-def _init_official(model: FCMAE) -> None:
-    """The official code's initialisation, which calls ``trunc_normal_`` without a std and so gets 1."""
+    It calls ``trunc_normal_`` without a std and so gets 1 in the encoder's depthwise and linear layers, the stem and
+    the decoder's convolutions.
+    """
     for name, module in model.named_modules():
         if name.startswith("decoder.blocks") and isinstance(module, nn.Linear):
             module.reset_parameters()  # never touched by the official init

@@ -61,21 +61,26 @@ class UNet(nn.Module):
             ``[N, width, H / strides[0], W / strides[0]]``, normalised over the channels, channels last in memory.
         """
         self._check(features)
-        x = self._lateral(-1, features[-1])
-        x = self._block(-1, x)
-        for level in range(len(self.dims) - 2, -1, -1):
-            ratio = self.strides[level + 1] // self.strides[level]
-            if ratio > 1:
-                x = _finer(convnext.linear(x, self.ups[level]), ratio)  # type: ignore[arg-type]
-            x = self._block(level, x + self._lateral(level, features[level]))
-        return convnext.layer_norm(x, self.norm).permute(0, 3, 1, 2)
+        return self.join([self.lateral(level, f.permute(0, 2, 3, 1)) for level, f in enumerate(features)]).permute(
+            0, 3, 1, 2
+        )
 
-    def _lateral(self, level: int, features: Tensor) -> Tensor:
-        """``[N, dim, h, w]`` to ``[N, h, w, width]``."""
+    def lateral(self, level: int, x: Tensor) -> Tensor:
+        """The features of one stage ``[..., dims[level]]``, site by site, to ``[..., width]``."""
         norm, lateral = self.norms[level], self.laterals[level]
         assert isinstance(norm, nn.LayerNorm)
         assert isinstance(lateral, nn.Linear)
-        return convnext.linear(convnext.layer_norm(features.permute(0, 2, 3, 1), norm), lateral)
+        return convnext.linear(convnext.layer_norm(x, norm), lateral)
+
+    def join(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of :meth:`lateral`, ``[N, h, w, width]`` of every stage, to one at the finest stride."""
+        x = self._block(-1, maps[-1])
+        for level in range(len(maps) - 2, -1, -1):
+            up = self.ups[level]
+            if isinstance(up, nn.Linear):
+                x = finer(convnext.linear(x, up), self.strides[level + 1] // self.strides[level])
+            x = self._block(level, x + maps[level])
+        return convnext.layer_norm(x, self.norm)
 
     def _block(self, level: int, x: Tensor) -> Tensor:
         block = self.blocks[level]
@@ -94,7 +99,7 @@ class UNet(nn.Module):
             )
 
 
-def _finer(x: Tensor, ratio: int) -> Tensor:
+def finer(x: Tensor, ratio: int) -> Tensor:
     """``[N, h, w, ratio * ratio * C]`` to ``[N, h * ratio, w * ratio, C]``."""
     n, height, width, _ = x.shape
     x = x.view(n, height, width, ratio, ratio, -1).transpose(2, 3)

@@ -6,9 +6,12 @@ import torch
 from timm.layers import DropPath
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fcmae.config import FCMAEConfig, from_dict
 from fcmae.engines import compiled as regions
+from fcmae.errors import ConfigError
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE, create_backbone
+from fcmae.models.fcmae import init_official
 from tests.conftest import ENGINE_NAMES
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
@@ -31,7 +34,9 @@ def test_a_gradient_for_every_trained_parameter(name):
 @pytest.mark.parametrize(("init", "low", "high"), [("timm", 0.95, 1.1), ("official", 15, 18)])
 def test_first_loss(init, low, high):
     """Std 0.02 starts at the variance of the target; the official code's std 1 at 16.5."""
-    model = FCMAE("convnextv2_atto", init=init)
+    model = FCMAE("convnextv2_atto")
+    if init == "official":
+        init_official(model)
     assert low < model(torch.randn(2, 3, 224, 224)).loss.item() < high
 
 
@@ -86,9 +91,7 @@ def test_a_wrong_mask_is_refused(mask, message):
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\); got 1.0"),
         ({"mask_patch_size": 48}, "mask_patch_size must be a multiple .* 32; got 48"),
         ({"grn_scope": "gpu"}, "grn_scope must be one of image, batch; got 'gpu'"),
-        ({"init": "zero"}, "init must be one of timm, official; got 'zero'"),
         ({"engine": "sparse"}, "engine must be one of packed, .*; got 'sparse'"),
-        ({"recompute_stages": [0]}, r"recompute_stages must be stages, 1 to 4; got \[0\]"),
         ({"backbone": "convnextv2_ato"}, "did you mean convnextv2_atto"),
         ({"backbone": "resnet50"}, "not a ConvNeXt known to timm"),
         ({"drop_path_rate": 0.1}, r"drop path 0.0\d+, .*; create it with drop_path_rate=0"),
@@ -97,6 +100,13 @@ def test_a_wrong_mask_is_refused(mask, message):
 def test_a_wrong_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         FCMAE(**kwargs)
+
+
+def test_a_wrong_attribute_is_named():
+    with pytest.raises(ValueError, match=r"recompute_stages must be stages, 1 to 4; got \[0\]"):
+        FCMAE("convnextv2_atto").recompute_stages = [0]
+    with pytest.raises(ConfigError, match="model.init must be one of timm, official; got 'zero'"):
+        from_dict(FCMAEConfig, {"init": "zero"}, prefix="model")
 
 
 def test_an_image_that_does_not_fit_names_what_does():
@@ -133,7 +143,8 @@ def test_recomputing_stages_changes_no_bit(engine):
     results = []
     for stages, timms in (((), False), ((1, 3), False), ((), True)):
         torch.manual_seed(0)
-        model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, recompute_stages=stages)
+        model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16)
+        model.recompute_stages = stages
         model.backbone.set_grad_checkpointing(timms)
         model(imgs, mask).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -144,7 +155,8 @@ def test_recomputing_stages_changes_no_bit(engine):
 def test_recomputing_keeps_fewer_tensors():
     def kept(stages):
         sizes = []
-        model = FCMAE("convnextv2_atto", decoder_embed_dim=16, recompute_stages=stages)
+        model = FCMAE("convnextv2_atto", decoder_embed_dim=16)
+        model.recompute_stages = stages
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             model(torch.randn(2, 3, 64, 64))
         return sum(sizes)
@@ -169,13 +181,13 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
-@pytest.mark.parametrize("engine", ["packed", "masked"])
-def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, graphs):
+@pytest.mark.parametrize(("engine", "decoder"), [("packed", "light"), ("masked", "light"), ("packed", "unet")])
+def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, graphs):
     """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again.
 
     A process may compile more networks than torch expects of one.
     """
-    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=16, depths=(2, 2, 2, 2))
+    model = FCMAE("convnextv2_atto", engine=engine, decoder=decoder, decoder_embed_dim=16, depths=(2, 2, 2, 2))
     model.compile()
     batches = [(torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)) for _ in range(3)]
     losses = [model(imgs, mask, 2).loss for imgs, mask in batches[:1]]

@@ -105,7 +105,8 @@ def test_recomputing_stages_and_compiling_change_nothing():
     results = []
     for stages in ((), (1, 3)):
         torch.manual_seed(0)
-        model = FCMAE("convnextv2_atto", engine="minkowski", decoder_embed_dim=16, recompute_stages=stages)
+        model = FCMAE("convnextv2_atto", engine="minkowski", decoder_embed_dim=16)
+        model.recompute_stages = stages
         model(imgs, mask).loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, grad in results[0].items():
