@@ -51,7 +51,8 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
         return
     yield "path"
     if isinstance(cfg, PretrainConfig):
-        validates = cfg.measures_val_loss or cfg.monitor.knn_every_epochs is not None
+        labelled = (cfg.monitor.knn_every_epochs, cfg.monitor.probe_every_epochs)
+        validates = cfg.measures_val_loss or any(every is not None for every in labelled)
     else:
         validates = cfg.trainer.eval_every_epochs is not None
     if validates and cfg.data.val_path is not None:  # without it another message is more helpful

@@ -146,16 +146,18 @@ class MonitorConfig:
     """End the run after this many evaluations without a lower val_loss; None = never."""
     knn_every_epochs: float | None = None
     """k-NN accuracy of the frozen features of data.val_path against those of data.path; needs labels. None = never."""
+    probe_every_epochs: float | None = None
+    """Accuracy of a short linear probe on the same frozen features; needs labels. None = never."""
     knn_k: Any = field(default_factory=lambda: [10, 20])
     """Number of neighbours that vote: one number or several."""
     knn_gallery: int | None = 20_000
-    """Training images to compare with, the first of a fixed random order; None = all."""
+    """Training images of k-NN and the probe, the first of a fixed random order; None = all."""
     knn_queries: int | None = 5_000
-    """Validation images to classify, likewise."""
+    """Validation images that they classify, likewise."""
 
     def __post_init__(self) -> None:
         self.knn_k = check_neighbours("monitor.knn_k", self.knn_k, "monitor.knn_gallery", self.knn_gallery)
-        for name in ("val_images", "patience", "knn_every_epochs", "knn_gallery", "knn_queries"):
+        for name in ("val_images", "patience", "knn_every_epochs", "probe_every_epochs", "knn_gallery", "knn_queries"):
             check_positive(f"monitor.{name}", getattr(self, name))
 
 

@@ -1,18 +1,24 @@
 """What is measured while a run trains."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from timm.models.convnext import ConvNeXt
 from torch import nn
 
-from fcmae.config import PretrainConfig, TrainerConfig
+from fcmae.checkpoints.resume import say
+from fcmae.config import PretrainConfig, ProbeConfig, TrainerConfig
+from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.errors import UsageError
+from fcmae.evaluation.collapse import Channels, effective_rank, mean_cosine
 from fcmae.evaluation.features import Extractor, first, labelled_sources
 from fcmae.evaluation.knn import check_neighbours, knn_accuracy, warn_of_copies
+from fcmae.evaluation.probe import probe
 from fcmae.loggers.logger import RunLogger
 from fcmae.models import FCMAE
+from fcmae.randomness import preserved
 
 Wish: TypeAlias = Callable[[], bool]
 """Whether this rank wishes to stop."""
@@ -48,34 +54,116 @@ def evaluation_batch(cfg: PretrainConfig) -> int:
     return min(cfg.trainer.micro_batch_size or MOST_IMAGES, MOST_IMAGES)
 
 
-class OnlineKnn:
-    """k-NN accuracy of an encoder in training, logged as ``knnK``: validation images against training images.
-
-    Raises UsageError, before anything is trained, if either has no labels or ``monitor.knn_k`` is too large.
-    """
+class Frozen:
+    """Looks at the frozen features of an encoder in training: the weights that are exported, so the averaged ones
+    where the run keeps an average."""
 
     def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
         self.backbone = backbone
         self.cfg = cfg
-        monitor = cfg.monitor
+
+    def extractor(self, ema: nn.Module | None, world: World, stop: Wish) -> Extractor:
+        """What extracts the features."""
+        cfg, backbone = self.cfg, ema.backbone if isinstance(ema, FCMAE) else self.backbone
+        size = evaluation_batch(cfg)
+        return Extractor(backbone, cfg.data, world, size, cfg.precision, stop=stop, loader=cfg.loader)
+
+
+class Collapse(Frozen):
+    """``effective_rank``, ``feature_cosine`` and ``dead_channels`` of validation images, and one warning.
+
+    See :mod:`fcmae.evaluation.collapse`.
+    """
+
+    IMAGES = 1_000
+    """At most; the singular values of more take long."""
+    LEAST_RANK = 2.0
+    MOST_COSINE = 0.999
+    MOST_DEAD = 0.5
+    """Beyond these the features have collapsed (docs/monitoring.md)."""
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig, source: Source) -> None:
+        super().__init__(backbone, cfg)
+        self.images = first(source, self.IMAGES)
+        self.warned = False
+
+    def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
+        extract = self.extractor(ema, world, stop)
+        channels = Channels(extract.backbone, world.device)
+        with channels.watched():
+            features = extract(self.images).values
+        if len(features) < 2:
+            return
+        metrics = {"effective_rank": effective_rank(features), "feature_cosine": mean_cosine(features)}
+        if (dead := channels.dead(world)) is not None:
+            metrics["dead_channels"] = dead
+        logger.log(step, metrics)
+        if (signs := self._signs(metrics)) and world.is_main and not self.warned:
+            say(f"warning: the features collapse at step {step}: {', '.join(signs)}; see docs/monitoring.md")
+        self.warned |= bool(signs)
+
+    def _signs(self, metrics: dict[str, float]) -> list[str]:
+        rank, cosine, dead = (metrics.get(name, 0.0) for name in ("effective_rank", "feature_cosine", "dead_channels"))
+        signs = {
+            f"effective_rank is {rank:.3g} (below {self.LEAST_RANK:g})": rank < self.LEAST_RANK,
+            f"feature_cosine is {cosine:.6g} (above {self.MOST_COSINE:g})": cosine > self.MOST_COSINE,
+            f"dead_channels is {dead:.3g} (above {self.MOST_DEAD:g})": dead > self.MOST_DEAD,
+        }
+        return [sign for sign, shown in signs.items() if shown]
+
+
+class Labelled(Frozen):
+    """Compares training with validation images, as many as ``monitor.knn_gallery`` and ``monitor.knn_queries`` say.
+
+    Raises UsageError, before anything is trained, if either has no labels.
+    """
+
+    key: str
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
+        super().__init__(backbone, cfg)
         try:
             train, val, self.classes, self.notes = labelled_sources(cfg.data, cfg.loader, cfg.seed)
         except UsageError as error:
-            raise UsageError(f"monitor.knn_every_epochs is {monitor.knn_every_epochs:g}, but {error}") from error
+            raise UsageError(f"monitor.{self.key} is {getattr(cfg.monitor, self.key):g}, but {error}") from error
+        self.gallery, self.queries = first(train, cfg.monitor.knn_gallery), first(val, cfg.monitor.knn_queries)
+
+
+class OnlineKnn(Labelled):
+    """k-NN accuracy, logged as ``knnK``. Raises UsageError if ``monitor.knn_k`` is too large, too."""
+
+    key = "knn_every_epochs"
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
+        super().__init__(backbone, cfg)
         self.warned = False
-        self.gallery, self.queries = first(train, monitor.knn_gallery), first(val, monitor.knn_queries)
-        check_neighbours("monitor.knn_k", monitor.knn_k, self.gallery)
+        check_neighbours("monitor.knn_k", cfg.monitor.knn_k, self.gallery)
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
-        """Looks at the weights that are exported: the averaged ones where the run keeps an average."""
-        backbone = ema.backbone if isinstance(ema, FCMAE) else self.backbone
-        cfg = self.cfg
-        extract = Extractor(
-            backbone, cfg.data, world, evaluation_batch(cfg), cfg.precision, stop=stop, loader=cfg.loader
-        )
+        extract = self.extractor(ema, world, stop)
         gallery, queries = extract(self.gallery), extract(self.queries)
         result = knn_accuracy(gallery, queries, len(self.classes), world, ks=self.cfg.monitor.knn_k)
         if not self.warned:
             warn_of_copies(result, len(queries.labels), world)
         self.warned = True
         logger.log(step, {name: value for name, value in result.items() if name != "copies"})
+
+
+class OnlineProbe(Labelled):
+    """Accuracy of a short linear probe, logged as ``probe_top1`` and, with six classes or more, ``probe_top5``."""
+
+    key = "probe_every_epochs"
+
+    def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
+        super().__init__(backbone, cfg)
+        self.recipe = ProbeConfig(
+            "of this run", seed=cfg.seed, epochs=30, warmup_epochs=3, blr=[0.1, 0.3, 1.0], train_batch_size=512
+        )
+
+    def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
+        extract = self.extractor(ema, world, stop)
+        train, val = extract(self.gallery), extract(self.queries)
+        with preserved(world.device):
+            results = probe(itertools.repeat(train), val, len(self.classes), self.recipe, world)
+        best = max(results, key=lambda result: result["top1"])
+        logger.log(step, {f"probe_{name}": value for name, value in best.items() if name.startswith("top")})

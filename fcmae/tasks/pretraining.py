@@ -39,7 +39,7 @@ from fcmae.randomness import Stream, generator
 from fcmae.tasks.held_out import HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.label_targets import settle_labels
-from fcmae.tasks.monitors import Monitor, OnlineKnn, Wish, at_evaluations
+from fcmae.tasks.monitors import Collapse, Monitor, OnlineKnn, OnlineProbe, Wish, at_evaluations
 from fcmae.tasks.task import Losses
 from fcmae.tasks.teachers import attach, load_teachers
 
@@ -76,10 +76,14 @@ class Pretraining:
         if cfg.measures_val_loss:
             held_out = HeldOutLoss(self.model, cfg, self._held_out(), self.loss)
             self.monitors += at_evaluations(cfg.trainer, held_out, cfg.monitor.patience)
-        if cfg.monitor.knn_every_epochs is not None:
-            knn = OnlineKnn(self.model.backbone, cfg)
-            self.notes += knn.notes
-            self.monitors.append(Monitor(cfg.monitor.knn_every_epochs, knn))
+            collapse = Collapse(self.model.backbone, cfg, held_out.images.samples.source)
+            self.monitors += at_evaluations(cfg.trainer, collapse)
+        for kind in (OnlineKnn, OnlineProbe):
+            every = getattr(cfg.monitor, kind.key)
+            if every is not None:
+                labelled = kind(self.model.backbone, cfg)
+                self.notes += [note for note in labelled.notes if note not in self.notes]
+                self.monitors.append(Monitor(every, labelled))
 
     def _labels(self) -> Labels | None:
         """Labels for the targets that need them; None without such a target. Raises ConfigError."""
