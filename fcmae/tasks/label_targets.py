@@ -1,5 +1,6 @@
 """What :class:`fcmae.targets.Labels` must know of the training images: how many classes, how large the numbers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,31 +16,47 @@ from fcmae.targets.losses import OF_NUMBERS
 LABELS = "fcmae.targets.Labels"
 
 
-def settle_labels(cfg: PretrainConfig, source: Source) -> None:
+def settle_labels(cfg: PretrainConfig, read: Callable[[], Source]) -> Source | None:
     """Sets ``dim``, ``mean`` and ``std`` of each target of labels in ``cfg``.
+
+    Args:
+        read: makes the source of the training images, which may take long; called only if there is such a target.
+
+    Returns:
+        The source if it was made.
 
     Raises ConfigError naming the key, if the images have no such labels as the loss needs.
     """
-    for name, given in cfg.target.items():
-        key, loss = f"target.{name}", given.get("loss", "ce")
-        if given["_target_"] == LABELS and loss in (*OF_CLASSES, *OF_NUMBERS):  # the class refuses others
-            missing = Labels(source, key).missing
-            if loss in OF_CLASSES and missing.ndim == 0 and not missing.is_floating_point():
-                found = {"dim": _count(source, key)}
-            elif loss == "ce":
-                what = f"{missing.numel()} numbers each" if missing.ndim else "a number each"
-                raise ConfigError(
-                    f"{key}.loss=ce needs classes; the training images have {what}. Give mse, l1 or smooth_l1, or bce "
-                    "for labels of 0 and 1"
-                )
-            elif source.classes is not None and loss not in OF_CLASSES:
-                raise ConfigError(
-                    f"{key}.loss={loss} needs numbers; the training images have {len(source.classes)} classes. Give ce "
-                    "or bce, or a list of columns of numbers as data.label_column"
-                )
-            else:
-                found = _of_numbers(source, missing, key, loss)
-            cfg.target[name] = {**given, **found}
+    # The class refuses other losses.
+    settled = {
+        name: given
+        for name, given in cfg.target.items()
+        if given["_target_"] == LABELS and given.get("loss", "ce") in (*OF_CLASSES, *OF_NUMBERS)
+    }
+    if not settled:
+        return None
+    source = read()
+    for name, given in settled.items():
+        cfg.target[name] = {**given, **_found(source, f"target.{name}", given.get("loss", "ce"))}
+    return source
+
+
+def _found(source: Source, key: str, loss: str) -> dict[str, Any]:
+    missing = Labels(source, key).missing
+    if loss in OF_CLASSES and missing.ndim == 0 and not missing.is_floating_point():
+        return {"dim": _count(source, key)}
+    if loss == "ce":
+        what = f"{missing.numel()} numbers each" if missing.ndim else "a number each"
+        raise ConfigError(
+            f"{key}.loss=ce needs classes; the training images have {what}. Give mse, l1 or smooth_l1, or bce for "
+            "labels of 0 and 1"
+        )
+    if source.classes is not None and loss not in OF_CLASSES:
+        raise ConfigError(
+            f"{key}.loss={loss} needs numbers; the training images have {len(source.classes)} classes. Give ce or bce, "
+            "or a list of columns of numbers as data.label_column"
+        )
+    return _of_numbers(source, missing, key, loss)
 
 
 def _count(source: Source, key: str) -> int:

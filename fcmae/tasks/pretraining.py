@@ -1,6 +1,7 @@
 """Masked autoencoding of unlabelled images."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,12 +56,13 @@ class Pretraining:
         self.cfg = cfg
         self.start = Start() if start is None else start
         check_network(cfg, self.start)
-        self.source = train_source(cfg.data, cfg.loader)
-        settle_labels(cfg, self.source)
+        read = functools.partial(train_source, cfg.data, cfg.loader)
         teachers, said = load_teachers(cfg)
+        source = settle_labels(cfg, read)
         self.model: FCMAE = build_fcmae(cfg)
         attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
+        self.source = read() if source is None else source
         self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.labels = self._labels()

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from fcmae.checkpoints import checkpoint
+from fcmae.config import compose
+from fcmae.errors import ConfigError
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.targets import Hog, Labels, Laplacian, Pixels, Seen, Teacher, part
+from fcmae.tasks import pretraining
 from tests.conftest import TINY_PRETRAIN
 
 NAMES = ("pixels", "laplacian", "hog", "teacher", "labels")
@@ -41,9 +44,9 @@ class Averages(nn.Module):
         return self.conv(imgs)
 
 
-def model_of(engine, chans=2):
+def model_of(engine, decoder="light", side=32, chans=2):
     torch.manual_seed(1)
-    teacher = Teacher(32, chans, dim=12)
+    teacher = Teacher(side, chans, dim=12)
     teacher.network = Averages().eval().requires_grad_(False)
     targets = {
         "pixels": Pixels,
@@ -54,20 +57,20 @@ def model_of(engine, chans=2):
         "numbers": partial(Labels, loss="mse", dim=1),
     }
     size = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "in_chans": chans, "decoder_embed_dim": 16}
-    model = FCMAE("convnextv2_atto", engine=engine, targets=targets, init="official", **size).double()
+    model = FCMAE("convnextv2_atto", engine=engine, targets=targets, decoder=decoder, pred_patch_size=side, **size)
     model.target_weights = {**model.target_weights, "hog": "learned", "labels": "learned"}
     return model.double()
 
 
-@pytest.mark.parametrize("holes", [False, True])
-def test_packed_predicts_and_learns_what_masked_does(holes):
+@pytest.mark.parametrize(("holes", "decoder", "side"), [(False, "light", 32), (True, "unet", 8), (True, "light", 16)])
+def test_packed_predicts_and_learns_what_masked_does(holes, decoder, side):
     torch.manual_seed(0)
     imgs = torch.randn(3, 2, 64, 64, dtype=torch.float64)
     mask = random_mask(torch.rand(3, 4), 2)
     valid = torch.rand(3, 1, 64, 64) > 0.2 if holes else None
     results = []
     for engine in ("packed", "masked"):
-        model = model_of(engine)
+        model = model_of(engine, decoder, side)
         out = model(imgs, mask, 2, valid=valid, label=torch.tensor([2, -1, 0]))
         out.loss.backward()
         results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -123,3 +126,26 @@ def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch
         for name in ("loss", "weight_hog", "weight_labels", *(f"loss_{name}" for name in NAMES)):
             assert line[name] == pytest.approx(expected[name], rel=1e-4), name
     assert line["weight_hog"] != 1
+
+
+NUMBERS = "mse, l1, smooth_l1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("target.pixels.norm=image", "norm must be one of patch, channel, none; got 'image'"),
+        ("target.pixels.loss=ce", f"loss must be one of {NUMBERS}; got 'ce'"),
+        ("target=laplacian target.laplacian.norm=image", "norm must be one of patch, channel, none; got 'image'"),
+        ("target=laplacian target.laplacian.loss=ce", f"loss must be one of {NUMBERS}; got 'ce'"),
+        ("target=hog target.hog.loss=bce", f"loss must be one of {NUMBERS}, cosine; got 'bce'"),
+        ("target=hog target.hog.cell=3", "cell must divide the 8 px of a predicted patch; got 3"),
+        ("target=labels target.labels.loss=cosine", f"loss must be one of ce, bce, {NUMBERS}; got 'cosine'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_images_are_listed(overrides, message, monkeypatch):
+    monkeypatch.setattr(pretraining, "train_source", lambda *_: pytest.fail("images were listed"))
+    words = overrides.split()
+    name = words[-1].split(".")[1]
+    with pytest.raises(ConfigError, match=f"^target.{name}: .* refuses these arguments: {message}$"):
+        pretraining.Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *words]))
