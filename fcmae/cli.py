@@ -31,6 +31,7 @@ COMMANDS = {
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
     "ls": "a table of the runs in a folder: FOLDER (default: runs)",
+    "report": "a page that shows runs, side by side: RUN... --out FILE.html",
     "doctor": "check the installation and the engines against each other and golden files",
     "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
@@ -259,6 +260,16 @@ def _ls(args: list[str]) -> int:
     return 0
 
 
+def _report_page(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("fcmae report", description=COMMANDS["report"])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
+    parser.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
+    given = parser.parse_args(args)
+    load("fcmae.report.page:write")(given.runs, given.out)
+    print(given.out)
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
@@ -304,6 +315,7 @@ _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "import": _import,
     "status": _status,
     "ls": _ls,
+    "report": _report_page,
     "doctor": _doctor,
     "bench": _bench,
     "demo": _demo,

@@ -53,6 +53,8 @@ class RunStatus:
     written: float | None
     """When metrics.jsonl was last written, seconds since 1970."""
     checkpoints: list[int]
+    batch: int | None
+    """Images per step, by its config."""
 
 
 def is_run(folder: Path) -> bool:
@@ -68,7 +70,7 @@ def read_status(folder: str | Path) -> RunStatus:
     training = [line for line in lines if "loss" in line]
     last: dict[str, float] = training[-1] if training else {}
     looks = [line for line in lines if "loss" not in line]
-    config = _config(folder / "config.yaml")
+    config = read_config(folder / "config.yaml")
     left, speed, batch = last.get("seconds_left"), last.get("images_per_second"), _batch_size(config)
     step = int(last["step"]) if last else None
     total = None
@@ -95,6 +97,7 @@ def read_status(folder: str | Path) -> RunStatus:
         scored_at=int(looks[-1]["step"]) if looks else None,
         written=written,
         checkpoints=steps,
+        batch=batch,
     )
 
 
@@ -133,7 +136,7 @@ def describe(run: RunStatus, now: float | None = None) -> str:
     if run.loss is not None:
         before = f" ({run.earlier[1]:.4g} at step {run.earlier[0]})" if run.earlier else ""
         speed = f", {run.images_per_second:.0f} images/s" if run.images_per_second else ""
-        memory = f", {run.memory_gib:.1f} GiB of GPU memory" if run.memory_gib else ""
+        memory = f", {run.memory_gib:.1f} GiB of memory" if run.memory_gib else ""
         lines.append(f"  loss {run.loss:.4g}{before}{speed}{memory}")
     if run.scores:
         lines.append(f"  at step {run.scored_at}: {_scores(run.scores, most=6)}")
@@ -194,16 +197,18 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(text)
-            if isinstance(given, dict) and _is_number(given.get("step")):
-                lines.append({name: value for name, value in given.items() if _is_number(value)})
+            if isinstance(given, dict) and is_number(given.get("step")):
+                lines.append({name: value for name, value in given.items() if is_number(value)})
     return lines, status.st_mtime
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config; empty if it cannot be read."""
     try:
         config = yaml.safe_load(read_regular(path, MAX_CONFIG, links=False))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -1,0 +1,1 @@
+"""``fcmae report``: one page that shows runs, without a network and from their folders alone."""

@@ -1,0 +1,174 @@
+"""What a report shows of a run, from its folder, which may be anybody's: numbers are checked, pictures re-encoded."""
+
+import base64
+import contextlib
+import io
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fcmae.config import FinetuneConfig, PretrainConfig, compose, to_dict
+from fcmae.data.pixels.formats import open_picture
+from fcmae.errors import UsageError
+from fcmae.opening import open_regular, read_regular
+from fcmae.report.charts import POINTS, thinned
+from fcmae.status import RunStatus, is_number, read_config, read_status
+
+MAX_METRICS = 2**30
+"""Bytes of a metrics file."""
+MAX_LINE = 2**16
+PICTURE_WIDTH, PICTURE_BYTES, MAX_PICTURE = 960, 2_400_000, 2**25
+"""Pixels of a picture in the page, bytes of all pictures together, and of a picture file."""
+MOST_PICTURES = 12
+"""Of one name and run, evenly spaced in time."""
+
+
+@dataclass
+class Picture:
+    """``source`` is a data URI."""
+
+    name: str
+    step: int
+    source: str
+
+
+@dataclass
+class RunContent:
+    """Of one run: its status, series by metric, settings by key, and pictures."""
+
+    status: RunStatus
+    name: str
+    series: dict[str, list[tuple[float, float]]]
+    settings: dict[str, str] = field(default_factory=dict)
+    """What differs from the defaults of its command."""
+    pictures: list[Picture] = field(default_factory=list)
+    hours: float = 0.0
+    """Of training, by the logged speed."""
+    images: float = 0.0
+
+
+def read_run(folder: str | Path, name: str, picture_bytes: int = PICTURE_BYTES) -> RunContent:
+    """Reads a run's folder. Raises UsageError if it holds no run."""
+    status = read_status(folder)
+    series, hours, images = _series(status)
+    run = RunContent(status, name, series, _settings(status.folder / "config.yaml"), hours=hours, images=images)
+    run.pictures = _pictures(status.folder / "reconstructions", picture_bytes)
+    return run
+
+
+def _series(status: RunStatus) -> tuple[dict[str, list[tuple[float, float]]], float, float]:
+    """Step and value of every metric, thinned; the hours of training and the images seen, by the logged speeds."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    seconds, before = 0.0, 0.0
+    for line in _lines(status.folder / "metrics.jsonl"):
+        step = line["step"]
+        speed = line.get("images_per_second", 0.0)
+        if status.batch and speed > 0 and step > before:
+            seconds += (step - before) * status.batch / speed
+        if "loss" in line:
+            before = step
+        for name, value in line.items():
+            if name not in ("step", "epoch", "seconds_left"):
+                points[name].append((step, value))
+                if len(points[name]) >= 20 * POINTS:
+                    points[name] = thinned(points[name], 10 * POINTS)
+    return dict(points), seconds / 3600, before * (status.batch or 0)
+
+
+def _lines(path: Path) -> Any:
+    with contextlib.suppress(OSError), open_regular(path, links=False) as file:
+        read = 0
+        while read < MAX_METRICS and (text := file.readline(MAX_LINE)):
+            read += len(text)
+            with contextlib.suppress(ValueError, RecursionError):
+                given = json.loads(text)
+                if isinstance(given, dict) and is_number(given.get("step")):
+                    yield {name: value for name, value in given.items() if is_number(value)}
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """The keys of a run's config that differ from the defaults of its command."""
+    config = read_config(path)
+    command = "finetune" if "objective" in config else "pretrain"
+    schema: PretrainConfig | FinetuneConfig = compose(command, ["data=synthetic"])
+    defaults = dict(_flat(to_dict(schema)))
+    given = dict(_flat(config))
+    return {key: given[key] for key in given if given[key] != defaults.get(key)}
+
+
+def _flat(values: Any, prefix: str = "") -> Any:
+    if isinstance(values, dict) and values and not (prefix and "_target_" in values):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, _text(values)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=str)[:400]
+
+
+def _pictures(folder: Path, limit: int) -> list[Picture]:
+    """Pictures evenly spaced in time, as JPEGs, at most ``limit`` bytes in all."""
+    files: dict[str, list[tuple[int, Path]]] = defaultdict(list)
+    if folder.is_dir() and not folder.is_symlink():
+        for path in folder.iterdir():
+            named = re.fullmatch(r"(\w{1,40})_(\d{1,12})\.png", path.name)
+            if named:
+                files[named[1]].append((int(named[2]), path))
+    chosen = [(name, *which) for name in sorted(files) for which in spaced(sorted(files[name]), MOST_PICTURES)]
+    pictures, left = [], limit
+    for name, step, path in reversed(chosen):  # the last ones matter most
+        try:
+            encoded = _jpeg(read_regular(path, MAX_PICTURE, links=False))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        if len(encoded) > left:
+            break
+        left -= len(encoded)
+        pictures.append(Picture(name, step, f"data:image/jpeg;base64,{encoded}"))
+    return pictures[::-1]
+
+
+def spaced(items: list[Any], most: int) -> list[Any]:
+    """At most ``most`` of the items, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _jpeg(data: bytes) -> str:
+    with open_picture(data, 2**26) as image:
+        picture = image.convert("RGB")
+    if picture.width > PICTURE_WIDTH:
+        size = PICTURE_WIDTH, max(1, round(picture.height * PICTURE_WIDTH / picture.width))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_runs(folders: list[str]) -> list[RunContent]:
+    """Raises UsageError naming the first folder that holds no run, or is given twice."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise UsageError(f"{folders[number]} is given twice")
+    names = _names(paths)
+    return [read_run(folder, name, PICTURE_BYTES // len(paths)) for folder, name in zip(folders, names, strict=True)]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
