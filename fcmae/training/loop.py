@@ -208,7 +208,9 @@ class _Training:
         """This rank's part of the next step, on the device."""
         for micro in range(self.plan.accum_steps):
             positions = self.plan.read(micro, self.world.rank)
-            parts = [*next(self.batches), *self.task.draw(self.state.step, positions)]
+            with self.meter.waiting_for_data():
+                batch = next(self.batches)
+            parts = [*batch, *self.task.draw(self.state.step, positions)]
             yield self.padding(micro, [part.to(self.world.device, non_blocking=True) for part in parts])
 
     def _log(self, lr: float) -> None:

@@ -1,9 +1,13 @@
 """What training on a GPU promises: the same bits twice, with CUDA graphs or without, and the masked engine's curve."""
 
+import time
+
 import pytest
 import torch
 
 from fcmae.config import OptimConfig
+from fcmae.distributed import World
+from fcmae.loggers.meter import Meter
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
@@ -87,3 +91,20 @@ def test_a_cuda_graph_fills_the_parts_of_a_loss(accumulate):
         layer.zero_grad(set_to_none=not accumulate)
         graphed.start_step()
         assert all(value.equal(expected[name]) for name, value in graphed([batch]).items())
+
+
+def test_waiting_for_data_counts_only_while_the_gpu_is_idle():
+    """Seconds are compared with the same clock's: a GPU that is busy all the while has not waited."""
+    meter = Meter(World(0, 1, 0, 1, torch.device("cuda")), images_per_step=8)
+    matrix = torch.randn(8192, 8192, device="cuda")
+    for busy in (True, False):
+        torch.cuda.synchronize()
+        meter.restart()
+        for _ in range(4):
+            for _ in range(60 if busy else 0):  # far more than a tenth of a second of work
+                matrix @ matrix
+            with meter.waiting_for_data():
+                time.sleep(0.05)
+        torch.cuda.synchronize()
+        share = meter.read()["data_wait"]
+        assert share < 0.05 if busy else share > 0.8

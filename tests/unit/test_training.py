@@ -1,6 +1,7 @@
 """Schedule, parameter groups, the guard against non-finite gradients, what is logged, and the recipe."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from fcmae.config import FinetuneConfig, OptimConfig, PretrainConfig, to_dict
 from fcmae.config.recipe import HOW_IT_RUNS, PLACES, check_recipe, is_recipe
 from fcmae.distributed import World
 from fcmae.errors import UsageError
+from fcmae.loggers import meter as meters
 from fcmae.loggers.logger import MetricsFile, Progress, RunLogger
 from fcmae.loggers.meter import Meter
 from fcmae.models import FCMAE, create_backbone
@@ -251,6 +253,30 @@ def test_the_meter_averages_since_the_last_reading():
     assert 0.05 < metrics["memory_gib"] < 100
     meter.add(torch.tensor(7.0), torch.tensor(1.0))
     assert meter.read()["loss"] == 7.0
+
+
+def test_the_share_of_waiting_for_data_is_that_of_the_time_since_the_last_reading(monkeypatch):
+    """Of the rank that waited longest, by a clock that this test turns."""
+    now = [100.0]
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    meter = Meter(CPU, images_per_step=8)
+
+    def step(waiting: float, working: float) -> None:
+        with meter.waiting_for_data():
+            now[0] += waiting
+        meter.add(torch.tensor(1.0), torch.tensor(1.0))
+        now[0] += working
+
+    step(1.0, 3.0)
+    step(0.0, 4.0)
+    metrics = meter.read()
+    assert (metrics["data_wait"], metrics["images_per_second"]) == (0.125, 2.0)
+    step(3.0, 1.0)
+    assert meter.read()["data_wait"] == 0.75
+    step(5.0, 0.0)
+    meter.restart()  # after an evaluation
+    step(1.0, 1.0)
+    assert meter.read()["data_wait"] == 0.5
 
 
 def test_a_changed_recipe_is_refused_key_by_key():
