@@ -18,6 +18,8 @@ from fcmae.errors import ConfigError
 PATHS = (
     "data.path",
     "data.val_path",
+    "data.target_path",
+    "data.val_target_path",
     "init_from",
     "checkpoint",
     "out",

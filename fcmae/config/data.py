@@ -31,6 +31,11 @@ class DataConfig:
     """A training source of your own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
     val_source: Any = None
     """A validation source of your own, in the same way."""
+    target_path: Any = None
+    """Target maps for objective=segment: a folder, or one per folder of ``path``, with a file for each image under the
+    same relative name; the ending may differ (docs/dense.md)."""
+    val_target_path: Any = None
+    """Maps of the validation images, in the same way; None = ``target_path``."""
     split: str = "train"
     """hf, table: the training split."""
     val_split: str = "validation"
@@ -40,6 +45,8 @@ class DataConfig:
     label_column: Any = None
     """hf, table: the column of labels: ClassLabel, integers or strings; None = the only ClassLabel, if there is one.
     table: or a list of columns of numbers, which may be empty, for objective=multilabel or objective=regress."""
+    target_column: str | None = None
+    """table: the column of the files with target maps, as ``target_path``."""
     root: str | None = None
     """table: the folder to which its paths are relative and which they may not leave; None = the table's own."""
     config_name: str | None = None
@@ -72,6 +79,9 @@ class DataConfig:
     """Share of the area that a training crop covers."""
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Aspect ratio (width / height) of a training crop before it is resized."""
+    crop_zoom: list[float] | None = None
+    """Training crops at the images' own resolution, enlarged by a factor from [least, most], instead of crop_scale and
+    crop_ratio; by more where an image is smaller than the crop."""
     hflip: float = 0.5
     """Probability that a training crop is mirrored left to right."""
     transforms: list[Any] = field(default_factory=list)
@@ -87,6 +97,8 @@ class DataConfig:
     crop_pct: float = 0.875
     """Evaluation below 384 px: the short side is resized to image_size / crop_pct and the centre cropped; the aspect
     ratio is kept. From 384 px on the image is resized straight to image_size, as the official code does."""
+    window_overlap: float = 0.5
+    """Evaluation with target maps: share of a window of image_size that the next one covers too, from 0 to 0.9."""
     labels_per_class: int | None = None
     """Train on this many labelled images per class, chosen by the seed; None = all."""
     length: int = 1024
@@ -94,7 +106,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, SOURCES)
-        for name in ("path", "val_path"):
+        for name in ("path", "val_path", "target_path", "val_target_path"):
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
         self.label_column = _columns(self.name, self.label_column)
         for name in ("source", "val_source"):
@@ -111,8 +123,12 @@ class DataConfig:
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
         ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf
         check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
+        zoom = self.crop_zoom
+        ok = zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf)
+        check("data.crop_zoom", zoom, ok, "[least, most] with 0 < least <= most, or null")
         check_ratio("data.hflip", self.hflip)
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
+        check("data.window_overlap", self.window_overlap, 0 <= self.window_overlap <= 0.9, "a number from 0 to 0.9")
         check_not_negative("data.pad", self.pad)
         check_one_of("data.decode_on", self.decode_on, ("cpu", "gpu"))
         ok = all(map(is_named, self.transforms))

@@ -43,6 +43,8 @@ def check_places(cfg: Any, run_dir: Path) -> None:
     if isinstance(cfg, (RunConfig, PrepareConfig)):
         for key in _needed(cfg):
             _check_images(cfg.data, key)
+        for key in ("target_path", "val_target_path"):
+            _check_folders(key, getattr(cfg.data, key))
 
 
 def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
@@ -67,13 +69,21 @@ def _check_images(data: DataConfig, key: str) -> None:
     if path is None:
         mistake(not_set(data.name, key))
         return
+    if data.name == "imagefolder":
+        _check_folders(key, path)
+        return
     for one in path if isinstance(path, list) else [path]:
-        if data.name == "imagefolder" and not os.path.isdir(one):
-            mistake(f"data.{key}: {one} is not a folder")
-        elif data.name == "table" and not os.path.isfile(one):
+        if data.name == "table" and not os.path.isfile(one):
             mistake(f"data.{key}: no file {one}")
         elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
             mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of tar files")
+
+
+def _check_folders(key: str, path: str | list[str] | None) -> None:
+    given = path if isinstance(path, list) else [path]
+    for one in given:
+        if one is not None and not os.path.isdir(one):
+            mistake(f"data.{key}: {one} is not a folder")
 
 
 def _check_checkpoint(key: str, path: str) -> None:

@@ -9,7 +9,10 @@ from fcmae.precision import AUTO
 HOW_IT_RUNS = ("engine", "trainer", "loader", "monitor", "logger")
 """Groups whose keys do not change the result, except for the order of summation. All other keys are the recipe."""
 PLACES = frozenset(
-    {"name", "init_from", "init_channels", "data.path", "data.val_path", "data.val_source", "data.val_split"}
+    {
+        *("name", "init_from", "init_channels", "data.path", "data.val_path", "data.val_source", "data.val_split"),
+        *("data.target_path", "data.val_target_path"),
+    }
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""

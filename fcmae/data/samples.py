@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fcmae.data.labels import Labels
 from fcmae.data.pixels.crops import RandomCrop, Uniform
-from fcmae.data.pixels.decode import Encoded, LazyImage, open_image
+from fcmae.data.pixels.decode import Encoded, LazyImage, explained, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
@@ -154,6 +154,48 @@ class EvaluationImages(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return _with_target(self.source, index, self.transform, self.target)
+
+
+PairOf = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+"""Makes a sample of an image and its target map; raises ValueError where these do not fit."""
+
+
+def _pair(source: Source, index: int, transform: PairOf, target: Target) -> tuple[Tensor, Tensor]:
+    sample = source[index]
+    found = target(sample, source, index)
+    assert isinstance(found, Tensor)
+    with explained(source.describe(index)):
+        return transform(sample.image, found)
+
+
+class PairedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Samples for fine-tuning with target maps: (image, map)."""
+
+    def __init__(self, source: Source, transform: PairOf, seed: int, target: Target) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.target = target
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        seed_globals(self.seed, Stream.AUGMENT, epoch, index)
+        return _pair(self.source, index, self.transform, self.target)
+
+
+class WholePairs(Dataset[tuple[Tensor, Tensor]]):
+    """Samples for evaluation with target maps, whole, in the order of the source: (image, map)."""
+
+    def __init__(self, source: Source, transform: PairOf, target: Target) -> None:
+        self.source = source
+        self.transform = transform
+        self.target = target
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return _pair(self.source, index, self.transform, self.target)
 
 
 class CroppedImages(Dataset[tuple[Tensor, int]]):

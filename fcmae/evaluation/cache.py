@@ -27,6 +27,7 @@ FORMAT = 2
 """Rises when the same images would give other features: 2 keeps the aspect ratio for sizes that are not square."""
 IRRELEVANT = (
     *("path", "val_path", "labels_per_class"),
+    *("target_path", "val_target_path", "target_column", "window_overlap", "crop_zoom"),
     *("crop_scale", "crop_ratio", "hflip", "transforms", "crops_per_image", "decode_on"),
 )
 """Keys of the data config that evaluation does not read, or that the source's fingerprint speaks of better."""

@@ -38,6 +38,7 @@ from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
+from fcmae.data.sources.map_files import mapped_source
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
@@ -49,10 +50,12 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
+from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
+from fcmae.models.objective import DenseObjective
 
 
 @contextlib.contextmanager
@@ -153,6 +156,8 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     objective = objective_of(state, own)
     if objective.outputs == 0:
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
+    if isinstance(objective, DenseObjective):
+        return _evaluate_maps(cfg, file, state, world, objective, data)
     source = val_source(data, cfg.loader)
     classes: list[str] = state.get("classes") or []
     tables = cfg.per_class is not None or cfg.confusion is not None
@@ -186,6 +191,31 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     if confusion is not None:
         total = world.sum(confusion).cpu()
         world.on_main(lambda: _write_tables(cfg, classes, total))
+    return result if world.is_main else None
+
+
+def _evaluate_maps(
+    cfg: EvaluateConfig, file: Path, state: State, world: World, objective: DenseObjective, data: DataConfig
+) -> dict[str, float] | None:
+    """The same for an objective with target maps, on whole images."""
+    for name in ("labels", "per_class"):
+        check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts a map per image")
+    objective.max_pixels = cfg.loader.max_pixels
+    source, notes = objective.validation(mapped_source(data, cfg.loader, train=False), "data.val_path", str(file))
+    for note in notes if world.is_main else ():
+        say(note)
+    result: dict[str, float] = {}
+    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
+        model = model_of(state, file, ema, cfg.allow).to(world.device)
+        check_image_size(data, model)
+        share = whole_predictions(model, objective, source, data, cfg.loader, cfg.batch_size, cfg.precision, world)
+        metrics = objective.metrics(share, world)
+        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+    counts = objective.confusion
+    if cfg.confusion is not None:
+        if counts is None:
+            raise UsageError(f"confusion must be null: the targets of {file} are no classes")
+        world.on_main(lambda: _write_tables(cfg, state.get("classes") or [], counts))
     return result if world.is_main else None
 
 

@@ -27,9 +27,10 @@ from fcmae.config import (
 from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.models import FCMAE, create_backbone
+from fcmae.models.backbone import stage_shapes
 from fcmae.models.fcmae import init_official
 from fcmae.models.headed import Headed, backbone_of
-from fcmae.models.objective import Objective
+from fcmae.models.objective import DenseObjective, Objective
 from fcmae.plugins import create, named_by
 from fcmae.randomness import Stream, seed_globals
 from fcmae.targets import create_target
@@ -89,8 +90,10 @@ def build_network(cfg: FinetuneConfig, objective: Objective) -> ConvNeXt | Heade
     backbone = build_classifier(cfg.model, cfg.data.in_chans, objective.outputs or 0, cfg.seed)
     if objective.outputs is not None:
         return backbone
-    widths: list[Any] = [stage["num_chs"] for stage in backbone.feature_info]
-    head = objective.head(widths)
+    if isinstance(objective, DenseObjective):
+        head: Any = objective.decoder(*stage_shapes(backbone))
+    else:
+        head = objective.head(stage_shapes(backbone)[0])
     if not isinstance(head, nn.Module):
         raise ConfigError(
             f"objective: {cfg.objective['_target_']}.head must return a torch.nn.Module; got {type(head).__name__}"
@@ -265,8 +268,9 @@ def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] 
         model = build_fcmae(cfg)
     else:
         objective = objective_of(state, cfg)
+        whole = partial(build_network, cfg, objective)
         backbone = partial(_create, cfg.model, cfg.data.in_chans, num_classes=objective.outputs or 0)
-        check_size(backbone, cfg.model, weights, path)
+        check_size(whole if isinstance(objective, DenseObjective) else backbone, cfg.model, weights, path)
         model = build_network(cfg, objective)
     load_state(model, weights, path)
     return model.eval()

@@ -1,11 +1,12 @@
 """What fine-tuning trains for: the seam between a network and a kind of target."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, LoaderConfig
 from fcmae.data.sources import Sample, Source
 from fcmae.distributed import World
 
@@ -85,3 +86,46 @@ class Objective(Protocol):
         Every rank calls it with its own share and must return the same: see ``world.sum`` and ``evaluation.gather``.
         """
         raise NotImplementedError
+
+
+class DenseObjective(Objective):
+    """An objective whose target is a map that has a class or numbers for each pixel.
+
+    :meth:`target` returns the map of the whole image, int16 classes ``[H, W]`` with ``IGNORED`` or float32 numbers
+    ``[K, H, W]`` with NaN for what is left out, which the package crops with the image. :meth:`metrics` gets whole
+    images, one by one: what :meth:`predict` makes of the outputs, averaged over overlapping windows.
+    """
+
+    outputs = None
+    num_classes = None
+    max_pixels = LoaderConfig.max_pixels
+    """Of a map; the package sets it to ``loader.max_pixels``."""
+    confusion: Tensor | None = None
+    """What the last :meth:`metrics` counted, ``[K, K]`` pixels by true class (rows) and predicted class, if any."""
+    ending = ".npy"
+    """Of the files that ``fcmae predict`` writes."""
+
+    def decoder(self, dims: list[int], strides: list[int]) -> nn.Module:
+        """A module that takes the feature maps ``[N, dims[i], H / strides[i], W / strides[i]]`` of all stages.
+
+        It gives ``[N, K, H, W]``.
+        """
+        raise NotImplementedError
+
+    def final(self, predicted: Tensor) -> Tensor:
+        """What ``fcmae predict`` writes for an image, of averaged predictions ``[K, H, W]``."""
+        return predicted
+
+    def write(self, final: Tensor, file: IO[bytes]) -> None:
+        """Writes what :meth:`final` returns to a file with the name's ending :attr:`ending`."""
+        np.save(file, final.numpy())
+
+    def picture(self, image: Tensor, target: Tensor, predicted: Tensor) -> Tensor | None:
+        """Target and prediction to be looked at: RGB in 0..1, ``[3, H, W]`` side by side, or None.
+
+        Args:
+            image: raw pixels in 0..1, ``[C, H, W]``.
+            target: the map.
+            predicted: averaged predictions ``[K, H, W]``.
+        """
+        return None

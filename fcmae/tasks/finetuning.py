@@ -11,21 +11,24 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from fcmae.config import FinetuneConfig
+from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
-from fcmae.data.samples import LabelledImages
-from fcmae.data.sources import Source, few_labels, gives_float, train_source, val_source
+from fcmae.data.samples import LabelledImages, PairedImages
+from fcmae.data.sources import Source, few_labels, gives_float
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import predictions
+from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
 from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.models.headed import Headed, backbone_of
-from fcmae.models.objective import Objective
+from fcmae.models.objective import DenseObjective, Objective
 from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
+from fcmae.tasks.dense import sourced
 from fcmae.tasks.initial import Start, find_start, load_initial, settle
 from fcmae.tasks.mixup import Mixup
 from fcmae.tasks.monitors import Monitor, Wish, at_evaluations
@@ -42,12 +45,13 @@ class Finetuning:
         self.start = find_start(cfg) if start is None else start
         cfg, self.notes = settle(cfg, self.start)
         self.cfg = cfg
-        self.transform = finetune_transform(cfg.data, cfg.augment, cfg.loader.max_pixels)
-        self.source = train_source(cfg.data, cfg.loader)
+        self.objective: Objective = create(cfg.objective, "objective", Objective)
+        self.transform = self._transform()
+        self.source, notes = sourced(cfg, self.objective, train=True)
+        self.notes += notes
         policy = cfg.augment.auto_augment
         if policy is not None and cfg.data.source is not None and gives_float(self.source):
             raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
-        self.objective: Objective = create(cfg.objective, "objective", Objective)
         self.objective.fit(self.source, cfg)
         self._check_classes()
         self.monitors: list[Monitor] = []
@@ -59,6 +63,8 @@ class Finetuning:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
             _check_batch(len(self.source), cfg)
         self.model = build_network(cfg, self.objective)
+        if isinstance(self.objective, DenseObjective):
+            check_image_size(cfg.data, self.model)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
         self.pairs = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
@@ -68,8 +74,15 @@ class Finetuning:
         if self.start.path is not None:
             self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
 
+    def _transform(self) -> Any:
+        """What makes a sample of an image, or of an image and its target map."""
+        cfg = self.cfg
+        dense = isinstance(self.objective, DenseObjective)
+        return (PairTransform if dense else finetune_transform)(cfg.data, cfg.augment, cfg.loader.max_pixels)
+
     def dataset(self) -> Dataset:
-        return LabelledImages(self.source, self.transform, self.cfg.seed, self.objective.target)
+        samples = PairedImages if isinstance(self.objective, DenseObjective) else LabelledImages
+        return samples(self.source, self.transform, self.cfg.seed, self.objective.target)
 
     def prepare(self, plan: BatchPlan) -> None:
         pass
@@ -133,12 +146,14 @@ class Finetuning:
             if network is None:
                 continue
             was_training = network.training
-            cfg, target = self.cfg, self.objective.target
+            cfg, of = self.cfg, self.objective
             batch_size = cfg.trainer.micro_batch_size or max(1, cfg.optim.global_batch_size // world.size)
-            share = predictions(
-                network, self.val_source, cfg.data, cfg.loader, batch_size, cfg.precision, world, stop, target
-            )
-            result = self.objective.metrics(share, world)
+            how = (self.val_source, cfg.data, cfg.loader, batch_size, cfg.precision, world, stop)
+            if isinstance(of, DenseObjective):
+                share = whole_predictions(network, of, *how)
+            else:
+                share = predictions(network, *how, of.target)
+            result = of.metrics(share, world)
             metrics |= {f"{prefix}{name}": value for name, value in result.items() if name != "images"}
             network.train(was_training)
         logger.log(step, metrics)
@@ -182,9 +197,12 @@ def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
 def _validation(cfg: FinetuneConfig, objective: Objective) -> tuple[Source, list[str]]:
     """The validation images that suit the objective, and lines for the user. Raises UsageError."""
     try:
-        source = val_source(cfg.data, cfg.loader)
+        source, notes = sourced(cfg, objective, train=False)
+    except ConfigError:  # of target maps
+        raise
     except UsageError as error:
         if cfg.data.val_path is not None:
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
-    return objective.validation(source, "data.val_path", "data.path")
+    source, more = objective.validation(source, "data.val_path", "data.path")
+    return source, notes + more

@@ -84,6 +84,7 @@ class RandomCrop:
         self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
+        self.zoom = cfg.crop_zoom
 
     def __call__(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> Tensor:
         """A crop drawn by ``uniform``, by default Python's global generator."""
@@ -117,13 +118,26 @@ class RandomCrop:
             valid = _mirrored(valid) if box.flip else valid
         return [no_data.replace(crop, valid), valid]
 
+    def with_box(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> tuple[Tensor, Box]:
+        """A crop, and the box in pixels of the padded image that it shows."""
+        image = self._padded(image)
+        box, reduce = self.draw(image, uniform)
+        pixels, part = self._part(image, box, reduce)
+        return self._cut(pixels, part, self.input, False, self.no_data)[0], box
+
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
         """The part of the image that is decoded, ``[C, H, W]``, and the box in it."""
+        image = self._padded(image)
+        return self._part(image, *self.draw(image, uniform))
+
+    def _padded(self, image: Tensor | Encoded | LazyImage) -> LazyImage:
         image = open_image(image, self.format)
-        if self.pad:
-            padded = F.pad(image.pixels(1), [self.pad])
-            image = LazyImage((padded.shape[-2], padded.shape[-1]), lambda _: padded)
-        box, reduce = self.draw(image, uniform)
+        if not self.pad:
+            return image
+        padded = F.pad(image.pixels(1), [self.pad])
+        return LazyImage((padded.shape[-2], padded.shape[-1]), lambda _: padded)
+
+    def _part(self, image: LazyImage, box: Box, reduce: int) -> tuple[Tensor, Box]:
         if reduce > 1 and not self.exact:
             return image.pixels(reduce), box.divided(reduce)
         pixels, top = image.rows(box.top, box.top + box.height) if self.alone else (image.pixels(1), 0)
@@ -137,7 +151,11 @@ class RandomCrop:
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         """The box that ``uniform`` chooses in an image of ``size``."""
-        return Box(*random_part(size, self.scale, self.ratio, uniform), uniform() < self.hflip)
+        if self.zoom is None:
+            part = random_part(size, self.scale, self.ratio, uniform)
+        else:
+            part = zoomed_part(size, self.size, (self.zoom[0], self.zoom[1]), uniform)
+        return Box(*part, uniform() < self.hflip)
 
 
 def random_part(
@@ -159,6 +177,20 @@ def random_part(
     # None fits: take the largest central box of an allowed aspect ratio.
     rows, cols = min(height, max(1, round(width / ratio[0]))), min(width, max(1, round(height * ratio[1])))
     return (height - rows) // 2, (width - cols) // 2, rows, cols
+
+
+def zoomed_part(
+    size: tuple[int, int], crop: tuple[int, int], zoom: tuple[float, float], uniform: Uniform
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a box in an image of ``size`` that a crop shows enlarged by a factor.
+
+    The factor's logarithm is uniform between those of ``zoom``. It is larger where the box would not fit the image.
+    """
+    height, width = size
+    factor = zoom[0] * (zoom[1] / zoom[0]) ** uniform()
+    factor = max(factor, crop[0] / height, crop[1] / width)
+    rows, cols = (min(side, max(1, round(part / factor))) for side, part in zip(size, crop, strict=True))
+    return int((height - rows + 1) * uniform()), int((width - cols + 1) * uniform()), rows, cols
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:

@@ -172,44 +172,63 @@ def _decode_rows(
 
 def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
     """Decodes all other files than ordinary JPEGs."""
+    return _to_depth(stored(data, to.in_chans, to.max_pixels), to.bit_depth)
+
+
+def stored(
+    data: bytes,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    floats: bool = False,
+    what: str = scientific.CHANNELS,
+) -> np.ndarray:
+    """The pixels of an image file as they are stored: ``[channels, H, W]``, uint8, uint16, or what a .npy file has.
+
+    Args:
+        floats: read TIFFs of floating-point numbers too.
+        what: precedes the number of channels in messages.
+
+    Raises what decoders raise, see :func:`explained`.
+    """
     if data.startswith(scientific.NPY_MAGIC):
-        return _to_depth(scientific.read_npy(data, to.in_chans), to.bit_depth)
+        return scientific.read_npy(data, channels, what)
     if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
         raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; convert it to TIFF")
     try:
-        pixels = _decode_by_pillow(data, to)
+        pixels = _decode_by_pillow(data, channels, max_pixels, floats, what)
     except UnidentifiedImageError:
         if not data.startswith(scientific.TIFF_MAGICS):
             raise
         pixels = None
-    if pixels is None:
-        return _to_depth(scientific.read_tiff(data, to.in_chans, to.max_pixels), to.bit_depth)
-    return pixels
+    return scientific.read_tiff(data, channels, max_pixels, floats, what) if pixels is None else pixels
 
 
-def _decode_by_pillow(data: bytes, to: PixelFormat) -> Tensor | None:
-    """Decodes a file by Pillow; None for a TIFF that Pillow reads wrongly."""
-    with open_picture(data, to.max_pixels) as image:
+def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool, what: str) -> np.ndarray | None:
+    """Decodes a file by Pillow; None for a TIFF that Pillow reads wrongly, or not at all."""
+    with open_picture(data, max_pixels) as image:
         if isinstance(image, TiffImageFile) and (
-            image.is_animated or to.in_chans not in IMAGE_MODES or _has_wide_colour(image)
+            image.is_animated
+            or channels not in IMAGE_MODES
+            or (floats and image.mode == "F")
+            or _has_wide_colour(image)
         ):
             return None
         if isinstance(image, TiffImageFile):
-            check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), to.max_pixels, "tiles of ")
-        if to.in_chans not in IMAGE_MODES:
-            raise ValueError(f"it has {len(image.getbands())} channels; data.in_chans is {to.in_chans}")
+            check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
+        if channels not in IMAGE_MODES:
+            raise ValueError(f"it has {len(image.getbands())} channels; {what} {channels}")
         if image.mode.startswith("I;16"):
-            return _to_depth(_repeated(np.array(ImageOps.exif_transpose(image)), to.in_chans), to.bit_depth)
+            return _repeated(np.array(ImageOps.exif_transpose(image)), channels, what)
         if image.mode not in EIGHT_BIT_MODES:
             raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
-        upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[to.in_chans]))
-        return _to_depth(upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1), to.bit_depth)
+        upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[channels]))
+        return upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1)
 
 
-def _repeated(grey: np.ndarray, in_chans: int) -> np.ndarray:
-    if in_chans not in (1, 3):
-        raise ValueError(f"it has 1 channel of 16 bits; data.in_chans is {in_chans}")
-    return np.repeat(grey[None], in_chans, axis=0)
+def _repeated(grey: np.ndarray, channels: int, what: str) -> np.ndarray:
+    if channels not in (1, 3):
+        raise ValueError(f"it has 1 channel of 16 bits; {what} {channels}")
+    return np.repeat(grey[None], channels, axis=0)
 
 
 def _has_wide_colour(image: TiffImageFile) -> bool:

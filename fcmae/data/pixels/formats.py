@@ -11,6 +11,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import IO
 
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # these two would be imported with all the others
 
@@ -36,8 +37,8 @@ _pillow = threading.RLock()
 
 
 @contextlib.contextmanager
-def open_picture(data: bytes, max_pixels: float = math.inf) -> Iterator[Image.Image]:
-    """An image opened by Pillow, not decoded yet. Its metadata gives no warnings.
+def open_picture(data: bytes | IO[bytes], max_pixels: float = math.inf) -> Iterator[Image.Image]:
+    """An image opened by Pillow, not decoded yet, of the bytes of a file or the file. Its metadata gives no warnings.
 
     Raises UnidentifiedImageError for other formats, and ValueError for no pixels or more than ``max_pixels``.
     """
@@ -45,7 +46,7 @@ def open_picture(data: bytes, max_pixels: float = math.inf) -> Iterator[Image.Im
         warnings.simplefilter("ignore")
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # type: ignore[assignment]  # inf is none
         try:
-            with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=list(FORMATS)) as image:
                 check_size(image.height, image.width, max_pixels)
                 yield image
         except Image.DecompressionBombError as error:

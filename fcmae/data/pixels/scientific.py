@@ -27,7 +27,11 @@ SMALL = CHUNK // 16
 """Bytes of deflate that become at most 64 MiB."""
 
 
-def read_npy(data: bytes, in_chans: int) -> np.ndarray:
+CHANNELS = "data.in_chans is"
+"""What precedes the expected number of channels in messages."""
+
+
+def read_npy(data: bytes, in_chans: int, what: str = CHANNELS) -> np.ndarray:
     """A .npy file as ``[C, H, W]``: of ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``. Raises ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -44,16 +48,17 @@ def read_npy(data: bytes, in_chans: int) -> np.ndarray:
         raise ValueError(f"its shape must be [H, W], [C, H, W] or [H, W, C]; got {list(pixels.shape)}")
     if pixels.shape[0] != in_chans and pixels.shape[2] == in_chans:
         pixels = pixels.transpose(2, 0, 1)
-    _check_channels(len(pixels), in_chans)
+    _check_channels(len(pixels), in_chans, what)
     if not pixels.size:
         raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
     return _native(pixels)
 
 
-def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
+def read_tiff(data: bytes, in_chans: int, max_pixels: int, floats: bool = False, what: str = CHANNELS) -> np.ndarray:
     """A TIFF file as ``[C, H, W]``: its samples, or else its pages, are the channels. Raises ValueError.
 
-    Sizes and channels are checked before pixels are decoded. Other files that its metadata names are not opened.
+    Its pixels are uint8 or uint16, or with ``floats`` floating-point numbers. Sizes and channels are checked before
+    pixels are decoded. Other files that its metadata names are not opened.
     """
     try:
         import tifffile
@@ -70,8 +75,9 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
         channels = [axis for axis in series.axes if axis not in "YX" and shape[axis] > 1]
         if len(channels) > 1:
             raise ValueError(f"it must have one axis beside Y and X; got {series.axes}")
-        _check_channels(math.prod(series.shape) // (height * width), in_chans)
-        check_type(series.dtype)
+        _check_channels(math.prod(series.shape) // (height * width), in_chans, what)
+        if not (floats and series.dtype.kind == "f"):
+            check_type(series.dtype)
         for page in series.pages:
             _check_segments(data, page or series.keyframe, max_pixels)
         order = sorted(range(len(series.axes)), key=lambda i: "YX".find(series.axes[i]))
@@ -87,9 +93,9 @@ def check_type(dtype: np.dtype) -> None:
         )
 
 
-def _check_channels(count: int, in_chans: int) -> None:
+def _check_channels(count: int, in_chans: int, what: str) -> None:
     if count != in_chans:
-        raise ValueError(f"it has {count} channels; data.in_chans is {in_chans}")
+        raise ValueError(f"it has {count} channels; {what} {in_chans}")
 
 
 def _native(pixels: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column, *which)
     if cfg.name == "table":
         split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
-        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split)
+        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column)
     return ImageFolder(path, loader.relist)
 
 

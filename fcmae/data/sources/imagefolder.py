@@ -51,3 +51,8 @@ class ImageFolder:
     def describe(self, index: int) -> str:
         folder, position = locate(self.ends, index)
         return self.listings[folder].path(position)
+
+    def relative(self, index: int) -> tuple[int, bytes]:
+        """The number of the folder that has the image, and the image's path in it."""
+        folder, position = locate(self.ends, index)
+        return folder, self.listings[folder].names[position]

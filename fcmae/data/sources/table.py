@@ -40,6 +40,7 @@ class TableImages:
         image_column: None = the first column called image, path, file or filename.
         label_column: a column of classes; a list of columns of numbers, of which any may be empty; None = no labels.
         split: rows whose column ``split`` has this value; None = all rows.
+        target_column: a column of files with target maps; None = ``targets`` is None.
 
     Raises UsageError naming the column, or the first rows that are wrong or whose image is missing.
     """
@@ -51,6 +52,7 @@ class TableImages:
         image_column: str | None = None,
         label_column: str | Sequence[str] | None = None,
         split: str | None = None,
+        target_column: str | None = None,
     ) -> None:
         self.table = Path(path)
         table = read_table(self.table)
@@ -63,7 +65,12 @@ class TableImages:
         if not rows:
             raise UsageError(f"{path} has no rows")
         self.rows = rows
-        self.paths = _inside(self.table, [table[column][row] for row in rows], rows, Path(root or self.table.parent))
+        folder = Path(root or self.table.parent)
+        self.paths = _inside(self.table, [table[column][row] for row in rows], rows, folder)
+        self.targets: list[str] | None = None
+        if target_column is not None:
+            files = _get(self.table, table, target_column, "data.target_column")
+            self.targets = _inside(self.table, [files[row] for row in rows], rows, folder)
         self.classes: list[str] | None = None
         self.unlabelled = f"data.label_column is not set; {path} has the columns {', '.join(table)}"
         self.columns: list[str] = []
@@ -201,7 +208,7 @@ def _inside(path: Path, names: list[Any], rows: list[int], root: Path) -> list[s
             missing.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
     for those, what in ((outside, "outside of"), (missing, "that are not in")):
         if those:
-            raise UsageError(f"{path} names images {what} {root}: row {_some(those)}; data.root=FOLDER sets the root")
+            raise UsageError(f"{path} names files {what} {root}: row {_some(those)}; data.root=FOLDER sets the root")
     return paths
 
 

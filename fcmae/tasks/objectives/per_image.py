@@ -18,7 +18,7 @@ from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions
 
 
-def _metric(best: str, names: tuple[str, ...]) -> str:
+def metric(best: str, names: tuple[str, ...]) -> str:
     """``best`` if it is a metric, or a metric of a column, perhaps after "-". Raises ValueError."""
     name = best.removeprefix("-") if isinstance(best, str) else ""
     if name not in names and name.split("_")[0] not in names:
@@ -35,7 +35,7 @@ class Classify(Objective):
     """
 
     def __init__(self, best: str = "top1") -> None:
-        self.best = _metric(best, class_metrics.NAMES)
+        self.best = metric(best, class_metrics.NAMES)
         self.smoothing = 0.0
         self._set_classes([])
 
@@ -133,7 +133,7 @@ class Multilabel(_Columns):
 
     def __init__(self, best: str = "map") -> None:
         super().__init__()
-        self.best = _metric(best, ("map", "auroc", "f1"))
+        self.best = metric(best, ("map", "auroc", "f1"))
 
     def _fit(self, values: Tensor) -> None:
         wrong = ((values != 0) & (values != 1) & ~values.isnan()).nonzero()
@@ -184,7 +184,7 @@ class Regress(_Columns):
         super().__init__()
         if loss not in self.LOSSES:
             raise ValueError(f"loss must be one of {', '.join(self.LOSSES)}; got {loss!r}")
-        self.best = _metric(best, ("mae", "rmse", "r2"))
+        self.best = metric(best, ("mae", "rmse", "r2"))
         self.kind = loss
         self.mean, self.std = torch.zeros(0), torch.ones(0)
 

@@ -1,0 +1,105 @@
+"""Crops, flips and transforms that change an image and its target map alike."""
+
+import functools
+from typing import Any
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from fcmae.config import AugmentConfig, DataConfig
+from fcmae.data.pixels.crops import RandomCrop, cut, cut_nearest, pick
+from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image
+from fcmae.data.pixels.extra import Extra
+from fcmae.data.pixels.formats import MAX_PIXELS
+from fcmae.data.pixels.maps import IGNORED
+from fcmae.data.pixels.nodata import NoData
+from fcmae.data.pixels.transforms import normalize
+from fcmae.errors import ConfigError
+
+INSIDE = 7919
+"""Marks the pixels of a map: a transform fills what comes from outside of it with another number."""
+
+
+class PairTransform:
+    """Makes a training sample of an image and its map: normalised float32 ``[C, *cfg.size]``, and the map of that size.
+
+    Maps of classes ``[H, W]`` are cut by nearest neighbours, maps of numbers ``[K, H, W]`` by the filter of images.
+    Pixels that a transform takes from outside of the image are left out: ``IGNORED``, or NaN.
+
+    Raises ConfigError for augmentation that cannot change a map.
+    """
+
+    def __init__(self, cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> None:
+        if augment.auto_augment is not None:
+            raise ConfigError(
+                f"augment.auto_augment is {augment.auto_augment!r}; must be null with target maps, which it would not "
+                "turn; use data.transforms"
+            )
+        if cfg.pad:
+            raise ConfigError(f"data.pad must be 0 with target maps; got {cfg.pad}")
+        self.crop = RandomCrop(cfg, max_pixels)
+        self.transforms = [(name, _both(name, step)) for name, step in Extra(cfg.transforms).steps]
+        self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std)
+        erasing = augment.random_erasing
+        self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing > 0 else None
+
+    def __call__(self, image: Tensor | Encoded, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises ValueError if the map has another size than the image."""
+        opened = open_image(image, self.crop.format)
+        check_size(opened.size, target)
+        crop, box = self.crop.with_box(opened)
+        if target.is_floating_point():
+            target = cut(target, box, self.crop.size)
+        else:
+            target = cut_nearest(target[None], box, self.crop.size)[0]
+        for name, step in self.transforms:
+            shapes = [(part.shape, part.dtype) for part in (crop, target)]
+            crop, target = step(crop, target)
+            if [(part.shape, part.dtype) for part in (crop, target)] != shapes:
+                raise ConfigError(f"{name} must return an image and a map of the same shapes and types")
+        crop = self.normalize(crop)
+        return crop if self.erase is None else self.erase(crop), target
+
+
+class WholePair:
+    """Whole images for evaluation: raw pixels ``[C, H, W]``, and the map as it is."""
+
+    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
+        self.format = PixelFormat.of(cfg, max_pixels)
+        self.channels = cfg.layout.input
+        self.no_data = NoData.of(cfg)
+
+    def __call__(self, image: Tensor | Encoded, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises ValueError if the map has another size than the image."""
+        pixels = pick(open_image(image, self.format).pixels(1), self.channels)
+        check_size((pixels.shape[-2], pixels.shape[-1]), target)
+        return pixels if self.no_data is None else self.no_data.replaced(pixels), target
+
+
+def check_size(image: tuple[int, int], target: Tensor) -> None:
+    """Raises ValueError unless a map has the image's height and width."""
+    height, width = target.shape[-2:]
+    if (height, width) != image:
+        raise ValueError(f"its target map has {width}x{height} pixels; the image has {image[1]}x{image[0]}")
+
+
+def _both(name: str, step: Any) -> Any:
+    """``step`` for an image and a map: ``(crop, target) -> (crop, target)``."""
+    if isinstance(step, v2.Transform):
+        return functools.partial(_transformed, step)
+    pair = getattr(step, "pair", None)
+    if not callable(pair):
+        raise ConfigError(f"{name} must have a method pair(image, target) with target maps (docs/dense.md)")
+    return pair
+
+
+def _transformed(step: v2.Transform, crop: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """By torchvision, which changes images, and masks by nearest neighbours where a transform moves pixels."""
+    inside = torch.full(target.shape[-2:], INSIDE, dtype=torch.int32)
+    image, moved, inside = step(tv_tensors.Image(crop), tv_tensors.Mask(target), tv_tensors.Mask(inside))
+    left_out = torch.nan if target.is_floating_point() else IGNORED
+    moved = moved.as_subclass(Tensor).masked_fill(inside.as_subclass(Tensor) != INSIDE, left_out)
+    return image.as_subclass(Tensor), moved

@@ -1,0 +1,6 @@
+"""The objectives of fine-tuning that a config's ``objective`` names (see :mod:`fcmae.models.objective`)."""
+
+from fcmae.tasks.objectives.per_image import Classify, Multilabel, Regress
+from fcmae.tasks.objectives.segment import Segment
+
+__all__ = ["Classify", "Multilabel", "Regress", "Segment"]

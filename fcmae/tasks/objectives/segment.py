@@ -1,0 +1,207 @@
+"""A class per pixel."""
+
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fcmae.config import FinetuneConfig
+from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.maps import IGNORED, MAX_CLASSES, class_map
+from fcmae.data.sources import Sample, Source
+from fcmae.data.sources.check_maps import some
+from fcmae.distributed import World
+from fcmae.errors import ImageError
+from fcmae.models.objective import Predictions
+from fcmae.tasks.objectives.per_image import metric
+from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
+
+COUNTED = 1000
+"""Maps, of a fixed random order, in which ``class_weights=auto`` counts pixels."""
+SMOOTH = 1.0
+"""Pixels added to both sides of the dice fraction."""
+
+
+class Segment(PerPixel):
+    """A class per pixel: cross entropy, dice or both; mIoU, dice and pixel accuracy.
+
+    Args:
+        classes: names, or how many there are.
+        values: the number that stands for each class in the files; None = 0, 1, 2, ...
+        ignore_index: the number of pixels that are left out of loss and metrics; None = there are none.
+        loss: ``ce``, ``dice``, ``ce+dice``, or weights by name.
+        class_weights: a factor of each class in the cross entropy; ``auto`` = inverse frequency, the mean over the
+            pixels of at most 1000 maps being 1; None = none.
+        width: channels of the U-Net.
+        best: the metric whose best checkpoint is kept: ``miou``, ``dice``, ``accuracy``, ``iou_NAME`` or ``dice_NAME``.
+    """
+
+    ending = ".png"
+
+    def __init__(
+        self,
+        classes: Any = None,
+        values: Sequence[int] | None = None,
+        ignore_index: int | None = 255,
+        loss: Any = "ce",
+        class_weights: Any = None,
+        width: int = 128,
+        best: str = "miou",
+    ) -> None:
+        self.classes = _names(classes)
+        super().__init__(len(self.classes), width)
+        given = list(range(self.channels)) if values is None else list(values)
+        different = all(type(value) is int for value in given) and len(set(given)) == len(given)
+        if not different or len(given) != self.channels:
+            raise ValueError(f"values must be {self.channels} different integers, one per class; got {values!r}")
+        if ignore_index in given:
+            name = self.classes[given.index(ignore_index)]
+            raise ValueError(f"ignore_index is {ignore_index}, the number of class {name}")
+        self.values = torch.tensor(given)
+        self.ignore_index = ignore_index
+        self.terms = loss_terms(loss, ("ce", "dice"))
+        self.auto = class_weights == "auto"
+        self.weights = None if self.auto or class_weights is None else _weights(class_weights, self.channels)
+        self.best = metric(best, ("miou", "dice", "accuracy", "iou"))
+
+    def fit(self, source: Source, cfg: FinetuneConfig) -> None:
+        if not self.auto:
+            return
+        counts = torch.zeros(self.channels, dtype=torch.int64)
+        for index in some(source, COUNTED):
+            try:
+                target = self.target(source[index], source, index)
+            except ImageError:
+                if cfg.loader.on_error == "raise":
+                    raise
+                continue
+            counts += target[target != IGNORED].long().bincount(minlength=self.channels)
+        present = counts > 0
+        weights = counts.sum() / (present.sum() * counts.clamp(min=1).double())
+        self.weights = torch.where(present, weights, weights[present].max()).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state.get("weights")
+
+    def target(self, sample: Sample, source: Source, index: int) -> Tensor:
+        """int16 ``[H, W]``: the class, or ``IGNORED``."""
+        given = sample.label
+        name = given.name if isinstance(given, Encoded) else source.describe(index)
+        if not isinstance(given, (Encoded, Tensor)):
+            raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
+        found = class_map(given, name, self.max_pixels)
+        order = self.values.argsort()
+        places = torch.searchsorted(self.values[order], found).clamp_(max=self.channels - 1)
+        known = self.values[order][places] == found
+        left_out = torch.zeros_like(known) if self.ignore_index is None else found == self.ignore_index
+        unknown = found[~known & ~left_out]
+        if len(unknown):
+            raise ImageError(name, self._beyond(int(unknown[0]), len(unknown)))
+        return torch.where(known, order[places], IGNORED).short()
+
+    def _beyond(self, value: int, pixels: int) -> str:
+        known = self.values.tolist()
+        shown = f"0 to {self.channels - 1}" if known == list(range(self.channels)) else str(known)
+        ignored = "" if self.ignore_index is None else f" or {self.ignore_index} to leave out"
+        return f"{pixels} pixels have other classes, such as {value}; {self.channels} classes are {shown}{ignored}"
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each term is a mean over the labelled pixels of a sample, 0 without one."""
+        parts = {}
+        if "ce" in self.terms:
+            parts["ce"] = self._cross_entropy(output, target)
+        if "dice" in self.terms:
+            parts["dice"] = _dice(output, target)
+        return sum(weight * parts[name] for name, weight in self.terms.items()), parts  # type: ignore[return-value]
+
+    def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
+        weights = None if self.weights is None else self.weights.to(output.device)
+        rows = output.permute(0, 2, 3, 1).reshape(-1, self.channels)  # in two dimensions it is deterministic on GPUs
+        losses = F.cross_entropy(rows, target.long().flatten(), weights, ignore_index=IGNORED, reduction="none")
+        return losses.view(len(output), -1).sum(1) / (target != IGNORED).sum((1, 2)).clamp(min=1)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The probability of each class, ``[N, K, H, W]``."""
+        return output.softmax(dim=1)
+
+    def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
+        """``miou``, ``dice`` and ``accuracy`` of pixels in percent, ``iou_NAME`` and ``dice_NAME`` of each class.
+
+        Means are over the classes that occur in the targets or the predictions. Values that are not finite count as
+        wrong.
+        """
+        counts, images = confusion(share, world, self.channels)
+        self.confusion = counts[:, :-1]
+        return scores(counts, images, self.classes)
+
+    def final(self, predicted: Tensor) -> Tensor:
+        """The number of the most likely class, as in the files of targets, ``[H, W]``."""
+        return self.values[predicted.argmax(0).cpu()]
+
+    def write(self, final: Tensor, file: IO[bytes]) -> None:
+        """A grey PNG of 8 bits, or of 16 where a number does not fit."""
+        wide = int(self.values.max()) > 255
+        Image.fromarray(final.numpy().astype("uint16" if wide else "uint8")).save(file, "PNG")
+
+
+def confusion(share: Iterable[Predictions], world: World, classes: int) -> tuple[Tensor, int]:
+    """Pixels by true class (rows) and predicted class, int64 ``[K, K + 1]``, and the images of all ranks.
+
+    The last column is of predictions that are not finite.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    counts = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=world.device)
+    images = torch.zeros((), dtype=torch.int64, device=world.device)
+    for outputs, targets, _ in share:
+        found = torch.where(outputs.isfinite().all(dim=1), outputs.argmax(dim=1), classes)
+        counts += multiclass_confusion_matrix(
+            found, targets.long(), classes + 1, ignore_index=IGNORED, validate_args=False
+        )
+        images += len(targets)
+    return world.sum(counts)[:classes].cpu(), int(world.sum(images))
+
+
+def scores(counts: Tensor, images: int, classes: Sequence[str]) -> dict[str, float]:
+    """Metrics of a confusion matrix ``[K, K + 1]`` (rows are true classes) in percent."""
+    counts = counts.double()
+    right, truth, found = counts[:, :-1].diagonal(), counts.sum(1), counts[:, :-1].sum(0)
+    iou, dice = 100 * right / (truth + found - right), 200 * right / (truth + found)
+    means = {"miou": iou.nanmean(), "dice": dice.nanmean(), "accuracy": 100 * right.sum() / truth.sum()}
+    each = {f"iou_{name}": value for name, value in zip(classes, iou, strict=True)}
+    each |= {f"dice_{name}": value for name, value in zip(classes, dice, strict=True)}
+    each = {name: value for name, value in each.items() if not value.isnan()}
+    return {name: float(value) for name, value in (means | each).items()} | {"images": images}
+
+
+def _dice(output: Tensor, target: Tensor) -> Tensor:
+    """1 - the soft dice coefficient, the mean over the classes that occur in the target of a sample: ``[N]``."""
+    valid = target != IGNORED
+    share = output.softmax(dim=1) * valid[:, None]
+    truth = target[:, None] == torch.arange(output.shape[1], device=output.device, dtype=target.dtype)[:, None, None]
+    both, total = (share * truth).sum((2, 3)), share.sum((2, 3)) + truth.sum((2, 3))
+    present = truth.any(dim=3).any(dim=2)
+    losses = 1 - (2 * both + SMOOTH) / (total + SMOOTH)
+    return torch.where(present, losses, 0).sum(1) / present.sum(1).clamp(min=1)
+
+
+def _names(classes: Any) -> list[str]:
+    if type(classes) is int and 1 < classes <= MAX_CLASSES:
+        return [str(number) for number in range(classes)]
+    names = [str(name) for name in classes] if isinstance(classes, (list, tuple)) else []
+    if not 1 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+        raise ValueError(f"classes must be a list of two or more names, or their number; got {classes!r}")
+    return names
+
+
+def _weights(given: Any, classes: int) -> Tensor:
+    ok = isinstance(given, (list, tuple)) and len(given) == classes
+    if not ok or not all(type(weight) in (int, float) and weight >= 0 for weight in given) or not sum(given):
+        raise ValueError(f"class_weights must be {classes} numbers that are not negative, auto or null; got {given!r}")
+    return torch.tensor(given, dtype=torch.float32)
