@@ -63,7 +63,7 @@ class Teacher:
             raise ValueError("a Teacher has no network here; fcmae pretrain reads it")
         imgs = seen.imgs.float()
         if next(self.network.parameters()).device != imgs.device:
-            self.network.to(imgs.device, memory_format=torch.channels_last)
+            self.network.to(imgs.device).to(memory_format=torch.channels_last)
         maps = self.network(imgs.contiguous(memory_format=torch.channels_last)).float()
         grid = (imgs.shape[-2] // self.patch_size, imgs.shape[-1] // self.patch_size)
         if maps.shape[-2] >= grid[0] and maps.shape[-1] >= grid[1]:
