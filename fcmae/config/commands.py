@@ -24,7 +24,7 @@ from fcmae.config.checks import (
 from fcmae.config.conflicts import check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.loader import LoaderConfig
-from fcmae.config.model import ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
+from fcmae.config.model import DECODER_WIDTH, ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
@@ -86,6 +86,8 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         self.mask = {"_target_": "fcmae.masks.RandomMask"} if self.mask is None else self.mask
         self.target = _targets(self.target)
+        if self.model.decoder_embed_dim is None:  # not earlier: model.decoder may be given after the defaults
+            self.model.decoder_embed_dim = DECODER_WIDTH.get(self.model.decoder)
         check_class("mask", self.mask)
         found, scope = self.trainer.micro_batch_size == "auto", self.model.grn_scope
         allowed = "image with trainer.micro_batch_size=auto, because batch makes the micro-batch part of the recipe"

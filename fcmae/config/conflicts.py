@@ -10,6 +10,7 @@ from fcmae.grid import grid_size, len_keep
 
 if TYPE_CHECKING:
     from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
+    from fcmae.config.model import FCMAEConfig
 
 
 def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
@@ -51,6 +52,7 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     if stem not in TIMM_TOTAL_STRIDE if strides is None else cfg.model.total_stride not in TOTAL:
         return  # noted already
     stride = cfg.model.total_stride
+    _check_pred_patch_size(cfg.model)
     patch = cfg.model.mask_patch_size or stride
     if patch < 1:
         return
@@ -67,6 +69,15 @@ def check_pretraining(cfg: PretrainConfig) -> None:
                 len_keep(rows * columns, cfg.model.mask_ratio)
             except ValueError as error:
                 mistake(f"model.{error}")
+
+
+def _check_pred_patch_size(model: FCMAEConfig) -> None:
+    size, first = model.pred_patch_size or model.total_stride, model.first_stride
+    allowed = f"a divisor of {model.total_stride}, the total stride"
+    if model.decoder == "unet":
+        allowed += f", and a multiple of {first}, the stride of the first stage, with model.decoder=unet"
+    ok = size > 0 and model.total_stride % size == 0 and (model.decoder != "unet" or size % first == 0)
+    check("model.pred_patch_size", size, ok, allowed)
 
 
 def check_finetuning(cfg: FinetuneConfig) -> None:

@@ -45,6 +45,13 @@ class BackboneConfig:
         check("model.stem_stride", self.stem_stride, self.stem_stride in (1, 2, 4), "1, 2 or 4")
 
     @property
+    def first_stride(self) -> int:
+        """Pixels a side that one site of the first stage stands for. timm downsamples once more after a stem of 2."""
+        if self.strides:
+            return self.strides[0]
+        return 4 if self.stem_stride == 2 else self.stem_stride
+
+    @property
     def total_stride(self) -> int:
         """Pixels a side that one site of the last stage stands for."""
         return TIMM_TOTAL_STRIDE[self.stem_stride] if self.strides is None else math.prod(self.strides)
@@ -84,8 +91,6 @@ class FCMAEConfig(BackboneConfig):
         check_positive("model.mask_patch_size", self.mask_patch_size)
         check_positive("model.pred_patch_size", self.pred_patch_size)
         check_one_of("model.decoder", self.decoder, tuple(DECODER_WIDTH))
-        if self.decoder_embed_dim is None:
-            self.decoder_embed_dim = DECODER_WIDTH.get(self.decoder)
         check_positive("model.decoder_embed_dim", self.decoder_embed_dim)
         check_positive("model.decoder_depth", self.decoder_depth)
         check_one_of("model.grn_scope", self.grn_scope, ("image", "batch"))

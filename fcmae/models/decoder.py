@@ -71,7 +71,7 @@ class UNetDecoder(nn.Module):
     Args:
         dims, strides, width: as :class:`.unet.UNet`.
         out_dims: values predicted per patch, by the name of the target; each target has a linear head.
-        merge: sites of the finest stage per side of a patch. A head reads all of them.
+        merge: sites of the finest stage per side of a patch. A head is the mean over them of linear layers.
     """
 
     all_stages = True
@@ -96,7 +96,8 @@ class UNetDecoder(nn.Module):
         ]
         x = self.unet.join(maps)
         x = x.unflatten(2, (-1, self.merge)).unflatten(1, (-1, self.merge)).transpose(2, 3)
-        x = x.flatten(3).flatten(1, 2)
+        # The mean over the sites of what each predicts, so that a head of many inputs starts and learns as one of few.
+        x = x.flatten(3).flatten(1, 2) / self.merge**2
         return {name: convnext.linear(x, getattr(self, head)) for name, head in self.heads.items()}
 
 

@@ -5,10 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.bench.step import _decoder_products
-from fcmae.config import FCMAEConfig, PretrainConfig, from_dict
+from fcmae.config import FCMAEConfig, PretrainConfig, compose, from_dict
 from fcmae.errors import ConfigError
 from fcmae.masks.patches import patchify, unpatchify
 from fcmae.models import FCMAE, create_backbone
+from fcmae.models.backbone import stage_shapes
 from fcmae.targets import Seen
 
 TINY = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "decoder_embed_dim": 16}
@@ -98,8 +99,8 @@ def test_light_is_what_it_was():
 
 
 def test_the_width_by_default_is_the_decoders():
-    assert FCMAEConfig().decoder_embed_dim == 512
-    assert FCMAEConfig(decoder="unet").decoder_embed_dim == 128
+    for command, width in ((["model.decoder=unet"], 128), ([], 512), (["model.decoder=unet", "model=demo"], 128)):
+        assert compose("pretrain", command).model.decoder_embed_dim == width
     assert FCMAE("convnextv2_atto", decoder="unet", depths=[1, 1, 1, 1]).decoder.unet.width == 128
 
 
@@ -115,6 +116,28 @@ def test_the_width_by_default_is_the_decoders():
 def test_mistakes_name_the_key(given, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(FCMAEConfig, given, prefix="model")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model.pred_patch_size=12", "a divisor of 32, the total stride; got 12"),
+        ("model.decoder=unet model.pred_patch_size=2", "a multiple of 4, the stride of the first stage.*; got 2"),
+        ("model.decoder=unet model.stem_stride=2 model.pred_patch_size=2", "a multiple of 4.*; got 2"),
+        ("model.decoder=unet model.strides=[2,2,2,2] model.pred_patch_size=1", "divisor of 16.*multiple of 2.*; got 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_mistakes(given, message):
+    with pytest.raises(ConfigError, match=f"^model.pred_patch_size must be .*{message}$"):
+        compose("pretrain", given.split())
+
+
+@pytest.mark.parametrize("stem", [1, 2, 4])
+@pytest.mark.parametrize("strides", [None, [2, 2, 2, 2]])
+def test_the_config_knows_the_strides_of_the_first_and_last_stage(stem, strides):
+    cfg = FCMAEConfig(stem_stride=stem, strides=strides, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
+    _, of_stages = stage_shapes(create_backbone(cfg.backbone, **cfg.backbone_kwargs()))
+    assert (cfg.first_stride, cfg.total_stride) == (of_stages[0], of_stages[-1])
 
 
 def test_sizes_that_do_not_fit_are_refused():
