@@ -45,8 +45,8 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     check(
         "data.decode_on", decoder, decoder == "cpu" or cfg.loader.on_error == "raise", "cpu with loader.on_error=skip"
     )
-    unaware = cfg.data.nodata is None and not _has_extra(cfg)
-    expected = "[] with data.nodata, and with channels that only targets get (data.channels)"
+    unaware = cfg.data.nodata is None and cfg.data.fit == "crop" and not _has_extra(cfg)
+    expected = "[] with data.nodata, with data.fit=pad, and with channels that only targets get (data.channels)"
     check("data.transforms", cfg.data.transforms, unaware or not cfg.data.transforms, expected)
     stem, strides = cfg.model.stem_stride, cfg.model.strides
     if stem not in TIMM_TOTAL_STRIDE if strides is None else cfg.model.total_stride not in TOTAL:

@@ -73,6 +73,10 @@ class DataConfig:
     """What the files store for pixels without a value: a number, nan, or a list with one per channel (null = all have
     one). NaN of float32 is then meant, too. The network gets the mean instead; pretraining leaves such pixels out of
     the loss (docs/data.md)."""
+    fit: str = "crop"
+    """``crop``: crops are resized to data.image_size. ``pad``: they have that size in the image itself, at a random
+    place (in evaluation the middle); where the image is smaller, pixels without a value follow at the right and the
+    bottom (docs/data.md)."""
     pad: int = 0
     """Pixels added on each side before anything else."""
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
@@ -134,19 +138,21 @@ class DataConfig:
         ok = all(map(is_named, self.transforms))
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
-        plain = plain and self.channels is None and self.nodata is None
-        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null, nodata=null and transforms=[]"
+        plain = plain and self.channels is None and self.nodata is None and self.fit == "crop"
+        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null, nodata=null, fit=crop and transforms=[]"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         self._check_no_data()
         for name in ("crops_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
     def _check_no_data(self) -> None:
+        check_one_of("data.fit", self.fit, ("crop", "pad"))
+        alone = self.nodata is None and self.fit == "crop"
+        check("data.pad", self.pad, self.pad == 0 or alone, "0 with data.nodata and data.fit=pad")
         marks = no_data("data.nodata", self.nodata, self.in_chans)
         if marks is None:
             return
         self.nodata = marks if isinstance(self.nodata, (list, tuple)) else marks[0]
-        check("data.pad", self.pad, self.pad == 0, "0 with data.nodata")
         if self.source is None and self.val_source is None:
             most = 2**self.bit_depth - 1
             ok = all(value is None or (type(value) in (int, float) and value in range(most + 1)) for value in marks)

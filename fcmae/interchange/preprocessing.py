@@ -11,6 +11,8 @@ LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image proce
 
 EXTRA = ("bit_depth", "pad", "crop_pct")
 """Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
+RARE = {"channels": None, "nodata": None, "fit": "crop"}
+"""More such keys, which are there where they have other values than these."""
 
 
 def mean_and_std(data: DataConfig) -> tuple[list[float], list[float]]:
@@ -20,13 +22,15 @@ def mean_and_std(data: DataConfig) -> tuple[list[float], list[float]]:
 
 def extra(data: DataConfig) -> dict[str, Any]:
     """What an export's config.json holds under the key ``fcmae``."""
-    return {name: getattr(data, name) for name in EXTRA}
+    read = data.layout
+    values = {**vars(data), "channels": data.channels and {"input": read.input, "of": read.of}}
+    return {name: values[name] for name in (*EXTRA, *RARE) if name not in RARE or values[name] != RARE[name]}
 
 
 def read_extra(config: dict[str, Any]) -> dict[str, Any]:
     """The values of :func:`extra` in a config.json, if it is one of ours."""
     known = config.get("fcmae")
-    return {name: known[name] for name in EXTRA if name in known} if isinstance(known, dict) else {}
+    return {name: known[name] for name in (*EXTRA, *RARE) if name in known} if isinstance(known, dict) else {}
 
 
 def shortcoming(data: DataConfig, to: str) -> str:
@@ -40,8 +44,12 @@ def shortcoming(data: DataConfig, to: str) -> str:
         reasons.append(f"reads 8 bits per channel, these images use {data.bit_depth}")
     if to == "timm" and data.in_chans not in (1, 3):
         reasons.append(f"reads grey or RGB images, these have {data.in_chans} channels")
-    if data.pad:
-        reasons.append(f"does not pad (data.pad={data.pad})")
+    if data.channels is not None:
+        reasons.append(f"does not choose channels {data.layout.input} (data.channels)")
+    if data.nodata is not None:
+        reasons.append(f"does not replace pixels without a value (data.nodata={data.nodata})")
+    if data.pad or data.fit == "pad":
+        reasons.append(f"does not pad (data.pad={data.pad})" if data.pad else "does not pad (data.fit=pad)")
     if to == "transformers" and data.size[0] != data.size[1] and max(data.size) < WARP_FROM:
         reasons.append("does not keep the aspect ratio for a size that is not square")
     return f"{LIBRARIES[to]} {'; '.join(reasons)}. Use these steps instead." if reasons else ""
@@ -52,16 +60,32 @@ def steps(data: DataConfig) -> str:
     height, width = data.size
     lines = ["import numpy as np", "import torch", "from torchvision.transforms.v2 import InterpolationMode"]
     lines += ["from torchvision.transforms.v2 import functional as F", ""]
-    if data.bit_depth == 8 and data.in_chans in IMAGE_MODES:
+    count = data.layout.of
+    if data.bit_depth == 8 and count in IMAGE_MODES:
         lines.insert(2, "from PIL import Image")
-        mode = IMAGE_MODES[data.in_chans]
+        mode = IMAGE_MODES[count]
         lines.append(f'pixels = np.atleast_3d(Image.open("FILE").convert("{mode}")).transpose(2, 0, 1)')
     else:
-        lines.append(
-            f"# {data.in_chans} channels of {data.bit_depth} bits as integers [C, H, W]; TIFF: tifffile.imread"
-        )
+        lines.append(f"# {count} channels of {data.bit_depth} bits as integers [C, H, W]; TIFF: tifffile.imread")
         lines.append('pixels = np.load("FILE.npy")')
+    if data.channels is not None:
+        lines.append(f"pixels = pixels[{data.layout.input}]")
+    if data.marks is not None:
+        marks = [-1 if mark in (None, "nan") else mark for mark in data.marks]
+        lines.append(f"missing = torch.from_numpy(pixels == np.array({marks})[:, None, None])[None]")
     lines.append(f"imgs = torch.from_numpy(pixels.astype(np.float32))[None] / {2**data.bit_depth - 1}")
+    mean = f"torch.tensor({list(data.mean)})[:, None, None]"
+    if data.marks is not None:
+        lines.append(f"imgs = torch.where(missing, {mean}, imgs)")
+    if data.fit == "pad":
+        lines += [
+            f"top, left = (max(0, side - most) // 2 for side, most in zip(imgs.shape[2:], [{height}, {width}]))",
+            f"window = imgs[..., top : top + {height}, left : left + {width}]",
+            f"imgs = {mean} * torch.ones(1, 1, {height}, {width})",
+            "imgs[..., : window.shape[2], : window.shape[3]] = window",
+            f"imgs = F.normalize(imgs, {list(data.mean)}, {list(data.std)})",
+        ]
+        return "\n".join(lines)
     if data.pad:
         lines.append(f"imgs = F.pad(imgs, [{data.pad}])")
     if max(data.size) >= WARP_FROM:

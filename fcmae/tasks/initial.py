@@ -74,9 +74,10 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
         notes.append(f"licence of {origin['weights']}: {told}")
     if "classes" in state:
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
-    pad = known["data"].get("pad", cfg.data.pad)
-    if pad != cfg.data.pad:
-        notes.append(f"data.pad is {cfg.data.pad}; {path} was trained with {pad}")
+    for key in ("pad", "nodata", "fit"):
+        ours, theirs = getattr(cfg.data, key), known["data"].get(key, getattr(cfg.data, key))
+        if ours != theirs:
+            notes.append(f"data.{key} is {ours}; {path} was trained with {theirs}")
     if unsaid(state):
         notes.append(f"{path} does not say {', '.join(unsaid(state))}")
     in_chans = known["data"]["in_chans"]

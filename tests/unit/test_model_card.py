@@ -26,13 +26,17 @@ from tests import interchange as made
         (6, [96, 64], {"bit_depth": 16, "pad": 3}, (70, 90)),
         (2, 384, {"bit_depth": 9}, (60, 40)),
         (5, 32, {}, (40, 50)),
+        (3, 32, {"channels": [2, 0, 4], "nodata": [0, None, 7]}, (40, 50)),
+        (2, [32, 64], {"channels": {"input": [0, 5], "target": [1]}, "fit": "pad", "nodata": 0}, (40, 50)),
     ],
 )
 def test_the_steps_give_our_pixels(tmp_path, monkeypatch, in_chans, image_size, values, raw):
     data = made.data_config(in_chans, image_size, **values)
     kind = np.uint8 if data.bit_depth == 8 else np.uint16
     white = 2**data.bit_depth - 1
-    pixels = np.random.default_rng(0).integers(white // 4, 3 * white // 4, (in_chans, *raw)).astype(kind)
+    pixels = np.random.default_rng(0).integers(white // 4, 3 * white // 4, (data.layout.of, *raw)).astype(kind)
+    if data.nodata is not None:
+        pixels[:, 5:20, 10:30] = 0
     np.save(tmp_path / "FILE.npy", pixels)
     monkeypatch.chdir(tmp_path)
     made_by_card: dict = {}
@@ -63,6 +67,9 @@ def test_the_steps_read_ordinary_images(tmp_path, monkeypatch):
         ("timm", 1, {"bit_depth": 12}, "timm's create_transform reads 8 bits per channel, these images use 12"),
         ("timm", 6, {"bit_depth": 16}, "reads grey or RGB images, these have 6 channels"),
         ("timm", 3, {"pad": 2}, "does not pad (data.pad=2)"),
+        ("timm", 3, {"fit": "pad"}, "does not pad (data.fit=pad)"),
+        ("timm", 3, {"nodata": 0}, "does not replace pixels without a value (data.nodata=0)"),
+        ("timm", 3, {"channels": [2, 1, 0]}, "does not choose channels [2, 1, 0] (data.channels)"),
         ("transformers", 3, {}, ""),
         ("transformers", 3, {"bit_depth": 16}, "The image processor reads 8 bits per channel, these images use 16"),
     ],
@@ -80,12 +87,17 @@ def test_where_the_other_librarys_transform_does_not_do_the_card_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_bit_depth_and_padding_come_back(tmp_path, library):
-    made.finetuned(tmp_path / "ours.pt", made.data_config(bit_depth=12, pad=2))
+@pytest.mark.parametrize(
+    "given", [{"bit_depth": 12, "pad": 2}, {"channels": [3, 0, 1], "nodata": [0, None, 255], "fit": "pad"}]
+)
+def test_what_other_libraries_lack_comes_back(tmp_path, library, given):
+    cfg = made.data_config(**given)
+    made.finetuned(tmp_path / "ours.pt", cfg)
     export(tmp_path / "ours.pt", library, tmp_path / "out", check=False)
     import_weights(tmp_path / "out", library, tmp_path / "back.pt")
     data = config_of(checkpoint.read(tmp_path / "back.pt"), tmp_path / "back.pt").data
-    assert (data.bit_depth, data.pad) == (12, 2)
+    for name in ("bit_depth", "pad", "layout", "nodata", "fit"):
+        assert getattr(data, name) == getattr(cfg, name)
 
 
 @pytest.mark.parametrize("value", ["deep", 99, [8], {"a": 1}])

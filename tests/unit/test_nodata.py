@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from functools import partial
 
 import pytest
@@ -142,6 +143,54 @@ def test_integers_without_a_value_become_the_mean(dtype, crops):
         assert (image.int()[valid] >= low - 60).all()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("nodata", [None, 0])
+def test_padded_crops_are_the_pixels_themselves(dtype, nodata):
+    depth = 8 if dtype == torch.uint8 else 16
+    layout = {"input": [0, 1, 2], "classes": [3], "nodata": None if nodata is None else 250}
+    cfg = config(nodata, fit="pad", bit_depth=depth, channels=layout)
+    crop = pretrain_transform(cfg, channels=True)
+    assert crop.carries == ("valid", "channels", "channels_valid")
+    for height, width in ((20, 60), (50, 13), (32, 32), (70, 40)):
+        image = pixels_of(dtype, 4, height, width)
+        image[0, 5, 5] = 0
+        rows, cols = min(32, height), min(32, width)
+        places, flips = set(), set()
+        for seed in range(8):
+            imgs, valid, channels, known = crop.seen(image, random.Random(seed).random)
+            assert imgs.shape[1:] == channels.shape[1:] == (32, 32)
+            assert imgs.dtype == channels.dtype == dtype
+            assert not valid[:, rows:].any()
+            assert not valid[:, :, cols:].any()
+            assert known[:, :rows, :cols].all() if nodata is None else known[:, :rows, :cols].any()
+            windows = torch.cat([imgs, channels])[:, :rows, :cols].float(), torch.cat([valid, known])[:, :rows, :cols]
+            found = [
+                (top, left, flip)
+                for top in range(height - rows + 1)
+                for left in range(width - cols + 1)
+                for flip in (False, True)
+                if _same(image[:, top : top + rows, left : left + cols].float(), *windows, flip)
+            ]
+            assert len(found) == 1
+            places.add(found[0][:2])
+            flips.add(found[0][2])
+        assert flips == {False, True}
+        assert (len(places) > 1) == ((height, width) not in ((32, 32),))
+        middle = eval_transform(cfg)(image)
+        assert middle.shape == (3, 32, 32)
+        top, left = (height - rows) // 2, (width - cols) // 2
+        expected = image[:3, top : top + rows, left : left + cols].float()
+        same = middle[:, :rows, :cols].float() == expected
+        assert same[expected > 0].all()
+        mean = normalize(middle, [0.5] * 3, [0.2] * 3)
+        assert mean[:, rows:].abs().sum() < 0.02 * mean[:, rows:].numel() + 1e-9
+
+
+def _same(window, crop, valid, flip):
+    window = window.flip(-1) if flip else window
+    return bool((window == crop)[valid].all())
+
+
 def test_evaluation_replaces_pixels_without_a_value():
     images = Holes(torch.uint8, 0)
     made = eval_transform(config(0, crop_pct=1.0))(images[0].image)
@@ -249,7 +298,7 @@ def test_nan_is_refused_unless_it_is_no_data():
     [
         ({"nodata": "red"}, "data.nodata must be a number, nan, or a list of 3 of these or null"),
         ({"nodata": [0, 1]}, r"data.nodata must be .* one per channel; got \[0, 1\]"),
-        ({"nodata": 0, "pad": 2}, "data.pad must be 0 with data.nodata; got 2"),
+        ({"nodata": 0, "pad": 2}, "data.pad must be 0 with data.nodata and data.fit=pad; got 2"),
         ({"nodata": -9999}, r"data.nodata must be an integer from 0 to 255 \(data.bit_depth=8\); got -9999"),
         ({"nodata": 0, "decode_on": "gpu"}, "data.decode_on must be cpu unless"),
     ],
@@ -257,6 +306,13 @@ def test_nan_is_refused_unless_it_is_no_data():
 def test_no_data_that_cannot_be_is_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**given)
+
+
+def test_padding_goes_with_no_other():
+    with pytest.raises(ConfigError, match="data.pad must be 0 with data.nodata and data.fit=pad; got 1"):
+        DataConfig(fit="pad", pad=1)
+    with pytest.raises(ConfigError, match="data.fit must be one of crop, pad; got 'stretch'"):
+        DataConfig(fit="stretch")
 
 
 def test_nan_survives_a_config_file():
@@ -291,6 +347,13 @@ def test_a_run_with_no_data_resumes_and_fits_any_layout(tmp_path, fcmae_here, fc
     fcmae(*RUN, "hydra.run.dir=ranks", "trainer.micro_batch_size=3", ranks=2)  # with padding
     torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)
     fcmae_here("knn", "checkpoint=whole", "k=1", "cache=null")
+    fcmae_here(
+        *RUN,
+        "data.fit=pad",
+        "data.source={_target_: fcmae.data.sources.Synthetic, length: 24, in_chans: 4, size: [20, 50]}",
+        "hydra.run.dir=padded",
+    )
+    assert losses(tmp_path / "padded").isfinite().all()
     refused = fcmae_here(*RUN, "data.transforms=[{_target_: x.Y}]", "hydra.run.dir=new", check=2).stderr
     assert "data.transforms must be [] with data.nodata" in refused
 
@@ -311,3 +374,16 @@ def test_statistics_are_of_the_pixels_with_a_value(tmp_path, fcmae_here):
     assert "channel 1 has no pixel with a value (data.nodata=0)" in refused.stderr
     refused = fcmae_here("prepare", "data.path=.", "data.nodata=0", "out=out", "short_side=20", check=2)
     assert "short_side must be null with data.nodata; got 20" in refused.stderr
+
+
+def test_targets_with_validity_compile_into_one_graph():
+    from fcmae.targets import Seen, part
+
+    valid = torch.rand(2, 3, 64, 64) > 0.3
+    seen = Seen(torch.randn(2, 3, 64, 64), valid, torch.randint(0, 3, (2, 3, 64, 64)).float(), valid)
+    mask = torch.rand(2, 4) > 0.3
+    compiled = torch.compile(part, backend="eager", dynamic=False, fullgraph=True)
+    for create in TARGETS.values():
+        target = create(patch_size=32, in_chans=3)
+        pred = torch.randn(2, 4, target.dim)
+        torch.testing.assert_close(compiled(target, seen, pred, mask), part(target, seen, pred, mask))

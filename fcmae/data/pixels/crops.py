@@ -15,7 +15,7 @@ from fcmae.config import DataConfig
 from fcmae.data.pixels import jpeg
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.formats import MAX_PIXELS
-from fcmae.data.pixels.nodata import NoData, resized
+from fcmae.data.pixels.nodata import NoData, padded, resized
 
 GAP = 2
 """A JPEG is decoded at reduced size if its crop still has this many times the pixels per side of the result. That is
@@ -71,14 +71,16 @@ class RandomCrop:
         self.carries: tuple[str, ...] = () if self.no_data is None else ("valid",)
         """What :meth:`seen` gives beside the image, as :class:`fcmae.targets.Seen` calls it."""
         if channels:
-            self.carries += ("channels",) if read.nodata is None else ("channels", "channels_valid")
+            marks = [None] * len(read.extra) if read.nodata is None and cfg.fit == "pad" else read.nodata
+            self.carries += ("channels",) if marks is None else ("channels", "channels_valid")
             count = len(read.target)
             for those, nearest, part in ((read.target, False, slice(count)), (read.classes, True, slice(count, None))):
-                given = None if read.nodata is None else NoData(read.nodata[part], [0.0] * len(those), cfg.bit_depth)
+                given = None if marks is None else NoData(marks[part], [0.0] * len(those), cfg.bit_depth)
                 self.kinds += [(those, nearest, given)] if those else []
         self.format = PixelFormat.of(cfg, max_pixels)
         self.size = cfg.size
         self.pad = cfg.pad
+        self.at_own_size = cfg.fit == "pad"
         self.hflip = cfg.hflip
         self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None
         self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
@@ -110,7 +112,11 @@ class RandomCrop:
         pixels = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
         box = box._replace(top=0, left=0)
         valid = no_data.valid(pixels)
-        crop = how(no_data.replace(pixels, valid), box, self.size)
+        pixels = no_data.replace(pixels, valid)
+        if self.at_own_size:
+            crop, valid = (padded(_mirrored(x) if box.flip else x, self.size) for x in (pixels, valid))
+            return [no_data.replace(crop, valid), valid]
+        crop = how(pixels, box, self.size)
         if nearest:
             valid = cut_nearest(valid, box, self.size)
         else:
@@ -145,6 +151,10 @@ class RandomCrop:
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
         """The box that ``uniform`` chooses, and the divisor of the size at which the image has enough pixels."""
+        if self.at_own_size:
+            sides = [min(side, most) for side, most in zip(image.size, self.size, strict=True)]
+            starts = [int((whole - side + 1) * uniform()) for whole, side in zip(image.size, sides, strict=True)]
+            return Box(starts[0], starts[1], sides[0], sides[1], uniform() < self.hflip), 1
         box = self.box(image.size, uniform)
         reduce = reduction(box, self.size) if image.reducible else 1
         return box.aligned(reduce), reduce

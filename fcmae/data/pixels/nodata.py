@@ -32,8 +32,8 @@ class NoData:
 
     @classmethod
     def of(cls, cfg: DataConfig) -> "NoData | None":
-        """In the channels of the network; None if nothing marks pixels without a value."""
-        marks = cfg.marks
+        """In the channels of the network; None if all pixels have a value."""
+        marks = cfg.marks if cfg.marks is not None or cfg.fit == "crop" else [None] * cfg.in_chans
         return None if marks is None else cls(marks, cfg.mean or [0.0] * cfg.in_chans, cfg.bit_depth)
 
     def valid(self, pixels: Tensor) -> Tensor:
@@ -51,6 +51,24 @@ class NoData:
     def replaced(self, pixels: Tensor) -> Tensor:
         """The pixels, with the fill where they have no value."""
         return self.replace(pixels, self.valid(pixels))
+
+    def middle(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The middle of ``[C, H, W]``, of ``size``, with the fill where the image has no pixel."""
+        height, width = pixels.shape[-2:]
+        top, left = max(0, height - size[0]) // 2, max(0, width - size[1]) // 2
+        window = pixels[:, top : top + size[0], left : left + size[1]]
+        valid = padded(torch.ones(window.shape, dtype=torch.bool), size)
+        return self.replace(padded(window, size), valid)
+
+
+def padded(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[C, H, W]`` with zeros at the right and at the bottom up to ``size``."""
+    height, width = pixels.shape[-2:]
+    if (height, width) == size:
+        return pixels
+    out = pixels.new_zeros(len(pixels), *size)
+    out[:, :height, :width] = pixels
+    return out
 
 
 def resized(valid: Tensor, size: Sequence[int]) -> Tensor:

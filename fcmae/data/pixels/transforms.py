@@ -51,7 +51,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
 
 
 def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
-    """Resize and centre crop below 384 px, else resize to the exact size: raw pixels.
+    """Resize and centre crop below 384 px, else resize to the exact size: raw pixels. data.fit=pad: the middle alone.
 
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
@@ -64,6 +64,8 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     no_data = NoData.of(cfg)
     if no_data is not None:
         steps.append(no_data.replaced)
+        if cfg.fit == "pad":
+            return v2.Compose([*steps, functools.partial(no_data.middle, size=cfg.size)])
     if cfg.pad:
         steps.append(v2.Pad(cfg.pad))
     if max(size) >= WARP_FROM:
