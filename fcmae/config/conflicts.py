@@ -36,6 +36,7 @@ def check_cuda_graph(cfg: RunConfig, obstacles: list[str]) -> bool:
 
 def check_pretraining(cfg: PretrainConfig) -> None:
     """Patches against image, batch against crops, CUDA graph."""
+    check("data.sampling", cfg.data.sampling, cfg.data.sampling == "uniform", "uniform in pretraining")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
     batch, crops = cfg.optim.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0

@@ -6,6 +6,7 @@ equal or differ by one unit. All micro-batches have one size, so that shapes sta
 lacks is padding of weight 0 (:class:`Padding`).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,8 @@ class BatchPlan:
     A step has ``global_batch_size`` samples in ``accum_steps`` micro-batches of ``micro_batch_size``, padding included,
     on each of ``world_size`` ranks. Each image gives ``crops_per_image`` samples of the same step. An epoch has as many
     samples as there are images, so a pass over the images takes ``crops_per_image`` epochs. With ``pairs`` the samples
-    at positions 2i and 2i + 1 of a global batch stay together.
+    at positions 2i and 2i + 1 of a global batch stay together. With the ``labels`` of the images, each class is drawn
+    equally often (:class:`Balance`).
     """
 
     num_samples: int
@@ -37,6 +39,7 @@ class BatchPlan:
     seed: int = 0
     crops_per_image: int = 1
     pairs: bool = False
+    labels: tuple[int, ...] | None = None
 
     @classmethod
     def create(
@@ -117,11 +120,18 @@ class BatchPlan:
         """The order of the source in a pass over it, int64 ``[num_samples]``."""
         return torch.randperm(self.num_samples, generator=generator(self.seed, Stream.ORDER, epoch))
 
+    def keys(self, epoch: int) -> Tensor:
+        """The keys of the samples of a pass over the source, in order, int64 ``[num_samples, 2]``."""
+        if self.labels is not None:
+            return _balance(self.labels).keys(epoch, generator(self.seed, Stream.ORDER, epoch))
+        order = self.order(epoch)
+        return torch.stack([torch.full_like(order, epoch), order], 1)
+
     def global_batch(self, step: int) -> list[SampleKey]:
         """The images of an optimizer step, the same for any number of ranks."""
         epoch, position = divmod(step, self.steps_per_pass)
         count = self.images_per_step
-        return [(epoch, index) for index in self.order(epoch)[position * count : (position + 1) * count].tolist()]
+        return _tuples(self.keys(epoch)[position * count : (position + 1) * count])
 
     def part(self, micro: int, rank: int) -> range:
         """The positions of a rank's micro-batch in the global batch; none if it is all padding."""
@@ -139,6 +149,43 @@ class BatchPlan:
         return count * self.world_size / self.global_batch_size
 
 
+class Balance:
+    """Draws each class equally often: of any K samples in a row from a multiple of K on, K being the number of classes
+    that have images, one is of each class. Within a class, every image is drawn once before any is drawn again.
+
+    An image that is drawn r times in an epoch is r different samples: their passes are numbered ``epoch * repeats`` to
+    ``epoch * repeats + r - 1``, so each has a crop of its own.
+    """
+
+    def __init__(self, labels: Sequence[int]) -> None:
+        given = torch.tensor(labels)
+        self.count = len(given)
+        self.members = [(given == label).nonzero()[:, 0] for label in given.unique().tolist()]
+        self.rounds = -(-self.count // len(self.members))
+        self.repeats = -(-self.rounds // min(map(len, self.members)))
+
+    def keys(self, epoch: int, rng: torch.Generator) -> Tensor:
+        """As many samples as there are images, int64 ``[n, 2]``."""
+        drawn = []
+        for members in self.members:
+            turns = -(-self.rounds // len(members))
+            indices = torch.cat([members[torch.randperm(len(members), generator=rng)] for _ in range(turns)])
+            turn = torch.arange(turns).repeat_interleave(len(members))
+            drawn.append(torch.stack([epoch * self.repeats + turn, indices], 1)[: self.rounds])
+        by_class = torch.stack(drawn)  # [K, rounds, 2]
+        order = torch.rand(self.rounds, len(drawn), generator=rng).argsort(1)  # of the classes in each round
+        return by_class[order, torch.arange(self.rounds)[:, None]].flatten(0, 1)[: self.count]
+
+
+def _tuples(keys: Tensor) -> list[SampleKey]:
+    return [(number, index) for number, index in keys.tolist()]
+
+
+@functools.lru_cache(maxsize=2)
+def _balance(labels: tuple[int, ...]) -> Balance:
+    return Balance(labels)
+
+
 class MicroBatches(Sampler[list[SampleKey]]):
     """A rank's micro-batches from ``start_step`` to ``stop_step``, without padding; starting late costs no reading."""
 
@@ -153,16 +200,16 @@ class MicroBatches(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan = self.plan
-        current, order = -1, torch.empty(0)
+        current, keys = -1, torch.empty(0)
         for step in range(self.start_step, self.stop_step):
             epoch, position = divmod(step, plan.steps_per_pass)
             if epoch != current:
-                current, order = epoch, plan.order(epoch)
-            batch = order[position * plan.images_per_step :]
+                current, keys = epoch, plan.keys(epoch)
+            first = position * plan.images_per_step
             for micro in range(plan.accum_steps):
                 samples = plan.read(micro, self.rank)
-                images = slice(samples.start // plan.crops_per_image, samples.stop // plan.crops_per_image)
-                yield [(epoch, index) for index in batch[images].tolist()]
+                start, stop = samples.start // plan.crops_per_image, samples.stop // plan.crops_per_image
+                yield _tuples(keys[first + start : first + stop])
 
 
 class Padding:

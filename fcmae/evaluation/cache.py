@@ -26,7 +26,7 @@ from fcmae.opening import open_trusted, own_folder
 FORMAT = 2
 """Rises when the same images would give other features: 2 keeps the aspect ratio for sizes that are not square."""
 IRRELEVANT = (
-    *("path", "val_path", "labels_per_class"),
+    *("path", "val_path", "labels_per_class", "sampling"),
     *("target_path", "val_target_path", "target_column", "window_overlap", "crop_zoom"),
     *("crop_scale", "crop_ratio", "hflip", "transforms", "crops_per_image", "decode_on"),
 )

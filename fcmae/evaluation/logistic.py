@@ -6,13 +6,13 @@ standardised by the training images. The result is folded: it is a linear layer 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.config.checks import L2
+from fcmae.config.checks import L2, check
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 
@@ -45,6 +45,17 @@ def class_shares(labels: Tensor, classes: int) -> Tensor:
     counts = labels.bincount(minlength=classes).double()
     present = counts > 0
     return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0)
+
+
+def weights_of(given: Any, labels: Tensor, classes: int, key: str = "class_weights") -> Tensor | None:
+    """The factors ``[K]`` on the loss that a config gives: None, ``auto`` or a list.
+
+    Raises ConfigError for a list of another length.
+    """
+    if given is None or given == "auto":
+        return None if given is None else class_shares(labels, classes)
+    check(key, given, len(given) == classes, f"{classes} numbers, one per class")
+    return torch.tensor(given, dtype=torch.float64, device=labels.device)
 
 
 def fit(

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from fcmae.config import ProbeConfig, check
+from fcmae.config import ProbeConfig
 from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.class_metrics import NAMES, metrics_of
 from fcmae.evaluation.features import Features
-from fcmae.evaluation.logistic import class_shares, cross_validate, fit, stratified_folds
+from fcmae.evaluation.logistic import cross_validate, fit, stratified_folds, weights_of
 from fcmae.optim.adamw import set_lr
 from fcmae.optim.schedule import CosineSchedule
 from fcmae.randomness import Stream, seed_globals
@@ -197,7 +197,7 @@ def probe_by_lbfgs(
     train = next(iter(epochs))
 
     def solve() -> dict[str, Any]:
-        weights = class_weights(cfg.class_weights, train.labels, classes)
+        weights = weights_of(cfg.class_weights, train.labels, classes)
         how: dict[str, Any] = {"chosen": "the only l2", "all": []}
         l2 = cfg.l2[0]
         if len(cfg.l2) > 1:
@@ -209,14 +209,6 @@ def probe_by_lbfgs(
         return {**metrics_of(linear(val.values), val.labels), "l2": l2, "images": len(val.labels), **how}
 
     return world.from_main(solve)
-
-
-def class_weights(given: Any, labels: Tensor, classes: int) -> Tensor | None:
-    """The weights ``[K]`` of a config: None, ``auto`` or a list. Raises ConfigError for a list of another length."""
-    if given is None or given == "auto":
-        return None if given is None else class_shares(labels, classes)
-    check("class_weights", given, len(given) == classes, f"{classes} numbers, one per class")
-    return torch.tensor(given, dtype=torch.float64, device=labels.device)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -294,7 +294,7 @@ def encoder_of(state: State, path: Path, ema: bool = True) -> ConvNeXt:
 
 def is_classifier(cfg: FinetuneConfig) -> bool:
     """Whether the network is a timm classifier of one class per image."""
-    return cfg.objective["_target_"] == CLASSIFY
+    return cfg.objective["_target_"] == CLASSIFY and cfg.objective.get("layer", "pooled") == "pooled"
 
 
 def random_encoder(cfg: BackboneConfig, in_chans: int, seed: int) -> State:

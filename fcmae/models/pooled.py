@@ -7,7 +7,7 @@ means of several stages one after another; or ``stages_std``: their means, then 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcmae.errors import ConfigError
 
@@ -34,3 +34,21 @@ def pool_maps(maps: Sequence[Tensor], layer: str, stages: Sequence[int] | None =
     if layer == "stages_std":
         rows += [each.var(2, correction=0).add(1e-12).sqrt() for each in chosen]  # its gradient is finite at 0
     return torch.cat(rows, dim=1)
+
+
+class RowHead(nn.Module):
+    """A linear classifier on rows of features: the maps of all stages to logits ``[N, classes]``.
+
+    Args:
+        widths: channels of each stage.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.fc = nn.Linear(row_width(widths, layer), classes)
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.fc(pool_maps(maps, self.layer))

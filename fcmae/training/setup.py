@@ -1,5 +1,6 @@
 """What a run is set up from: its batches, schedule and checkpoints, and whether it may resume."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from fcmae import precision
@@ -8,6 +9,7 @@ from fcmae.config import RunConfig
 from fcmae.config.recipe import MICRO_BATCH, check_recipe
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
+from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.optim.schedule import CosineSchedule
@@ -28,6 +30,8 @@ def create_plan(task: Task, world: World, micro_batch_size: int | None) -> Batch
         cfg.data.crops_per_image,
         task.pairs,
     )
+    if cfg.data.sampling == "balanced":
+        plan = replace(plan, labels=balanced_labels(task.source))
     task.prepare(plan)
     return plan
 

@@ -101,6 +101,17 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
     return Subset(source, sorted(index for indices in chosen.values() for index in indices))
 
 
+def balanced_labels(source: Source) -> tuple[int, ...]:
+    """The label of every sample. Raises UsageError if one has none."""
+    require_labels(source, "data.path (data.sampling=balanced)")
+    labels = [source.label(index) for index in range(len(source))]
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        first = source.describe(labels.index(None))
+        raise UsageError(f"data.sampling=balanced needs a label of every image; {first} has none")
+    return tuple(known)
+
+
 def locate(ends: list[int], index: int) -> tuple[int, int]:
     """The part that has sample ``index``, and the place there. Parts end before the samples ``ends``, ascending."""
     part = bisect.bisect_right(ends, index)

@@ -1,21 +1,23 @@
 """The objectives of fine-tuning that a config's ``objective`` names (see :mod:`fcmae.models.objective`)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import LAYERS, FinetuneConfig
+from fcmae.config.checks import check_class_weights, check_one_of
 from fcmae.data.samples import label_of
 from fcmae.data.sources import Sample, Source, require_labels, with_classes
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation import class_metrics
+from fcmae.evaluation import class_metrics, logistic
 from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions
+from fcmae.models.pooled import RowHead
 
 
 def metric(best: str, names: tuple[str, ...]) -> str:
@@ -32,16 +34,27 @@ class Classify(Objective):
     Args:
         best: the metric whose best checkpoint is kept: ``top1``, ``top5``, ``balanced_accuracy``, ``f1``, ``auroc`` or
             ``average_precision``.
+        class_weights: a factor on the loss of each class, in the order of the classes; ``auto``: by inverse frequency,
+            with a mean of 1 over the training images. None = none.
+        layer: what the linear layer reads: ``pooled``, as timm's classifier; or ``mean``, ``stages`` or ``stages_std``
+            (:mod:`fcmae.models.pooled`), which only fcmae can run.
     """
 
-    def __init__(self, best: str = "top1") -> None:
+    def __init__(
+        self, best: str = "top1", class_weights: Sequence[float] | str | None = None, layer: str = "pooled"
+    ) -> None:
         self.best = metric(best, class_metrics.NAMES)
+        check_class_weights("class_weights", class_weights)
+        check_one_of("layer", layer, LAYERS)
+        self.class_weights, self.layer = class_weights, layer
+        self.weights: Tensor | None = None
         self.smoothing = 0.0
         self._set_classes([])
 
     def _set_classes(self, classes: list[str]) -> None:
         self.classes = classes
-        self.outputs = self.num_classes = len(classes)
+        self.num_classes = len(classes)
+        self.outputs = len(classes) if self.layer == "pooled" or not classes else None
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         self._set_classes(require_labels(source, "data.path"))
@@ -49,6 +62,15 @@ class Classify(Objective):
         given = cfg.model.num_classes
         if given not in (None, self.num_classes):
             raise ConfigError(f"model.num_classes is {given}; the data has {self.num_classes} classes")
+        if self.class_weights == "auto" and cfg.data.labels_per_class is not None:
+            return  # as many of each class
+        labels = [source.label(i) for i in range(len(source))] if self.class_weights == "auto" else []
+        known = torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+        weights = logistic.weights_of(self.class_weights, known, self.num_classes, "objective.class_weights")
+        self.weights = None if weights is None else weights.float()
+
+    def head(self, widths: list[int]) -> nn.Module:
+        return RowHead(widths, self.num_classes, self.layer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": self.classes}
@@ -63,7 +85,10 @@ class Classify(Objective):
         return label_of(sample, source, index)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.cross_entropy(output, target, label_smoothing=self.smoothing, reduction="none"), {}
+        if self.weights is not None and self.weights.device != output.device:
+            self.weights = self.weights.to(output.device)  # once, not in a CUDA graph
+        how: dict[str, Any] = {"weight": self.weights, "label_smoothing": self.smoothing, "reduction": "none"}
+        return F.cross_entropy(output, target, **how), {}
 
     def predict(self, output: Tensor) -> Tensor:
         """The probability of each class."""
