@@ -66,6 +66,8 @@ def measured() -> Speeds:
         gpu = report.get("machine", {}).get("gpu")
         if gpu is None or config.get("precision") != "bf16" or "image_size" not in config:
             continue
+        if config.get("targets", ["pixels"]) != ["pixels"]:
+            continue
         for row in report.get("results", []):
             if not {"model", "engine", "images_per_second"} <= row.keys():
                 continue  # another benchmark's

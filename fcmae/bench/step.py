@@ -24,6 +24,7 @@ from fcmae.bench.measure import (
     write_report,
 )
 from fcmae.bench.profile import profile_step
+from fcmae.bench.targets import CLASSES, KINDS, TEACHER, create_targets
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
 from fcmae.config.model import DECODER_WIDTH
@@ -61,6 +62,10 @@ class StepConfig:
     """As ``model.decoder``: ``light`` or ``unet``."""
     pred_patch_size: int | None = None
     """As ``model.pred_patch_size``; None = the total stride."""
+    targets: list[str] = field(default_factory=lambda: ["pixels"])
+    """Some of pixels, hog, laplacian, labels and teacher."""
+    teacher: str = "vit_small_patch16_224"
+    """timm's name of the network of the target ``teacher``."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages, 1 to 4, whose activations packed and masked recompute instead of keeping them."""
     cuda_graph: bool | None = None
@@ -81,6 +86,8 @@ class StepConfig:
             allowed = (*ENGINES, SUPERVISED, DENSE)
             check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
         check_one_of("decoder", self.decoder, tuple(DECODER_WIDTH))
+        for target in self.targets:
+            check("targets", target, target in (*KINDS, TEACHER), f"some of {', '.join((*KINDS, TEACHER))}")
         check_one_of("precision", self.precision, precision.PRECISIONS)
         for name in ("batch_size", "image_size", "repeats", "warm_up"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
@@ -233,6 +240,7 @@ def _workload(
         name,
         mask_ratio=cfg.mask_ratio,
         engine=engine if engine in ENGINES else "packed",
+        targets=create_targets(cfg.targets, cfg.teacher, cfg.image_size),
         **_network(cfg),
     )
     fcmae.recompute_stages = cfg.recompute_stages
@@ -255,9 +263,10 @@ def _workload(
     fcmae.to(device)
     if compiled:
         fcmae.compile()
+    labels = torch.randint(0, CLASSES, (batch_size,), device=device)
     for _ in range(DISTINCT_BATCHES):
-        batches.append([imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep)])
-    return lambda imgs, mask: fcmae(imgs, mask, keep).loss, fcmae, batches, flops
+        batches.append([imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep), labels])
+    return lambda imgs, mask, label: fcmae(imgs, mask, keep, label=label).loss, fcmae, batches, flops
 
 
 def _network(cfg: StepConfig) -> dict[str, Any]:

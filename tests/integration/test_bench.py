@@ -144,3 +144,14 @@ def test_a_mistake_about_data_is_named(override, message, capsys):
 def test_a_mistake_in_scaling_is_named(override, message, capsys):
     assert main(["bench", "scaling", "device=cpu", override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_step_measures_the_price_of_targets(tmp_path, capsys):
+    kinds = "targets=[pixels,hog,laplacian,labels,teacher]"
+    args = ("engines=[packed]", "repeats=1", "warm_up=1", "teacher=test_vit", "--json", str(tmp_path / "step.json"))
+    assert main([*STEP, *args, kinds]) == 0
+    assert len(json.loads((tmp_path / "step.json").read_text())["results"]) == 1
+    assert main([*STEP, *args, "targets=[pixels,depth]"]) == 2
+    assert "targets must be some of pixels, hog, laplacian, labels, teacher; got 'depth'" in capsys.readouterr().err
+    assert main([*STEP, *args, kinds, "teacher=no_such_network"]) == 2
+    assert "teacher=no_such_network gives no feature map: " in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""The targets that ``fcmae bench step`` measures the price of."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import timm
+import torch
+
+from fcmae.config import DataConfig
+from fcmae.errors import UsageError
+from fcmae.targets import Hog, Labels, Laplacian, Pixels, Target, Teacher
+from fcmae.tasks.teachers import Features
+
+CLASSES = 1000
+KINDS: dict[str, Callable[..., Target]] = {
+    "pixels": Pixels,
+    "hog": Hog,
+    "laplacian": Laplacian,
+    "labels": partial(Labels, dim=CLASSES),
+}
+TEACHER = "teacher"
+
+
+def create_targets(names: Sequence[str], teacher: str, image_size: int) -> dict[str, Callable[..., Target]]:
+    """Targets by name, for :class:`fcmae.FCMAE`.
+
+    Args:
+        teacher: timm's name of the network of ``teacher``, which has random weights here.
+
+    Raises UsageError for a network that timm does not know, or without a feature map of such images.
+    """
+    return {name: _teacher(teacher, image_size) if name == TEACHER else KINDS[name] for name in names}
+
+
+def _teacher(name: str, image_size: int) -> Callable[..., Target]:
+    try:
+        described = timm.models.get_pretrained_cfg(name)
+        options = {"dynamic_img_size": True} if described is not None and described.fixed_input_size else {}
+        network = timm.create_model(name, num_classes=0, **options)
+        data = DataConfig(image_size=image_size)
+        features = Features(network, data.mean, data.std, data, None)
+        with torch.no_grad():
+            dim = features(torch.zeros(1, 3, image_size, image_size)).shape[1]
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        raise UsageError(f"teacher={name} gives no feature map: {str(error).splitlines()[0]}") from error
+
+    def create(patch_size: int, in_chans: int) -> Teacher:
+        target = Teacher(patch_size, in_chans, dim=dim)
+        target.network = features
+        return target
+
+    return create
