@@ -4,13 +4,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import fcmae
 from fcmae.bench.step import _decoder_products
+from fcmae.checkpoints import checkpoint, encoder
 from fcmae.config import FCMAEConfig, PretrainConfig, compose, from_dict
 from fcmae.errors import ConfigError
 from fcmae.masks.patches import patchify, unpatchify
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
+from fcmae.models.unet import UNet
 from fcmae.targets import Seen
+from fcmae.training.run import pretrain
+from tests.conftest import TINY_PRETRAIN
+from tests.interchange import assert_same
 
 TINY = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "decoder_embed_dim": 16}
 
@@ -160,3 +166,37 @@ def test_the_benchmark_counts_the_decoders_products(decoder, size):
     counts = counter.get_flop_counts()["Global"]
     linear = sum(count for operation, count in counts.items() if "conv" not in str(operation))
     assert 2 * _decoder_products(model, keep=4, num_patches=4) == linear
+
+
+RUN = (
+    *TINY_PRETRAIN[1:],
+    "model.dims=[8,12,16,24]",
+    "model.depths=[1,1,1,1]",
+    "schedule.epochs=1",
+    "schedule.warmup_epochs=0",
+)
+
+
+@pytest.mark.parametrize("ema", [0.5, None])
+@pytest.mark.parametrize("strides", ["null", "[2,1,2,2]"])
+def test_the_unet_of_a_run_can_be_carried_over(strides, ema, tmp_path):
+    keys = [
+        f"model.strides={strides}",
+        "model.decoder=unet",
+        "schedule.warmup_epochs=0",
+        "trainer.eval_every_epochs=null",
+    ]
+    pretrain(compose("pretrain", [*RUN, *keys, f"optim.ema_decay={ema or 'null'}"]), tmp_path)
+    state = checkpoint.read(checkpoint.resolve(tmp_path))
+    weights, arguments = encoder.unet_weights(state, tmp_path)
+    trained = fcmae.load(tmp_path).decoder.unet  # the averaged weights, too
+    assert arguments == {"dims": trained.dims, "strides": trained.strides, "width": 16}
+    unet = UNet(**arguments)
+    unet.load_state_dict(weights)
+    assert_same(unet.state_dict(), trained.state_dict())
+    if ema:
+        assert not torch.equal(weights["norm.weight"], state["model"]["decoder.unet.norm.weight"])
+
+
+def test_a_run_with_the_light_decoder_has_no_unet(tmp_path):
+    assert encoder.unet_weights({"model": tiny().state_dict(), "ema": None}, tmp_path) is None
