@@ -152,6 +152,7 @@ class DataConfig:
         check_one_of("data.fit", self.fit, ("crop", "pad"))
         alone = self.nodata is None and self.fit == "crop"
         check("data.pad", self.pad, self.pad == 0 or alone, "0 with data.nodata and data.fit=pad")
+        check("data.crop_zoom", self.crop_zoom, self.crop_zoom is None or self.fit == "crop", "null with data.fit=pad")
         marks = no_data("data.nodata", self.nodata, self.in_chans)
         if marks is None:
             return

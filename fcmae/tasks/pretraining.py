@@ -126,7 +126,7 @@ class Pretraining:
                 source, notes = with_classes(source, "data.val_path", self.source.classes or [], "data.path")
                 self.notes += notes
             labels.source = source
-        crop = CentreCrop(cfg.data, cfg.loader.max_pixels, bool(self.crop.carries))
+        crop = CentreCrop(cfg.data, cfg.loader.max_pixels, "channels" in self.crop.carries)
         return MaskedImages(source, crop, self.grid, cfg.seed, mask=self.mask, labels=labels)
 
     def prepare(self, plan: BatchPlan) -> None:

@@ -13,7 +13,7 @@ from fcmae.config import DataConfig, PretrainConfig, from_dict, to_dict
 from fcmae.data.pixels.crops import Box, cut
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.pixels.nodata import NoData, resized
-from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.pixels.transforms import CentreCrop, eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import MaskedImages, hidden_without_data
 from fcmae.data.sources import Sample
 from fcmae.data.sources.own import Own
@@ -178,6 +178,7 @@ def test_padded_crops_are_the_pixels_themselves(dtype, nodata):
         assert (len(places) > 1) == ((height, width) not in ((32, 32),))
         middle = eval_transform(cfg)(image)
         assert middle.shape == (3, 32, 32)
+        assert torch.equal(CentreCrop(cfg)(image), middle)
         top, left = (height - rows) // 2, (width - cols) // 2
         expected = image[:3, top : top + rows, left : left + cols].float()
         same = middle[:, :rows, :cols].float() == expected
@@ -311,6 +312,8 @@ def test_no_data_that_cannot_be_is_refused(given, message):
 def test_padding_goes_with_no_other():
     with pytest.raises(ConfigError, match="data.pad must be 0 with data.nodata and data.fit=pad; got 1"):
         DataConfig(fit="pad", pad=1)
+    with pytest.raises(ConfigError, match=r"data.crop_zoom must be null with data.fit=pad; got \[1, 2\]"):
+        DataConfig(fit="pad", crop_zoom=[1, 2])
     with pytest.raises(ConfigError, match="data.fit must be one of crop, pad; got 'stretch'"):
         DataConfig(fit="stretch")
 

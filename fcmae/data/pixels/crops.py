@@ -151,17 +151,16 @@ class RandomCrop:
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
         """The box that ``uniform`` chooses, and the divisor of the size at which the image has enough pixels."""
-        if self.at_own_size:
-            sides = [min(side, most) for side, most in zip(image.size, self.size, strict=True)]
-            starts = [int((whole - side + 1) * uniform()) for whole, side in zip(image.size, sides, strict=True)]
-            return Box(starts[0], starts[1], sides[0], sides[1], uniform() < self.hflip), 1
         box = self.box(image.size, uniform)
         reduce = reduction(box, self.size) if image.reducible else 1
         return box.aligned(reduce), reduce
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         """The box that ``uniform`` chooses in an image of ``size``."""
-        if self.zoom is None:
+        if self.at_own_size:
+            rows, cols = (min(side, most) for side, most in zip(size, self.size, strict=True))
+            part = int((size[0] - rows + 1) * uniform()), int((size[1] - cols + 1) * uniform()), rows, cols
+        elif self.zoom is None:
             part = random_part(size, self.scale, self.ratio, uniform)
         else:
             part = zoomed_part(size, self.size, (self.zoom[0], self.zoom[1]), uniform)

@@ -54,11 +54,16 @@ class NoData:
 
     def middle(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """The middle of ``[C, H, W]``, of ``size``, with the fill where the image has no pixel."""
-        height, width = pixels.shape[-2:]
-        top, left = max(0, height - size[0]) // 2, max(0, width - size[1]) // 2
-        window = pixels[:, top : top + size[0], left : left + size[1]]
+        top, left, rows, cols = middle_of((pixels.shape[-2], pixels.shape[-1]), size)
+        window = pixels[:, top : top + rows, left : left + cols]
         valid = padded(torch.ones(window.shape, dtype=torch.bool), size)
         return self.replace(padded(window, size), valid)
+
+
+def middle_of(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the middle of an image, of at most ``most``."""
+    rows, cols = min(size[0], most[0]), min(size[1], most[1])
+    return (size[0] - rows) // 2, (size[1] - cols) // 2, rows, cols
 
 
 def padded(pixels: Tensor, size: tuple[int, int]) -> Tensor:

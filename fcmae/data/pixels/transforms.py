@@ -20,7 +20,7 @@ from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resi
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
-from fcmae.data.pixels.nodata import NoData
+from fcmae.data.pixels.nodata import NoData, middle_of
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -83,6 +83,8 @@ class CentreCrop(RandomCrop):
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         height, width = self.size
+        if self.at_own_size:
+            return Box(*middle_of(size, self.size), flip=False)
         if max(self.size) >= WARP_FROM:
             return Box(0, 0, *size, flip=False)
         scale = self.crop_pct * min(size[0] / height, size[1] / width)
