@@ -111,6 +111,9 @@ class TrainerConfig:
     """Stop (resumable) after this many optimizer steps of the schedule."""
     allow_changed_recipe: bool = False
     """Resume although keys outside the groups trainer, loader, engine, monitor and logger changed."""
+    profile_steps: int | None = None
+    """Record a trace of this many steps, after the first ten of the process, by torch.profiler (profiles/*.json.gz in
+    the run directory). None = none."""
     max_hours: float | None = None
     """Save and stop (resumable) this long after the start of the process; None = never."""
 
@@ -123,7 +126,7 @@ class TrainerConfig:
         micro = self.micro_batch_size
         ok = micro in (None, "auto") or (type(micro) is int and micro > 0)
         check("trainer.micro_batch_size", micro, ok, "a positive integer, auto or null")
-        positive = ["log_every", "keep_checkpoints", "max_steps"]
+        positive = ["log_every", "keep_checkpoints", "max_steps", "profile_steps"]
         positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))

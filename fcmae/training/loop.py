@@ -27,6 +27,7 @@ from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite
+from fcmae.training.profile import StepProfile
 from fcmae.training.run_dir import check_folder, set_results_aside, write_config
 from fcmae.training.saver import Saver
 from fcmae.training.state import TrainState
@@ -85,6 +86,7 @@ class _Training:
         self.guard = FiniteGuard(world.device, skip=cfg.trainer.on_nonfinite == "skip")
         self.saver = Saver(self.checkpoints, cfg.trainer.on_save_error, enabled=world.is_main)
         self.step = self._training_step()
+        self.profile = StepProfile(cfg.trainer.profile_steps if world.is_main else None, world.device, run_dir)
 
     def _resume(self) -> TrainState:
         """The state to continue from: of the newest checkpoint, if its recipe is this one, else the initial one."""
@@ -156,7 +158,10 @@ class _Training:
         """The steps that are left."""
         state, stop_step = self.state, self.stop_step
         self.task.model.train()
-        with contextlib.closing(self.logger), contextlib.closing(self.saver), contextlib.closing(self.step):
+        parts = (self.logger, self.saver, self.step, self.profile)
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.callback(part.close)
             if state.evaluation_due:
                 self._look()
                 self._save()
@@ -200,6 +205,7 @@ class _Training:
         loss = losses.pop("loss")
         grad_norm = state.update(loss, self.guard, self.cfg.optim.clip_grad, self.world)
         self.meter.add(loss, grad_norm, losses)
+        self.profile.advance(state.step)
         self.logger.progress.advance()
         self.watchdog.beat()
         return lr

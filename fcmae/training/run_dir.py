@@ -21,6 +21,7 @@ from fcmae.files import replacing, set_aside
 from fcmae.loggers.wandb import ID_FILE
 from fcmae.opening import open_regular, open_to_change, read_regular
 from fcmae.processes import Process
+from fcmae.training import profile
 
 try:
     import fcntl
@@ -30,7 +31,7 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
 CONFIG_FILE = "config.yaml"
 MAX_CONFIG = 2**20
 """Bytes of a config file."""
-RESULTS = (CONFIG_FILE, "metrics.jsonl", ENCODER_FILE, "reconstructions")
+RESULTS = (CONFIG_FILE, "metrics.jsonl", ENCODER_FILE, "reconstructions", profile.FOLDER)
 """What a run that starts again would overwrite; checkpoints are numbered."""
 HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of locking where another process has the lock. Any other error: this file system has no locks."""
