@@ -4,6 +4,7 @@ import json
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.models.objective import Predictions
-from fcmae.targets import Pixels, Seen
+from fcmae.targets import Hog, Laplacian, Pixels, Seen
+from fcmae.targets.laplacian import laplacian
 from fcmae.tasks import monitors
 from fcmae.tasks.monitors import OnlineKnn
 from fcmae.tasks.pretraining import Pretraining
@@ -305,8 +307,10 @@ def test_a_perfect_prediction_reconstructs_the_image(norm, monkeypatch):
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
     perfect = {"pixels": model.targets["pixels"](Seen(imgs))[0]}
     monkeypatch.setattr(FCMAE, "predict", lambda self, imgs, mask: (perfect, mask))
-    pred, hidden = reconstruct(model, imgs, mask)
-    torch.testing.assert_close(pred, imgs, rtol=1e-3, atol=1e-4)
+    [(name, original, pred)], hidden = reconstruct(model, imgs, mask)
+    assert name == "pixels"
+    for pixels in (original, pred):
+        torch.testing.assert_close(pixels, imgs, rtol=1e-3, atol=1e-4)
     assert hidden.shape == (2, 1, 64, 96)
     assert hidden[0, 0, 0, ::32].tolist() == [True, False, True]
 
@@ -319,6 +323,33 @@ def test_a_picture_has_a_row_an_image_and_four_columns(in_chans):
     picture = reconstruction_picture(model, normalize(raw, data.mean, data.std), data).image
     assert picture.width == 4 * (2 * 64 + 4) + 4
     assert picture.height == 2 * (2 * 64 + 4) + 4 + 16
+
+
+def test_each_target_that_can_be_drawn_has_a_row(monkeypatch):
+    """Of what it asks for; a perfect prediction pasted in is that again."""
+    data = DataConfig(image_size=64, mean=[0.5] * 3, std=[0.2] * 3)
+    targets = {"edges": Laplacian, "hog": Hog, "pixels": Pixels}
+    model = FCMAE("convnextv2_atto", targets=targets, decoder_embed_dim=16)
+    imgs = normalize(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), data.mean, data.std)
+    perfect = {name: target(Seen(imgs))[0] for name, target in model.targets.items()}
+    monkeypatch.setattr(FCMAE, "predict", lambda self, imgs, mask: (perfect, torch.tensor([[True, False] * 2] * 2)))
+    drawn, _ = reconstruct(model, imgs)
+    assert [name for name, _, _ in drawn] == ["edges", "pixels"]
+    assert (drawn[0].original - laplacian(imgs)).abs().max() < 1e-3
+    picture = reconstruction_picture(model, imgs, data).image
+    assert picture.height == 2 * 2 * (2 * 64 + 4) + 4 + 16
+    tiles = [[_tile(picture, row, column) for column in range(4)] for row in range(4)]
+    for original, masked, pred, pasted in tiles:
+        assert (original - pred).abs().max() <= 1
+        assert (original - pasted).abs().max() <= 1
+        assert (masked[:, :64] == masked[0, 0]).all()
+    assert not torch.equal(tiles[0][0], tiles[1][0])
+
+
+def _tile(picture, row: int, column: int) -> torch.Tensor:
+    """The lower half of a tile of 128 px, which has no name on it."""
+    top, left = 16 + 4 + row * 132 + 64, 4 + column * 132
+    return torch.from_numpy(np.array(picture.crop((left, top, left + 128, top + 64)))).float()
 
 
 def test_the_monitor_measures_the_averaged_weights(monkeypatch, capsys):
