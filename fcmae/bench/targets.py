@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import timm
 import torch
 
 from fcmae.config import DataConfig
 from fcmae.errors import UsageError
 from fcmae.targets import Hog, Labels, Laplacian, Pixels, Target, Teacher
-from fcmae.tasks.teachers import Features
+from fcmae.tasks.teachers import Features, create_network
 
 CLASSES = 1000
 KINDS: dict[str, Callable[..., Target]] = {
@@ -34,11 +33,8 @@ def create_targets(names: Sequence[str], teacher: str, image_size: int) -> dict[
 
 def _teacher(name: str, image_size: int) -> Callable[..., Target]:
     try:
-        described = timm.models.get_pretrained_cfg(name)
-        options = {"dynamic_img_size": True} if described is not None and described.fixed_input_size else {}
-        network = timm.create_model(name, num_classes=0, **options)
         data = DataConfig(image_size=image_size)
-        features = Features(network, data.mean, data.std, data, None)
+        features = Features(create_network(name, pretrained=False), data.mean, data.std, data, None)
         with torch.no_grad():
             dim = features(torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:

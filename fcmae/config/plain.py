@@ -22,6 +22,8 @@ LOCAL_DATA = (
     "image_column",
     "label_column",
 )
+PLACES_OF_TARGETS = ("checkpoint", "run")
+"""Where a target that records the checksum of what lies there finds it."""
 
 
 def check_plain(values: Any, prefix: str = "") -> None:
@@ -62,7 +64,14 @@ def _problem(value: Any, depth: int) -> str:
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """The config that an export or an encoder file holds: a key that is missing has its default."""
     kept = {key: value for key, value in config.items() if key not in LOCAL and _is_portable(key, value)}
+    if "target" in kept:
+        kept["target"] = {name: without_places(given) for name, given in kept["target"].items()}
     return {**kept, "data": {key: value for key, value in config["data"].items() if key not in LOCAL_DATA}}
+
+
+def without_places(target: dict[str, Any]) -> dict[str, Any]:
+    """A target without the places of what its checksum identifies."""
+    return {key: value for key, value in target.items() if "sha256" not in target or key not in PLACES_OF_TARGETS}
 
 
 def _is_portable(key: str, value: Any) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fcmae.config.plain import without_places
 from fcmae.errors import UsageError
 from fcmae.precision import AUTO
 
@@ -16,8 +17,6 @@ PLACES = frozenset(
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""
-PLACES_OF_TARGETS = ("checkpoint", "run")
-"""Where a target that records the checksum of what lies there finds it."""
 WHOLE = ("data.source", "data.val_source", "data.channels", "mask", "target", "objective")
 """Keys whose values are compared as a whole: their content depends on the class that they name."""
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
@@ -52,9 +51,8 @@ def check_recipe(
 def _changes(key: str, old: Any, new: Any) -> list[str]:
     """A line for each value that differs; of targets, an argument or a target that only one of them has is None."""
     if key.split(".")[0] == "target" and isinstance(old, dict) and isinstance(new, dict):
+        old, new = without_places(old), without_places(new)
         names = dict.fromkeys([*old, *new])
-        if "sha256" in old and "sha256" in new:
-            names = {name: None for name in names if name not in PLACES_OF_TARGETS}
         return [line for name in names for line in _changes(f"{key}.{name}", old.get(name), new.get(name))]
     return [] if old == new else [f"  {key}: {old!r} -> {new!r}"]
 

@@ -43,7 +43,7 @@ class Labels:
         if dim is None:
             raise ValueError("dim, the number of classes or numbers, is not known before the images are")
         self.patch_size, self.dim, self.loss_name = patch_size, dim, loss
-        self.mean, self.std = list(mean or [0.0] * dim), list(std or [1.0] * dim)
+        self.mean, self.std = mean, std
 
     def __call__(self, seen: Seen) -> tuple[Tensor, Tensor]:
         assert seen.label is not None
@@ -61,7 +61,10 @@ class Labels:
         valid = ~label.isnan() if label.is_floating_point() else label != -1
         if self.loss_name in OF_CLASSES:
             return label.float(), valid
-        columns = [(label[:, i].float() - self.mean[i]) / self.std[i] for i in range(self.dim)]
+        columns = list(label.float().unbind(dim=1))
+        if self.mean is not None and self.std is not None:
+            # Python numbers: a tensor of them would be copied to the device at every call.
+            columns = [(c - mean) / std for c, mean, std in zip(columns, self.mean, self.std, strict=True)]
         return torch.stack(columns, dim=1), valid
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:

@@ -126,10 +126,8 @@ def _of_timm(key: str, name: str, checkpoint: str | None) -> _Read:
         raise ConfigError(
             f"{key}.name must be a network of timm {timm.__version__}, see timm.list_models(); got {name!r}"
         )
-    described = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
-    options = {"dynamic_img_size": True} if described is not None and described.fixed_input_size else {}
     try:
-        network: nn.Module = timm.create_model(name, pretrained=checkpoint is None, num_classes=0, **options)
+        network = create_network(name, pretrained=checkpoint is None)
     except Exception as error:  # of a failed download, or an argument that a network does not take, all sorts
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
@@ -145,6 +143,13 @@ def _of_timm(key: str, name: str, checkpoint: str | None) -> _Read:
     licence = config.get("license") if checkpoint is None else None
     said = f"{name}{f' of {checkpoint}' if checkpoint else ''}" + (f", licence {licence}" if licence else "")
     return _Read(network, config["mean"], config["std"], said)
+
+
+def create_network(name: str, pretrained: bool) -> nn.Module:
+    """A network of timm without its classifier, which takes images of any size if it can be told to."""
+    described = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    options: dict[str, Any] = {"dynamic_img_size": True} if described and described.fixed_input_size else {}
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
 
 
 def _load(network: nn.Module, path: Path, classifier: str | Sequence[str] | None) -> None:

@@ -149,3 +149,15 @@ def test_a_wrong_argument_is_one_line_before_images_are_listed(overrides, messag
     name = words[-1].split(".")[1]
     with pytest.raises(ConfigError, match=f"^target.{name}: .* refuses these arguments: {message}$"):
         pretraining.Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *words]))
+
+
+def test_two_ranks_learn_the_same_weights_as_one(tmp_path, fcmae):
+    """An exchange of gradients has buckets of scalars, too."""
+    torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "teacher.pt")
+    for ranks in (1, 2):
+        fcmae(*RUN, "schedule.epochs=1", "schedule.warmup_epochs=0", f"hydra.run.dir=ranks{ranks}", ranks=ranks)
+    logs = [(tmp_path / f"ranks{ranks}" / "metrics.jsonl").read_text().splitlines() for ranks in (1, 2)]
+    one, two = ([line for line in map(json.loads, log) if "loss_hog" in line] for log in logs)
+    assert one[-1]["weight_hog"] != 1
+    for name in ("loss", "weight_hog", "weight_labels", *(f"loss_{name}" for name in NAMES)):
+        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-4), name

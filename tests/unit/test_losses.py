@@ -1,10 +1,16 @@
 """Losses by name: formulas, and values that are not valid."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from fcmae.targets import Pixels
+from fcmae.errors import UsageError
+from fcmae.interchange.save import save
+from fcmae.models import FCMAE
+from fcmae.models.build import load
+from fcmae.targets import Laplacian, Pixels
 from fcmae.targets.losses import LOSSES, OF_NUMBERS, ce, get_loss
 
 SHAPE = (2, 3, 6)
@@ -90,6 +96,16 @@ def test_pixels_keep_their_loss_to_the_bit():
     assert torch.equal(Pixels(32, 3).loss(pred, target, None, None), (pred - target).square().mean(dim=-1))
     for name in OF_NUMBERS:
         assert torch.equal(Pixels(32, 3, loss=name).loss(pred, target, None, None), LOSSES[name](pred, target, None))
+
+
+def test_a_saved_model_keeps_its_loss(tmp_path):
+    model = FCMAE("convnextv2_atto", depths=(1, 1, 1, 1), targets={"pixels": partial(Pixels, loss="l1", norm="none")})
+    save(model, tmp_path / "model.pt", image_size=64)
+    imgs, mask = torch.randn(1, 3, 64, 64), torch.tensor([[True, False, False, True]])
+    assert load(tmp_path / "model.pt")(imgs, mask).loss.equal(model(imgs, mask).loss)
+    model.targets["pixels"] = Laplacian(32, 3)
+    with pytest.raises(UsageError, match="target pixels must be of fcmae.targets.Pixels to be saved; got .*Laplacian"):
+        save(model, tmp_path / "model.pt", image_size=64)
 
 
 def test_a_wrong_loss_is_refused():

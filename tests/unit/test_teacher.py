@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fcmae.checkpoints import checkpoint
-from fcmae.config import compose
+from fcmae.config import compose, portable
 from fcmae.errors import ConfigError
 from fcmae.models import FCMAE
 from fcmae.models.build import load
@@ -136,6 +136,7 @@ def test_a_run_saves_nothing_of_the_teacher_and_resumes_with_the_same_one_only(w
     recorded = whole["config"]["target"]["teacher"]
     assert len(recorded["sha256"]) == 64
     assert recorded["dim"] == whole["model"]["decoder.pred_teacher.bias"].numel()
+    assert portable(whole["config"])["target"]["teacher"].keys() & {"checkpoint", "run", "sha256"} == {"sha256"}
     model = load("whole")  # without the file of the teacher
     model.predict(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="a Teacher has no network here; fcmae pretrain reads it"):
