@@ -18,12 +18,18 @@ pytestmark = pytest.mark.gpu
 
 
 def train(
-    steps: int, engine: str = "packed", graphed: bool = False, accumulate: bool = False, dtype=torch.bfloat16, warmup=0
+    steps: int,
+    engine: str = "packed",
+    graphed: bool = False,
+    accumulate: bool = False,
+    dtype=torch.bfloat16,
+    warmup=0,
+    **network,
 ):
     """Weights and losses after some steps on a few random images."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=64).cuda()
+    model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=64, **network).cuda()
     model.compile()
     optimizer = create_optimizer(model, OptimConfig())
     lr = CosineSchedule(3e-4, 0.0, warmup, steps)
@@ -61,6 +67,23 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_cuda_graph_changes_no_bit(accumulate):
     assert_same(train(20, graphed=True, accumulate=accumulate)[0], train(20, accumulate=accumulate)[0])
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_the_unet_gives_the_same_bits_in_a_cuda_graph_and_learns(size):
+    network = {"decoder": "unet", "pred_patch_size": size}
+    (graphed, losses), (eager, _) = (train(40, graphed=graphed, warmup=10, **network) for graphed in (True, False))
+    print(f"\npatches of {size} px: losses {losses[0]:.4f} to {losses[-1]:.4f}")
+    assert_same(graphed, eager)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+def test_packed_follows_masked_with_the_unet(dtype, tolerance):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    network = {"decoder": "unet", "pred_patch_size": 8}
+    packed, masked = (train(40, engine, dtype=dtype, warmup=20, **network)[1] for engine in ("packed", "masked"))
+    assert ((packed - masked).abs() / masked).max() < tolerance
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
