@@ -26,7 +26,7 @@ COMMANDS = {
     "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "embed": "features of images: CHECKPOINT IMAGES... --out FILE.npz|parquet",
-    "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet",
+    "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet|FOLDER",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
     "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
     "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
@@ -165,7 +165,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; embed: encoder.safetensors too")
     what = "image files, folders, tar files, and data.KEY=VALUE and loader.KEY=VALUE for the checkpoint's config"
     parser.add_argument("images", nargs="+", help=what)
-    parser.add_argument("--out", required=True, help="the file to write")
+    parser.add_argument("--out", required=True, help="the file to write; the folder of maps after objective=segment")
     if command == "embed":
         which = "mean over the image and norm; without the norm; of stages; with deviation; the last map (%(default)s)"
         layers = ["pooled", "mean", "stages", "stages_std", "patches"]
@@ -178,7 +178,9 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = vars(parser.parse_intermixed_args(args))
     rows = load(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
-    if rows is not None:
+    if hasattr(rows, "maps"):
+        print(f"{given['out']}: {len(rows.paths)} images, a map each")
+    elif rows is not None:
         print(f"{given['out']}: {len(rows.paths)} images, {' x '.join(map(str, rows.values.shape[1:]))} values each")
     return 0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,12 @@ class FinetuneConfig(RunConfig):
     model: ClassifierConfig = field(default_factory=UnsetClassifierConfig)
     objective: Any = None
     """What is trained for: ``_target_``, a class, and its arguments (docs/plugins.md). None = objective=classify."""
+    init_decoder: bool = True
+    """With target maps: the U-Net of the head begins with that of ``init_from``, if it has one of the same shapes
+    (pretraining with model.decoder=unet, or fine-tuning with target maps)."""
+    freeze: str = "none"
+    """Weights that stay as they are: ``none``; ``encoder``, all but the head's; ``stages:N``, the stem and the first N
+    stages."""
     engine: ClassifierEngineConfig = field(default_factory=ClassifierEngineConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -138,6 +145,8 @@ class FinetuneConfig(RunConfig):
         super().__post_init__()
         self.objective = {"_target_": CLASSIFY} if self.objective is None else self.objective
         check_class("objective", self.objective)
+        ok = re.fullmatch(r"none|encoder|stages:[1-9]", self.freeze) is not None
+        check("freeze", self.freeze, ok, "none, encoder or stages:N, such as stages:2")
         check_finetuning(self)
 
     def settled(self, known: dict[str, dict[str, Any]]) -> "FinetuneConfig":

@@ -11,7 +11,8 @@ HOW_IT_RUNS = ("engine", "trainer", "loader", "monitor", "logger")
 """Groups whose keys do not change the result, except for the order of summation. All other keys are the recipe."""
 PLACES = frozenset(
     {
-        *("name", "init_from", "init_channels", "data.path", "data.val_path", "data.val_source", "data.val_split"),
+        *("name", "init_from", "init_channels", "init_decoder"),
+        *("data.path", "data.val_path", "data.val_source", "data.val_split"),
         *("data.target_path", "data.val_target_path"),
     }
 )

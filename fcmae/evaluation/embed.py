@@ -31,9 +31,11 @@ from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation.features import batches, gather
+from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
 from fcmae.evaluation.run import data_of, opened
 from fcmae.files import check_output, output, write_output
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
+from fcmae.models.objective import DenseObjective
 from fcmae.models.pooled import pool_maps
 from fcmae.precision import autocast
 
@@ -88,18 +90,23 @@ def embed(
         backbone = encoder_of(state, file, ema).to(world.device).eval()
         return lambda imgs: _features(backbone, imgs, layer, stages), [], False
 
-    return _rows(checkpoint, images, create, out, "embed", "features", **options)
+    rows = _rows(checkpoint, images, create, out, "embed", "features", **options)
+    assert not isinstance(rows, Maps)
+    return rows
 
 
-def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | None:
+def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | Maps | None:
     """Predictions for images by a fine-tuned checkpoint: the probability of each class, or the numbers it learned.
 
     Arguments and result are those of :func:`embed`; ``columns`` are the classes, labels or numbers. ``out`` may be a
     .csv file too, whose rows have the path and the values; after ``objective=classify`` also the most likely class and
     its probability.
+
+    After an objective with target maps, such as ``objective=segment``, the result is a :class:`.Maps`: a map for each
+    whole image. ``out`` is then a folder for a file per image.
     """
 
-    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network:
+    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network | MapNetwork:
         if state["task"] != "finetune":
             task = f"{file} is of the task {state['task']!r} and predicts nothing"
             raise CheckpointError(f"{task}; fine-tune it, or use fcmae embed")
@@ -110,6 +117,8 @@ def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, *
             raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use fcmae embed")
         model = model_of(state, file, ema, allow).to(world.device).eval()
         classes: list[str] = state.get("classes") or []
+        if isinstance(objective, DenseObjective):
+            return MapNetwork(model, objective, classes)
 
         def network(imgs: Tensor) -> Tensor:
             outputs = model(imgs)
@@ -138,18 +147,19 @@ def _features(backbone: ConvNeXt, imgs: Tensor, layer: str, stages: Sequence[int
 def _rows(
     checkpoint: str,
     images: Sequence[str],
-    create: Callable[[State, Path, World, bool, Sequence[str]], _Network],
+    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork],
     out: str | None,
     command: str,
     name: str,
     ema: bool = True,
     allow: Sequence[str] = (),
     **how: Any,
-) -> Rows | None:
+) -> Rows | Maps | None:
     """Runs a network over images, the ranks sharing them, and writes the rows."""
-    if out is not None:
-        ok = Path(out).suffix in TABLES[command]
-        check("--out", out, ok, f"a file whose name ends in {' or '.join(TABLES[command])}")
+    table = out is None or Path(out).suffix in TABLES[command]
+    expected = f"a file whose name ends in {' or '.join(TABLES[command])}"
+    check("--out", out, table or command == "predict", expected)
+    if out is not None and table:
         check_output("--out", out, [checkpoint, *images])
         if out.endswith(".parquet"):
             _arrow()
@@ -161,7 +171,12 @@ def _rows(
     with opened(cfg) as (world, file, state):
         data = data_of(cfg, state, file)
         source = world.together(lambda: _source(paths, overrides, data, loader))
-        network, columns, exclusive = create(state, file, world, ema, allow)
+        made = create(state, file, world, ema, allow)
+        if isinstance(made, MapNetwork):
+            check("--out", out, out is None or not table, f"a folder, because {file} predicts a map per image")
+            return predict_maps(made, source, cfg, data, world, out)
+        check("--out", out, table, expected)
+        network, columns, exclusive = made
         shares = list(zip(*_share(network, source, cfg, data, world), strict=True))
         values, places = (gather(torch.cat(parts), world).cpu() for parts in shares)
         if not world.is_main:
@@ -180,8 +195,8 @@ def _overrides(image: str, group: str) -> bool:
     return image.startswith(f"{group}.") and "=" in image
 
 
-def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Source:
-    sources: list[Source] = [images_at(paths)] if paths else []
+def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Joined:
+    sources: list[Source] = list(images_at(paths).sources) if paths else []
     if any(override.startswith(("data.path=", "data.source", "data.name=")) for override in overrides):
         sources.append(train_source(data, loader))
     source = Joined(sources)

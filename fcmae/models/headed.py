@@ -5,6 +5,8 @@ from typing import Any
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae.errors import ConfigError
+
 
 class Headed(nn.Module):
     """Weights are named ``backbone.*``, as timm does, and ``head.*``.
@@ -30,3 +32,21 @@ def backbone_of(model: nn.Module) -> ConvNeXt:
     backbone = getattr(model, "backbone", model)
     assert isinstance(backbone, ConvNeXt)
     return backbone
+
+
+def freeze(model: nn.Module, what: str) -> None:
+    """Excludes weights from training.
+
+    Args:
+        what: ``none``; ``encoder``, all but the head's; ``stages:N``, the stem and the first N stages.
+
+    Raises ConfigError if there are fewer stages.
+    """
+    if what == "none":
+        return
+    backbone = backbone_of(model)
+    count = len(backbone.stages) if what == "encoder" else int(what.removeprefix("stages:"))
+    if count > len(backbone.stages):
+        raise ConfigError(f"freeze must name one of {len(backbone.stages)} stages; got {what!r}")
+    for module in (backbone.stem, *list(backbone.stages)[:count], *([backbone.norm_pre] if what == "encoder" else [])):
+        module.requires_grad_(False)

@@ -24,7 +24,7 @@ from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
 from fcmae.models.drop_path import draw_paths_by_sample
-from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.headed import Headed, backbone_of, freeze
 from fcmae.models.objective import DenseObjective, Objective
 from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
@@ -65,6 +65,7 @@ class Finetuning:
         self.model = build_network(cfg, self.objective)
         if isinstance(self.objective, DenseObjective):
             check_image_size(cfg.data, self.model)
+        freeze(self.model, cfg.freeze)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
         self.pairs = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
@@ -72,7 +73,8 @@ class Finetuning:
 
     def initialise(self) -> None:
         if self.start.path is not None:
-            self.notes.append(load_initial(self.model, self.start.path, self.cfg.init_channels))
+            how = self.cfg.init_channels, self.cfg.init_decoder
+            self.notes.append(load_initial(self.model, self.start.path, *how))
 
     def _transform(self) -> Any:
         """What makes a sample of an image, or of an image and its target map."""

@@ -20,7 +20,9 @@ from fcmae.errors import CheckpointError, ConfigError
 from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.models import FCMAE
 from fcmae.models.build import check_backbone_size, known_of, load_state, unsaid
+from fcmae.models.dense_head import DenseHead
 from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.unet import UNet
 
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
@@ -182,11 +184,13 @@ def _flat(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def load_initial(model: FCMAE | ConvNeXt | Headed, init_from: str, init_channels: str) -> str:
+def load_initial(
+    model: FCMAE | ConvNeXt | Headed, init_from: str, init_channels: str, init_decoder: bool = True
+) -> str:
     """Loads the backbone of ``init_from`` strictly, and into an FCMAE what fits of its decoder.
 
-    A head for fine-tuning keeps its initial weights. Returns a line that says what was loaded. Raises CheckpointError
-    naming the keys of the backbone that do not fit.
+    A head for fine-tuning keeps its initial weights, but for a U-Net if ``init_decoder``. Returns a line that says what
+    was loaded. Raises CheckpointError naming the keys of the backbone that do not fit.
     """
     name, state = read_initial(init_from)
     weights = encoder.backbone_weights(state)
@@ -206,7 +210,24 @@ def load_initial(model: FCMAE | ConvNeXt | Headed, init_from: str, init_channels
         said += f" and {len(fits)} of {len(own)} tensors of its decoder"
     elif isinstance(model, FCMAE):
         said += "; the decoder is new"
+    elif isinstance(model, Headed) and isinstance(model.head, DenseHead):
+        said += _load_unet(model.head.unet, state) if init_decoder else "; the U-Net is new (init_decoder=false)"
     return said
+
+
+def _load_unet(unet: UNet, state: State) -> str:
+    """Loads the U-Net of a pretraining decoder or of a head, if it has the same shapes. Returns what was done."""
+    prefix = "decoder.unet." if state["task"] == "pretrain" else "head.unet."
+    given = state.get("ema") or state["model"]
+    weights = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    if not weights:
+        return "; the U-Net is new"
+    own = unet.state_dict()
+    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
+        width = len(weights.get("norm.weight", ()))
+        return f"; the U-Net is new, because theirs has another width (objective.width={width} would take it)"
+    unet.load_state_dict(weights)
+    return " and its U-Net"
 
 
 def adapt_stem(weight: Tensor, new: Tensor, how: str) -> Tensor:

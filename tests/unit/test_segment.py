@@ -2,25 +2,30 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.segmentation import DiceScore
 
 import fcmae as package
 from fcmae.checkpoints import checkpoint
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, compose
 from fcmae.data.pixels.maps import IGNORED
 from fcmae.data.sources import Sample
 from fcmae.distributed import World
+from fcmae.errors import ConfigError
 from fcmae.evaluation.features import Images
 from fcmae.evaluation.windows import Windows, over_windows, starts
 from fcmae.models.dense_head import DenseHead, enlarged
 from fcmae.models.headed import Headed
 from fcmae.models.objective import Predictions
+from fcmae.optim.adamw import create_optimizer, set_lr
+from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
 from tests.dense_files import write_squares
@@ -220,17 +225,87 @@ def test_a_run_from_pretraining_to_an_evaluation(fcmae_here, tmp_path, squares):
     assert isinstance(model, Headed)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3, 32, 32)
     assert "per_class must be null" in fcmae_here(*evaluate, "per_class=x.csv", check=2).stderr
+    check_predictions(fcmae_here, tmp_path, squares, counts["matrix"])
+
+
+def check_predictions(fcmae_here, folder, squares, matrix):
+    """The files of ``fcmae predict`` are those that ``evaluate`` counted."""
+    images = f"{squares}/images"
+    fcmae_here("predict", "whole@last", images, "--out", "maps", "--batch-size", "5", "loader.workers=0")
+    found = np.zeros((3, 3), np.int64)
+    for number in range(8):
+        predicted, truth = (np.array(Image.open(root / "s" / f"{number}.png"))
+                            for root in (folder / "maps", squares / "masks"))  # fmt: skip
+        assert predicted.dtype == np.uint8
+        np.add.at(found, (truth[2:].ravel(), predicted[2:].ravel()), 1)
+    assert found.tolist() == matrix
+    maps = package.predict(f"{folder}/whole@last", [f"{images}/s/3.png", "loader.workers=0"])
+    assert maps.columns == ["bg", "red", "green"]
+    assert maps.paths == [f"{images}/s/3.png"]
+    assert maps.maps[0].numpy().tolist() == np.array(Image.open(folder / "maps" / "s" / "3.png")).tolist()
+    for out, message in (
+        (images, f"--out {images}: .*png is an image that is read; give another folder"),
+        ("rows.csv", "--out must be a folder, because .* predicts a map per image"),
+    ):
+        told = fcmae_here("predict", "whole@last", images, "--out", out, check=2).stderr
+        assert re.search(message, told), told
+    twice = fcmae_here("predict", "whole@last", f"{images}/s", f"{images}/s", "--out", "twice", check=2).stderr
+    assert "would be one file, twice/0.png" in twice
+
+
+def task_of(squares, *overrides):
+    cfg = compose("finetune", [*segmenting(squares)[1:], *overrides])
+    return Finetuning(cfg if cfg.init_from else cfg.settled({}))
+
+
+def test_a_pretrained_unet_starts_the_head(fcmae_here, tmp_path, squares):
+    images = (f"data.path={squares}/images", "data.name=imagefolder", "trainer.eval_every_epochs=null")
+    unet = ("model.decoder=unet", "model.decoder_embed_dim=8", "optim.ema_decay=0.5", "hydra.run.dir=pre")
+    pretrain = [word for word in TINY_PRETRAIN if not word.startswith("model.decoder_embed_dim")]
+    fcmae_here(*pretrain, *images, "schedule.epochs=1", *unet)
+    given = checkpoint.read(checkpoint.resolve(f"{tmp_path}/pre"))["ema"]
+    init = f"init_from={tmp_path}/pre"
+
+    def started(*overrides):
+        task = task_of(squares, init, *overrides)
+        task.initialise()
+        own = task.model.head.unet.state_dict()
+        return task.notes[-1], [value.equal(given[f"decoder.unet.{name}"]) for name, value in own.items()]
+
+    note, same = started()
+    assert note.endswith("and its U-Net")
+    assert all(same)
+    note, same = started("init_decoder=false")
+    assert note.endswith("; the U-Net is new (init_decoder=false)")
+    assert not all(same)
+    other = "; the U-Net is new, because theirs has another width (objective.width=8 would take it)"
+    assert started("objective.width=16")[0].endswith(other)
+
+
+@pytest.mark.parametrize(
+    ("what", "frozen"), [("encoder", ("stem", "stages")), ("stages:2", ("stem", "stages.0", "stages.1"))]
+)
+def test_frozen_weights_stay_as_they_are(squares, what, frozen):
+    task = task_of(squares, f"freeze={what}", "model.drop_path_rate=0")
+    optimizer = create_optimizer(task.model, task.cfg.optim)
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    set_lr(optimizer, 0.1)
+    target = torch.randint(0, 3, (2, 32, 32), dtype=torch.int16)
+    task.loss(task.model, [torch.randn(2, 3, 32, 32), target, *task.draw(0, range(2))])[0].backward()
+    optimizer.step()
+    after = task.model.state_dict()
+    names = tuple(f"backbone.{name}" for name in frozen)
+    for name, value in before.items():
+        assert value.equal(after[name]) == name.startswith((*names, "backbone.head")), name
+    with pytest.raises(ConfigError, match="freeze must name one of 4 stages; got 'stages:5'"):
+        task_of(squares, "freeze=stages:5")
 
 
 @pytest.mark.parametrize("engine", ["timm"])
 def test_engines_agree(squares, engine):
-    from fcmae.config import compose
-    from fcmae.tasks.finetuning import Finetuning
-
     losses = []
     for name in ("dense", engine):
-        args = [*segmenting(squares)[1:], f"engine={name}", "model.drop_path_rate=0"]
-        task = Finetuning(compose("finetune", args).settled({}))
+        task = task_of(squares, f"engine={name}", "model.drop_path_rate=0")
         imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         target = (imgs[:, 0] > 0).short()
         losses.append(task.loss(task.model, [imgs, target, *task.draw(0, range(2))])[0])

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import RandomCrop, cut, cut_nearest, pick
-from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.maps import IGNORED
@@ -64,19 +64,27 @@ class PairTransform:
         return crop if self.erase is None else self.erase(crop), target
 
 
-class WholePair:
-    """Whole images for evaluation: raw pixels ``[C, H, W]``, and the map as it is."""
+class WholeImage:
+    """Whole images for evaluation: raw pixels ``[C, H, W]``."""
 
     def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
         self.format = PixelFormat.of(cfg, max_pixels)
         self.channels = cfg.layout.input
         self.no_data = NoData.of(cfg)
 
-    def __call__(self, image: Tensor | Encoded, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ValueError if the map has another size than the image."""
+    def __call__(self, image: Tensor | Encoded | LazyImage) -> Tensor:
         pixels = pick(open_image(image, self.format).pixels(1), self.channels)
+        return pixels if self.no_data is None else self.no_data.replaced(pixels)
+
+
+class WholePair(WholeImage):
+    """Whole images for evaluation, and their maps as they are."""
+
+    def __call__(self, image: Tensor | Encoded, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Raises ValueError if the map has another size than the image."""
+        pixels = super().__call__(image)
         check_size((pixels.shape[-2], pixels.shape[-1]), target)
-        return pixels if self.no_data is None else self.no_data.replaced(pixels), target
+        return pixels, target
 
 
 def check_size(image: tuple[int, int], target: Tensor) -> None:
