@@ -88,6 +88,10 @@ class DataConfig:
     crop_ratio; by more where an image is smaller than the crop."""
     hflip: float = 0.5
     """Probability that a training crop is mirrored left to right."""
+    vflip: float = 0.0
+    """Probability that a training crop is mirrored top to bottom, where images have no upright."""
+    rot90: bool = False
+    """Turn training crops by 0, 90, 180 or 270 degrees, each as often; needs a square image_size."""
     transforms: list[Any] = field(default_factory=list)
     """Further transforms of training crops, before normalisation: a list of ``_target_``, a class, and its arguments
     (docs/plugins.md)."""
@@ -133,6 +137,9 @@ class DataConfig:
         ok = zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf)
         check("data.crop_zoom", zoom, ok, "[least, most] with 0 < least <= most, or null")
         check_ratio("data.hflip", self.hflip)
+        check_ratio("data.vflip", self.vflip)
+        ok = not self.rot90 or self.size[0] == self.size[1]
+        check("data.rot90", self.rot90, ok, f"false with data.image_size={list(self.size)}, which is not square")
         check("data.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         check("data.window_overlap", self.window_overlap, 0 <= self.window_overlap <= 0.9, "a number from 0 to 0.9")
         check_not_negative("data.pad", self.pad)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -7,9 +8,9 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from fcmae.config import AugmentConfig, DataConfig
+from fcmae.config import AugmentConfig, DataConfig, compose
 from fcmae.data.pixels import jpeg
-from fcmae.data.pixels.crops import GAP, Box, RandomCrop, cut, middle, random_part, reduction, resize
+from fcmae.data.pixels.crops import GAP, Box, RandomCrop, cut, cut_nearest, middle, random_part, reduction, resize
 from fcmae.data.pixels.decode import PixelFormat, decode, open_image
 from fcmae.data.pixels.transforms import eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.errors import ConfigError
@@ -127,8 +128,8 @@ def test_no_more_is_decoded_than_the_crop_needs(large_photo):
 
 def test_boxes_of_reduced_images_are_on_their_grid():
     box = Box(13, 22, 403, 518, True).aligned(4)
-    assert box == (12, 20, 400, 516, True)
-    assert box.divided(4) == (3, 5, 100, 129, True)
+    assert box == Box(12, 20, 400, 516, True)
+    assert box.divided(4) == Box(3, 5, 100, 129, True)
 
 
 def test_pixels_are_decoded_once_for_all_crops(large_photo):
@@ -205,3 +206,36 @@ def test_images_with_their_channels_first_are_resized_as_others(channels, shape)
     image = torch.from_numpy(noise(channels, *shape))
     expected = torch.nn.functional.interpolate(image[None], (384, 384), mode="bicubic", antialias=True)[0]
     assert torch.equal(eval_transform(DataConfig(image_size=384))(image), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.bool])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_crops_are_turned_in_the_same_order_in_memory(dtype, channels):
+    pixels = torch.randint(0, 2, (channels, 20, 20)).to(dtype)
+    how = cut_nearest if dtype == torch.bool else cut
+    plain = how(pixels, Box(2, 3, 12, 12, False), (8, 8))
+    as_numpy = plain.numpy()
+    for flip, vflip, turns in itertools.product((False, True), (False, True), range(4)):
+        turned = how(pixels, Box(2, 3, 12, 12, flip, vflip, turns), (8, 8))
+        expected = as_numpy[:, :, ::-1] if flip else as_numpy
+        expected = expected[:, ::-1] if vflip else expected
+        assert (turned.numpy() == np.rot90(expected, turns, (1, 2))).all()
+        assert turned.stride() == plain.stride()
+
+
+def test_turns_are_drawn_only_where_they_are_asked_for():
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    def boxes(*overrides):
+        data = compose("pretrain", ["data=synthetic", "data.image_size=64", *overrides]).data
+        crop = RandomCrop(data)
+        return [crop.with_box(image, random.Random(seed).random)[1] for seed in range(400)]
+
+    before, turned, mirrored = boxes(), boxes("data.rot90=true"), boxes("data.vflip=0.5")
+    assert [box[:5] for box in before] == [box[:5] for box in turned] == [box[:5] for box in mirrored]
+    assert {(box.vflip, box.turns) for box in before} == {(False, 0)}
+    assert {box.turns for box in turned} == {0, 1, 2, 3}
+    assert all(60 < [box.turns for box in turned].count(turn) < 140 for turn in range(4))
+    assert 150 < sum(box.vflip for box in mirrored) < 250
+    with pytest.raises(ConfigError, match="data.rot90 must be false with data.image_size=\\[64, 128\\]"):
+        compose("pretrain", ["data=synthetic", "data.image_size=[64,128]", "data.rot90=true"])

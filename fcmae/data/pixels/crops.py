@@ -1,4 +1,4 @@
-"""Random resized crops, distributed as torchvision's. An image is decoded only as far as its crop needs."""
+"""Random resized crops and turns, distributed as torchvision's. An image is decoded only as far as its crop needs."""
 
 import math
 import random
@@ -30,23 +30,28 @@ _resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 class Box(NamedTuple):
-    """A part of an image in pixels, and whether it is mirrored left to right."""
+    """A part of an image in pixels, and how it is turned after it is cut."""
 
     top: int
     left: int
     height: int
     width: int
     flip: bool
+    """Mirrored left to right."""
+    vflip: bool = False
+    """Mirrored top to bottom."""
+    turns: int = 0
+    """Then turned to the left by this many times 90 degrees."""
 
     def divided(self, reduce: int) -> "Box":
         """The same part of an image decoded at reduced size."""
         top, left, height, width = (side // reduce for side in self[:4])
-        return Box(top, left, height, width, self.flip)
+        return self._replace(top=top, left=left, height=height, width=width)
 
     def aligned(self, reduce: int) -> "Box":
         """The box rounded to the pixels of an image decoded at reduced size."""
         top, left, height, width = (side - side % reduce for side in self[:4])
-        return Box(top, left, height, width, self.flip)
+        return self._replace(top=top, left=left, height=height, width=width)
 
 
 Uniform = Callable[[], float]
@@ -54,7 +59,7 @@ Uniform = Callable[[], float]
 
 
 class RandomCrop:
-    """Random resized crop and horizontal flip: raw pixels ``[C, *cfg.size]``.
+    """Random resized crop, flips and quarter turns: raw pixels ``[C, *cfg.size]``.
 
     Its pixels are those of torchvision's v2 transforms for the same box, unless a JPEG is so large that it is decoded
     at reduced size.
@@ -81,7 +86,7 @@ class RandomCrop:
         self.size = cfg.size
         self.pad = cfg.pad
         self.at_own_size = cfg.fit == "pad"
-        self.hflip = cfg.hflip
+        self.hflip, self.vflip, self.rot90 = cfg.hflip, cfg.vflip, cfg.rot90
         self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None
         self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
@@ -114,14 +119,10 @@ class RandomCrop:
         valid = no_data.valid(pixels)
         pixels = no_data.replace(pixels, valid)
         if self.at_own_size:
-            crop, valid = (padded(_mirrored(x) if box.flip else x, self.size) for x in (pixels, valid))
+            crop, valid = (padded(_turned(x, box), self.size) for x in (pixels, valid))
             return [no_data.replace(crop, valid), valid]
         crop = how(pixels, box, self.size)
-        if nearest:
-            valid = cut_nearest(valid, box, self.size)
-        else:
-            valid = resized(valid, self.size)
-            valid = _mirrored(valid) if box.flip else valid
+        valid = cut_nearest(valid, box, self.size) if nearest else _turned(resized(valid, self.size), box)
         return [no_data.replace(crop, valid), valid]
 
     def with_box(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> tuple[Tensor, Box]:
@@ -164,7 +165,11 @@ class RandomCrop:
             part = random_part(size, self.scale, self.ratio, uniform)
         else:
             part = zoomed_part(size, self.size, (self.zoom[0], self.zoom[1]), uniform)
-        return Box(*part, uniform() < self.hflip)
+        flip = uniform() < self.hflip
+        # What is switched off draws nothing, so that it does not change what others draw.
+        vflip = self.vflip > 0 and uniform() < self.vflip
+        turns = int(4 * uniform()) if self.rot90 else 0
+        return Box(*part, flip, vflip, turns)
 
 
 def random_part(
@@ -219,24 +224,28 @@ def cut_nearest(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         start + ((torch.arange(count) + 0.5) * (side / count)).long().clamp(max=side - 1)
         for start, side, count in zip(box[:2], box[2:4], size, strict=True)
     )
-    part = pixels[:, rows][:, :, cols]
-    return _mirrored(part) if box.flip else part
+    return _turned(pixels[:, rows][:, :, cols], box)
 
 
 def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """A part of ``[C, H, W]``, on any device, resized by an antialiased bicubic filter and mirrored if asked."""
+    """A part of ``[C, H, W]``, on any device, resized by an antialiased bicubic filter and turned as the box says."""
     part = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
-    resized = resize(part, list(size))
-    return _mirrored(resized) if box.flip else resized
+    return _turned(resize(part, list(size)), box)
 
 
-def _mirrored(pixels: Tensor) -> Tensor:
-    """``[C, H, W]`` mirrored left to right. torch is fast where the channels are last in memory and in shape."""
+def _turned(pixels: Tensor, box: Box) -> Tensor:
+    """``[C, H, W]`` as the box says, in the same order in memory; with an odd number of turns it must be square."""
+    if not (box.flip or box.vflip or box.turns):
+        return pixels
     if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
-        return _mirrored(pixels.view(torch.int16)).view(torch.uint16)
-    if pixels.stride(0) == 1:
-        return pixels.permute(1, 2, 0).flip(1).permute(2, 0, 1)
-    return pixels.flip(-1)
+        return _turned(pixels.view(torch.int16), box).view(torch.uint16)
+    channels_last = pixels.stride(0) == 1  # torch is fast where these are last in memory and in shape
+    image = pixels.permute(1, 2, 0) if channels_last else pixels
+    rows, cols = (0, 1) if channels_last else (1, 2)
+    image = image.flip([cols] * box.flip + [rows] * box.vflip)
+    if box.turns:
+        image = image.rot90(box.turns, (rows, cols)).contiguous()
+    return image.permute(2, 0, 1) if channels_last else image
 
 
 def resize(pixels: Tensor, size: list[int]) -> Tensor:

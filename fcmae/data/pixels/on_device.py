@@ -41,7 +41,7 @@ class PackedImages(NamedTuple):
     names: list[str]
     """The path of each file, for messages."""
     boxes: Tensor
-    """int64 ``[files, k, 5]``: :class:`~fcmae.data.pixels.crops.Box`."""
+    """int64 ``[files, k, 7]``: :class:`~fcmae.data.pixels.crops.Box`."""
     decoded: Tensor
     """Crops ``[n, C, H, W]`` of other images, which the workers decoded."""
     order: Tensor
