@@ -97,7 +97,7 @@ def training_step(
 
     def loss(batch: Sequence[Tensor]) -> Losses:
         imgs, noise = batch
-        return model(normalize(imgs, data.mean, data.std), random_mask(noise, keep), keep).loss, {}
+        return model(normalize(imgs, data.mean, data.std, data.dtype), random_mask(noise, keep), keep).loss, {}
 
     passes = TrainingStep(model, loss, device, fastest(device), graphed=gpu)
 

@@ -135,6 +135,7 @@ def _said(path: Path, text: str) -> dict[str, Any]:
         said = json.loads(text if len(text) <= MOST_JSON else "")
         check_plain(said)
         said["model"] = {"strides": None, **said["model"]}  # which earlier versions lack
+        said["data"] = {"dtype": "uint", **said["data"]}
         if any(set(said[group]) != set(names) for group, names in KEYS.items()) or type(said["step"]) is not int:
             raise ValueError("unknown keys")
         if any(not isinstance(value, str) for value in said["versions"].values()):

@@ -169,7 +169,7 @@ CLASSIFY = "fcmae.tasks.objectives.Classify"
 """The objective without which a config means this one."""
 RANDOM = "random"
 """The checkpoint that means random weights."""
-CHANNELS = ("in_chans", "channels", "nodata", "bit_depth", "mean", "std", "fit", "pad", "decode_on")
+CHANNELS = ("in_chans", "channels", "nodata", "bit_depth", "dtype", "mean", "std", "fit", "pad", "decode_on")
 """Keys of group ``data`` whose values must fit each other."""
 
 

@@ -11,6 +11,7 @@ from fcmae.plugins import is_named
 MAX_SIDE = 2**14
 """Pixels."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+DTYPES = ("uint", "float32")
 SOURCES = ("imagefolder", "webdataset", "hf", "table", "fashion_mnist", "synthetic")
 
 
@@ -62,13 +63,17 @@ class DataConfig:
     more (docs/data.md)."""
     bit_depth: int = 8
     """Bits per channel that the images use, 8 to 16. Above 8, pixels keep 16 bits until they are on the device."""
+    dtype: str = "uint"
+    """How pixels reach the device. ``uint``: uint8, or uint16 with a bit_depth above 8; 1 is white. ``float32``: in the
+    units of the files, which may have uint8, uint16, int16, int32, float16 or float32."""
     image_size: Any = 224
     """Pixels per side, or [height, width]."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
-    """Mean of pixel values in 0..1, one number per channel. Empty, like ``std``, for a source of your own with pixels
-    that are float32 and normalised already; so is the default for other channels than three."""
+    """Mean of pixel values, one number per channel: in 0..1, with dtype=float32 in the units of the files. Empty, like
+    ``std``, for a source of your own with pixels that are float32 and normalised already; so is the default for other
+    channels than three, and with dtype=float32."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    """Standard deviation of pixel values in 0..1, one number per channel."""
+    """Standard deviation of pixel values, one number per channel, in the units of ``mean``."""
     nodata: Any = None
     """What the files store for pixels without a value: a number, nan, or a list with one per channel (null = all have
     one). NaN of float32 is then meant, too. The network gets the mean instead; pretraining leaves such pixels out of
@@ -128,6 +133,9 @@ class DataConfig:
         check_positive("data.in_chans", self.in_chans)
         layout(self.channels, self.in_chans)
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "from 8 to 16")
+        check_one_of("data.dtype", self.dtype, DTYPES)
+        ok = self.bit_depth == 8 or self.dtype == "uint"
+        check("data.bit_depth", self.bit_depth, ok, "8 with data.dtype=float32, which has no largest value")
         self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
@@ -147,8 +155,9 @@ class DataConfig:
         ok = all(map(is_named, self.transforms))
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
-        plain = plain and self.channels is None and self.nodata is None and self.fit == "crop"
-        expected = "cpu unless in_chans=3, bit_depth=8, pad=0, channels=null, nodata=null, fit=crop and transforms=[]"
+        plain = plain and self.channels is None and self.nodata is None and self.fit == "crop" and self.dtype == "uint"
+        others = "pad=0, channels=null, nodata=null, fit=crop and transforms=[]"
+        expected = f"cpu unless in_chans=3, bit_depth=8, dtype=uint, {others}"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         self._check_no_data()
         check_one_of("data.sampling", self.sampling, ("uniform", "balanced"))
@@ -164,14 +173,15 @@ class DataConfig:
         if marks is None:
             return
         self.nodata = marks if isinstance(self.nodata, (list, tuple)) else marks[0]
-        if self.source is None and self.val_source is None:
+        if self.source is None and self.val_source is None and self.dtype == "uint":
             most = 2**self.bit_depth - 1
             ok = all(value is None or (type(value) in (int, float) and value in range(most + 1)) for value in marks)
             check("data.nodata", self.nodata, ok, f"an integer from 0 to {most} (data.bit_depth={self.bit_depth})")
 
     def _check_normalisation(self) -> None:
         own = self.source is not None or self.val_source is not None
-        if own and self.in_chans != 3 and (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        photos = self.dtype == "uint" and (self.in_chans == 3 or not own)
+        if not photos and (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
             self.mean, self.std = [], []
         if own and not self.mean and not self.std:
             return

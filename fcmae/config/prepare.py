@@ -17,8 +17,7 @@ class PreparedDataConfig(DataConfig):
     """Images to compute them from, drawn by the seed; None = all."""
 
     def __post_init__(self) -> None:
-        if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
-            self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans  # nothing is normalised here
+        self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans  # nothing is normalised here
         super().__post_init__()
         if self.channels is not None:
             mistake(f"fcmae prepare reads all channels; leave out data.channels={self.channels}")

@@ -10,7 +10,7 @@ from fcmae.config.model import BackboneConfig, ClassifierConfig
 T = TypeVar("T")
 UNSET: dict[str, tuple[str, ...]] = {
     "model": ("backbone", "depths", "dims", "stem_stride", "strides"),
-    "data": ("in_chans", "bit_depth", "image_size", "mean", "std"),
+    "data": ("in_chans", "bit_depth", "dtype", "image_size", "mean", "std"),
 }
 """The keys that may be unset, by group. Unset is None."""
 
@@ -21,6 +21,7 @@ class UnsetDataConfig(DataConfig):
 
     in_chans: int | None = None  # type: ignore[assignment]  # set by FinetuneConfig.settled, like the others
     bit_depth: int | None = None  # type: ignore[assignment]
+    dtype: str | None = None  # type: ignore[assignment]
     image_size: Any = None
     mean: list[float] | None = None  # type: ignore[assignment]
     std: list[float] | None = None  # type: ignore[assignment]

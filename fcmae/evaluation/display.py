@@ -43,7 +43,13 @@ def choose(imgs: Tensor, data: DataConfig, channels: Sequence[int] | None = None
     chosen = tuple(channels) if channels else tuple(range(3 if count >= 3 else 1))
     low, high = _percentiles(denormalize(imgs, data.mean, data.std)[:, chosen])
     spans = high.amax(0) - low.amin(0)
-    ordinary = data.bit_depth == 8 and count in (1, 3, 4) and low.min() > -LITTLE and high.max() < 1 + LITTLE
+    ordinary = (
+        data.bit_depth == 8
+        and data.dtype == "uint"
+        and count in (1, 3, 4)
+        and low.min() > -LITTLE
+        and high.max() < 1 + LITTLE
+    )
     return Display(chosen, not ordinary or bool(spans.max() < LITTLE))
 
 

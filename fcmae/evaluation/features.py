@@ -93,7 +93,7 @@ def batches(
     """
     samples = _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels)))
     for imgs, labels, places in share_of(samples, loader, batch_size, world, stop):
-        yield Images(normalize(imgs, cfg.mean, cfg.std), labels, places)
+        yield Images(normalize(imgs, cfg.mean, cfg.std, cfg.dtype), labels, places)
 
 
 def first_indices(source: Source, count: int | None) -> list[int]:

@@ -323,7 +323,7 @@ def reconstruct(
     crops = [transform(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
     scores = torch.stack([draw_scores(strategy, rng, grid, crop) for crop in crops])
-    imgs = torch.stack([normalize(crop, data.mean, data.std) for crop in crops])
+    imgs = torch.stack([normalize(crop, data.mean, data.std, data.dtype) for crop in crops])
     mask = random_mask(scores, model.len_keep(*data.size))
     picture = reconstruction_picture(model, imgs, data, mask, channels)
     if picture is None:

@@ -101,7 +101,7 @@ def _data(data: DataConfig) -> dict[str, Any]:
         "source": data.name,
         "size (height, width)": f"{data.size[0]}, {data.size[1]}",
         "channels": data.in_chans,
-        "bits per channel": data.bit_depth,
+        "bits per channel": data.bit_depth if data.dtype == "uint" else "float32 in the images' own units",
         "mean": data.mean or "normalised by the source",
         "std": data.std or "normalised by the source",
         "padding": data.pad or None,

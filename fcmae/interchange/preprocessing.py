@@ -11,7 +11,7 @@ LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image proce
 
 EXTRA = ("bit_depth", "pad", "crop_pct")
 """Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
-RARE = {"channels": None, "nodata": None, "fit": "crop"}
+RARE = {"dtype": "uint", "channels": None, "nodata": None, "fit": "crop"}
 """More such keys, which are there where they have other values than these."""
 
 
@@ -40,7 +40,9 @@ def shortcoming(data: DataConfig, to: str) -> str:
     reasons = []
     if not data.mean:
         reasons.append("normalises pixels, these are normalised already")
-    if data.bit_depth != 8:
+    if data.dtype != "uint":
+        reasons.append("reads 8 bits per channel, these images are float32 in their own units")
+    elif data.bit_depth != 8:
         reasons.append(f"reads 8 bits per channel, these images use {data.bit_depth}")
     if to == "timm" and data.in_chans not in (1, 3):
         reasons.append(f"reads grey or RGB images, these have {data.in_chans} channels")
@@ -60,20 +62,21 @@ def steps(data: DataConfig) -> str:
     height, width = data.size
     lines = ["import numpy as np", "import torch", "from torchvision.transforms.v2 import InterpolationMode"]
     lines += ["from torchvision.transforms.v2 import functional as F", ""]
-    count = data.layout.of
-    if data.bit_depth == 8 and count in IMAGE_MODES:
+    count, whole = data.layout.of, data.dtype == "uint"
+    if whole and data.bit_depth == 8 and count in IMAGE_MODES:
         lines.insert(2, "from PIL import Image")
         mode = IMAGE_MODES[count]
         lines.append(f'pixels = np.atleast_3d(Image.open("FILE").convert("{mode}")).transpose(2, 0, 1)')
     else:
-        lines.append(f"# {count} channels of {data.bit_depth} bits as integers [C, H, W]; TIFF: tifffile.imread")
+        what = f"of {data.bit_depth} bits as integers" if whole else "in their own units"
+        lines.append(f"# {count} channels {what} [C, H, W]; TIFF: tifffile.imread")
         lines.append('pixels = np.load("FILE.npy")')
     if data.channels is not None:
         lines.append(f"pixels = pixels[{data.layout.input}]")
     if data.marks is not None:
-        marks = [-1 if mark in (None, "nan") else mark for mark in data.marks]
-        lines.append(f"missing = torch.from_numpy(pixels == np.array({marks})[:, None, None])[None]")
-    lines.append(f"imgs = torch.from_numpy(pixels.astype(np.float32))[None] / {2**data.bit_depth - 1}")
+        lines.append(f"missing = torch.from_numpy({_missing(data)})[None]")
+    scale = f" / {2**data.bit_depth - 1}" if whole else ""
+    lines.append(f"imgs = torch.from_numpy(pixels.astype(np.float32))[None]{scale}")
     mean = f"torch.tensor({list(data.mean)})[:, None, None]"
     if data.marks is not None:
         lines.append(f"imgs = torch.where(missing, {mean}, imgs)")
@@ -96,8 +99,18 @@ def steps(data: DataConfig) -> str:
         rounding = "int" if height == width else "round"
         lines.append(f"size = [{rounding}(scale * side + 1e-6) for side in imgs.shape[2:]]")
     lines += [
-        "imgs = F.resize(imgs, size, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)",
+        f"imgs = F.resize(imgs, size, InterpolationMode.BICUBIC, antialias=True){'.clamp(0, 1)' * whole}",
         f"imgs = F.center_crop(imgs, [{height}, {width}])",
         f"imgs = F.normalize(imgs, {list(data.mean)}, {list(data.std)})",
     ]
     return "\n".join(lines)
+
+
+def _missing(data: DataConfig) -> str:
+    """Python code for the pixels without a value."""
+    marks = data.marks or []
+    if data.dtype == "uint":
+        marks = [-1 if mark in (None, "nan") else mark for mark in marks]
+        return f"pixels == np.array({marks})[:, None, None]"
+    numbers = ", ".join("np.nan" if mark in (None, "nan") else repr(mark) for mark in marks)
+    return f"np.isnan(pixels) | (pixels == np.array([{numbers}])[:, None, None])"

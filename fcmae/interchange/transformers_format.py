@@ -126,7 +126,7 @@ def preprocessor_config(data: DataConfig) -> dict[str, Any]:
         "do_resize": True,
         "resample": BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / (2**data.bit_depth - 1),
+        "rescale_factor": 1 / (2**data.bit_depth - 1) if data.dtype == "uint" else 1,
         "do_normalize": True,
         **dict(zip(("image_mean", "image_std"), preprocessing.mean_and_std(data), strict=True)),
     }

@@ -28,7 +28,7 @@ Values = dict[str, dict[str, Any]]
 """Group: key: value."""
 STRIDES = ("model.stem_stride", "model.strides")
 NETWORK = ("model.backbone", "model.depths", "model.dims", *STRIDES)
-FIXED = (*NETWORK, "data.in_chans", "data.mean", "data.std")
+FIXED = (*NETWORK, "data.in_chans", "data.dtype", "data.mean", "data.std")
 """Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
 libraries, only the network is."""
 

@@ -145,11 +145,11 @@ class Pretraining:
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
         imgs, noise, *more = batch
-        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std)
+        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std, self.cfg.data.dtype)
         seen = dict(zip(self.carried, more, strict=True))
         if "channels" in seen:
             data = self.cfg.data
-            seen["channels"] = normalize_channels(seen["channels"], data.layout, data.bit_depth)
+            seen["channels"] = normalize_channels(seen["channels"], data.layout, data.bit_depth, data.dtype)
         out = model(imgs, random_mask(noise, self.keep), self.keep, weight, **seen)
         return out.loss, {name: value.detach() for name, value in out.parts.items()}
 
@@ -176,7 +176,7 @@ class Pretraining:
         imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
         scores = torch.stack([draw_scores(self.mask, rng, self.grid, crop) for crop in imgs.cpu()])
         mask = random_mask(scores, self.keep).to(device)
-        imgs = normalize(imgs, data.mean, data.std)
+        imgs = normalize(imgs, data.mean, data.std, data.dtype)
         was_training = self.model.training
         picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)
         self.model.train(was_training)

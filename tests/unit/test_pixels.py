@@ -219,9 +219,13 @@ REFUSED = {
     "float TIFF": (
         lambda: encoded(np.ones((8, 8), np.float32), "TIFF"),
         1,
-        "its pixels are F; they must be integers of 8",
+        "its pixels are float32; with data.dtype=uint they must be uint8, uint16; set data.dtype=float32",
     ),
-    "float npy": (lambda: npy(np.ones((8, 8))), 1, "its pixels are float64; they must be integers of 8 or 16 bits"),
+    "float npy": (
+        lambda: npy(np.ones((8, 8))),
+        1,
+        "its pixels are float64; with data.dtype=uint they must be uint8, uint16; convert",
+    ),
     "signed npy": (lambda: npy(np.ones((8, 8), np.int16)), 1, "its pixels are int16"),
     "npy without pixels": (lambda: npy(noise(0, 5, 3)), 3, r"its shape is \[3, 0, 5\]: it has no pixels"),
     "objects in npy": (lambda: npy(np.array([[{}]], dtype=object)), 1, "allow_pickle"),

@@ -31,6 +31,9 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "H
 MAX_BYTES = 2**32
 """Of a file. A sparse file of any length takes no room on a disk."""
 
+WIDE_MODES = {"I": "int32", "F": "float32"}
+"""Other modes of Pillow, and the types of their values."""
+
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -44,16 +47,23 @@ class Encoded(NamedTuple):
 class PixelFormat(NamedTuple):
     """The pixels of all images: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` > 8.
 
-    Images of more than ``max_pixels`` are refused.
+    With a ``dtype`` of float32 instead of uint: float32 in the units of the files, finite but for NaN in the channels
+    ``may_be_nan``. Images of more than ``max_pixels`` are refused.
     """
 
     in_chans: int
     bit_depth: int = 8
     max_pixels: int = MAX_PIXELS
+    dtype: str = "uint"
+    may_be_nan: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
-        return cls(cfg.layout.of, cfg.bit_depth, max_pixels)
+        return cls(cfg.layout.of, cfg.bit_depth, max_pixels, cfg.dtype, frozenset(cfg.may_be_nan))
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype != "uint"
 
 
 class LazyImage:
@@ -98,26 +108,30 @@ def read_file(path: str | Path) -> Encoded:
         raise ImageError(str(path), error.strerror or str(error)) from error
 
 
-def decode(image: Encoded | Tensor, in_chans: int, bit_depth: int = 8, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """An image as uint8 (uint16 if ``bit_depth`` is above 8) ``[in_chans, H, W]``; a tensor is returned as it is.
-
-    Raises ImageError naming the file, for any damage.
-    """
-    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels)).pixels(1)
+def decode(
+    image: Encoded | Tensor | LazyImage,
+    in_chans: int,
+    bit_depth: int = 8,
+    max_pixels: int = MAX_PIXELS,
+    dtype: str = "uint",
+    may_be_nan: frozenset[int] = frozenset(),
+) -> Tensor:
+    """An image ``[in_chans, H, W]`` as :class:`PixelFormat` says. Raises ImageError naming the file, for any damage."""
+    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels, dtype, may_be_nan)).pixels(1)
 
 
 def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
-    """A JPEG, not decoded yet; other images are decoded at once. Raises ImageError."""
+    """A JPEG, not decoded yet; other images are decoded at once. A tensor is taken as it is. Raises ImageError."""
     if isinstance(image, LazyImage):
         return image
     if isinstance(image, Tensor):
-        return _decoded(image)
+        return _decoded(image.float() if to.is_float else image)
     with explained(image.name):
         is_jpeg = image.data.startswith(jpeg.MAGIC)
         where = segments(image.data) if is_jpeg else {}
         if is_jpeg:
             jpeg.check_scans(image.data, where)
-        if is_jpeg and to.in_chans in jpeg.COLORS and to.bit_depth == 8:
+        if is_jpeg and to.in_chans in jpeg.COLORS and to.bit_depth == 8 and not to.is_float:
             size = jpeg.stored_size(image.data, to.max_pixels)
             if size is not None:
                 check_size(*size, to.max_pixels)
@@ -172,7 +186,7 @@ def _decode_rows(
 
 def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
     """Decodes all other files than ordinary JPEGs."""
-    return _to_depth(stored(data, to.in_chans, to.max_pixels), to.bit_depth)
+    return to_tensor(stored(data, to.in_chans, to.max_pixels, to.is_float), to)
 
 
 def stored(
@@ -185,7 +199,7 @@ def stored(
     """The pixels of an image file as they are stored: ``[channels, H, W]``, uint8, uint16, or what a .npy file has.
 
     Args:
-        floats: read TIFFs of floating-point numbers too.
+        floats: read TIFFs of other numbers too.
         what: precedes the number of channels in messages.
 
     Raises what decoders raise, see :func:`explained`.
@@ -209,7 +223,7 @@ def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool,
         if isinstance(image, TiffImageFile) and (
             image.is_animated
             or channels not in IMAGE_MODES
-            or (floats and image.mode == "F")
+            or (floats and image.mode in WIDE_MODES)
             or _has_wide_colour(image)
         ):
             return None
@@ -217,7 +231,9 @@ def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool,
             check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
         if channels not in IMAGE_MODES:
             raise ValueError(f"it has {len(image.getbands())} channels; {what} {channels}")
-        if image.mode.startswith("I;16"):
+        if image.mode in WIDE_MODES and not floats:
+            scientific.check_type(np.dtype(WIDE_MODES[image.mode]))
+        if image.mode.startswith("I;16") or image.mode in WIDE_MODES:
             return _repeated(np.array(ImageOps.exif_transpose(image)), channels, what)
         if image.mode not in EIGHT_BIT_MODES:
             raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
@@ -227,7 +243,7 @@ def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool,
 
 def _repeated(grey: np.ndarray, channels: int, what: str) -> np.ndarray:
     if channels not in (1, 3):
-        raise ValueError(f"it has 1 channel of 16 bits; {what} {channels}")
+        raise ValueError(f"it has 1 channel of more than 8 bits; {what} {channels}")
     return np.repeat(grey[None], channels, axis=0)
 
 
@@ -237,8 +253,17 @@ def _has_wide_colour(image: TiffImageFile) -> bool:
     return len(bits) > 1 and max(bits) > 8
 
 
-def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
-    """uint8 for a depth of 8; else uint16 scaled so that the largest value of ``bit_depth`` bits is 65535."""
+def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
+    """Stored pixels ``[C, H, W]`` as ``to`` says, with the largest value of ``to.bit_depth`` bits at 65535 of uint16.
+
+    Raises ValueError for another type, and for values that are too large or not finite.
+    """
+    if to.is_float:
+        scientific.check_type(pixels.dtype, to.dtype)
+        if pixels.dtype.kind == "f":
+            _check_finite(pixels, to.may_be_nan)
+        return torch.from_numpy(pixels.astype(np.float32))
+    bit_depth = to.bit_depth
     if pixels.dtype == np.uint8:
         return torch.from_numpy(pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257)
     scientific.check_type(pixels.dtype)
@@ -251,6 +276,15 @@ def _to_depth(pixels: np.ndarray, bit_depth: int) -> Tensor:
         raise ValueError(f"its values must be at most {most} with data.bit_depth={bit_depth}; got {pixels.max()}")
     scaled = pixels.astype(np.uint32) * 65535
     return torch.from_numpy(((scaled + most // 2) // most).astype(np.uint16))
+
+
+def _check_finite(pixels: np.ndarray, may_be_nan: frozenset[int]) -> None:
+    if np.isfinite(pixels).all():
+        return
+    holding = set(np.isnan(pixels).any(axis=(1, 2)).nonzero()[0].tolist())
+    if np.isinf(pixels).any() or not holding <= may_be_nan:
+        told = "set data.nodata=nan if NaN marks pixels without a value"
+        raise ValueError(f"it has values that are infinite or not a number (NaN); {told}")
 
 
 def to_stored(pixels: Tensor, bit_depth: int) -> Tensor:

@@ -17,9 +17,12 @@ class NoData:
     Args:
         values: per channel, in units of ``bit_depth`` bits; ``nan``, or None = none; NaN of float32 pixels always is.
         fill: per channel what replaces them, in 0..1; in float32 pixels 0 does.
+        dtype: with float32, values and fill are in the units of the pixels.
     """
 
-    def __init__(self, values: Sequence[float | str | None], fill: Sequence[float], bit_depth: int) -> None:
+    def __init__(
+        self, values: Sequence[float | str | None], fill: Sequence[float], bit_depth: int, dtype: str = "uint"
+    ) -> None:
         most = 2**bit_depth - 1
         white = 255 if bit_depth == 8 else 65535
         given = [float("nan") if value in (None, "nan") else float(value) for value in values]
@@ -28,13 +31,14 @@ class NoData:
         whole = [x == x and 0 <= x <= most and x == int(x) for x in given]
         stored = [(int(x) * white + most // 2) // most if ok else -1 for x, ok in zip(given, whole, strict=True)]
         self.integers = torch.tensor(stored, dtype=torch.int32).view(-1, 1, 1)
+        self.float_fill = torch.tensor(fill if dtype == "float32" else [0.0] * len(given)).view(-1, 1, 1)
         self.fill = torch.tensor([round(white * min(max(x, 0), 1)) for x in fill], dtype=torch.int32).view(-1, 1, 1)
 
     @classmethod
     def of(cls, cfg: DataConfig) -> "NoData | None":
         """In the channels of the network; None if all pixels have a value."""
         marks = cfg.marks if cfg.marks is not None or cfg.fit == "crop" else [None] * cfg.in_chans
-        return None if marks is None else cls(marks, cfg.mean or [0.0] * cfg.in_chans, cfg.bit_depth)
+        return None if marks is None else cls(marks, cfg.mean or [0.0] * cfg.in_chans, cfg.bit_depth, cfg.dtype)
 
     def valid(self, pixels: Tensor) -> Tensor:
         """Which of ``[C, H, W]`` have a value, bool."""
@@ -45,7 +49,7 @@ class NoData:
     def replace(self, pixels: Tensor, valid: Tensor) -> Tensor:
         """The pixels, with the fill where they are not ``valid``."""
         if pixels.is_floating_point():
-            return torch.where(valid, pixels, 0.0)
+            return torch.where(valid, pixels, self.float_fill)
         return torch.where(valid, pixels.to(torch.int32), self.fill).to(pixels.dtype)
 
     def replaced(self, pixels: Tensor) -> Tensor:

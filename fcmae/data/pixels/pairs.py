@@ -42,7 +42,7 @@ class PairTransform:
             raise ConfigError(f"data.pad must be 0 with target maps; got {cfg.pad}")
         self.crop = RandomCrop(cfg, max_pixels)
         self.transforms = [(name, _both(name, step)) for name, step in Extra(cfg.transforms).steps]
-        self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std)
+        self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)
         erasing = augment.random_erasing
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing > 0 else None
 

@@ -17,11 +17,14 @@ from fcmae.errors import UsageError
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TYPES = {"uint": ("uint8", "uint16"), "float32": ("uint8", "uint16", "int16", "int32", "float16", "float32")}
+"""Types of stored pixels that each ``data.dtype`` reads."""
 MAX_PAGES = 4096
 """Of a TIFF, whose pages may be its channels."""
 JPEG, DEFLATE, ZSTD = (7,), (8, 32946), (50000,)
 COMPRESSIONS = (1, 5, 32773, *JPEG, *DEFLATE, *ZSTD)
 """TIFF's numbers of no compression, LZW, PackBits and the above: their output can be limited or checked first."""
+ORIENTATION = 274
 CHUNK = 2**20
 SMALL = CHUNK // 16
 """Bytes of deflate that become at most 64 MiB."""
@@ -55,10 +58,10 @@ def read_npy(data: bytes, in_chans: int, what: str = CHANNELS) -> np.ndarray:
 
 
 def read_tiff(data: bytes, in_chans: int, max_pixels: int, floats: bool = False, what: str = CHANNELS) -> np.ndarray:
-    """A TIFF file as ``[C, H, W]``: its samples, or else its pages, are the channels. Raises ValueError.
+    """A TIFF file as ``[C, H, W]``, upright: its samples, or else its pages, are the channels. Raises ValueError.
 
-    Its pixels are uint8 or uint16, or with ``floats`` floating-point numbers. Sizes and channels are checked before
-    pixels are decoded. Other files that its metadata names are not opened.
+    Its pixels are uint8 or uint16, or with ``floats`` any numbers. Sizes, channels and types are checked before pixels
+    are decoded. Other files that its metadata names are not opened.
     """
     try:
         import tifffile
@@ -76,21 +79,30 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int, floats: bool = False,
         if len(channels) > 1:
             raise ValueError(f"it must have one axis beside Y and X; got {series.axes}")
         _check_channels(math.prod(series.shape) // (height * width), in_chans, what)
-        if not (floats and series.dtype.kind == "f"):
+        if not (floats and series.dtype.kind in "uif"):
             check_type(series.dtype)
         for page in series.pages:
             _check_segments(data, page or series.keyframe, max_pixels)
         order = sorted(range(len(series.axes)), key=lambda i: "YX".find(series.axes[i]))
-        return _native(series.asarray().transpose(order).reshape(-1, height, width))
+        pixels = _native(series.asarray().transpose(order).reshape(-1, height, width))
+        return _upright(pixels, int(series.keyframe.tags.valueof(ORIENTATION, 1)))
 
 
-def check_type(dtype: np.dtype) -> None:
-    """Raises ValueError unless pixels are uint8 or uint16."""
-    if dtype not in (np.uint8, np.uint16):
-        raise ValueError(
-            f"its pixels are {dtype}; they must be integers of 8 or 16 bits (uint8, uint16); convert the files, or "
-            "give normalised float32 by a data.source of your own (docs/data.md)"
-        )
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Stored pixels ``[C, H, W]`` rotated by an EXIF orientation."""
+    if 5 <= turn <= 8:
+        pixels = pixels.transpose(0, 2, 1)
+    flips = {2: -1, 3: (-1, -2), 4: -2, 6: -1, 7: (-1, -2), 8: -2}
+    return np.ascontiguousarray(np.flip(pixels, flips[turn]) if turn in flips else pixels)
+
+
+def check_type(stored: np.dtype, dtype: str = "uint") -> None:
+    """Raises ValueError for stored pixels of a type that ``data.dtype`` does not read."""
+    if stored.name in TYPES[dtype]:
+        return
+    expected = f"with data.dtype={dtype} they must be {', '.join(TYPES[dtype])}"
+    hint = "set data.dtype=float32" if stored.name in TYPES["float32"] else "convert the files"
+    raise ValueError(f"its pixels are {stored}; {expected}; {hint}")
 
 
 def _check_channels(count: int, in_chans: int, what: str) -> None:

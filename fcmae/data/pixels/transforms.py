@@ -1,6 +1,7 @@
 """Transforms of images into samples, by torchvision's v2 transforms and timm's augmentations.
 
-Integer tensors hold raw pixels, which :func:`normalize` normalises on the device; float tensors are normalised.
+Tensors hold raw pixels, which :func:`normalize` normalises on the device; float tensors are normalised already, but
+with ``data.dtype=float32``.
 """
 
 import functools
@@ -44,7 +45,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
     steps: list[Callable] = [RandomCrop(cfg, max_pixels), Extra(cfg.transforms)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
-    steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std)]
+    steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)]
     if augment.random_erasing > 0:
         steps += [RandomErasing(augment.random_erasing, mode="pixel", device="cpu")]
     return v2.Compose(steps)
@@ -105,28 +106,29 @@ def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
     return resize(pixels, [round(rows / ratio), round(cols / ratio)])
 
 
-def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Raw ``[..., C, H, W]`` to normalised float32, contiguous; a float tensor is returned as it is.
+def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float], dtype: str = "uint") -> Tensor:
+    """Raw ``[..., C, H, W]`` to normalised float32, contiguous.
 
-    White, 1.0 before the normalisation, is 255 of uint8 and 65535 of uint16. Raises ConfigError for raw pixels without
-    ``mean``.
+    A float tensor is returned as it is, unless ``dtype``, the config's, is float32 and there is a ``mean``, which is
+    then in the tensor's units. White, 1.0 before the normalisation of integers, is 255 of uint8 and 65535 of uint16.
+    Raises ConfigError for integers without ``mean``.
     """
-    if imgs.dtype.is_floating_point:
+    if imgs.dtype.is_floating_point and (dtype == "uint" or not mean):
         return imgs
     if not mean:
         kind = str(imgs.dtype).removeprefix("torch.")
         raise ConfigError(f"data.mean and data.std are not set, but pixels are {kind}, not float32; give both")
-    white = torch.iinfo(imgs.dtype).max
+    white = 1 if imgs.dtype.is_floating_point else torch.iinfo(imgs.dtype).max
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
     return (values - white * shift) / (white * scale)
 
 
-def normalize_channels(channels: Tensor, layout: Layout, bit_depth: int) -> Tensor:
+def normalize_channels(channels: Tensor, layout: Layout, bit_depth: int, dtype: str = "uint") -> Tensor:
     """Raw ``[N, K, H, W]`` that only targets get to float32: classes to their numbers, others by their mean and std."""
-    stored = 1 / (2**bit_depth - 1)
+    stored = 1 / (2**bit_depth - 1) if dtype == "uint" else 1.0
     classes = len(layout.classes)
-    return normalize(channels, [*layout.mean, *[0.0] * classes], [*layout.std, *[stored] * classes])
+    return normalize(channels, [*layout.mean, *[0.0] * classes], [*layout.std, *[stored] * classes], dtype)
 
 
 def denormalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -145,9 +147,10 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
 
 
 def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
-    if cfg.in_chans != 3 or cfg.bit_depth != 8:
-        what = f"data.in_chans={cfg.in_chans}" if cfg.in_chans != 3 else f"data.bit_depth={cfg.bit_depth}"
-        raise ConfigError(f"augment.auto_augment must be null with {what}; got {policy!r}")
+    photos = {"in_chans": 3, "bit_depth": 8, "dtype": "uint"}
+    other = [f"data.{name}={getattr(cfg, name)}" for name, value in photos.items() if getattr(cfg, name) != value]
+    if other:
+        raise ConfigError(f"augment.auto_augment must be null with {other[0]}; got {policy!r}")
     # The parameters of timm's create_transform, with the official recipe's interpolation: by default timm draws
     # bilinear or bicubic each time.
     params: dict[str, Any] = {

@@ -46,8 +46,8 @@ MAX_JSON = 2**28
 TRIED = 64
 """Samples that the estimate is based on."""
 EXPECTED = "it must be a new or empty folder, or one of the same command"
-FLAT = 1e-6
-"""Smaller standard deviations are rounding errors of a constant channel: a 16-bit level is 1.5e-5."""
+FLAT = 1e-7
+"""Smaller deviations, as a share of the mean, are rounding errors of a constant channel: of float32, 1.2e-7."""
 CHUNK = 100
 """Samples per task of a process."""
 
@@ -141,9 +141,11 @@ def statistics(cfg: PrepareConfig, source: Source) -> str:
     if not sums.pixels.all():
         empty = ", ".join(map(str, (sums.pixels == 0).nonzero()[0].tolist()))
         raise UsageError(f"channel {empty} has no pixel with a value (data.nodata={cfg.data.nodata})")
-    mean, std = (", ".join(f"{x:#.6g}" for x in values) for values in (sums.mean(), sums.std()))
-    flat = "\n# a channel has one value everywhere; data.std must be positive" if min(sums.std()) < FLAT else ""
+    mean, std = (", ".join(f"{x:#.6g}" for x in values) for values in (sums.mean, sums.std))
+    is_flat = bool((sums.std <= FLAT * abs(sums.mean)).any())
+    flat = "\n# a channel has one value everywhere; data.std must be positive" * is_flat
     depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""
+    depth += f"dtype: {to.dtype}\n" * to.is_float
     return (
         f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})\n"
         f"in_chans: {to.in_chans}\n{depth}mean: [{mean}]\nstd: [{std}]{flat}"

@@ -18,24 +18,27 @@ PART = 2**22
 
 @dataclass
 class Sums:
-    """The numbers, sums and sums of squares ``[C]`` of pixels in 0..1, and errors of unreadable images."""
+    """The numbers, means and sums of squared deviations ``[C]`` of pixels, and errors of unreadable images.
+
+    Integers count in 0..1. Deviations from the mean, merged by Chan's formula (Chan, Golub and LeVeque 1983), keep
+    their digits where the mean is much larger than the deviation, as of temperatures in kelvins.
+    """
 
     pixels: np.ndarray
-    total: np.ndarray
+    mean: np.ndarray
     squares: np.ndarray
     unreadable: list[ImageError]
 
     def __add__(self, other: "Sums") -> "Sums":
-        pixels, total, squares = self.pixels + other.pixels, self.total + other.total, self.squares + other.squares
-        return Sums(pixels, total, squares, self.unreadable + other.unreadable)
+        pixels, apart = self.pixels + other.pixels, other.mean - self.mean
+        share = other.pixels / pixels.clip(min=1)
+        squares = self.squares + other.squares + apart**2 * self.pixels * share
+        return Sums(pixels, self.mean + apart * share, squares, self.unreadable + other.unreadable)
 
-    def mean(self) -> list[float]:
-        return (self.total / self.pixels).tolist()
-
-    def std(self) -> list[float]:
+    @property
+    def std(self) -> np.ndarray:
         """The deviation of the population, in float64."""
-        variance = self.squares / self.pixels - (self.total / self.pixels) ** 2
-        return np.sqrt(variance.clip(min=0)).tolist()  # rounding may make it negative
+        return np.sqrt(self.squares / self.pixels)
 
 
 def sum_images(source: Source, indices: Iterable[int], to: PixelFormat, no_data: NoData | None = None) -> Sums:
@@ -49,11 +52,13 @@ def sum_images(source: Source, indices: Iterable[int], to: PixelFormat, no_data:
             continue
         white = 1.0 if pixels.dtype.is_floating_point else float(torch.iinfo(pixels.dtype).max)
         for part in pixels.flatten(1).split(PART, dim=1):
-            values, count = part.double() / white, np.full(len(part), part.shape[1])
+            values, valid = part.double() / white, torch.ones(part.shape, dtype=torch.bool)
             if no_data is not None:
                 valid = no_data.valid(part[..., None])[..., 0]
-                values, count = torch.where(valid, values, 0.0), valid.sum(1).numpy()
-            sums += Sums(count, values.sum(1).numpy(), values.square().sum(1).numpy(), [])
+            count = valid.sum(1, keepdim=True)
+            mean = torch.where(valid, values, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+            squares = torch.where(valid, values - mean, 0.0).square().sum(1)
+            sums += Sums(count[:, 0].numpy(), mean[:, 0].numpy(), squares.numpy(), [])
     return sums
 
 

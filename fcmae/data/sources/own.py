@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import Encoded, PixelFormat
+from fcmae.data.pixels.scientific import TYPES
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.errors import ImageError
 from fcmae.plugins import create
@@ -44,19 +45,27 @@ class Own(Wrapper):
             return ""
         if not isinstance(image, Tensor):
             return f"its image must be a tensor or Encoded(bytes, name); got a {type(image).__name__}"
-        # a float tensor is normalised already
-        integers = torch.uint8 if self.to.bit_depth == 8 else torch.uint16
-        if image.dtype not in (integers, torch.float32):
-            expected = f"{integers} (data.bit_depth={self.to.bit_depth}), or torch.float32 of normalised values"
+        expected = self._expected(image)
+        if expected:
             return f"its pixels must be {expected}; got {image.dtype}"
         if image.ndim != 3 or len(image) != self.to.in_chans or not image.numel():
             return f"its shape must be [C, H, W] with data.in_chans={self.to.in_chans}; got {list(image.shape)}"
-        if image.dtype == torch.float32 and not image.isfinite().all():
+        if image.is_floating_point() and not image.isfinite().all():
             holding = image.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
             if image.isinf().any() or not set(holding) <= set(self.may_be_nan):
                 told = "replace them in the source, or set data.nodata=nan if NaN marks pixels without a value"
                 return f"it has values that are infinite or not a number (NaN); {told}"
         return ""
+
+    def _expected(self, image: Tensor) -> str:
+        """What the pixels must be instead; empty if they are right. Without ``data.dtype``, float is normalised."""
+        if self.to.is_float:
+            names = TYPES[self.to.dtype]
+            return "" if str(image.dtype).removeprefix("torch.") in names else f"{', '.join(names)} (data.dtype)"
+        integers = torch.uint8 if self.to.bit_depth == 8 else torch.uint16
+        if image.dtype in (integers, torch.float32):
+            return ""
+        return f"{integers} (data.bit_depth={self.to.bit_depth}), or torch.float32 of normalised values"
 
 
 def gives_float(source: Source) -> bool | None:
