@@ -21,6 +21,7 @@ from fcmae.data.sources import kept as arrays
 from fcmae.evaluation.labels import read_accepted
 from tests.bad_files import encoded, picture
 from tests.hostile import IMAGES, MIB, Case, Read, measure, sparse, table
+from tests.hostile_arrays import ARRAYS
 
 PNG = encoded(picture(8, 8), "PNG")
 
@@ -301,7 +302,7 @@ SOURCES = {
         labels(json.dumps({"b.png": "X"}).encode().replace(b'"X"', b"9" * 5000)), "l"
     ),
 }
-CASES = IMAGES | SOURCES
+CASES = IMAGES | SOURCES | ARRAYS
 
 
 if __name__ == "__main__":

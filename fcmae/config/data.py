@@ -12,7 +12,7 @@ MAX_SIDE = 2**14
 """Pixels."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 DTYPES = ("uint", "float32")
-SOURCES = ("imagefolder", "webdataset", "hf", "table", "fashion_mnist", "synthetic")
+SOURCES = ("imagefolder", "webdataset", "hf", "table", "array", "fashion_mnist", "synthetic")
 
 
 @dataclass
@@ -24,7 +24,8 @@ class DataConfig:
     path: Any = None
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
     such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; table: a
-    .txt, .csv, .tsv or .parquet file; fashion_mnist: the folder with the four .gz files, or None to look for them."""
+    .txt, .csv, .tsv or .parquet file; array: a Zarr folder, an HDF5 or .npy file, a pattern, or a list; fashion_mnist:
+    the folder with the four .gz files, or None to look for them."""
     val_path: Any = None
     """Validation images, in the same way; hf: None = the same as ``path``, as of a table with a column ``split``;
     fashion_mnist has its own."""
@@ -45,11 +46,23 @@ class DataConfig:
     """hf, table: the column of images; None = hf: the only one of that kind; table: image, path, file or filename."""
     label_column: Any = None
     """hf, table: the column of labels: ClassLabel, integers or strings; None = the only ClassLabel, if there is one.
-    table: or a list of columns of numbers, which may be empty, for objective=multilabel or objective=regress."""
+    table: or a list of columns of numbers, which may be empty, for objective=multilabel or objective=regress. array:
+    the name of a 1-d array of classes or numbers in the same file, or of a .npy file beside it."""
     target_column: str | None = None
     """table: the column of the files with target maps, as ``target_path``."""
     root: str | None = None
     """table: the folder to which its paths are relative and which they may not leave; None = the table's own."""
+    dataset: str | None = None
+    """array: the array's name in an HDF5 file or a Zarr group; None = the only one, of OME-Zarr the largest
+    resolution."""
+    axes: str | None = None
+    """array: a letter per axis: N or T images, C channels, Z planes, H or Y, W or X. None = OME-Zarr's own; else HW,
+    NHW, NCHW or NZCHW, by their number."""
+    planes: list[int] | None = None
+    """array: the planes (Z) that are read; None = all."""
+    planes_as: str = "channels"
+    """array: ``channels`` folds the planes into the channels, all planes of the first channel first; ``samples`` makes
+    each plane an image."""
     config_name: str | None = None
     """hf: the configuration ("subset") of data.path; None = the default."""
     revision: str | None = None
@@ -124,6 +137,10 @@ class DataConfig:
         for name in ("path", "val_path", "target_path", "val_target_path"):
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
         self.label_column = _columns(self.name, self.label_column)
+        check_one_of("data.planes_as", self.planes_as, ("channels", "samples"))
+        ok = self.planes is None or (self.planes and all(plane >= 0 for plane in self.planes))
+        ok = bool(ok) and (self.planes is None or len(set(self.planes)) == len(self.planes))
+        check("data.planes", self.planes, ok, "a list of different planes, counted from 0, or null")
         for name in ("source", "val_source"):
             check_class(f"data.{name}", getattr(self, name))
         sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2

@@ -157,6 +157,9 @@ def _files(source: Source, data: DataConfig) -> Iterator[Path]:
     """What a source may read: shards, tables, what the arguments of a source of the user's name."""
     while hasattr(source, "source"):
         source = source.source
+    if hasattr(source, "metadata_files"):  # an array may have a million files of chunks
+        yield from map(Path, source.metadata_files)
+        return
     given = [getattr(source, "files", []), data.path, data.val_path, data.source, data.val_source]
     for text in given:
         for path in _texts(text):

@@ -82,7 +82,15 @@ def test_the_encoder_file_is_exported(file, tmp_path, capsys, to):
 
 def data_keys():
     """What an encoder file says of ordinary images."""
-    return {"in_chans": 3, "bit_depth": 8, "mean": [0.5] * 3, "std": [0.2] * 3, "pad": 0, "crop_pct": 0.875}
+    return {
+        "in_chans": 3,
+        "bit_depth": 8,
+        "dtype": "uint",
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "pad": 0,
+        "crop_pct": 0.875,
+    }
 
 
 def test_commands_that_need_more_say_why_not(file, tmp_path, capsys):

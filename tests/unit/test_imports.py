@@ -102,6 +102,8 @@ ONLY_IN = {
     "MinkowskiEngine": {"engines/minkowski.py"},
     "triton": {"kernels", "bench"},
     "hydra": {"config/compose.py", "hydra_run.py"},
+    "h5py": {"data/arrays/hdf5.py"},
+    "numcodecs": {"data/arrays/codecs.py"},
     "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},

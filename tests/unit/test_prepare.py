@@ -334,7 +334,7 @@ def test_tables_are_prepared_with_a_column_of_classes(folder, tmp_path):
     lines = [f"{name},{number % 2},{number}" for number, name in enumerate(images)]
     (tmp_path / "t.csv").write_text("\n".join(["image,a,b", *lines]))
     table = ["data=table", f"data.path={tmp_path}/t.csv", f"data.root={folder}", f"out={tmp_path}/out"]
-    with pytest.raises(UsageError, match="label_column must be a column of classes or null"):
+    with pytest.raises(UsageError, match="label_column must have classes or be null"):
         prepare(compose("prepare", [*table, "data.label_column=[a,b]"]))
     assert not (tmp_path / "out").exists()
     prepare(compose("prepare", [*table, "data.label_column=a", "shuffle=false"]))

@@ -147,8 +147,8 @@ class RandomCrop:
     def _part(self, image: LazyImage, box: Box, reduce: int) -> tuple[Tensor, Box]:
         if reduce > 1 and not self.exact:
             return image.pixels(reduce), box.divided(reduce)
-        pixels, top = image.rows(box.top, box.top + box.height) if self.alone else (image.pixels(1), 0)
-        return pixels, box._replace(top=box.top - top)
+        pixels, top, left = image.part(*box[:4]) if self.alone else (image.pixels(1), 0, 0)
+        return pixels, box._replace(top=box.top - top, left=box.left - left)
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:
         """The box that ``uniform`` chooses, and the divisor of the size at which the image has enough pixels."""

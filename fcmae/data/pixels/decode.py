@@ -22,7 +22,7 @@ from fcmae.data.pixels import jpeg, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
-from fcmae.errors import ImageError, UsageError
+from fcmae.errors import ImageError, UsageError, shown
 from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -95,6 +95,38 @@ class LazyImage:
         """The rows from ``top`` to ``bottom - 1``, or more, and the number of the first. They are not kept."""
         return self._decode_rows(top, bottom) if self._decode_rows else (self.pixels(1), 0)
 
+    def part(self, top: int, left: int, height: int, width: int) -> tuple[Tensor, int, int]:
+        """A part of the image, or more of it, and the row and column where that begins."""
+        return *self.rows(top, top + height), 0
+
+
+class StoredImage(LazyImage):
+    """An image in an array on disk, of which only the part that is needed is read.
+
+    Args:
+        read: gives some rows and columns, ``[C, rows, columns]``.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], name: str, read: Callable[[slice, slice], np.ndarray], to: PixelFormat
+    ) -> None:
+        super().__init__(size, lambda _: self._pixels(0, 0, *size))
+        self.name, self._read, self._to = name, read, to
+
+    def part(self, top: int, left: int, height: int, width: int) -> tuple[Tensor, int, int]:
+        return self._pixels(top, left, height, width), top, left
+
+    def stored(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A part ``[C, height, width]`` in the type that is stored. Raises ImageError."""
+        with explained(self.name):
+            check_size(height, width, self._to.max_pixels)
+            return self._read(slice(top, top + height), slice(left, left + width))
+
+    def _pixels(self, top: int, left: int, height: int, width: int) -> Tensor:
+        stored = self.stored(top, left, height, width)
+        with explained(self.name):
+            return to_tensor(stored, self._to)
+
 
 def read_file(path: str | Path) -> Encoded:
     """The bytes of an image file. Raises ImageError naming it."""
@@ -156,6 +188,11 @@ def explained(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error
+    except OSError as error:
+        where = f" ({shown(str(error.filename))})" if error.filename else ""
+        raise ImageError(
+            name, f"{error.strerror or str(error).splitlines()[0]}{where}" if str(error) else "OSError"
+        ) from error
     except Exception as error:
         raise ImageError(name, str(error).split("\n")[0] or type(error).__name__) from error
 

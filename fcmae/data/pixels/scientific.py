@@ -92,7 +92,7 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     """Stored pixels ``[C, H, W]`` rotated by an EXIF orientation."""
     if 5 <= turn <= 8:
         pixels = pixels.transpose(0, 2, 1)
-    flips = {2: -1, 3: (-1, -2), 4: -2, 6: -1, 7: (-1, -2), 8: -2}
+    flips = {2: (-1,), 3: (-1, -2), 4: (-2,), 6: (-1,), 7: (-1, -2), 8: (-2,)}
     return np.ascontiguousarray(np.flip(pixels, flips[turn]) if turn in flips else pixels)
 
 

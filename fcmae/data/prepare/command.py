@@ -48,6 +48,8 @@ TRIED = 64
 EXPECTED = "it must be a new or empty folder, or one of the same command"
 FLAT = 1e-7
 """Smaller deviations, as a share of the mean, are rounding errors of a constant channel: of float32, 1.2e-7."""
+TOLD = {"table": ("label_column",), "array": ("label_column", "dataset", "axes", "planes", "planes_as")}
+"""Other keys of ``data`` that determine the files, by the kind of source."""
 CHUNK = 100
 """Samples per task of a process."""
 
@@ -57,8 +59,8 @@ def prepare(cfg: PrepareConfig) -> str:
     source = train_source(cfg.data, cfg.loader) if cfg.split == "train" else val_source(cfg.data, cfg.loader)
     if cfg.data.stats:
         return statistics(cfg, source)
-    if isinstance(cfg.data.label_column, list):
-        raise UsageError("data.label_column must be a column of classes or null, as tar files hold one class per image")
+    if getattr(source, "values", None) is not None:
+        raise UsageError("data.label_column must have classes or be null, as tar files hold one class per image")
     order = sample_order(cfg, len(source))
     how = Encoding(PixelFormat.of(cfg.data, cfg.loader.max_pixels), cfg.short_side, cfg.encode, cfg.quality)
     names, now = shard_names(cfg, len(order)), settings(cfg, source)
@@ -219,7 +221,7 @@ def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:
         names.update(source.describe(index).encode(errors="surrogateescape") + b"\0")
     keys = ("split", "short_side", "encode", "quality", "samples_per_shard", "shuffle", "seed")
     own = {key: getattr(cfg, key) for key in keys}
-    told = ("in_chans", "bit_depth", *(["label_column"] if cfg.data.name == "table" else []))
+    told = ("in_chans", "bit_depth", *TOLD.get(cfg.data.name, ()), *(["dtype"] if cfg.data.dtype != "uint" else []))
     data = {f"data.{key}": getattr(cfg.data, key) for key in told}
     return {**own, **data, "images": len(source), "names of the images": names.hexdigest()}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.pixels.crops import resize
-from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image, to_stored
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, open_image, to_stored
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
@@ -31,6 +31,8 @@ MAGICS = {
 }
 """The first bytes of each format; others are known by their names."""
 
+PICTURES = (1, 3, 4)
+"""Numbers of channels of uint8 that PNG holds."""
 SUBSAMPLING = "4:2:0"
 """Chroma of JPEGs at half the resolution, as usual: a fifth faster to decode than at full resolution."""
 
@@ -56,7 +58,7 @@ class Shard:
     """Name and reason of each sample that could not be read."""
 
 
-def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
+def encode(image: Encoded | Tensor | LazyImage, how: Encoding) -> tuple[str, bytes]:
     """The ending and the bytes of an image's file. All images are decoded, to check that they can be.
 
     Raises ImageError.
@@ -68,6 +70,10 @@ def encode(image: Encoded | Tensor, how: Encoding) -> tuple[str, bytes]:
         return _npy(resize(pixels, [how.short_side]) if larger else pixels, how.to)  # type: ignore[list-item]  # not None then
     if isinstance(image, Encoded) and (how.short_side is None or min(opened.size) <= how.short_side):
         return ending_of(image), image.data
+    if isinstance(opened, StoredImage) and (pixels.dtype != torch.uint8 or len(pixels) not in PICTURES):
+        larger = how.short_side is not None and min(opened.size) > how.short_side
+        if not larger:
+            return "npy", _saved(opened.stored(0, 0, *opened.size))
     if how.short_side is not None and min(opened.size) > how.short_side:
         return _encode_pixels(resize(pixels, [how.short_side]), how.to, how.quality)
     return _encode_pixels(pixels, how.to, None)
@@ -86,7 +92,7 @@ def ending_of(image: Encoded) -> str:
 
 def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tuple[str, bytes]:
     """JPEG of a quality, or lossless for None; .npy if no other format can store the pixels."""
-    if pixels.dtype != torch.uint8 or len(pixels) not in (1, 3, 4):
+    if pixels.dtype != torch.uint8 or len(pixels) not in PICTURES:
         return _npy(pixels, to)
     content = io.BytesIO()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
@@ -100,9 +106,13 @@ def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tupl
 
 def _npy(pixels: Tensor, to: PixelFormat) -> tuple[str, bytes]:
     """``[H, W, C]``, which is resized fastest, with the scale of unchanged files."""
+    return "npy", _saved(to_stored(pixels, to.bit_depth).permute(1, 2, 0).contiguous().numpy())
+
+
+def _saved(array: np.ndarray) -> bytes:
     content = io.BytesIO()
-    np.save(content, to_stored(pixels, to.bit_depth).permute(1, 2, 0).contiguous().numpy(), allow_pickle=False)
-    return "npy", content.getvalue()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
 
 
 def write_shard(source: Source, indices: Iterable[int], path: Path, how: Encoding) -> Shard:

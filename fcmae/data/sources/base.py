@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.decode import Encoded, LazyImage
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
 
@@ -15,12 +15,12 @@ LIKELY_CLASSES = 2**16
 
 
 class Sample(NamedTuple):
-    """``image``: uint8 ``[C, H, W]``, or a file not yet decoded. ``label``: the class's index, or None.
+    """``image``: ``[C, H, W]``, or an image not yet decoded or read. ``label``: the class's index, or None.
 
     A source without classes may give any label, for an objective of fine-tuning that knows it.
     """
 
-    image: Tensor | Encoded
+    image: Tensor | Encoded | LazyImage
     label: Any
 
 

@@ -68,6 +68,11 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
     if cfg.name == "table":
         split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
         return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column)
+    if cfg.name == "array":
+        from fcmae.data.sources.array import ArrayImages
+
+        to, planes = PixelFormat.of(cfg, loader.max_pixels), (cfg.planes, cfg.planes_as)
+        return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, cfg.label_column)
     return ImageFolder(path, loader.relist)
 
 

@@ -1,0 +1,228 @@
+"""Images in arrays on disk: Zarr, OME-Zarr, HDF5 and .npy, of any layout."""
+
+import glob
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcmae.data.arrays.stored import MAX_SAMPLES, Stored, open_stored
+from fcmae.data.pixels.decode import PixelFormat, StoredImage
+from fcmae.data.pixels.scientific import check_type
+from fcmae.data.sources.base import Sample, class_names, locate
+from fcmae.errors import ConfigError, UsageError, shown
+
+AXES = {2: "YX", 3: "NYX", 4: "NCYX", 5: "NZCYX"}
+"""The axes of an array of so many, where neither ``data.axes`` nor its metadata name them."""
+
+
+class ArrayImages:
+    """The images of one or several arrays, each opened by every process that reads it.
+
+    Args:
+        path: an array, a pattern of several, or a list.
+        dataset: the array's name in an HDF5 file or a Zarr group.
+        axes: a letter per axis: N or T images, C channels, Z planes, H or Y, W or X; None = those of the metadata, or
+            :data:`AXES`.
+        planes: those that are read; None = all.
+        planes_as: ``channels`` folds them into the channels, all planes of a channel in turn; ``samples`` makes each an
+            image.
+        labels: a 1-d array of a class, a name or a number per image: its name in the same file, or a .npy file beside
+            the array.
+
+    Raises UsageError if an array cannot be read or does not fit ``to``.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        to: PixelFormat,
+        dataset: str | None = None,
+        axes: str | None = None,
+        planes: Sequence[int] | None = None,
+        planes_as: str = "channels",
+        labels: str | None = None,
+    ) -> None:
+        self.to = to
+        layout = (axes, planes, planes_as == "samples")
+        self.arrays = [_Array(name, dataset, to, *layout) for name in find_arrays(path)]
+        self.ends = list(itertools.accumulate(array.images * array.depth for array in self.arrays))
+        if not 0 < self.ends[-1] <= MAX_SAMPLES:
+            raise UsageError(f"{self.arrays[0].path} has {self.ends[-1]} images; must have 1 to {MAX_SAMPLES}")
+        self.metadata_files = [file for array in self.arrays for file in array.files]
+        """What changes when an array is written again."""
+        self.classes: list[str] | None = None
+        self.unlabelled = "data.label_column is not set, the name of a 1-d array or .npy file"
+        self.columns: list[str] = []
+        self.values: Tensor | None = None
+        if labels is not None:
+            self._read_labels(labels)
+
+    def _read_labels(self, name: str) -> None:
+        found = np.concatenate([array.labels(name) for array in self.arrays])
+        if found.dtype.kind in "US":
+            names, numbers = np.unique(found, return_inverse=True)
+            self.classes, self.numbers = [str(text) for text in names], numbers.astype(np.int32)
+        elif found.dtype.kind in "iub":
+            least, most = int(found.min()), int(found.max())
+            self.classes = class_names(most, len(found)) if least >= 0 else None
+            if self.classes is None:
+                raise UsageError(f"data.label_column: {name} must have classes counted from 0; got {least} to {most}")
+            self.numbers = found.astype(np.int32)
+        else:
+            self.columns, self.values = [name], torch.from_numpy(found.astype(np.float32))[:, None]
+            self.unlabelled = f"data.label_column: {name} has numbers, not classes"
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        part, place = locate(self.ends, index)
+        array = self.arrays[part]
+        size = array.sizes["Y"], array.sizes["X"]
+        image = StoredImage(size, self.describe(index), lambda rows, cols: array.read(place, rows, cols), self.to)
+        return Sample(image, self.label(index) if self.values is None else self.values[self._row(index)])
+
+    def _row(self, index: int) -> int:
+        """The place of a sample's label."""
+        part, place = locate(self.ends, index)
+        return sum(array.images for array in self.arrays[:part]) + place // self.arrays[part].depth
+
+    def label(self, index: int) -> int | None:
+        return None if self.classes is None else int(self.numbers[self._row(index)])
+
+    def describe(self, index: int) -> str:
+        part, place = locate(self.ends, index)
+        return self.arrays[part].describe(place)
+
+
+class _Array:
+    """One array: ``images`` times ``depth`` samples."""
+
+    def __init__(
+        self,
+        path: str,
+        dataset: str | None,
+        to: PixelFormat,
+        axes: str | None,
+        planes: Sequence[int] | None,
+        planes_are_samples: bool,
+    ) -> None:
+        self.path, self.dataset = path, dataset
+        self._stored: Stored | None = open_stored(path, dataset)
+        self._process = os.getpid()
+        self.shape, self.dtype, self.files = self._stored.shape, self._stored.dtype, self._stored.files
+        self.name = path if dataset is None else f"{path}:{dataset}"
+        self.axes = _axes(self.name, self.shape, axes, self._stored.axes)
+        self.sizes = dict(zip(self.axes, self.shape, strict=True))
+        self.planes = self._planes(planes)
+        self.outer = [letter for letter in self.axes if letter in "NT"]
+        """The axes of images."""
+        self.images = math.prod(self.sizes[letter] for letter in self.outer)
+        self.depth = len(self.planes) if planes_are_samples else 1
+        """Samples of an image."""
+        if planes_are_samples and "Z" in self.sizes:
+            self.outer.append("Z")
+        self._check(to)
+
+    def _planes(self, given: Sequence[int] | None) -> list[int]:
+        count = self.sizes.get("Z", 1)
+        if given is not None and max(given) >= count:
+            raise ConfigError(f"data.planes must be from 0 to {count - 1} for {self.name}; got {list(given)}")
+        if count > MAX_SAMPLES:
+            raise UsageError(f"{self.name} has {count} planes; at most {MAX_SAMPLES} are read")
+        return list(range(count)) if given is None else list(given)
+
+    def _check(self, to: PixelFormat) -> None:
+        """Raises UsageError if the images do not fit the config."""
+        try:
+            check_type(self.dtype, to.dtype)
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
+        if self.dtype == np.uint16 and to.bit_depth == 8 and not to.is_float:
+            raise UsageError(f"{self.name} has 16 bits per value; set data.bit_depth, 9 to 16, or data.dtype=float32")
+        folded = 1 if "Z" in self.outer else len(self.planes)
+        channels = self.sizes.get("C", 1)
+        if channels * folded != to.in_chans:
+            times = f" of {folded} planes" if folded > 1 else ""
+            raise UsageError(
+                f"{self.name} has {channels} channels{times}, and data.in_chans is {to.in_chans}; its shape "
+                f"{list(self.shape)} is read as {self.axes}, which data.axes changes"
+            )
+        if not self.sizes["Y"] * self.sizes["X"]:
+            raise UsageError(f"{self.name} has no pixels: its shape is {list(self.shape)}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_stored": None}
+
+    def _open(self) -> Stored:
+        """The array, opened in this process: HDF5 files must not be shared. Raises ValueError if it has changed."""
+        if self._stored is None or self._process != os.getpid():
+            stored = open_stored(self.path, self.dataset)
+            if (stored.shape, stored.dtype) != (self.shape, self.dtype):
+                raise ValueError(f"it has changed from {list(self.shape)} {self.dtype} since the command began")
+            self._stored, self._process = stored, os.getpid()
+        return self._stored
+
+    def read(self, place: int, rows: slice, cols: slice) -> np.ndarray:
+        """A part of a sample, ``[C, H, W]`` in native byte order. Raises ValueError, OSError or UsageError."""
+        inner: dict[str, int | slice] = {"Y": rows, "X": cols, "C": slice(0, self.sizes.get("C", 1))}
+        inner["Z"] = slice(min(self.planes), max(self.planes) + 1)
+        found = {**inner, **self._position(place)}
+        values = self._open().read(tuple(found[letter] for letter in self.axes))
+        left = [letter for letter in self.axes if letter not in self.outer]
+        values = values.transpose([left.index(letter) for letter in "CZYX" if letter in left])
+        if "Z" in left:
+            values = values.take([plane - min(self.planes) for plane in self.planes], axis=-3)
+        return values.reshape(-1, *values.shape[-2:]).astype(self.dtype.newbyteorder("="), copy=False)
+
+    def _position(self, place: int) -> dict[str, int]:
+        """Where a sample is along the axes of images."""
+        counts = [len(self.planes) if letter == "Z" else self.sizes[letter] for letter in self.outer]
+        numbers = [int(number) for number in np.unravel_index(place, counts)] if counts else []
+        position = dict(zip(self.outer, numbers, strict=True))
+        return {letter: self.planes[number] if letter == "Z" else number for letter, number in position.items()}
+
+    def describe(self, place: int) -> str:
+        return f"{self.name}[{','.join(map(str, self._position(place).values()))}]"
+
+    def labels(self, name: str) -> np.ndarray:
+        """The label of each image. Raises UsageError."""
+        beside = name.endswith(".npy")
+        path = os.path.join(os.path.dirname(self.path), name) if beside else self.path
+        found = open_stored(path, None if beside else name)
+        if found.shape != (self.images,) or found.dtype.kind not in "iubfUS":
+            raise UsageError(
+                f"data.label_column: {name} must have {self.images} classes or numbers, one per image of {self.name}; "
+                f"got {list(found.shape)} {found.dtype}"
+            )
+        return found.read((slice(0, self.images),))
+
+
+def _axes(name: str, shape: tuple[int, ...], given: str | None, own: str | None) -> str:
+    """The axes by the letters N, T, Z, C, Y, X. Raises UsageError if they do not fit the shape."""
+    text = given or own or AXES.get(len(shape), "")
+    axes = text.upper().replace("H", "Y").replace("W", "X")
+    if len(axes) != len(shape) or len(set(axes)) < len(axes) or not {"Y", "X"} <= set(axes) <= set("NTZCYX"):
+        key = "data.axes" if given else f"its metadata name the axes {own}; data.axes" if own else "data.axes"
+        raise UsageError(
+            f"{name} has the shape {list(shape)}: {key} must have a different letter for each axis, H, W and some of "
+            f"N, T, Z, C; got {shown(text)!r}"
+        )
+    return axes
+
+
+def find_arrays(path: str | Sequence[str]) -> list[str]:
+    """The arrays of a path, a pattern or a list of them. Raises UsageError if nothing is there."""
+    found: list[str] = []
+    for name in [path] if isinstance(path, str) else path:
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name))
+        if not matches:
+            raise UsageError(f"{name} must be a Zarr folder, an HDF5 file or a .npy file; nothing is there")
+        found += matches
+    return found
