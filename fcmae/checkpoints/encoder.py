@@ -103,7 +103,7 @@ def read(path: Path, weights: bool = True) -> State:
     in_chans = network.pop("in_chans")
     state = {"task": TASK, "model": tensors, "ema": None, "imported_from": path.name}
     if "fcmae" not in metadata:
-        unknown = [name for name in UNSET["data"] if name != "in_chans"]
+        unknown = [name for name in UNSET["data"] if name not in ("in_chans", "dtype")]  # version 0.1.0 had uint only
         network["strides"] = None  # version 0.1.0 had timm's only
         return {**state, "config": {"model": network, "data": {"in_chans": in_chans}}, "unknown": unknown}
     said = _said(path, metadata["fcmae"])
