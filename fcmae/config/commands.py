@@ -22,8 +22,9 @@ from fcmae.config.checks import (
     check_seed,
     check_stages,
 )
-from fcmae.config.conflicts import check_finetuning, check_pretraining
+from fcmae.config.conflicts import check_auto, check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.few_labels import AutoConfig
 from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import DECODER_WIDTH, ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.prepare import PrepareConfig
@@ -138,6 +139,9 @@ class FinetuneConfig(RunConfig):
     freeze: str = "none"
     """Weights that stay as they are: ``none``; ``encoder``, all but the head's; ``stages:N``, the stem and the first N
     stages."""
+    recipe: str | None = None
+    """``auto`` = for few labels: the better of probe and fine-tuning from it (docs/few_labels.md), group ``auto``."""
+    auto: AutoConfig = field(default_factory=AutoConfig)
     engine: ClassifierEngineConfig = field(default_factory=ClassifierEngineConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -148,6 +152,7 @@ class FinetuneConfig(RunConfig):
         ok = re.fullmatch(r"none|encoder|stages:[1-9]", self.freeze) is not None
         check("freeze", self.freeze, ok, "none, encoder or stages:N, such as stages:2")
         check_finetuning(self)
+        check_auto(self, CLASSIFY)
 
     def settled(self, known: dict[str, dict[str, Any]]) -> "FinetuneConfig":
         """With a value for every key of ``data`` and ``model``; ``known`` holds values by group and key.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fcmae.config.checks import check, mistake
+from fcmae.config.few_labels import RECIPES
 from fcmae.config.model import TIMM_TOTAL_STRIDE, TOTAL
 from fcmae.grid import grid_size, len_keep
 
@@ -99,6 +100,19 @@ def _has_extra(cfg: RunConfig) -> bool:
     """Whether there are channels that only targets get."""
     channels = cfg.data.channels
     return isinstance(channels, dict) and any(channels.get(name) for name in ("target", "classes"))
+
+
+def check_auto(cfg: FinetuneConfig, classify: str) -> None:
+    """What ``recipe=auto`` cannot be combined with. ``classify`` is the objective that it is for."""
+    if not check("recipe", cfg.recipe, cfg.recipe in (None, *RECIPES), f"null or one of {', '.join(RECIPES)}"):
+        return
+    if cfg.recipe is None:
+        return
+    every, decay, target = cfg.trainer.eval_every_epochs, cfg.optim.ema_decay, cfg.objective.get("_target_")
+    why = "with recipe=auto, which reads no validation images; run fcmae evaluate afterwards"
+    check("trainer.eval_every_epochs", every, every is None, f"null {why}")
+    check("optim.ema_decay", decay, decay is None, "null with recipe=auto")
+    check("objective._target_", target, target == classify, f"{classify} with recipe=auto")
 
 
 def _check_micro_batch(cfg: RunConfig, least: int, why: str) -> None:

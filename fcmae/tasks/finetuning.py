@@ -61,7 +61,8 @@ class Finetuning:
             self.monitors = at_evaluations(cfg.trainer, self._measure)
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
-            _check_batch(len(self.source), cfg)
+            if cfg.recipe is None:  # which would take a smaller batch
+                _check_batch(len(self.source), cfg)
         self.model = build_network(cfg, self.objective)
         if isinstance(self.objective, DenseObjective):
             check_image_size(cfg.data, self.model)

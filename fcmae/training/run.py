@@ -4,6 +4,7 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fcmae import distributed, toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
@@ -15,10 +16,10 @@ from fcmae.loggers.wandb import wandb_mode
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start, find_start
 from fcmae.tasks.pretraining import Pretraining
-from fcmae.tasks.task import Task
 from fcmae.training.agree_to_stop import StopAgreement
 from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
+from fcmae.training.few_labels import search
 from fcmae.training.loop import train
 from fcmae.training.run_dir import RunLock
 from fcmae.training.watchdog import Watchdog
@@ -35,7 +36,8 @@ def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
 
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
-    return _run(cfg, run_dir, lambda world: Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir))))
+    work = train if cfg.recipe is None else search
+    return _run(cfg, run_dir, lambda world: Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir))), work)
 
 
 def _pretraining(cfg: PretrainConfig, device: str, start: Start) -> Pretraining:
@@ -67,7 +69,8 @@ def _disk_explained(run_dir: Path) -> Iterator[None]:
         raise DiskError(f"{error.filename or run_dir} cannot be written: {error.strerror}") from error
 
 
-def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Task]) -> Path:
+def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Callable[..., Path] = train) -> Path:
+    """Connects the ranks, creates the task, takes the run directory, and does ``work``, by default :func:`train`."""
     if cfg.trainer.deterministic:
         only_deterministic_algorithms()
     # The watchdog, which leaves stacks, comes before an error about a collective.
@@ -89,4 +92,4 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Task]) -> Path
         stack.enter_context(contextlib.closing(watchdog))
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())
-        return train(task, run_dir, world, watchdog, stop)
+        return work(task, run_dir, world, watchdog, stop)

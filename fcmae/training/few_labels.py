@@ -1,0 +1,359 @@
+"""``fcmae finetune recipe=auto``: a probe or fine-tuning from it, whichever is better in cross-validation.
+
+All that is chosen is chosen on the training images. Every result is kept in the run's folder ``auto`` as soon as it is
+known, so that a search that was stopped continues, and ends as if it had not been.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcmae.checkpoints import checkpoint
+from fcmae.checkpoints.checkpoint import CheckpointDir
+from fcmae.checkpoints.resume import say
+from fcmae.config import FinetuneConfig, to_dict
+from fcmae.config.recipe import check_recipe
+from fcmae.data.sources import Subset
+from fcmae.distributed import World
+from fcmae.errors import CheckpointError, EvaluationStopped, Interrupted, UsageError
+from fcmae.evaluation.class_metrics import metrics_of
+from fcmae.evaluation.classify import predictions
+from fcmae.evaluation.features import Features
+from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
+from fcmae.files import replacing, set_aside
+from fcmae.tasks.few_labels import FromHead, frozen_features
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.initial import find_start
+from fcmae.tasks.objectives import Classify
+from fcmae.training import setup
+from fcmae.training.agree_to_stop import StopAgreement
+from fcmae.training.loop import train
+from fcmae.training.run_dir import write_config
+from fcmae.training.watchdog import Watchdog
+
+FOLDER = "auto"
+BATCH_SIZE = 256
+"""Images at once without gradients, at most."""
+Result = dict[str, Any]
+
+
+def search(task: Finetuning, run_dir: Path, world: World, watchdog: Watchdog, stop: StopAgreement) -> Path:
+    """Finds the better of probe and fine-tuning, and leaves it in ``run_dir``, as training does.
+
+    Args:
+        task: with the config of the command; it is not trained.
+
+    Returns:
+        The last checkpoint.
+
+    Raises what ``train`` raises. Interrupted: the same command continues.
+    """
+    return _Search(task, run_dir, world, watchdog, stop).run()
+
+
+class _Search:
+    def __init__(self, task: Finetuning, run_dir: Path, world: World, watchdog: Watchdog, stop: StopAgreement) -> None:
+        assert isinstance(task.objective, Classify)
+        self.task, self.cfg, self.auto, self.objective = task, task.cfg, task.cfg.auto, task.objective
+        self.run_dir, self.folder = run_dir, run_dir / FOLDER
+        self.world, self.watchdog, self.stop = world, watchdog, stop
+        self.labels = torch.tensor([task.source.label(i) for i in range(len(task.source))])
+        self.folds = stratified_folds(self.labels, self.auto.folds, self.cfg.seed)
+        self.measured = self._measured_folds()
+        self.features: dict[str, Features] = {}
+
+    def _measured_folds(self) -> list[int]:
+        """The folds on which fine-tuning and probe are compared (``auto.held_out``)."""
+        sizes = self.folds[self.folds >= 0].bincount(minlength=self.auto.folds).tolist()
+        folds: list[int] = []
+        for fold, size in enumerate(sizes):
+            if size and sum(sizes[:fold]) < self.auto.held_out:
+                folds.append(fold)
+        return folds
+
+    def run(self) -> Path:
+        self.world.on_main(self._begin)
+        setup.settle_precision(self.cfg, self.world, None)
+        found = self._kept("chosen")
+        own = self.world.from_main(CheckpointDir(self.run_dir).paths) if self.cfg.trainer.resume else []
+        if found is not None and own:
+            return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
+        self.world.together(self._load)
+        for note in self.task.notes if self.world.is_main else ():
+            say(note)
+        probe = self._probe()
+        self.world.together(lambda: self._check_metric(probe["metrics"][0]))
+        if found is None:
+            found = self._choose(probe)
+        head = self._head(found, torch.ones(len(self.labels), dtype=torch.bool))
+        return self._save(found, head) if found["kept"] == "probe" else self._train(found, head)
+
+    def _begin(self) -> None:
+        """Compares the config with that of the search so far. Raises UsageError."""
+        cfg, file = self.cfg, self.folder / "recipe.json"
+        if not cfg.trainer.resume and self.folder.exists():
+            set_aside(self.folder, say)
+        path = self.task.start.path
+        now = {"config": to_dict(cfg), "images": len(self.labels), "weights": _identity(path), "init_from": path}
+        old = _read(file)
+        if old is None:
+            _write(file, now)
+        elif not cfg.trainer.allow_changed_recipe:
+            check_recipe(old["config"], now["config"], {"training images": (old["images"], now["images"])})
+            if path is not None and old["weights"] != now["weights"]:
+                raise UsageError(
+                    f"init_from was {old['init_from']} when this run began; now it is {path}, which holds other weights"
+                )
+
+    def _load(self) -> None:
+        self.task.initialise()
+        self.task.model.to(self.world.device)
+
+    def _kept(self, name: str) -> Result | None:
+        """What the first rank finds in a file of an earlier process."""
+        return self.world.from_main(lambda: _read(self.folder / f"{name}.json"))
+
+    def _keep(self, name: str, make: Callable[[], Result]) -> Result:
+        """What ``make`` gives on the first rank, on every rank and in a file."""
+
+        def made() -> Result:
+            result = make()
+            _write(self.folder / f"{name}.json", result)
+            return result
+
+        return self.world.from_main(made)
+
+    def _wish(self) -> bool:
+        self.watchdog.beat()
+        return self.stop.wished()
+
+    def _features(self, layer: str) -> Features:
+        if layer not in self.features:
+            size = min(self.cfg.trainer.micro_batch_size or BATCH_SIZE, BATCH_SIZE) if self._sized() else BATCH_SIZE
+            try:
+                self.features[layer] = frozen_features(self.task, layer, size, self.world, self._wish)
+            except EvaluationStopped:
+                self.stop.before_training(self.run_dir)
+                raise
+        return self.features[layer]
+
+    def _sized(self) -> bool:
+        return isinstance(self.cfg.trainer.micro_batch_size, int)
+
+    def _probe(self) -> Result:
+        """The layer and l2 with the least log loss of held-out images, and the metrics of each fold."""
+        kept = self._kept("probe")
+        if kept is not None:
+            return kept
+        values = {layer: self._features(layer).values for layer in self.auto.layers}
+
+        def choose() -> Result:
+            weights, classes = self._class_weights(), len(self.objective.classes)
+            found = {}
+            for layer, rows in values.items():
+                found[layer] = cross_validate(
+                    rows, self.labels.to(rows.device), classes, self.folds, self.auto.l2, weights
+                )
+                self.watchdog.beat()
+            layer = min(found, key=lambda name: found[name].log_loss[found[name].l2])
+            logits = found[layer].logits.cpu()
+            held = [self.folds == fold for fold in self.measured]
+            return {
+                "layer": layer,
+                "l2": found[layer].l2,
+                "metrics": [metrics_of(logits[part], self.labels[part]) for part in held],
+                "log_loss": {
+                    name: {f"{l2:g}": loss for l2, loss in each.log_loss.items()} for name, each in found.items()
+                },
+            }
+
+        return self._keep("probe", choose)
+
+    def _class_weights(self) -> Tensor | None:
+        return self.objective.weights
+
+    def _head(self, probe: Result, images: Tensor) -> Callable[[], Linear]:
+        """What gives the probe's classifier, learned from some images."""
+        values, labels = self._features(probe["layer"]).values, self.labels
+        classes, l2 = len(self.objective.classes), probe["l2"]
+
+        def head() -> Linear:
+            rows = values[images.to(values.device)]
+            return fit(rows, labels[images].to(rows.device), classes, [l2], self._class_weights())[l2]
+
+        return head
+
+    def _choose(self, probe: Result) -> Result:
+        """Fine-tunes on every fold with every learning rate and layer decay; the best of all, and the probe."""
+        grid = [(lr, decay) for lr in self.auto.lrs for decay in self.auto.layer_decays]
+        tried = []
+        for lr, decay in grid:
+            folds = [self._score(self._fold(fold, lr, decay, probe)) for fold in self.measured]
+            tried.append({"lr": lr, "layer_decay": decay, "score": _mean(folds), "folds": folds})
+        scores = [self._score(metrics) for metrics in probe["metrics"]]
+        best = max(tried, key=lambda each: each["score"])
+        kept = "finetuned" if best["score"] > _mean(scores) else "probe"
+
+        def made() -> Result:
+            return {
+                "kept": kept,
+                "metric": self.objective.best,
+                "layer": probe["layer"],
+                "l2": probe["l2"],
+                "lr": best["lr"],
+                "layer_decay": best["layer_decay"],
+                "probe": {"score": _mean(scores), "folds": scores},
+                "finetuned": tried,
+            }
+
+        found = self._keep("chosen", made)
+        if self.world.is_main:
+            say(summary(found))
+        return found
+
+    def _check_metric(self, metrics: dict[str, float]) -> None:
+        if self.objective.best not in metrics:
+            known = ", ".join(metrics)
+            raise UsageError(f"objective.best must be one of {known} with recipe=auto; got {self.objective.best}")
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        return metrics[self.objective.best]
+
+    def _fold(self, fold: int, lr: float, decay: float, probe: Result) -> dict[str, float]:
+        """The metrics of the held-out images of a fold, after fine-tuning on the others."""
+        name = f"fold{fold + 1}_lr{lr:g}_decay{decay:g}"
+        kept = self._kept(f"{name}/result")
+        if kept is not None:
+            return kept
+        folder, others = self.folder / name, self.folds != fold
+        cfg = self._of_fold(self._config(probe["layer"], lr, decay, int(others.sum())))
+        start = self.world.from_main(lambda: find_start(cfg, folder))
+        head, images = self._head(probe, others), others.nonzero()[:, 0].tolist()
+        task = self.world.together(lambda: FromHead(cfg, start, head, images))
+        try:
+            train(task, folder, self.world, self.watchdog, self.stop)
+        except Interrupted as error:
+            raise Interrupted(str(error).replace(str(folder), str(self.run_dir))) from error
+        metrics = self._measure(task, (~others).nonzero()[:, 0].tolist())
+        result = self._keep(f"{name}/result", lambda: metrics)
+        if self.world.is_main:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            best = self.objective.best
+            say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {best} {result[best]:.1f}")
+        return result
+
+    def _measure(self, task: Finetuning, images: list[int]) -> dict[str, float]:
+        cfg = task.cfg
+        batch_size = min(BATCH_SIZE, cfg.trainer.micro_batch_size or cfg.optim.global_batch_size)
+        share = predictions(
+            task.model,
+            Subset(self.task.source, images),
+            cfg.data,
+            cfg.loader,
+            batch_size,
+            cfg.precision,
+            self.world,
+            self._wish,
+            self.objective.target,
+        )
+        try:
+            return task.objective.metrics(share, self.world)
+        except EvaluationStopped:
+            self.stop.before_training(self.run_dir)
+            raise
+
+    def _config(self, layer: str, lr: float, decay: float, images: int) -> FinetuneConfig:
+        """The config of a run on so many images."""
+        cfg = self.cfg
+        objective = cfg.objective if layer == "pooled" else {**cfg.objective, "layer": layer}
+        batch = min(cfg.optim.global_batch_size, images)
+        optim = replace(cfg.optim, lr=lr, layer_decay=decay, global_batch_size=batch)
+        return replace(cfg, objective=objective, optim=optim, trainer=replace(cfg.trainer))
+
+    @staticmethod
+    def _of_fold(cfg: FinetuneConfig) -> FinetuneConfig:
+        """Without compilation, which takes longer than it saves, and without what only a final result needs."""
+        trainer = replace(
+            cfg.trainer,
+            compile=cfg.trainer.compile or False,
+            checkpoint_every_epochs=cfg.schedule.epochs,
+            keep_checkpoints=1,
+            keep_every_epochs=None,
+        )
+        logger = replace(cfg.logger, wandb="disabled", tensorboard=False, progress=False, sinks={})
+        return replace(cfg, trainer=trainer, logger=logger)
+
+    def _final(self, found: Result, head: Callable[[], Linear]) -> FromHead:
+        """The task on all training images."""
+        cfg = self._config(found["layer"], found["lr"], found["layer_decay"], len(self.labels))
+        start = self.world.from_main(lambda: find_start(cfg, self.run_dir))
+        return self.world.together(lambda: FromHead(cfg, start, head))
+
+    def _train(self, found: Result, head: Callable[[], Linear]) -> Path:
+        return train(self._final(found, head), self.run_dir, self.world, self.watchdog, self.stop)
+
+    def _save(self, found: Result, head: Callable[[], Linear]) -> Path:
+        """A checkpoint of the frozen network with the probe's classifier."""
+        task = self._final(found, head)
+
+        def save() -> Path:
+            task.initialise()
+            config, checkpoints = to_dict(task.cfg), CheckpointDir(self.run_dir)
+            checkpoints.set_aside(-1, say)
+            write_config(self.run_dir, config)
+            state = {"task": task.name, "config": config, **task.extra_state(), "model": task.model.state_dict()}
+            return checkpoints.save({**state, "step": 0, "ema": None})
+
+        return self.world.from_main(save)
+
+
+def _no_head() -> Linear:
+    raise AssertionError("a run that resumes has its own classifier")
+
+
+def summary(found: Result) -> str:
+    """The line that says what was kept, and why."""
+    best = max(found["finetuned"], key=lambda each: each["score"])
+    metric, folds = found["metric"], len(found["probe"]["folds"])
+    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {best['score']:.1f}"
+    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {found['probe']['score']:.1f}"
+    first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
+    return f"recipe=auto keeps {first}; {second}: {metric} of held-out training images, mean of {folds} folds"
+
+
+def _identity(path: str | None) -> str | None:
+    """What tells weights from others: the checksum of a checkpoint of ours, else their name."""
+    if path is None:
+        return None
+    try:
+        return checkpoint.checksum(Path(path)) if checkpoint.is_ours(Path(path)) else path
+    except CheckpointError:
+        return path
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are defined; -1 if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else -1.0
+
+
+def _read(file: Path) -> Result | None:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); delete it, and the same command makes it again") from error
+
+
+def _write(file: Path, result: Result) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as out:
+        out.write(json.dumps(result, indent=1).encode())

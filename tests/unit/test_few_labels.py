@@ -1,0 +1,178 @@
+"""``finetune recipe=auto``: the head is the probe's, nothing but training labels chooses, a stop changes nothing."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fcmae.checkpoints import checkpoint
+from fcmae.config import compose
+from fcmae.data.pixels.transforms import eval_transform, normalize
+from fcmae.distributed import World
+from fcmae.errors import ConfigError
+from fcmae.evaluation.logistic import fit
+from fcmae.tasks.few_labels import FromHead, frozen_features
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.initial import Start
+from fcmae.training import few_labels
+from tests.conftest import TINY, TINY_PRETRAIN, run_python
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+AUTO = (
+    "finetune",
+    "recipe=auto",
+    *(override for override in TINY if not override.startswith(("optim.lr", "trainer.eval", "data.length", "model"))),
+    "init_from=pre",
+    "data.length=60",
+    "data.labels_per_class=3",
+    "schedule.epochs=1",
+    "schedule.warmup_epochs=0",
+    "auto.folds=3",
+    "auto.held_out=11",
+    "auto.lrs=[1e-3]",
+    "auto.layer_decays=[0.8]",
+    "auto.l2=[0.1,1]",
+)
+"""30 images, 10 held out in each of three folds, of which two are measured."""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    from fcmae.cli import main
+
+    folder = tmp_path_factory.mktemp("few")
+    short = ("schedule.epochs=1", "schedule.warmup_epochs=0", "trainer.eval_every_epochs=null")
+    assert main([*TINY_PRETRAIN, *short, f"hydra.run.dir={folder}/pre"]) == 0
+    return folder / "pre"
+
+
+@pytest.fixture
+def here(pretrained, tmp_path, monkeypatch):
+    shutil.copytree(pretrained, tmp_path / "pre")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def result(run):
+    return json.loads((run / "auto" / "chosen.json").read_text())
+
+
+def weights(run):
+    return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(value.equal(b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("layer", ["pooled", "stages", "stages_std"])
+def test_the_network_begins_as_the_probe(layer):
+    """Standardisation is folded into the linear layer: the logits are equal up to float32's rounding."""
+    cfg = compose("finetune", [*AUTO[1:], "init_from=null", "model=demo", f"objective.layer={layer}"]).settled({})
+    cfg.precision = "float32"
+    features = frozen_features(Finetuning(cfg, Start()), layer, 16, CPU, lambda: False)
+    linear = fit(features.values, features.labels, 10, [0.1])[0.1]
+    task = FromHead(cfg, Start(), lambda: linear, range(5, 25))
+    task.initialise()
+    assert len(task.source) == 20
+    transform = eval_transform(cfg.data)
+    imgs = torch.stack([transform(task.source[i].image) for i in range(20)])
+    with torch.inference_mode():
+        logits = task.model.eval()(normalize(imgs, cfg.data.mean, cfg.data.std))
+    expected = linear(features.values[5:25])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", ["probe", "finetuned"])
+def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
+    """Stopped in the first fold and in the last training. A fold that is done is not trained again."""
+    probe_is_best = kept == "probe"
+    of_probe = few_labels.metrics_of
+    monkeypatch.setattr(few_labels, "metrics_of", lambda *a: {**of_probe(*a), "top1": 100.0 if probe_is_best else -1.0})
+    monkeypatch.setattr("fcmae.tasks.dense.val_source", None)  # no validation image is looked at
+    folders, train = [], few_labels.train
+    monkeypatch.setattr(
+        few_labels, "train", lambda task, run, *rest: folders.append(run.name) or train(task, run, *rest)
+    )
+    whole = fcmae_here(*AUTO, "hydra.run.dir=whole")
+    assert whole.stderr.count("init_from: checkpoint pre/") == 1
+    trained = ["fold1_lr0.001_decay0.8", "fold2_lr0.001_decay0.8", *([] if probe_is_best else ["whole"])]
+    assert folders == trained
+    found = result(here / "whole")
+    assert (found["kept"], found["metric"], len(found["probe"]["folds"])) == (kept, "top1", 2)
+    line = f"recipe=auto keeps {'the probe (layer=' if probe_is_best else 'fine-tuning (lr=0.001, layer_decay=0.8) '}"
+    assert whole.stderr.count(line) == 1
+    folders.clear()
+    stopped = fcmae_here(*AUTO, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)  # of the two of a fold
+    assert f"hydra.run.dir={here}/cut and more steps" in stopped.stderr
+    fcmae_here(*AUTO, "hydra.run.dir=cut", "trainer.max_steps=2", check=0 if probe_is_best else 75)  # of three in all
+    fcmae_here(*AUTO, "hydra.run.dir=cut")
+    assert folders == [trained[0], *(name.replace("whole", "cut") for name in (*trained, *trained[2:]))]
+    assert result(here / "cut") == found
+    assert same(weights(here / "cut"), weights(here / "whole"))
+    assert not list((here / "cut" / "auto").glob("*/checkpoints"))
+    folders.clear()
+    assert fcmae_here(*AUTO, "hydra.run.dir=whole").stdout.startswith(f"{here}/whole/checkpoints/step_")
+    assert set(folders) <= {"whole"}
+    monkeypatch.undo()
+    measured = json.loads(fcmae_here("evaluate", f"checkpoint={here}/whole").stdout)
+    assert measured["images"] == 60
+    if probe_is_best:
+        probe = ("solver=lbfgs", f"l2={found['l2']:g}", f"layer={found['layer']}", "data.length=60", "cache=null")
+        probe = fcmae_here("probe", f"checkpoint={here}/pre", *probe, "data.labels_per_class=3").stdout
+        assert json.loads(probe)["top1"] == measured["top1"]
+
+
+def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
+    fcmae_here(*AUTO, "hydra.run.dir=run", "trainer.max_steps=1", check=75)
+    changed = fcmae_here(*AUTO, "hydra.run.dir=run", "auto.lrs=[1e-2]", check=2).stderr
+    assert "the recipe differs" in changed
+    assert "auto.lrs" in changed
+    fcmae_here(*TINY_PRETRAIN, "seed=1", "trainer.max_steps=1", "hydra.run.dir=other", check=75)
+    other = fcmae_here(*AUTO, "hydra.run.dir=run", "init_from=other", check=2).stderr
+    assert "which holds other weights" in other
+
+
+def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):
+    """The same care for all: scratch gets the same search."""
+    fcmae_here(
+        *AUTO, "init_from=null", "model=demo", "auto.layers=[stages]", "hydra.run.dir=run", "objective.best=auroc"
+    )
+    assert result(here / "run")["metric"] == "auroc"
+    assert result(here / "run")["layer"] == "stages"
+
+
+@pytest.mark.parametrize(("held_out", "folds"), [(1, [0]), (10, [0]), (11, [0, 1]), (1000, [0, 1, 2])])
+def test_fine_tuning_is_measured_on_as_many_folds_as_it_takes(held_out, folds):
+    search = few_labels._Search.__new__(few_labels._Search)
+    search.folds = torch.arange(30) % 3
+    search.auto = SimpleNamespace(held_out=held_out, folds=3)
+    assert search._measured_folds() == folds
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.eval_every_epochs=1", "trainer.eval_every_epochs must be null with recipe=auto"),
+        ("optim.ema_decay=0.9", "optim.ema_decay must be null with recipe=auto"),
+        ("auto.folds=1", "auto.folds must be 2 or more"),
+        ("auto.layers=[last]", "auto.layers must be a list of pooled, mean, stages, stages_std"),
+        ("auto.layer_decays=[1.5]", r"auto.layer_decays must be numbers in \(0, 1\]"),
+        ("auto.lrs=[]", "auto.lrs must be a positive number, or a list of them"),
+        ("objective=regress", "objective._target_ must be fcmae.tasks.objectives.Classify with recipe=auto"),
+    ],
+)
+def test_what_does_not_fit_the_recipe(override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("finetune", ["recipe=auto", "data=synthetic", override])
+
+
+def test_two_ranks_find_the_same(fcmae_here, here):
+    fcmae_here(*AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=one")
+    run_python(here, "-m", "fcmae.cli", *AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=two", ranks=2)
+    one, two = result(here / "one"), result(here / "two")
+    assert (one["kept"], one["layer"], one["l2"]) == (two["kept"], two["layer"], two["l2"])
+    assert one["probe"]["folds"] == pytest.approx(two["probe"]["folds"])
