@@ -103,7 +103,7 @@ def part(target: Target, seen: Seen, pred: Tensor, mask: Tensor, weight: Tensor 
     if valid is not None:
         _check_shape(target, "validity", valid, pred)
     elif seen.valid is not None:
-        valid = _patches_with(seen.valid, pred.shape[1])[..., None].expand_as(pred)
+        valid = patches_with(seen.valid, pred.shape[1])[..., None].expand_as(pred)
     errors = target.loss(pred.float(), wanted, mask, valid)
     _check_shape(target, "loss", errors, mask)
     # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
@@ -118,7 +118,7 @@ def part(target: Target, seen: Seen, pred: Tensor, mask: Tensor, weight: Tensor 
     return errors.sum() / mask.sum().clamp(min=1)
 
 
-def _patches_with(valid: Tensor, patches: int) -> Tensor:
+def patches_with(valid: Tensor, patches: int) -> Tensor:
     """Whether each of L square patches has a valid pixel: bool ``[N, L]``."""
     side = math.isqrt(valid.shape[-2] * valid.shape[-1] // patches)
     return F.max_pool2d(valid.any(dim=1, keepdim=True).float(), side).flatten(1) > 0

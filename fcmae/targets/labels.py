@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from fcmae.masks.patches import grid_size
-from fcmae.targets.base import Seen
+from fcmae.targets.base import Seen, patches_with
 from fcmae.targets.losses import OF_NUMBERS, get_loss
 
 OF_CLASSES = ("ce", "bce")
 
 
 class Labels:
-    """Predicts the label of an image from the mean of the decoder's features over all of its patches.
+    """Predicts the label of an image from the mean of the decoder's features over its patches, visible ones too.
 
     The linear head predicts at every patch, and the mean of its predictions is what it predicts from the mean of the
-    features. Each masked patch has the error of the image, so the part of the loss is the mean over the images. An
-    image without a label has the error 0.
+    features. Patches without a pixel that has a value are left out. Each masked patch has the error of the image, so
+    the part of the loss is the mean over the images. An image without a label has the error 0.
 
     Args:
         loss: ``ce``, one class per image; ``bce``, one class per image or several labels of 0 to 1; ``mse``, ``l1`` or
@@ -50,7 +50,10 @@ class Labels:
         wanted, valid = self._values(seen.label)
         rows, cols = grid_size(seen.imgs.shape[-2], seen.imgs.shape[-1], self.patch_size)
         of_patches = (-1, rows * cols, -1)
-        return wanted.unsqueeze(1).expand(of_patches), valid.unsqueeze(1).expand(of_patches)
+        wanted, valid = wanted.unsqueeze(1).expand(of_patches), valid.unsqueeze(1).expand(of_patches)
+        if seen.valid is not None:
+            valid = valid & patches_with(seen.valid, rows * cols).unsqueeze(-1)
+        return wanted, valid
 
     def _values(self, label: Tensor) -> tuple[Tensor, Tensor]:
         """What to predict for the images, float32 ``[N, dim]``, and what of it is given, bool ``[N, dim]``."""
@@ -68,8 +71,12 @@ class Labels:
         return torch.stack(columns, dim=1), valid
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
-        of_image = pred.mean(dim=1, keepdim=True)
-        errors = self._error(of_image, target[:, :1], None if valid is None else valid[:, :1])
+        assert valid is not None
+        counted = valid.any(dim=2, keepdim=True)
+        of_image = torch.where(counted, pred, 0.0).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(
+            min=1
+        )
+        errors = self._error(of_image, target[:, :1], valid.any(dim=1, keepdim=True))
         return errors.expand(-1, pred.shape[1])
 
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> None:

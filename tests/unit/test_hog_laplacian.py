@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fcmae.masks.patches import patchify
-from fcmae.targets import Hog, Laplacian, Pixels, Seen
+from fcmae.targets import Hog, Laplacian, Pixels, Seen, part
 from fcmae.targets.hog import have_neighbours, hog
 from fcmae.targets.laplacian import laplacian
 
@@ -117,3 +117,24 @@ def test_a_pixel_without_a_value_takes_its_neighbours_out_of_the_laplacian():
     for y, x in ((4, 5), (6, 5), (5, 4), (5, 6), (1, 15), (0, 14)):
         expected[0, 0, y, x] = False
     assert (valid & have_neighbours(valid)).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "target", [Laplacian(8, 2), Laplacian(8, 2, norm="channel", loss="l1"), Hog(8, 2), Hog(8, 2, cell=4)]
+)
+def test_a_pixel_without_a_value_has_no_part_in_target_or_gradient(target):
+    imgs, mask = torch.randn(2, 2, 16, 16), torch.tensor([[True, True, False, True]] * 2)
+    valid = torch.rand(2, 1, 16, 16) > 0.1
+    valid[0, :, :8, :8] = False  # a whole patch
+    found = []
+    for hole in (0.0, 1e3):
+        pred = torch.linspace(-1, 1, 2 * 4 * target.dim).view(2, 4, -1).requires_grad_()
+        seen = Seen(torch.where(valid, imgs, hole), valid)
+        loss = part(target, seen, pred, mask)
+        loss.backward()
+        found.append((loss.detach(), pred.grad))
+        wanted = target(seen)[1] & mask[..., None]
+        assert ((pred.grad != 0) <= wanted).all()
+        assert not wanted[0, 0].any()
+    assert found[0][0].equal(found[1][0])
+    assert found[0][1].equal(found[1][1])

@@ -48,6 +48,19 @@ def test_numbers_are_standardised_and_each_may_be_missing():
     torch.testing.assert_close(loss_of(alone, label[:, 0], pred[..., :1] * 0), torch.tensor(20 / 4))
 
 
+def test_patches_without_a_valid_pixel_take_no_part():
+    valid = torch.ones(4, 1, 64, 64, dtype=torch.bool)
+    valid[1, :, :, 32:] = False  # its second and fourth patch
+    valid[2, :, :40] = False  # its first two, and some of the others
+    pred = torch.randn(4, 4, 5, requires_grad=True)
+    loss = part(Labels(32, 3, dim=5), Seen(IMGS, valid, label=torch.tensor([0, 1, 2, 3])), pred, MASK)
+    loss.backward()
+    left = torch.tensor([[True] * 4, [True, False, True, False], [False, False, True, True], [True] * 4])
+    assert ((pred.grad != 0).any(-1) == left).all()
+    means = torch.stack([pred[image][left[image]].mean(0) for image in range(4)])
+    torch.testing.assert_close(loss, F.cross_entropy(means, torch.tensor([0, 1, 2, 3])))
+
+
 def test_labels_of_zero_and_one_are_predicted_each():
     label, pred = torch.tensor([[1, 0, NAN]] * 4), torch.randn(4, 4, 3)
     expected = F.binary_cross_entropy_with_logits(pred.mean(1)[:, :2], label[:, :2])
