@@ -25,28 +25,31 @@ class Features(nn.Module):
     """The last feature map of a frozen network, for images that are normalised as ``data`` says.
 
     Args:
-        mean, std: by which the network's own images are normalised, one per channel.
+        mean, std: by which the network's own images are normalised, one per channel; None = as those of ``data``.
         channels: those of the images that it gets; None = all.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         data: DataConfig,
         channels: Sequence[int] | None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         chosen = list(range(data.in_chans)) if channels is None else list(channels)
-        ours = torch.tensor([list(data.mean), list(data.std)], dtype=torch.float64)[:, chosen]
-        theirs = torch.tensor([list(mean), list(std)], dtype=torch.float64)
+        scale, shift = torch.ones(len(chosen)), torch.zeros(len(chosen))
+        if mean is not None and std is not None:
+            ours = torch.tensor([list(data.mean), list(data.std)], dtype=torch.float64)[:, chosen]
+            theirs = torch.tensor([list(mean), list(std)], dtype=torch.float64)
+            scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
         self.scale: Tensor
         self.shift: Tensor
         self.chosen: Tensor
-        self.register_buffer("scale", (ours[1] / theirs[1]).float().view(-1, 1, 1))
-        self.register_buffer("shift", ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1))
+        self.register_buffer("scale", scale.float().view(-1, 1, 1))
+        self.register_buffer("shift", shift.float().view(-1, 1, 1))
         self.register_buffer("chosen", torch.tensor(chosen))
         self.eval()
 
@@ -62,10 +65,13 @@ class _Read:
     """A network, and the normalisation of its images."""
 
     network: nn.Module
-    mean: Sequence[float]
-    std: Sequence[float]
+    in_chans: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
     said: str
     """What it is, for the user."""
+    dtype: str = "uint"
+    """As ``data.dtype``, which says in what units ``mean`` and ``std`` are."""
 
 
 def load_teachers(cfg: PretrainConfig) -> tuple[dict[str, Features], list[str]]:
@@ -79,7 +85,7 @@ def load_teachers(cfg: PretrainConfig) -> tuple[dict[str, Features], list[str]]:
         if given["_target_"] != TEACHER:
             continue
         key = f"target.{name}"
-        teacher = _read(key, given, cfg.data)
+        teacher = _read(key, given)
         features = _features(key, teacher, given.get("channels"), cfg.data)
         size = _try(key, features, cfg.data)
         settled = {"dim": size[1], "sha256": digest(teacher.network.state_dict())}
@@ -97,28 +103,29 @@ def attach(model: FCMAE, teachers: Mapping[str, Features]) -> None:
         target.network = features
 
 
-def _read(key: str, given: Mapping[str, Any], data: DataConfig) -> _Read:
+def _read(key: str, given: Mapping[str, Any]) -> _Read:
     name, checkpoint, run = (given.get(part) for part in ("name", "checkpoint", "run"))
     if (name is None) == (run is None) or (run is not None and checkpoint is not None):
         raise ConfigError(
             f"{key} must have either name, a network of timm, and perhaps checkpoint, a file of its weights, or run, "
             f"a run of fcmae; got name={name}, checkpoint={checkpoint}, run={run}"
         )
-    return _of_timm(key, str(name), checkpoint) if run is None else _of_run(key, str(run), data)
+    return _of_timm(key, str(name), checkpoint) if run is None else _of_run(key, str(run))
 
 
-def _of_run(key: str, run: str, data: DataConfig) -> _Read:
+def _of_run(key: str, run: str) -> _Read:
     try:
         path, state = read_initial(run)
         network = encoder_of(state, Path(path))
     except FCMAEError as error:
         raise ConfigError(f"{key}.run: {error}") from error
-    known = state["config"].get("data", {})
-    mean, std = (known.get(name) for name in ("mean", "std"))
-    if mean is None or std is None:
-        same = len(data.mean) == network.in_chans
-        mean, std = (data.mean, data.std) if same else ([0.0] * network.in_chans, [1.0] * network.in_chans)
-    return _Read(network, mean, std, path)
+    known, origin = state["config"].get("data", {}), state.get("origin") or {}
+    said = _said(path, origin.get("license"))
+    return _Read(network, network.in_chans, known.get("mean"), known.get("std"), said, known.get("dtype", "uint"))
+
+
+def _said(what: str, licence: str | None) -> str:
+    return f"{what}, licence {licence}" if licence else what
 
 
 def _of_timm(key: str, name: str, checkpoint: str | None) -> _Read:
@@ -140,9 +147,8 @@ def _of_timm(key: str, name: str, checkpoint: str | None) -> _Read:
             _load(network, Path(checkpoint), config.get("classifier"))
         except FCMAEError as error:
             raise ConfigError(f"{key}.checkpoint: {error}") from error
-    licence = config.get("license") if checkpoint is None else None
-    said = f"{name}{f' of {checkpoint}' if checkpoint else ''}" + (f", licence {licence}" if licence else "")
-    return _Read(network, config["mean"], config["std"], said)
+    said = _said(name, config.get("license")) if checkpoint is None else f"{name} of {checkpoint}"
+    return _Read(network, config["input_size"][0], config["mean"], config["std"], said)
 
 
 def create_network(name: str, pretrained: bool) -> nn.Module:
@@ -168,15 +174,17 @@ def _features(key: str, teacher: _Read, channels: Any, data: DataConfig) -> Feat
         if not ok:
             limit = f"from 0 to {data.in_chans - 1} (data.in_chans={data.in_chans})"
             raise ConfigError(f"{key}.channels must be a list of channels {limit}; got {channels}")
-    wanted, got = len(teacher.mean), data.in_chans if channels is None else len(channels)
-    in_chans = getattr(teacher.network, "in_chans", wanted)
+    in_chans, got = teacher.in_chans, data.in_chans if channels is None else len(channels)
     if got != in_chans:
         what = f"data.in_chans={got}" if channels is None else f"{key}.channels={list(channels)}"
         raise ConfigError(
             f"{key}: {teacher.said} takes {in_chans} channels; got {what}. Give the images' channels that it gets, one "
             f"for each of its own, such as {key}.channels={[min(c, data.in_chans - 1) for c in range(in_chans)]}"
         )
-    return Features(teacher.network, teacher.mean, teacher.std, data, channels)
+    # Values in other units, or normalised by the source, are for the teacher what they are for the encoder.
+    same_units = bool(teacher.mean) and bool(data.mean) and teacher.dtype == data.dtype
+    mean, std = (teacher.mean, teacher.std) if same_units else (None, None)
+    return Features(teacher.network, mean, std, data, channels)
 
 
 @torch.no_grad()

@@ -99,6 +99,18 @@ def test_some_channels_of_many_teach():
     torch.testing.assert_close(chosen, teacher_of(*RESNET, *alone)(Seen(imgs[:, [4, 2, 0]]))[0])
 
 
+@pytest.mark.parametrize("more", [{"dtype": "float32"}, {"mean": [], "std": []}])
+def test_images_in_other_units_are_passed_on_as_the_encoder_gets_them(more):
+    """A mean in the units of the files cannot be compared with one of pixels from 0 to 1."""
+    imgs = torch.randn(1, 3, 32, 32)
+    cfg = config(*RESNET)
+    vars(cfg.data).update(more)
+    features, _ = load_teachers(cfg)
+    network = features["teacher"].network
+    expected = network.forward_features(imgs)
+    torch.testing.assert_close(features["teacher"](imgs), expected)
+
+
 def test_only_masked_patches_learn_and_the_teacher_does_not():
     target = teacher_of(*RESNET)
     model = FCMAE("convnextv2_atto", decoder_embed_dim=8, depths=(1,) * 4, strides=(2, 2, 2, 1), targets={
