@@ -104,7 +104,7 @@ def read(path: Path, weights: bool = True) -> State:
     state = {"task": TASK, "model": tensors, "ema": None, "imported_from": path.name}
     if "fcmae" not in metadata:
         unknown = [name for name in UNSET["data"] if name not in ("in_chans", "dtype")]  # version 0.1.0 had uint only
-        network["strides"] = None  # version 0.1.0 had timm's only
+        network |= {"strides": None, "timm": None}  # version 0.1.0 had timm's only
         return {**state, "config": {"model": network, "data": {"in_chans": in_chans}}, "unknown": unknown}
     said = _said(path, metadata["fcmae"])
     config, step = {group: said[group] for group in KEYS}, said["step"]
@@ -134,7 +134,7 @@ def _said(path: Path, text: str) -> dict[str, Any]:
     try:
         said = json.loads(text if len(text) <= MOST_JSON else "")
         check_plain(said)
-        said["model"] = {"strides": None, **said["model"]}  # which earlier versions lack
+        said["model"] = {"strides": None, "timm": None, **said["model"]}  # which earlier versions lack
         said["data"] = {"dtype": "uint", **said["data"]}
         if any(set(said[group]) != set(names) for group, names in KEYS.items()) or type(said["step"]) is not int:
             raise ValueError("unknown keys")

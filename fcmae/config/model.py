@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.checks import check, check_one_of, check_positive
+from fcmae.config.timm_arguments import check_timm
 
 STAGES, TOTAL = range(3, 6), range(4, 65)
 """Numbers of stages and total strides that a network may have."""
@@ -30,6 +31,9 @@ class BackboneConfig:
     """Stride of the stem and before each later stage: three to five numbers, one per stage, whose product is the total
     stride, 4 to 64; [2,2,2,2] gives 16. None = timm's: stem_stride, then 2 each (and 2 before the first stage after a
     stem of 2). Otherwise stem_stride is ignored. With three or five stages depths and dims must be given."""
+    timm: Any = None
+    """Other arguments of timm's ConvNeXt by name: ``act_layer``, ``conv_bias``, ``conv_mlp``, ``head_norm_first``,
+    ``kernel_sizes``, ``ls_init_value``, ``norm_eps``, ``use_grn`` (docs/network.md). None = the named model's."""
 
     def __post_init__(self) -> None:
         strides, stages = self.strides, 4
@@ -42,6 +46,7 @@ class BackboneConfig:
             ok = stages == 4 if value is None else len(value) == stages and min(value) > 0
             null = ", or null" * (stages == 4)
             check(f"model.{name}", value, ok, f"{stages} positive integers, one per stage{null}")
+        check_timm(self.timm, stages)
         check("model.stem_stride", self.stem_stride, self.stem_stride in (1, 2, 4), "1, 2 or 4")
 
     @property
@@ -59,7 +64,7 @@ class BackboneConfig:
     def backbone_kwargs(self) -> dict[str, Any]:
         """The arguments for timm that differ from the named model's."""
         kwargs = {"depths": self.depths, "dims": self.dims, "patch_size": self.stem_stride, "strides": self.strides}
-        return {name: value for name, value in kwargs.items() if value is not None}
+        return {**{name: value for name, value in kwargs.items() if value is not None}, **(self.timm or {})}
 
 
 @dataclass

@@ -9,7 +9,7 @@ from fcmae.config.model import BackboneConfig, ClassifierConfig
 
 T = TypeVar("T")
 UNSET: dict[str, tuple[str, ...]] = {
-    "model": ("backbone", "depths", "dims", "stem_stride", "strides"),
+    "model": ("backbone", "depths", "dims", "stem_stride", "strides", "timm"),
     "data": ("in_chans", "bit_depth", "dtype", "image_size", "mean", "std"),
 }
 """The keys that may be unset, by group. Unset is None."""

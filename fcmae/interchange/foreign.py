@@ -91,7 +91,7 @@ def _from_hub(name: str, origin: dict[str, Any]) -> State:
     origin["license"] = config.get("license")
     data = {"in_chans": 3, "bit_depth": 8, "mean": list(config["mean"]), "std": list(config["std"])}
     data["image_size"] = tuple(config["input_size"][1:])
-    backbone = {"backbone": name.split(".")[0], "depths": None, "dims": None, "stem_stride": 4, "strides": None}
+    backbone = {**dict.fromkeys(UNSET["model"]), "backbone": name.split(".")[0], "stem_stride": 4}
     return {
         "task": TASK,
         "model": model.state_dict(),

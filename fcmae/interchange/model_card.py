@@ -90,6 +90,7 @@ def _network(network: Network) -> dict[str, Any]:
         "depths": model.depths,
         "dims": model.dims,
         "strides": model.strides,
+        "arguments of timm": model.timm and ", ".join(f"{name}={value}" for name, value in model.timm.items()),
         "stem stride": None if model.strides else model.stem_stride,
         "classes": ", ".join(map(_text, network.classes[:20])) + (", ..." if len(network.classes) > 20 else "") or None,
     }

@@ -52,6 +52,8 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {
 GENERIC = {1: "convnext_tiny", 2: "convnextv2_atto"}
 """The timm model that stands for any other depths and dims, by version."""
 
+INSTEAD = "export it to timm or onnx"
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -74,14 +76,23 @@ class Structure:
         """
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
-                raise WeightsError(f"{name} has eps {module.eps}; other libraries compute with 1e-06")
+                raise WeightsError(f"{name} has eps {module.eps}; other libraries compute with 1e-06: {INSTEAD}")
         for block in (block for stage in stages(model) for block in blocks(stage)):
             if block.conv_dw.kernel_size != (7, 7) or not is_gelu(block.mlp.act):
                 raise WeightsError(
-                    f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and exact GELU"
+                    f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and exact GELU: "
+                    f"{INSTEAD}"
+                )
+            if block.conv_dw.bias is None:
+                raise WeightsError(f"a block has no bias in its convolution; other libraries have one: {INSTEAD}")
+            if (block.gamma is None) == (grn(block) is None):
+                raise WeightsError(
+                    f"a block has both or none of GRN and layer scale; other libraries have one: {INSTEAD}"
                 )
         if not isinstance(model.norm_pre, nn.Identity) or not isinstance(model.head.pre_logits, nn.Identity):
-            raise WeightsError("the head is not norm and linear layer after the pooling; other libraries have these")
+            raise WeightsError(
+                f"the head is not norm and linear layer after the pooling; other libraries have these: {INSTEAD}"
+            )
         first = [next(iter(blocks(stage))) for stage in stages(model)]
         return cls(
             version=1 if grn(first[0]) is None else 2,

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
+from fcmae.config.timm_arguments import TIMM_ARGUMENTS
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.engines.convnext import stem
 from fcmae.errors import WeightsError
@@ -17,7 +18,7 @@ from fcmae.interchange.network import Check, Given, Imported, Network, Structure
 from fcmae.interchange.weights import HEAD_NORM, StateDict, read_file, read_folder, read_json, translate, write_folder
 from fcmae.models.backbone import strides_of
 
-MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate"}
+MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate", *TIMM_ARGUMENTS}
 """The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
 
 
@@ -92,6 +93,7 @@ def load(path: Path, given: Given) -> Imported:
     num_classes = count_classes(weights)
     in_chans = args.get("in_chans", pretrained.get("input_size", [3])[0])
     model = {"depths": args.get("depths"), "dims": args.get("dims"), "stem_stride": args.get("patch_size", 4)}
+    model["timm"] = {name: args[name] for name in TIMM_ARGUMENTS if name in args} or None
     cfg = FinetuneConfig(
         data=given.data(in_chans, {**_data(pretrained), **preprocessing.read_extra(config)}),
         model=from_dict(ClassifierConfig, {"backbone": config["architecture"].split(".")[0], **model}, "model_args"),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import DropPath
+from timm.layers import DropPath, get_act_layer
 from timm.models import named_apply
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage, _init_weights
 from torch import nn
@@ -44,11 +44,21 @@ def create_backbone(
         close = difflib.get_close_matches(name, names, n=4)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('convnext*') lists the names"
         raise ValueError(f"model.backbone is {name!r}, not a ConvNeXt known to timm {timm.__version__}; {hint}")
+    _check_activation(kwargs.get("act_layer"))
     create = partial(timm.create_model, name, in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate)
     backbone = create(**kwargs) if strides is None else _with_strides(create, strides, drop_path_rate, **kwargs)
     check_backbone(backbone)
     assert isinstance(backbone, ConvNeXt)
     return backbone
+
+
+def _check_activation(name: Any) -> None:
+    """Raises ValueError for a name that timm does not know."""
+    try:
+        get_act_layer(name)
+    except KeyError:
+        expected = "an activation of timm, such as gelu or silu"
+        raise ValueError(f"model.timm.act_layer must be {expected}; got {name!r}") from None
 
 
 def _with_strides(
@@ -57,6 +67,7 @@ def _with_strides(
     drop_path_rate: float,
     depths: Sequence[int] | None = None,
     dims: Sequence[int] | None = None,
+    kernel_sizes: int | Sequence[int] = 7,
     patch_size: int | None = None,  # strides[0] instead
     **kwargs: Any,
 ) -> ConvNeXt:
@@ -66,14 +77,15 @@ def _with_strides(
             f"model.strides={list(strides)} makes {len(strides)} stages; model.depths and model.dims must have "
             f"{len(strides)} values each, got {depths} and {dims}"
         )
-    sizes = {"depths": depths, "dims": dims}
+    kernels = [kernel_sizes] * len(strides) if isinstance(kernel_sizes, int) else kernel_sizes
+    sizes = {"depths": depths, "dims": dims, "kernel_sizes": kernels}
     first_four = {key: [*value, *value[-1:]][:STAGES] for key, value in sizes.items() if value is not None}
     backbone = create(**first_four, **kwargs)
     assert isinstance(backbone, ConvNeXt)
     stages = list(backbone.stages)[: len(strides)]
     if len(strides) != STAGES and dims is not None and depths is not None:
         # timm's loop makes four stages: the fifth, and the head of another width, are those of a second network.
-        last = create(depths=[1, 1, 1, depths[-1]], dims=[8, 8, dims[-2], dims[-1]], **kwargs)
+        last = create(depths=[1, 1, 1, depths[-1]], dims=[8, 8, dims[-2], dims[-1]], kernel_sizes=kernels[-1], **kwargs)
         assert isinstance(last, ConvNeXt)
         stages += list(last.stages)[-1:] * (len(strides) > STAGES)
         backbone.norm_pre, backbone.head = last.norm_pre, last.head

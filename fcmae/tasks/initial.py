@@ -27,7 +27,8 @@ from fcmae.models.unet import UNet
 Values = dict[str, dict[str, Any]]
 """Group: key: value."""
 STRIDES = ("model.stem_stride", "model.strides")
-NETWORK = ("model.backbone", "model.depths", "model.dims", *STRIDES)
+TIMM = "model.timm"
+NETWORK = ("model.backbone", "model.depths", "model.dims", TIMM, *STRIDES)
 FIXED = (*NETWORK, "data.in_chans", "data.dtype", "data.mean", "data.std")
 """Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
 libraries, only the network is."""
@@ -127,7 +128,7 @@ def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]
                 continue  # compared by what they mean, above
             if ours is None:
                 taken += [f"{key}={_plain(theirs)}"] if theirs is not None else []
-            elif theirs is not None and ours != theirs:
+            elif (theirs is not None or key == TIMM) and ours != theirs:
                 fixed = key in start.fixed
                 has = "has" if fixed else "was trained with"
                 (wrong if fixed else others).append(f"{key} is {_plain(ours)}; {start.path} {has} {_plain(theirs)}")
@@ -152,6 +153,8 @@ def check_network(cfg: PretrainConfig, start: Start) -> None:
     wrong = [contradiction] if contradiction else []
     for name, theirs in start.known["model"].items():
         ours = getattr(cfg.model, name)
+        if f"model.{name}" == TIMM:
+            ours, theirs = ours or {}, theirs or {}
         if (
             f"model.{name}" not in STRIDES
             and theirs is not None
