@@ -6,13 +6,13 @@ import math
 import shutil
 
 import pytest
+import timm
 import torch
 
 from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
-from fcmae.data.pixels.transforms import normalize
+from fcmae.data.collate import Item, collate
 from fcmae.engines import ENGINES
-from fcmae.masks.patches import random_mask
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
@@ -25,9 +25,10 @@ FACTORS = {
     "mask": ("random", "block", "weighted"),
     "channels": (1, 3, 12),
     "backbone": ("convnext_atto", "convnextv2_atto"),
-    "target": ("pixels", "hog", "laplacian"),
+    "target": ("pixels", "hog", "laplacian", "channels", "teacher", "labels"),
 }
 """``split``: predicted patches per side of a patch of the total stride."""
+TEACHER = ("name=test_convnext", "checkpoint=teacher.pt", "channels=[0,0,0]")
 DEPTHS, DIMS = [1, 1, 1, 1, 1], [8, 12, 16, 16, 24]
 
 
@@ -48,10 +49,31 @@ def pairwise(factors):
 CASES = [dict(zip(FACTORS, values, strict=True)) for values in pairwise(FACTORS.values())]
 
 
+def target_of(case, side):
+    """Overrides of the target, and of images whose pixels are not all seen."""
+    channels = case["channels"]
+    small = f"length: 2, in_chans: {channels}, size: [{2 * side}, {side + 3}]"
+    given = f"{{input: {list(range(channels))}, target: [{channels}], classes: [{channels + 1}], nodata: [7, 8]}}"
+    classes = "{_target_: fcmae.targets.Channels, channels: 1, loss: ce, classes: 200, cell: 4}"
+    return {
+        "pixels": ["target=pixels"],
+        "hog": ["target=hog", "target.hog.cell=4"],
+        "laplacian": ["target=[pixels,laplacian]", "data.nodata=9"],
+        "channels": ["target=channels", f"target.map={classes}", f"data.channels={given}", "data.nodata=9"],
+        "teacher": ["target=teacher", *(f"target.teacher.{word}" for word in TEACHER)],
+        "labels": [
+            "target=[pixels,labels]",
+            "data.fit=pad",
+            f"data.source={{_target_: fcmae.data.sources.Synthetic, {small}}}",
+        ],
+    }[case["target"]]
+
+
 def config(case, *more):
     """Two images, two steps of one image each."""
     strides, channels = case["strides"], case["channels"]
     n, side = len(strides), math.prod(strides)
+    patches = 2 if case["target"] == "teacher" and side < 16 else 1  # smaller images leave it no feature map
     return compose(
         "pretrain",
         [
@@ -63,12 +85,11 @@ def config(case, *more):
             f"model.decoder={case['decoder']}",
             f"model.pred_patch_size={side // case['split']}",
             f"mask={case['mask']}",
-            f"target={case['target']}",
-            *(["target.hog.cell=4"] if case["target"] == "hog" else []),
+            *target_of(case, side),
             f"data.in_chans={channels}",
             f"data.mean={[0.5] * channels}",
             f"data.std={[0.25] * channels}",
-            f"data.image_size=[{3 * side},{2 * side}]",
+            f"data.image_size=[{3 * patches * side},{2 * patches * side}]",
             "data.length=2",
             "optim.global_batch_size=1",
             "schedule.epochs=1",
@@ -80,8 +101,16 @@ def config(case, *more):
     )
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    file = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(timm.create_model("test_convnext").state_dict(), file)
+    return file
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())).replace(" ", ""))
-def test_packed_is_masked_and_resumed_is_uninterrupted(case, tmp_path):
+def test_packed_is_masked_and_resumed_is_uninterrupted(case, tmp_path, monkeypatch, teacher):
+    monkeypatch.chdir(teacher.parent)
     cfg = config(case)
     losses, weights = zip(*(two_steps(Pretraining(cfg), engine) for engine in ("packed", "masked")), strict=True)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
@@ -105,11 +134,10 @@ def two_steps(task, engine):
     model = copy.deepcopy(task.model).double()
     model.engine = ENGINES[engine]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    dataset, data, losses = task.dataset(), task.cfg.data, []
+    dataset, losses = task.dataset(), []
     for index in range(2):
-        imgs, noise = (part[None] for part in dataset[0, index][:2])
-        mask = random_mask(noise, task.keep)
-        loss = model(normalize(imgs, data.mean, data.std).double(), mask, task.keep).loss
+        batch = collate([Item(dataset[0, index], [])]).parts
+        loss, _ = task.loss(lambda imgs, *args, **seen: model(imgs.double(), *args, **seen), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
