@@ -89,6 +89,8 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
+    windows = cfg.data.windows_per_image
+    check("data.windows_per_image", windows, windows == 1, "1 in fine-tuning")
     expected = "a list in fine-tuning, the channels that the network gets"
     check("data.channels", cfg.data.channels, not _has_extra(cfg), expected)
     if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:

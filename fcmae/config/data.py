@@ -104,6 +104,12 @@ class DataConfig:
     crop_zoom: list[float] | None = None
     """Training crops at the images' own resolution, enlarged by a factor from [least, most], instead of crop_scale and
     crop_ratio; by more where an image is smaller than the crop."""
+    windows_per_image: int = 1
+    """Pretraining: how often an epoch takes a crop of each image, for large images and data.fit=pad or crop_zoom."""
+    foreground: Any = None
+    """Crops with enough pixels whose mean over the channels, in the units of ``mean``, is above or below a value:
+    ``{above: 0.2, share: 0.1}``, ``below`` instead, or both; ``tries`` crops are drawn, 10 by default, and that with
+    the most is taken if none has enough. None = any crop."""
     hflip: float = 0.5
     """Probability that a training crop is mirrored left to right."""
     vflip: float = 0.0
@@ -161,6 +167,9 @@ class DataConfig:
         zoom = self.crop_zoom
         ok = zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf)
         check("data.crop_zoom", zoom, ok, "[least, most] with 0 < least <= most, or null")
+        ok = self.foreground is None or _is_foreground(self.foreground)
+        expected = "{above: VALUE, share: SHARE}, or below or both, perhaps with tries from 1 to 100"
+        check("data.foreground", self.foreground, ok, expected)
         check_ratio("data.hflip", self.hflip)
         check_ratio("data.vflip", self.vflip)
         ok = not self.rot90 or self.size[0] == self.size[1]
@@ -173,12 +182,13 @@ class DataConfig:
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
         plain = plain and self.channels is None and self.nodata is None and self.fit == "crop" and self.dtype == "uint"
-        others = "pad=0, channels=null, nodata=null, fit=crop and transforms=[]"
+        plain = plain and self.foreground is None
+        others = "pad=0, channels=null, nodata=null, fit=crop, foreground=null and transforms=[]"
         expected = f"cpu unless in_chans=3, bit_depth=8, dtype=uint, {others}"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         self._check_no_data()
         check_one_of("data.sampling", self.sampling, ("uniform", "balanced"))
-        for name in ("crops_per_image", "labels_per_class", "length"):
+        for name in ("crops_per_image", "windows_per_image", "labels_per_class", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
     def _check_no_data(self) -> None:
@@ -230,6 +240,16 @@ class DataConfig:
         """Height and width of an image in pixels."""
         height, width = self.image_size
         return height, width
+
+
+def _is_foreground(given: Any) -> bool:
+    """Whether it can be ``data.foreground``."""
+    if not isinstance(given, dict) or not {"share"} < set(given) <= {"above", "below", "share", "tries"}:
+        return False
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in given.values())
+    tries = given.get("tries", 1)
+    bounds = {"above", "below"} & set(given)
+    return numbers and bool(bounds) and 0 < given["share"] <= 1 and type(tries) is int and 1 <= tries <= 100
 
 
 def _columns(name: str, value: Any) -> str | list[str] | None:

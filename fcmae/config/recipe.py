@@ -18,7 +18,10 @@ PLACES = frozenset(
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does
 not read its initial weights again."""
-WHOLE = ("data.source", "data.val_source", "data.channels", "mask", "target", "objective", "model.timm")
+WHOLE = (
+    *("data.source", "data.val_source", "data.channels", "data.foreground"),
+    *("mask", "target", "objective", "model.timm"),
+)
 """Keys whose values are compared as a whole: their content depends on the class that they name."""
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
 """Also part of the recipe then."""

@@ -26,7 +26,7 @@ from fcmae.data.pixels.transforms import (
 )
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
-from fcmae.data.sources import train_source, val_source, with_classes
+from fcmae.data.sources import Windows, train_source, val_source, with_classes
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
@@ -63,6 +63,8 @@ class Pretraining:
         attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = read() if source is None else source
+        if cfg.data.windows_per_image > 1:
+            self.source = Windows(self.source, cfg.data.windows_per_image)
         self.extra = Extra(cfg.data.transforms)
         self.mask = create_mask(cfg.mask, cfg.data.decode_on)
         self.labels = self._labels()

@@ -10,9 +10,9 @@ from fcmae.config import AugmentConfig, DataConfig, PrepareConfig, compose, from
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.config.unset import UnsetDataConfig, settled
 from fcmae.data.pixels.crops import RandomCrop
-from fcmae.data.pixels.decode import Encoded, decode
+from fcmae.data.pixels.decode import Encoded, decode, read_file
 from fcmae.data.pixels.scientific import TYPES
-from fcmae.data.pixels.transforms import denormalize, eval_transform, finetune_transform, normalize
+from fcmae.data.pixels.transforms import denormalize, eval_transform, finetune_transform, normalize, normalize_channels
 from fcmae.data.prepare.command import prepare
 from fcmae.data.sources import train_source
 from fcmae.errors import ConfigError, ImageError
@@ -106,6 +106,37 @@ def test_a_tiffs_orientation_is_applied(channels, dtype):
     array = values(dtype, channels)
     image = tiff(array, extratags=[(274, 3, 1, 6, True)])
     assert torch.equal(read(image, channels), torch.from_numpy(array.astype(np.float32)).rot90(-1, (1, 2)))
+
+
+def test_pixels_without_a_value_become_the_mean(tmp_path):
+    """In the units of the file; NaN without more, since it has no other meaning where data.nodata is set."""
+    array = values("float32", 2)
+    array[0, 8:12, 8:12], array[1, 30] = -9999, np.nan
+    np.save(tmp_path / "a.npy", array)
+    cfg = DataConfig(in_chans=2, dtype="float32", image_size=[HEIGHT, WIDTH], mean=[-300.0, 5.0], std=[2.0, 4.0],
+                     nodata=[-9999, None], fit="pad", hflip=0.0)  # fmt: skip
+    crop, valid = RandomCrop(cfg).seen(read_file(tmp_path / "a.npy"), lambda: 0.0)
+    expected = np.isfinite(array) & (array != -9999)
+    assert np.array_equal(valid.numpy(), expected)
+    assert (normalize(crop[None], cfg.mean, cfg.std, cfg.dtype)[0][~valid] == 0).all()
+    assert np.array_equal(crop.numpy()[expected], array[expected])
+    given = {"path": str(tmp_path), "in_chans": 2, "dtype": "float32", "nodata": [-9999, None], "stats": True}
+    said = prepare(PrepareConfig(data=PreparedDataConfig(**given)))
+    lines = dict(line.split(": ") for line in said.splitlines()[1:])
+    kept = [array[i][expected[i]].astype(np.float64) for i in range(2)]
+    for name, numbers in (("mean", [x.mean() for x in kept]), ("std", [x.std() for x in kept])):
+        np.testing.assert_allclose([float(x) for x in lines[name].strip("[]").split(",")], numbers, rtol=1e-5)
+
+
+def test_channels_that_only_targets_get_have_units_too(tmp_path):
+    array = np.stack([np.full((HEIGHT, WIDTH), value, np.float32) for value in (-300, 7, 3)])
+    np.save(tmp_path / "a.npy", array)
+    channels = {"input": [0], "target": [1], "classes": [2], "mean": [5.0], "std": [4.0]}
+    cfg = DataConfig(dtype="float32", in_chans=1, mean=[-300.0], std=[2.0], channels=channels, fit="pad", image_size=32)
+    crop, _, others, _ = RandomCrop(cfg, channels=True).seen(read_file(tmp_path / "a.npy"))
+    assert crop.shape == (1, 32, 32)
+    found = normalize_channels(others[None], cfg.layout, cfg.bit_depth, cfg.dtype)
+    assert found[0, :, 0, 0].tolist() == [0.5, 3.0]
 
 
 def test_ordinary_images_are_read_in_their_own_units(tmp_path):

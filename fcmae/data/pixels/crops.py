@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as F
 
 from fcmae.config import DataConfig
 from fcmae.data.pixels import jpeg
-from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, open_image
+from fcmae.data.pixels.foreground import Foreground
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.nodata import NoData, padded, resized
 
@@ -92,6 +93,7 @@ class RandomCrop:
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
         self.zoom = cfg.crop_zoom
+        self.foreground = None if cfg.foreground is None else Foreground(cfg)
 
     def __call__(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> Tensor:
         """A crop drawn by ``uniform``, by default Python's global generator."""
@@ -99,7 +101,13 @@ class RandomCrop:
 
     def seen(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> list[Tensor]:
         """A crop, and what :attr:`carries` names, cut and mirrored in the same way."""
-        pixels, box = self.part(image, uniform)
+        image = self._padded(image)
+        if self.foreground is None:
+            return self._seen(image, uniform)
+        return self.foreground.choose(lambda: self._seen(image, uniform))
+
+    def _seen(self, image: LazyImage, uniform: Uniform) -> list[Tensor]:
+        pixels, box = self._part(image, *self.draw(image, uniform))
         crops = [self._cut(pixels, box, self.input, False, self.no_data)]
         if self.kinds:
             found = [self._cut(pixels, box, *kind) for kind in self.kinds]
@@ -147,7 +155,8 @@ class RandomCrop:
     def _part(self, image: LazyImage, box: Box, reduce: int) -> tuple[Tensor, Box]:
         if reduce > 1 and not self.exact:
             return image.pixels(reduce), box.divided(reduce)
-        pixels, top, left = image.part(*box[:4]) if self.alone else (image.pixels(1), 0, 0)
+        in_parts = self.alone or isinstance(image, StoredImage)
+        pixels, top, left = image.part(*box[:4]) if in_parts else (image.pixels(1), 0, 0)
         return pixels, box._replace(top=box.top - top, left=box.left - left)
 
     def draw(self, image: LazyImage, uniform: Uniform) -> tuple[Box, int]:

@@ -56,13 +56,6 @@ class NoData:
         """The pixels, with the fill where they have no value."""
         return self.replace(pixels, self.valid(pixels))
 
-    def middle(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        """The middle of ``[C, H, W]``, of ``size``, with the fill where the image has no pixel."""
-        top, left, rows, cols = middle_of((pixels.shape[-2], pixels.shape[-1]), size)
-        window = pixels[:, top : top + rows, left : left + cols]
-        valid = padded(torch.ones(window.shape, dtype=torch.bool), size)
-        return self.replace(padded(window, size), valid)
-
 
 def middle_of(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int, int, int]:
     """Top, left, height and width of the middle of an image, of at most ``most``."""

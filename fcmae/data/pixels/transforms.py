@@ -57,6 +57,8 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
     """
+    if cfg.fit == "pad":
+        return CentreCrop(cfg, max_pixels)  # which reads no more of an array
     size = list(cfg.size)
     decoded = functools.partial(decode, **PixelFormat.of(cfg, max_pixels)._asdict())
     steps: list[Callable] = [decoded]
@@ -65,8 +67,6 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     no_data = NoData.of(cfg)
     if no_data is not None:
         steps.append(no_data.replaced)
-        if cfg.fit == "pad":
-            return v2.Compose([*steps, functools.partial(no_data.middle, size=cfg.size)])
     if cfg.pad:
         steps.append(v2.Pad(cfg.pad))
     if max(size) >= WARP_FROM:
@@ -81,6 +81,7 @@ class CentreCrop(RandomCrop):
     def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: bool = False) -> None:
         super().__init__(cfg, max_pixels, channels)
         self.crop_pct = cfg.crop_pct
+        self.foreground = None
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         height, width = self.size

@@ -1,6 +1,6 @@
 """Sources of images and labels: a module per kind. :mod:`fcmae.data.sources.base` has their interface."""
 
-from fcmae.data.sources.base import Sample, Source, Subset, few_labels, require_labels, with_classes
+from fcmae.data.sources.base import Sample, Source, Subset, Windows, few_labels, require_labels, with_classes
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -16,6 +16,7 @@ __all__ = [
     "Subset",
     "Synthetic",
     "WebDataset",
+    "Windows",
     "few_labels",
     "gives_float",
     "require_labels",

@@ -83,6 +83,28 @@ class Subset(Wrapper):
         return self.source.describe(self.indices[index])
 
 
+class Windows(Wrapper):
+    """Another source with each image ``count`` times in turn: as many windows are drawn from it."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        super().__init__(source)
+        self.count = count
+        self.unlabelled = getattr(source, "unlabelled", "its source gives none")
+        self.values = getattr(source, "values", None)
+
+    def __len__(self) -> int:
+        return len(self.source) * self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[index // self.count]
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(index // self.count)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index // self.count)
+
+
 def few_labels(source: Source, per_class: int, seed: int) -> Subset:
     """``per_class`` samples of each class, drawn by ``seed``. Raises UsageError if a class has fewer."""
     assert source.classes is not None
