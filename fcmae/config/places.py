@@ -87,7 +87,7 @@ def _check_folders(key: str, path: str | list[str] | None) -> None:
 
 
 def _check_checkpoint(key: str, path: str) -> None:
-    named = key == "init_from" and path.startswith("timm:")
+    named = path.startswith("timm:")
     if not named and not os.path.exists(path) and not os.path.isdir(path.rpartition("@")[0]):
         mistake(f"{key}: no checkpoint or run directory {path}")
 

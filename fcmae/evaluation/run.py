@@ -51,6 +51,7 @@ from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.evaluation.windows import check_image_size, whole_predictions
+from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
@@ -94,7 +95,7 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         how = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
         extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, **how)
         random = cfg.checkpoint == RANDOM
-        if cfg.cache is None or (random and cfg.cache == "run"):
+        if cfg.cache is None or is_foreign(cfg.checkpoint) or (random and cfg.cache == "run"):
             yield extractor, extractor
             return
         folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
@@ -121,13 +122,18 @@ def _random(cfg: FeaturesConfig, world: World) -> tuple[Path, State]:
 
 
 def _read(path: str, world: World) -> tuple[Path, State]:
-    """The same checkpoint on every rank, although the run that writes it may save another one meanwhile."""
-    file = world.from_main(lambda: checkpoint.resolve(path))
+    """The same checkpoint on every rank, although the run that writes it may save another one meanwhile.
+
+    Files of other libraries are read too.
+    """
+    foreign = is_foreign(path)
+    file = Path(path) if foreign else world.from_main(lambda: checkpoint.resolve(path))
     states: list[State] = []
-    world.together(lambda: states.append(checkpoint.read(file, mmap=True)))
+    world.together(lambda: states.append(read_foreign(path) if foreign else checkpoint.read(file, mmap=True)))
+    (state,) = states
     if world.is_main:
-        say(checkpoint.describe(file, states[0]))
-    return file, states[0]
+        say(f"{path}: weights of {state['imported_from']}" if foreign else checkpoint.describe(file, state))
+    return file, state
 
 
 def _features_folder(file: Path) -> Path:

@@ -174,3 +174,17 @@ def test_two_ranks_are_one(runs, photos, tmp_path):
     with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
         assert one["paths"].tolist() == two["paths"].tolist()
         np.testing.assert_allclose(one["features"], two["features"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_an_export_gives_the_features_of_its_run(runs, photos, tmp_path, library):
+    pytest.importorskip(library)
+    export = tmp_path / library
+    assert main(["export", str(runs / "pre"), "--to", library, "--out", str(export), "--no-check"]) == 0
+    expected = fcmae.embed(str(runs / "pre"), images(photos), device="cpu")
+    given = fcmae.embed(str(export), images(photos), device="cpu")
+    assert given.paths == expected.paths
+    torch.testing.assert_close(given.values, expected.values)
+    assert {path.name for path in export.iterdir()} <= {"config.json", "model.safetensors", "README.md", "LICENSE"} | {
+        "preprocessor_config.json"
+    }

@@ -73,7 +73,7 @@ ALLOWED = {
     "models": {"checkpoints", "config", "data", "engines", "kernels", "masks", "targets"},
     "loggers": {"checkpoints", "config", "data"},
     "interchange": {"checkpoints", "config", "data", "engines", "models", "targets"},
-    "evaluation": {"checkpoints", "config", "data", "engines", "masks", "models", "optim", "targets"},
+    "evaluation": {"checkpoints", "config", "data", "engines", "interchange", "masks", "models", "optim", "targets"},
     "tasks": {
         "checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models",
         "targets",
