@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-minkowski faults test-faults test-slurm lint format reference demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -23,6 +23,9 @@ test-gpu: $(VENV)/.dev
 
 test-tf: $(VENV)/.dev
 	$(BIN)/python -m pytest -m tf
+
+test-clients: $(VENV)/.dev
+	$(BIN)/python -m pytest -m clients
 
 # Builds MinkowskiEngine the first time, six to seven minutes of two cores; later environments get the kept wheel.
 test-minkowski: $(VENV)/.dev

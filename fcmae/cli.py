@@ -27,8 +27,8 @@ COMMANDS = {
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "embed": "features of images: CHECKPOINT IMAGES... --out FILE.npz|parquet",
     "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet|FOLDER",
-    "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|onnx --out DIR",
-    "import": "another library's weights as a checkpoint: FILE_OR_DIR --from official|timm|transformers --out FILE",
+    "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|viscy|onnx --out DIR",
+    "import": "another library's weights as a checkpoint: PATH --from official|timm|transformers|viscy --out FILE",
     "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
     "ls": "a table of the runs in a folder: FOLDER (default: runs)",
     "report": "a page that shows runs, side by side: RUN... --out FILE.html",
@@ -192,17 +192,20 @@ def _integers(text: str) -> list[int]:
 def _export(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae export", description=COMMANDS["export"])
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; of pretraining the backbone")
-    parser.add_argument("--to", required=True, choices=["timm", "transformers", "official", "onnx"])
+    parser.add_argument("--to", required=True, choices=["timm", "transformers", "official", "viscy", "onnx"])
     parser.add_argument("--out", required=True, help="the directory to make")
     parser.add_argument("--no-check", action="store_true", help="do not load it with the other library and compare")
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their average")
     parser.add_argument("--license", metavar="TEXT", help="for the model card")
     parser.add_argument("--half", action="store_true", help="onnx: float16")
     parser.add_argument("--dynamic-size", action="store_true", help="onnx: any height and width")
+    parser.add_argument("--planes", type=int, default=1, help="viscy: planes per channel, for its 3D stem")
     given = parser.parse_args(args)
     onnx_options = {name: True for name in ("half", "dynamic_size") if getattr(given, name)}
     if onnx_options and given.to != "onnx":
         raise UsageError("--half and --dynamic-size go with --to onnx only")
+    if given.planes != 1 and given.to != "viscy":
+        raise UsageError("--planes goes with --to viscy only")
     result = load("fcmae.interchange.convert:export")(
         given.checkpoint,
         given.to,
@@ -211,6 +214,7 @@ def _export(args: list[str]) -> int:
         ema=not given.no_ema,
         license_name=given.license,
         onnx_options=onnx_options,
+        planes=given.planes,
     )
     print(f"{given.out}: {result}")
     return 0
@@ -219,9 +223,9 @@ def _export(args: list[str]) -> int:
 def _import(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae import", description=COMMANDS["import"])
     parser.add_argument(
-        "path", help="a file of the official code, a directory or file of timm, or a directory of Transformers"
+        "path", help="a file of the official code, a directory or file of timm or VisCy, or a directory of Transformers"
     )
-    parser.add_argument("--from", dest="library", required=True, choices=["official", "timm", "transformers"])
+    parser.add_argument("--from", dest="library", required=True, choices=["official", "timm", "transformers", "viscy"])
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line, if the files do not hold them")
     parser.add_argument("--mean", type=float, nargs="+", help="of pixel values in 0..1, a number per channel")

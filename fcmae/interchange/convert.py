@@ -12,7 +12,7 @@ from types import ModuleType
 from fcmae.checkpoints.checkpoint import describe
 from fcmae.errors import DiskError, ExportError, UsageError
 from fcmae.files import check_output, is_full, temporary_path
-from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format
+from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format, viscy_format
 from fcmae.interchange.network import Check, Given, Network
 from fcmae.interchange.weights import explained
 
@@ -20,6 +20,7 @@ IMPORTS: dict[str, ModuleType] = {
     "official": official,
     "timm": timm_format,
     "transformers": transformers_format,
+    "viscy": viscy_format,
 }
 EXPORTS = (*IMPORTS, "onnx")
 TOLERANCE = 1e-5
@@ -35,17 +36,19 @@ def export(
     ema: bool = True,
     license_name: str | None = None,
     onnx_options: dict[str, bool] | None = None,
+    planes: int = 1,
 ) -> Check:
     """Writes a directory for another library, whole or not at all, with a model card.
 
     Args:
         checkpoint: a checkpoint or a run's directory; of pretraining the backbone is exported, else the classifier.
-        to: ``official``, ``timm``, ``transformers`` or ``onnx``.
+        to: ``official``, ``timm``, ``transformers``, ``viscy`` or ``onnx``.
         folder: made; if it is there it must be empty.
         check: load what was written with the other library, where it is installed, and compare outputs.
         ema: the averaged weights, where the run kept some.
         license_name: for the model card.
         onnx_options: passed to the ONNX export: ``half``, ``dynamic_size``.
+        planes: of VisCy's stacks, see :mod:`fcmae.interchange.viscy_format`.
 
     Raises UsageError for a network that the format cannot hold; ExportError if the outputs differ.
     """
@@ -57,7 +60,7 @@ def export(
         if to == "onnx":
             result = _export_onnx(network, temporary, check, onnx_options or {})
         else:
-            IMPORTS[to].export(network, temporary)
+            IMPORTS[to].export(network, temporary, **({"planes": planes} if to == "viscy" else {}))
             result = IMPORTS[to].check(network, temporary) if check else Check("--no-check", None)
             if result.error is not None and not result.error <= TOLERANCE:
                 raise ExportError(f"{result}; must be at most {TOLERANCE:g}")
@@ -71,7 +74,8 @@ def import_weights(path: str | Path, library: str, out: str | Path, given: Given
     ``fcmae.load`` reads it and ``fcmae finetune init_from=`` starts from it.
 
     Args:
-        path: a file of the ``official`` code; a directory or file of ``timm``'s; a directory of ``transformers``'.
+        path: a file of the ``official`` code; a directory or file of ``timm``'s; a directory of ``transformers``';
+            a directory or file of ``viscy``'s encoder.
         out: the checkpoint's path.
         given: class names and normalisation, for files that do not hold them.
 

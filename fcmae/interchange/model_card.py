@@ -15,7 +15,7 @@ from fcmae.models.build import is_classifier
 from fcmae.opening import open_regular
 from fcmae.version import __version__
 
-LIBRARY_NAMES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "official": "pytorch"}
+LIBRARY_NAMES = {**{name: name for name in ("timm", "transformers", "onnx")}, "official": "pytorch", "viscy": "pytorch"}
 CURVES = ("loss", "top1", "top5", "ema_top1", "ema_top5")
 """The metrics of metrics.jsonl that a card reports."""
 LONGEST_LINE, MAX_METRICS = 2**16, 2**28
@@ -211,6 +211,15 @@ def _how_to_load(network: Network, to: str) -> str:
         lines = [f"from transformers import AutoImageProcessor, {kind}\n"]
         lines += ['processor = AutoImageProcessor.from_pretrained("DIR")'] if exact else []
         return "\n".join([*lines, f'model = {kind}.from_pretrained("DIR").eval()'])
+    if to == "viscy":
+        return (
+            "import json\n\n"
+            "from safetensors.torch import load_file\n"
+            "from viscy_models import FullyConvolutionalMAE\n\n"
+            'arguments = json.load(open("DIR/config.json"))["arguments"]\n'
+            "model = FullyConvolutionalMAE(out_channels=1, **arguments)\n"
+            'model.encoder.load_state_dict(load_file("DIR/model.safetensors"))'
+        )
     return (
         "import torch\n\n"
         'weights = torch.load("DIR/FILE", weights_only=True)["model"]  # for the official ConvNeXt V2 code\n'

@@ -69,8 +69,8 @@ class Structure:
     num_classes: int
 
     @classmethod
-    def of(cls, model: ConvNeXt) -> "Structure":
-        """The structure of a timm ConvNeXt.
+    def of(cls, model: ConvNeXt, depthwise_bias: bool = True) -> "Structure":
+        """The structure of a timm ConvNeXt, for a library with or without biases in its depthwise convolutions.
 
         Raises WeightsError naming the layer, if it has one that only timm has.
         """
@@ -83,7 +83,7 @@ class Structure:
                     f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and exact GELU: "
                     f"{INSTEAD}"
                 )
-            if block.conv_dw.bias is None:
+            if depthwise_bias and block.conv_dw.bias is None:
                 raise WeightsError(f"a block has no bias in its convolution; other libraries have one: {INSTEAD}")
             if (block.gamma is None) == (grn(block) is None):
                 raise WeightsError(
