@@ -34,8 +34,8 @@ class DataConfig:
     val_source: Any = None
     """A validation source of your own, in the same way."""
     target_path: Any = None
-    """Target maps for objective=segment: a folder, or one per folder of ``path``, with a file for each image under the
-    same relative name; the ending may differ (docs/dense.md)."""
+    """Target maps for objective=segment or translate: a folder, or one per folder of ``path``, with a file for each
+    image under the same relative name; the ending may differ (docs/dense.md)."""
     val_target_path: Any = None
     """Maps of the validation images, in the same way; None = ``target_path``."""
     split: str = "train"

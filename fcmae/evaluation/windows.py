@@ -43,17 +43,21 @@ def whole_predictions(
     precision: str,
     world: World,
     stop: Callable[[], bool] = never,
+    look: Callable[[Images, Tensor], None] | None = None,
 ) -> Iterator[Predictions]:
     """This rank's share of the source, image by image; every image once over all ranks.
 
     Outputs are ``objective.predict``, averaged over windows: ``[1, K, H, W]``; targets are whole maps ``[1, ...]``.
-    ``stop`` is asked before every image. Raises EvaluationStopped on all ranks if it was true on one of them.
+    ``look`` takes each image and its prediction ``[K, H, W]``. ``stop`` is asked before every image. Raises
+    EvaluationStopped on all ranks if it was true on one of them.
     """
     model.eval()
     dataset = WholePairs(source, WholePair(cfg, loader.max_pixels), objective.target)
     stream = batches(source, cfg, loader, 1, world, dataset, stop)
     network = network_of(model, objective, world, precision)
     for image, predicted in over_windows(network, stream, Windows(cfg.size, cfg.window_overlap, batch_size)):
+        if look is not None:
+            look(image, predicted)
         yield Predictions(predicted[None], image.labels, image.places)
 
 

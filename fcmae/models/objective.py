@@ -120,12 +120,11 @@ class DenseObjective(Objective):
         """Writes what :meth:`final` returns to a file with the name's ending :attr:`ending`."""
         np.save(file, final.numpy())
 
-    def picture(self, image: Tensor, target: Tensor, predicted: Tensor) -> Tensor | None:
-        """Target and prediction to be looked at: RGB in 0..1, ``[3, H, W]`` side by side, or None.
+    def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
+        """Target and prediction to be looked at, RGB in 0..1 ``[3, H, W]``; none if they cannot be drawn.
 
         Args:
-            image: raw pixels in 0..1, ``[C, H, W]``.
-            target: the map.
+            target: the map of an image.
             predicted: averaged predictions ``[K, H, W]``.
         """
-        return None
+        return []

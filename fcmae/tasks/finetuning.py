@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, check_channels
 from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
@@ -20,6 +20,7 @@ from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import predictions
+from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
@@ -66,6 +67,7 @@ class Finetuning:
         self.model = build_network(cfg, self.objective)
         if isinstance(self.objective, DenseObjective):
             check_image_size(cfg.data, self.model)
+            check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
         freeze(self.model, cfg.freeze)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
@@ -145,6 +147,7 @@ class Finetuning:
 
     def _measure(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}
+        pictures: MapPictures | None = None
         for prefix, network in (("", self.model), ("ema_", ema)):
             if network is None:
                 continue
@@ -153,13 +156,17 @@ class Finetuning:
             batch_size = cfg.trainer.micro_batch_size or max(1, cfg.optim.global_batch_size // world.size)
             how = (self.val_source, cfg.data, cfg.loader, batch_size, cfg.precision, world, stop)
             if isinstance(of, DenseObjective):
-                share = whole_predictions(network, of, *how)
+                pictures = MapPictures(of, cfg.data, cfg.logger.channels)
+                share = whole_predictions(network, of, *how, pictures if world.is_main else None)
             else:
                 share = predictions(network, *how, of.target)
             result = of.metrics(share, world)
             metrics |= {f"{prefix}{name}": value for name, value in result.items() if name != "images"}
             network.train(was_training)
         logger.log(step, metrics)
+        picture = None if pictures is None else pictures.draw()  # of the last network, whose score counts
+        if picture is not None:
+            logger.picture(step, "predictions", picture)
         return self._score(metrics)
 
     def _score(self, metrics: dict[str, float]) -> float:

@@ -114,11 +114,11 @@ def test_sizes_are_known_from_headers(tmp_path):
             assert stored_size(file) == size, name
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_map_is_cut_where_its_image_is(flip):
+@pytest.mark.parametrize("turned", [(False, False, 0), (True, False, 0), (False, True, 0), (True, False, 3)])
+def test_a_map_is_cut_where_its_image_is(turned):
     """In the middle of large areas the nearest class is what the image's filter gives."""
     blocks = torch.arange(6).view(2, 3).repeat_interleave(20, 0).repeat_interleave(20, 1)
-    box, size = Box(3, 5, 30, 48, flip), (16, 24)
+    box, size = Box(3, 5, 30, 48, *turned), (24, 24)
     image = cut((40 * blocks).to(torch.uint8)[None], box, size)[0]
     classes = cut_nearest(blocks.short()[None], box, size)[0]
     assert classes.shape == image.shape
@@ -264,6 +264,7 @@ def test_maps_without_labels_are_named(tmp_path):
         (None, ["augment.mixup=0.5"], r"augment.mixup must be 0 with objective: .*Segment"),
         (None, ["data.image_size=36"], "data.image_size must be a multiple of 8, the total stride, with target maps"),
         (None, ["data.pad=2"], "data.pad must be 0 with target maps"),
+        (None, ["data.fit=pad", "data.crop_zoom=null"], "data.fit must be crop with target maps; got 'pad'"),
         (None, ["objective.classes=null"], "classes must be a list of two or more names, or their number; got None"),
         (None, ["objective.loss=mse"], "loss must be one or several of ce, dice, as A\\+B or with positive weights"),
         (None, ["objective.ignore_index=1"], "ignore_index is 1, the number of class 1"),

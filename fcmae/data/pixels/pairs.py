@@ -40,6 +40,11 @@ class PairTransform:
             )
         if cfg.pad:
             raise ConfigError(f"data.pad must be 0 with target maps; got {cfg.pad}")
+        if cfg.fit != "crop":
+            raise ConfigError(
+                f"data.fit must be crop with target maps; got {cfg.fit!r}; data.crop_zoom=[1,1] takes crops at the "
+                "images' own size"
+            )
         self.crop = RandomCrop(cfg, max_pixels)
         self.transforms = [(name, _both(name, step)) for name, step in Extra(cfg.transforms).steps]
         self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)

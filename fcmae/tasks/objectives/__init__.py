@@ -2,5 +2,6 @@
 
 from fcmae.tasks.objectives.per_image import Classify, Multilabel, Regress
 from fcmae.tasks.objectives.segment import Segment
+from fcmae.tasks.objectives.translate import Translate
 
-__all__ = ["Classify", "Multilabel", "Regress", "Segment"]
+__all__ = ["Classify", "Multilabel", "Regress", "Segment", "Translate"]

@@ -1,5 +1,6 @@
 """A class per pixel."""
 
+import colorsys
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
@@ -21,6 +22,8 @@ from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
 COUNTED = 1000
 """Maps, of a fixed random order, in which ``class_weights=auto`` counts pixels."""
+GOLDEN = 0.618034
+"""Of a turn, between the hues of two classes."""
 SMOOTH = 1.0
 """Pixels added to both sides of the dice fraction."""
 
@@ -143,6 +146,12 @@ class Segment(PerPixel):
     def final(self, predicted: Tensor) -> Tensor:
         """The number of the most likely class, as in the files of targets, ``[H, W]``."""
         return self.values[predicted.argmax(0).cpu()]
+
+    def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
+        """A colour for each class, the same in all pictures; grey where there is no label."""
+        colours = torch.tensor([colorsys.hsv_to_rgb(GOLDEN * k % 1, 0.65, 0.95) for k in range(self.channels)])
+        colours = torch.cat([colours, torch.full((1, 3), 0.5)])  # the last is that of IGNORED
+        return [colours[classes.long().cpu()].permute(2, 0, 1) for classes in (target, predicted.argmax(0))]
 
     def write(self, final: Tensor, file: IO[bytes]) -> None:
         """A grey PNG of 8 bits, or of 16 where a number does not fit."""

@@ -1,0 +1,222 @@
+"""Numbers per pixel: image to image."""
+
+import io
+import math
+from collections.abc import Iterable
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcmae.config import FinetuneConfig
+from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.maps import value_map
+from fcmae.data.sources import Sample, Source
+from fcmae.data.sources.check_maps import some
+from fcmae.distributed import World
+from fcmae.errors import ImageError, UsageError
+from fcmae.models.objective import Predictions
+from fcmae.tasks.objectives.per_image import metric
+from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
+
+MEASURED = 1000
+"""Maps, of a fixed random order, of which mean, deviation and range are taken."""
+BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of the scales of MS-SSIM (Wang et al. 2003), the finest first."""
+KERNEL = 11
+"""Pixels per side of the window of SSIM."""
+LEAST = 1e-4
+"""Smallest similarity of a scale: powers of less have no finite gradient."""
+MOST_PSNR = 100.0
+"""Decibels, which an exact prediction counts as."""
+
+
+class Translate(PerPixel):
+    """Numbers per pixel, standardised by the training maps, reported in their own units.
+
+    Args:
+        channels: of the maps.
+        loss: ``l1``, ``mse``, ``ms_ssim`` (1 - MS-SSIM), sums such as ``l1+ms_ssim``, or weights by name.
+        data_range: the span of values for SSIM and PSNR; None = that of the training maps.
+        width: channels of the U-Net.
+        best: the metric whose best checkpoint is kept: ``ssim``, ``psnr``, ``pearson`` or ``-mae``.
+    """
+
+    ending = ".tif"
+
+    def __init__(
+        self,
+        channels: Any = None,
+        loss: Any = "l1",
+        data_range: float | None = None,
+        width: int = 128,
+        best: str = "ssim",
+    ) -> None:
+        if type(channels) is not int or not 0 < channels <= 4096:
+            raise ValueError(f"channels must be an integer from 1 to 4096; got {channels!r}")
+        if data_range is not None and not 0 < data_range < math.inf:
+            raise ValueError(f"data_range must be a positive number or null; got {data_range!r}")
+        super().__init__(channels, width)
+        given = {name.replace("-", "_"): w for name, w in loss.items()} if isinstance(loss, dict) else loss
+        self.terms = loss_terms(given.replace("-", "_") if isinstance(given, str) else given, ("l1", "mse", "ms_ssim"))
+        self.best = metric(best, ("ssim", "psnr", "pearson", "mae"))
+        self.data_range = data_range
+        self.mean, self.std = torch.zeros(channels), torch.ones(channels)
+        self.low, self.span = torch.zeros(channels), torch.ones(channels)
+
+    def fit(self, source: Source, cfg: FinetuneConfig) -> None:
+        if "ms_ssim" in self.terms and min(cfg.data.size) < KERNEL:
+            raise UsageError(f"data.image_size must be at least {KERNEL} with objective.loss=ms_ssim")
+        count, total, squares = torch.zeros(3, self.channels, dtype=torch.float64)
+        low, high = torch.full((self.channels,), math.inf), torch.full((self.channels,), -math.inf)
+        for index in some(source, MEASURED):
+            try:
+                values = self.target(source[index], source, index).flatten(1)
+            except ImageError:
+                if cfg.loader.on_error == "raise":
+                    raise
+                continue
+            valid = values.isfinite()
+            known = torch.where(valid, values, 0).double()
+            count, total, squares = count + valid.sum(1), total + known.sum(1), squares + known.square().sum(1)
+            low = torch.minimum(low, torch.where(valid, values, math.inf).amin(1))
+            high = torch.maximum(high, torch.where(valid, values, -math.inf).amax(1))
+        flat = [str(channel) for channel in range(self.channels) if not low[channel] < high[channel]]
+        if flat:
+            raise UsageError(f"the target maps have one value only, or none, in channel {', '.join(flat)}")
+        mean = total / count
+        self.mean, self.std = mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+        self.low, self.span = low, high - low
+        if self.data_range is not None:
+            self.span = torch.full_like(self.span, self.data_range)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std, "low": self.low, "span": self.span}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.std, self.low, self.span = (state[name] for name in ("mean", "std", "low", "span"))
+
+    def target(self, sample: Sample, source: Source, index: int) -> Tensor:
+        """float32 ``[channels, H, W]`` as the file has them, NaN where there is no value."""
+        given = sample.label
+        name = given.name if isinstance(given, Encoded) else source.describe(index)
+        if not isinstance(given, (Encoded, Tensor)):
+            raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
+        return value_map(given, name, self.channels, self.max_pixels)
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each term is a mean over the values of a sample that are there, 0 without one."""
+        mean, std = (_column(value, output) for value in (self.mean, self.std))
+        valid = target.isfinite()
+        truth = torch.where(valid, (target - mean) / std, 0)
+        count = valid.sum((1, 2, 3)).clamp(min=1)
+        parts = {}
+        for name, of in (("l1", F.l1_loss), ("mse", F.mse_loss)):
+            if name in self.terms:
+                errors = torch.where(valid, of(output, truth, reduction="none"), 0)
+                parts[name] = errors.sum((1, 2, 3)) / count
+        if "ms_ssim" in self.terms:
+            found = torch.where(valid, output, truth)
+            parts["ms_ssim"] = 1 - ms_ssim(*(self._scaled(x * std + mean) for x in (found, truth)))
+        return sum(weight * parts[name] for name, weight in self.terms.items()), parts  # type: ignore[return-value]
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        """Values in their own units ``[N, channels, H, W]`` to about 0..1."""
+        return (values - _column(self.low, values)) / _column(self.span, values)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The values in their own units, ``[N, channels, H, W]``."""
+        return output * _column(self.std, output) + _column(self.mean, output)
+
+    def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
+        """``mae`` over all values in their own units; means over images of ``pearson``, ``ssim``, ``psnr`` in dB.
+
+        Of several channels ``mae_N`` and ``pearson_N`` too. An image whose target has one value only has no Pearson
+        coefficient.
+        """
+        sums = torch.zeros(4, self.channels, dtype=torch.float64, device=world.device)
+        whole = torch.zeros(4, dtype=torch.float64, device=world.device)
+        for outputs, targets, _ in share:
+            for output, target in zip(outputs, targets, strict=True):
+                of_channels, of_image = self._image(output, target)
+                sums += of_channels
+                whole += of_image
+        error, values, pearson, known = world.sum(sums).cpu()
+        ssim, psnr, measured, images = world.sum(whole).tolist()
+        result = {
+            "mae": float((error / values).nanmean()),
+            "pearson": float((pearson / known).nanmean()),
+            "ssim": ssim / measured if measured else math.nan,
+            "psnr": psnr / measured if measured else math.nan,
+        }
+        if self.channels > 1:
+            for name, each in (("mae", error / values), ("pearson", pearson / known)):
+                result |= {f"{name}_{channel}": float(value) for channel, value in enumerate(each)}
+        return {**result, "images": images}
+
+    def _image(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of an image: of errors, values, Pearson coefficients and their number ``[4, channels]``; SSIM, PSNR."""
+        from torchmetrics.functional import pearson_corrcoef
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+        rows = []
+        valid = target.isfinite()
+        for found, truth, where in zip(output.double(), target.double(), valid, strict=True):
+            found, truth = found[where], truth[where]
+            varies = len(truth) > 1 and bool(truth.std() > 0)
+            moves = varies and bool(found.std() > 0)
+            coefficient = pearson_corrcoef(found, truth) if moves else truth.new_zeros(())
+            rows.append(torch.stack([(found - truth).abs().sum(), where.sum(), coefficient, where.new_tensor(varies)]))
+        truth = torch.where(valid, target, _column(self.mean, target)[0])
+        found, truth = (self._scaled(x[None]) for x in (torch.where(valid, output, truth), truth))
+        ssim = psnr = truth.new_zeros(())
+        measured = bool(valid.any()) and min(truth.shape[-2:]) > KERNEL // 2
+        if measured:
+            ssim = structural_similarity_index_measure(found, truth, data_range=1.0)  # type: ignore[assignment]
+            psnr = peak_signal_noise_ratio(found[0][valid], truth[0][valid], 1.0).clamp(max=MOST_PSNR)
+        return torch.stack(rows, dim=1), torch.stack([ssim, psnr, *ssim.new_tensor([measured, 1])])
+
+    def write(self, final: Tensor, file: IO[bytes]) -> None:
+        """A TIFF of float32, one plane per channel."""
+        try:
+            import tifffile
+        except ImportError:
+            raise UsageError("predictions as TIFF need tifffile: pip install 'fcmae[tiff]'") from None
+        planes = final.float().numpy()
+        separate = "separate" if self.channels > 1 else None
+        pixels = planes if self.channels > 1 else planes[0]
+        buffer = io.BytesIO()  # tifffile wants a file with a name, or none
+        tifffile.imwrite(buffer, pixels, photometric="minisblack", planarconfig=separate)
+        file.write(buffer.getbuffer())
+
+    def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
+        """Both as grey, or of three channels and more as red, green and blue; grey where there is no value."""
+        shown = [self._scaled(x[None])[0][: 3 if self.channels >= 3 else 1] for x in (target, predicted)]
+        return [x.clamp(0, 1).nan_to_num(0.5).expand(3, -1, -1) for x in shown]
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """``[channels]`` as ``[1, channels, 1, 1]`` beside a tensor."""
+    return values.to(like)[None, :, None, None]
+
+
+def ms_ssim(found: Tensor, truth: Tensor) -> Tensor:
+    """MS-SSIM of each sample, ``[N]``, of values ``[N, C, H, W]`` in 0..1, by torchmetrics' SSIM at each scale.
+
+    Of images that are too small for five scales as many as fit, their exponents scaled to the same sum.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    scales = min(len(BETAS), 1 + int(math.log2(min(found.shape[-2:]) / KERNEL)))
+    exponents = [beta * sum(BETAS) / sum(BETAS[:scales]) for beta in BETAS[:scales]]
+    result = found.new_ones(len(found))
+    with torch.autocast(found.device.type, enabled=False):
+        for scale, exponent in enumerate(exponents):
+            similarity, contrast = structural_similarity_index_measure(
+                found, truth, data_range=1.0, reduction="none", return_contrast_sensitivity=True
+            )
+            value = similarity if scale == scales - 1 else contrast
+            result = result * value.clamp(min=LEAST) ** exponent
+            found, truth = (F.avg_pool2d(x, 2) for x in (found, truth))
+    return result

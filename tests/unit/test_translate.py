@@ -1,0 +1,171 @@
+"""Fine-tuning from image to image: losses, metrics, and a run to TIFF files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchmetrics import PearsonCorrCoef
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from fcmae.checkpoints import checkpoint
+from fcmae.config import FinetuneConfig, LoaderConfig
+from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.maps import value_map
+from fcmae.errors import UsageError
+from fcmae.models.objective import Predictions
+from fcmae.tasks.objectives import Translate
+from fcmae.tasks.objectives.translate import ms_ssim
+from tests.conftest import TINY_FINETUNE, run_python
+from tests.dense_files import write_squares
+from tests.unit.test_segment import CPU, Listed
+
+
+def fitted(maps, **arguments):
+    translate = Translate(len(maps[0]), **arguments)
+    translate.fit(Listed(maps), FinetuneConfig())
+    return translate
+
+
+def test_values_are_standardised_by_the_training_maps():
+    maps = [torch.randn(2, 6, 7) * torch.tensor([3.0, 0.1])[:, None, None] + 5 for _ in range(4)]
+    maps[1][0, :3] = torch.nan
+    translate = fitted(maps)
+    values = torch.stack(maps).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(translate.mean, values.nanmean(1))
+    torch.testing.assert_close(translate.std[1], values[1].std(correction=0))
+    torch.testing.assert_close(translate.span[1], values[1].max() - values[1].min())
+    target = torch.stack(maps)
+    perfect = (target.nan_to_num(0) - translate.mean[:, None, None]) / translate.std[:, None, None]
+    assert translate.loss(perfect, target)[0].abs().max() < 1e-5
+    torch.testing.assert_close(translate.predict(perfect), target.nan_to_num(0))
+    again = Translate(2)
+    again.load_state_dict(translate.state_dict())
+    assert again.std.equal(translate.std)
+    assert fitted(maps, data_range=7).span.tolist() == [7, 7]
+    with pytest.raises(UsageError, match="the target maps have one value only, or none, in channel 1"):
+        fitted([torch.stack([torch.randn(4, 4), torch.ones(4, 4)])])
+
+
+def test_losses_are_means_over_what_is_there():
+    maps = [torch.randn(1, 16, 16) for _ in range(3)]
+    translate = fitted(maps, loss={"l1": 0.5, "mse": 2})
+    target, output = torch.stack(maps), torch.randn(3, 1, 16, 16, requires_grad=True)
+    target[0, :, :5] = torch.nan
+    target[2] = torch.nan
+    losses, parts = translate.loss(output, target)
+    truth = (target - translate.mean) / translate.std
+    for number in range(2):
+        of = ~truth[number].isnan()
+        l1, mse = (loss(output[number][of], truth[number][of]) for loss in (F.l1_loss, F.mse_loss))
+        torch.testing.assert_close([parts["l1"][number], parts["mse"][number]], [l1, mse])
+        torch.testing.assert_close(losses[number], 0.5 * l1 + 2 * mse)
+    losses.sum().backward()
+    assert losses[2] == 0
+    assert output.grad.isfinite().all()
+    assert (output.grad[0, :, :5] == 0).all()
+
+
+def test_ms_ssim_is_that_of_torchmetrics():
+    found, truth = torch.rand(2, 2, 2, 192, 200)
+    found = (0.5 * found + 0.5 * truth).requires_grad_()
+    expected = torchmetrics_ms_ssim(found, truth, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ms_ssim(found, truth), expected)
+    assert ms_ssim(found[..., :11, :11], truth[..., :11, :11]).shape == (2,)
+    torch.testing.assert_close(ms_ssim(truth[..., :50, :50], truth[..., :50, :50]), torch.ones(2))
+    (1 - ms_ssim(1 - truth + 0 * found, truth)).sum().backward()
+    assert found.grad.isfinite().all()  # of dissimilar images
+
+
+def test_metrics_are_those_of_torchmetrics_in_the_units_of_the_maps():
+    maps = [100 * torch.rand(2, 20, 24) + torch.tensor([0, 300])[:, None, None] for _ in range(3)]
+    translate = fitted(maps)
+    target = torch.stack(maps)
+    found = target + 10 * torch.randn_like(target)
+    share = [Predictions(found[i : i + 1], target[i : i + 1], torch.tensor([i])) for i in range(3)]
+    result = translate.metrics(share, CPU)
+    assert result["images"] == 3
+    assert result["mae"] == pytest.approx((found - target).abs().mean().item(), rel=1e-5)
+    each = [[PearsonCorrCoef()(found[i, c].flatten(), target[i, c].flatten()) for i in range(3)] for c in range(2)]
+    assert [result["pearson_0"], result["pearson_1"]] == pytest.approx(np.mean(each, axis=1).tolist(), rel=1e-4)
+    scaled = [(x - translate.low[:, None, None]) / translate.span[:, None, None] for x in (found, target)]
+    ssim, psnr = StructuralSimilarityIndexMeasure(data_range=1.0), PeakSignalNoiseRatio(1.0, dim=(1, 2, 3))
+    assert result["ssim"] == pytest.approx(ssim(*scaled).item(), rel=1e-4)
+    assert result["psnr"] == pytest.approx(psnr(*scaled).item(), rel=1e-4)
+    nothing = torch.full_like(target[:1], torch.nan)
+    more = translate.metrics([*share, Predictions(found[:1], nothing, torch.tensor([3]))], CPU)
+    assert {**more, "images": 3} == pytest.approx(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "channels must be an integer from 1 to 4096; got None"),
+        ({"channels": 1, "loss": "dice"}, "loss must be one or several of l1, mse, ms_ssim"),
+        ({"channels": 1, "data_range": 0}, "data_range must be a positive number or null; got 0"),
+        ({"channels": 1, "best": "miou"}, "best must be one of ssim, psnr, pearson, mae"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Translate(**arguments)
+
+
+@pytest.fixture(scope="module")
+def blurred(tmp_path_factory):
+    """Images, and the red and green of each halved, as float32."""
+    folder = write_squares(tmp_path_factory.mktemp("blurred"), 6)
+    (folder / "targets" / "s").mkdir(parents=True)
+    for number in range(6):
+        pixels = np.array(Image.open(folder / "images" / "s" / f"{number}.png"), np.float32)
+        np.save(folder / "targets" / "s" / f"{number}.npy", pixels[..., :2] / 2)
+    return folder
+
+
+def translating(folder):
+    data = (f"data.path={folder}/images", f"data.target_path={folder}/targets", f"data.val_path={folder}/images")
+    of = ("objective=translate", "objective.channels=2", "objective.width=8", "objective.loss=l1+ms-ssim")
+    return (*TINY_FINETUNE, *data, *of, "data.name=imagefolder", "optim.global_batch_size=3", "schedule.epochs=2")
+
+
+def test_a_run_to_predictions(fcmae_here, tmp_path, blurred):
+    pytest.importorskip("tifffile")
+    args = translating(blurred)
+    fcmae_here(*args, "hydra.run.dir=whole")
+    fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
+    fcmae_here(*args, "hydra.run.dir=cut")
+    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut")]
+    assert all(value.equal(states[1]["model"][name]) for name, value in states[0]["model"].items())
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_l1", "loss_ms_ssim"} <= lines[0].keys()
+    last = [line for line in lines if "ssim" in line][-1]
+    (picture, *_) = sorted((tmp_path / "whole" / "reconstructions").glob("predictions_*.png"))
+    with Image.open(picture) as image:
+        assert image.size == (3 * 56 + 4 * 4, 4 * 40 + 5 * 4)
+    fcmae_here("evaluate", "checkpoint=whole@last", "out=result.json", "batch_size=4", "loader.workers=0")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["pearson"] == pytest.approx(last["pearson"], rel=1e-5)
+    fcmae_here("predict", "whole@last", f"{blurred}/images", "--out", "out", "loader.workers=0")
+    errors = []
+    for number in range(6):
+        data = (tmp_path / "out" / "s" / f"{number}.tif").read_bytes()
+        found = value_map(Encoded(data, "a"), "a", 2, LoaderConfig.max_pixels)
+        truth = np.load(blurred / "targets" / "s" / f"{number}.npy").transpose(2, 0, 1)
+        errors.append((found - torch.from_numpy(truth)).abs().mean().item())
+    assert np.mean(errors) == pytest.approx(result["mae"], rel=1e-5)
+
+
+def test_two_ranks_are_one(blurred, tmp_path):
+    results = []
+    for ranks in (1, 2):
+        run = ("-m", "fcmae.cli", *translating(blurred), f"hydra.run.dir=run{ranks}", "schedule.epochs=1")
+        run_python(tmp_path, *run, "optim.global_batch_size=4", ranks=ranks)
+        lines = (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines()
+        results.append([json.loads(line) for line in lines])
+    for name in ("loss", "mae", "pearson", "ssim", "psnr"):
+        one, two = ([line[name] for line in lines if name in line] for lines in results)
+        assert one
+        assert one == pytest.approx(two, rel=1e-6)
