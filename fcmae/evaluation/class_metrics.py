@@ -51,7 +51,7 @@ def areas(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-    scores = outputs.double().softmax(1).nan_to_num(0)
+    scores, labels = outputs.double().cpu().softmax(1).nan_to_num(0), labels.cpu()
     found: dict[str, list[Tensor]] = {"auroc": [], "average_precision": []}
     for label in labels.unique().tolist():
         truth = (labels == label).long()

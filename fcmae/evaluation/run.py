@@ -92,7 +92,7 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         if world.is_main and unsaid(state):
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
-        how = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
+        how: dict[str, Any] = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
         extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, **how)
         random = cfg.checkpoint == RANDOM
         if cfg.cache is None or is_foreign(cfg.checkpoint) or (random and cfg.cache == "run"):

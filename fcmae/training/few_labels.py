@@ -101,7 +101,12 @@ class _Search:
         if not cfg.trainer.resume and self.folder.exists():
             set_aside(self.folder, say)
         path = self.task.start.path
-        now = {"config": to_dict(cfg), "images": len(self.labels), "weights": _identity(path), "init_from": path}
+        now: Result = {
+            "config": to_dict(cfg),
+            "images": len(self.labels),
+            "weights": _identity(path),
+            "init_from": path,
+        }
         old = _read(file)
         if old is None:
             _write(file, now)
