@@ -68,6 +68,8 @@ class Standardise(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", values.mean(0))
         self.register_buffer("std", values.std(0, correction=0).clamp(min=1e-6))
 

@@ -8,7 +8,7 @@ import torch
 
 from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig
-from fcmae.data.pixels.decode import _to_depth
+from fcmae.data.pixels.decode import PixelFormat, to_tensor
 from fcmae.data.pixels.transforms import eval_transform, normalize_channels, pretrain_transform
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Sample
@@ -76,7 +76,7 @@ def test_channels_of_targets_are_cut_and_mirrored_as_the_image(dtype, crops):
 def test_classes_have_their_stored_numbers(bit_depth, stored):
     cfg = config({"input": [0], "classes": [1], "target": [2], "mean": [0.5], "std": 2}, 1, bit_depth=bit_depth)
     pixels = torch.tensor(stored).numpy().astype("uint8" if bit_depth == 8 else "uint16")
-    raw = _to_depth(pixels.reshape(1, 1, 1, 3).repeat(2, axis=1), bit_depth)
+    raw = to_tensor(pixels.reshape(1, 1, 1, 3).repeat(2, axis=1), PixelFormat.of(cfg))
     numbers, classes = normalize_channels(raw, cfg.layout, bit_depth)[0]
     assert classes.round().int().tolist() == [stored]
     torch.testing.assert_close(numbers[0], (torch.tensor(stored) / stored[-1] - 0.5) / 2, atol=1e-4, rtol=0)
