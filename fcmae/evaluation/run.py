@@ -34,7 +34,7 @@ from fcmae.config import (
 )
 from fcmae.config.commands import RANDOM
 from fcmae.config.unset import settled
-from fcmae.data.pixels.decode import Encoded, read_file
+from fcmae.data.pixels.decode import Encoded, LazyImage, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
@@ -321,7 +321,7 @@ def reconstruct(
     check_channels("--channels", channels, data.in_chans)
     channels = channels or cfg.logger.channels
     files = [file for image in images if image not in (*overrides, *how) for file in _files(image, max_images)]
-    samples: list[Tensor | Encoded] = [read_file(file) for file in files[:max_images]]
+    samples: list[Tensor | Encoded | LazyImage] = [read_file(file) for file in files[:max_images]]
     if overrides:
         source = first(train_source(data, loader), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
