@@ -257,6 +257,27 @@ def test_only_the_chunks_that_a_window_touches_are_read(tmp_path, kind):
         found.read((1, 0, slice(20, 40), slice(40, 64)))
 
 
+def test_only_the_channels_and_planes_that_are_needed_are_read(tmp_path, monkeypatch):
+    array = values("int16", (2, 9, 5, 8, 8))  # NZCHW
+    path = write_zarr(tmp_path / "a.zarr", array, chunks=(1, 1, 1, 8, 8))
+    read, one = [], zarr_folder.ZarrArray._chunk
+    monkeypatch.setattr(zarr_folder.ZarrArray, "_chunk", lambda self, place: read.append(place) or one(self, place))
+    given = {"planes": [8, 0, 1], "channels": {"input": [13, 3], "target": [4], "of": 15}}
+    found = source(path, 2, **given)
+    image = pixels(found, 1)
+    assert {place[:3] for place in read} == {(1, plane, channel) for plane in (0, 1, 8) for channel in (1, 4)}
+    assert len(read) == 6
+    expected = array[1][[8, 0, 1]].transpose(1, 0, 2, 3).reshape(15, 8, 8)
+    assert np.array_equal(image[[13, 3, 4]], expected[[13, 3, 4]])
+    assert not image[[0, 6, 9]].any()
+    crop = RandomCrop(found_config(path, given), channels=True).seen(found[1].image, lambda: 0.0)
+    assert len(crop) == 2
+
+
+def found_config(path, given):
+    return DataConfig(name="array", path=path, dtype="float32", in_chans=2, mean=[0.0] * 2, std=[1.0] * 2, **given)
+
+
 def test_batches_are_the_same_for_any_workers_and_ranks_and_after_a_restart(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("a", data=values("int16", (24, 2, 40, 40)), chunks=(1, 1, 20, 20), compression="gzip")

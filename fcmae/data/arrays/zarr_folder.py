@@ -129,10 +129,14 @@ class ZarrArray:
 
 def open_zarr(top: Path, dataset: str | None) -> ZarrArray:
     """The array in a Zarr folder, of OME-Zarr the largest resolution. Raises UsageError, ValueError or OSError."""
-    folder = _inside(top, dataset) if dataset is not None else top
-    meta, name = _metadata(folder)
-    is_array = name == ".zarray" or meta.get("node_type") == "array"
-    if is_array:
+    meta, name = _metadata(top)
+    folder = top
+    if dataset is not None:
+        if _is_array(meta, name):
+            raise UsageError(f"data.dataset must be null for {top}, which is one array; got {dataset!r}")
+        folder = _inside(top, dataset)
+        meta, name = _metadata(folder)
+    if _is_array(meta, name):
         return ZarrArray(top, folder, None)
     attributes = _attributes(folder, meta, name)
     scales = attributes.get("multiscales") or attributes.get("ome", {}).get("multiscales")
@@ -162,8 +166,7 @@ def _arrays(folder: Path) -> Iterator[Path]:
             if (path / ".zarray").is_file():
                 yield path
             elif (path / "zarr.json").is_file() or (path / ".zgroup").is_file():
-                is_array = (path / "zarr.json").is_file() and _metadata(path)[0].get("node_type") == "array"
-                yield from [path] if is_array else _arrays(path)
+                yield from [path] if _is_array(*_metadata(path)) else _arrays(path)
 
 
 def _metadata(folder: Path) -> tuple[dict[str, Any], str]:
@@ -172,6 +175,10 @@ def _metadata(folder: Path) -> tuple[dict[str, Any], str]:
         if (folder / name).is_file():
             return _json(folder / name), name
     raise ValueError(f"{shown(str(folder))} has neither zarr.json nor .zarray nor .zgroup, so it is no Zarr folder")
+
+
+def _is_array(meta: dict[str, Any], name: str) -> bool:
+    return name == ".zarray" or meta.get("node_type") == "array"
 
 
 def _attributes(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:

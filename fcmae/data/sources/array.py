@@ -32,6 +32,7 @@ class ArrayImages:
         planes: those that are read; None = all.
         planes_as: ``channels`` folds them into the channels, all planes of a channel in turn; ``samples`` makes each an
             image.
+        channels: those of a sample that are needed; others are 0. None = all.
         labels: a 1-d array of a class, a name or a number per image: its name in the same file, or a .npy file beside
             the array.
 
@@ -46,10 +47,11 @@ class ArrayImages:
         axes: str | None = None,
         planes: Sequence[int] | None = None,
         planes_as: str = "channels",
+        channels: Sequence[int] | None = None,
         labels: str | None = None,
     ) -> None:
         self.to = to
-        layout = (axes, planes, planes_as == "samples")
+        layout = (axes, planes, planes_as == "samples", channels)
         self.arrays = [_Array(name, dataset, to, *layout) for name in find_arrays(path)]
         self.ends = list(itertools.accumulate(array.images * array.depth for array in self.arrays))
         if not 0 < self.ends[-1] <= MAX_SAMPLES:
@@ -112,6 +114,7 @@ class _Array:
         axes: str | None,
         planes: Sequence[int] | None,
         planes_are_samples: bool,
+        channels: Sequence[int] | None,
     ) -> None:
         self.path, self.dataset = path, dataset
         self._stored: Stored | None = open_stored(path, dataset)
@@ -129,6 +132,10 @@ class _Array:
         if planes_are_samples and "Z" in self.sizes:
             self.outer.append("Z")
         self._check(to)
+        folded = to.in_chans // self.sizes.get("C", 1)
+        needed = range(to.in_chans) if channels is None else channels
+        self.channels = sorted({channel // folded for channel in needed})
+        """Along the axis C, those that are read."""
 
     def _planes(self, given: Sequence[int] | None) -> list[int]:
         count = self.sizes.get("Z", 1)
@@ -171,15 +178,19 @@ class _Array:
 
     def read(self, place: int, rows: slice, cols: slice) -> np.ndarray:
         """A part of a sample, ``[C, H, W]`` in native byte order. Raises ValueError, OSError or UsageError."""
-        inner: dict[str, int | slice] = {"Y": rows, "X": cols, "C": slice(0, self.sizes.get("C", 1))}
-        inner["Z"] = slice(min(self.planes), max(self.planes) + 1)
-        found = {**inner, **self._position(place)}
-        values = self._open().read(tuple(found[letter] for letter in self.axes))
+        stored, size = self._open(), (rows.stop - rows.start, cols.stop - cols.start)
+        folded = [0] if "Z" in self.outer else self.planes
         left = [letter for letter in self.axes if letter not in self.outer]
-        values = values.transpose([left.index(letter) for letter in "CZYX" if letter in left])
-        if "Z" in left:
-            values = values.take([plane - min(self.planes) for plane in self.planes], axis=-3)
-        return values.reshape(-1, *values.shape[-2:]).astype(self.dtype.newbyteorder("="), copy=False)
+        order = [left.index(letter) for letter in "CZYX" if letter in left]
+        values = np.zeros((self.sizes.get("C", 1), len(folded), *size), self.dtype.newbyteorder("="))
+        for channels, planes in itertools.product(_runs(self.channels), _runs(folded)):
+            inner: dict[str, int | slice] = {"Y": rows, "X": cols, "C": channels, "Z": planes}
+            found = inner | self._position(place)
+            part = stored.read(tuple(found[letter] for letter in self.axes)).transpose(order)
+            part = part.reshape(channels.stop - channels.start, planes.stop - planes.start, *size)
+            for plane in range(planes.start, planes.stop):
+                values[channels, folded.index(plane)] = part[:, plane - planes.start]
+        return values.reshape(-1, *size)
 
     def _position(self, place: int) -> dict[str, int]:
         """Where a sample is along the axes of images."""
@@ -202,6 +213,17 @@ class _Array:
                 f"got {list(found.shape)} {found.dtype}"
             )
         return found.read((slice(0, self.images),))
+
+
+def _runs(numbers: Sequence[int]) -> list[slice]:
+    """Numbers in ascending order as ranges without gaps."""
+    runs: list[slice] = []
+    for number in sorted(numbers):
+        if runs and runs[-1].stop == number:
+            runs[-1] = slice(runs[-1].start, number + 1)
+        else:
+            runs.append(slice(number, number + 1))
+    return runs
 
 
 def _axes(name: str, shape: tuple[int, ...], given: str | None, own: str | None) -> str:

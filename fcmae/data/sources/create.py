@@ -71,8 +71,9 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
     if cfg.name == "array":
         from fcmae.data.sources.array import ArrayImages
 
-        to, planes = PixelFormat.of(cfg, loader.max_pixels), (cfg.planes, cfg.planes_as)
-        return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, cfg.label_column)
+        to, read, planes = PixelFormat.of(cfg, loader.max_pixels), cfg.layout, (cfg.planes, cfg.planes_as)
+        needed = None if read.input is None else [*read.input, *read.extra]
+        return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, needed, cfg.label_column)
     return ImageFolder(path, loader.relist)
 
 
