@@ -1,5 +1,6 @@
 """Features, k-NN and probe on a GPU agree with the CPU; looking during pretraining changes no bit of it."""
 
+import gzip
 import json
 from itertools import repeat
 
@@ -38,10 +39,11 @@ def test_features_knn_and_probe_agree_with_the_cpu():
         assert gpu["top1"] == pytest.approx(cpu["top1"], abs=2)  # of 100 images, by the order of summation
 
 
-def test_watching_knn_changes_no_bit(tmp_path):
-    """With CUDA graphs, which replay fixed addresses between the looks."""
-    args = [*TINY_PRETRAIN, "data.image_size=64", "precision=bf16", "trainer.device=cuda"]
-    for name, monitor in (("watched", ["monitor=knn", "monitor.knn_every_epochs=1"]), ("alone", [])):
+def test_watching_changes_no_bit(tmp_path):
+    """With CUDA graphs, which replay fixed addresses between the looks, and a profiler."""
+    args = [*TINY_PRETRAIN, "data.image_size=64", "precision=bf16", "trainer.device=cuda", "schedule.epochs=5"]
+    looks = ["monitor=knn", "monitor.knn_every_epochs=1", "monitor.probe_every_epochs=1", "monitor.val_loss=true"]
+    for name, monitor in (("watched", [*looks, "trainer.profile_steps=2"]), ("alone", [])):
         assert main([*args, *monitor, f"hydra.run.dir={tmp_path}/{name}"]) == 0
     lines = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -49,7 +51,12 @@ def test_watching_knn_changes_no_bit(tmp_path):
     ]
     watched, alone = ([line["loss"] for line in run if "loss" in line] for run in lines)
     assert watched == alone
-    assert sum("knn10" in line for line in lines[0]) == 3
+    for name in ("knn10", "probe_top1", "val_loss", "effective_rank"):
+        assert sum(name in line for line in lines[0]) == 5
+    assert all(0 <= line["data_wait"] <= 1 for line in lines[0] if "loss" in line)
+    [trace] = (tmp_path / "watched" / "profiles").iterdir()
+    with gzip.open(trace) as file:
+        assert any(event.get("cat") == "kernel" for event in json.load(file)["traceEvents"])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -187,3 +187,17 @@ def test_the_crop_of_large_images_is_the_whole_image():
     cfg = DataConfig(image_size=384)
     image = torch.randint(0, 256, (3, 100, 50), dtype=torch.uint8)
     assert torch.equal(CentreCrop(cfg)(image), eval_transform(cfg)(image))
+
+
+def test_two_processes_measure_what_one_does(fcmae: Command, fcmae_here: Command, tmp_path: Path):
+    """The images do not divide among them, and one has none of the last batch."""
+    looks = ("trainer.micro_batch_size=2", "monitor.val_images=13", "schedule.epochs=1", "schedule.warmup_epochs=0")
+    fcmae_here(*WATCHED, *looks, "hydra.run.dir=one")
+    fcmae(*WATCHED, *looks, "hydra.run.dir=two", ranks=2)
+    one, two = ([line for line in metrics(tmp_path / name) if "loss" not in line] for name in ("one", "two"))
+    assert [set(line) for line in one] == [
+        {"step", "val_loss"},
+        {"step", "effective_rank", "feature_cosine", "dead_channels"},
+    ]
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
