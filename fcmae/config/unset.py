@@ -28,7 +28,8 @@ class UnsetDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         """Checks what is set."""
-        listed = self.channels if isinstance(self.channels, (list, tuple)) else None
+        given = self.channels.get("input") if isinstance(self.channels, dict) else self.channels
+        listed = given if isinstance(given, (list, tuple)) else None
         channels = self.in_chans or len(self.mean or self.std or listed or range(3))
         known = {"in_chans": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
         checked = settled(DataConfig, self, known)

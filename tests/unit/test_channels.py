@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fcmae.checkpoints import checkpoint
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, compose
 from fcmae.data.pixels.decode import PixelFormat, to_tensor
 from fcmae.data.pixels.transforms import eval_transform, normalize_channels, pretrain_transform
 from fcmae.data.samples import MaskedImages
@@ -211,3 +211,10 @@ def test_a_run_with_channels_of_targets_resumes(tmp_path, fcmae_here):
 def test_what_does_not_fit_is_refused_before_training(more, message, fcmae_here):
     refused = fcmae_here(*RUN, more, "hydra.run.dir=run", check=2).stderr
     assert re.search(message, refused), refused
+
+
+def test_fine_tuning_takes_the_channels_of_files_that_have_more():
+    bands = list(range(12))
+    cfg = compose("finetune", [f"data.channels={{input: {bands}, of: 13}}", "data.path=x", "data.val_path=x"])
+    settled = cfg.settled({"data": {"in_chans": 12, "mean": [0.5] * 12, "std": [0.5] * 12}})
+    assert (settled.data.layout.input, settled.data.layout.of) == (bands, 13)
