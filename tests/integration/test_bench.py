@@ -23,6 +23,11 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert report["config"]["batch_size"] == 2
 
 
+def test_step_takes_the_decoder(capsys):
+    assert main([*STEP, "engines=[packed]", "decoder=unet", "pred_patch_size=4", "repeats=1", "warm_up=1"]) == 0
+    assert "convnextv2_atto   packed" in capsys.readouterr().out
+
+
 FORKED = """
 import functools, sys
 import torch.multiprocessing as mp
@@ -65,6 +70,8 @@ def test_kernels_need_a_gpu(capsys):
     [
         ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm, dense; got 'sparse'"),
         ("batch=3", "batch: unknown key; must be one of models, engines"),
+        ("decoder=large", "decoder must be one of light, unet; got 'large'"),
+        ("pred_patch_size=12", "pred_patch_size must be a divisor of 32"),
         ("repeats=0", "repeats must be a positive integer; got 0"),
         ("models=[resnet18]", "not a ConvNeXt known to timm"),
     ],
