@@ -1,5 +1,7 @@
 """``model.decoder`` and ``model.pred_patch_size``."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,11 +11,12 @@ from fcmae.bench.step import _decoder_products
 from fcmae.checkpoints import checkpoint, encoder
 from fcmae.config import FCMAEConfig, PretrainConfig, compose, from_dict
 from fcmae.errors import ConfigError
+from fcmae.evaluation.reconstruct import reconstruct
 from fcmae.masks.patches import patchify, unpatchify
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.unet import UNet
-from fcmae.targets import Seen
+from fcmae.targets import Pixels, Seen
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
 from tests.interchange import assert_same
@@ -200,3 +203,15 @@ def test_the_unet_of_a_run_can_be_carried_over(strides, ema, tmp_path):
 
 def test_a_run_with_the_light_decoder_has_no_unet(tmp_path):
     assert encoder.unet_weights({"model": tiny().state_dict(), "ema": None}, tmp_path) is None
+
+
+@pytest.mark.parametrize(("decoder", "size"), [("light", 8), ("unet", 4)])
+def test_a_picture_shows_predicted_patches_where_mask_patches_are_hidden(decoder, size):
+    model = tiny(decoder=decoder, pred_patch_size=size, targets={"pixels": partial(Pixels, norm="none")}).eval()
+    with torch.no_grad():
+        model.decoder.pred.weight.zero_()
+        model.decoder.pred.bias.fill_(0.25)
+    imgs, mask = torch.randn(1, 3, 64, 64), torch.tensor([[True, False, False, True]])
+    (drawn,), hidden = reconstruct(model, imgs, mask)
+    assert torch.equal(drawn.pred, torch.full_like(imgs, 0.25))
+    assert torch.equal(hidden, mask.view(1, 1, 2, 2).repeat_interleave(32, 2).repeat_interleave(32, 3))
