@@ -38,7 +38,8 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, read_file
 from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
-from fcmae.data.sources.map_files import mapped_source
+from fcmae.data.sources.check_maps import check_maps
+from fcmae.data.sources.map_files import map_key, mapped_source
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
@@ -207,8 +208,10 @@ def _evaluate_maps(
     for name in ("labels", "per_class"):
         check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts a map per image")
     objective.max_pixels = cfg.loader.max_pixels
-    source, notes = objective.validation(mapped_source(data, cfg.loader, train=False), "data.val_path", str(file))
-    for note in notes if world.is_main else ():
+    maps = mapped_source(data, cfg.loader, train=False)
+    notes = world.together(lambda: check_maps(maps, map_key(data, train=False), objective.target))
+    source, more = objective.validation(maps, "data.val_path", str(file))
+    for note in [*notes, *more] if world.is_main else ():
         say(note)
     result: dict[str, float] = {}
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):

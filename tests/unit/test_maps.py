@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, compose
+from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, compose, to_dict
 from fcmae.data.pixels.crops import Box, cut, cut_nearest
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.maps import IGNORED, class_map, stored_size, value_map
 from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.samples import PairedImages
 from fcmae.data.sources.map_files import mapped_source
-from fcmae.errors import ConfigError, ImageError, UsageError
+from fcmae.errors import CheckpointError, ConfigError, ImageError, UsageError
+from fcmae.models.build import model_of
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
 from tests.bad_files import bomb, encoded
@@ -228,14 +229,41 @@ def test_every_kind_of_wrong_map_is_named_before_training(tmp_path):
     spoil(tmp_path, 0, np.zeros((40, 40)))
     spoil(tmp_path, 1, np.full((40, 56), 7))
     spoil(tmp_path, 2, np.zeros((40, 56, 3)))
+    (tmp_path / "masks/s/7.png").unlink()
     with pytest.raises(ConfigError) as error:
         train(tmp_path)
-    sizes, values = error.value.mistakes
+    missing, sizes, values = error.value.mistakes
+    assert missing.endswith(f"no file of the same relative name (any ending) for {tmp_path}/images/s/7.png")
     assert sizes.startswith("data.target_path: 1 maps have another size than their image: ")
     assert sizes.endswith("masks/s/0.png is 40x40, its image 56x40")
-    assert values.startswith("data.target_path: 2 of 8 maps cannot be used: ")
+    assert values.startswith("data.target_path: 2 of 7 maps cannot be used: ")
     assert "1.png: 2240 pixels have other classes, such as 7; 3 classes are 0 to 2 or 255 to leave out; " in values
     assert "2.png: it has 3 channels; a map of classes must have 1" in values
+
+
+def test_a_wrong_map_that_is_not_checked_is_named_in_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcmae.data.sources.check_maps.VALUES", 1)
+    monkeypatch.setattr("fcmae.data.sources.check_maps.SIZES", 1)
+    write_squares(tmp_path, 4)
+    task = train(tmp_path)
+    for array, message in (
+        (np.full((40, 56), 9), "masks/s/2.png: 2240 pixels have other classes, such as 9"),
+        (np.zeros((30, 30)), "images/s/2.png: its target map has 30x30 pixels; the image has 56x40"),
+    ):
+        spoil(tmp_path, 2, array)
+        with pytest.raises(ImageError, match=message):
+            task.dataset()[0, [task.source.describe(i)[-5] for i in range(4)].index("2")]
+
+
+def test_a_large_network_of_a_small_file_is_not_built(tmp_path):
+    """A config in a checkpoint that asks for a head of gigabytes."""
+    write_squares(tmp_path, 4)
+    task = train(tmp_path)
+    objective = {**task.cfg.objective, "width": 2048, "classes": 30_000, "ignore_index": None}
+    config = {**to_dict(task.cfg), "objective": objective}
+    state = {"task": "finetune", "config": config, "model": task.model.state_dict(), "ema": None, **task.extra_state()}
+    with pytest.raises(CheckpointError, match=r"has [\d,]+ weights; the network of its config needs [\d,]+"):
+        model_of(state, tmp_path / "a.pt")
 
 
 def test_maps_without_labels_are_named(tmp_path):

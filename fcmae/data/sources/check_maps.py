@@ -33,9 +33,10 @@ def check_maps(source: Source, key: str, target: Target) -> list[str]:
 
     Raises ConfigError with a line for each kind of mistake, naming the first maps that have it.
     """
+    missing = set(source.missing) if isinstance(source, Mapped) else set()
     sizes = list(_other_sizes(source)) if isinstance(source, Mapped) else []
     wrong, empty, seen = [], [], 0
-    for index in sorted(some(source, VALUES)):
+    for index in sorted({*some(source, VALUES)} - missing):
         try:
             sample = source[index]
             found = target(sample, source, index)
@@ -43,9 +44,14 @@ def check_maps(source: Source, key: str, target: Target) -> list[str]:
             wrong.append(f"{shown(error.name)}: {error.reason}")
             continue
         seen += 1
+        if isinstance(sample.image, Tensor) and isinstance(found, Tensor):
+            sizes += _other_size(_named(source, index), sample.image.shape[-2:], found.shape[-2:])
         if not isinstance(found, Tensor) or not has_values(found):
             empty.append(_named(source, index))
     mistakes = []
+    if missing:
+        names = [shown(source.describe(index)) for index in sorted(missing)]
+        mistakes.append(f"{key} has no file of the same relative name (any ending) for {_first(names)}")
     if sizes:
         mistakes.append(f"{key}: {len(sizes)} maps have another size than their image: {_first(sizes)}")
     if wrong:
@@ -59,11 +65,19 @@ def check_maps(source: Source, key: str, target: Target) -> list[str]:
 
 
 def _other_sizes(source: Mapped) -> Iterator[str]:
+    missing = set(source.missing)
     for index in sorted(some(source, SIZES)):
+        if index in missing:
+            continue
         image, target = (_size(path) for path in (source.describe(index), source.target_path(index)))
-        if image is not None and target is not None and image != target:
-            (height, width), (rows, cols) = image, target
-            yield f"{_named(source, index)} is {cols}x{rows}, its image {width}x{height}"
+        if image is not None and target is not None:
+            yield from _other_size(_named(source, index), image, target)
+
+
+def _other_size(name: str, image: Sequence[int], target: Sequence[int]) -> list[str]:
+    """What is wrong with the size of a map, if anything; sizes are height and width."""
+    (height, width), (rows, cols) = image, target
+    return [] if (height, width) == (rows, cols) else [f"{name} is {cols}x{rows}, its image {width}x{height}"]
 
 
 def _size(path: str) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.listing import Listing, list_folder
 from fcmae.data.sources.own import Own
 from fcmae.data.sources.table import TableImages
-from fcmae.errors import UsageError, shown
+from fcmae.errors import ImageError, UsageError, shown
 
 NAMED = 3
 """Images that a message names."""
@@ -26,6 +26,7 @@ class Mapped(Wrapper):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         self.classes = None
+        self.missing: list[int] = []
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[index]._replace(label=read_file(self.target_path(index)))
@@ -56,7 +57,8 @@ class InFolders(Mapped):
         folders: one for each folder of images, or one for all.
         key: names the folders in messages.
 
-    Raises UsageError naming the first images without a map, or with several.
+    Images without a map are in ``missing``, a list of their numbers, and reading one raises ImageError. Raises
+    UsageError naming two files that would be the map of one image.
     """
 
     def __init__(self, source: ImageFolder, folders: Sequence[str], key: str, relist: bool = False) -> None:
@@ -68,22 +70,17 @@ class InFolders(Mapped):
         self.listings = [list_folder(Path(folder), relist) for folder in folders]
         found = [_by_stem(listing, key) for listing in self.listings]
         self.positions = np.full(len(source), -1)
-        missing = []
         for index in range(len(source)):
             folder, name = source.relative(index)
             position = found[folder % len(folders)].get(os.path.splitext(name)[0])
             if position is None:
-                missing.append(index)
+                self.missing.append(index)
             else:
                 self.positions[index] = position
-        if missing:
-            names = ", ".join(shown(source.describe(index)) for index in missing[:NAMED])
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-            raise UsageError(
-                f"{key}={','.join(folders)} has no file of the same relative name (any ending) for {names}{more}"
-            )
 
     def target_path(self, index: int) -> str:
+        if self.positions[index] < 0:
+            raise ImageError(self.describe(index), "it has no target map")
         folder, _ = self.source.relative(index)  # type: ignore[attr-defined]  # an ImageFolder
         return self.listings[folder % len(self.listings)].path(int(self.positions[index]))
 
