@@ -79,9 +79,9 @@ class Pretraining:
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
         if cfg.measures_val_loss:
             held_out = HeldOutLoss(self.model, cfg, self._held_out(), self.loss)
-            self.monitors += at_evaluations(cfg.trainer, held_out, cfg.monitor.patience)
             collapse = Collapse(self.model.backbone, cfg, held_out.images.samples.source)
             self.monitors += at_evaluations(cfg.trainer, collapse)
+            self.monitors += at_evaluations(cfg.trainer, held_out, cfg.monitor.patience)
         for kind in (OnlineKnn, OnlineProbe):
             every = getattr(cfg.monitor, kind.key)
             if every is not None:

@@ -128,7 +128,7 @@ def test_a_run_ends_after_evaluations_without_a_better_loss(fcmae_here: Command,
     assert len(scripted) == 2
     ended = fcmae_here(*run, "monitor.patience=3").stderr
     line = (
-        "ended at step 15 of 24: the last 3 evaluations were not better than that of step 6 (monitor.patience); "
+        "ended at step 15 of 24: 3 evaluation(s) in a row not better than that of step 6 (monitor.patience); "
         "monitor.patience=null continues"
     )
     assert line in ended.splitlines()
@@ -196,8 +196,8 @@ def test_two_processes_measure_what_one_does(fcmae: Command, fcmae_here: Command
     fcmae(*WATCHED, *looks, "hydra.run.dir=two", ranks=2)
     one, two = ([line for line in metrics(tmp_path / name) if "loss" not in line] for name in ("one", "two"))
     assert [set(line) for line in one] == [
-        {"step", "val_loss"},
         {"step", "effective_rank", "feature_cosine", "dead_channels"},
+        {"step", "val_loss"},
     ]
     for ours, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
