@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -188,6 +189,22 @@ def test_arrays_of_a_pattern_or_a_list_are_joined(tmp_path):
     ]  # fmt: skip
     listed = source([str(tmp_path / "well_10.npy"), str(tmp_path / "well_02.npy")], 2)
     assert np.array_equal(pixels(listed, 4), PLANES[0, 0] + 2)
+
+
+def test_not_all_files_are_open_at_once(tmp_path):
+    """A process may open a thousand files by default, and a plate has more wells."""
+    for number in range(80):
+        with h5py.File(tmp_path / f"{number:03}.h5", "w") as file:
+            file.create_dataset("a", data=PLANES[:, 0] + number)
+    found = source(str(tmp_path / "*.h5"), 2)
+
+    def opened():
+        return sum(".h5" in os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+
+    assert opened() == 0
+    for number in (*range(80), 3):
+        assert np.array_equal(pixels(found, 4 * number), PLANES[0, 0] + number)
+    assert 0 < opened() <= 64
 
 
 def test_integers_follow_the_bit_depth(tmp_path):

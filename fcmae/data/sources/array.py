@@ -4,6 +4,7 @@ import glob
 import itertools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class ArrayImages:
         self.to = to
         layout = (axes, planes, planes_as == "samples", channels)
         self.arrays = [_Array(name, dataset, to, *layout) for name in find_arrays(path)]
+        self._open = OpenArrays()
         self.ends = list(itertools.accumulate(array.images * array.depth for array in self.arrays))
         if not 0 < self.ends[-1] <= MAX_SAMPLES:
             raise UsageError(f"{self.arrays[0].path} has {self.ends[-1]} images; must have 1 to {MAX_SAMPLES}")
@@ -87,7 +89,9 @@ class ArrayImages:
         part, place = locate(self.ends, index)
         array = self.arrays[part]
         size = array.sizes["Y"], array.sizes["X"]
-        image = StoredImage(size, self.describe(index), lambda rows, cols: array.read(place, rows, cols), self.to)
+        image = StoredImage(
+            size, self.describe(index), lambda rows, cols: array.read(self._open, place, rows, cols), self.to
+        )
         return Sample(image, self.label(index) if self.values is None else self.values[self._row(index)])
 
     def _row(self, index: int) -> int:
@@ -117,11 +121,10 @@ class _Array:
         channels: Sequence[int] | None,
     ) -> None:
         self.path, self.dataset = path, dataset
-        self._stored: Stored | None = open_stored(path, dataset)
-        self._process = os.getpid()
-        self.shape, self.dtype, self.files = self._stored.shape, self._stored.dtype, self._stored.files
+        stored = open_stored(path, dataset)
+        self.shape, self.dtype, self.files = stored.shape, stored.dtype, stored.files
         self.name = path if dataset is None else f"{path}:{dataset}"
-        self.axes = _axes(self.name, self.shape, axes, self._stored.axes)
+        self.axes = _axes(self.name, self.shape, axes, stored.axes)
         self.sizes = dict(zip(self.axes, self.shape, strict=True))
         self.planes = self._planes(planes)
         self.outer = [letter for letter in self.axes if letter in "NT"]
@@ -164,21 +167,15 @@ class _Array:
         if not self.sizes["Y"] * self.sizes["X"]:
             raise UsageError(f"{self.name} has no pixels: its shape is {list(self.shape)}")
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_stored": None}
+    def read(self, opened: "OpenArrays", place: int, rows: slice, cols: slice) -> np.ndarray:
+        """A part of a sample, ``[C, H, W]`` in native byte order.
 
-    def _open(self) -> Stored:
-        """The array, opened in this process: HDF5 files must not be shared. Raises ValueError if it has changed."""
-        if self._stored is None or self._process != os.getpid():
-            stored = open_stored(self.path, self.dataset)
-            if (stored.shape, stored.dtype) != (self.shape, self.dtype):
-                raise ValueError(f"it has changed from {list(self.shape)} {self.dtype} since the command began")
-            self._stored, self._process = stored, os.getpid()
-        return self._stored
-
-    def read(self, place: int, rows: slice, cols: slice) -> np.ndarray:
-        """A part of a sample, ``[C, H, W]`` in native byte order. Raises ValueError, OSError or UsageError."""
-        stored, size = self._open(), (rows.stop - rows.start, cols.stop - cols.start)
+        Raises UsageError, OSError, or ValueError, also if the array has changed.
+        """
+        stored = opened.get(self.path, self.dataset)
+        if (stored.shape, stored.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"it has changed from {list(self.shape)} {self.dtype} since the command began")
+        size = (rows.stop - rows.start, cols.stop - cols.start)
         folded = [0] if "Z" in self.outer else self.planes
         left = [letter for letter in self.axes if letter not in self.outer]
         order = [left.index(letter) for letter in "CZYX" if letter in left]
@@ -213,6 +210,30 @@ class _Array:
                 f"got {list(found.shape)} {found.dtype}"
             )
         return found.read((slice(0, self.images),))
+
+
+class OpenArrays:
+    """The arrays that this process has open, at most ``limit`` at a time. A forked process opens its own."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.limit = limit
+        self._process = os.getpid()
+        self._arrays: OrderedDict[tuple[str, str | None], Stored] = OrderedDict()
+
+    def get(self, path: str, dataset: str | None) -> Stored:
+        """Raises UsageError."""
+        if self._process != os.getpid():
+            self._process, self._arrays = os.getpid(), OrderedDict()
+        key = path, dataset
+        if key not in self._arrays:
+            self._arrays[key] = open_stored(path, dataset)
+            if len(self._arrays) > self.limit:
+                self._arrays.popitem(last=False)
+        self._arrays.move_to_end(key)
+        return self._arrays[key]
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return OpenArrays, (self.limit,)
 
 
 def _runs(numbers: Sequence[int]) -> list[slice]:
