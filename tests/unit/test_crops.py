@@ -239,3 +239,23 @@ def test_turns_are_drawn_only_where_they_are_asked_for():
     assert 150 < sum(box.vflip for box in mirrored) < 250
     with pytest.raises(ConfigError, match="data.rot90 must be false with data.image_size=\\[64, 128\\]"):
         compose("pretrain", ["data=synthetic", "data.image_size=[64,128]", "data.rot90=true"])
+
+
+def test_zoomed_crops_have_the_scale_of_the_image():
+    cfg = DataConfig(image_size=[32, 48], crop_zoom=[0.5, 2.0])
+    crop, draw = RandomCrop(cfg), random.Random(0).random
+    boxes = [crop.box((200, 300), draw) for _ in range(400)]
+    factors = np.array([32 / box.height for box in boxes])
+    assert 0.49 < factors.min() < 0.55
+    assert 1.8 < factors.max() < 2.1
+    assert 0.8 < np.median(factors) < 1.25  # the logarithm is uniform
+    for box in boxes:
+        assert box.width / box.height == pytest.approx(1.5, rel=0.05)
+        assert 0 <= box.top <= 200 - box.height
+        assert 0 <= box.left <= 300 - box.width
+    small = crop.box((20, 100), draw)
+    assert (small.top, small.height, small.width) == (0, 20, 30)  # enlarged until it fits
+    own = RandomCrop(DataConfig(image_size=32, crop_zoom=[1, 1], hflip=0))
+    image = torch.randint(0, 255, (3, 70, 90), dtype=torch.uint8)
+    pixels, box = own.with_box(image, draw)
+    assert torch.equal(pixels, image[:, box.top : box.top + 32, box.left : box.left + 32])
