@@ -55,11 +55,11 @@ def test_multimodal(tiles, fcmae_here):
 
 def test_microscopy(tmp_path, fcmae_here):
     rng = np.random.default_rng(0)
-    np.save(tmp_path / "stack.npy", rng.normal(0, 1, (12, 1, 5, 80, 72)).astype(np.float32))  # N, C, Z, Y, X
-    small = [word for word in SMALL if not word.startswith("model.decoder_")]
-    fcmae_here("pretrain", "experiment=examples/microscopy", "data.path=stack.npy", "data.image_size=64", *small)
+    np.save(tmp_path / "stack.npy", rng.normal(0, 1, (6, 1, 5, 80, 72)).astype(np.float32))  # N, C, Z, Y, X
+    small = (*SMALL, "data.image_size=64", "trainer.eval_every_epochs=null")
+    fcmae_here("pretrain", "experiment=examples/microscopy", "data.path=stack.npy", *small)
     steps = [line for line in log_of(tmp_path) if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in steps] == [1, 2]
     assert all(0.5 < line["loss"] < 2 for line in steps)
     weights = load_file(tmp_path / "run" / "encoder.safetensors")
     assert weights["stem.0.weight"].shape[1] == 5
