@@ -10,11 +10,14 @@ from fcmae.config import DataConfig, compose
 from fcmae.data.arrays import zarr_folder
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.crops import RandomCrop
+from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.pixels.foreground import TRIES, Foreground
 from fcmae.data.pixels.transforms import CentreCrop, eval_transform
 from fcmae.data.plan import BatchPlan
+from fcmae.data.prepare.statistics import sum_images
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Windows, train_source
+from fcmae.data.sources.array import ArrayImages
 from fcmae.errors import ConfigError
 from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
@@ -66,6 +69,21 @@ def test_evaluation_reads_the_middle_alone(slide, chunks):
     expected = zarr.open_array(slide)[:, 24_968 : 24_968 + 64, 24_968 : 24_968 + 64]
     assert np.array_equal(middle.numpy(), expected)
     assert torch.equal(CentreCrop(cfg)(image), middle)
+
+
+def test_mean_and_std_of_an_image_larger_than_the_memory(tmp_path, chunks):
+    """Tile by tile; sizes are no multiple of a tile."""
+    array = np.random.default_rng(0).integers(0, 4096, (2, 1100, 2500)).astype(np.uint16)
+    made = zarr.create_array(tmp_path / "a.zarr", shape=array.shape, chunks=(1, 512, 512), dtype="uint16")
+    made[:] = array
+    to = PixelFormat(2, bit_depth=12, max_pixels=1024 * 1024)
+    sums = sum_images(ArrayImages(str(tmp_path / "a.zarr"), to, axes="CHW"), [0], to)
+    assert not sums.unreadable
+    pixels = array.astype(np.float64) / 4095
+    np.testing.assert_allclose(sums.mean, pixels.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(sums.std, pixels.std((1, 2)), rtol=1e-5)
+    assert sums.pixels.tolist() == [1100 * 2500] * 2
+    assert len(chunks) == 2 * 3 * 5
 
 
 def test_several_crops_of_an_image_are_windows_too(slide, chunks):
