@@ -26,6 +26,7 @@ results = [
     run.probe(from_dict(ProbeConfig, probe)),
     run.probe(from_dict(ProbeConfig, probe)),  # from the cache
     run.probe(from_dict(ProbeConfig, {**probe, "random_crops": True})),
+    run.probe(from_dict(ProbeConfig, {**probe, "solver": "lbfgs", "layer": "stages_std", "l2": [0.1, 1.0]})),
 ]
 disconnect()
 if results[0] is not None:
@@ -52,10 +53,11 @@ def test_any_number_of_ranks(folder, alone, ranks):
     together = run_python(folder, "commands.py", str(ranks), ranks=ranks)
     expected = json.loads(alone.stdout)
     assert json.loads(together.stdout) == expected
-    evaluated, knn, probed, again, _ = expected
+    evaluated, knn, probed, again, _, solved = expected
     assert evaluated["images"] == 31
     assert (knn["gallery"], knn["queries"]) == (17, 31)
     assert probed == again
+    assert solved["l2"] in (0.1, 1.0)
     for name in ("per_class", "confusion"):
         assert (folder / f"{name}_{ranks}.json").read_text() == (folder / f"{name}_1.json").read_text()
     matrix = json.loads((folder / "confusion_1.json").read_text())["matrix"]
