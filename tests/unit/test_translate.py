@@ -26,7 +26,7 @@ from tests.unit.test_segment import CPU, Listed
 
 def fitted(maps, **arguments):
     translate = Translate(len(maps[0]), **arguments)
-    translate.fit(Listed(maps), FinetuneConfig())
+    translate.fit(Listed(maps), FinetuneConfig().settled({}))
     return translate
 
 
@@ -98,6 +98,20 @@ def test_metrics_are_those_of_torchmetrics_in_the_units_of_the_maps():
     nothing = torch.full_like(target[:1], torch.nan)
     more = translate.metrics([*share, Predictions(found[:1], nothing, torch.tensor([3]))], CPU)
     assert {**more, "images": 3} == pytest.approx(result)
+
+
+def test_the_loss_copies_nothing_from_the_host_again():
+    """A CUDA graph cannot record such a copy. An evaluation may be the first to need one."""
+    translate = fitted([torch.randn(1, 16, 16)], loss="l1+ms_ssim")
+    with torch.inference_mode():
+        translate.predict(torch.zeros(1, 1, 16, 16))
+    copies = {name: translate.on_device(name, torch.device("cpu")) for name in ("mean", "std", "low", "span")}
+    translate.loss(torch.zeros(1, 1, 16, 16, requires_grad=True), torch.randn(1, 1, 16, 16))[0].sum().backward()
+    for name, copy in copies.items():
+        assert translate.on_device(name, torch.device("cpu")) is copy
+        assert not copy.is_inference()
+    translate.load_state_dict({name: value + 1 for name, value in translate.state_dict().items()})
+    assert translate.on_device("mean", torch.device("cpu")) is translate.mean
 
 
 @pytest.mark.parametrize(

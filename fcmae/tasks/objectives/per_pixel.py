@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fcmae.models.dense_head import DenseHead
 from fcmae.models.objective import DenseObjective
@@ -23,9 +24,20 @@ class PerPixel(DenseObjective):
         if type(width) is not int or not 0 < width <= 2048:
             raise ValueError(f"width must be an integer from 1 to 2048; got {width!r}")
         self.channels, self.width = channels, width
+        self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def decoder(self, dims: list[int], strides: list[int]) -> nn.Module:
         return DenseHead(dims, strides, self.channels, self.width)
+
+    def on_device(self, name: str, device: torch.device) -> Tensor:
+        """An attribute on a device, copied once: a CUDA graph cannot record a copy from the host."""
+        value = getattr(self, name)
+        kept, copy = self._copies.get((name, device), (None, value))
+        if kept is not value:
+            with torch.inference_mode(False):  # an evaluation may copy it first, and training use it
+                copy = value.to(device)
+            self._copies[name, device] = value, copy
+        return copy
 
 
 def loss_terms(given: Any, known: Iterable[str]) -> dict[str, float]:

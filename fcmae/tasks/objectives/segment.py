@@ -124,7 +124,7 @@ class Segment(PerPixel):
         return sum(weight * parts[name] for name, weight in self.terms.items()), parts  # type: ignore[return-value]
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
-        weights = None if self.weights is None else self.weights.to(output.device)
+        weights = None if self.weights is None else self.on_device("weights", output.device)
         rows = output.permute(0, 2, 3, 1).reshape(-1, self.channels)  # in two dimensions it is deterministic on GPUs
         losses = F.cross_entropy(rows, target.long().flatten(), weights, ignore_index=IGNORED, reduction="none")
         return losses.view(len(output), -1).sum(1) / (target != IGNORED).sum((1, 2)).clamp(min=1)

@@ -107,7 +107,7 @@ class Translate(PerPixel):
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Each term is a mean over the values of a sample that are there, 0 without one."""
-        mean, std = (_column(value, output) for value in (self.mean, self.std))
+        mean, std = (self._column(name, output) for name in ("mean", "std"))
         valid = target.isfinite()
         truth = torch.where(valid, (target - mean) / std, 0)
         count = valid.sum((1, 2, 3)).clamp(min=1)
@@ -121,13 +121,17 @@ class Translate(PerPixel):
             parts["ms_ssim"] = 1 - ms_ssim(*(self._scaled(x * std + mean) for x in (found, truth)))
         return sum(weight * parts[name] for name, weight in self.terms.items()), parts  # type: ignore[return-value]
 
+    def _column(self, name: str, like: Tensor) -> Tensor:
+        """An attribute ``[channels]`` as ``[1, channels, 1, 1]`` beside a tensor."""
+        return self.on_device(name, like.device).to(like.dtype)[None, :, None, None]
+
     def _scaled(self, values: Tensor) -> Tensor:
         """Values in their own units ``[N, channels, H, W]`` to about 0..1."""
-        return (values - _column(self.low, values)) / _column(self.span, values)
+        return (values - self._column("low", values)) / self._column("span", values)
 
     def predict(self, output: Tensor) -> Tensor:
         """The values in their own units, ``[N, channels, H, W]``."""
-        return output * _column(self.std, output) + _column(self.mean, output)
+        return output * self._column("std", output) + self._column("mean", output)
 
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
         """``mae`` over all values in their own units; means over images of ``pearson``, ``ssim``, ``psnr`` in dB.
@@ -168,7 +172,7 @@ class Translate(PerPixel):
             moves = varies and bool(found.std() > 0)
             coefficient = pearson_corrcoef(found, truth) if moves else truth.new_zeros(())
             rows.append(torch.stack([(found - truth).abs().sum(), where.sum(), coefficient, where.new_tensor(varies)]))
-        truth = torch.where(valid, target, _column(self.mean, target)[0])
+        truth = torch.where(valid, target, self._column("mean", target)[0])
         found, truth = (self._scaled(x[None]) for x in (torch.where(valid, output, truth), truth))
         ssim = psnr = truth.new_zeros(())
         measured = bool(valid.any()) and min(truth.shape[-2:]) > KERNEL // 2
@@ -194,11 +198,6 @@ class Translate(PerPixel):
         """Both as grey, or of three channels and more as red, green and blue; grey where there is no value."""
         shown = [self._scaled(x[None])[0][: 3 if self.channels >= 3 else 1] for x in (target, predicted)]
         return [x.clamp(0, 1).nan_to_num(0.5).expand(3, -1, -1) for x in shown]
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """``[channels]`` as ``[1, channels, 1, 1]`` beside a tensor."""
-    return values.to(like)[None, :, None, None]
 
 
 def ms_ssim(found: Tensor, truth: Tensor) -> Tensor:
