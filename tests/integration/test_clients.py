@@ -1,7 +1,7 @@
 """Real clients read what is exported: VisCy's FullyConvolutionalMAE, and U-Nets of segmentation-models-pytorch.
 
-They do not belong in the environment of development, so the test makes one of its own: two minutes, 5 GB with CUDA's
-libraries.
+They do not belong in the environment of development, so the test makes one of its own: ten minutes of two busy cores, 5
+GB with CUDA's libraries.
 """
 
 import json
