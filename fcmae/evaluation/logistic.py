@@ -32,12 +32,12 @@ class Linear(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The result of a cross-validation: the best ``l2``, and for each l2 the mean log loss of held-out images."""
+    """The result of a cross-validation: ``l2``, and for each l2 the mean log loss of held-out images."""
 
     l2: float
     log_loss: dict[float, float]
     logits: Tensor
-    """Of every image, by the classifier with the best l2 that has not seen it, ``[n, K]``; NaN if never held out."""
+    """Of every image, by the classifier with ``l2`` that has not seen it, ``[n, K]``; NaN if never held out."""
 
 
 def class_shares(labels: Tensor, classes: int) -> Tensor:
@@ -142,7 +142,10 @@ def cross_validate(
     l2s: Sequence[float] = L2,
     class_weights: Tensor | None = None,
 ) -> Chosen:
-    """The l2 with the least log loss of held-out images; of equal ones the largest.
+    """The largest l2 whose log loss of held-out images is within one standard error of the least.
+
+    Of few images the least log loss is mostly chance, and too small an l2 costs more than too large a one. The error is
+    that of the differences per image (the rule of one standard error, Breiman et al. 1984, on pairs).
 
     Args:
         folds: of :func:`stratified_folds`.
@@ -156,12 +159,15 @@ def cross_validate(
         for l2, linear in fit(values[~held], labels[~held], classes, l2s, class_weights).items():
             logits[l2][held] = linear(values[held])
     known = folds >= 0
-    weights = torch.ones(classes, device=values.device) if class_weights is None else class_weights
-    losses = {
-        l2: float(
-            (F.cross_entropy(each[known], labels[known], reduction="none") * weights.to(each)[labels[known]]).mean()
-        )
-        for l2, each in logits.items()
-    }
-    best = min(sorted(l2s, reverse=True), key=lambda l2: losses[l2])
+    weights = torch.ones(classes) if class_weights is None else class_weights
+    per_image = weights.to(values.device).double()[labels[known]]
+    of = {l2: F.cross_entropy(each[known], labels[known], reduction="none") * per_image for l2, each in logits.items()}
+    losses = {l2: float(each.mean()) for l2, each in of.items()}
+    least = min(sorted(l2s, reverse=True), key=lambda l2: losses[l2])
+
+    def is_as_good(l2: float) -> bool:
+        worse = of[l2] - of[least]
+        return float(worse.mean()) <= float(worse.std(correction=0)) / math.sqrt(len(worse))
+
+    best = max(l2 for l2 in l2s if l2 >= least and is_as_good(l2))
     return Chosen(best, losses, logits[best])

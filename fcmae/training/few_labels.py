@@ -167,7 +167,7 @@ class _Search:
                     rows, self.labels.to(rows.device), classes, self.folds, self.auto.l2, weights
                 )
                 self.watchdog.beat()
-            layer = min(found, key=lambda name: found[name].log_loss[found[name].l2])
+            layer = min(found, key=lambda name: min(found[name].log_loss.values()))
             logits = found[layer].logits.cpu()
             held = [self.folds == fold for fold in self.measured]
             return {

@@ -81,6 +81,18 @@ def test_cross_validation_scores_images_that_it_did_not_see():
     assert chosen.logits.shape == (40, 2)
 
 
+def test_of_penalties_that_are_as_good_the_largest_is_taken():
+    """Within one standard error of the least log loss; not where the labels say more than that."""
+    values, labels = clusters(36, spread=2.0)
+    chosen = cross_validate(values, labels, 3, stratified_folds(labels, 4, 0), [0.1, 0.3, 1.0, 10.0, 1e6])
+    least = min(chosen.log_loss, key=chosen.log_loss.get)
+    assert least <= chosen.l2 < 1e6
+    assert chosen.log_loss[chosen.l2] >= chosen.log_loss[least]
+    noise, labels = torch.randn(40, 60), torch.arange(40) % 2
+    of_noise = cross_validate(noise, labels, 2, stratified_folds(labels, 4, 0), [1.0, 10.0, 100.0, 1e6])
+    assert of_noise.l2 > min(of_noise.log_loss, key=of_noise.log_loss.get)  # which is the least by chance
+
+
 def config(**kwargs):
     return ProbeConfig(checkpoint="x", solver="lbfgs", **kwargs)
 
