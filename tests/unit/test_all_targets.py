@@ -151,6 +151,7 @@ def test_a_wrong_argument_is_one_line_before_images_are_listed(overrides, messag
         pretraining.Pretraining(compose("pretrain", [*TINY_PRETRAIN[1:], *words]))
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_same_weights_as_one(tmp_path, fcmae, fcmae_here):
     """An exchange of gradients has buckets of scalars, too."""
     torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "teacher.pt")

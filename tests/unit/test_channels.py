@@ -182,6 +182,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_channels_of_targets_resumes(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=whole", "data.crops_per_image=2")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=2", "data.crops_per_image=2", check=75)

@@ -108,7 +108,11 @@ def teacher(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())).replace(" ", ""))
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:10], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[10:])],
+    ids=lambda case: "-".join(map(str, case.values())).replace(" ", ""),
+)
 def test_packed_is_masked_and_resumed_is_uninterrupted(case, tmp_path, monkeypatch, teacher):
     monkeypatch.chdir(teacher.parent)
     cfg = config(case)

@@ -86,7 +86,7 @@ def test_the_network_begins_as_the_probe(layer):
     torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kept", ["probe", "finetuned"])
+@pytest.mark.parametrize("kept", [pytest.param("probe", marks=pytest.mark.slow), "finetuned"])
 def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
     """Stopped in the first fold and in the last training. A fold that is done is not trained again."""
     probe_is_best = kept == "probe"
@@ -170,6 +170,7 @@ def test_what_does_not_fit_the_recipe(override, message):
         compose("finetune", ["recipe=auto", "data=synthetic", override])
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_same(fcmae_here, here):
     fcmae_here(*AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=one")
     run_python(here, "-m", "fcmae.cli", *AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=two", ranks=2)

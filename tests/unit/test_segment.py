@@ -312,6 +312,7 @@ def test_engines_agree(squares, engine):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(squares, tmp_path):
     """Of different numbers of images, of which one rank has none of the last window batch."""
     args = segmenting(squares)

@@ -172,6 +172,7 @@ def test_a_run_to_predictions(fcmae_here, tmp_path, blurred):
     assert np.mean(errors) == pytest.approx(result["mae"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(blurred, tmp_path):
     results = []
     for ranks in (1, 2):

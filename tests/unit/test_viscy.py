@@ -29,9 +29,14 @@ def pretrained(path, in_chans=5, bias=False, **model):
     return path
 
 
-@pytest.mark.parametrize(("in_chans", "planes"), [(5, 5), (4, 2), (3, 1)])
 @pytest.mark.parametrize(
-    "model", [STRIDES, {}, {**STRIDES, **UNBIASED}, {"strides": [4, 2, 2], "depths": [1, 1, 2], "dims": [8, 16, 24]}]
+    ("in_chans", "planes", "model"),
+    [
+        (5, 5, STRIDES),
+        (4, 2, {**STRIDES, **UNBIASED}),
+        (3, 1, {}),
+        (3, 1, {"strides": [4, 2, 2], "depths": [1, 1, 2], "dims": [8, 16, 24]}),
+    ],
 )
 def test_what_is_exported_comes_back(tmp_path, in_chans, planes, model):
     path = pretrained(tmp_path / "ours.pt", in_chans, **model)
