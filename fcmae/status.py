@@ -78,7 +78,7 @@ def read_status(folder: str | Path) -> RunStatus:
         total = step + round(left * speed / batch)
     state, holder = _state(folder / "run.lock")
     steps = sorted(int(path.stem[5:]) for path in folder.glob("checkpoints/step_*.pt") if path.stem[5:].isdecimal())
-    if state == "stopped" and step is not None and step == total:
+    if state == "stopped" and (_is_final(folder, steps) or (step is not None and step == total)):
         state = "done"
     return RunStatus(
         folder=folder,
@@ -93,7 +93,7 @@ def read_status(folder: str | Path) -> RunStatus:
         images_per_second=speed,
         memory_gib=last.get("memory_gib") or None,
         seconds_left=left if state == "running" else None,
-        scores={name: value for name, value in looks[-1].items() if name != "step"} if looks else {},
+        scores=_last_scores(looks),
         scored_at=int(looks[-1]["step"]) if looks else None,
         written=written,
         checkpoints=steps,
@@ -200,6 +200,20 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
             if isinstance(given, dict) and is_number(given.get("step")):
                 lines.append({name: value for name, value in given.items() if is_number(value)})
     return lines, status.st_mtime
+
+
+def _last_scores(looks: list[dict[str, float]]) -> dict[str, float]:
+    """Of the last step that was evaluated; each monitor has a line."""
+    lines = [line for line in looks if line["step"] == looks[-1]["step"]]
+    return {name: value for line in lines for name, value in line.items() if name != "step"}
+
+
+def _is_final(folder: Path, steps: list[int]) -> bool:
+    """Whether a run wrote its encoder after its last checkpoint, as at the end, early or not."""
+    with contextlib.suppress(OSError, IndexError):
+        last = (folder / "checkpoints" / f"step_{steps[-1]:08d}.pt").stat().st_mtime
+        return (folder / "encoder.safetensors").stat().st_mtime >= last
+    return False
 
 
 def is_number(value: Any) -> bool:

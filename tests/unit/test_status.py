@@ -54,6 +54,17 @@ def test_a_run_in_a_few_lines(tmp_path):
     ]
 
 
+def test_a_run_that_ended_early_is_done_and_all_monitors_of_its_last_step_are_shown(tmp_path):
+    looks = [{"step": 50, "knn10": 60.0}, {"step": 100, "knn10": 70.0}, {"step": 100, "val_loss": 0.5}]
+    run = write(tmp_path / "a", [training(100, 50), *looks], steps=(100,))
+    assert read_status(run).state == "stopped"
+    (run / "encoder.safetensors").touch()
+    status = read_status(run)
+    assert (status.state, status.scores) == ("done", {"knn10": 70.0, "val_loss": 0.5})
+    os.utime(run / "encoder.safetensors", (0, 0))  # of a shorter schedule, before the run went on
+    assert read_status(run).state == "stopped"
+
+
 def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_killed(tmp_path):
     run = write(tmp_path / "a", [training(1, 7260.0)])
     holds = (
