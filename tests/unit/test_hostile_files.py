@@ -8,7 +8,6 @@ import json
 import os
 import re
 import threading
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -159,7 +158,7 @@ class Extract:
 
     def __init__(self, world):
         self.world = world
-        self.backbone = SimpleNamespace(num_features=3)
+        self.width = 3
         self.count = 0
 
     def __call__(self, source):
