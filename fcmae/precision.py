@@ -92,6 +92,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """In this block operators compute in the types that they are given."""
+    import torch
+
+    return torch.autocast(device.type, enabled=False)
+
+
 def set_tf32(precision: str) -> None:
     """Lets a GPU round the inputs of float32 products to TF32, unless the precision is ``float32``."""
     import torch

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.models.unet import UNet
+from fcmae.precision import no_autocast
 
 
 class DenseHead(nn.Module):
@@ -38,7 +39,7 @@ def enlarged(x: Tensor, factor: int) -> Tensor:
 
     By two matrix products, since torch's own backward pass on a GPU adds in no fixed order.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         rows, cols = (_weights(side, factor, x.device) for side in x.shape[-2:])
         return rows @ x.float() @ cols.T
 

@@ -17,6 +17,7 @@ from fcmae.data.sources.check_maps import some
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.models.objective import Predictions
+from fcmae.precision import no_autocast
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
@@ -210,7 +211,7 @@ def ms_ssim(found: Tensor, truth: Tensor) -> Tensor:
     scales = min(len(BETAS), 1 + int(math.log2(min(found.shape[-2:]) / KERNEL)))
     exponents = [beta * sum(BETAS) / sum(BETAS[:scales]) for beta in BETAS[:scales]]
     result = found.new_ones(len(found))
-    with torch.autocast(found.device.type, enabled=False):
+    with no_autocast(found.device):
         for scale, exponent in enumerate(exponents):
             similarity, contrast = structural_similarity_index_measure(
                 found, truth, data_range=1.0, reduction="none", return_contrast_sensitivity=True
