@@ -271,6 +271,7 @@ def _report_page(args: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
     parser.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
     given = parser.parse_args(args)
+    check_output("--out", given.out)
     load("fcmae.report.page:write")(given.runs, given.out)
     print(given.out)
     return 0

@@ -58,7 +58,7 @@ class RunStatus:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    return (folder / "metrics.jsonl").is_file() or any((folder / name).is_dir() for name in ("checkpoints", "auto"))
 
 
 def read_status(folder: str | Path) -> RunStatus:
@@ -73,9 +73,7 @@ def read_status(folder: str | Path) -> RunStatus:
     config = read_config(folder / "config.yaml")
     left, speed, batch = last.get("seconds_left"), last.get("images_per_second"), _batch_size(config)
     step = int(last["step"]) if last else None
-    total = None
-    if step is not None and left is not None and speed is not None and batch:
-        total = step + round(left * speed / batch)
+    total = None if step is None else _total(step, last.get("epoch"), config)
     state, holder = _state(folder / "run.lock")
     steps = sorted(int(path.stem[5:]) for path in folder.glob("checkpoints/step_*.pt") if path.stem[5:].isdecimal())
     if state == "stopped" and (_is_final(folder, steps) or (step is not None and step == total)):
@@ -209,7 +207,9 @@ def _last_scores(looks: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _is_final(folder: Path, steps: list[int]) -> bool:
-    """Whether a run wrote its encoder after its last checkpoint, as at the end, early or not."""
+    """Whether a run wrote its encoder after its last checkpoint, as at the end, early or not; or kept a probe."""
+    if steps == [0] and (folder / "auto" / "chosen.json").is_file():
+        return True
     with contextlib.suppress(OSError, IndexError):
         last = (folder / "checkpoints" / f"step_{steps[-1]:08d}.pt").stat().st_mtime
         return (folder / "encoder.safetensors").stat().st_mtime >= last
@@ -228,6 +228,15 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _total(step: int, epoch: float | None, config: dict[str, Any]) -> int | None:
+    """The steps of the whole schedule; None if the files do not say."""
+    schedule = config.get("schedule")
+    epochs = schedule.get("epochs") if isinstance(schedule, dict) else None
+    if not is_number(epochs) or not epoch or epoch < 0 or not 0 < epochs * step / epoch < 2**63:
+        return None
+    return max(1, round(epochs * round(step / epoch)))
 
 
 def _batch_size(config: dict[str, Any]) -> int | None:

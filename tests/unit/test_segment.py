@@ -326,3 +326,10 @@ def test_two_ranks_are_one(squares, tmp_path):
         one, two = ([line[name] for line in lines if name in line] for lines in results)
         assert one
         assert one == pytest.approx(two, rel=1e-6)
+
+
+@pytest.mark.parametrize("best", ["iou_nope", "dice_nope", "miou_b", "top1"])
+def test_the_best_metric_is_known_before_training(best):
+    with pytest.raises(ValueError, match="best must be one of miou, dice, accuracy, iou_a, iou_b, dice_a, dice_b"):
+        Segment(["a", "b"], best=best)
+    assert Segment(["a", "b"], best="iou_b").best == "iou_b"

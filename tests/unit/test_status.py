@@ -14,7 +14,7 @@ from fcmae.status import describe, find_runs, read_status, table
 from fcmae.training.run_dir import RunLock
 
 
-def write(folder, lines, steps=(), config="name: pretrain\noptim: {global_batch_size: 64}\n"):
+def write(folder, lines, steps=(), config="name: pretrain\noptim: {global_batch_size: 64}\nschedule: {epochs: 20}\n"):
     (folder / "checkpoints").mkdir(parents=True)
     for step in steps:
         (folder / "checkpoints" / f"step_{step:08d}.pt").touch()
@@ -58,11 +58,21 @@ def test_a_run_that_ended_early_is_done_and_all_monitors_of_its_last_step_are_sh
     looks = [{"step": 50, "knn10": 60.0}, {"step": 100, "knn10": 70.0}, {"step": 100, "val_loss": 0.5}]
     run = write(tmp_path / "a", [training(100, 50), *looks], steps=(100,))
     assert read_status(run).state == "stopped"
+    assert read_status(run).total == 200
     (run / "encoder.safetensors").touch()
     status = read_status(run)
     assert (status.state, status.scores) == ("done", {"knn10": 70.0, "val_loss": 0.5})
     os.utime(run / "encoder.safetensors", (0, 0))  # of a shorter schedule, before the run went on
     assert read_status(run).state == "stopped"
+
+
+def test_a_run_that_chooses_a_recipe_is_a_run(tmp_path):
+    (tmp_path / "auto").mkdir()
+    assert read_status(tmp_path).state == "stopped"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000000.pt").touch()
+    (tmp_path / "auto" / "chosen.json").touch()
+    assert read_status(tmp_path).state == "done"  # the probe was kept, so nothing was trained
 
 
 def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_killed(tmp_path):
@@ -120,7 +130,7 @@ def test_runs_are_found_and_links_are_not_followed(tmp_path, capsys):
     os.symlink(tmp_path, tmp_path / "x" / "loop")
     assert [run.name for run in find_runs(tmp_path)] == ["a", "b"]
     assert main(["ls", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("x/a  pretrain  stopped  3/5")
+    assert capsys.readouterr().out.splitlines()[1].startswith("x/a  pretrain  stopped  3/200")
     assert main(["status", str(tmp_path / "x" / "b")]) == 0
     for wrong in (tmp_path / "none", tmp_path / "x" / "a" / "checkpoints"):
         with pytest.raises(UsageError):

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fcmae.config import DataConfig, compose
 from fcmae.data.arrays import zarr_folder
@@ -16,7 +17,7 @@ from fcmae.data.pixels.transforms import CentreCrop, eval_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.statistics import sum_images
 from fcmae.data.samples import MaskedImages
-from fcmae.data.sources import Windows, train_source
+from fcmae.data.sources import ImageFolder, Windows, train_source
 from fcmae.data.sources.array import ArrayImages
 from fcmae.errors import ConfigError
 from fcmae.tasks.pretraining import Pretraining
@@ -166,3 +167,10 @@ def test_the_window_with_the_most_is_taken_where_none_has_enough():
 def test_what_is_no_foreground_is_refused(given):
     with pytest.raises(ConfigError, match=r"data.foreground must be {above: VALUE, share: SHARE}, or below"):
         DataConfig(foreground=given)
+
+
+def test_images_in_folders_of_classes_give_windows(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a" / "1.png")
+    source = Windows(ImageFolder(tmp_path), 3)
+    assert (len(source), source.classes) == (3, ["a"])

@@ -89,8 +89,12 @@ class Windows(Wrapper):
     def __init__(self, source: Source, count: int) -> None:
         super().__init__(source)
         self.count = count
-        self.unlabelled = getattr(source, "unlabelled", "its source gives none")
         self.values = getattr(source, "values", None)
+
+    @property
+    def unlabelled(self) -> str:
+        """Why there are no classes; a source with classes may have no answer."""
+        return getattr(self.source, "unlabelled", "its source gives none")
 
     def __len__(self) -> int:
         return len(self.source) * self.count

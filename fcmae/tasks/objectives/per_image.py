@@ -20,10 +20,10 @@ from fcmae.models.objective import Objective, Predictions
 from fcmae.models.pooled import RowHead
 
 
-def metric(best: str, names: tuple[str, ...]) -> str:
+def metric(best: str, names: Sequence[str], of_columns: bool = True) -> str:
     """``best`` if it is a metric, or a metric of a column, perhaps after "-". Raises ValueError."""
     name = best.removeprefix("-") if isinstance(best, str) else ""
-    if name not in names and name.split("_")[0] not in names:
+    if name not in names and not (of_columns and name.split("_")[0] in names):
         raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}")
     return best
 

@@ -68,7 +68,8 @@ class Segment(PerPixel):
         self.terms = loss_terms(loss, ("ce", "dice"))
         self.auto = class_weights == "auto"
         self.weights = None if self.auto or class_weights is None else _weights(class_weights, self.channels)
-        self.best = metric(best, ("miou", "dice", "accuracy", "iou"))
+        of_classes = (f"{kind}_{name}" for kind in ("iou", "dice") for name in self.classes)
+        self.best = metric(best, ("miou", "dice", "accuracy", *of_classes), of_columns=False)
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         if not self.auto:
