@@ -233,7 +233,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _total(step: int, epoch: float | None, config: dict[str, Any]) -> int | None:
     """The steps of the whole schedule; None if the files do not say."""
     schedule = config.get("schedule")
-    epochs = schedule.get("epochs") if isinstance(schedule, dict) else None
+    epochs: Any = schedule.get("epochs") if isinstance(schedule, dict) else None
     if not is_number(epochs) or not epoch or epoch < 0 or not 0 < epochs * step / epoch < 2**63:
         return None
     return max(1, round(epochs * round(step / epoch)))
