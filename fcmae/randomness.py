@@ -81,8 +81,8 @@ def sample_keys(seed: int, step: int, positions: range) -> Tensor:
     return torch.from_numpy((keys >> np.uint64(1)).astype(np.int64))
 
 
-def uniform(keys: Tensor, counter: int) -> Tensor:
-    """A number in [0, 1) for each sample, a function of its key and of ``counter``: float32 ``[n]``.
+def uniform(keys: Tensor, counter: int | Tensor) -> Tensor:
+    """A number in [0, 1) for each sample, a function of its key and of ``counter``: float32 of the shape of both.
 
     The same on every device, compiled or not.
     """

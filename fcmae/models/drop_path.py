@@ -1,10 +1,14 @@
-"""Stochastic depth (arXiv 1603.09382) whose draws belong to the sample, not to a generator's state."""
+"""Stochastic depth (arXiv 1603.09382) and dropout whose draws belong to the sample, not to a generator's state."""
 
+import torch
 from timm.layers import DropPath
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.randomness import uniform
+
+CHANNELS = 2**16
+"""Counters of a dropout; those of drop paths are below."""
 
 
 class SampleKeys:
@@ -35,8 +39,25 @@ class SampleDropPath(DropPath):
         return x * (kept / (1 - self.drop_prob)).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
+class SampleDropout2d(nn.Dropout2d):
+    """``torch.nn.Dropout2d``, likewise: each draw is a function of the sample's key, of ``layer`` and the channel."""
+
+    def __init__(self, p: float, layer: int, keys: SampleKeys) -> None:
+        super().__init__(p)
+        self.layer = layer
+        self.keys = keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        assert self.keys.values is not None, "the keys of the batch are not set"
+        counters = torch.arange(x.shape[1], device=x.device) + (self.layer + 1) * CHANNELS
+        kept = uniform(self.keys.values[:, None], counters) >= self.p
+        return x * (kept / (1 - self.p)).to(x.dtype)[..., None, None]
+
+
 def draw_paths_by_sample(model: nn.Module) -> SampleKeys:
-    """Replaces the drop path of every block in place; names of parameters stay.
+    """Replaces the drop path of every block, and every ``Dropout2d``, in place; names of parameters stay.
 
     Returns:
         Where to put the keys of the samples before each training step's forward pass.
@@ -46,4 +67,12 @@ def draw_paths_by_sample(model: nn.Module) -> SampleKeys:
     for layer, block in enumerate(blocks):
         if isinstance(block.drop_path, DropPath):
             block.drop_path = SampleDropPath(block.drop_path.drop_prob, layer, keys)
+    dropouts = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Dropout2d
+    ]
+    for layer, (module, name) in enumerate(dropouts):
+        setattr(module, name, SampleDropout2d(getattr(module, name).p, layer, keys))
     return keys

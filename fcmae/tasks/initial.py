@@ -215,6 +215,8 @@ def load_initial(
         said += "; the decoder is new"
     elif isinstance(model, Headed) and isinstance(model.head, DenseHead):
         said += _load_unet(model.head.unet, state) if init_decoder else "; the U-Net is new (init_decoder=false)"
+    elif isinstance(model, Headed):
+        said += "; the head is new"
     return said
 
 

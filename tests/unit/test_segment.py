@@ -313,9 +313,10 @@ def test_engines_agree(squares, engine):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(squares, tmp_path):
+@pytest.mark.parametrize("head", ["unet", "upernet"])
+def test_two_ranks_are_one(squares, tmp_path, head):
     """Of different numbers of images, of which one rank has none of the last window batch."""
-    args = segmenting(squares)
+    args = (*segmenting(squares), f"objective.head={head}")
     results = []
     for ranks in (1, 2):
         run = ("-m", "fcmae.cli", *args, f"hydra.run.dir=run{ranks}", "schedule.epochs=1", "optim.ema_decay=null")

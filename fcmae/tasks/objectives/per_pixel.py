@@ -7,27 +7,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fcmae.config.checks import check_one_of
 from fcmae.models.dense_head import DenseHead
 from fcmae.models.objective import DenseObjective
+from fcmae.models.upernet import UPerNet
+
+HEADS = {"unet": (DenseHead, 128), "upernet": (UPerNet, 512)}
+"""The class of each head, and its width if it is not given."""
+AUXILIARY_WEIGHT = 0.4
+"""Of the auxiliary prediction's loss, as in MMSegmentation."""
 
 
 class PerPixel(DenseObjective):
-    """A U-Net on the features of all stages (:class:`fcmae.models.dense_head.DenseHead`).
+    """A head on the features of all stages, and a loss of what it gives.
 
     Args:
-        width: channels of the U-Net.
+        channels: numbers per pixel.
+        head: ``unet`` (:mod:`fcmae.models.dense_head`) or ``upernet`` (:mod:`fcmae.models.upernet`).
+        width: channels of the head; None = 128 of ``unet``, 512 of ``upernet``.
     """
 
     best = ""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int | None = None, head: str = "unet") -> None:
+        check_one_of("head", head, HEADS)
+        width = HEADS[head][1] if width is None else width
         if type(width) is not int or not 0 < width <= 2048:
             raise ValueError(f"width must be an integer from 1 to 2048; got {width!r}")
-        self.channels, self.width = channels, width
+        self.channels, self.width, self.kind = channels, width, head
         self._copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def decoder(self, dims: list[int], strides: list[int]) -> nn.Module:
-        return DenseHead(dims, strides, self.channels, self.width)
+        return HEADS[self.kind][0](dims, strides, self.channels, self.width)
+
+    def loss(self, output: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`loss_of` the prediction; that of an auxiliary one is added with the weight 0.4."""
+        if isinstance(output, Tensor):
+            return self.loss_of(output, target)
+        main, auxiliary = output
+        losses, parts = self.loss_of(main, target)
+        further, _ = self.loss_of(auxiliary, target)
+        return losses + AUXILIARY_WEIGHT * further, {**parts, "auxiliary": further}
+
+    def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample ``[N]`` for a prediction ``[N, channels, H, W]``, and its parts."""
+        raise NotImplementedError
 
     def on_device(self, name: str, device: torch.device) -> Tensor:
         """An attribute on a device, copied once: a CUDA graph cannot record a copy from the host."""

@@ -38,7 +38,8 @@ class Segment(PerPixel):
         loss: ``ce``, ``dice``, ``ce+dice``, or weights by name.
         class_weights: a factor of each class in the cross entropy; ``auto`` = inverse frequency, the mean over the
             pixels of at most 1000 maps being 1; None = none.
-        width: channels of the U-Net.
+        width: channels of the head; None = 128 of ``unet``, 512 of ``upernet``.
+        head: ``unet`` or ``upernet``.
         best: the metric whose best checkpoint is kept: ``miou``, ``dice``, ``accuracy``, ``iou_NAME`` or ``dice_NAME``.
     """
 
@@ -51,11 +52,12 @@ class Segment(PerPixel):
         ignore_index: int | None = 255,
         loss: Any = "ce",
         class_weights: Any = None,
-        width: int = 128,
+        width: int | None = None,
         best: str = "miou",
+        head: str = "unet",
     ) -> None:
         self.classes = _names(classes)
-        super().__init__(len(self.classes), width)
+        super().__init__(len(self.classes), width, head)
         given = list(range(self.channels)) if values is None else list(values)
         different = all(type(value) is int for value in given) and len(set(given)) == len(given)
         if not different or len(given) != self.channels:
@@ -115,7 +117,7 @@ class Segment(PerPixel):
         ignored = "" if self.ignore_index is None else f" or {self.ignore_index} to leave out"
         return f"{pixels} pixels have other classes, such as {value}; {self.channels} classes are {shown}{ignored}"
 
-    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Each term is a mean over the labelled pixels of a sample, 0 without one."""
         parts = {}
         if "ce" in self.terms:

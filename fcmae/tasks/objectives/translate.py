@@ -40,7 +40,8 @@ class Translate(PerPixel):
         channels: of the maps.
         loss: ``l1``, ``mse``, ``ms_ssim`` (1 - MS-SSIM), sums such as ``l1+ms_ssim``, or weights by name.
         data_range: the span of values for SSIM and PSNR; None = that of the training maps.
-        width: channels of the U-Net.
+        width: channels of the head; None = 128 of ``unet``, 512 of ``upernet``.
+        head: ``unet`` or ``upernet``.
         best: the metric whose best checkpoint is kept: ``ssim``, ``psnr``, ``pearson`` or ``-mae``.
     """
 
@@ -51,14 +52,15 @@ class Translate(PerPixel):
         channels: Any = None,
         loss: Any = "l1",
         data_range: float | None = None,
-        width: int = 128,
+        width: int | None = None,
         best: str = "ssim",
+        head: str = "unet",
     ) -> None:
         if type(channels) is not int or not 0 < channels <= 4096:
             raise ValueError(f"channels must be an integer from 1 to 4096; got {channels!r}")
         if data_range is not None and not 0 < data_range < math.inf:
             raise ValueError(f"data_range must be a positive number or null; got {data_range!r}")
-        super().__init__(channels, width)
+        super().__init__(channels, width, head)
         given = {name.replace("-", "_"): w for name, w in loss.items()} if isinstance(loss, dict) else loss
         self.terms = loss_terms(given.replace("-", "_") if isinstance(given, str) else given, ("l1", "mse", "ms_ssim"))
         self.best = metric(best, ("ssim", "psnr", "pearson", "mae"))
@@ -106,7 +108,7 @@ class Translate(PerPixel):
             raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
         return value_map(given, name, self.channels, self.max_pixels)
 
-    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Each term is a mean over the values of a sample that are there, 0 without one."""
         mean, std = (self._column(name, output) for name in ("mean", "std"))
         valid = target.isfinite()
