@@ -21,6 +21,7 @@ from tests.cpu_time import pytest_runtest_protocol, pytest_terminal_summary  # n
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
+torch.set_num_threads(1)  # the networks are tiny: a second thread waits, and waits at full load
 
 ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.minkowski))
 """For parametrised tests; what needs MinkowskiEngine is run by ``-m minkowski``."""
