@@ -92,9 +92,9 @@ class DataConfig:
     one). NaN of float32 is then meant, too. The network gets the mean instead; pretraining leaves such pixels out of
     the loss (docs/data.md)."""
     fit: str = "crop"
-    """``crop``: crops are resized to data.image_size. ``pad``: they have that size in the image itself, at a random
-    place (in evaluation the middle); where the image is smaller, pixels without a value follow at the right and the
-    bottom (docs/data.md)."""
+    """``crop``: crops are resized to data.image_size. ``pad``: they have that size in the image itself, enlarged as
+    data.crop_zoom says in training, at a random place (in evaluation the middle); where the image is smaller, pixels
+    without a value follow at the right and the bottom (docs/data.md)."""
     pad: int = 0
     """Pixels added on each side before anything else."""
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
@@ -103,7 +103,7 @@ class DataConfig:
     """Aspect ratio (width / height) of a training crop before it is resized."""
     crop_zoom: list[float] | None = None
     """Training crops at the images' own resolution, enlarged by a factor from [least, most], instead of crop_scale and
-    crop_ratio; by more where an image is smaller than the crop."""
+    crop_ratio; where an image is smaller than the crop, by more, or with fit=pad it is padded."""
     windows_per_image: int = 1
     """Pretraining: how often an epoch takes a crop of each image, for large images and data.fit=pad or crop_zoom."""
     foreground: Any = None
@@ -195,7 +195,6 @@ class DataConfig:
         check_one_of("data.fit", self.fit, ("crop", "pad"))
         alone = self.nodata is None and self.fit == "crop"
         check("data.pad", self.pad, self.pad == 0 or alone, "0 with data.nodata and data.fit=pad")
-        check("data.crop_zoom", self.crop_zoom, self.crop_zoom is None or self.fit == "crop", "null with data.fit=pad")
         marks = no_data("data.nodata", self.nodata, self.in_chans)
         if marks is None:
             return

@@ -54,7 +54,7 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Group ``schedule``: linear warm-up, then half a cosine to ``min_lr``, per step."""
+    """Group ``schedule``: linear warm-up, then half a cosine or a line to ``min_lr``, per step."""
 
     epochs: float = 800
     """Length of training; an epoch is as many samples as there are training images."""
@@ -62,8 +62,11 @@ class ScheduleConfig:
     """Epochs of linear warm-up, part of ``epochs``."""
     min_lr: float = 0.0
     """The learning rate at the end."""
+    decay: str = "cosine"
+    """How the learning rate falls after warm-up: ``cosine`` or ``linear``."""
 
     def __post_init__(self) -> None:
+        check_one_of("schedule.decay", self.decay, ("cosine", "linear"))
         check_positive("schedule.epochs", self.epochs)
         ok = 0 <= self.warmup_epochs <= self.epochs
         check("schedule.warmup_epochs", self.warmup_epochs, ok, f"from 0 to schedule.epochs ({self.epochs:g})")

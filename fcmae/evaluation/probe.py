@@ -24,7 +24,7 @@ from fcmae.evaluation.class_metrics import NAMES, metrics_of
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import cross_validate, fit, stratified_folds, weights_of
 from fcmae.optim.adamw import set_lr
-from fcmae.optim.schedule import CosineSchedule
+from fcmae.optim.schedule import Schedule
 from fcmae.randomness import Stream, seed_globals
 
 HEAD_STD = 0.01
@@ -97,7 +97,7 @@ def train_heads(
     ``epochs`` are the features of the training images in each epoch, ``plan`` the batches.
     """
     steps = plan.steps_per_epoch
-    schedule = CosineSchedule(1.0, 0.0, cfg.warmup_epochs * steps, cfg.epochs * steps)
+    schedule = Schedule(1.0, 0.0, cfg.warmup_epochs * steps, cfg.epochs * steps)
     heads = optimizer = None
     for epoch, train in zip(range(cfg.epochs), epochs, strict=False):
         if not lrs:

@@ -12,7 +12,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError
-from fcmae.optim.schedule import CosineSchedule
+from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
@@ -36,12 +36,12 @@ def create_plan(task: Task, world: World, micro_batch_size: int | None) -> Batch
     return plan
 
 
-def create_schedule(cfg: RunConfig, plan: BatchPlan) -> CosineSchedule:
+def create_schedule(cfg: RunConfig, plan: BatchPlan) -> Schedule:
     """The learning rate of each step."""
     warmup, total = (
         round(epochs * plan.steps_per_epoch) for epochs in (cfg.schedule.warmup_epochs, cfg.schedule.epochs)
     )
-    return CosineSchedule(cfg.optim.peak_lr, cfg.schedule.min_lr, warmup, max(1, total))
+    return Schedule(cfg.optim.peak_lr, cfg.schedule.min_lr, warmup, max(1, total), cfg.schedule.decay)
 
 
 def checkpoint_dir(run_dir: Path, cfg: RunConfig, plan: BatchPlan, watchdog: Watchdog) -> CheckpointDir:

@@ -11,7 +11,7 @@ from fcmae.loggers.meter import Meter
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
-from fcmae.optim.schedule import CosineSchedule
+from fcmae.optim.schedule import Schedule
 from fcmae.training.cuda_graphs import EagerBackward, GraphedBackward
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def train(
     model = FCMAE("convnextv2_atto", engine=engine, decoder_embed_dim=64, **network).cuda()
     model.compile()
     optimizer = create_optimizer(model, OptimConfig())
-    lr = CosineSchedule(3e-4, 0.0, warmup, steps)
+    lr = Schedule(3e-4, 0.0, warmup, steps)
     imgs = torch.randn(64, 3, 7, 7, device="cuda").repeat_interleave(32, 2).repeat_interleave(32, 3)
     imgs = imgs + 0.3 * torch.randn(64, 3, 224, 224, device="cuda")
     masks = [random_mask(torch.rand(64, 49, device="cuda"), 19) for _ in range(8)]

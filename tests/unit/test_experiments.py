@@ -17,7 +17,10 @@ from fcmae.config import compose as compose_again
 from fcmae.data.plan import BatchPlan
 from fcmae.interchange.official import dense_name
 from fcmae.models import create_backbone
+from fcmae.models.build import build_network
+from fcmae.models.objective import Objective
 from fcmae.optim.adamw import param_groups
+from fcmae.plugins import create
 from tests.conftest import GOLDEN
 
 FOLDER = conf_dir() / "experiment"
@@ -325,3 +328,30 @@ def test_layer_decay_from_22k_has_the_official_layers(size: str, stage: str) -> 
         layers = math.log(golden[name]["lr_scale"]) / math.log(FINETUNING[size][2])
         assert scale == pytest.approx(cfg.optim.layer_decay**layers, rel=1e-5), name
         assert (decay > 0) == (golden[name]["weight_decay"] > 0), name
+
+
+ADE20K = {"base": ("base", 512, 52.1, 122), "large": ("large", 512, 53.7, 235), "huge": ("huge", 512, 55.0, 707),
+          "huge_22k": ("huge", 640, 57.0, 707)}  # fmt: skip
+"""arXiv 2301.00808, table 7: mIoU, and millions of parameters."""
+
+
+@pytest.mark.parametrize("name", ADE20K)
+def test_ade20k(name: str) -> None:
+    size, pixels, miou, parameters = ADE20K[name]
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=ade20k/upernet_{name}"]).settled({})
+    optim, schedule = cfg.optim, cfg.schedule
+    assert (cfg.model.backbone, cfg.data.image_size) == (f"convnextv2_{size}", (pixels, pixels))
+    assert (optim.betas, optim.weight_decay, optim.global_batch_size) == ([0.9, 0.999], 0.05, 16)
+    assert optim.peak_lr in (1e-4, 2e-4, 3e-4)
+    assert (optim.layer_decay, optim.ema_decay) == (0.9, None)
+    assert (schedule.decay, schedule.min_lr, cfg.model.drop_path_rate) == ("linear", 0, 0.4)
+    per_epoch = 20_210 // 16
+    assert (round(schedule.epochs * per_epoch), round(schedule.warmup_epochs * per_epoch)) == (160_000, 1_500)
+    assert (cfg.augment.mixup, cfg.augment.auto_augment, cfg.data.hflip) == (0, None, 0.5)
+    assert (cfg.data.crop_zoom, cfg.data.fit) == ([0.5, 2.0], "pad")
+    assert f"# Published mIoU: {miou}" in (FOLDER / f"ade20k/upernet_{name}.yaml").read_text()
+    with torch.device("meta"):
+        objective = create(cfg.objective, "objective", Objective)
+        model = build_network(cfg, objective)
+    assert (len(objective.classes), objective.classes[0], objective.classes[-1]) == (150, "wall", "flag")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == parameters

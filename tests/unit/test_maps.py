@@ -186,6 +186,34 @@ def test_a_transform_of_the_users_changes_both_or_is_refused():
         transform("Twice", auto_augment="rand-m9")
 
 
+@pytest.mark.parametrize("zoom", [None, [0.5, 0.5], [0.5, 2.0]])
+def test_padding_is_left_out_and_the_map_follows(zoom):
+    """A grey level per class, and crops of images that they do not fit into, turned and mirrored."""
+    cfg = DataConfig(image_size=32, fit="pad", crop_zoom=zoom, vflip=0.5, rot90=True, mean=[0.5] * 3, std=[1.0] * 3)
+    transform = PairTransform(cfg, AugmentConfig())
+    target = torch.zeros(40, 24, dtype=torch.int16)
+    target[13:], target[:, 9:] = 1, 2
+    image = (target * 100).to(torch.uint8).expand(3, -1, -1)
+    random.seed(0)
+    for _ in range(20):
+        crop, found = transform(image, target)
+        _, numbers = transform(image, target[None].float())
+        assert numbers.shape == (1, 32, 32)
+        assert found.shape == (32, 32)
+        inside = (found != IGNORED).long()
+        rows, cols = int(inside.amax(1).sum()), int(inside.amax(0).sum())
+        assert inside[:rows, :cols].all()
+        assert inside.sum() == rows * cols
+        assert crop[:, found == IGNORED].abs().max() < 0.01 if rows * cols < 32 * 32 else True
+        if zoom is not None and zoom[1] == 0.5:
+            assert sorted((rows, cols)) == [12, 20]
+        if zoom is None:
+            assert sorted((rows, cols)) == [24, 32]
+        level = (crop[0] + 0.5) * 255 / 100
+        share = ((level - found).abs() < 0.3)[found != IGNORED].double().mean()
+        assert share > (0.999 if zoom is None else 0.8)
+
+
 def test_samples_are_functions_of_seed_epoch_and_index(tmp_path):
     write_squares(tmp_path)
     cfg = DataConfig(path=f"{tmp_path}/images", target_path=f"{tmp_path}/masks", image_size=32, crop_zoom=[0.5, 2.0],
@@ -292,7 +320,6 @@ def test_maps_without_labels_are_named(tmp_path):
         (None, ["augment.mixup=0.5"], r"augment.mixup must be 0 with objective: .*Segment"),
         (None, ["data.image_size=36"], "data.image_size must be a multiple of 8, the total stride, with target maps"),
         (None, ["data.pad=2"], "data.pad must be 0 with target maps"),
-        (None, ["data.fit=pad", "data.crop_zoom=null"], "data.fit must be crop with target maps; got 'pad'"),
         (None, ["objective.classes=null"], "classes must be a list of two or more names, or their number; got None"),
         (None, ["objective.loss=mse"], "loss must be one or several of ce, dice, as A\\+B or with positive weights"),
         (None, ["objective.ignore_index=1"], "ignore_index is 1, the number of class 1"),

@@ -312,8 +312,6 @@ def test_no_data_that_cannot_be_is_refused(given, message):
 def test_padding_goes_with_no_other():
     with pytest.raises(ConfigError, match="data.pad must be 0 with data.nodata and data.fit=pad; got 1"):
         DataConfig(fit="pad", pad=1)
-    with pytest.raises(ConfigError, match=r"data.crop_zoom must be null with data.fit=pad; got \[1, 2\]"):
-        DataConfig(fit="pad", crop_zoom=[1, 2])
     with pytest.raises(ConfigError, match="data.fit must be one of crop, pad; got 'stretch'"):
         DataConfig(fit="stretch")
 

@@ -18,7 +18,7 @@ from fcmae.config import FinetuneConfig, compose
 from fcmae.data.pixels.maps import IGNORED
 from fcmae.data.sources import Sample
 from fcmae.distributed import World
-from fcmae.errors import ConfigError
+from fcmae.errors import ConfigError, ImageError
 from fcmae.evaluation.features import Images
 from fcmae.evaluation.windows import Windows, over_windows, starts
 from fcmae.models.dense_head import DenseHead, enlarged
@@ -133,6 +133,14 @@ def test_numbers_in_files_stand_for_classes():
     assert target.tolist() == [[0, 1], [1, 0]]
     predicted = torch.stack([target == 0, target == 1]).float()
     assert segment.final(predicted).equal(given.long())
+    ade = Segment(2, reduce_zero_label=True)
+    files = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
+    assert ade.target(Sample(None, files), Listed([files]), 0).tolist() == [[IGNORED, 0], [1, IGNORED]]
+    assert ade.final(torch.tensor([0.1, 0.9]).view(2, 1, 1)).tolist() == [[2]]
+    with pytest.raises(ImageError, match="1 pixels have other classes, such as 3; 2 classes are 1 to 2 or 0 or 255 to"):
+        ade.target(Sample(None, files + 1), Listed([files]), 0)
+    with pytest.raises(ValueError, match="reduce_zero_label must be true or false, false with values; got True"):
+        Segment(2, values=[1, 2], reduce_zero_label=True)
     shifted = Segment(2, values=[2, 1], ignore_index=0)
     assert shifted.target(Sample(None, given // 100), Listed([given]), 0).tolist() == [[IGNORED, 0], [0, IGNORED]]
 

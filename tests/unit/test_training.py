@@ -1,6 +1,7 @@
 """Schedule, parameter groups, the guard against non-finite gradients, what is logged, and the recipe."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from fcmae.loggers.logger import MetricsFile, Progress, RunLogger
 from fcmae.loggers.meter import Meter
 from fcmae.models import FCMAE, create_backbone
 from fcmae.optim.adamw import create_optimizer, layer_scale, load_moments, param_groups, set_lr
-from fcmae.optim.schedule import CosineSchedule
+from fcmae.optim.schedule import Schedule
 from fcmae.training.finite import FiniteGuard, infectious
 from fcmae.training.state import TrainState
 from tests.conftest import run_python
@@ -27,13 +28,15 @@ CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def test_schedule_warms_up_linearly_and_ends_at_min_lr():
-    schedule = CosineSchedule(peak=1.0, min_lr=0.1, warmup_steps=10, total_steps=110)
+    schedule = Schedule(peak=1.0, min_lr=0.1, warmup_steps=10, total_steps=110)
     assert schedule(0) == 0
     assert schedule(5) == 0.5
     assert schedule(10) == 1.0
     assert schedule(60) == pytest.approx(0.1 + 0.9 * 0.5)
     assert schedule(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert schedule(110) == pytest.approx(0.1)
+    line = replace(schedule, decay="linear")
+    assert [line(step) for step in (5, 10, 35, 110)] == pytest.approx([0.5, 1.0, 0.1 + 0.9 * 0.75, 0.1])
 
 
 def test_lr_follows_the_global_batch():

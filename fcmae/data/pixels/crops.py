@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class Box(NamedTuple):
     """Mirrored top to bottom."""
     turns: int = 0
     """Then turned to the left by this many times 90 degrees."""
+    shown: tuple[int, int] | None = None
+    """Height and width that it is resized to before it is padded, with data.fit=pad; None = its own."""
 
     def divided(self, reduce: int) -> "Box":
         """The same part of an image decoded at reduced size."""
@@ -92,7 +94,7 @@ class RandomCrop:
         self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
-        self.zoom = cfg.crop_zoom
+        self.zoom = cfg.crop_zoom  # with fit=pad None = 1
         self.foreground = None if cfg.foreground is None else Foreground(cfg)
 
     def __call__(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> Tensor:
@@ -127,6 +129,8 @@ class RandomCrop:
         valid = no_data.valid(pixels)
         pixels = no_data.replace(pixels, valid)
         if self.at_own_size:
+            if box.shown is not None:
+                pixels, valid = resize(pixels, list(box.shown)), resized(valid, box.shown)
             crop, valid = (padded(_turned(x, box), self.size) for x in (pixels, valid))
             return [no_data.replace(crop, valid), valid]
         crop = how(pixels, box, self.size)
@@ -167,9 +171,9 @@ class RandomCrop:
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         """The box that ``uniform`` chooses in an image of ``size``."""
+        shown = None
         if self.at_own_size:
-            rows, cols = (min(side, most) for side, most in zip(size, self.size, strict=True))
-            part = int((size[0] - rows + 1) * uniform()), int((size[1] - cols + 1) * uniform()), rows, cols
+            *part, shown = padded_part(size, self.size, self.zoom, uniform)
         elif self.zoom is None:
             part = random_part(size, self.scale, self.ratio, uniform)
         else:
@@ -178,7 +182,7 @@ class RandomCrop:
         # What is switched off draws nothing, so that it does not change what others draw.
         vflip = self.vflip > 0 and uniform() < self.vflip
         turns = int(4 * uniform()) if self.rot90 else 0
-        return Box(*part, flip, vflip, turns)
+        return Box(*part, flip, vflip, turns, shown)
 
 
 def random_part(
@@ -210,10 +214,31 @@ def zoomed_part(
     The factor's logarithm is uniform between those of ``zoom``. It is larger where the box would not fit the image.
     """
     height, width = size
-    factor = zoom[0] * (zoom[1] / zoom[0]) ** uniform()
+    factor = _factor(zoom, uniform)
     factor = max(factor, crop[0] / height, crop[1] / width)
     rows, cols = (min(side, max(1, round(part / factor))) for side, part in zip(size, crop, strict=True))
     return int((height - rows + 1) * uniform()), int((width - cols + 1) * uniform()), rows, cols
+
+
+def padded_part(
+    size: tuple[int, int], crop: tuple[int, int], zoom: Sequence[float] | None, uniform: Uniform
+) -> tuple[int, int, int, int, tuple[int, int] | None]:
+    """As :func:`zoomed_part`, but the whole of a side that is too small: the crop shows it in fewer pixels.
+
+    The last of the results is how many rows and columns show the box; None = as many as it has.
+    """
+    factor = 1.0 if zoom is None or zoom[0] == zoom[1] == 1 else _factor(zoom, uniform)
+    sides = [min(side, max(1, round(most / factor))) for side, most in zip(size, crop, strict=True)]
+    places = [int((side - part + 1) * uniform()) for side, part in zip(size, sides, strict=True)]
+    if factor == 1.0:
+        return places[0], places[1], sides[0], sides[1], None
+    shown = [min(most, max(1, round(part * factor))) for part, most in zip(sides, crop, strict=True)]
+    return places[0], places[1], sides[0], sides[1], (shown[0], shown[1])
+
+
+def _factor(zoom: Sequence[float], uniform: Uniform) -> float:
+    """A factor whose logarithm is uniform between those of ``zoom``."""
+    return zoom[0] * (zoom[1] / zoom[0]) ** uniform()
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:

@@ -4,13 +4,14 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.pixels.crops import RandomCrop, cut, cut_nearest, pick
+from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest, pick
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
@@ -40,11 +41,6 @@ class PairTransform:
             )
         if cfg.pad:
             raise ConfigError(f"data.pad must be 0 with target maps; got {cfg.pad}")
-        if cfg.fit != "crop":
-            raise ConfigError(
-                f"data.fit must be crop with target maps; got {cfg.fit!r}; data.crop_zoom=[1,1] takes crops at the "
-                "images' own size"
-            )
         self.crop = RandomCrop(cfg, max_pixels)
         self.transforms = [(name, _both(name, step)) for name, step in Extra(cfg.transforms).steps]
         self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)
@@ -56,10 +52,7 @@ class PairTransform:
         opened = open_image(image, self.crop.format)
         check_size(opened.size, target)
         crop, box = self.crop.with_box(opened)
-        if target.is_floating_point():
-            target = cut(target, box, self.crop.size)
-        else:
-            target = cut_nearest(target[None], box, self.crop.size)[0]
+        target = self._cut(target, box)
         for name, step in self.transforms:
             shapes = [(part.shape, part.dtype) for part in (crop, target)]
             crop, target = step(crop, target)
@@ -67,6 +60,21 @@ class PairTransform:
                 raise ConfigError(f"{name} must return an image and a map of the same shapes and types")
         crop = self.normalize(crop)
         return crop if self.erase is None else self.erase(crop), target
+
+    def _cut(self, target: Tensor, box: Box) -> Tensor:
+        """The part of a map that a crop shows; what the crop has beyond the image is left out."""
+        size = self.crop.size
+        if self.crop.at_own_size:
+            rows, cols = box.shown or (box.height, box.width)
+            size = rows, cols
+        found = cut(target, box, size) if target.is_floating_point() else cut_nearest(target[None], box, size)[0]
+        more = [side - shown for side, shown in zip(self.crop.size, found.shape[-2:], strict=True)]
+        return F.pad(found, (0, more[1], 0, more[0]), value=_left_out(found)) if any(more) else found
+
+
+def _left_out(target: Tensor) -> float:
+    """What marks the pixels of a map that are left out."""
+    return torch.nan if target.is_floating_point() else IGNORED
 
 
 class WholeImage:
@@ -113,6 +121,5 @@ def _transformed(step: v2.Transform, crop: Tensor, target: Tensor) -> tuple[Tens
     """By torchvision, which changes images, and masks by nearest neighbours where a transform moves pixels."""
     inside = torch.full(target.shape[-2:], INSIDE, dtype=torch.int32)
     image, moved, inside = step(tv_tensors.Image(crop), tv_tensors.Mask(target), tv_tensors.Mask(inside))
-    left_out = torch.nan if target.is_floating_point() else IGNORED
-    moved = moved.as_subclass(Tensor).masked_fill(inside.as_subclass(Tensor) != INSIDE, left_out)
+    moved = moved.as_subclass(Tensor).masked_fill(inside.as_subclass(Tensor) != INSIDE, _left_out(target))
     return image.as_subclass(Tensor), moved

@@ -35,6 +35,7 @@ class Segment(PerPixel):
         classes: names, or how many there are.
         values: the number that stands for each class in the files; None = 0, 1, 2, ...
         ignore_index: the number of pixels that are left out of loss and metrics; None = there are none.
+        reduce_zero_label: in the files 0 is left out, too, and 1 is the first class, as in ADE20K.
         loss: ``ce``, ``dice``, ``ce+dice``, or weights by name.
         class_weights: a factor of each class in the cross entropy; ``auto`` = inverse frequency, the mean over the
             pixels of at most 1000 maps being 1; None = none.
@@ -55,10 +56,15 @@ class Segment(PerPixel):
         width: int | None = None,
         best: str = "miou",
         head: str = "unet",
+        reduce_zero_label: bool = False,
     ) -> None:
         self.classes = _names(classes)
         super().__init__(len(self.classes), width, head)
-        given = list(range(self.channels)) if values is None else list(values)
+        if type(reduce_zero_label) is not bool or (reduce_zero_label and values is not None):
+            raise ValueError(f"reduce_zero_label must be true or false, false with values; got {reduce_zero_label!r}")
+        self.left_out = [0] if reduce_zero_label else []
+        first = int(reduce_zero_label)
+        given = list(range(first, first + self.channels)) if values is None else list(values)
         different = all(type(value) is int for value in given) and len(set(given)) == len(given)
         if not different or len(given) != self.channels:
             raise ValueError(f"values must be {self.channels} different integers, one per class; got {values!r}")
@@ -66,7 +72,7 @@ class Segment(PerPixel):
             name = self.classes[given.index(ignore_index)]
             raise ValueError(f"ignore_index is {ignore_index}, the number of class {name}")
         self.values = torch.tensor(given)
-        self.ignore_index = ignore_index
+        self.left_out += [] if ignore_index is None else [ignore_index]
         self.terms = loss_terms(loss, ("ce", "dice"))
         self.auto = class_weights == "auto"
         self.weights = None if self.auto or class_weights is None else _weights(class_weights, self.channels)
@@ -105,7 +111,7 @@ class Segment(PerPixel):
         order = self.values.argsort()
         places = torch.searchsorted(self.values[order], found).clamp_(max=self.channels - 1)
         known = self.values[order][places] == found
-        left_out = torch.zeros_like(known) if self.ignore_index is None else found == self.ignore_index
+        left_out = torch.isin(found, torch.tensor(self.left_out, dtype=torch.int64))
         unknown = found[~known & ~left_out]
         if len(unknown):
             raise ImageError(name, self._beyond(int(unknown[0]), len(unknown)))
@@ -113,8 +119,9 @@ class Segment(PerPixel):
 
     def _beyond(self, value: int, pixels: int) -> str:
         known = self.values.tolist()
-        shown = f"0 to {self.channels - 1}" if known == list(range(self.channels)) else str(known)
-        ignored = "" if self.ignore_index is None else f" or {self.ignore_index} to leave out"
+        in_order = known == list(range(known[0], known[0] + self.channels))
+        shown = f"{known[0]} to {known[-1]}" if in_order else str(known)
+        ignored = f" or {' or '.join(map(str, self.left_out))} to leave out" if self.left_out else ""
         return f"{pixels} pixels have other classes, such as {value}; {self.channels} classes are {shown}{ignored}"
 
     def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
