@@ -66,6 +66,12 @@ class WorkerError(FCMAEError):
     """A data worker died or does not answer."""
 
 
+class RemoteError(FCMAEError):
+    """A server does not answer; what it has cannot be read now."""
+
+    raised_by = "launch"
+
+
 class SaveError(FCMAEError):
     """A checkpoint could not be written; the older ones are as they were."""
 

@@ -31,8 +31,10 @@ from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled
+from fcmae.messages import print_once_rank0
 from fcmae.plugins import NAMED_BY, is_named
 from fcmae.precision import PRECISIONS
+from fcmae.urls import PIPE, is_command
 
 INIT_CHANNELS = ("strict", "repeat", "mean", "new")
 
@@ -214,7 +216,7 @@ class CheckpointConfig:
         """The checkpoint's data config, or the keys that it knows, overridden by the command line.
 
         A path or a source on the command line replaces the checkpoint's images, whichever of the two named them. The
-        class of a checkpoint's own source must be in ``allow``.
+        class of a checkpoint's own source must be in ``allow``; a command that it names as a path is dropped.
         """
         given, values = self._given(), dataclasses.asdict(own) if isinstance(own, DataConfig) else dict(own)
         for source, path in (("source", "path"), ("val_source", "val_path")):
@@ -222,6 +224,13 @@ class CheckpointConfig:
                 values[source] = None
             elif source in given or values.get(source) is not None:
                 values[path] = None
+        for path in ("path", "val_path"):
+            own_paths = values.get(path) if isinstance(values.get(path), (list, tuple)) else [values.get(path)]
+            if path not in given and any(is_command(str(one)) for one in own_paths):
+                values[path] = None
+                print_once_rank0(
+                    f"data.{path} of the checkpoint is a command ({PIPE}), which is not run; give it yourself"
+                )
         for source in ("source", "val_source"):
             if values.get(source) is not None and values[source]["_target_"] in self.allow:
                 values[source].pop(NAMED_BY, None)

@@ -23,7 +23,8 @@ class DataConfig:
     """The kind of source that ``path`` and ``val_path`` name."""
     path: Any = None
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
-    such as ``train-{0000..0146}.tar``, or a list; hf: a folder or a name on the hub; table: a
+    such as ``train-{0000..0146}.tar``, URLs of these, ``pipe:COMMAND``, or a list; hf: a folder, a name on the hub, or
+    a URL of Parquet files; table: a
     .txt, .csv, .tsv or .parquet file; array: a Zarr folder, an HDF5 or .npy file, a pattern, or a list; fashion_mnist:
     the folder with the four .gz files, or None to look for them."""
     val_path: Any = None

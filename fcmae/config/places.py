@@ -11,6 +11,7 @@ from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.errors import UsageError
 from fcmae.files import check_output
+from fcmae.urls import check_url, is_remote, is_url
 
 WHAT = {
     "imagefolder": "the folder of {} images, data.{}=FOLDER",
@@ -73,10 +74,20 @@ def _check_images(data: DataConfig, key: str) -> None:
         _check_folders(key, path)
         return
     for one in path if isinstance(path, list) else [path]:
-        if data.name == "table" and not os.path.isfile(one):
+        if data.name == "webdataset" and is_remote(one):
+            _check_url(key, one)
+        elif data.name == "table" and not os.path.isfile(one):
             mistake(f"data.{key}: no file {one}")
         elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
             mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of tar files")
+
+
+def _check_url(key: str, url: str) -> None:
+    try:
+        if is_url(url):
+            check_url(url)
+    except UsageError as error:
+        mistake(f"data.{key}: {error}")
 
 
 def _check_folders(key: str, path: str | list[str] | None) -> None:

@@ -24,6 +24,11 @@ def renamed(key: str) -> str | None:
     """What to say where a user gives the old name of a key; None for any other key."""
     if key == NORM_PIX_LOSS:
         return f"{key} is now target.pixels.norm; patch stands for true, none for false"
+    if key == "data.streaming":
+        return (
+            "data.streaming is no key: samples are read by index, so that a run resumes exactly, with any number of "
+            "ranks; data.path=hf://... or s3://... reads Parquet files from there (loader.cache_size)"
+        )
     if key == "pooling":
         return "pooling is now layer; pooled stands for norm"
     return f"{key} is now {RENAMED[key]}" if key in RENAMED else None

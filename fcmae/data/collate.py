@@ -8,21 +8,21 @@ from torch.utils.data import default_collate
 
 from fcmae.data.pixels.on_device import Undecoded, pack
 from fcmae.data.shared_memory import Placed, stack
-from fcmae.errors import UsageError
+from fcmae.errors import FCMAEError
 
 
 class Item(NamedTuple):
     """The parts of a sample, None if it could not be read, and the errors met on the way."""
 
     parts: Any
-    errors: list[UsageError]
+    errors: list[FCMAEError]
 
 
 class Batch(NamedTuple):
     """The parts of all readable samples, None without any; all errors; the number of samples left out."""
 
     parts: Any
-    errors: list[UsageError]
+    errors: list[FCMAEError]
     left_out: int
 
     def opened(self) -> "Batch":

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from fcmae.config import LoaderConfig
 from fcmae.data.collate import Batch, Item
 from fcmae.distributed import World
-from fcmae.errors import ImageError, UsageError
+from fcmae.errors import FCMAEError, ImageError, RemoteError, UsageError
 from fcmae.messages import print_once
 from fcmae.randomness import Stream, derive
 
@@ -29,13 +29,13 @@ class ErrorsAside(Dataset[Item]):
         self.dataset = dataset
 
     def __getitem__(self, key: Any) -> Item:
-        errors: list[UsageError] = []
+        errors: list[FCMAEError] = []
         for candidate in self.candidates(key):
             try:
                 return Item(self.dataset[candidate], errors)
             except ImageError as error:
                 errors.append(error)
-            except UsageError as error:  # of a class that the config names, such as the mask's: not the image's
+            except (UsageError, RemoteError) as error:  # of a class that the config names, or a server: no image's
                 return Item(None, [error])
         return Item(None, errors)
 
@@ -82,7 +82,7 @@ class BadSamples:
         Args:
             replaced: no sample may be left out.
 
-        Raises ImageError, and any other UsageError that a sample raised.
+        Raises ImageError, and any other FCMAEError that a sample raised.
         """
         for error in batch.errors:
             if not isinstance(error, ImageError):

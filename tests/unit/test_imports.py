@@ -104,6 +104,8 @@ ONLY_IN = {
     "hydra": {"config/compose.py", "hydra_run.py"},
     "h5py": {"data/arrays/hdf5.py"},
     "numcodecs": {"data/arrays/codecs.py"},
+    "fsspec": {"data/remote/objects.py"},
+    "aiohttp": {"data/remote/objects.py"},
     "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},

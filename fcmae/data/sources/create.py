@@ -4,6 +4,7 @@ from typing import Any
 
 from fcmae.config import DataConfig, LoaderConfig, not_set
 from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.remote.access import Access
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -12,6 +13,7 @@ from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.table import TableImages
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
+from fcmae.urls import is_remote
 
 
 def train_source(cfg: DataConfig, loader: LoaderConfig | None = None) -> Source:
@@ -59,12 +61,13 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
 
 def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Source:
     if cfg.name == "webdataset":
-        return WebDataset(path, allow_cut=loader.on_error == "skip", reindex=loader.relist)
+        return WebDataset(path, loader.on_error == "skip", loader.relist, _access(path, loader))
     if cfg.name == "hf":
         from fcmae.data.sources.huggingface import HuggingFace
 
         which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
-        return HuggingFace(path, cfg.split if train else cfg.val_split, cfg.image_column, cfg.label_column, *which)
+        split = cfg.split if train else cfg.val_split
+        return HuggingFace(path, split, cfg.image_column, cfg.label_column, *which, access=_access(path, loader))
     if cfg.name == "table":
         split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
         return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column)
@@ -75,6 +78,11 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         needed = None if read.input is None else [*read.input, *read.extra]
         return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, needed, cfg.label_column)
     return ImageFolder(path, loader.relist)
+
+
+def _access(path: Any, loader: LoaderConfig) -> Access | None:
+    given = path if isinstance(path, (list, tuple)) else [path]
+    return Access.of(loader) if any(is_remote(str(one)) for one in given) else None
 
 
 def _one(path: Any, key: str, name: str) -> Any:

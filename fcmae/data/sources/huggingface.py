@@ -1,12 +1,15 @@
 """Data sets of the Hugging Face library ``datasets``: Parquet and Arrow files, saved data sets, or names on the hub."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcmae.data.pixels.decode import Encoded, read_file
+from fcmae.data.remote.access import Access
+from fcmae.data.remote.objects import RemoteFile
 from fcmae.data.sources.base import Sample, class_names
 from fcmae.errors import ConfigError, ImageError, UsageError, shown
 
@@ -23,6 +26,7 @@ class HuggingFace:
             such a column, or if it has empty or negative values, there are no labels.
         config_name: the configuration ("subset") of the data set.
         revision: of a data set on the hub: a branch, tag or commit.
+        access: how Parquet files at a URL are read.
 
     Raises UsageError if the package or the data set is missing, or the choice of a column is ambiguous.
     """
@@ -35,13 +39,16 @@ class HuggingFace:
         label_column: str | None = None,
         config_name: str | None = None,
         revision: str | None = None,
+        access: Access | None = None,
     ) -> None:
         try:
             import datasets
         except ImportError as error:
             raise ConfigError("data.name=hf needs the package datasets: pip install 'fcmae[hf]'") from error
         self.path, self.split, self.folders = path, split, _folders(path)
-        rows = _load(path, split, config_name, revision)
+        self.stamps: list[str] = []
+        """What changes with files at URLs."""
+        rows = self._download(access) if access else _load(path, split, config_name, revision)
         column = _column("data.image_column", image_column, rows.features, datasets.Image)
         if column is None:
             columns = ", ".join(rows.features)
@@ -53,6 +60,32 @@ class HuggingFace:
         if labels is not None:
             self._read_labels(rows, labels)
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def _download(self, access: Access) -> Any:
+        """The rows of Parquet files at a URL, from their copies in the cache."""
+        import datasets
+
+        name = self.split.partition("[")[0]
+        found = access.find(self.path, ".parquet")
+        files = [file for file in found if isinstance(file, RemoteFile)]
+        if len(files) < len(found):
+            raise UsageError(f"{self.path}: data.name=hf reads URLs and no commands")
+        words = {file: set(re.split(r"[^a-z]+", file.url.rpartition("/")[2].lower())) for file in files}
+        if any(words[file] & {"train", "validation", "val", "test", name} for file in files):
+            files = [file for file in files if name in words[file]]
+        if not files:
+            raise UsageError(f"{self.path} has no file that is named after the split {name}")
+        self.stamps = [f"{file} {file.size} {file.etag}" for file in files]
+        copies = list(access.copy([*files], access.copied))
+        if None in copies:
+            size = sum(file.size for file in files)
+            raise UsageError(f"{self.path} has {size:,} bytes, which loader.cache_size must hold with data.name=hf")
+        data_files = {name: [str(copy) for copy in copies]}
+        try:
+            return datasets.load_dataset("parquet", data_files=data_files, split=self.split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"cannot load the data set {self.path}, split {self.split}: {reason}") from error
 
     def _read_labels(self, rows: Any, column: str) -> None:
         kind = str(getattr(rows.features[column], "dtype", None))

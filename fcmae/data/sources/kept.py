@@ -168,7 +168,7 @@ def keep(arrays: Arrays, target: Path, suffix: str) -> Arrays:
 
 def _owners(target: Path) -> list[int]:
     """Users who may keep arrays about ``target`` besides this user and root: its owner, who may change it as well."""
-    return [target.stat().st_uid]
+    return [target.stat().st_uid] if target.exists() else []
 
 
 def _places(target: Path, suffix: str) -> list[Path]:

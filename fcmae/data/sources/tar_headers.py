@@ -36,7 +36,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
 
     Raises DamagedError if the headers end before the archive, and tarfile.ReadError without any header.
     """
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
     shared: dict[str, str] = {}
     offset = 0
     name, own = "", dict[str, str]()

@@ -5,10 +5,10 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +25,8 @@ NO_LABEL = -1
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_BYTES = 2**20
 """Of a .cls or .json file; larger ones have no label."""
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd")
+"""How compressed files begin."""
 SPARSE = -1
 """In place of the size of an image that is stored as a sparse file."""
 
@@ -83,15 +85,23 @@ def index_shard(shard: Path, reindex: bool = False) -> ShardIndex:
         status = shard.stat()
     except OSError as error:
         raise UsageError(f"cannot read the tar file {shard}: {error.strerror}") from error
-    state = {
-        "format": FORMAT,
-        "extensions": list(EXTENSIONS),
-        "name": shard.name,
-        "size": status.st_size,
-        "mtime": status.st_mtime_ns,
-    }
-    kept = None if reindex else find_kept(shard, SUFFIX, lambda kept: _is_current(kept, state))
-    return ShardIndex(kept or keep(_read(shard, state), shard, SUFFIX))
+    state = {"name": shard.name, "size": status.st_size, "mtime": status.st_mtime_ns}
+    return index_tar(str(shard), state, lambda: open_regular(shard), shard, reindex)
+
+
+def index_tar(
+    name: str, state: dict[str, Any], opened: Callable[[], IO[bytes]], beside: Path, reindex: bool
+) -> ShardIndex:
+    """The index of a tar file, from the kept file if the state is the same. Raises UsageError as :func:`index_shard`.
+
+    Args:
+        state: ``size`` in bytes, and what else changes with the file.
+        opened: opens it, to read and seek.
+        beside: where its index is kept, as a path of the tar file that need not exist.
+    """
+    state = {"format": FORMAT, "extensions": list(EXTENSIONS), **state}
+    kept = None if reindex else find_kept(beside, SUFFIX, lambda kept: _is_current(kept, state))
+    return ShardIndex(kept or keep(_read(name, opened, state), beside, SUFFIX))
 
 
 def _is_current(kept: Arrays, state: dict) -> bool:
@@ -181,10 +191,11 @@ def read_label(ending: str, content: bytes) -> int:
     return value if is_number and 0 <= value <= MAX_LABEL else NO_LABEL
 
 
-def _read(shard: Path, state: dict) -> Arrays:
-    files, cut = _Files(), ""
+def _read(name: str, opened: Callable[[], IO[bytes]], state: dict) -> Arrays:
+    files, cut, start = _Files(), "", b""
     try:
-        with open_regular(shard) as file:
+        with opened() as file:
+            start = file.read(len(max(COMPRESSED, key=len)))
             try:
                 for member in members(file):
                     files.add(member, file)
@@ -192,16 +203,9 @@ def _read(shard: Path, state: dict) -> Arrays:
                 cut = str(error)
         arrays, left_out = files.samples()
     except (tarfile.ReadError, OSError) as error:
-        hint = "; compressed tar files have no random access, unpack them first" if _is_compressed(shard) else ""
-        raise UsageError(f"cannot read the tar file {shard}: {error}{hint}") from error
+        is_compressed = start.startswith(COMPRESSED)
+        hint = "; compressed tar files have no random access, unpack them first" if is_compressed else ""
+        raise UsageError(f"cannot read the tar file {name}: {error}{hint}") from error
     except ValueError as error:
-        raise UsageError(f"{shard}: {error}") from error
+        raise UsageError(f"{name}: {error}") from error
     return Arrays(arrays, {"shard": state, "cut": cut, "left_out": asdict(left_out)})
-
-
-def _is_compressed(shard: Path) -> bool:
-    try:
-        with open_regular(shard) as file:
-            return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd"))
-    except OSError:
-        return False

@@ -4,30 +4,39 @@ Files that follow each other under one name up to the first dot are a sample: ``
 image and the label of the sample ``a/0001``. :mod:`fcmae.data.sources.tar_names` has the full rule.
 """
 
+import functools
 import glob
+import io
 import itertools
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, TypeAlias
 
 from tqdm import tqdm
 
+from fcmae.config import LoaderConfig
 from fcmae.data.pixels.decode import MAX_BYTES, Encoded
 from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.remote.access import Access
+from fcmae.data.remote.commands import Command
+from fcmae.data.remote.objects import BLOCK, RemoteFile, RemoteReader, read_beside
 from fcmae.data.sources.base import Sample, class_names, locate
-from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard
+from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
 from fcmae.errors import ImageError, UsageError, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
+from fcmae.urls import expand_braces, is_remote
 
 CLASSES_FILE = "classes.txt"
 """The names of the classes, one per line, beside the tar files."""
 MAX_NAMES = 2**24
 """Bytes of that file."""
 TOO_MANY = f"if that is right, name all classes in {CLASSES_FILE} beside the tar files"
+
+Shard: TypeAlias = Path | RemoteFile | Command
 
 
 class WebDataset:
@@ -37,24 +46,33 @@ class WebDataset:
     ``label`` or ``cls`` in its ``.json``. Samples without an image are left out.
 
     Args:
-        shards: a tar file, a folder of them, a pattern such as ``train-{0000..0146}.tar`` or ``train-*.tar``, or
-            several of these.
+        shards: a tar file, a folder of them, a pattern such as ``train-{0000..0146}.tar`` or ``train-*.tar``, each
+            also at a URL, a command after ``pipe:``, or several of these.
         allow_cut: read what is left of truncated tar files; otherwise they raise UsageError.
         reindex: index the files again even if nothing has changed.
+        access: how files at URLs are read; None = as a default config says.
     """
 
     def __init__(
-        self, shards: str | Path | Sequence[str | Path], allow_cut: bool = False, reindex: bool = False
+        self,
+        shards: str | Path | Sequence[str | Path],
+        allow_cut: bool = False,
+        reindex: bool = False,
+        access: Access | None = None,
     ) -> None:
         given = [shards] if isinstance(shards, (str, Path)) else shards
-        self.shards = [path for pattern in given for path in find_shards(str(pattern))]
-        self.indices = _index(self.shards, allow_cut, reindex)
+        if access is None and any(is_remote(str(pattern)) for pattern in given):
+            access = Access.of(LoaderConfig())
+        self.shards = [path for pattern in given for path in find_shards(str(pattern), access)]
+        self.indices = _index(self.shards, allow_cut, reindex, access)
         self.ends = list(itertools.accumulate(map(len, self.indices)))
         if not self.ends[-1]:
             raise UsageError(f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(EXTENSIONS)}")
         self._tell_left_out()
         self.classes = self._class_names()
-        self._open = OpenFiles()
+        self._open = OpenFiles(access)
+        self.stamps = [f"{shard} {shard.size} {shard.etag}" for shard in self.shards if isinstance(shard, RemoteFile)]
+        """What changes with tar files at URLs."""
 
     def _tell_left_out(self) -> None:
         """Prints one line about files of the tar files that are not samples."""
@@ -89,9 +107,16 @@ class WebDataset:
         if not all(index.is_labelled for index in self.indices):
             return None
         count = 1 + self._largest
-        file = self.shards[0].with_name(CLASSES_FILE)
+        first = self.shards[0]
+        file = CLASSES_FILE
         try:
-            names = read_regular(file, MAX_NAMES).decode().splitlines()
+            if isinstance(first, RemoteFile):
+                names = read_beside(first, file, MAX_NAMES).decode().splitlines()
+            elif isinstance(first, Path):
+                file = str(first.with_name(CLASSES_FILE))
+                names = read_regular(file, MAX_NAMES).decode().splitlines()
+            else:  # the output of a command lies nowhere
+                return class_names(self._largest, len(self))
         except FileNotFoundError:
             return class_names(self._largest, len(self))
         except (OSError, UnicodeDecodeError) as error:
@@ -118,15 +143,13 @@ class WebDataset:
                 name, "it is stored as a sparse file, without its zeros; make the tar file without --sparse"
             )
         try:
-            descriptor = self._open[self.shards[shard]]
-            left = os.fstat(descriptor).st_size - offset
-            if left < size:
-                raise ImageError(name, f"the tar file ends after {max(0, left)} of its {size} bytes")
-            if size > MAX_BYTES:
-                raise ImageError(name, f"it has {size} bytes; at most {MAX_BYTES} are read")
-            data = os.pread(descriptor, size, offset)
+            data, left = self._open.read(self.shards[shard], offset, size)
         except OSError as error:
             raise ImageError(name, error.strerror or str(error)) from error
+        if left < size:
+            raise ImageError(name, f"the tar file ends after {max(0, left)} of its {size} bytes")
+        if size > MAX_BYTES:
+            raise ImageError(name, f"it has {size} bytes; at most {MAX_BYTES} are read")
         if len(data) < size:  # the system reads two GiB at a time
             raise ImageError(name, f"only {len(data)} of its {size} bytes can be read at once")
         return Sample(Encoded(data, name), self.label(index))
@@ -148,34 +171,59 @@ class OpenFiles:
     Forked processes may share descriptors, since reading by ``pread`` moves no position.
     """
 
-    def __init__(self, limit: int = 128) -> None:
+    def __init__(self, access: Access | None = None, limit: int = 128) -> None:
+        self.access = access
         self.limit = limit
-        self.descriptors: OrderedDict[Path, int] = OrderedDict()
+        self.descriptors: OrderedDict[Shard, int] = OrderedDict()
+        self._unchanged: set[RemoteFile] = set()
 
-    def __getitem__(self, path: Path) -> int:
-        if path not in self.descriptors:
-            with open_regular(path) as file:
-                self.descriptors[path] = os.dup(file.fileno())
+    def read(self, shard: Shard, offset: int, size: int) -> tuple[bytes, int]:
+        """Bytes of a file, none if they are too many, and how many there are from ``offset`` on.
+
+        Raises OSError, UsageError or RemoteError.
+        """
+        descriptor = self.descriptor(shard)
+        if descriptor is None:
+            assert isinstance(shard, RemoteFile)
+            if shard not in self._unchanged:
+                shard.check()
+                self._unchanged.add(shard)
+            left = shard.size - offset
+            return shard.read(offset, size) if size <= min(left, MAX_BYTES) else b"", left
+        left = os.fstat(descriptor).st_size - offset
+        return os.pread(descriptor, size, offset) if size <= min(left, MAX_BYTES) else b"", left
+
+    def descriptor(self, shard: Shard) -> int | None:
+        """Of an open file or of its copy; None if a file at a URL has no copy."""
+        if shard not in self.descriptors:
+            if isinstance(shard, Path):
+                opened: IO[bytes] | None = open_regular(shard)
+            else:
+                assert self.access is not None
+                opened = self.access.open(shard)
+            if opened is None:
+                return None
+            with opened:
+                self.descriptors[shard] = os.dup(opened.fileno())
             if len(self.descriptors) > self.limit:
                 os.close(self.descriptors.popitem(last=False)[1])
-        self.descriptors.move_to_end(path)
-        return self.descriptors[path]
+        self.descriptors.move_to_end(shard)
+        return self.descriptors[shard]
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return OpenFiles, (self.limit,)
+    def __reduce__(self) -> tuple[type, tuple[Access | None, int]]:
+        return OpenFiles, (self.access, self.limit)
 
     def __del__(self) -> None:
         for descriptor in self.descriptors.values():
             os.close(descriptor)
 
 
-def find_shards(pattern: str) -> list[Path]:
-    """The tar files of a path, a folder or a pattern, in the order of the pattern. Raises UsageError."""
-    if re.match(r"[a-z0-9+.-]{2,}://|pipe:", pattern, re.IGNORECASE):
-        raise UsageError(
-            f"{pattern} is a URL, which is not supported yet; download the tar files and give their folder"
-        )
-    found: list[Path] = []
+def find_shards(pattern: str, access: Access | None = None) -> list[Shard]:
+    """The tar files of a path, a folder or a pattern, in the order of the pattern. Raises UsageError, RemoteError."""
+    if is_remote(pattern):
+        assert access is not None
+        return [*access.find(pattern, ".tar")]
+    found: list[Shard] = []
     for name in expand_braces(pattern):
         if os.path.isdir(name):
             found += sorted(Path(name).glob("*.tar"))
@@ -191,25 +239,18 @@ def find_shards(pattern: str) -> list[Path]:
     return found
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expands ``a-{00..02}`` and ``{a,b}`` as a shell does."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, choices = match.groups()
-    if choices is None:
-        parts = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    else:
-        parts = choices.split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for part in parts for expanded in expand_braces(head + part + tail)]
-
-
-def _index(shards: list[Path], allow_cut: bool, reindex: bool) -> list[ShardIndex]:
+def _index(shards: list[Shard], allow_cut: bool, reindex: bool, access: Access | None) -> list[ShardIndex]:
     indices = []
-    with one_at_a_time(shards[0].parent):
-        for shard in tqdm(shards, desc="indexing tar files", unit=" files", delay=1, leave=False, disable=None):
-            index = index_shard(shard, reindex)
+    first = shards[0]
+    if isinstance(first, Path):
+        lock = first.parent
+    else:
+        assert access is not None
+        lock = access.cache.place(str(first)).with_suffix(".listing")
+    with one_at_a_time(lock):
+        found = _indexed(shards, reindex, access)
+        bar = {"desc": "indexing tar files", "unit": " files", "delay": 1, "leave": False, "disable": None}
+        for shard, index in tqdm(zip(shards, found, strict=True), total=len(shards), **bar):
             if index.cut and not allow_cut:
                 raise UsageError(
                     f"{shard} is cut off or damaged after {len(index)} images ({index.cut}); download it again, or "
@@ -217,3 +258,26 @@ def _index(shards: list[Path], allow_cut: bool, reindex: bool) -> list[ShardInde
                 )
             indices.append(index)
     return indices
+
+
+def _indexed(shards: list[Shard], reindex: bool, access: Access | None) -> Iterator[ShardIndex]:
+    """The indices of local and of remote files, whose copies are made where there is room for them."""
+    remote = [shard for shard in shards if not isinstance(shard, Path)]
+    if access is None or not remote:
+        yield from (index_shard(shard, reindex) for shard in shards if isinstance(shard, Path))
+        return
+    made = access.copy(remote, functools.partial(_index_remote, access=access, reindex=reindex))
+    for shard in shards:
+        yield index_shard(shard, reindex) if isinstance(shard, Path) else next(made)
+
+
+def _index_remote(shard: RemoteFile | Command, access: Access, reindex: bool) -> ShardIndex:
+    """The index of a remote file, from its copy if there is one, or else by reading it once."""
+    if isinstance(shard, Command):
+        return index_shard(access.cache.fetch_output(shard))
+    state = {"name": shard.url, "size": shard.size, "etag": shard.etag}
+
+    def opened() -> IO[bytes]:
+        return access.open(shard) or io.BufferedReader(RemoteReader(shard), BLOCK)
+
+    return index_tar(shard.url, state, opened, access.cache.place_of(shard), reindex)
