@@ -23,14 +23,21 @@ WHOLE = (
     *("mask", "target", "objective", "model.timm"),
 )
 """Keys whose values are compared as a whole: their content depends on the class that they name."""
+ALLOW = "trainer.allow_changed_recipe=true to continue with these"
 MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch takes"
 """Also part of the recipe then."""
 
 
 def check_recipe(
-    old: dict[str, Any], new: dict[str, Any], numbers: Mapping[str, tuple[int | None, int | None]] | None = None
+    old: dict[str, Any],
+    new: dict[str, Any],
+    numbers: Mapping[str, tuple[int | None, int | None]] | None = None,
+    offer: str = ALLOW,
 ) -> None:
     """Compares a checkpoint's config with the one to resume with, and ``numbers`` that are in neither, where known.
+
+    Args:
+        offer: for the message, what to do to use the new values.
 
     Raises UsageError with a line for each key of the recipe that changed. A key that only one of them has, because
     another version wrote the checkpoint, is not compared.
@@ -47,8 +54,7 @@ def check_recipe(
             changed.append(f"  {name}: {given} -> {value}")
     if changed:
         raise UsageError(
-            "the recipe differs from the run's so far; give its values again, or "
-            "trainer.allow_changed_recipe=true to continue with these:\n" + "\n".join(changed)
+            f"the recipe differs from the run's so far; give its values again, or {offer}:\n" + "\n".join(changed)
         )
 
 

@@ -28,7 +28,7 @@ from fcmae.engines import available_engines
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
-from fcmae.models.fcmae import init_official
+from fcmae.models.fcmae import LOG_VAR, init_official
 from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.objective import DenseObjective, Objective
 from fcmae.plugins import create, named_by
@@ -214,8 +214,16 @@ def load_state(
 
     Raises CheckpointError naming the keys that are missing, left over or of another shape.
     """
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(except_prefix)}
     weights = {name: value for name, value in weights.items() if not name.startswith(except_prefix)}
+    reasons = mismatch(model, weights, except_prefix)
+    if reasons:
+        raise CheckpointError(f"the weights in {path} do not fit the model ({reasons})")
+    model.load_state_dict(weights, strict=False, assign=assign)
+
+
+def mismatch(model: nn.Module, weights: dict[str, torch.Tensor], except_prefix: str = "\0") -> str:
+    """Which weights are missing, left over or of another shape, but for the model's of a prefix; empty if none are."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(except_prefix)}
     wrong = {
         "missing": sorted(own.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - own.keys()),
@@ -225,10 +233,13 @@ def load_state(
             if own[name].shape != weights[name].shape
         ],
     }
-    if any(wrong.values()):
-        reasons = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
-        raise CheckpointError(f"the weights in {path} do not fit the model ({reasons})")
-    model.load_state_dict(weights, strict=False, assign=assign)
+    return "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
+
+
+def with_loss_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Saved weights without targets' learned weights that are fixed in ``model``, and with its own that were fixed."""
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(LOG_VAR)}
+    return own | {name: value for name, value in weights.items() if name in own or not name.startswith(LOG_VAR)}
 
 
 def _some(names: list[str]) -> str:

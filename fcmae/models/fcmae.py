@@ -20,6 +20,8 @@ from fcmae.targets import NEEDS, Pixels, Seen, Target, part
 
 LEARNED = "learned"
 """Instead of a target's weight."""
+LOG_VAR = "log_var_"
+"""Begins the names of learned weights of targets."""
 
 
 @dataclass
@@ -144,7 +146,7 @@ class FCMAE(nn.Module):
                 if isinstance(weight, str):
                     _check_one_of(f"target_weights[{target!r}]", weight, (LEARNED,))
                 learned = nn.Parameter(torch.zeros(())) if weight == LEARNED else None
-                self.register_parameter(f"log_var_{target}", learned)
+                self.register_parameter(LOG_VAR + target, learned)
         super().__setattr__(name, value)
 
     def forward(
@@ -223,7 +225,7 @@ class FCMAE(nn.Module):
         for name, value in parts.items():
             weight = self.target_weights[name]
             if isinstance(weight, str):
-                log_var = getattr(self, f"log_var_{name}")
+                log_var = getattr(self, LOG_VAR + name)
                 value = (-log_var).exp() * value + log_var
             elif weight != 1:
                 value = weight * value
@@ -238,7 +240,7 @@ class FCMAE(nn.Module):
     def learned_weights(self) -> dict[str, float]:
         """The present weight of each target whose weight is learned. Waits for the device."""
         learned = [name for name, weight in self.target_weights.items() if weight == LEARNED]
-        return {name: math.exp(-getattr(self, f"log_var_{name}").item()) for name in learned}
+        return {name: math.exp(-getattr(self, LOG_VAR + name).item()) for name in learned}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.

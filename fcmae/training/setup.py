@@ -6,12 +6,13 @@ from pathlib import Path
 from fcmae import precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
 from fcmae.config import RunConfig
-from fcmae.config.recipe import MICRO_BATCH, check_recipe
+from fcmae.config.recipe import ALLOW, MICRO_BATCH, check_recipe
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
 from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError
+from fcmae.models.build import mismatch, with_loss_weights
 from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
@@ -71,7 +72,9 @@ def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: B
         numbers = {"training images": (resumed.get("num_samples"), plan.num_samples)}
         if task.mixes_micro_batch:
             numbers[MICRO_BATCH] = resumed.get("micro_batch_size"), plan.micro_batch_size
-        check_recipe(resumed["config"], config, numbers)
+        misfit = mismatch(task.model, with_loss_weights(resumed["model"], task.model))
+        other = f"start from its weights, which do not fit these: init_from={run_dir} and another hydra.run.dir"
+        check_recipe(resumed["config"], config, numbers, other if misfit else ALLOW)
     if resumed["step"] > total_steps:
         epochs = f"schedule.epochs={task.cfg.schedule.epochs:g} ends at step {total_steps}"
         raise UsageError(f"{epochs}; the run in {run_dir} is at step {resumed['step']}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fcmae.checkpoints.checkpoint import State
 from fcmae.config import RunConfig
 from fcmae.distributed import World
-from fcmae.models.build import load_state
+from fcmae.models.build import load_state, with_loss_weights
 from fcmae.optim.adamw import clip_gradients, create_optimizer, load_moments
 from fcmae.training.exchange import broadcast
 from fcmae.training.finite import FiniteGuard
@@ -99,12 +99,13 @@ class TrainState:
         self.step = state["step"]
         self.best, self.since_best = state["best"], state.get("since_best", 0)
         self.evaluation_due = state.get("evaluation_due", False)
-        load_state(self.model, state["model"], path)
+        load_state(self.model, with_loss_weights(state["model"], self.model), path)
         load_moments(self.optimizer, state["optimizer"])
         if state["scaler"]:  # empty unless in fp16
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            load_state(self.ema.module, state["ema"] or state["model"], path)
+            average = state["ema"] or state["model"]
+            load_state(self.ema.module, with_loss_weights(average, self.model), path)
 
     @property
     def average(self) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.interchange.official import to_pretraining
 from fcmae.models import FCMAE
-from fcmae.models.build import build_fcmae, load
+from fcmae.models.build import build_fcmae, load, mismatch, with_loss_weights
 from fcmae.optim.adamw import param_groups
 from fcmae.targets import Pixels
 from tests.conftest import TINY_PRETRAIN
@@ -70,6 +71,7 @@ def newest(folder):
 def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=whole")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
+    shutil.copytree(tmp_path / "cut", tmp_path / "changed")
     fcmae_here(*RUN, "hydra.run.dir=cut")
     whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
     names = ["log_var_pixels", "log_var_laplacian"]
@@ -88,6 +90,28 @@ def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_h
     assert first["loss"] == pytest.approx(first["loss_pixels"] + first["loss_laplacian"], rel=1e-5)
     assert load(tmp_path / "whole").learned_weights()["laplacian"] != 1  # of the averaged model
     assert not [name for name in load_file(tmp_path / "whole" / "encoder.safetensors") if "log_var" in name]
+
+    resumed_with_other_targets(tmp_path, fcmae_here)
+
+
+def resumed_with_other_targets(tmp_path, fcmae_here):
+    """A changed recipe is offered only where the weights fit, as they do where a learned weight becomes fixed."""
+    changed, allow = (*TINY_PRETRAIN, *RUN[-3:], "hydra.run.dir=changed"), "trainer.allow_changed_recipe=true"
+    said = fcmae_here(*changed, "target=hog", check=2).stderr
+    assert allow not in said
+    assert f"which do not fit these: init_from={tmp_path / 'changed'} and another hydra.run.dir" in said
+    fcmae_here(*changed, LEARNED[0], allow, "trainer.max_steps=5", check=75)
+    assert not [name for name in newest(tmp_path / "changed")["ema"] if "log_var" in name]
+
+
+def test_weights_fit_whichever_of_their_targets_weights_are_learned():
+    weights = model_with({"a": "learned", "b": 2.0}).state_dict()
+    for other in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": "learned"}, {"a": "learned", "b": "learned"}):
+        model = model_with(other)
+        assert mismatch(model, weights)
+        assert not mismatch(model, with_loss_weights(weights, model))
+    model = model_with({"a": "learned", "c": 1.0})
+    assert "decoder.pred_c" in mismatch(model, with_loss_weights(weights, model))
 
 
 def test_a_wrong_weight_is_refused(fcmae_here):
