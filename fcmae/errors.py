@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how commands end."""
+"""Errors that the user can fix, words for their messages, and how commands end."""
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -8,6 +8,11 @@ EXIT_RESUMABLE = 75
 def shown(name: str) -> str:
     """A file's name for a message: in quotes and escaped if it would change or end the line."""
     return name if name.isprintable() else repr(name)
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: ``1 image``, ``1,000 images``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 class FCMAEError(Exception):

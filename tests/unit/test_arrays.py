@@ -365,10 +365,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     np.save(tmp_path / "double.npy", np.zeros((2, 2, 8, 8)))
     np.save(tmp_path / "empty.npy", np.zeros((0, 2, 8, 8), np.uint8))
     a = tmp_path / "a.npy"
-    refused(
-        r"a.npy has 2 channels, and data.in_chans is 3; its shape \[4, 2, 20, 24\] is read as NCYX, which data.a", a
-    )
-    refused("has 24 channels, and data.in_chans is 2", a, in_chans=2, axes="NHWC")
+    refused(r"a.npy has 2 channels; data.in_chans is 3; its shape \[4, 2, 20, 24\] is read as NCYX, which data.a", a)
+    refused("has 2 channels; data.channels needs files of 4 ", a, channels=[3, 2, 1])
+    refused("has 24 channels; data.in_chans is 2", a, in_chans=2, axes="NHWC")
     for axes in ("NCH", "NCHH", "NCQW", "NCHWT", "NZCT"):
         refused(
             rf"data.axes must have a different letter for each axis, H, W and some of .*; got '{axes}'", a, axes=axes

@@ -2,20 +2,24 @@
 
 import json
 import re
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig, compose
-from fcmae.data.pixels.decode import PixelFormat, to_tensor
+from fcmae.data.pixels.decode import PixelFormat, open_image, to_tensor
 from fcmae.data.pixels.transforms import eval_transform, normalize_channels, pretrain_transform
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Sample
-from fcmae.errors import ConfigError
+from fcmae.data.sources.own import Own
+from fcmae.errors import ConfigError, ImageError
 from fcmae.masks.patches import patchify
 from fcmae.targets import Channels, Seen, part
 from tests.conftest import TINY_PRETRAIN
+from tests.unit.test_pixels import encoded, npy
 
 LAYOUT = {"input": [3, 0, 1], "target": [0, 4], "classes": [2]}
 
@@ -86,6 +90,37 @@ def test_evaluation_reads_the_channels_of_the_network():
     source = Bands(torch.uint8, 32, 32)
     chosen = eval_transform(config([3, 0, 1], crop_pct=1.0))(source.image)
     assert torch.equal(chosen, source.image[[3, 0, 1]])
+
+
+def test_files_must_have_the_channels_that_are_named():
+    """An RGB file has no fourth channel; converted to RGBA it would have one that says nothing."""
+    photo = encoded(np.zeros((40, 40, 3), np.uint8), "PNG")
+    for channels in ([3, 2, 1], {"input": [0, 1, 2], "target": [3]}, [1, 2, 4], {"input": [0, 1, 2], "of": 5}):
+        cfg = config(channels)
+        for read in (eval_transform(cfg), pretrain_transform(cfg, channels=True)):
+            with pytest.raises(ImageError, match=f"it has 3 channels; data.channels needs files of {cfg.layout.of} "):
+                read(photo)
+    assert eval_transform(config([2, 1, 0]))(photo).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("at", "given", "key"),
+    [
+        (0, {"input": [0, 1], "target": [2]}, "data.nodata"),
+        (2, {"input": [0, 1], "target": [2]}, "data.channels.nodata"),
+        (3, {"input": [0, 1], "target": [2], "classes": [3], "nodata": ["nan", None]}, None),
+        (3, {"input": [0, 1], "classes": [3], "of": 5}, "data.channels.nodata"),
+    ],
+)
+def test_of_nan_the_key_is_named_that_takes_it(at, given, key):
+    pixels = np.zeros((PixelFormat.of(cfg := config(given, 2, dtype="float32")).in_chans, 40, 40), np.float32)
+    pixels[at, 3, 3] = np.nan
+    source = Bands(torch.float32)
+    source.image = torch.from_numpy(pixels)
+    own = Own(source, PixelFormat.of(cfg))
+    for read in (lambda: open_image(npy(pixels), PixelFormat.of(cfg)), lambda: own[0]):
+        with pytest.raises(ImageError, match=f"NaN in channel {at}; .* {key}=nan") if key else nullcontext():
+            read()
 
 
 def target(pixels, **arguments):

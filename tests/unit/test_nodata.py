@@ -286,9 +286,9 @@ def test_nan_is_refused_unless_it_is_no_data():
     with pytest.raises(ImageError, match="or set data.nodata=nan if NaN marks pixels without a value"):
         Own(source, PixelFormat(3))[0]
     assert config("nan").may_be_nan == {0, 1, 2}
-    Own(source, PixelFormat(3), {0, 1})[0]
+    Own(source, PixelFormat(3, may_be_nan=frozenset({0, 1})))[0]
     with pytest.raises(ImageError, match="infinite"):
-        Own(Holes(torch.float32, math.inf), PixelFormat(3), {0, 1, 2})[0]
+        Own(Holes(torch.float32, math.inf), PixelFormat(3, may_be_nan=frozenset({0, 1, 2})))[0]
     layout = {"input": [0], "target": [2], "classes": [1], "nodata": [math.nan, 255]}
     cfg = DataConfig(in_chans=1, channels=layout, mean=[0.5], std=[0.5])
     assert (cfg.layout.nodata, cfg.may_be_nan) == (["nan", 255], {1, 2})

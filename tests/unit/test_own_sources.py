@@ -138,7 +138,7 @@ GREY = torch.zeros(1, 8, 8, dtype=torch.uint8)
     [
         (GREY, r"the source must give Sample\(image, label\); got a Tensor"),
         (Sample(GREY.numpy(), 0), r"its image must be a tensor or Encoded.*; got a ndarray"),
-        (Sample(GREY.repeat(3, 1, 1), 0), r"its shape must be \[C, H, W\] with data.in_chans=1; got \[3, 8, 8\]"),
+        (Sample(GREY.repeat(3, 1, 1), 0), r"its shape must be \[C, H, W\] \(data.in_chans is 1\); got \[3, 8, 8\]"),
         (Sample(GREY[0], 0), r"its shape must be .*; got \[8, 8\]"),
         (Sample(GREY[:, :0], 0), r"its shape must be .*; got \[1, 0, 8\]"),
         (Sample(GREY.to(torch.uint16), 0), r"torch.uint8 \(data.bit_depth=8\), or .*; got torch.uint16"),
@@ -164,7 +164,7 @@ def test_values_that_are_no_numbers_are_told_of_the_input(monkeypatch, value):
     monkeypatch.setattr(Anything, "samples", [Sample(image, 1)])
     own = {"_target_": f"{__name__}.Anything", "classes": ["cat", "dog"]}
     source = train_source(DataConfig(source=own, in_chans=1, mean=[0.5], std=[0.5]))
-    with pytest.raises(ImageError, match=r"square 0: it has values that are infinite or not a number \(NaN\); replace"):
+    with pytest.raises(ImageError, match="square 0: it has (NaN in channel 0|infinite values); replace"):
         source[0]
 
 

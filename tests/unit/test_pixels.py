@@ -1,3 +1,4 @@
+import functools
 import io
 
 import numpy as np
@@ -186,6 +187,38 @@ def test_npy_files_of_any_number_of_channels(dtype, channels):
     values = noise(channels, HEIGHT, WIDTH, dtype=dtype)
     for stored in (values, values.transpose(1, 2, 0)) + ((values[0],) if channels == 1 else ()):
         assert np.array_equal(decode(npy(stored), channels, depth).numpy(), values)
+
+
+def test_a_band_beside_rgb_is_not_taken_for_an_opaque_alpha():
+    values = noise(4, HEIGHT, WIDTH)
+    image = tiff(values.transpose(1, 2, 0), photometric="rgb", extrasamples=["unspecified"])
+    assert np.array_equal(decode(image, 4).numpy(), values)
+
+
+EXACT = {
+    "a JPEG": (lambda: encoded(smooth(), "JPEG"), 3),
+    "a grey JPEG": (lambda: encoded(smooth()[..., 0], "JPEG"), 1),
+    "a PNG": (lambda: encoded(smooth(), "PNG"), 3),
+    "a grey PNG": (lambda: encoded(smooth()[..., 0], "PNG"), 1),
+    "a PNG of 16 bits": (lambda: encoded(noise(HEIGHT, WIDTH, dtype=np.uint16), "PNG"), 1),
+    "a PNG with alpha": (lambda: encoded(noise(HEIGHT, WIDTH, 4), "PNG"), 4),
+    "a GIF": (lambda: encoded(smooth(), "GIF"), 3),
+    "a TIFF": (lambda: encoded(smooth(), "TIFF"), 3),
+    "a TIFF of five": (lambda: tiff(noise(5, HEIGHT, WIDTH), photometric="minisblack"), 5),
+    "an array": (lambda: npy(noise(5, HEIGHT, WIDTH)), 5),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_with_chosen_channels_files_must_have_those_that_are_named(library, case):
+    make, count = EXACT[case]
+    image = make()
+    read = functools.partial(decode, image, bit_depth=16 if "16" in case else 8, exact=True)
+    assert len(read(count)) == count
+    for other in {1, 2, 3, 4, 5, 6} - {count}:
+        told = f"it has {count} channels?; data.channels needs files of {other} "
+        with pytest.raises(ImageError, match=told):
+            read(other)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
 from fcmae.config import DataConfig
@@ -22,7 +22,7 @@ from fcmae.data.pixels import jpeg, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
-from fcmae.errors import ImageError, UsageError, shown
+from fcmae.errors import ImageError, UsageError, counted, shown
 from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -48,7 +48,8 @@ class PixelFormat(NamedTuple):
     """The pixels of all images: ``[in_chans, H, W]``, uint8, or uint16 over its whole range if ``bit_depth`` > 8.
 
     With a ``dtype`` of float32 instead of uint: float32 in the units of the files, finite but for NaN in the channels
-    ``may_be_nan``. Images of more than ``max_pixels`` are refused.
+    ``may_be_nan``. Images of more than ``max_pixels`` are refused, and with ``exact``, as with data.channels, files of
+    another number of channels, which are converted otherwise. ``extra`` are channels that only targets get.
     """
 
     in_chans: int
@@ -56,10 +57,31 @@ class PixelFormat(NamedTuple):
     max_pixels: int = MAX_PIXELS
     dtype: str = "uint"
     may_be_nan: frozenset[int] = frozenset()
+    exact: bool = False
+    extra: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
-        return cls(cfg.layout.of, cfg.bit_depth, max_pixels, cfg.dtype, frozenset(cfg.may_be_nan))
+        read, may_be_nan = cfg.layout, frozenset(cfg.may_be_nan)
+        exact = cfg.channels is not None
+        return cls(read.of, cfg.bit_depth, max_pixels, cfg.dtype, may_be_nan, exact, frozenset(read.extra))
+
+    @property
+    def expected(self) -> str:
+        """What says how many channels files have, for messages."""
+        if self.exact:
+            return f"data.channels needs files of {self.in_chans} (its largest number plus 1, or of)"
+        return f"data.in_chans is {self.in_chans}"
+
+    def problem(self, holding: set[int], infinite: bool) -> str:
+        """What is wrong with values that are not finite, of which NaN is in the channels ``holding``; or nothing."""
+        wrong = holding - self.may_be_nan
+        if not (infinite or wrong):
+            return ""
+        key = "data.channels.nodata" if wrong and wrong <= self.extra else "data.nodata"
+        found = "infinite values" if infinite else "NaN"
+        where = "" if infinite else f" in {', '.join(f'channel {channel}' for channel in sorted(wrong)[:3])}"
+        return f"it has {found}{where}; replace them, or set {key}=nan if NaN marks pixels without a value"
 
     @property
     def is_float(self) -> bool:
@@ -147,9 +169,11 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     dtype: str = "uint",
     may_be_nan: frozenset[int] = frozenset(),
+    exact: bool = False,
+    extra: frozenset[int] = frozenset(),
 ) -> Tensor:
     """An image ``[in_chans, H, W]`` as :class:`PixelFormat` says. Raises ImageError naming the file, for any damage."""
-    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels, dtype, may_be_nan)).pixels(1)
+    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels, dtype, may_be_nan, exact, extra)).pixels(1)
 
 
 def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
@@ -167,6 +191,9 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
             size = jpeg.stored_size(image.data, to.max_pixels)
             if size is not None:
                 check_size(*size, to.max_pixels)
+                if to.exact:
+                    with open_picture(image.data) as picture:
+                        _check_channels(picture, to.in_chans, to.expected)
                 turn = jpeg.orientation(image.data, where)
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
                 rows = functools.partial(_decode_rows, image, where, size, to) if turn == 1 else None
@@ -223,38 +250,42 @@ def _decode_rows(
 
 def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
     """Decodes all other files than ordinary JPEGs."""
-    return to_tensor(stored(data, to.in_chans, to.max_pixels, to.is_float), to)
+    return to_tensor(stored(data, to.in_chans, to.expected, to.max_pixels, to.is_float, to.exact), to)
 
 
 def stored(
     data: bytes,
     channels: int,
+    expected: str,
     max_pixels: int = MAX_PIXELS,
     floats: bool = False,
-    what: str = scientific.CHANNELS,
+    exact: bool = False,
 ) -> np.ndarray:
     """The pixels of an image file as they are stored: ``[channels, H, W]``, uint8, uint16, or what a .npy file has.
 
     Args:
+        expected: says in messages what the channels must be.
         floats: read TIFFs of other numbers too.
-        what: precedes the number of channels in messages.
+        exact: refuse files of another number of channels instead of converting them.
 
     Raises what decoders raise, see :func:`explained`.
     """
     if data.startswith(scientific.NPY_MAGIC):
-        return scientific.read_npy(data, channels, what)
+        return scientific.read_npy(data, channels, expected)
     if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
         raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; convert it to TIFF")
     try:
-        pixels = _decode_by_pillow(data, channels, max_pixels, floats, what)
+        pixels = _decode_by_pillow(data, channels, expected, max_pixels, floats, exact)
     except UnidentifiedImageError:
         if not data.startswith(scientific.TIFF_MAGICS):
             raise
         pixels = None
-    return scientific.read_tiff(data, channels, max_pixels, floats, what) if pixels is None else pixels
+    return scientific.read_tiff(data, channels, expected, max_pixels, floats) if pixels is None else pixels
 
 
-def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool, what: str) -> np.ndarray | None:
+def _decode_by_pillow(
+    data: bytes, channels: int, expected: str, max_pixels: int, floats: bool, exact: bool
+) -> np.ndarray | None:
     """Decodes a file by Pillow; None for a TIFF that Pillow reads wrongly, or not at all."""
     with open_picture(data, max_pixels) as image:
         if isinstance(image, TiffImageFile) and (
@@ -262,25 +293,36 @@ def _decode_by_pillow(data: bytes, channels: int, max_pixels: int, floats: bool,
             or channels not in IMAGE_MODES
             or (floats and image.mode in WIDE_MODES)
             or _has_wide_colour(image)
+            or _lacks_samples(image, channels, exact)
         ):
             return None
         if isinstance(image, TiffImageFile):
             check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
-        if channels not in IMAGE_MODES:
-            raise ValueError(f"it has {len(image.getbands())} channels; {what} {channels}")
+        if exact or channels not in IMAGE_MODES:
+            _check_channels(image, channels, expected)
         if image.mode in WIDE_MODES and not floats:
             scientific.check_type(np.dtype(WIDE_MODES[image.mode]))
         if image.mode.startswith("I;16") or image.mode in WIDE_MODES:
-            return _repeated(np.array(ImageOps.exif_transpose(image)), channels, what)
+            return _repeated(np.array(ImageOps.exif_transpose(image)), channels, expected)
         if image.mode not in EIGHT_BIT_MODES:
             raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
         upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[channels]))
         return upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1)
 
 
-def _repeated(grey: np.ndarray, channels: int, what: str) -> np.ndarray:
+def _check_channels(image: Image.Image, channels: int, expected: str) -> None:
+    """Raises ValueError for another number of channels than those of the file, or one that Pillow does not give."""
+    colours = 4 if image.has_transparency_data else 3
+    count = colours if image.mode in ("P", "CMYK") else len(image.getbands())
+    if count != channels:
+        raise ValueError(f"it has {counted(count, 'channel')}; {expected}")
+    if channels not in IMAGE_MODES:
+        raise ValueError(f"its {channels} channels are {image.mode}; convert it to TIFF or .npy")
+
+
+def _repeated(grey: np.ndarray, channels: int, expected: str) -> np.ndarray:
     if channels not in (1, 3):
-        raise ValueError(f"it has 1 channel of more than 8 bits; {what} {channels}")
+        raise ValueError(f"it has 1 channel of more than 8 bits; {expected}")
     return np.repeat(grey[None], channels, axis=0)
 
 
@@ -288,6 +330,12 @@ def _has_wide_colour(image: TiffImageFile) -> bool:
     """Whether several channels have more than 8 bits, which Pillow cuts to 8."""
     bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
     return len(bits) > 1 and max(bits) > 8
+
+
+def _lacks_samples(image: TiffImageFile, channels: int, exact: bool) -> bool:
+    """Whether the file has samples that Pillow leaves out, such as infrared beside RGB, and they are asked for."""
+    samples = image.tag_v2.get(SAMPLESPERPIXEL, 1)
+    return samples != len(image.getbands()) and (exact or samples == channels)
 
 
 def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
@@ -298,7 +346,7 @@ def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
     if to.is_float:
         scientific.check_type(pixels.dtype, to.dtype)
         if pixels.dtype.kind == "f":
-            _check_finite(pixels, to.may_be_nan)
+            _check_finite(pixels, to)
         return torch.from_numpy(pixels.astype(np.float32))
     bit_depth = to.bit_depth
     if pixels.dtype == np.uint8:
@@ -315,13 +363,13 @@ def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
     return torch.from_numpy(((scaled + most // 2) // most).astype(np.uint16))
 
 
-def _check_finite(pixels: np.ndarray, may_be_nan: frozenset[int]) -> None:
+def _check_finite(pixels: np.ndarray, to: PixelFormat) -> None:
     if np.isfinite(pixels).all():
         return
     holding = set(np.isnan(pixels).any(axis=(1, 2)).nonzero()[0].tolist())
-    if np.isinf(pixels).any() or not holding <= may_be_nan:
-        told = "set data.nodata=nan if NaN marks pixels without a value"
-        raise ValueError(f"it has values that are infinite or not a number (NaN); {told}")
+    problem = to.problem(holding, bool(np.isinf(pixels).any()))
+    if problem:
+        raise ValueError(problem)
 
 
 def to_stored(pixels: Tensor, bit_depth: int) -> Tensor:

@@ -42,7 +42,7 @@ def class_map(given: Encoded | Tensor, name: str, max_pixels: int = MAX_PIXELS) 
 
 def _stored_classes(data: bytes, max_pixels: int) -> np.ndarray:
     if data.startswith(scientific.NPY_MAGIC):
-        return scientific.read_npy(data, 1, ONE_CHANNEL)
+        return scientific.read_npy(data, 1, f"{ONE_CHANNEL} 1")
     try:
         with open_picture(data, max_pixels) as image:
             if image.format in LOSSY:
@@ -57,7 +57,7 @@ def _stored_classes(data: bytes, max_pixels: int) -> np.ndarray:
     except UnidentifiedImageError:
         if not data.startswith(scientific.TIFF_MAGICS):
             raise
-    return scientific.read_tiff(data, 1, max_pixels, what=ONE_CHANNEL)
+    return scientific.read_tiff(data, 1, f"{ONE_CHANNEL} 1", max_pixels)
 
 
 def value_map(given: Encoded | Tensor, name: str, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -70,9 +70,9 @@ def value_map(given: Encoded | Tensor, name: str, channels: int, max_pixels: int
     Raises ImageError naming the file, for any damage, infinite numbers and other channels.
     """
     with explained(name):
-        what = "objective.channels is"
+        told = f"objective.channels is {channels}"
         expected = f"[C, H, W] with objective.channels={channels}"
-        pixels = given if isinstance(given, Tensor) else stored(given.data, channels, max_pixels, True, what)
+        pixels = given if isinstance(given, Tensor) else stored(given.data, channels, told, max_pixels, True)
         values = torch.as_tensor(np.asarray(pixels, dtype=np.float32))
         if values.ndim != 3 or len(values) != channels:
             raise ValueError(f"its shape must be {expected}; got {list(values.shape)}")

@@ -13,7 +13,7 @@ import numpy as np
 from fcmae.data.pixels.bands import SOF0, segments
 from fcmae.data.pixels.formats import check_size
 from fcmae.data.pixels.jpeg import check_scans
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, counted
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -30,11 +30,7 @@ SMALL = CHUNK // 16
 """Bytes of deflate that become at most 64 MiB."""
 
 
-CHANNELS = "data.in_chans is"
-"""What precedes the expected number of channels in messages."""
-
-
-def read_npy(data: bytes, in_chans: int, what: str = CHANNELS) -> np.ndarray:
+def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     """A .npy file as ``[C, H, W]``: of ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``. Raises ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -51,13 +47,13 @@ def read_npy(data: bytes, in_chans: int, what: str = CHANNELS) -> np.ndarray:
         raise ValueError(f"its shape must be [H, W], [C, H, W] or [H, W, C]; got {list(pixels.shape)}")
     if pixels.shape[0] != in_chans and pixels.shape[2] == in_chans:
         pixels = pixels.transpose(2, 0, 1)
-    _check_channels(len(pixels), in_chans, what)
+    _check_channels(len(pixels), in_chans, expected)
     if not pixels.size:
         raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
     return _native(pixels)
 
 
-def read_tiff(data: bytes, in_chans: int, max_pixels: int, floats: bool = False, what: str = CHANNELS) -> np.ndarray:
+def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats: bool = False) -> np.ndarray:
     """A TIFF file as ``[C, H, W]``, upright: its samples, or else its pages, are the channels. Raises ValueError.
 
     Its pixels are uint8 or uint16, or with ``floats`` any numbers. Sizes, channels and types are checked before pixels
@@ -78,7 +74,7 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int, floats: bool = False,
         channels = [axis for axis in series.axes if axis not in "YX" and shape[axis] > 1]
         if len(channels) > 1:
             raise ValueError(f"it must have one axis beside Y and X; got {series.axes}")
-        _check_channels(math.prod(series.shape) // (height * width), in_chans, what)
+        _check_channels(math.prod(series.shape) // (height * width), in_chans, expected)
         if not (floats and series.dtype.kind in "uif"):
             check_type(series.dtype)
         for page in series.pages:
@@ -105,9 +101,9 @@ def check_type(stored: np.dtype, dtype: str = "uint") -> None:
     raise ValueError(f"its pixels are {stored}; {expected}; {hint}")
 
 
-def _check_channels(count: int, in_chans: int, what: str) -> None:
+def _check_channels(count: int, in_chans: int, expected: str) -> None:
     if count != in_chans:
-        raise ValueError(f"it has {count} channels; {what} {in_chans}")
+        raise ValueError(f"it has {counted(count, 'channel')}; {expected}")
 
 
 def _native(pixels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from fcmae.data.arrays.stored import MAX_SAMPLES, Stored, open_stored
 from fcmae.data.pixels.decode import PixelFormat, StoredImage
 from fcmae.data.pixels.scientific import check_type
 from fcmae.data.sources.base import Sample, class_names, locate
-from fcmae.errors import ConfigError, UsageError, shown
+from fcmae.errors import ConfigError, UsageError, counted, shown
 
 AXES = {2: "YX", 3: "NYX", 4: "NCYX", 5: "NZCYX"}
 """The axes of an array of so many, where neither ``data.axes`` nor its metadata name them."""
@@ -159,10 +159,10 @@ class _Array:
         folded = 1 if "Z" in self.outer else len(self.planes)
         channels = self.sizes.get("C", 1)
         if channels * folded != to.in_chans:
-            times = f" of {folded} planes" if folded > 1 else ""
+            has = counted(channels, "channel") + (f" of {folded} planes" if folded > 1 else "")
             raise UsageError(
-                f"{self.name} has {channels} channels{times}, and data.in_chans is {to.in_chans}; its shape "
-                f"{list(self.shape)} is read as {self.axes}, which data.axes changes"
+                f"{self.name} has {has}; {to.expected}; its shape {list(self.shape)} is read as {self.axes}, which "
+                "data.axes changes"
             )
         if not self.sizes["Y"] * self.sizes["X"]:
             raise UsageError(f"{self.name} has no pixels: its shape is {list(self.shape)}")

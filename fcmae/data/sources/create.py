@@ -34,7 +34,7 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     other = cfg.val_source if train else cfg.source
     if own is not None or (other is not None and path is None):
         to = PixelFormat.of(cfg, loader.max_pixels)
-        source = create_own(own, f"data.{prefix}source", to, cfg.may_be_nan)
+        source = create_own(own, f"data.{prefix}source", to)
         if not cfg.mean and gives_float(source) is False:
             raise ConfigError(
                 f"data.mean and data.std are not set, but data.{prefix}source does not give float32; give both, one "

@@ -1,7 +1,6 @@
 """The user's own source, given by the name of its class."""
 
 import operator
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,16 +16,12 @@ from fcmae.plugins import create
 class Own(Wrapper):
     """The user's own source, whose samples are checked against the data config.
 
-    Args:
-        may_be_nan: channels of float32 images that may hold NaN.
-
     Raises ImageError naming a sample that is no :class:`Sample`, or has a wrong shape, type or label.
     """
 
-    def __init__(self, source: Source, to: PixelFormat, may_be_nan: Collection[int] = ()) -> None:
+    def __init__(self, source: Source, to: PixelFormat) -> None:
         super().__init__(source)
         self.to = to
-        self.may_be_nan = may_be_nan
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
@@ -49,12 +44,10 @@ class Own(Wrapper):
         if expected:
             return f"its pixels must be {expected}; got {image.dtype}"
         if image.ndim != 3 or len(image) != self.to.in_chans or not image.numel():
-            return f"its shape must be [C, H, W] with data.in_chans={self.to.in_chans}; got {list(image.shape)}"
+            return f"its shape must be [C, H, W] ({self.to.expected}); got {list(image.shape)}"
         if image.is_floating_point() and not image.isfinite().all():
             holding = image.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
-            if image.isinf().any() or not set(holding) <= set(self.may_be_nan):
-                told = "replace them in the source, or set data.nodata=nan if NaN marks pixels without a value"
-                return f"it has values that are infinite or not a number (NaN); {told}"
+            return self.to.problem(set(holding), bool(image.isinf().any()))
         return ""
 
     def _expected(self, image: Tensor) -> str:
@@ -85,6 +78,6 @@ def _is_index(value: Any, count: int) -> bool:
         return False
 
 
-def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat, may_be_nan: Collection[int] = ()) -> Source:
+def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Source:
     """The source that ``_target_`` names, whose samples are checked as :class:`Own` says. Raises ConfigError."""
-    return Own(create(given, key, Source), to, may_be_nan)
+    return Own(create(given, key, Source), to)
