@@ -12,7 +12,7 @@ from torch import Tensor
 from fcmae.bench.measure import synchronize
 from fcmae.config import DataConfig, LoaderConfig, OptimConfig
 from fcmae.data.loading import TrainBatches, Workers
-from fcmae.data.pixels.transforms import normalize, pretrain_transform
+from fcmae.data.pixels.transforms import normalized, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
@@ -97,7 +97,7 @@ def training_step(
 
     def loss(batch: Sequence[Tensor]) -> Losses:
         imgs, noise = batch
-        return model(normalize(imgs, data.mean, data.std, data.dtype), random_mask(noise, keep), keep).loss, {}
+        return model(normalized(imgs, data), random_mask(noise, keep), keep).loss, {}
 
     passes = TrainingStep(model, loss, device, fastest(device), graphed=gpu)
 

@@ -27,6 +27,7 @@ from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.few_labels import AutoConfig
 from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import DECODER_WIDTH, ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
+from fcmae.config.normalize import without_derived
 from fcmae.config.prepare import PrepareConfig
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
@@ -176,7 +177,10 @@ CLASSIFY = "fcmae.tasks.objectives.Classify"
 """The objective without which a config means this one."""
 RANDOM = "random"
 """The checkpoint that means random weights."""
-CHANNELS = ("in_chans", "channels", "nodata", "bit_depth", "dtype", "mean", "std", "fit", "pad", "decode_on")
+CHANNELS = (
+    *("in_chans", "channels", "nodata", "bit_depth", "dtype", "normalize", "low", "high", "mean", "std"),
+    *("fit", "pad", "decode_on"),
+)
 """Keys of group ``data`` whose values must fit each other."""
 
 
@@ -236,7 +240,7 @@ class CheckpointConfig:
                 values[source].pop(NAMED_BY, None)
         if given.get("name", "table") != "table" and isinstance(values.get("label_column"), (list, tuple)):
             values["label_column"] = None  # other sources have no columns of numbers
-        return from_dict(DataConfig, {**values, **given}, prefix="data")
+        return from_dict(DataConfig, {**without_derived(values, given), **given}, prefix="data")
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self.data).items() if value is not None}

@@ -6,6 +6,7 @@ from typing import Any
 
 from fcmae.config.channels import Layout, layout, no_data
 from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
+from fcmae.config.normalize import CLIPPING, NORMALIZE, bounds, fixed_scale
 from fcmae.plugins import is_named
 
 MAX_SIDE = 2**14
@@ -82,10 +83,20 @@ class DataConfig:
     units of the files, which may have uint8, uint16, int16, int32, float16 or float32."""
     image_size: Any = 224
     """Pixels per side, or [height, width]."""
+    normalize: str = "dataset"
+    """How pixels are normalised, per channel. ``dataset``: by ``mean`` and ``std``. ``image``: each image by its own
+    mean and standard deviation over the pixels with a value. ``window``: clipped to ``low`` and ``high``, which become
+    -1 and 1. ``percentile``: the same, with percentiles as ``fcmae prepare data.stats=true`` prints them. ``none``: not
+    at all (docs/pixels.md)."""
+    low: Any = None
+    """normalize=window, percentile: what becomes -1, in the units of ``mean``: a number, or a list with one per
+    channel."""
+    high: Any = None
+    """normalize=window, percentile: what becomes 1, likewise."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     """Mean of pixel values, one number per channel: in 0..1, with dtype=float32 in the units of the files. Empty, like
     ``std``, for a source of your own with pixels that are float32 and normalised already; so is the default for other
-    channels than three, and with dtype=float32."""
+    channels than three, and with dtype=float32. Other values of ``normalize`` than dataset set both."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     """Standard deviation of pixel values, one number per channel, in the units of ``mean``."""
     nodata: Any = None
@@ -183,8 +194,8 @@ class DataConfig:
         check("data.transforms", self.transforms, ok, "a list of _target_: PACKAGE.CLASS and its arguments")
         plain = self.in_chans == 3 and self.bit_depth == 8 and self.pad == 0 and not self.transforms
         plain = plain and self.channels is None and self.nodata is None and self.fit == "crop" and self.dtype == "uint"
-        plain = plain and self.foreground is None
-        others = "pad=0, channels=null, nodata=null, fit=crop, foreground=null and transforms=[]"
+        plain = plain and self.foreground is None and self.normalize != "image"
+        others = "pad=0, channels=null, nodata=null, fit=crop, foreground=null, transforms=[] and normalize not image"
         expected = f"cpu unless in_chans=3, bit_depth=8, dtype=uint, {others}"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         self._check_no_data()
@@ -206,6 +217,18 @@ class DataConfig:
             check("data.nodata", self.nodata, ok, f"an integer from 0 to {most} (data.bit_depth={self.bit_depth})")
 
     def _check_normalisation(self) -> None:
+        check_one_of("data.normalize", self.normalize, NORMALIZE)
+        given = bounds(self.normalize, self.low, self.high, self.in_chans)
+        if self.normalize != "dataset":
+            before = list(self.mean), list(self.std)
+            self.mean, self.std = fixed_scale(self.normalize, given, self.in_chans)
+            ok = (self.clips and not given) or before in (
+                (IMAGENET_MEAN, IMAGENET_STD),
+                ([], []),
+                (self.mean, self.std),
+            )
+            check("data.mean", before[0], ok, f"unset, as data.std, with data.normalize={self.normalize}")
+            return
         own = self.source is not None or self.val_source is not None
         photos = self.dtype == "uint" and (self.in_chans == 3 or not own)
         if not photos and (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
@@ -217,6 +240,11 @@ class DataConfig:
             ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
             hint = f"data.in_chans={self.in_chans}; fcmae prepare data.stats=true prints them"
             check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one per channel ({hint})")
+
+    @property
+    def clips(self) -> bool:
+        """Whether normalised pixels are clipped to -1 and 1."""
+        return self.normalize in CLIPPING
 
     @property
     def layout(self) -> Layout:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fcmae.config.checks import check, check_one_of, check_positive, check_seed, mistake
 from fcmae.config.data import DataConfig
 from fcmae.config.loader import LoaderConfig
+from fcmae.config.normalize import NORMALIZE
 
 
 @dataclass
@@ -12,16 +13,25 @@ class PreparedDataConfig(DataConfig):
     """Group ``data``; only the keys about reading images have an effect."""
 
     stats: bool = False
-    """Compute mean and standard deviation instead of writing."""
+    """Compute mean and standard deviation: of what was written to ``out``, or of the images where that is not set."""
     stats_samples: int | None = 10_000
     """Images to compute them from, drawn by the seed; None = all."""
+    percentiles: list[float] = field(default_factory=lambda: [0.5, 99.5])
+    """With normalize=percentile: those that become data.low and data.high, in percent of the pixels."""
 
     def __post_init__(self) -> None:
-        self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans  # nothing is normalised here
         super().__post_init__()
         if self.channels is not None:
             mistake(f"fcmae prepare reads all channels; leave out data.channels={self.channels}")
         check_positive("data.stats_samples", self.stats_samples)
+        low, high = self.percentiles[:1], self.percentiles[1:]
+        ok = len(self.percentiles) == 2 and 0 <= low[0] < high[0] <= 100
+        check("data.percentiles", self.percentiles, ok, "[low, high] with 0 <= low < high <= 100")
+
+    def _check_normalisation(self) -> None:
+        """Nothing is normalised here."""
+        check_one_of("data.normalize", self.normalize, NORMALIZE)
+        self.mean, self.std = [0.0] * self.in_chans, [1.0] * self.in_chans
 
 
 @dataclass

@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 
 from fcmae.config.data import DataConfig
 from fcmae.config.model import BackboneConfig, ClassifierConfig
+from fcmae.config.normalize import without_derived
 
 T = TypeVar("T")
 UNSET: dict[str, tuple[str, ...]] = {
     "model": ("backbone", "depths", "dims", "stem_stride", "strides", "timm"),
-    "data": ("in_chans", "bit_depth", "dtype", "image_size", "mean", "std"),
+    "data": ("in_chans", "bit_depth", "dtype", "image_size", "normalize", "low", "high", "mean", "std"),
 }
 """The keys that may be unset, by group. Unset is None."""
 
@@ -23,6 +24,7 @@ class UnsetDataConfig(DataConfig):
     bit_depth: int | None = None  # type: ignore[assignment]
     dtype: str | None = None  # type: ignore[assignment]
     image_size: Any = None
+    normalize: str | None = None  # type: ignore[assignment]
     mean: list[float] | None = None  # type: ignore[assignment]
     std: list[float] | None = None  # type: ignore[assignment]
 
@@ -31,7 +33,9 @@ class UnsetDataConfig(DataConfig):
         given = self.channels.get("input") if isinstance(self.channels, dict) else self.channels
         listed = given if isinstance(given, (list, tuple)) else None
         channels = self.in_chans or len(self.mean or self.std or listed or range(3))
-        known = {"in_chans": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
+        known: dict[str, Any] = {"in_chans": channels}
+        if self.normalize in (None, "dataset"):
+            known |= {"mean": [0.5] * channels, "std": [0.5] * channels}
         checked = settled(DataConfig, self, known)
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is not None:
@@ -67,4 +71,4 @@ def settled(schema: type[T], given: Any, known: dict[str, Any] | None = None) ->
     may_be_unset = [name for names in UNSET.values() for name in names]
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     set_values = {name: value for name, value in values.items() if value is not None or name not in may_be_unset}
-    return schema(**{**(known or {}), **set_values})
+    return schema(**{**without_derived(known or {}, set_values), **set_values})

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.loading import Workers, eval_loader
-from fcmae.data.pixels.transforms import eval_transform, normalize
+from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import CroppedImages, EvaluationImages, WholePairs
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.unreadable import readable
@@ -93,7 +93,7 @@ def batches(
     """
     samples = _Placed(dataset or EvaluationImages(source, eval_transform(cfg, loader.max_pixels)))
     for imgs, labels, places in share_of(samples, loader, batch_size, world, stop):
-        yield Images(normalize(imgs, cfg.mean, cfg.std, cfg.dtype), labels, places)
+        yield Images(normalized(imgs, cfg), labels, places)
 
 
 def first_indices(source: Source, count: int | None) -> list[int]:

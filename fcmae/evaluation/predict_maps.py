@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import CheckpointConfig, DataConfig, check
-from fcmae.data.pixels.pairs import WholeImage
+from fcmae.data.pixels.transforms import WholeImage
 from fcmae.data.samples import EvaluationImages
 from fcmae.data.sources import ImageFolder, Source
 from fcmae.data.sources.images import Joined

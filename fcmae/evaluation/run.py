@@ -35,7 +35,7 @@ from fcmae.config import (
 from fcmae.config.commands import RANDOM
 from fcmae.config.unset import settled
 from fcmae.data.pixels.decode import Encoded, LazyImage, read_file
-from fcmae.data.pixels.transforms import eval_transform, normalize, pretrain_transform
+from fcmae.data.pixels.transforms import eval_transform, normalized, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
 from fcmae.data.sources.check_maps import check_maps
@@ -332,7 +332,7 @@ def reconstruct(
     crops = [transform(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
     scores = torch.stack([draw_scores(strategy, rng, grid, crop) for crop in crops])
-    imgs = torch.stack([normalize(crop, data.mean, data.std, data.dtype) for crop in crops])
+    imgs = torch.stack([normalized(crop, data) for crop in crops])
     mask = random_mask(scores, model.len_keep(*data.size))
     picture = reconstruction_picture(model, imgs, data, mask, channels)
     if picture is None:

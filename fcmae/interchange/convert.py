@@ -14,6 +14,7 @@ from fcmae.errors import DiskError, ExportError, UsageError
 from fcmae.files import check_output, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format, viscy_format
 from fcmae.interchange.network import Check, Given, Network
+from fcmae.interchange.preprocessing import check_normalisation
 from fcmae.interchange.weights import explained
 
 IMPORTS: dict[str, ModuleType] = {
@@ -57,6 +58,7 @@ def export(
     with _new_folder(Path(folder)) as temporary:
         network = Network.read(checkpoint, ema)
         print(describe(network.path, network.state), file=sys.stderr, flush=True)
+        check_normalisation(network.cfg.data, to)
         if to == "onnx":
             result = _export_onnx(network, temporary, check, onnx_options or {})
         else:

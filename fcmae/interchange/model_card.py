@@ -103,12 +103,19 @@ def _data(data: DataConfig) -> dict[str, Any]:
         "size (height, width)": f"{data.size[0]}, {data.size[1]}",
         "channels": data.in_chans,
         "bits per channel": data.bit_depth if data.dtype == "uint" else "float32 in the images' own units",
-        "mean": data.mean or "normalised by the source",
-        "std": data.std or "normalised by the source",
+        "normalisation": None if data.normalize == "dataset" else _normalisation(data),
+        "mean": data.mean or (None if data.normalize == "image" else "normalised by the source"),
+        "std": data.std or (None if data.normalize == "image" else "normalised by the source"),
         "padding": data.pad or None,
         "evaluation crop": data.crop_pct if max(data.size) < WARP_FROM else "none, both sides are resized",
         "labelled images per class": data.labels_per_class,
     }
+
+
+def _normalisation(data: DataConfig) -> str:
+    if data.normalize == "image":
+        return "each image by the mean and standard deviation of its channels"
+    return f"clipped to {data.low} ... {data.high}, which become -1 and 1" if data.clips else "none"
 
 
 def _recipe(network: Network) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def _versions(network: Network) -> dict[str, str]:
 
 def _input(data: DataConfig, to: str) -> str:
     """How to make the network's input, if the other library has no transform that does it."""
-    if not data.mean:
+    if not data.mean and data.normalize != "image":
         return "## Input\n\nfloat32, normalised by the source that it was trained with; not 0 to 1."
     reason = preprocessing.shortcoming(data, to)
     if not reason and to in preprocessing.LIBRARIES:

@@ -3,15 +3,20 @@
 from typing import Any
 
 from fcmae.config import DataConfig
+from fcmae.config.normalize import CLIPPING
 from fcmae.data.pixels.jpeg import IMAGE_MODES
 from fcmae.data.pixels.transforms import WARP_FROM
+from fcmae.errors import WeightsError
 
 LIBRARIES = {"timm": "timm's create_transform", "transformers": "The image processor"}
 
 
 EXTRA = ("bit_depth", "pad", "crop_pct")
 """Keys of our data config that other libraries lack; their config.json has them under ``fcmae``."""
-RARE = {"dtype": "uint", "channels": None, "nodata": None, "fit": "crop"}
+RARE = {
+    **{"dtype": "uint", "channels": None, "nodata": None, "fit": "crop"},
+    **{"normalize": "dataset", "low": None, "high": None},
+}
 """More such keys, which are there where they have other values than these."""
 
 
@@ -33,12 +38,25 @@ def read_extra(config: dict[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in (*EXTRA, *RARE) if name in known} if isinstance(known, dict) else {}
 
 
+def check_normalisation(data: DataConfig, to: str) -> None:
+    """Raises WeightsError if the preprocessing of library ``to`` cannot say how these images are normalised.
+
+    A number of channels or bits that it cannot read is noticed; values that are off are not.
+    """
+    if to in LIBRARIES and data.normalize in ("image", *CLIPPING):
+        what = "has one mean and deviation for all images" if data.normalize == "image" else "does not clip pixels"
+        raise WeightsError(
+            f"{LIBRARIES[to]} {what} (data.normalize={data.normalize}); export it --to onnx, official or viscy, or use "
+            "encoder.safetensors and fcmae.load"
+        )
+
+
 def shortcoming(data: DataConfig, to: str) -> str:
     """In which way the transform of library ``to`` differs from our evaluation; nothing if it does the same."""
     if to not in LIBRARIES:
         return ""
     reasons = []
-    if not data.mean:
+    if not data.mean and data.normalize != "image":
         reasons.append("normalises pixels, these are normalised already")
     if data.dtype != "uint":
         reasons.append("reads 8 bits per channel, these images are float32 in their own units")
@@ -77,7 +95,15 @@ def steps(data: DataConfig) -> str:
         lines.append(f"missing = torch.from_numpy({_missing(data)})[None]")
     scale = f" / {2**data.bit_depth - 1}" if whole else ""
     lines.append(f"imgs = torch.from_numpy(pixels.astype(np.float32))[None]{scale}")
-    mean = f"torch.tensor({list(data.mean)})[:, None, None]"
+    mean, fixed = f"torch.tensor({list(data.mean)})[:, None, None]", f"{list(data.mean)}, {list(data.std)}"
+    clip = ".clamp(-1, 1)" * data.clips
+    if data.normalize == "image":
+        lines.append("channels = imgs[0].flatten(1).double()")
+        if data.marks is not None:
+            lines.append("channels = channels.masked_fill(missing[0].flatten(1), torch.nan)")
+        lines.append("mean = channels.nanmean(1)")
+        lines.append("std = (channels - mean[:, None]).square().nanmean(1).sqrt()")
+        mean, fixed = "mean.float()[:, None, None]", "mean.tolist(), std.tolist()"
     if data.marks is not None:
         lines.append(f"imgs = torch.where(missing, {mean}, imgs)")
     if data.fit == "pad":
@@ -86,7 +112,7 @@ def steps(data: DataConfig) -> str:
             f"window = imgs[..., top : top + {height}, left : left + {width}]",
             f"imgs = {mean} * torch.ones(1, 1, {height}, {width})",
             "imgs[..., : window.shape[2], : window.shape[3]] = window",
-            f"imgs = F.normalize(imgs, {list(data.mean)}, {list(data.std)})",
+            f"imgs = F.normalize(imgs, {fixed}){clip}",
         ]
         return "\n".join(lines)
     if data.pad:
@@ -101,7 +127,7 @@ def steps(data: DataConfig) -> str:
     lines += [
         f"imgs = F.resize(imgs, size, InterpolationMode.BICUBIC, antialias=True){'.clamp(0, 1)' * whole}",
         f"imgs = F.center_crop(imgs, [{height}, {width}])",
-        f"imgs = F.normalize(imgs, {list(data.mean)}, {list(data.std)})",
+        f"imgs = F.normalize(imgs, {fixed}){clip}",
     ]
     return "\n".join(lines)
 

@@ -130,6 +130,8 @@ def config_of(state: State, path: Path, allow: Collection[str] = ()) -> RunConfi
     cfg = from_dict(schema, state["config"])
     if cfg.data.dtype is None:  # unset, in fine-tuning: earlier versions had pixels of 8 or 16 bits only
         cfg.data.dtype = "uint"
+    if cfg.data.normalize is None:  # likewise
+        cfg.data.normalize = "dataset"
     for name in ("source", "val_source"):
         given = getattr(cfg.data, name)
         if given is not None:

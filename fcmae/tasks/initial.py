@@ -29,7 +29,8 @@ Values = dict[str, dict[str, Any]]
 STRIDES = ("model.stem_stride", "model.strides")
 TIMM = "model.timm"
 NETWORK = ("model.backbone", "model.depths", "model.dims", TIMM, *STRIDES)
-FIXED = (*NETWORK, "data.in_chans", "data.dtype", "data.mean", "data.std")
+SCALE = ("data.dtype", "data.normalize", "data.low", "data.high", "data.mean", "data.std")
+FIXED = (*NETWORK, "data.in_chans", *SCALE)
 """Keys that must be those of ``init_from``; others may differ from it. With ``init_channels``, and for weights of other
 libraries, only the network is."""
 

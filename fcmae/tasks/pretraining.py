@@ -20,8 +20,8 @@ from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.transforms import (
     CentreCrop,
     eval_transform,
-    normalize,
     normalize_channels,
+    normalized,
     pretrain_transform,
 )
 from fcmae.data.plan import BatchPlan
@@ -147,7 +147,7 @@ class Pretraining:
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
         imgs, noise, *more = batch
-        imgs = normalize(imgs, self.cfg.data.mean, self.cfg.data.std, self.cfg.data.dtype)
+        imgs = normalized(imgs, self.cfg.data)
         seen = dict(zip(self.carried, more, strict=True))
         if "channels" in seen:
             data = self.cfg.data
@@ -178,7 +178,7 @@ class Pretraining:
         imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
         scores = torch.stack([draw_scores(self.mask, rng, self.grid, crop) for crop in imgs.cpu()])
         mask = random_mask(scores, self.keep).to(device)
-        imgs = normalize(imgs, data.mean, data.std, data.dtype)
+        imgs = normalized(imgs, data)
         was_training = self.model.training
         picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)
         self.model.train(was_training)

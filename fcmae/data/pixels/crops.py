@@ -1,5 +1,6 @@
 """Random resized crops and turns, distributed as torchvision's. An image is decoded only as far as its crop needs."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImag
 from fcmae.data.pixels.foreground import Foreground
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.nodata import NoData, padded, resized
+from fcmae.data.pixels.own_scale import OwnScale
 
 GAP = 2
 """A JPEG is decoded at reduced size if its crop still has this many times the pixels per side of the result. That is
@@ -62,7 +64,7 @@ Uniform = Callable[[], float]
 
 
 class RandomCrop:
-    """Random resized crop, flips and quarter turns: raw pixels ``[C, *cfg.size]``.
+    """Random resized crop, flips and quarter turns: raw pixels ``[C, *cfg.size]``, normalised with normalize=image.
 
     Its pixels are those of torchvision's v2 transforms for the same box, unless a JPEG is so large that it is decoded
     at reduced size.
@@ -90,8 +92,10 @@ class RandomCrop:
         self.pad = cfg.pad
         self.at_own_size = cfg.fit == "pad"
         self.hflip, self.vflip, self.rot90 = cfg.hflip, cfg.vflip, cfg.rot90
-        self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None
-        self.alone = cfg.crops_per_image == 1  # otherwise the whole image is decoded, once for all crops
+        self.by_image = cfg.normalize == "image"
+        self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None or self.by_image
+        # Otherwise the whole image is decoded, once for all crops.
+        self.alone = cfg.crops_per_image == 1 and not self.by_image
         self.scale = (cfg.crop_scale[0], cfg.crop_scale[1])
         self.ratio = (cfg.crop_ratio[0], cfg.crop_ratio[1])
         self.zoom = cfg.crop_zoom  # with fit=pad None = 1
@@ -103,14 +107,21 @@ class RandomCrop:
 
     def seen(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> list[Tensor]:
         """A crop, and what :attr:`carries` names, cut and mirrored in the same way."""
-        image = self._padded(image)
-        if self.foreground is None:
-            return self._seen(image, uniform)
-        return self.foreground.choose(lambda: self._seen(image, uniform))
+        image = open_image(image, self.format)
+        scale, image = self._scale(image), self._padded(image)
+        no_data = self.no_data if scale is None else scale.filling(self.no_data)
+        draw = functools.partial(self._seen, image, uniform, no_data)
+        found = draw() if self.foreground is None else self.foreground.choose(draw)
+        if scale is not None:
+            found[0] = scale.apply(found[0], None if no_data is None else found[1])
+        return found
 
-    def _seen(self, image: LazyImage, uniform: Uniform) -> list[Tensor]:
+    def _scale(self, image: LazyImage) -> OwnScale | None:
+        return OwnScale.of(pick(image.pixels(1), self.input), self.no_data) if self.by_image else None
+
+    def _seen(self, image: LazyImage, uniform: Uniform, no_data: NoData | None) -> list[Tensor]:
         pixels, box = self._part(image, *self.draw(image, uniform))
-        crops = [self._cut(pixels, box, self.input, False, self.no_data)]
+        crops = [self._cut(pixels, box, self.input, False, no_data)]
         if self.kinds:
             found = [self._cut(pixels, box, *kind) for kind in self.kinds]
             crops.append([torch.cat(column) for column in zip(*found, strict=True)])
@@ -139,10 +150,13 @@ class RandomCrop:
 
     def with_box(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> tuple[Tensor, Box]:
         """A crop, and the box in pixels of the padded image that it shows."""
-        image = self._padded(image)
+        image = open_image(image, self.format)
+        scale, image = self._scale(image), self._padded(image)
         box, reduce = self.draw(image, uniform)
         pixels, part = self._part(image, box, reduce)
-        return self._cut(pixels, part, self.input, False, self.no_data)[0], box
+        if scale is None:
+            return self._cut(pixels, part, self.input, False, self.no_data)[0], box
+        return scale.apply(*self._cut(pixels, part, self.input, False, scale.filling(self.no_data))), box
 
     def part(self, image: Tensor | Encoded | LazyImage, uniform: Uniform) -> tuple[Tensor, Box]:
         """The part of the image that is decoded, ``[C, H, W]``, and the box in it."""

@@ -11,13 +11,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest, pick
-from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
+from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest
+from fcmae.data.pixels.decode import Encoded, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.maps import IGNORED
-from fcmae.data.pixels.nodata import NoData
-from fcmae.data.pixels.transforms import normalize
+from fcmae.data.pixels.transforms import WholeImage, normalized
 from fcmae.errors import ConfigError
 
 INSIDE = 7919
@@ -43,7 +42,7 @@ class PairTransform:
             raise ConfigError(f"data.pad must be 0 with target maps; got {cfg.pad}")
         self.crop = RandomCrop(cfg, max_pixels)
         self.transforms = [(name, _both(name, step)) for name, step in Extra(cfg.transforms).steps]
-        self.normalize = functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)
+        self.normalize = functools.partial(normalized, cfg=cfg)
         erasing = augment.random_erasing
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing > 0 else None
 
@@ -75,19 +74,6 @@ class PairTransform:
 def _left_out(target: Tensor) -> float:
     """What marks the pixels of a map that are left out."""
     return torch.nan if target.is_floating_point() else IGNORED
-
-
-class WholeImage:
-    """Whole images for evaluation: raw pixels ``[C, H, W]``."""
-
-    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> None:
-        self.format = PixelFormat.of(cfg, max_pixels)
-        self.channels = cfg.layout.input
-        self.no_data = NoData.of(cfg)
-
-    def __call__(self, image: Tensor | Encoded | LazyImage) -> Tensor:
-        pixels = pick(open_image(image, self.format).pixels(1), self.channels)
-        return pixels if self.no_data is None else self.no_data.replaced(pixels)
 
 
 class WholePair(WholeImage):

@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.config.channels import Layout
 from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resize
-from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, decode
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.nodata import NoData, middle_of
+from fcmae.data.pixels.own_scale import OwnScale
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -45,7 +46,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
     steps: list[Callable] = [RandomCrop(cfg, max_pixels), Extra(cfg.transforms)]
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
-    steps += [functools.partial(normalize, mean=cfg.mean, std=cfg.std, dtype=cfg.dtype)]
+    steps += [functools.partial(normalized, cfg=cfg)]
     if augment.random_erasing > 0:
         steps += [RandomErasing(augment.random_erasing, mode="pixel", device="cpu")]
     return v2.Compose(steps)
@@ -53,6 +54,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
 
 def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     """Resize and centre crop below 384 px, else resize to the exact size: raw pixels. data.fit=pad: the middle alone.
+    With data.normalize=image, normalised float32.
 
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
@@ -60,19 +62,33 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     if cfg.fit == "pad":
         return CentreCrop(cfg, max_pixels)  # which reads no more of an array
     size = list(cfg.size)
-    decoded = functools.partial(decode, **PixelFormat.of(cfg, max_pixels)._asdict())
-    steps: list[Callable] = [decoded]
-    if cfg.channels is not None:
-        steps.append(functools.partial(pick, channels=cfg.layout.input))
-    no_data = NoData.of(cfg)
-    if no_data is not None:
-        steps.append(no_data.replaced)
-    if cfg.pad:
-        steps.append(v2.Pad(cfg.pad))
+    steps: list[Callable] = [v2.Pad(cfg.pad)] if cfg.pad else []
     if max(size) >= WARP_FROM:
-        return v2.Compose([*steps, functools.partial(resize, size=size)])
+        return WholeImage(cfg, max_pixels, [*steps, functools.partial(resize, size=size)])
     height, width = (int(side / cfg.crop_pct) for side in size)
-    return v2.Compose([*steps, functools.partial(_resize_to_cover, height=height, width=width), v2.CenterCrop(size)])
+    covering = functools.partial(_resize_to_cover, height=height, width=width)
+    return WholeImage(cfg, max_pixels, [*steps, covering, v2.CenterCrop(size)])
+
+
+class WholeImage:
+    """Whole images: raw pixels ``[C, H, W]``, or float32 normalised with data.normalize=image, after some ``steps``."""
+
+    def __init__(self, cfg: DataConfig, max_pixels: int = MAX_PIXELS, steps: Sequence[Callable] = ()) -> None:
+        self.format = PixelFormat.of(cfg, max_pixels)
+        self.channels = cfg.layout.input
+        self.no_data = NoData.of(cfg)
+        self.by_image = cfg.normalize == "image"
+        self.steps = list(steps)
+
+    def __call__(self, image: Tensor | Encoded | LazyImage) -> Tensor:
+        pixels = pick(open_image(image, self.format).pixels(1), self.channels)
+        scale = OwnScale.of(pixels, self.no_data) if self.by_image else None
+        no_data = self.no_data if scale is None else scale.filling(self.no_data)
+        if no_data is not None:
+            pixels = no_data.replaced(pixels)
+        for step in self.steps:
+            pixels = step(pixels)
+        return pixels if scale is None else scale.apply(pixels)
 
 
 class CentreCrop(RandomCrop):
@@ -105,6 +121,12 @@ def _resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
     rows, cols = pixels.shape[-2:]
     ratio = min(rows / height, cols / width)
     return resize(pixels, [round(rows / ratio), round(cols / ratio)])
+
+
+def normalized(imgs: Tensor, cfg: DataConfig) -> Tensor:
+    """Raw ``[..., C, H, W]`` to float32 as ``cfg.normalize`` says; with ``image``, its transforms have done it."""
+    values = normalize(imgs, cfg.mean, cfg.std, cfg.dtype)
+    return values.clamp_(-1, 1) if cfg.clips and values is not imgs else values
 
 
 def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float], dtype: str = "uint") -> Tensor:
@@ -150,6 +172,7 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
 def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
     photos = {"in_chans": 3, "bit_depth": 8, "dtype": "uint"}
     other = [f"data.{name}={getattr(cfg, name)}" for name, value in photos.items() if getattr(cfg, name) != value]
+    other += ["data.normalize=image"] * (cfg.normalize == "image")
     if other:
         raise ConfigError(f"augment.auto_augment must be null with {other[0]}; got {policy!r}")
     # The parameters of timm's create_transform, with the official recipe's interpolation: by default timm draws

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import operator
 import os
 import shutil
 import sys
@@ -23,15 +22,13 @@ import torch
 from tqdm import tqdm
 
 from fcmae.config import PrepareConfig
-from fcmae.data.cores import cores_per_rank
 from fcmae.data.pixels.decode import PixelFormat
-from fcmae.data.pixels.nodata import NoData
+from fcmae.data.prepare.measure import statistics, worker_count
 from fcmae.data.prepare.shards import Encoding, Shard, encode, write_shard
-from fcmae.data.prepare.statistics import left_out, sum_images
 from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
-from fcmae.data.sources.webdataset import CLASSES_FILE
+from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
 from fcmae.errors import FCMAEError, ImageError, UsageError
 from fcmae.files import STRAY, delete_strays, one_at_a_time, write_output
 from fcmae.opening import open_to_append, read_regular
@@ -41,24 +38,22 @@ SETTINGS_FILE = "settings.json"
 PROGRESS_FILE = "progress.jsonl"
 MANIFEST_FILE = "manifest.json"
 UNREADABLE_FILE = "unreadable.txt"
+CONF_FOLDER, CONF_NAME = "conf", "prepared"
+"""With data.stats=true: the folder for --config-dir, and the name of its config of group data."""
 MAX_JSON = 2**28
 """Bytes of one of these files."""
 TRIED = 64
 """Samples that the estimate is based on."""
 EXPECTED = "it must be a new or empty folder, or one of the same command"
-FLAT = 1e-7
-"""Smaller deviations, as a share of the mean, are rounding errors of a constant channel: of float32, 1.2e-7."""
 TOLD = {"table": ("label_column",), "array": ("label_column", "dataset", "axes", "planes", "planes_as")}
 """Other keys of ``data`` that determine the files, by the kind of source."""
-CHUNK = 100
-"""Samples per task of a process."""
 
 
 def prepare(cfg: PrepareConfig) -> str:
     """Runs the command and returns its message. Raises FCMAEError."""
     source = train_source(cfg.data, cfg.loader) if cfg.split == "train" else val_source(cfg.data, cfg.loader)
-    if cfg.data.stats:
-        return statistics(cfg, source)
+    if cfg.data.stats and cfg.out is None:
+        return "\n".join(statistics(cfg, source))
     if getattr(source, "values", None) is not None:
         raise UsageError("data.label_column must have classes or be null, as tar files hold one class per image")
     order = sample_order(cfg, len(source))
@@ -81,7 +76,8 @@ def prepare(cfg: PrepareConfig) -> str:
             if not (out / SETTINGS_FILE).is_file():
                 write_output("out", out / SETTINGS_FILE, json.dumps(now, indent=1) + "\n")
             shards = _write_missing(cfg, source, how, order, out)
-            return _finish(cfg, source, shards, out)
+            told = _finish(cfg, source, shards, out)
+        return f"{told}\n{_measure(cfg, out)}" if cfg.data.stats else told
     except OSError as error:
         raise FCMAEError(f"cannot write to {out}: {error}; the same command continues where it stopped") from error
 
@@ -112,45 +108,14 @@ def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]
     if not sizes:
         assert failure is not None
         raise failure
-    seconds = (time.perf_counter() - started) / len(tried) * len(order) / _workers(cfg)
+    seconds = (time.perf_counter() - started) / len(tried) * len(order) / worker_count(cfg)
     size = sum(sizes) / len(tried) * len(order) + 1536 * len(order)  # two headers, and the label's block
     shards = -(-len(order) // cfg.samples_per_shard)
     free = f", {_gb(shutil.disk_usage(_existing(Path(cfg.out))).free)} free there" if cfg.out else ""
     bad = f"; {len(tried) - len(sizes)} of {len(tried)} tried cannot be read" if failure is not None else ""
     return (
         f"{len(order):,} images in {shards:,} tar files: about {_gb(size)}{free}, {seconds / 60:.1f} minutes with "
-        f"{_workers(cfg)} processes{bad}"
-    )
-
-
-def statistics(cfg: PrepareConfig, source: Source) -> str:
-    """Mean and standard deviation as lines of a data config. Raises UsageError if no image can be read."""
-    to = PixelFormat.of(cfg.data, cfg.loader.max_pixels)
-    count = min(len(source), cfg.data.stats_samples or len(source))
-    chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
-    no_data = NoData.of(cfg.data)
-    chunks = [(chosen[first : first + CHUNK], to, no_data) for first in range(0, count, CHUNK)]
-    with tqdm(total=count, desc="reading", unit=" images", disable=None) as bar:
-        parts = {}
-        for i, part in in_processes(_workers(cfg), sum_images, source, chunks):
-            parts[i] = part
-            bar.update(len(chunks[i][0]))
-    sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in the order of the chunks
-    for line in left_out(sums.unreadable):
-        print(line, file=sys.stderr)
-    if len(sums.unreadable) == count:
-        raise UsageError(f"none of {count} images could be read, such as: {sums.unreadable[0]}")
-    if not sums.pixels.all():
-        empty = ", ".join(map(str, (sums.pixels == 0).nonzero()[0].tolist()))
-        raise UsageError(f"channel {empty} has no pixel with a value (data.nodata={cfg.data.nodata})")
-    mean, std = (", ".join(f"{x:#.6g}" for x in values) for values in (sums.mean, sums.std))
-    is_flat = bool((sums.std <= FLAT * abs(sums.mean)).any())
-    flat = "\n# a channel has one value everywhere; data.std must be positive" * is_flat
-    depth = f"bit_depth: {to.bit_depth}\n" if to.bit_depth != 8 else ""
-    depth += f"dtype: {to.dtype}\n" * to.is_float
-    return (
-        f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})\n"
-        f"in_chans: {to.in_chans}\n{depth}mean: [{mean}]\nstd: [{std}]{flat}"
+        f"{worker_count(cfg)} processes{bad}"
     )
 
 
@@ -169,7 +134,7 @@ def _write_missing(cfg: PrepareConfig, source: Source, how: Encoding, order: lis
         tqdm(total=len(order), initial=len(order) - left, desc="writing", unit=" images", disable=None) as bar,
     ):
         progress.write("\n")  # after a line that was cut off
-        for i, shard in in_processes(_workers(cfg), write_shard, source, missing):
+        for i, shard in in_processes(worker_count(cfg), write_shard, source, missing):
             bar.update(len(missing[i][0]))
             progress.write(json.dumps(dataclasses.asdict(shard)) + "\n")
             progress.flush()
@@ -182,7 +147,7 @@ def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) 
     unreadable = [entry for shard in shards for entry in shard.unreadable]
     with tqdm(total=len(source), desc="verifying", unit=" images", disable=None) as bar:
         wrong = []
-        with concurrent.futures.ThreadPoolExecutor(_workers(cfg)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(worker_count(cfg)) as pool:
             for shard, problem in zip(shards, pool.map(functools.partial(verify, out), shards), strict=True):
                 bar.update(shard.samples)
                 wrong.append(problem)
@@ -199,6 +164,16 @@ def _finish(cfg: PrepareConfig, source: Source, shards: list[Shard], out: Path) 
     (out / PROGRESS_FILE).unlink(missing_ok=True)
     named = f", {len(unreadable)} unreadable, listed in {out / UNREADABLE_FILE}" if unreadable else ""
     return f"{out}: {count:,} images in {len(shards)} tar files, {_gb(sum(s.bytes for s in shards))}, verified{named}"
+
+
+def _measure(cfg: PrepareConfig, out: Path) -> str:
+    """Writes a config of group ``data`` to train from the tar files, with their mean and deviation or percentiles."""
+    lines = statistics(cfg, WebDataset(str(out)))
+    file = out / CONF_FOLDER / "data" / f"{CONF_NAME}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    where = ["name: webdataset", f"path: {json.dumps(str(out.absolute()))}"]
+    write_output("out", file, "\n".join([lines[0], *where, *lines[1:], ""]))
+    return "\n".join([*lines, f"train with --config-dir {out / CONF_FOLDER} data={CONF_NAME}"])
 
 
 def verify(out: Path, shard: Shard) -> str:
@@ -279,10 +254,6 @@ def _written(out: Path) -> Iterator[Shard]:
             file = out / shard.name
             if file.is_file() and file.stat().st_size == shard.bytes:
                 yield shard
-
-
-def _workers(cfg: PrepareConfig) -> int:
-    return cores_per_rank(1) if cfg.loader.workers is None else max(1, cfg.loader.workers)
 
 
 def _existing(folder: Path) -> Path:

@@ -40,7 +40,7 @@ def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequenc
         with interrupt.postponed():  # the processes import for seconds before they ignore signals
             futures = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
+            yield futures.pop(future), future.result()  # no result is kept
     finally:
         pool.shutdown(cancel_futures=True)
 

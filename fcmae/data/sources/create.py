@@ -35,7 +35,7 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     if own is not None or (other is not None and path is None):
         to = PixelFormat.of(cfg, loader.max_pixels)
         source = create_own(own, f"data.{prefix}source", to)
-        if not cfg.mean and gives_float(source) is False:
+        if not cfg.mean and cfg.normalize != "image" and gives_float(source) is False:
             raise ConfigError(
                 f"data.mean and data.std are not set, but data.{prefix}source does not give float32; give both, one "
                 "number per channel (fcmae prepare data.stats=true prints them)"
