@@ -32,7 +32,7 @@ COMMANDS = {
     "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
     "ls": "a table of the runs in a folder: FOLDER (default: runs)",
     "report": "a page that shows runs, side by side: RUN... --out FILE.html",
-    "doctor": "check the installation and the engines against each other and golden files",
+    "doctor": "check the installation and the engines; with data.path=FOLDER look at a data set",
     "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
@@ -280,8 +280,16 @@ def _report_page(args: list[str]) -> int:
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
-    given = parser.parse_args(args)
-    return load("fcmae.doctor:run")([Path(file) for file in given.golden])
+    what = "data.KEY=VALUE and loader.KEY=VALUE: look at these images instead"
+    parser.add_argument("overrides", nargs="*", metavar="data.path=PATH", help=what)
+    parser.add_argument("--images", type=int, default=2000, help="images to look at (default: %(default)s)")
+    parser.add_argument("--contact-sheet", metavar="FILE.png", help="where to write it (default: a temporary folder)")
+    given = parser.parse_intermixed_args(args)
+    if not given.overrides:
+        return load("fcmae.doctor:run")([Path(file) for file in given.golden])
+    if given.contact_sheet is not None:
+        check_output("--contact-sheet", given.contact_sheet)
+    return load("fcmae.doctor.dataset:run")(given.overrides, max(1, given.images), given.contact_sheet)
 
 
 def _bench(args: list[str]) -> int:

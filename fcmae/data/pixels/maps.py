@@ -104,9 +104,5 @@ def stored_size(file: IO[bytes]) -> tuple[int, int] | None:
 
 
 def _npy_size(file: IO[bytes]) -> tuple[int, int] | None:
-    version = np.lib.format.read_magic(file)
-    if version > (2, 0):
-        return None
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, _ = read(file)
+    shape, _ = scientific.npy_header(file)
     return (shape[0], shape[1]) if len(shape) == 2 else None  # of three, the channels may be first or last

@@ -6,7 +6,7 @@ import logging
 import math
 import struct
 import zlib
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,12 +33,9 @@ SMALL = CHUNK // 16
 def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     """A .npy file as ``[C, H, W]``: of ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``. Raises ValueError."""
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version in readers:  # others are of structured arrays, which np.load refuses
-        shape, _, dtype = readers[version](file)
-        if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - file.tell():
-            raise ValueError("it is cut off")
+    shape, dtype = npy_header(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+        raise ValueError("it is cut off")
     file.seek(0)
     pixels = np.load(file, allow_pickle=False)
     if pixels.ndim == 2:
@@ -53,12 +50,26 @@ def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     return _native(pixels)
 
 
-def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats: bool = False) -> np.ndarray:
-    """A TIFF file as ``[C, H, W]``, upright: its samples, or else its pages, are the channels. Raises ValueError.
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type; the pixels follow in the file. Raises ValueError for damage, and for structured arrays."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"its .npy version is {version}; must be 1.0 or 2.0")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
 
-    Its pixels are uint8 or uint16, or with ``floats`` any numbers. Sizes, channels and types are checked before pixels
-    are decoded. Other files that its metadata names are not opened.
-    """
+
+def tiff_channels(data: bytes) -> int:
+    """The number of channels of a TIFF file: its samples, or else its pages."""
+    with _open_tiff(data) as file:
+        series = file.series[0]
+        shape = dict(zip(series.axes, series.shape, strict=True))
+        return math.prod(series.shape) // max(1, shape.get("Y", 0) * shape.get("X", 0))
+
+
+def _open_tiff(data: bytes) -> Any:
+    """The file, opened by tifffile, which opens no other. Raises UsageError if that is missing."""
     try:
         import tifffile
     except ImportError:
@@ -66,7 +77,16 @@ def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # exceptions say the same
     _check_pages(data)
     closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
-    with tifffile.TiffFile(io.BytesIO(data), **closed) as file:
+    return tifffile.TiffFile(io.BytesIO(data), **closed)
+
+
+def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats: bool = False) -> np.ndarray:
+    """A TIFF file as ``[C, H, W]``, upright: its samples, or else its pages, are the channels. Raises ValueError.
+
+    Its pixels are uint8 or uint16, or with ``floats`` any numbers. Sizes, channels and types are checked before pixels
+    are decoded. Other files that its metadata names are not opened.
+    """
+    with _open_tiff(data) as file:
         series = file.series[0]
         shape = dict(zip(series.axes, series.shape, strict=True))
         height, width = shape.get("Y", 0), shape.get("X", 0)

@@ -212,6 +212,20 @@ class _Array:
         return found.read((slice(0, self.images),))
 
 
+def stored_format(
+    path: str | Sequence[str], dataset: str | None, axes: str | None, planes: Sequence[int] | None, planes_as: str
+) -> dict[str, int | str]:
+    """Values of keys of ``data`` with which the arrays at ``path`` can be read, by the first of them.
+
+    Raises UsageError.
+    """
+    name = find_arrays(path)[0]
+    stored = open_stored(name, dataset)
+    sizes = dict(zip(_axes(name, stored.shape, axes, stored.axes), stored.shape, strict=True))
+    folded = 1 if planes_as == "samples" else sizes.get("Z", 1) if planes is None else len(planes)
+    return {"in_chans": sizes.get("C", 1) * folded, "dtype": "float32"}
+
+
 class OpenArrays:
     """The arrays that this process has open, at most ``limit`` at a time. A forked process opens its own."""
 

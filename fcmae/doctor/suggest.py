@@ -1,0 +1,80 @@
+"""Settings that suit images: what ``fcmae doctor data.path=...`` suggests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fcmae.data.pixels.scientific import TYPES
+
+if TYPE_CHECKING:
+    from fcmae.doctor.dataset import Seen
+
+SIDE = 224
+"""The image size of larger images."""
+STRIDE = 32
+"""The patch of the default network, of which an image size is a multiple."""
+SMALL = 160
+"""Images below this size need a smaller patch."""
+VARYING = 1.0
+"""An image's mean differs from that of others by more than this many of its own deviations: it needs its own."""
+TAIL = 4.0
+"""How much longer than between the percentiles 0.5 and 99.5 the range is where some pixels should be clipped."""
+
+
+def suggest(seen: Sequence[Seen]) -> list[str]:
+    """Lines that begin with ``suggested``: keys of a data config, and why."""
+    channels, dtype = Counter((one.channels, one.dtype) for one in seen).most_common(1)[0][0]
+    alike = [one for one in seen if (one.channels, one.dtype) == (channels, dtype)]
+    keys: list[tuple[str, str]] = [(f"data.in_chans={channels}", f"{len(alike)} of {len(seen)} images have it")]
+    if dtype not in TYPES["float32"]:
+        return [f"suggested     convert the files: pixels of {dtype} are not read"]
+    keys += _type(alike, dtype) + _size(seen) + _scale(alike, channels, dtype)
+    width = max(len(key) for key, _ in keys)
+    return [f"{'suggested':13} {key:{width}}  {why}" for key, why in keys]
+
+
+def _type(alike: Sequence[Seen], dtype: str) -> list[tuple[str, str]]:
+    if dtype == "uint8":
+        return []
+    if dtype != "uint16":
+        return [("data.dtype=float32", f"pixels are {dtype}")]
+    largest = round(max(one.most.max() for one in alike) * 65535)
+    bits = min(16, max(9, int(largest).bit_length()))
+    return [(f"data.bit_depth={bits}", f"the largest value is {largest}; 16 if other images may have larger ones")]
+
+
+def _size(seen: Sequence[Seen]) -> list[tuple[str, str]]:
+    side = int(np.median([min(one.size) for one in seen]))
+    size = SIDE if side >= SIDE else max(STRIDE, side // STRIDE * STRIDE)
+    keys = [(f"data.image_size={size}", f"the median of the shorter sides is {side} px")]
+    if size < SMALL:
+        keys.append(("model.stem_stride=2", "or a smaller total stride, for images below 160 px (docs/network.md)"))
+    return keys
+
+
+def _scale(alike: Sequence[Seen], channels: int, dtype: str) -> list[tuple[str, str]]:
+    """How to normalise."""
+    means, stds = np.stack([one.mean for one in alike]), np.stack([one.std for one in alike])
+    mean = means.mean(0)
+    std = np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
+    low, high = np.median([one.low for one in alike], axis=0), np.median([one.high for one in alike], axis=0)
+    least, most = min(one.least.min() for one in alike), max(one.most.max() for one in alike)
+    keys = [(f"data.nodata={'nan'}", "some values are NaN")] if any(one.missing for one in alike) else []
+    if len(alike) > 2 and (means.std(0) > VARYING * np.median(stds, axis=0)).any():
+        return [*keys, ("data.normalize=image", "brightness differs more from image to image than within one")]
+    if dtype != "uint8" and (most - least) > TAIL * max(float((high - low).max()), 1e-12):
+        bounds = f"data.low={_numbers(low)} data.high={_numbers(high)}"
+        why = "few pixels are far from the others; fcmae prepare data.stats=true computes low and high of all images"
+        return [*keys, (f"data.normalize=percentile {bounds}", why)]
+    if channels == 3 and dtype == "uint8" and (abs(mean - 0.45) < 0.15).all() and (abs(std - 0.25) < 0.1).all():
+        return keys
+    why = "of what was looked at; fcmae prepare data.stats=true computes them"
+    return [*keys, (f"data.mean={_numbers(mean)} data.std={_numbers(std.clip(min=1e-6))}", why)]
+
+
+def _numbers(values: np.ndarray) -> str:
+    return f"[{','.join(f'{value:.4g}' for value in values)}]"

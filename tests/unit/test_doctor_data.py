@@ -1,0 +1,109 @@
+"""``fcmae doctor data.path=...``: what it says of folders, tables, arrays and tar files, and what it suggests."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcmae import cli
+from fcmae.config import DataConfig, from_dotlist
+from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.prepare.shards import Encoding, write_shard
+from fcmae.data.sources import ImageFolder
+from tests.bad_files import encoded, picture
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        (folder / "ab"[i % 2] / f"{i}.jpg").write_bytes(encoded(picture(60 + i, 80, seed=i), "JPEG"))
+    (folder / "a" / "copy.jpg").write_bytes((folder / "a" / "2.jpg").read_bytes())
+    (folder / "a" / "black.png").write_bytes(encoded(Image.new("RGB", (80, 64)), "PNG"))
+    (folder / "b" / "wide.png").write_bytes(encoded(picture(8, 400), "PNG"))
+    (folder / "b" / "cut.jpg").write_bytes(encoded(picture(), "JPEG")[:300])
+    (folder / "b" / "none.jpg").touch()
+    (folder / "b" / "scan.xyz").touch()
+    return folder
+
+
+def look(capsys, *args):
+    code = cli.main(["doctor", *map(str, args)])
+    said = capsys.readouterr().out.splitlines()
+    return code, said
+
+
+def words(said, title):
+    return [line.removeprefix(title).strip() for line in said if line.startswith(title)]
+
+
+def test_a_folder(photos, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    code, said = look(capsys, f"data.path={photos}", "--contact-sheet", sheet)
+    assert code == 0
+    assert words(said, "data") == [f"{photos} (imagefolder): 17 images in 2 classes"]
+    assert words(said, "looked at") == ["17 images"]
+    assert words(said, "unreadable") == ["2"]
+    assert any(f"{photos}/b/none.jpg: its bytes are of no image" in line for line in said)
+    assert words(said, "duplicates")[0].startswith("1, such as ")
+    assert words(said, "size") == ["80x8 to 400x71 px (width x height), median 80x64"]
+    assert words(said, "format") == ["JPEG (13), PNG (2)"]
+    assert words(said, "channels") == ["3 (15)"]
+    assert words(said, "type") == ["uint8 (15)"]
+    assert len(words(said, "range")) == 3
+    odd = [line.strip() for line in said if line.startswith("      ")]
+    assert f"{photos}/a/black.png: one value everywhere, 0" in odd
+    assert f"{photos}/b/wide.png: shape 400x8" in odd
+    assert sum(line.startswith("suggested") and "data.image_size=64" in line for line in said) == 1
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image)
+    assert (pixels == (200, 0, 0)).all(axis=2).any()  # an odd one's edge
+
+
+def test_a_sample_of_it(photos, capsys):
+    said = look(capsys, f"data.path={photos}", "--images", 5)[1]
+    assert words(said, "looked at") == ["5 images, drawn at random (--images)"]
+    where = words(said, "contact sheet")[0].split(": ")[0]
+    assert where.endswith("contact_sheet.png")
+
+
+def test_tables_and_tar_files(photos, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image\na/0.jpg\na/2.jpg\na/0.jpg\n")
+    said = look(capsys, f"data.path={tmp_path}/list.csv", f"data.root={photos}")[1]
+    assert words(said, "data") == [f"{tmp_path}/list.csv (table): 3 images"]
+    assert words(said, "duplicates") == [f"1, such as {photos}/a/0.jpg = {photos}/a/0.jpg"]
+    write_shard(ImageFolder(photos), range(5), tmp_path / "a.tar", Encoding(PixelFormat(3)))
+    said = look(capsys, f"data.path={tmp_path}/a.tar")[1]
+    assert words(said, "data")[0].startswith(f"{tmp_path}/a.tar (webdataset): ")
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.random.default_rng(0).normal(300, 2, (6, 2, 40, 40)).astype("float32"),
+         ["data.in_chans=2", "data.dtype=float32", "data.image_size=32", "data.mean=[300"]),
+        (np.random.default_rng(0).integers(0, 3000, (6, 40, 40)).astype("uint16"),
+         ["data.in_chans=1", "data.bit_depth=12"]),
+        (np.stack([np.random.default_rng(i).normal(50 * i, 1, (40, 40)) for i in range(6)]).astype("float32"),
+         ["data.normalize=image"]),
+        (np.random.default_rng(0).standard_cauchy((6, 40, 40)).astype("float32"),
+         ["data.normalize=percentile data.low=[-"]),
+    ],
+)  # fmt: skip
+def test_what_it_suggests_for_arrays_can_be_set(array, expected, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", array)
+    code, said = look(capsys, f"data.path={tmp_path}/a.npy")
+    assert code == 0
+    given = [line.split("  ")[0] for line in words(said, "suggested")]
+    assert all(any(line.startswith(start) for line in given) for start in expected)
+    overrides = [part for line in given for part in line.split() if part.startswith("data.")]
+    from_dotlist(DataConfig, overrides, "data")
+
+
+def test_nothing_that_can_be_read(tmp_path, capsys):
+    (tmp_path / "a.jpg").touch()
+    code, said = look(capsys, f"data.path={tmp_path}")
+    assert code == 1
+    assert words(said, "unreadable") == ["1"]
+    assert cli.main(["doctor", "path=x"]) == 2
+    assert "must be data.KEY=VALUE or loader.KEY=VALUE; got 'path=x'" in capsys.readouterr().err
