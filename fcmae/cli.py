@@ -1,4 +1,4 @@
-"""The command line. ``pretrain finetune evaluate knn probe prepare`` are Hydra commands, others take plain flags.
+"""The command line. ``pretrain finetune study evaluate knn probe prepare`` are Hydra commands, others take plain flags.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anything else.
 """
@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
     "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
+    "study": "what pretraining brings, by number of labels: init_from=RUN data.path=FOLDER [overrides]",
     "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "embed": "features of images: CHECKPOINT IMAGES... --out FILE.npz|parquet",
@@ -318,10 +319,11 @@ def _demo(args: list[str]) -> int:
 _HYDRA: dict[str, Callable[[Any, Path], dict[str, Any] | None]] = {
     "pretrain": functools.partial(_call, "fcmae.training.run:pretrain"),
     "finetune": functools.partial(_call, "fcmae.training.run:finetune"),
+    "study": functools.partial(_call, "fcmae.studies.run:study"),
     **{name: _without_folder(f"fcmae.evaluation.run:{name}") for name in ("evaluate", "knn", "probe")},
     "prepare": _without_folder("fcmae.data.prepare.command:prepare"),
 }
-_TRAINING = ("pretrain", "finetune")
+_TRAINING = ("pretrain", "finetune", "study")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": _reconstruct,
     "embed": _embed,

@@ -300,6 +300,16 @@ def is_ours(path: Path) -> bool:
         return True  # reading it says why
 
 
+def identity(path: str | None) -> str | None:
+    """What tells weights from others: the checksum of a checkpoint of ours, else their name."""
+    if path is None:
+        return None
+    try:
+        return checksum(Path(path)) if is_ours(Path(path)) else path
+    except CheckpointError:
+        return path
+
+
 def _split(path: str) -> tuple[Path, str | None]:
     """``RUN@WHICH`` as two; a path that exists is one."""
     run, at, which = path.rpartition("@")

@@ -17,6 +17,7 @@ from fcmae.config.commands import (
     PretrainConfig,
     ProbeConfig,
     RunConfig,
+    StudyConfig,
 )
 from fcmae.config.compose import compose, conf_dir, every_mistake, quoted, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
@@ -61,6 +62,7 @@ __all__ = [
     "ProbeConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StudyConfig",
     "TrainerConfig",
     "check",
     "check_channels",

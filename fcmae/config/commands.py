@@ -29,6 +29,7 @@ from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import DECODER_WIDTH, ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
 from fcmae.config.normalize import without_derived
 from fcmae.config.prepare import PrepareConfig
+from fcmae.config.study import StudyKeys
 from fcmae.config.training import LoggerConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from fcmae.config.typed import from_dict
 from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled
@@ -164,6 +165,18 @@ class FinetuneConfig(RunConfig):
         """
         data = settled(DataConfig, self.data, known.get("data"))
         return dataclasses.replace(self, data=data, model=settled(ClassifierConfig, self.model, known.get("model")))
+
+
+@dataclass
+class StudyConfig(StudyKeys, FinetuneConfig):
+    """``fcmae study``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_study()
+        check("recipe", self.recipe, self.recipe is None, "null in a study, which has the arm auto")
+        every = self.trainer.eval_every_epochs
+        check("trainer.eval_every_epochs", every, every is None, "null in a study, which chooses nothing by val_path")
 
 
 DataOverrides = dataclasses.make_dataclass(
@@ -376,5 +389,6 @@ COMMANDS: dict[str, type] = {
     "knn": KnnConfig,
     "probe": ProbeConfig,
     "prepare": PrepareConfig,
+    "study": StudyConfig,
 }
 """The Hydra commands and their schemas; conf/COMMAND.yaml is the primary config of each."""

@@ -33,8 +33,8 @@ PATHS = (
 """Keys that hold one path, or several."""
 
 
-OPEN = ("mask", "target", "objective", "data.source", "data.val_source", "logger.sinks", "model.timm")
-"""Keys that hold a class ``_target_`` and its arguments, or arguments alone, which no schema knows."""
+OPEN = ("mask", "target", "objective", "data.source", "data.val_source", "logger.sinks", "model.timm", "others")
+"""Keys that hold names of the user's own: a class ``_target_`` and its arguments, or others that no schema knows."""
 
 
 def conf_dir() -> Path:

@@ -43,7 +43,7 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     ok = crops < 1 or batch % crops == 0
     check("optim.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")
     _check_micro_batch(cfg, crops, f"data.crops_per_image={crops}")
-    for name in ("target_path", "val_target_path", "target_column"):
+    for name in ("target_path", "val_target_path", "target_column", "num_images"):
         value = getattr(cfg.data, name)
         check(f"data.{name}", value, value is None, "null in pretraining")
     decoder = cfg.data.decode_on

@@ -145,6 +145,8 @@ class DataConfig:
     """Evaluation with target maps: share of a window of image_size that the next one covers too, from 0 to 0.9."""
     labels_per_class: int | None = None
     """Train on this many labelled images per class, chosen by the seed; None = all."""
+    num_images: int | None = None
+    """Fine-tuning: train on this many images, chosen by the seed; None = all."""
     sampling: str = "uniform"
     """Fine-tuning: ``uniform`` = every image once per epoch; ``balanced`` = every class equally often."""
     length: int = 1024
@@ -200,7 +202,7 @@ class DataConfig:
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         self._check_no_data()
         check_one_of("data.sampling", self.sampling, ("uniform", "balanced"))
-        for name in ("crops_per_image", "windows_per_image", "labels_per_class", "length"):
+        for name in ("crops_per_image", "windows_per_image", "labels_per_class", "num_images", "length"):
             check_positive(f"data.{name}", getattr(self, name))
 
     def _check_no_data(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae.config.checks import mistake
-from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, PretrainConfig, RunConfig, StudyConfig
 from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.errors import UsageError
@@ -57,7 +57,7 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
         labelled = (cfg.monitor.knn_every_epochs, cfg.monitor.probe_every_epochs)
         validates = cfg.measures_val_loss or any(every is not None for every in labelled)
     else:
-        validates = cfg.trainer.eval_every_epochs is not None
+        validates = cfg.trainer.eval_every_epochs is not None or isinstance(cfg, StudyConfig)
     if validates and cfg.data.val_path is not None:  # without it another message is more helpful
         yield "val_path"
 

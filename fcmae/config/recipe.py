@@ -42,13 +42,7 @@ def check_recipe(
     Raises UsageError with a line for each key of the recipe that changed. A key that only one of them has, because
     another version wrote the checkpoint, is not compared.
     """
-    before, now = _flat(old), _flat(new)
-    changed = [
-        line
-        for key, value in now.items()
-        if is_recipe(key) and key in before and before[key] not in (value, AUTO)  # AUTO: imported weights
-        for line in _changes(key, before[key], value)
-    ]
+    changed = changes(old, new)
     for name, (given, value) in (numbers or {}).items():
         if None not in (given, value) and given != value:
             changed.append(f"  {name}: {given} -> {value}")
@@ -56,6 +50,17 @@ def check_recipe(
         raise UsageError(
             f"the recipe differs from the run's so far; give its values again, or {offer}:\n" + "\n".join(changed)
         )
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each key of the recipe that differs."""
+    before, now = _flat(old), _flat(new)
+    return [
+        line
+        for key, value in now.items()
+        if is_recipe(key) and key in before and before[key] not in (value, AUTO)  # AUTO: imported weights
+        for line in _changes(key, before[key], value)
+    ]
 
 
 def _changes(key: str, old: Any, new: Any) -> list[str]:

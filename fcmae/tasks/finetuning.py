@@ -15,7 +15,7 @@ from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import LabelledImages, PairedImages
-from fcmae.data.sources import Source, few_labels, gives_float
+from fcmae.data.sources import Source, few_labels, gives_float, some_images
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
@@ -53,6 +53,8 @@ class Finetuning:
         policy = cfg.augment.auto_augment
         if policy is not None and cfg.data.source is not None and gives_float(self.source):
             raise ConfigError(f"augment.auto_augment is {policy!r}; must be null for a source of float32 (data.source)")
+        if cfg.data.num_images is not None:  # before the objective learns from the labels
+            self.source = some_images(self.source, cfg.data.num_images, cfg.seed)
         self.objective.fit(self.source, cfg)
         self._check_classes()
         self.monitors: list[Monitor] = []
@@ -62,8 +64,8 @@ class Finetuning:
             self.monitors = at_evaluations(cfg.trainer, self._measure)
         if cfg.data.labels_per_class is not None:
             self.source = few_labels(self.source, cfg.data.labels_per_class, cfg.seed)
-            if cfg.recipe is None:  # which would take a smaller batch
-                _check_batch(len(self.source), cfg)
+        if cfg.recipe is None:  # which would take a smaller batch
+            _check_batch(len(self.source), cfg)
         self.model = build_network(cfg, self.objective)
         if isinstance(self.objective, DenseObjective):
             check_image_size(cfg.data, self.model)
@@ -191,11 +193,13 @@ class Finetuning:
 
 
 def _check_batch(images: int, cfg: FinetuneConfig) -> None:
-    """Raises ConfigError if ``data.labels_per_class`` leaves fewer images than a batch has."""
+    """Raises ConfigError if the keys that take some of the images leave fewer than a batch has."""
+    names = ("labels_per_class", "num_images")
+    given = [f"data.{name}={getattr(cfg.data, name)}" for name in names if getattr(cfg.data, name) is not None]
     batch, fits = cfg.optim.global_batch_size, max(1, images - images % 2)  # mixup needs pairs
-    if images < batch:
+    if given and images < batch:
         raise ConfigError(
-            f"data.labels_per_class={cfg.data.labels_per_class} leaves {images} training images, fewer than "
+            f"{' and '.join(given)} leaves {images} training images, fewer than "
             f"optim.global_batch_size={batch}; give optim.global_batch_size={fits}"
         )
 

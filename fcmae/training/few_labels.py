@@ -22,7 +22,7 @@ from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.sources import Subset
 from fcmae.distributed import World
-from fcmae.errors import CheckpointError, EvaluationStopped, Interrupted, UsageError
+from fcmae.errors import EvaluationStopped, Interrupted, UsageError
 from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
@@ -104,7 +104,7 @@ class _Search:
         now: Result = {
             "config": to_dict(cfg),
             "images": len(self.labels),
-            "weights": _identity(path),
+            "weights": checkpoint.identity(path),
             "init_from": path,
         }
         old = _read(file)
@@ -331,16 +331,6 @@ def summary(found: Result) -> str:
     probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {found['probe']['score']:.1f}"
     first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
     return f"recipe=auto keeps {first}; {second}: {metric} of held-out training images, mean of {folds} folds"
-
-
-def _identity(path: str | None) -> str | None:
-    """What tells weights from others: the checksum of a checkpoint of ours, else their name."""
-    if path is None:
-        return None
-    try:
-        return checkpoint.checksum(Path(path)) if checkpoint.is_ours(Path(path)) else path
-    except CheckpointError:
-        return path
 
 
 def _mean(values: list[float]) -> float:

@@ -1,6 +1,15 @@
 """Sources of images and labels: a module per kind. :mod:`fcmae.data.sources.base` has their interface."""
 
-from fcmae.data.sources.base import Sample, Source, Subset, Windows, few_labels, require_labels, with_classes
+from fcmae.data.sources.base import (
+    Sample,
+    Source,
+    Subset,
+    Windows,
+    few_labels,
+    require_labels,
+    some_images,
+    with_classes,
+)
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -20,6 +29,7 @@ __all__ = [
     "few_labels",
     "gives_float",
     "require_labels",
+    "some_images",
     "train_source",
     "val_source",
     "with_classes",

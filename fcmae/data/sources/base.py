@@ -69,6 +69,9 @@ class Subset(Wrapper):
     def __init__(self, source: Source, indices: list[int]) -> None:
         super().__init__(source)
         self.indices = indices
+        values = getattr(source, "values", None)
+        self.values = values[indices] if isinstance(values, Tensor) else None
+        self.columns = getattr(source, "columns", None)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,6 +128,14 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
                 f"data.labels_per_class is {per_class}; class {source.classes[label]} has {len(indices)} images"
             )
     return Subset(source, sorted(index for indices in chosen.values() for index in indices))
+
+
+def some_images(source: Source, count: int, seed: int) -> Subset:
+    """``count`` samples, drawn by ``seed``; those of a smaller count are among them. Raises UsageError for too many."""
+    if count > len(source):
+        raise UsageError(f"data.num_images is {count}; data.path has {len(source)} images")
+    order = torch.randperm(len(source), generator=generator(seed, Stream.SUBSET))
+    return Subset(source, sorted(order[:count].tolist()))
 
 
 def balanced_labels(source: Source) -> tuple[int, ...]:
