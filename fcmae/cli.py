@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fcmae import interrupt, ranks
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError, counted
 from fcmae.files import check_output, output, write_output
 from fcmae.imports import load
 from fcmae.messages import print_rank0
@@ -95,6 +95,16 @@ def _tell(command: str, line: str) -> None:
     print_rank0(f"fcmae {command}: {line}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of a command with plain flags. A mistake is one line, without the usage."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(f"fcmae {command}", description=COMMANDS[command])
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help shows all flags)")
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
@@ -128,7 +138,7 @@ def _report(result: dict[str, Any], out: str | None) -> dict[str, Any]:
 
 
 def _reconstruct(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae reconstruct", description=COMMANDS["reconstruct"])
+    parser = _Parser("reconstruct")
     parser.add_argument("checkpoint", help="a checkpoint of pretraining, RUN or RUN@STEP")
     what = "image files, folders, and data.KEY=VALUE and loader.KEY=VALUE for the images of a data config"
     parser.add_argument("images", nargs="+", help=what)
@@ -162,7 +172,7 @@ def _predict(args: list[str]) -> int:
 
 def _rows(command: str, args: list[str]) -> int:
     """``embed`` and ``predict``, whose flags are the same but for one."""
-    parser = argparse.ArgumentParser(f"fcmae {command}", description=COMMANDS[command])
+    parser = _Parser(command)
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; embed: encoder.safetensors too")
     what = "image files, folders, tar files, and data.KEY=VALUE and loader.KEY=VALUE for the checkpoint's config"
     parser.add_argument("images", nargs="+", help=what)
@@ -180,18 +190,22 @@ def _rows(command: str, args: list[str]) -> int:
     given = vars(parser.parse_intermixed_args(args))
     rows = load(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
     if hasattr(rows, "maps"):
-        print(f"{given['out']}: {len(rows.paths)} images, a map each")
+        print(f"{given['out']}: {counted(len(rows.paths), 'image')}, a map each")
     elif rows is not None:
-        print(f"{given['out']}: {len(rows.paths)} images, {' x '.join(map(str, rows.values.shape[1:]))} values each")
+        shape = " x ".join(map(str, rows.values.shape[1:]))
+        print(f"{given['out']}: {counted(len(rows.paths), 'image')}, {shape} values each")
     return 0
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers such as 0,2,4; got {text!r}") from None
 
 
 def _export(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae export", description=COMMANDS["export"])
+    parser = _Parser("export")
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; of pretraining the backbone")
     parser.add_argument("--to", required=True, choices=["timm", "transformers", "official", "viscy", "onnx"])
     parser.add_argument("--out", required=True, help="the directory to make")
@@ -222,7 +236,7 @@ def _export(args: list[str]) -> int:
 
 
 def _import(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae import", description=COMMANDS["import"])
+    parser = _Parser("import")
     parser.add_argument(
         "path", help="a file of the official code, a directory or file of timm or VisCy, or a directory of Transformers"
     )
@@ -251,7 +265,7 @@ def _lines(file: Path) -> list[str]:
 def _status(args: list[str]) -> int:
     from fcmae.status import describe, read_status
 
-    parser = argparse.ArgumentParser("fcmae status", description=COMMANDS["status"])
+    parser = _Parser("status")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     print("\n".join([describe(read_status(run)) for run in parser.parse_args(args).runs]))
     return 0
@@ -260,7 +274,7 @@ def _status(args: list[str]) -> int:
 def _ls(args: list[str]) -> int:
     from fcmae.status import find_runs, read_status, table
 
-    parser = argparse.ArgumentParser("fcmae ls", description=COMMANDS["ls"])
+    parser = _Parser("ls")
     parser.add_argument("folder", nargs="?", default="runs", help="searched four levels deep (default: %(default)s)")
     folder = parser.parse_args(args).folder
     print(table([read_status(run) for run in find_runs(folder)], folder))
@@ -268,10 +282,12 @@ def _ls(args: list[str]) -> int:
 
 
 def _report_page(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae report", description=COMMANDS["report"])
+    parser = _Parser("report")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
     parser.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
     given = parser.parse_args(args)
+    if Path(given.out).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out must be a file that ends in .html; got {given.out}")
     check_output("--out", given.out)
     load("fcmae.report.page:write")(given.runs, given.out)
     print(given.out)
@@ -279,7 +295,7 @@ def _report_page(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae doctor", description=COMMANDS["doctor"])
+    parser = _Parser("doctor")
     parser.add_argument("--golden", nargs="+", default=[], metavar="FILE", help="golden safetensors files")
     what = "data.KEY=VALUE and loader.KEY=VALUE: look at these images instead"
     parser.add_argument("overrides", nargs="*", metavar="data.path=PATH", help=what)
@@ -294,7 +310,7 @@ def _doctor(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae bench", description=COMMANDS["bench"])
+    parser = _Parser("bench")
     what = "a training step, the GPU kernels, reading data, or training steps on several GPUs"
     parser.add_argument("what", choices=["step", "kernels", "data", "scaling"], help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
@@ -307,7 +323,7 @@ def _bench(args: list[str]) -> int:
 
 
 def _demo(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("fcmae demo", description=COMMANDS["demo"])
+    parser = _Parser("demo")
     parser.add_argument("--out", default="demo", help="the folder to write to (default: %(default)s)")
     parser.add_argument("--data", help="a folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take on two CPU cores (default: 8)")

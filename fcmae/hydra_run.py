@@ -32,7 +32,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     Args:
         alone: this process does nothing else, so it may hide GPUs that the command does not use.
     """
-    _check_overrides(overrides)
+    _check_overrides(command, overrides)
     # Otherwise Hydra prints errors itself, in several lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register_schemas()
@@ -140,7 +140,7 @@ JOB_ERRORS = ("FailedJobError", "UncompletedJobError")
 """submitit's, with the traceback of a job."""
 
 
-def _check_overrides(overrides: list[str]) -> None:
+def _check_overrides(command: str, overrides: list[str]) -> None:
     """Raises ConfigError for overrides that Hydra would misread, or would refuse without a clear message."""
     sweep = _is_sweep(overrides)
     if sweep and {"-c", "--cfg"} & {override.partition("=")[0] for override in overrides}:
@@ -150,6 +150,8 @@ def _check_overrides(overrides: list[str]) -> None:
         raise ConfigError(f"hydra.run.dir must be a folder; got {given[-1]!r}")
     if given and sweep:
         raise ConfigError("hydra.run.dir cannot be used with -m; set hydra.sweep.dir, the folder of all its runs")
+    if mistakes := config.misread(command, overrides):
+        raise ConfigError("\n".join(mistakes))
 
 
 MULTIRUN = ("-m", "--multirun")

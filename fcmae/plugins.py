@@ -88,6 +88,9 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
         _check_signature(found, name, protocol, f"{key}._target_ is {target!r}, whose {name}")
     try:
         made = found(**more, **arguments)
+    except ConfigError as error:  # a check of the constructor names its argument alone
+        lines = [line if "." in line.split(" ")[0] else f"{key}.{line}" for line in error.mistakes]
+        raise ConfigError("\n".join(lines)) from error
     except UsageError:
         raise
     except TypeError as error:

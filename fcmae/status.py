@@ -24,6 +24,7 @@ except ImportError:  # not a POSIX system: whether a run goes on is not known
 TAIL = 2**18
 """Bytes from the end of metrics.jsonl that are read."""
 MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
+SIGNS = ("effective_rank", "feature_cosine", "dead_channels")
 HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
 
 
@@ -201,9 +202,10 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
 
 
 def _last_scores(looks: list[dict[str, float]]) -> dict[str, float]:
-    """Of the last step that was evaluated; each monitor has a line."""
+    """Of the last step that was evaluated, the signs of collapse last; each monitor has a line."""
     lines = [line for line in looks if line["step"] == looks[-1]["step"]]
-    return {name: value for line in lines for name, value in line.items() if name != "step"}
+    found = {name: value for line in lines for name, value in line.items() if name != "step"}
+    return dict(sorted(found.items(), key=lambda item: (item[0] in SIGNS, item[0] != "val_loss")))
 
 
 def _is_final(folder: Path, steps: list[int]) -> bool:

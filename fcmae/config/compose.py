@@ -1,11 +1,12 @@
 """Composes conf/ with Hydra, and collects every mistake in the overrides."""
 
+import dataclasses
 import functools
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -58,12 +59,34 @@ def register_schemas() -> None:
 def compose(command: str, overrides: list[str] | None = None) -> Any:
     """The typed config of a command, as the command line would get it. Raises ConfigError."""
     quoted_overrides = quoted(overrides or [])
+    if mistakes := misread(command, overrides or []):
+        raise ConfigError("\n".join(mistakes))
     try:
         return to_typed(_composed(command, quoted_overrides), COMMANDS[command])
     except ConfigError:
         raise
     except _mistakes() as error:
         raise ConfigError(every_mistake(command, quoted_overrides, error)) from error
+
+
+def misread(command: str, overrides: list[str]) -> list[str]:
+    """Mistakes that Hydra would accept: no target, a target twice, a number for true or false."""
+    lines = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        if key == "target" and value.startswith("[") and ("" in names or len(set(names)) < len(names)):
+            lines.append(f"target must be one or several different targets; got {value}")
+        elif re.fullmatch(r"-?[\d.]+", value) and value not in ("0", "1") and _is_switch(COMMANDS[command], key):
+            lines.append(f"{key} must be true or false; got {value}")
+    return lines
+
+
+def _is_switch(schema: Any, key: str) -> bool:
+    """Whether a key holds true or false."""
+    for name in key.split("."):
+        schema = get_type_hints(schema).get(name) if dataclasses.is_dataclass(schema) else None
+    return bool in (schema, *get_args(schema))
 
 
 def _mistakes() -> tuple[type[Exception], ...]:

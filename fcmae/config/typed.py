@@ -20,6 +20,10 @@ UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:
 """Hydra's error for a file with keys that a command's schema lacks."""
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'\s*1\. To use it as a list", re.DOTALL)
 """Hydra's error for ``KEY=A,B``."""
+ABSENT = re.compile(
+    r"Could not find '(\w+)/([^']+)'\s+Available options in '\1':\s*(.*?)\s*(?:Config search|$)", re.DOTALL
+)
+"""Hydra's error for a group that has no such file."""
 OTHER_TYPE = re.compile(
     r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
 )
@@ -139,6 +143,9 @@ def explain(error: Exception) -> str:
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing.startswith("experiment/"):
         return f"Could not find {missing!r}; must be one of, the closest first: {', '.join(_experiments(missing))}"
+    absent = ABSENT.search(str(error))
+    if absent:
+        return f"{absent[1]} must be one of {', '.join(absent[3].split())}; got {absent[2]!r}"
     several = SEVERAL.match(str(error))
     if several:
         key, _, values = several[1].partition("=")

@@ -209,7 +209,8 @@ def probe_by_lbfgs(
             folds = stratified_folds(train.labels, cfg.folds, cfg.seed)
             found = cross_validate(train.values, train.labels, classes, folds, cfg.l2, weights)
             l2, losses = found.l2, [{"l2": each, "log_loss": loss} for each, loss in found.log_loss.items()]
-            how = {"chosen": f"{cfg.folds}-fold cross-validation on the training images", "all": losses}
+            used = int(folds.max()) + 1  # of few images fewer than cfg.folds
+            how = {"chosen": f"{used}-fold cross-validation on the training images", "all": losses}
         linear = fit(train.values, train.labels, classes, [l2], weights)[l2]
         return {**metrics_of(linear(val.values), val.labels), "l2": l2, "images": len(val.labels), **how}
 

@@ -22,7 +22,7 @@ from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.sources import Subset
 from fcmae.distributed import World
-from fcmae.errors import EvaluationStopped, Interrupted, UsageError
+from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted, shown
 from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
@@ -78,6 +78,16 @@ class _Search:
                 folds.append(fold)
         return folds
 
+    def _small_class(self) -> list[str]:
+        """A line if the smallest class has fewer images than there are folds."""
+        counts = self.labels.bincount(minlength=len(self.objective.classes)).tolist()
+        count, label = min((count, label) for label, count in enumerate(counts) if count)
+        if count >= self.auto.folds:
+            return []
+        held = f"in {count} of them" if count > 1 else "never"
+        name = shown(self.objective.classes[label])
+        return [f"auto.folds is {self.auto.folds}; class {name} has {counted(count, 'image')} and is held out {held}"]
+
     def run(self) -> Path:
         self.world.on_main(self._begin)
         setup.settle_precision(self.cfg, self.world, None)
@@ -86,7 +96,7 @@ class _Search:
         if found is not None and own:
             return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
         self.world.together(self._load)
-        for note in self.task.notes if self.world.is_main else ():
+        for note in [*self.task.notes, *self._small_class()] if self.world.is_main else ():
             say(note)
         probe = self._probe()
         self.world.together(lambda: self._check_metric(probe["metrics"][0]))

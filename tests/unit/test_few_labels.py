@@ -153,6 +153,16 @@ def test_fine_tuning_is_measured_on_as_many_folds_as_it_takes(held_out, folds):
     assert search._measured_folds() == folds
 
 
+@pytest.mark.parametrize(("count", "held"), [(1, "has 1 image and is held out never"), (2, "in 2 of them"), (3, None)])
+def test_a_class_with_fewer_images_than_folds_is_named(count, held):
+    search = few_labels._Search.__new__(few_labels._Search)
+    search.labels = torch.tensor([0] * 9 + [2] * count)
+    search.auto, search.objective = SimpleNamespace(folds=3), SimpleNamespace(classes=["cat", "cow", "dog"])
+    lines = search._small_class()
+    assert len(lines) == (held is not None)
+    assert held is None or (lines[0].startswith("auto.folds is 3; class dog has ") and lines[0].endswith(held))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -105,6 +105,8 @@ def test_the_probe_never_chooses_on_the_validation_labels():
     assert (wrong["l2"], wrong["all"]) == (result["l2"], result["all"])
     assert wrong["top1"] < 30
     assert result["chosen"] == "5-fold cross-validation on the training images"
+    few = probe_by_lbfgs([Features(*clusters(4))], val, 3, config(folds=50), CPU)
+    assert few["chosen"] == "2-fold cross-validation on the training images"
     assert [line.split()[0] for line in table(result).splitlines()] == [
         "top1", "balanced_accuracy", "f1", "auroc", "average_precision"]  # fmt: skip
 

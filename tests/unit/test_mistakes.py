@@ -40,7 +40,7 @@ TOGETHER = {
         [
             "optim.lrr: unknown key",
             "optim.blr: Value 'fast' of type 'str' could not be converted to Float",
-            "In 'pretrain': Could not find 'model/resnet'",
+            "model must be one of convnext",
             "optim(=1: not an override",
             "data.foo: unknown key",
             "model.mask_ratio must be a number in (0, 1); got 1.0",
@@ -160,6 +160,22 @@ def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, c
     assert main(args) == 0
     assert capfd.readouterr().out == "begun\n"
     assert told(capfd, *args, "seed=-1")[1:] == ["data.path: /nowhere is not a folder"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["report", "run"], "the following arguments are required: --out"),
+        (["ls", "a", "b"], "unrecognized arguments: b"),
+        (["bench", "foo"], "argument what: invalid choice: 'foo'"),
+        (["reconstruct", "run", "a.png", "--channels", "a,b"], "argument --channels: must be integers such as 0,2,4"),
+        (["embed", "run", "a.png", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_without_the_usage(capfd, args, message):
+    (line,) = told(capfd, *args)
+    assert line.startswith(message)
+    assert line.endswith(f"(fcmae {args[0]} --help shows all flags)")
 
 
 @pytest.mark.parametrize("name", ["foo", "in1k/finetune_bas", "fashion_mnist"])

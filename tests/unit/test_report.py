@@ -106,6 +106,8 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, run, capsys):
     assert "holds no run" in capsys.readouterr().err
     assert main(["report", str(run), str(run), "--out", str(tmp_path / "p.html")]) == 2
     assert "is given twice" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(tmp_path / "p.pdf")]) == 2
+    assert "--out must be a file that ends in .html; got " in capsys.readouterr().err
     assert not (tmp_path / "p.html").exists()
 
 

@@ -55,13 +55,19 @@ def test_a_run_in_a_few_lines(tmp_path):
 
 
 def test_a_run_that_ended_early_is_done_and_all_monitors_of_its_last_step_are_shown(tmp_path):
-    looks = [{"step": 50, "knn10": 60.0}, {"step": 100, "knn10": 70.0}, {"step": 100, "val_loss": 0.5}]
+    signs = {"step": 100, "effective_rank": 3.0, "feature_cosine": 0.5, "dead_channels": 0.0}
+    looks = [{"step": 50, "knn10": 60.0}, signs, {"step": 100, "knn10": 70.0}, {"step": 100, "val_loss": 0.5}]
     run = write(tmp_path / "a", [training(100, 50), *looks], steps=(100,))
     assert read_status(run).state == "stopped"
     assert read_status(run).total == 200
     (run / "encoder.safetensors").touch()
     status = read_status(run)
-    assert (status.state, status.scores) == ("done", {"knn10": 70.0, "val_loss": 0.5})
+    assert status.state == "done"
+    assert list(status.scores.items()) == [
+        *[("val_loss", 0.5), ("knn10", 70.0)],
+        *[("effective_rank", 3.0), ("feature_cosine", 0.5), ("dead_channels", 0.0)],
+    ]
+    assert "val_loss 0.5 knn10 70 ..." in table([status], tmp_path)
     os.utime(run / "encoder.safetensors", (0, 0))  # of a shorter schedule, before the run went on
     assert read_status(run).state == "stopped"
 
