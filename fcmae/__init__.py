@@ -4,25 +4,50 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae.version import __version__ as __version__
 
-__all__ = ["FCMAE", "embed", "load", "predict", "save"]
-
 if TYPE_CHECKING:
+    from fcmae.api import Run, evaluate, finetune, knn, pretrain, probe
+    from fcmae.errors import FCMAEError, Interrupted
     from fcmae.evaluation.embed import embed, predict
+    from fcmae.interchange.convert import export
     from fcmae.interchange.save import save
     from fcmae.models import FCMAE
     from fcmae.models.build import load
 
-_HOMES = {"FCMAE": "fcmae.models", "load": "fcmae.models.build", "save": "fcmae.interchange.save"}
-_HOMES |= dict.fromkeys(("embed", "predict"), "fcmae.evaluation.embed")
+__all__ = [
+    "FCMAE",
+    "FCMAEError",
+    "Interrupted",
+    "Run",
+    "embed",
+    "evaluate",
+    "export",
+    "finetune",
+    "knn",
+    "load",
+    "predict",
+    "pretrain",
+    "probe",
+    "save",
+]
+_HOMES = {
+    "fcmae.api": ("Run", "evaluate", "finetune", "knn", "pretrain", "probe"),
+    "fcmae.errors": ("FCMAEError", "Interrupted"),
+    "fcmae.evaluation.embed": ("embed", "predict"),
+    "fcmae.interchange.convert": ("export",),
+    "fcmae.interchange.save": ("save",),
+    "fcmae.models": ("FCMAE",),
+    "fcmae.models.build": ("load",),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and timm when they are needed, so that the command line starts at once."""
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'fcmae' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

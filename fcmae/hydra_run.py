@@ -50,7 +50,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             return
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: _check_places(cfg, run_dir))
+            typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: check_places(cfg, run_dir))
             if alone and _device(typed) == "cpu":
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch's optimizers would open a GPU to look at its stream
             action(typed, run_dir)
@@ -100,7 +100,7 @@ def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], 
     def also(cfg: Any) -> None:
         for named in sweep.number_outputs(cfg, number, overrides):
             print_rank0(f"job {number}: {named}")
-        _check_places(cfg, run_dir)
+        check_places(cfg, run_dir)
 
     def task() -> None:
         typed: Any = config.to_typed(composed, config.COMMANDS[command], also)
@@ -127,10 +127,10 @@ def _mistakes(command: str, overrides: list[str], error: Exception) -> str:
     """All mistakes in overrides that Hydra cannot compose, one per line; with options only the one that Hydra found."""
     if any(override.startswith("-") for override in overrides):
         return config.explain(error)
-    return config.every_mistake(command, config.quoted(overrides), error, lambda cfg: _check_places(cfg, Path()))
+    return config.every_mistake(command, config.quoted(overrides), error, lambda cfg: check_places(cfg, Path()))
 
 
-def _check_places(cfg: Any, run_dir: Path) -> None:
+def check_places(cfg: Any, run_dir: Path) -> None:
     """With several ranks a folder may be missing on one machine only; that is reported after the ranks have met."""
     if launch.detect().size == 1 or config.mistaken():
         config.check_places(cfg, run_dir)

@@ -48,6 +48,32 @@ def install(say: Callable[[str], object] | None = None) -> None:
         die_with_parent()  # a killed torchrun leaves its ranks behind
 
 
+@contextlib.contextmanager
+def recorded(say: Callable[[str], object]) -> Iterator[None]:
+    """In this block SIGINT and SIGTERM stop a run after its step, for Python and notebooks: the process goes on.
+
+    A second SIGINT is a KeyboardInterrupt, which ends the run at once. Without effect in other threads than the main.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if _received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _note(number, frame)
+        say(f"{signal.Signals(number).name}: stops as soon as it can, and saves; another SIGINT ends it at once")
+
+    _received.clear()
+    before = {number: signal.signal(number, note) for number in ENDING}
+    try:
+        yield
+    finally:
+        _received.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def uninstall() -> None:
     """Forgets received signals, restores the previous handlers and stops watching."""
     _received.clear()

@@ -62,12 +62,12 @@ def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[s
         raise
     finally:
         if launch.detect().rank == 0:
-            entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or _logged(folder)}
+            entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or logged(folder)}
             with contextlib.suppress(OSError):
                 (folder / JOB_FILE).write_text(json.dumps(entry) + "\n")
 
 
-def _logged(folder: Path) -> dict[str, float]:
+def logged(folder: Path) -> dict[str, float]:
     """The last value of each metric in a run directory."""
     metrics: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):

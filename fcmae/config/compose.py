@@ -56,17 +56,21 @@ def register_schemas() -> None:
         ConfigStore.instance().store(name=name, node=schema, group="schema", package="_global_")
 
 
-def compose(command: str, overrides: list[str] | None = None) -> Any:
-    """The typed config of a command, as the command line would get it. Raises ConfigError."""
+def compose(command: str, overrides: list[str] | None = None, also: Callable[[Any], object] | None = None) -> Any:
+    """The typed config of a command, as the command line would get it. Raises ConfigError.
+
+    Args:
+        also: see :func:`to_typed`.
+    """
     quoted_overrides = quoted(overrides or [])
     if mistakes := misread(command, overrides or []):
         raise ConfigError("\n".join(mistakes))
     try:
-        return to_typed(_composed(command, quoted_overrides), COMMANDS[command])
+        return to_typed(_composed(command, quoted_overrides), COMMANDS[command], also)
     except ConfigError:
         raise
     except _mistakes() as error:
-        raise ConfigError(every_mistake(command, quoted_overrides, error)) from error
+        raise ConfigError(every_mistake(command, quoted_overrides, error, also)) from error
 
 
 def misread(command: str, overrides: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from fcmae.config import (
     from_dotlist,
 )
 from fcmae.data.sources import Source, train_source
+from fcmae.data.sources.dataset import registered
 from fcmae.data.sources.images import Joined, images_at
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
@@ -59,20 +61,21 @@ class Rows(NamedTuple):
 
 
 def embed(
-    checkpoint: str,
-    images: Sequence[str],
+    checkpoint: str | os.PathLike[str],
+    images: Any,
     *,
     layer: str = "pooled",
     stages: Sequence[int] | None = None,
-    out: str | None = None,
+    out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Rows | None:
     """Features of images by the encoder of a checkpoint of any task, the same on any number of ranks.
 
     Args:
         checkpoint: RUN, RUN@best, a checkpoint, or ``encoder.safetensors``.
-        images: files, folders, tar files, and overrides ``data.KEY=VALUE`` and ``loader.KEY=VALUE`` of the checkpoint's
-            config; with ``data.path`` or ``data.source`` its training images.
+        images: a path or several of files, folders and tar files, and overrides ``data.KEY=VALUE`` and
+            ``loader.KEY=VALUE`` of the checkpoint's config; with ``data.path`` or ``data.source`` its training images.
+            Or a dataset, as for :func:`fcmae.pretrain`.
         layer: ``pooled`` ``[D]``, the mean over the image and the head's norm, as k-NN and probe use; ``mean``, without
             the norm; ``stages``, the means of the stages one after another; ``stages_std``, their means and standard
             deviations; ``patches`` ``[h, w, D]``, the last map.
@@ -95,7 +98,9 @@ def embed(
     return rows
 
 
-def predict(checkpoint: str, images: Sequence[str], *, out: str | None = None, **options: Any) -> Rows | Maps | None:
+def predict(
+    checkpoint: str | os.PathLike[str], images: Any, *, out: str | os.PathLike[str] | None = None, **options: Any
+) -> Rows | Maps | None:
     """Predictions for images by a fine-tuned checkpoint: the probability of each class, or the numbers it learned.
 
     Arguments and result are those of :func:`embed`; ``columns`` are the classes, labels or numbers. ``out`` may be a
@@ -145,6 +150,26 @@ def _features(backbone: ConvNeXt, imgs: Tensor, layer: str, stages: Sequence[int
 
 
 def _rows(
+    checkpoint: str | os.PathLike[str],
+    images: Any,
+    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork],
+    out: str | os.PathLike[str] | None,
+    command: str,
+    name: str,
+    **how: Any,
+) -> Rows | Maps | None:
+    """Runs a network over images, the ranks sharing them, and writes the rows."""
+    checkpoint, out = os.fspath(checkpoint), None if out is None else os.fspath(out)
+    one, several = isinstance(images, (str, os.PathLike)), isinstance(images, (list, tuple))
+    if one or (several and all(isinstance(image, (str, os.PathLike)) for image in images)):
+        return _of_paths(
+            checkpoint, [os.fspath(image) for image in ([images] if one else images)], create, out, command, name, **how
+        )
+    with registered(images, "images") as source:
+        return _of_paths(checkpoint, [f"data.source={json.dumps(source)}"], create, out, command, name, **how)
+
+
+def _of_paths(
     checkpoint: str,
     images: Sequence[str],
     create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork],
@@ -155,7 +180,6 @@ def _rows(
     allow: Sequence[str] = (),
     **how: Any,
 ) -> Rows | Maps | None:
-    """Runs a network over images, the ranks sharing them, and writes the rows."""
     table = out is None or Path(out).suffix in TABLES[command]
     expected = f"a file whose name ends in {' or '.join(TABLES[command])}"
     check("--out", out, table or command == "predict", expected)

@@ -6,7 +6,8 @@ from typing import Any
 
 from timm.models.convnext import ConvNeXt
 
-from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig
+from fcmae.checkpoints import encoder
+from fcmae.config import ClassifierConfig, DataConfig, FCMAEConfig, FinetuneConfig, PretrainConfig, to_dict
 from fcmae.errors import UsageError
 from fcmae.interchange.network import Given, Imported, Structure
 from fcmae.models import FCMAE
@@ -54,6 +55,22 @@ def save(
         cfg = FinetuneConfig(data=data, model=ClassifierConfig(**network))
         imported = Imported(cfg, weights, Given(list(classes) if classes else None).names(backbone.num_classes))
     imported.write(Path(path), "fcmae.save")
+
+
+def save_backbone(backbone: ConvNeXt, path: Path | None) -> dict[str, Any]:
+    """Writes a timm ConvNeXt without its classifier as an encoder file, for ``init_from``; None writes nothing.
+
+    Returns:
+        The keys of group ``model`` that build this network.
+
+    Raises WeightsError for a network that the config cannot describe.
+    """
+    network = Structure.of(backbone).backbone_config(_architecture(backbone))
+    cfg = PretrainConfig(data=DataConfig(in_chans=backbone.in_chans), model=FCMAEConfig(**network))
+    if path is not None:
+        weights = {name: value for name, value in backbone.state_dict().items() if not name.startswith("head.fc.")}
+        encoder.write(path, {"config": to_dict(cfg), "step": 0, "model": weights})
+    return network
 
 
 def _architecture(backbone: ConvNeXt) -> str | None:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.loggers.progress import Progress
 from fcmae.loggers.wandb import WandbLogger, wandb_mode
 from fcmae.opening import open_regular, open_to_append, own_folder
 from fcmae.plugins import create
@@ -99,38 +99,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-class Progress:
-    """A progress bar on a terminal, a line for every log elsewhere."""
-
-    def __init__(self, label: str, start_step: int, stop_step: int, enabled: bool) -> None:
-        self.label = label
-        self.stop_step = stop_step
-        self.enabled = enabled
-        terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(
-            initial=start_step, total=stop_step, desc=label, unit="step", disable=not terminal, dynamic_ncols=True
-        )
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # of training or an evaluation
-        shown = {name: f"{metrics[name]:.4g}" for name in names if name in metrics}
-        self.bar.set_postfix(shown)
-        if self.enabled and self.bar.disable:
-            left = metrics.get("seconds_left")
-            end = f", {left:.0f} s left" if left is not None else ""
-            values = " ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.label} step {step}/{self.stop_step} {values}{end}", file=sys.stderr, flush=True)
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        pass
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def create_sinks(cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: Path, start_step: int) -> list[Sink]:

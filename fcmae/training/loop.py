@@ -15,8 +15,9 @@ from fcmae.data.unreadable import count_bad_samples
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, SaveError
 from fcmae.kernels.caches import use_private_cache
-from fcmae.loggers.logger import Progress, RunLogger, Sink, create_sinks
+from fcmae.loggers.logger import RunLogger, Sink, create_sinks
 from fcmae.loggers.meter import Meter
+from fcmae.loggers.progress import create_progress
 from fcmae.optim.adamw import set_lr
 from fcmae.plugins import brings_code
 from fcmae.tasks.monitors import Monitor
@@ -134,7 +135,7 @@ class _Training:
         sinks: list[Sink] = []
         self.world.on_main(lambda: sinks.extend(create_sinks(cfg.logger, cfg.name, self.config, self.run_dir, step)))
         shown = self.world.is_main and cfg.logger.progress
-        return RunLogger(sinks, Progress(cfg.name, step, self.stop_step, enabled=shown))
+        return RunLogger(sinks, create_progress(cfg.name, step, self.stop_step, enabled=shown))
 
     def _training_step(self) -> TrainingStep:
         task, plan, world = self.task, self.plan, self.world

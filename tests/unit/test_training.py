@@ -15,8 +15,9 @@ from fcmae.config.recipe import HOW_IT_RUNS, PLACES, check_recipe, is_recipe
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.loggers import meter as meters
-from fcmae.loggers.logger import MetricsFile, Progress, RunLogger
+from fcmae.loggers.logger import MetricsFile, RunLogger
 from fcmae.loggers.meter import Meter
+from fcmae.loggers.progress import create_progress
 from fcmae.models import FCMAE, create_backbone
 from fcmae.optim.adamw import create_optimizer, layer_scale, load_moments, param_groups, set_lr
 from fcmae.optim.schedule import Schedule
@@ -230,7 +231,7 @@ class BrokenSink:
 
 def test_what_cannot_be_logged_is_told_once_and_stops_nothing(tmp_path, capsys):
     broken, written = BrokenSink(), MetricsFile(tmp_path, 0)
-    logger = RunLogger([broken, written], Progress("run", 0, 3, enabled=False))
+    logger = RunLogger([broken, written], create_progress("run", 0, 3, enabled=False))
     for step in (1, 2):
         logger.log(step, {"loss": 1.0})
     logger.close()

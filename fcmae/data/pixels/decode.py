@@ -298,16 +298,21 @@ def _decode_by_pillow(
             return None
         if isinstance(image, TiffImageFile):
             check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
-        if exact or channels not in IMAGE_MODES:
-            _check_channels(image, channels, expected)
-        if image.mode in WIDE_MODES and not floats:
-            scientific.check_type(np.dtype(WIDE_MODES[image.mode]))
-        if image.mode.startswith("I;16") or image.mode in WIDE_MODES:
-            return _repeated(np.array(ImageOps.exif_transpose(image)), channels, expected)
-        if image.mode not in EIGHT_BIT_MODES:
-            raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
-        upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[channels]))
-        return upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1)
+        return picture_pixels(image, channels, expected, floats, exact)
+
+
+def picture_pixels(image: Image.Image, channels: int, expected: str, floats: bool, exact: bool) -> np.ndarray:
+    """The pixels of an opened picture, upright. Arguments are those of :func:`stored`. Raises ValueError."""
+    if exact or channels not in IMAGE_MODES:
+        _check_channels(image, channels, expected)
+    if image.mode in WIDE_MODES and not floats:
+        scientific.check_type(np.dtype(WIDE_MODES[image.mode]))
+    if image.mode.startswith("I;16") or image.mode in WIDE_MODES:
+        return _repeated(np.array(ImageOps.exif_transpose(image)), channels, expected)
+    if image.mode not in EIGHT_BIT_MODES:
+        raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
+    upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[channels]))
+    return upright.reshape(*upright.shape[:2], -1).transpose(2, 0, 1)
 
 
 def _check_channels(image: Image.Image, channels: int, expected: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import Encoded, PixelFormat
 from fcmae.data.pixels.scientific import TYPES
 from fcmae.data.sources.base import Sample, Source, Wrapper
+from fcmae.data.sources.dataset import GivenDataset
 from fcmae.errors import ImageError
 from fcmae.plugins import create
 
@@ -80,4 +81,7 @@ def _is_index(value: Any, count: int) -> bool:
 
 def create_own(given: dict[str, Any] | None, key: str, to: PixelFormat) -> Source:
     """The source that ``_target_`` names, whose samples are checked as :class:`Own` says. Raises ConfigError."""
-    return Own(create(given, key, Source), to)
+    source = create(given, key, Source)
+    if isinstance(source, GivenDataset):
+        source.to = to
+    return Own(source, to)

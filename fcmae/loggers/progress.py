@@ -1,0 +1,132 @@
+"""What a run shows while it goes on: a bar on a terminal, lines elsewhere, curves and pictures in a notebook."""
+
+import base64
+import html
+import io
+import sys
+import time
+from collections import defaultdict
+from typing import Any, Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from fcmae.report.charts import Line, chart
+
+
+class Progress(Protocol):
+    """A sink that also sees every step."""
+
+    def advance(self) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def create_progress(label: str, start_step: int, stop_step: int, enabled: bool) -> Progress:
+    """The progress of steps ``start_step`` to ``stop_step``, where this process shows it."""
+    display = notebook_display() if enabled else None
+    if display is not None:
+        return NotebookProgress(label, start_step, stop_step, display)
+    return TextProgress(label, start_step, stop_step, enabled)
+
+
+class TextProgress:
+    """A progress bar on a terminal, a line for every log elsewhere."""
+
+    def __init__(self, label: str, start_step: int, stop_step: int, enabled: bool) -> None:
+        self.label = label
+        self.stop_step = stop_step
+        self.enabled = enabled
+        terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(
+            initial=start_step, total=stop_step, desc=label, unit="step", disable=not terminal, dynamic_ncols=True
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # of training or an evaluation
+        shown = {name: f"{metrics[name]:.4g}" for name in names if name in metrics}
+        self.bar.set_postfix(shown)
+        if self.enabled and self.bar.disable:
+            left = metrics.get("seconds_left")
+            end = f", {left:.0f} s left" if left is not None else ""
+            values = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.label} step {step}/{self.stop_step} {values}{end}", file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        pass
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def notebook_display() -> Any:
+    """What updates HTML in the running notebook cell; None outside of a notebook. IPython is not imported."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if getattr(shell, "kernel", None) is None:
+        return None
+    from IPython.display import HTML, display
+
+    handle = display(HTML(""), display_id=True)
+    return lambda text: handle.update(HTML(text))
+
+
+STYLE = """<style>.fcmae{max-width:900px;--c0:#3b82f6;font:13px system-ui,sans-serif}
+.fcmae progress{width:100%}.fcmae figure{display:inline-block;width:48%;min-width:300px;margin:6px 0}
+.fcmae svg{width:100%}.fcmae svg text{fill:currentColor;font-size:12px}.fcmae svg .grid{stroke:#8884}
+.fcmae svg polyline{fill:none;stroke-width:1.8}.fcmae img{max-width:100%}</style>"""
+
+
+class NotebookProgress:
+    """A bar, a line of numbers, curves of the losses and the last pictures, in the cell that started the run.
+
+    Args:
+        show: takes HTML, which replaces what it was given before.
+    """
+
+    SECONDS = 1.0
+    """Between two updates."""
+
+    def __init__(self, label: str, start_step: int, stop_step: int, show: Any) -> None:
+        self.label, self.step, self.stop_step, self.show = label, start_step, stop_step, show
+        self.series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self.numbers = ""
+        self.pictures: dict[str, str] = {}
+        self.shown = 0.0
+
+    def advance(self) -> None:
+        self.step += 1
+        if time.monotonic() - self.shown >= self.SECONDS:
+            self._update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if name == "loss" or "loss" not in metrics:  # of training, or an evaluation
+                self.series[name].append((step, value))
+        if "loss" in metrics:
+            left = f", {metrics['seconds_left']:.0f} s left" if "seconds_left" in metrics else ""
+            self.numbers = f"loss {metrics['loss']:.4g}, {metrics['images_per_second']:.0f} images/s{left}"
+        self._update()
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        self.pictures[name] = f'<div>{html.escape(name)}, step {step}<br><img src="{source}"></div>'
+        self._update()
+
+    def close(self) -> None:
+        self._update()
+
+    def _update(self) -> None:
+        self.shown = time.monotonic()
+        charts = "".join(chart(name, [Line(name, 0, points)]) for name, points in self.series.items() if points)
+        bar = f'<progress max="{self.stop_step}" value="{self.step}"></progress>'
+        head = html.escape(f"{self.label}: step {self.step}/{self.stop_step} {self.numbers}")
+        self.show(f'{STYLE}<div class="fcmae">{head}{bar}{charts}{"".join(self.pictures.values())}</div>')
