@@ -19,6 +19,7 @@ from fcmae.files import output, write_output
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae, load
 from fcmae.tasks.pretraining import Pretraining
+from fcmae.training.budget import STEPS, median_speed, scaled
 from fcmae.training.run import finetune, pretrain
 
 GALLERY, QUERIES = 10_000, 2_000
@@ -95,7 +96,7 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
 
     _step(2, f"pretraining without labels, {cfg.schedule.epochs:g} epochs")
     pretrained = pretrain(cfg, runs / "pretrain")
-    images_per_second = _images_per_second(runs / "pretrain")
+    images_per_second = median_speed(runs / "pretrain")
 
     _step(3, "k-NN accuracy of the pretrained encoder")
     model = load(pretrained)
@@ -165,24 +166,18 @@ def _metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _images_per_second(run_dir: Path) -> float:
-    """The median speed of the second half of a run."""
-    speeds = [line["images_per_second"] for line in _metrics(run_dir / "metrics.jsonl") if "images_per_second" in line]
-    return float(torch.tensor(speeds[len(speeds) // 2 :]).median())
-
-
 def _speed(overrides: list[str], runs: Path) -> float:
     """Images per second of a few steps of pretraining."""
-    cfg: PretrainConfig = compose("pretrain", [*overrides, "trainer.max_steps=60", "trainer.log_every=20"])
+    cfg: PretrainConfig = compose("pretrain", [*overrides, f"trainer.max_steps={STEPS}", "trainer.log_every=20"])
     with contextlib.suppress(Interrupted):
         pretrain(cfg, runs / "speed")
-    return _images_per_second(runs / "speed")
+    return median_speed(runs / "speed")
 
 
 def _schedule(cfg: PretrainConfig | FinetuneConfig, epochs: float) -> list[str]:
     """Overrides for a number of epochs, with the recipe's share of warm-up."""
-    warmup = cfg.schedule.warmup_epochs * epochs / cfg.schedule.epochs
-    return [f"schedule.epochs={epochs}", f"schedule.warmup_epochs={warmup:.4f}"]
+    schedule = scaled(cfg.schedule, epochs)
+    return [f"schedule.epochs={schedule.epochs}", f"schedule.warmup_epochs={schedule.warmup_epochs}"]
 
 
 def _top1(run_dir: Path) -> float:

@@ -175,7 +175,8 @@ class StudyConfig(StudyKeys, FinetuneConfig):
         super().__post_init__()
         self.check_study()
         check("recipe", self.recipe, self.recipe is None, "null in a study, which has the arm auto")
-        every = self.trainer.eval_every_epochs
+        every, budget = self.trainer.eval_every_epochs, self.trainer.budget
+        check("trainer.budget", budget, budget is None, "null in a study; set steps")
         check("trainer.eval_every_epochs", every, every is None, "null in a study, which chooses nothing by val_path")
 
 

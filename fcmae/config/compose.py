@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fcmae.config import own
 from fcmae.config.commands import COMMANDS
 from fcmae.config.typed import explain, to_typed
 from fcmae.errors import ConfigError
@@ -49,9 +50,11 @@ def conf_dir() -> Path:
 
 @functools.cache
 def register_schemas() -> None:
-    """Registers the schemas with Hydra as ``schema/COMMAND``."""
+    """Registers the schemas with Hydra as ``schema/COMMAND``, and what the experiments ``own/*`` compute."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("own", own.resolve, replace=True)
     for name, schema in COMMANDS.items():
         ConfigStore.instance().store(name=name, node=schema, group="schema", package="_global_")
 

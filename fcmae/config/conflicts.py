@@ -114,6 +114,8 @@ def check_auto(cfg: FinetuneConfig, classify: str) -> None:
     why = "with recipe=auto, which reads no validation images; run fcmae evaluate afterwards"
     check("trainer.eval_every_epochs", every, every is None, f"null {why}")
     check("optim.ema_decay", decay, decay is None, "null with recipe=auto")
+    budget = cfg.trainer.budget
+    check("trainer.budget", budget, budget is None, "null with recipe=auto, whose search takes a time of its own")
     check("objective._target_", target, target == classify, f"{classify} with recipe=auto")
 
 

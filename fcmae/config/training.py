@@ -1,5 +1,6 @@
 """Groups ``optim``, ``schedule``, ``trainer``, ``monitor`` and ``logger``: how a network is trained."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,15 @@ from fcmae.config.checks import check, check_device, check_neighbours, check_not
 from fcmae.plugins import is_named
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time such as ``30min``; 0 if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d)", str(text))
+    return float(match[1]) * SECONDS[match[2]] if match else 0.0
 
 
 @dataclass
@@ -117,6 +127,9 @@ class TrainerConfig:
     profile_steps: int | None = None
     """Record a trace of this many steps, after the first ten of the process, by torch.profiler (profiles/*.json.gz in
     the run directory). None = none."""
+    budget: str | None = None
+    """Train for about this long, such as ``90s``, ``30min`` or ``8h``, from the start of the process: the speed of some
+    steps gives ``schedule.epochs``, with the same share of warm-up. A run that resumes keeps its epochs."""
     max_hours: float | None = None
     """Save and stop (resumable) this long after the start of the process; None = never."""
 
@@ -133,6 +146,8 @@ class TrainerConfig:
         positive += ["checkpoint_every_epochs", "keep_every_epochs", "eval_every_epochs", "max_hours"]
         for name in positive:
             check_positive(f"trainer.{name}", getattr(self, name))
+        ok = self.budget is None or seconds_of(self.budget) > 0
+        check("trainer.budget", self.budget, ok, "a time such as 90s, 30min or 8h, or null")
         check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "a number of seconds up to 1e7")
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))

@@ -17,6 +17,7 @@ from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start, find_start
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.agree_to_stop import StopAgreement
+from fcmae.training.budget import fit_schedule
 from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.few_labels import search
@@ -83,7 +84,7 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
         world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
         world.together(lambda: use_cuda_graph(cfg, world.device))
         world.on_main(lambda: wandb_mode(cfg.logger))
-        task = world.together(lambda: create(world))
+        task = None if cfg.trainer.budget else world.together(lambda: create(world))
         stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
@@ -92,4 +93,7 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
         stack.enter_context(contextlib.closing(watchdog))
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())
+        if task is None:
+            fit_schedule(cfg, run_dir, create, world, watchdog, stop)
+            task = world.together(lambda: create(world))
         return work(task, run_dir, world, watchdog, stop)

@@ -1,0 +1,192 @@
+"""``experiment=own/small``, ``medium`` and ``large``: pretraining settings by the number and the size of the images.
+
+The rules are functions of plain numbers. The files of ``conf/experiment/own`` name them as ``${own:KEY,SIZE}``, so a
+key that the user sets is taken instead, and what follows from it follows: the rate from the batch, the strides from the
+image size. docs/own_recipes.md has them as a table.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fcmae.imports import load
+from fcmae.messages import print_once_rank0
+
+SIDE, MULTIPLE = 224, 32
+"""Pixels per side of larger images, and what smaller sizes are multiples of."""
+PATCHES = 36
+"""With fewer patches half of them stay visible instead of 40 %."""
+CROPS = 4
+"""Crops per image where decoding an image takes longer than training on a crop."""
+LR, LR_BATCH, LEAST_LR, MOST_LR = 1.5e-3, 256, 5e-4, 2.4e-3
+"""The rate for a batch; it grows with the root of the batch, within limits."""
+WARMUP = 0.05
+"""Share of the epochs."""
+MOST_EPOCHS = 2000.0
+CPU_SAMPLES, CPU_BATCH = 200_000, 64
+"""On a CPU: about an hour with Atto at 224 px on 2 cores."""
+
+
+class Size(NamedTuple):
+    """A class of data sets."""
+
+    least: int
+    """Images that such a data set has, at least."""
+    samples: int
+    """Crops that a GPU trains on."""
+    batch: int
+    """At most."""
+
+
+SIZES = {
+    "small": Size(0, 2_000_000, 256),
+    "medium": Size(20_000, 20_000_000, 1024),
+    "large": Size(300_000, 200_000_000, 4096),
+}
+
+
+class Facts(NamedTuple):
+    """What the rules start from."""
+
+    images: int
+    height: int
+    width: int
+    """Pixels, the median over some images."""
+    gpu: bool
+
+
+def image_size(facts: Facts) -> int:
+    """The median of the shorter sides, rounded down to a multiple of 32 px: from 32 to 224."""
+    return min(SIDE, max(MULTIPLE, min(facts.height, facts.width) // MULTIPLE * MULTIPLE))
+
+
+def strides(side: int) -> list[int] | None:
+    """A total stride of 32 from 160 px on, of 16 from 96 px on, else of 8 (docs/network.md)."""
+    return None if side >= 160 else [2, 2, 2, 2] if side >= 96 else [1, 2, 2, 2]
+
+
+def mask_ratio(patches: int) -> float:
+    """0.6, the paper's; 0.5 of few patches, so that enough of them stay visible."""
+    return 0.6 if patches >= PATCHES else 0.5
+
+
+def batch(facts: Facts, size: str) -> int:
+    """The power of two below a quarter of the images, at least 32 if there are as many, and at most that of the size,
+    on a CPU 64."""
+    most = min(SIZES[size].batch, SIZES[size].batch if facts.gpu else CPU_BATCH)
+    return min(most, _power_of_two(max(min(32, facts.images), facts.images // 4)))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (max(1, number).bit_length() - 1)
+
+
+def crops_per_image(facts: Facts, batch_size: int) -> int:
+    """4 on a GPU for images whose shorter side has 160 px or more, in batches of at least 64; else 1."""
+    slow = facts.gpu and min(facts.height, facts.width) >= 160
+    return CROPS if slow and batch_size >= 64 and batch_size % CROPS == 0 else 1
+
+
+def lr(batch_size: int) -> float:
+    """1.5e-3 for a batch of 256, growing with the root of the batch, from 5e-4 to 2.4e-3."""
+    return float(f"{min(MOST_LR, max(LEAST_LR, LR * math.sqrt(batch_size / LR_BATCH))):.2g}")
+
+
+def epochs(facts: Facts, size: str) -> float:
+    """The size's budget of samples over the images, on a CPU 200,000 samples; at least 1 and at most 2,000 epochs."""
+    samples = SIZES[size].samples if facts.gpu else min(SIZES[size].samples, CPU_SAMPLES)
+    return float(min(MOST_EPOCHS, max(1, round(samples / facts.images))))
+
+
+def warmup(length: float) -> float:
+    """5 % of the epochs."""
+    return round(WARMUP * length, 4)
+
+
+def recommend(facts: Facts, size: str) -> dict[str, Any]:
+    """Every key that a size sets by the facts, and its value."""
+    side = image_size(facts)
+    stride = 32 if strides(side) is None else math.prod(strides(side) or [])
+    size_of_batch, length = batch(facts, size), epochs(facts, size)
+    return {
+        "data.image_size": side,
+        "data.crops_per_image": crops_per_image(facts, size_of_batch),
+        "model.strides": strides(side),
+        "model.mask_ratio": mask_ratio((side // stride) ** 2),
+        "optim.global_batch_size": size_of_batch,
+        "optim.lr": lr(size_of_batch),
+        "schedule.epochs": length,
+        "schedule.warmup_epochs": warmup(length),
+    }
+
+
+def resolve(key: str, size: str, *, _root_: Any) -> Any:
+    """The value of ``${own:KEY,SIZE}`` in a composed config; None in a part of one, which OmegaConf asks for too."""
+    if not {"data", "model", "optim", "schedule", "trainer"} <= set(_root_) or "device" not in _root_.trainer:
+        return None
+    facts = facts_of(_root_, size)
+    rules: Mapping[str, Callable[[], Any]] = {
+        "image_size": lambda: image_size(facts),
+        "strides": lambda: strides(_shorter_side(_root_)),
+        "mask_ratio": lambda: mask_ratio(_patches(_root_)),
+        "batch": lambda: batch(facts, size),
+        "crops": lambda: crops_per_image(facts, _root_.optim.global_batch_size),
+        "lr": lambda: lr(_root_.optim.global_batch_size),
+        "epochs": lambda: epochs(facts, size),
+        "warmup": lambda: warmup(_root_.schedule.epochs),
+        "tenth": lambda: _root_.schedule.epochs / 10,
+    }
+    return rules[key]()
+
+
+def _sides(root: Any) -> tuple[int, int]:
+    side = root.data.image_size
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _shorter_side(root: Any) -> int:
+    return min(_sides(root))
+
+
+def _patches(root: Any) -> int:
+    height, width = _sides(root)
+    given = root.model.strides
+    stride = root.model.mask_patch_size or (math.prod(given) if given else 8 if root.model.stem_stride == 1 else 32)
+    return (height // stride) * (width // stride)
+
+
+def facts_of(root: Any, size: str) -> Facts:
+    """The facts of a composed config's training images; where they cannot be read, those of a typical data set."""
+    from omegaconf import OmegaConf
+
+    data = OmegaConf.to_container(root.data, resolve=False)
+    assert isinstance(data, dict)
+    known = {str(name): value for name, value in data.items() if "${own:" not in str(value)}
+    return _facts(json.dumps(known), root.trainer.device, size)
+
+
+@functools.cache
+def _facts(data: str, device: str, size: str) -> Facts:
+    found = load("fcmae.data.facts:measure")(json.loads(data))
+    gpu = device != "cpu" and load("torch.cuda:is_available")()
+    if found is None:
+        return Facts(max(2000, SIZES[size].least), SIDE, SIDE, gpu)
+    facts = Facts(*found, gpu)
+    values = " ".join(f"{key}={_text(value)}" for key, value in recommend(facts, size).items())
+    where = "a GPU" if gpu else "a CPU"
+    print_once_rank0(
+        f"own/{size}: {facts.images} images, about {facts.height} x {facts.width} px, on {where}: {values}; "
+        "keys that the command sets count instead"
+    )
+    fits = [name for name, other in SIZES.items() if facts.images >= other.least][-1]
+    if fits != size:
+        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {facts.images} images")
+    return facts
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else f"{value:g}"

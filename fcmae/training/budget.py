@@ -1,0 +1,113 @@
+"""``trainer.budget``: as many epochs as fit into a time, by the speed of a few steps on this machine."""
+
+import contextlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fcmae import interrupt
+from fcmae.checkpoints.checkpoint import CheckpointDir, header
+from fcmae.checkpoints.resume import say
+from fcmae.config import MonitorConfig, PretrainConfig, RunConfig, ScheduleConfig
+from fcmae.config.training import seconds_of
+from fcmae.distributed import World
+from fcmae.errors import CheckpointError, Interrupted, UsageError
+from fcmae.tasks.task import Task
+from fcmae.training.agree_to_stop import StopAgreement
+from fcmae.training.loop import train
+from fcmae.training.watchdog import Watchdog
+
+STEPS, LOG_EVERY = 60, 20
+"""Steps whose speed is measured; the first third compiles and fills queues."""
+RESERVE = 0.1
+"""Share of the time for checkpoints, evaluations, and a machine that becomes slower."""
+FOLDER = "speed"
+
+
+def scaled(schedule: ScheduleConfig, epochs: float) -> ScheduleConfig:
+    """The schedule with another number of epochs and the same share of warm-up."""
+    epochs = round(epochs, 4)
+    return replace(
+        schedule, epochs=epochs, warmup_epochs=min(epochs, round(schedule.warmup_epochs * epochs / schedule.epochs, 4))
+    )
+
+
+def median_speed(run_dir: Path) -> float:
+    """Images per second: the median of the lines in the second half of a run's metrics."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return statistics.median_low(speeds[len(speeds) // 2 :])
+
+
+def fit_schedule(
+    cfg: RunConfig,
+    run_dir: Path,
+    create: Callable[[World], Task],
+    world: World,
+    watchdog: Watchdog,
+    stop: StopAgreement,
+) -> None:
+    """``cfg.schedule`` gets the epochs that fit into ``trainer.budget``; of a run that resumes, those that it began
+    with, so that it ends as if it had not been stopped.
+
+    Raises UsageError where the time is over before training begins; Interrupted.
+    """
+    recorded = world.from_main(lambda: _recorded(run_dir)) if cfg.trainer.resume else None
+    if recorded is not None:
+        cfg.schedule = recorded
+        return
+    budget = seconds_of(cfg.trainer.budget or "")
+    speed, images = _measure(cfg, run_dir / FOLDER, create, world, watchdog, stop)
+    stop.before_training(run_dir)
+    spent = world.from_main(lambda: time.monotonic() - interrupt.STARTED)
+    left = (1 - RESERVE) * (budget - spent)
+    if left * speed < cfg.optim.global_batch_size:
+        raise UsageError(
+            f"trainer.budget={cfg.trainer.budget} leaves no time to train: starting and measuring took {spent:.0f} s"
+        )
+    cfg.schedule = scaled(cfg.schedule, left * speed / images)
+    if world.is_main:
+        say(
+            f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
+            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
+        )
+
+
+def _recorded(run_dir: Path) -> ScheduleConfig | None:
+    """The schedule in the newest checkpoint that can be read."""
+    for path in reversed(CheckpointDir(run_dir).paths()):
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+            return ScheduleConfig(**header(path)["config"]["schedule"])
+    return None
+
+
+def _measure(
+    cfg: RunConfig,
+    folder: Path,
+    create: Callable[[World], Task],
+    world: World,
+    watchdog: Watchdog,
+    stop: StopAgreement,
+) -> tuple[float, int]:
+    """Images per second of some steps, which leave nothing behind, and the number of training images."""
+    given = dict(vars(cfg))
+    trainer = replace(cfg.trainer, max_steps=STEPS, log_every=LOG_EVERY, eval_every_epochs=None, profile_steps=None)
+    cfg.trainer = replace(trainer, checkpoint_every_epochs=cfg.schedule.epochs, keep_every_epochs=None, resume=False)
+    cfg.logger = replace(cfg.logger, wandb="disabled", tensorboard=False, progress=False, sinks={})
+    if isinstance(cfg, PretrainConfig):
+        cfg.monitor = MonitorConfig()
+    try:
+        task = world.together(lambda: create(world))
+        task.notes.clear()
+        images = len(task.source)
+        with contextlib.suppress(Interrupted):  # at max_steps; after a signal the caller stops
+            train(task, folder, world, watchdog, stop)
+        return world.from_main(lambda: median_speed(folder)), images
+    finally:
+        vars(cfg).update(given)
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""``trainer.budget``: the speed of some steps gives the epochs, which a run that resumes keeps."""
+
+import json
+
+import pytest
+
+from fcmae import interrupt
+from fcmae.checkpoints import checkpoint
+from fcmae.config import ScheduleConfig
+from fcmae.training import budget
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+
+RUN = (*TINY_PRETRAIN, "trainer.budget=100s", "schedule.epochs=30", "schedule.warmup_epochs=6", "seed=3")
+QUIET = ("trainer.checkpoint_every_epochs=99", "trainer.eval_every_epochs=99")
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """The measured speed, and a start of the process 10 s ago."""
+    speeds = [1.0]
+    monkeypatch.setattr(budget, "STEPS", 2)
+    monkeypatch.setattr(budget, "median_speed", lambda folder: speeds[-1])
+    monkeypatch.setattr(budget.time, "monotonic", lambda: interrupt.STARTED + 10)
+    return speeds
+
+
+def weights(run):
+    return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
+
+
+def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, speed):
+    whole = fcmae_here(*RUN, *QUIET, "hydra.run.dir=whole")
+    assert "trainer.budget=100s: 1 images/s, so schedule.epochs=3.375 schedule.warmup_epochs=0.675" in whole.stderr
+    assert whole.stderr.count("from the start") == 2  # the steps that are measured, and the run
+    assert not (tmp_path / "whole" / "speed").exists()
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 10  # 3.375 epochs of 3 steps
+    fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
+    speed.append(1000.0)
+    resumed = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut")
+    assert "resumed at step 4" in resumed.stderr
+    assert "so schedule.epochs" not in resumed.stderr
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(value.equal(other[name]) for name, value in one.items())
+
+
+def test_a_budget_that_is_over_is_refused(fcmae_here, speed):
+    speed.append(0.01)
+    refused = fcmae_here(*TINY_FINETUNE, "trainer.budget=20s", "hydra.run.dir=run", check=2).stderr
+    assert "trainer.budget=20s leaves no time to train: starting and measuring took 10 s" in refused
+
+
+def test_warm_up_keeps_its_share():
+    assert budget.scaled(ScheduleConfig(epochs=100, warmup_epochs=10), 7.5) == ScheduleConfig(7.5, 0.75)
+    assert budget.scaled(ScheduleConfig(epochs=1, warmup_epochs=1), 1e-3).warmup_epochs == 1e-3

@@ -1,0 +1,71 @@
+"""``experiment=own/*``: settings that follow from the images, each of which the user may set instead."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcmae.config import compose, own
+from fcmae.config.own import Facts, recommend
+from fcmae.config.training import seconds_of
+from fcmae.errors import ConfigError
+from fcmae.messages import print_once
+
+
+@pytest.mark.parametrize(
+    ("facts", "size", "expected"),
+    [
+        # image size, crops, strides, mask ratio, batch, lr, epochs, warm-up
+        (Facts(2000, 300, 300, True), "small", (224, 4, None, 0.6, 256, 1.5e-3, 1000, 50)),  # as the solar cells
+        (Facts(2000, 300, 300, False), "small", (224, 1, None, 0.6, 64, 7.5e-4, 100, 5)),
+        (Facts(60_000, 28, 28, True), "medium", (32, 1, [1, 2, 2, 2], 0.5, 1024, 2.4e-3, 333, 16.65)),
+        (Facts(5300, 64, 64, True), "small", (64, 1, [1, 2, 2, 2], 0.6, 256, 1.5e-3, 377, 18.85)),
+        (Facts(100_000, 120, 100, True), "medium", (96, 1, [2, 2, 2, 2], 0.6, 1024, 2.4e-3, 200, 10)),
+        (Facts(10**6, 400, 500, True), "large", (224, 4, None, 0.6, 4096, 2.4e-3, 200, 10)),
+        (Facts(20, 400, 500, True), "small", (224, 1, None, 0.6, 16, 5e-4, 2000, 100)),
+        (Facts(1, 10, 5000, True), "small", (32, 1, [1, 2, 2, 2], 0.5, 1, 5e-4, 2000, 100)),
+    ],
+)
+def test_the_rules(facts, size, expected):
+    assert tuple(recommend(facts, size).values()) == expected
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(40):
+        pixels = np.zeros((100 + number, 130, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_a_config_has_them_and_what_the_user_sets_counts(photos, capsys):
+    own._facts.cache_clear()
+    print_once.cache_clear()
+    cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "trainer.device=cpu"])
+    assert (cfg.data.size, cfg.model.strides, cfg.model.mask_ratio) == ((96, 96), [2, 2, 2, 2], 0.6)
+    assert (cfg.optim.global_batch_size, cfg.optim.lr, cfg.schedule.epochs) == (32, 5.3e-4, 2000)
+    assert (cfg.schedule.warmup_epochs, cfg.trainer.checkpoint_every_epochs) == (100, 200)
+    said = capsys.readouterr().err
+    assert said.count("own/small: 40 images, about 119 x 130 px, on a CPU: data.image_size=96") == 1
+    given = ["data.image_size=64", "optim.global_batch_size=16", "schedule.epochs=10"]
+    cfg = compose("pretrain", ["experiment=own/medium", f"data.path={photos}", "trainer.device=cpu", *given])
+    assert (cfg.model.strides, cfg.model.mask_ratio, cfg.model.backbone) == ([1, 2, 2, 2], 0.6, "convnextv2_tiny")
+    assert (cfg.optim.lr, cfg.schedule.warmup_epochs, cfg.trainer.eval_every_epochs) == (5e-4, 0.5, 1)
+    assert "experiment=own/small is made for 40 images" in capsys.readouterr().err
+    cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "model.strides=null"])
+    assert (cfg.model.strides, cfg.model.mask_ratio) == (None, 0.5)  # 9 patches
+
+
+def test_without_images_another_message_says_so():
+    cfg = compose("pretrain", ["experiment=own/large", "data.path=/nowhere"])
+    assert cfg.data.size == (224, 224)
+
+
+def test_times():
+    assert [seconds_of(text) for text in ("90s", "30min", "1.5h", "2d", "5", "min", "-3h")] == [
+        *(90, 1800, 5400, 172_800),
+        *(0, 0, 0),
+    ]
+    with pytest.raises(
+        ConfigError, match="trainer.budget must be a time such as 90s, 30min or 8h, or null; got 'long'"
+    ):
+        compose("pretrain", ["data=synthetic", "trainer.budget=long"])
