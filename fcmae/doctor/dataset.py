@@ -28,7 +28,7 @@ SAMPLED = 256
 NAMED = 3
 """Examples in a line."""
 KINDS = {".csv": "table", ".tsv": "table", ".parquet": "table", ".txt": "table", ".tar": "webdataset"}
-ARRAYS = (".zarr", ".h5", ".hdf5", ".npy")
+ARRAYS = (".zarr", ".h5", ".hdf5", ".npy", ".tif", ".tiff", ".svs")
 
 
 class Seen(NamedTuple):

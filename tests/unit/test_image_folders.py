@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fcmae.config import DataConfig
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources import (
     ImageFolder,
     listing,
@@ -198,9 +199,9 @@ def test_a_listing_costs_a_worker_nothing(tmp_path):
 def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys, scans):
     """At every start, the listing kept or not; once in a process."""
     root = tmp_path / "images"
-    touch(root, "a/1.jpg", "b/2.jpg", "b/3.heic", "b/4.HEIC", "b/README", "b/.DS_Store", "c/x\n.jfif")
-    line = f"{root}: 2 images (.jpg .jpeg .png .ppm .pgm .bmp .gif .tif .tiff .webp .npy); not read: 2 .heic, "
-    line += "1 without an ending, 1 .jfif, such as b/"
+    touch(root, "a/1.jpg", "b/2.jpg", "b/3.psd", "b/4.PSD", "b/README", "b/.DS_Store", "c/x\n.svg")
+    line = f"{root}: 2 images ({' '.join(EXTENSIONS)}); not read: 2 .psd, "
+    line += "1 without an ending, 1 .svg, such as b/"
     for _ in range(2):
         print_once.cache_clear()
         ImageFolder(root)
@@ -220,7 +221,7 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys, scans):
 
 
 def test_only_the_first_rank_tells_of_them(tmp_path, capsys, monkeypatch):
-    touch(tmp_path / "images", "a/1.jpg", "a/2.heic")
+    touch(tmp_path / "images", "a/1.jpg", "a/2.psd")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     ImageFolder(tmp_path / "images")

@@ -17,6 +17,7 @@ MAX_CHUNK = 2**28
 """Bytes that a chunk may have when it is decoded: a small file can expand to fill the memory."""
 MAX_SAMPLES = 2**27
 """Images of one array; the order of an epoch takes 8 bytes for each."""
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY_MAGIC, HDF5_MAGIC = b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"
 EXPANDED = 2**16
 """Bytes by which compression may make a chunk longer, beside an eighth."""
@@ -71,7 +72,11 @@ def _open(path: str, dataset: str | None) -> Stored:
         if dataset is not None:
             raise UsageError(f"data.dataset must be null for a .npy file, which has one array; got {dataset!r}")
         return NpyFile(path)
-    raise UsageError(f"{path} must be a Zarr folder, an HDF5 file or a .npy file")
+    if start[:4] in TIFF_MAGICS:
+        from fcmae.data.arrays.tiff import TiffArray
+
+        return TiffArray(path, dataset)
+    raise UsageError(f"{path} must be a Zarr folder, or an HDF5, .npy or TIFF file")
 
 
 class NpyFile:

@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILE
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.pixels import jpeg, scientific
+from fcmae.data.pixels import dicom, jpeg, jpeg2000, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
@@ -272,6 +272,10 @@ def stored(
     """
     if data.startswith(scientific.NPY_MAGIC):
         return scientific.read_npy(data, channels, expected)
+    if dicom.is_dicom(data):
+        return _converted(dicom.read(data, channels, expected, max_pixels), channels, expected, exact)
+    if data.startswith(jpeg2000.MAGICS) and not jpeg2000.header(data).is_plain:
+        return _converted(jpeg2000.read(data, max_pixels), channels, expected, exact)
     if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
         raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; convert it to TIFF")
     try:
@@ -323,6 +327,15 @@ def _check_channels(image: Image.Image, channels: int, expected: str) -> None:
         raise ValueError(f"it has {counted(count, 'channel')}; {expected}")
     if channels not in IMAGE_MODES:
         raise ValueError(f"its {channels} channels are {image.mode}; convert it to TIFF or .npy")
+
+
+def _converted(pixels: np.ndarray, channels: int, expected: str, exact: bool) -> np.ndarray:
+    """Pixels ``[C, H, W]`` that Pillow does not convert: grey is repeated unless ``exact``, other numbers must fit."""
+    if len(pixels) == channels:
+        return pixels
+    if len(pixels) == 1 and not exact:
+        return _repeated(pixels[0], channels, expected)
+    raise ValueError(f"it has {counted(len(pixels), 'channel')}; {expected}")
 
 
 def _repeated(grey: np.ndarray, channels: int, expected: str) -> np.ndarray:

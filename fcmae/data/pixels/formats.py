@@ -13,25 +13,40 @@ import warnings
 from collections.abc import Iterator
 from typing import IO
 
-from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # these two would be imported with all the others
+from PIL import (  # noqa: F401  # plugins that would be imported with all the others
+    Image,
+    Jpeg2KImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from fcmae.config import LoaderConfig
+from fcmae.errors import UsageError
+
+with contextlib.suppress(ImportError):  # Pillow before 11.3
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # loader workers are the parallelism
 
 FORMATS = {
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
     "PNG": (".png",),
     "PPM": (".ppm", ".pgm"),
     "BMP": (".bmp",),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
 }
 """The formats by Pillow's names, and the endings of their files. A file's bytes decide which format it has."""
-EXTENSIONS = (*(ending for endings in FORMATS.values() for ending in endings), ".npy")
+EXTENSIONS = (*(ending for endings in FORMATS.values() for ending in endings), ".npy", ".dcm")
 """Endings of image files, in lower or upper case."""
 MAX_PIXELS = LoaderConfig.max_pixels
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # exceptions say the same
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _pillow = threading.RLock()
 """Held while an image is open: Pillow's limit and Python's warnings are global."""
 
@@ -46,7 +61,8 @@ def open_picture(data: bytes | IO[bytes], max_pixels: float = math.inf) -> Itera
         warnings.simplefilter("ignore")
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # type: ignore[assignment]  # inf is none
         try:
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=list(FORMATS)) as image:
+            known = _formats(data[:64] if isinstance(data, bytes) else _start(data))
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=known) as image:
                 check_size(image.height, image.width, max_pixels)
                 yield image
         except Image.DecompressionBombError as error:
@@ -54,6 +70,33 @@ def open_picture(data: bytes | IO[bytes], max_pixels: float = math.inf) -> Itera
             raise ValueError(_too_large(pixels, pixels, max_pixels)) from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _start(file: IO[bytes]) -> bytes:
+    start = file.read(64)
+    file.seek(0)
+    return start
+
+
+def _formats(start: bytes) -> list[str]:
+    """The formats that Pillow may try for a file. Raises UsageError if the package for one is missing."""
+    if start[4:8] == b"ftyp":
+        if any(brand in start[8:] for brand in (b"avif", b"avis")):
+            if "AVIF" not in Image.OPEN:
+                raise UsageError("AVIF needs Pillow 11.3 or newer: pip install -U pillow")
+        elif start[8:12] in HEIC_BRANDS:
+            _register_heif()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _register_heif() -> None:
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise UsageError("HEIC needs pillow-heif: pip install 'fcmae[science]'") from None
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
 def check_size(height: int, width: int, max_pixels: float = MAX_PIXELS, what: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fcmae.data.pixels import scientific
+from fcmae.data.pixels import dicom, jpeg2000, scientific
 from fcmae.data.pixels.decode import Encoded, LazyImage, StoredImage, explained, stored
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
 
@@ -51,6 +51,10 @@ def _header(data: bytes) -> tuple[str, int]:
         return ".npy", min(shape[0], shape[2]) if len(shape) == 3 else 1
     if data.startswith(scientific.TIFF_MAGICS):
         return "TIFF", scientific.tiff_channels(data)
+    if dicom.is_dicom(data):
+        return "DICOM", dicom.channels(data)
+    if data.startswith(jpeg2000.MAGICS):
+        return "JPEG2000", len(jpeg2000.header(data).bits)
     with open_picture(data) as picture:
         return str(picture.format), CHANNELS.get(picture.mode, 1)
 

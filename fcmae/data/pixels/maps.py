@@ -15,7 +15,7 @@ from fcmae.data.pixels.formats import MAX_PIXELS, check_size, open_picture
 IGNORED = -1
 """The class of pixels that are left out of the loss and of metrics."""
 MAX_CLASSES = 2**15 - 1
-LOSSY = ("JPEG", "WEBP")
+LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF")
 """Formats whose compression changes values."""
 ONE_CHANNEL = "a map of classes must have"
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import logging
 import math
+import mmap
 import struct
 import zlib
 from typing import IO, Any
@@ -62,14 +63,18 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 def tiff_channels(data: bytes) -> int:
     """The number of channels of a TIFF file: its samples, or else its pages."""
-    with _open_tiff(data) as file:
+    with open_tiff_file(io.BytesIO(data), data) as file:
         series = file.series[0]
         shape = dict(zip(series.axes, series.shape, strict=True))
         return math.prod(series.shape) // max(1, shape.get("Y", 0) * shape.get("X", 0))
 
 
-def _open_tiff(data: bytes) -> Any:
-    """The file, opened by tifffile, which opens no other. Raises UsageError if that is missing."""
+def open_tiff_file(file: IO[bytes] | mmap.mmap, data: bytes | mmap.mmap) -> Any:
+    """A file, opened by tifffile, which opens no other. Raises UsageError if that is missing.
+
+    Args:
+        data: its bytes.
+    """
     try:
         import tifffile
     except ImportError:
@@ -77,7 +82,7 @@ def _open_tiff(data: bytes) -> Any:
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # exceptions say the same
     _check_pages(data)
     closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
-    return tifffile.TiffFile(io.BytesIO(data), **closed)
+    return tifffile.TiffFile(file, **closed)
 
 
 def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats: bool = False) -> np.ndarray:
@@ -86,7 +91,7 @@ def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats
     Its pixels are uint8 or uint16, or with ``floats`` any numbers. Sizes, channels and types are checked before pixels
     are decoded. Other files that its metadata names are not opened.
     """
-    with _open_tiff(data) as file:
+    with open_tiff_file(io.BytesIO(data), data) as file:
         series = file.series[0]
         shape = dict(zip(series.axes, series.shape, strict=True))
         height, width = shape.get("Y", 0), shape.get("X", 0)
@@ -130,7 +135,7 @@ def _native(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch has no other byte order
 
 
-def _check_pages(data: bytes) -> None:
+def _check_pages(data: bytes | mmap.mmap) -> None:
     """Follows the chain of pages. Raises ValueError if it is too long or never ends."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
@@ -148,22 +153,34 @@ def _check_pages(data: bytes) -> None:
 
 def _check_segments(data: bytes, page: Any, max_pixels: int) -> None:
     """Raises ValueError if a strip or tile of a page would decode to more than the image or tile has."""
-    kind = int(page.compression)
-    if kind not in COMPRESSIONS:
-        raise ValueError(f"its compression is {page.compression.name}; convert it to deflate, LZW or none")
-    if kind in ZSTD and not _has_imagecodecs():
-        raise ValueError("its compression is ZSTD, which needs imagecodecs: pip install imagecodecs")
-    tile = page.tilewidth * page.tilelength * page.tiledepth if page.is_tiled else 1
-    check_size(tile, 1, max_pixels, "tiles of ")
-    if kind not in JPEG + DEFLATE or (kind in DEFLATE and _has_imagecodecs()):
-        return  # decoded into memory of the right size
-    most = max(tile, page.imagewidth * page.imagelength)
+    key = page.keyframe  # further pages of a series have places alone
+    check_compression(key, max_pixels)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-        segment = data[offset : offset + count]
-        if kind in JPEG:
-            _check_jpeg(segment, most)
-        elif len(segment) > SMALL:
-            _check_deflated(segment, most * page.samplesperpixel * page.dtype.itemsize)
+        check_segment(data[offset : offset + count], key)
+
+
+def check_compression(key: Any, max_pixels: int) -> None:
+    """Raises ValueError for a page whose compression or tiles are not read."""
+    kind = int(key.compression)
+    if kind not in COMPRESSIONS:
+        raise ValueError(f"its compression is {key.compression.name}; convert it to deflate, LZW or none")
+    if kind in ZSTD and not _has_imagecodecs():
+        raise ValueError("its compression is ZSTD, which needs imagecodecs: pip install 'fcmae[science]'")
+    check_size(_tile(key), 1, max_pixels, "tiles of ")
+
+
+def check_segment(segment: bytes, key: Any) -> None:
+    """Raises ValueError if a strip or tile would decode to more than the image or tile has."""
+    kind = int(key.compression)
+    most = max(_tile(key), key.imagewidth * key.imagelength)
+    if kind in JPEG:
+        _check_jpeg(segment, most)
+    elif kind in DEFLATE and len(segment) > SMALL and not _has_imagecodecs():  # which decodes into as much memory
+        _check_deflated(segment, most * key.samplesperpixel * key.dtype.itemsize)
+
+
+def _tile(key: Any) -> int:
+    return key.tilewidth * key.tilelength * key.tiledepth if key.is_tiled else 1
 
 
 def _has_imagecodecs() -> bool:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fcmae.data.pixels.crops import resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, open_image, to_stored
+from fcmae.data.pixels.dicom import is_dicom
 from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.pixels.jpeg2000 import CODESTREAM, JP2_MAGIC
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 from fcmae.files import HashingWriter, replacing
@@ -27,7 +29,11 @@ MAGICS = {
     b"BM": "bmp",
     b"II*\0": "tif",
     b"MM\0*": "tif",
+    b"MM\0+": "tif",
+    b"II+\0": "tif",
     b"\x93NUMPY": "npy",
+    JP2_MAGIC: "jp2",
+    CODESTREAM: "j2k",
 }
 """The first bytes of each format; others are known by their names."""
 
@@ -84,6 +90,8 @@ def ending_of(image: Encoded) -> str:
     for magic, ending in MAGICS.items():
         if image.data.startswith(magic):
             return ending
+    if is_dicom(image.data):
+        return "dcm"
     ending = os.path.splitext(image.name)[1].lower()
     if ending not in EXTENSIONS:
         raise ImageError(image.name, "neither its bytes nor its name say its format")

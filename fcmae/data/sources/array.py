@@ -1,4 +1,4 @@
-"""Images in arrays on disk: Zarr, OME-Zarr, HDF5 and .npy, of any layout."""
+"""Images in arrays on disk: Zarr, OME-Zarr, HDF5, .npy and TIFF, of any layout."""
 
 import glob
 import itertools
@@ -280,6 +280,6 @@ def find_arrays(path: str | Sequence[str]) -> list[str]:
     for name in [path] if isinstance(path, str) else path:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name))
         if not matches:
-            raise UsageError(f"{name} must be a Zarr folder, an HDF5 file or a .npy file; nothing is there")
+            raise UsageError(f"{name} must be a Zarr folder, or an HDF5, .npy or TIFF file; nothing is there")
         found += matches
     return found
