@@ -33,14 +33,18 @@ class Display(NamedTuple):
         return f"{shown}{how}"
 
 
-def choose(imgs: Tensor, data: DataConfig, channels: Sequence[int] | None = None) -> Display:
+def choose(imgs: Tensor, data: DataConfig | None, channels: Sequence[int] | None = None) -> Display:
     """How to show normalised ``[N, C, H, W]``: ``channels`` if given; else the first channel as grey, or three as RGB.
+
+    Without ``data`` they are values of any scale, which are stretched.
 
     Channels are stretched if they have more than 8 bits, are not those of an ordinary image file (grey, RGB, RGBA), or
     if their values use little of the range or leave it.
     """
     count = imgs.shape[1]
     chosen = tuple(channels) if channels else tuple(range(3 if count >= 3 else 1))
+    if data is None:
+        return Display(chosen, True)
     low, high = _percentiles(denormalize(imgs, data.mean, data.std)[:, chosen])
     spans = high.amax(0) - low.amin(0)
     ordinary = (
@@ -53,9 +57,10 @@ def choose(imgs: Tensor, data: DataConfig, channels: Sequence[int] | None = None
     return Display(chosen, not ordinary or bool(spans.max() < LITTLE))
 
 
-def rgb(display: Display, original: Tensor, *others: Tensor, data: DataConfig) -> list[Tensor]:
+def rgb(display: Display, original: Tensor, *others: Tensor, data: DataConfig | None) -> list[Tensor]:
     """Normalised ``[N, C, H, W]`` as pictures ``[N, 3, H, W]`` of values in 0..1, all on the scale of ``original``."""
-    raw = [denormalize(x.float(), data.mean, data.std)[:, display.channels] for x in (original, *others)]
+    mean, std = ([], []) if data is None else (data.mean, data.std)
+    raw = [denormalize(x.float(), mean, std)[:, display.channels] for x in (original, *others)]
     if display.stretched:
         low, high = _percentiles(raw[0])
         least = LEAST_SPAN * (high.amax(0) - low.amin(0))

@@ -1,7 +1,7 @@
 """Pictures of reconstructions by a pretrained model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fcmae.config import DataConfig, check
 from fcmae.evaluation.display import Display, choose, rgb
 from fcmae.masks.patches import grid_size, upsample_mask
 from fcmae.models import FCMAE
-from fcmae.targets import Seen
+from fcmae.targets import NEEDS, Seen
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 GREY = 0.5
@@ -25,20 +25,25 @@ MIN_TILE = 96
 
 
 class Drawn(NamedTuple):
-    """What a target asks for and what the model predicts, in the scale of the images, ``[N, C, H, W]``."""
+    """What a target asks for and what the model predicts, ``[N, C, H, W]``."""
 
     name: str
     original: Tensor
     pred: Tensor
+    of_image: bool
+    """In the scale of the images; otherwise of channels that the encoder does not get."""
 
 
 @torch.no_grad()
-def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple[list[Drawn], Tensor]:
+def reconstruct(
+    model: FCMAE, imgs: Tensor, mask: Tensor | None = None, seen: Mapping[str, Tensor] | None = None
+) -> tuple[list[Drawn], Tensor]:
     """The model's predictions of the targets that can be drawn.
 
     Args:
         imgs: normalised ``[N, C, H, W]``.
         mask: bool ``[N, L]``, or None for a random one.
+        seen: what targets need beside the images, as :class:`fcmae.targets.Seen` calls it.
 
     Returns:
         The targets, for every patch, and the mask, bool ``[N, 1, H, W]``, True = masked.
@@ -47,13 +52,15 @@ def reconstruct(model: FCMAE, imgs: Tensor, mask: Tensor | None = None) -> tuple
     preds, mask = model.predict(imgs, mask)
     rows, cols = grid_size(height, width, model.mask_patch_size)
     hidden = upsample_mask(mask, rows, cols, model.mask_patch_size).unsqueeze(1)
+    given = Seen(imgs, **(seen or {}))
+    lacking = {name for need in NEEDS if getattr(given, need) is None for name in model.targets_that_need(need)}
     drawn = []
     for name, target in model.targets.items():
-        pixels = target.to_pixels(preds[name].float(), imgs)
+        pixels = None if name in lacking else target.to_pixels(preds[name].float(), imgs)
         if pixels is not None:
-            original = target.to_pixels(target(Seen(imgs))[0], imgs)
+            original = target.to_pixels(target(given)[0], imgs)
             assert original is not None
-            drawn.append(Drawn(name, original, pixels))
+            drawn.append(Drawn(name, original, pixels, name not in model.targets_that_need("channels")))
     return drawn, hidden
 
 
@@ -65,7 +72,12 @@ class Picture(NamedTuple):
 
 
 def reconstruction_picture(
-    model: FCMAE, imgs: Tensor, data: DataConfig, mask: Tensor | None = None, channels: Sequence[int] | None = None
+    model: FCMAE,
+    imgs: Tensor,
+    data: DataConfig,
+    mask: Tensor | None = None,
+    channels: Sequence[int] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
 ) -> Picture | None:
     """A row per image: original, masked, reconstruction, and the reconstruction with the visible patches pasted in.
 
@@ -75,14 +87,15 @@ def reconstruction_picture(
     Args:
         imgs: normalised ``[N, C, H, W]``.
         channels: one channel to show as grey or three as red, green and blue; None: see :func:`.display.choose`.
+        seen: as :func:`reconstruct`.
     """
-    drawn, hidden = reconstruct(model, imgs, mask)
+    drawn, hidden = reconstruct(model, imgs, mask, seen)
     if not drawn:
         return None
     displays, rows = [], []
-    for _, wanted, pred in drawn:
-        display = choose(wanted, data, channels)
-        original, pred = rgb(display, wanted, pred, data=data)
+    for _, wanted, pred, of_image in drawn:
+        display = choose(wanted, data, channels) if of_image else choose(wanted, None)
+        original, pred = rgb(display, wanted, pred, data=data if of_image else None)
         masked, pasted = torch.where(hidden, GREY, original), torch.where(hidden, pred, original)
         rows.append(torch.stack([original, masked, pred, pasted], dim=1))
         displays.append(display)
@@ -90,7 +103,7 @@ def reconstruction_picture(
     scale = -(-MIN_TILE // max(tiles.shape[-2:]))
     tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     grid = F.to_pil_image(make_grid(tiles.cpu(), nrow=len(COLUMNS), padding=PADDING, pad_value=1.0))
-    names = [name for name, _, _ in drawn] if len(drawn) > 1 else []
+    names = [each.name for each in drawn] if len(drawn) > 1 else []
     return Picture(_with_captions(grid, names * len(imgs)), displays[0])
 
 

@@ -35,7 +35,7 @@ from fcmae.config import (
 from fcmae.config.commands import RANDOM
 from fcmae.config.unset import settled
 from fcmae.data.pixels.decode import Encoded, LazyImage, read_file
-from fcmae.data.pixels.transforms import eval_transform, normalized, pretrain_transform
+from fcmae.data.pixels.transforms import CentreCrop, eval_transform, normalize_channels, normalized, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
 from fcmae.data.sources.check_maps import check_maps
@@ -328,13 +328,20 @@ def reconstruct(
     if overrides:
         source = first(train_source(data, loader), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
-    transform = eval_transform(dataclasses.replace(data, crop_pct=1.0), loader.max_pixels)
-    crops = [transform(sample) for sample in samples]
+    whole = dataclasses.replace(data, crop_pct=1.0)
+    seen: dict[str, Tensor] = {}
+    if model.targets_that_need("channels"):
+        crop = CentreCrop(whole, loader.max_pixels, channels=True)
+        crops, *more = (list(column) for column in zip(*(crop.seen(sample) for sample in samples), strict=True))
+        seen = {name: torch.stack(column) for name, column in zip(crop.carries, more, strict=True)}
+        seen["channels"] = normalize_channels(seen["channels"], data.layout, data.bit_depth, data.dtype)
+    else:
+        crops = [eval_transform(whole, loader.max_pixels)(sample) for sample in samples]
     grid, rng = grid_size(*data.size, model.mask_patch_size), torch.Generator().manual_seed(seed)
     scores = torch.stack([draw_scores(strategy, rng, grid, crop) for crop in crops])
     imgs = torch.stack([normalized(crop, data) for crop in crops])
     mask = random_mask(scores, model.len_keep(*data.size))
-    picture = reconstruction_picture(model, imgs, data, mask, channels)
+    picture = reconstruction_picture(model, imgs, data, mask, channels, seen)
     if picture is None:
         raise UsageError(f"no target of {path} can be drawn: to_pixels returns None for {', '.join(model.targets)}")
     return picture

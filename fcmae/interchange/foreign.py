@@ -6,6 +6,7 @@ of the official code or of timm.
 
 import dataclasses
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fcmae.errors import WeightsError
 from fcmae.interchange import official, timm_format, transformers_format
 from fcmae.interchange.network import Given, Imported
 from fcmae.interchange.weights import explained, read_json
+from fcmae.messages import print_once
 
 HUB = "timm:"
 OFFICIAL_LICENSE = "cc-by-nc-4.0"
@@ -103,12 +105,18 @@ def _from_hub(name: str, origin: dict[str, Any]) -> State:
 
 
 def _pretrained(name: str) -> ConvNeXt:
+    print_once(f"{HUB}{name}: downloading it, unless it is in timm's cache")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it prints a line for each time that it tries again
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of a failed download the libraries raise all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise WeightsError(
             f"{HUB}{name} cannot be downloaded ({reason}); without a network, give a file or directory of it"
         ) from error
+    finally:
+        hub.setLevel(level)
     assert isinstance(model, ConvNeXt)
     return model

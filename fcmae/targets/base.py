@@ -60,7 +60,9 @@ class Target(Protocol):
         ...
 
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor | None:
-        """The prediction in the scale of ``imgs``, ``[N, C, H, W]``, for pictures; None if it cannot be drawn.
+        """The prediction for pictures, ``[N, C, H, W]`` in the scale of ``imgs``; None if it cannot be drawn.
+
+        A target that needs ``channels`` gives them in any number and scale.
 
         Args:
             pred: float32 ``[N, L, dim]``.

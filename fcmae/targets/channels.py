@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.masks.patches import patchify
+from fcmae.masks.patches import patchify, unpatchify
 from fcmae.targets.base import Seen
-from fcmae.targets.losses import ce, get_loss
+from fcmae.targets.losses import bce, ce, get_loss
 from fcmae.targets.pixels import check_norm, normalized
 
 NAMES = ("mse", "l1", "smooth_l1", "bce", "ce")
@@ -90,5 +90,11 @@ class Channels:
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
         return self.error(pred, target, valid)
 
-    def to_pixels(self, pred: Tensor, imgs: Tensor) -> None:
-        """None: pictures show the image's own channels."""
+    def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor | None:
+        """The channels ``[N, K, H, W]``, normalised; of classes the likeliest, from 0 to 1. None with bce."""
+        if self.error is bce:
+            return None
+        maps = unpatchify(pred, self.side, *(side // self.cell for side in imgs.shape[-2:]))
+        if self.classes is not None:
+            maps = maps.argmax(dim=1, keepdim=True).float() / (self.classes - 1)
+        return maps.repeat_interleave(self.cell, dim=2).repeat_interleave(self.cell, dim=3)

@@ -19,25 +19,24 @@ from fcmae.data.labels import Labels
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.transforms import (
     CentreCrop,
-    eval_transform,
     normalize_channels,
     normalized,
     pretrain_transform,
 )
 from fcmae.data.plan import BatchPlan
-from fcmae.data.samples import EvaluationImages, MaskedImages
+from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Windows, train_source, val_source, with_classes
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.loggers.logger import RunLogger
-from fcmae.masks import create_mask, draw_scores
+from fcmae.masks import create_mask
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator
-from fcmae.tasks.held_out import HeldOutLoss
+from fcmae.tasks.held_out import NO_EPOCH, HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.label_targets import settle_labels
 from fcmae.tasks.monitors import Collapse, Monitor, OnlineKnn, OnlineProbe, Wish, at_evaluations
@@ -128,8 +127,11 @@ class Pretraining:
                 source, notes = with_classes(source, "data.val_path", self.source.classes or [], "data.path")
                 self.notes += notes
             labels.source = source
-        crop = CentreCrop(cfg.data, cfg.loader.max_pixels, "channels" in self.crop.carries)
-        return MaskedImages(source, crop, self.grid, cfg.seed, mask=self.mask, labels=labels)
+        return MaskedImages(source, self._central(), self.grid, cfg.seed, mask=self.mask, labels=labels)
+
+    def _central(self) -> CentreCrop:
+        """What evaluation shows of an image, with what targets need of it."""
+        return CentreCrop(self.cfg.data, self.cfg.loader.max_pixels, "channels" in self.crop.carries)
 
     def prepare(self, plan: BatchPlan) -> None:
         if self.mixes_micro_batch and plan.padding:
@@ -146,14 +148,17 @@ class Pretraining:
         return []
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
-        imgs, noise, *more = batch
-        imgs = normalized(imgs, self.cfg.data)
+        imgs, mask, seen = self._inputs(batch)
+        out = model(imgs, mask, self.keep, weight, **seen)
+        return out.loss, {name: value.detach() for name, value in out.parts.items()}
+
+    def _inputs(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Normalised images, their mask, and what targets need."""
+        (imgs, noise, *more), data = batch, self.cfg.data
         seen = dict(zip(self.carried, more, strict=True))
         if "channels" in seen:
-            data = self.cfg.data
             seen["channels"] = normalize_channels(seen["channels"], data.layout, data.bit_depth, data.dtype)
-        out = model(imgs, random_mask(noise, self.keep), self.keep, weight, **seen)
-        return out.loss, {name: value.detach() for name, value in out.parts.items()}
+        return normalized(imgs, data), random_mask(noise, self.keep), seen
 
     def _log_picture(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         if world.is_main:
@@ -168,19 +173,16 @@ class Pretraining:
     @torch.no_grad()
     def picture(self, device: torch.device) -> Picture | None:
         """The first images of a fixed random order, with fixed masks, reconstructed; None if no target can be drawn."""
-        data = self.cfg.data
-        loader = self.cfg.loader
-        samples = ErrorsAside(EvaluationImages(self.source, eval_transform(data, loader.max_pixels)))
-        rng = generator(self.cfg.seed, Stream.SUBSET)
-        order = torch.randperm(len(self.source), generator=rng).tolist()
-        batches = (collate([samples[i]]) for i in order)
+        cfg, loader = self.cfg, self.cfg.loader
+        images = MaskedImages(self.source, self._central(), self.grid, cfg.seed, mask=self.mask, labels=self.labels)
+        samples = ErrorsAside(images)
+        order = torch.randperm(len(self.source), generator=generator(cfg.seed, Stream.SUBSET)).tolist()
+        batches = (collate([samples[NO_EPOCH, i]]) for i in order)
         singles = readable(batches, len(order), loader.on_error == "skip", loader.max_bad)
-        imgs = torch.cat([imgs for imgs, _ in itertools.islice(singles, self.PICTURES)]).to(device)
-        scores = torch.stack([draw_scores(self.mask, rng, self.grid, crop) for crop in imgs.cpu()])
-        mask = random_mask(scores, self.keep).to(device)
-        imgs = normalized(imgs, data)
+        columns = zip(*itertools.islice(singles, self.PICTURES), strict=True)
+        imgs, mask, seen = self._inputs([torch.cat(column).to(device) for column in columns])
         was_training = self.model.training
-        picture = reconstruction_picture(self.model.eval(), imgs, data, mask, self.cfg.logger.channels)
+        picture = reconstruction_picture(self.model.eval(), imgs, cfg.data, mask, cfg.logger.channels, seen)
         self.model.train(was_training)
         return picture
 

@@ -16,8 +16,11 @@ from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Sample
 from fcmae.data.sources.own import Own
 from fcmae.errors import ConfigError, ImageError
+from fcmae.evaluation import reconstruct
+from fcmae.evaluation.display import choose
 from fcmae.masks.patches import patchify
 from fcmae.targets import Channels, Seen, part
+from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
 from tests.unit.test_pixels import encoded, npy
 
@@ -169,6 +172,19 @@ def test_the_cross_entropy_of_a_perfect_prediction_is_nothing():
     assert (pred.grad[1] != 0).all()
 
 
+def test_a_perfect_prediction_is_drawn_as_the_channels():
+    channels, imgs = torch.randint(0, 3, (2, 3, 16, 16)).float(), torch.zeros(2, 3, 16, 16)
+    for arguments, expected in (
+        ({"channels": [2, 0]}, channels[:, [2, 0]]),
+        ({"loss": "ce", "classes": 3}, channels[:, :1] / 2),
+        ({"channels": 1, "cell": 4}, channels[:, 1:2].unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5))),
+    ):
+        drawn = Channels(8, 3, **arguments).to_pixels(target(channels, **arguments)[0], imgs)
+        assert torch.allclose(drawn[..., :: 16 // expected.shape[2], :: 16 // expected.shape[2]], expected)
+        assert drawn.shape[2:] == imgs.shape[2:]
+    assert Channels(8, 3, loss="bce").to_pixels(torch.zeros(2, 4, 64), imgs) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,6 +222,18 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 def test_a_wrong_layout_is_refused(channels, message):
     with pytest.raises(ConfigError, match=message):
         config(channels)
+
+
+def test_pictures_have_a_row_per_target():
+    """Of the image's own channels in their scale, of the others stretched; both for the crop of evaluation."""
+    task = Pretraining(compose("pretrain", [*RUN[1:], "data.length=3"]))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "choose", lambda imgs, *rest: drawn.append(imgs) or choose(imgs, *rest))
+        picture = task.picture(torch.device("cpu"))
+    assert [imgs.shape[1] for imgs in drawn] == [3, 1, 1]
+    side = -(-96 // drawn[0].shape[-1]) * drawn[0].shape[-1] + 4
+    assert picture.image.height == 3 * 3 * side + 4 + 16
 
 
 RUN = (

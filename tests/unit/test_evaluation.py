@@ -307,7 +307,7 @@ def test_a_perfect_prediction_reconstructs_the_image(norm, monkeypatch):
     mask = torch.tensor([[True, False, True, True, False, True]] * 2)
     perfect = {"pixels": model.targets["pixels"](Seen(imgs))[0]}
     monkeypatch.setattr(FCMAE, "predict", lambda self, imgs, mask: (perfect, mask))
-    [(name, original, pred)], hidden = reconstruct(model, imgs, mask)
+    [(name, original, pred, _)], hidden = reconstruct(model, imgs, mask)
     assert name == "pixels"
     for pixels in (original, pred):
         torch.testing.assert_close(pixels, imgs, rtol=1e-3, atol=1e-4)
@@ -334,7 +334,7 @@ def test_each_target_that_can_be_drawn_has_a_row(monkeypatch):
     perfect = {name: target(Seen(imgs))[0] for name, target in model.targets.items()}
     monkeypatch.setattr(FCMAE, "predict", lambda self, imgs, mask: (perfect, torch.tensor([[True, False] * 2] * 2)))
     drawn, _ = reconstruct(model, imgs)
-    assert [name for name, _, _ in drawn] == ["edges", "pixels"]
+    assert [each.name for each in drawn] == ["edges", "pixels"]
     assert (drawn[0].original - laplacian(imgs)).abs().max() < 1e-3
     picture = reconstruction_picture(model, imgs, data).image
     assert picture.height == 2 * 2 * (2 * 64 + 4) + 4 + 16

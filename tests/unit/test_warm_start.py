@@ -1,8 +1,12 @@
 """Pretraining and fine-tuning that begin with given weights: our own, and those of other libraries."""
 
+import logging
+
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
@@ -162,6 +166,48 @@ def test_weights_by_a_name_of_timm(monkeypatch, tmp_path):
     monkeypatch.setattr(foreign.timm, "create_model", fail)
     with pytest.raises(WeightsError, match=r"cannot be downloaded \(OSError: no route to host\)"):
         foreign.read_foreign("timm:convnextv2_atto.fcmae")
+
+
+HUB_MODEL = ["model=convnextv2_atto", "init_from=timm:convnextv2_atto.fcmae", "data=synthetic", "data.image_size=64"]
+
+
+def test_a_download_is_known_by_its_licence_to_the_end(monkeypatch, tmp_path, capsys):
+    """From the hub, of which only the request for the file is replaced, to the model card of an export."""
+    made = timm.create_model("convnextv2_atto", pretrained=False, num_classes=0)
+    save_file(made.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def download(repo_id, filename, **_):
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    run = ["pretrain", *HUB_MODEL, *SHORT, "optim.global_batch_size=2", "data.length=4", "optim.lr=0.001"]
+    run += ["trainer.max_steps=1", "schedule.warmup_epochs=0", "loader.workers=0", f"hydra.run.dir={tmp_path}/run"]
+    assert main(run) == 75
+    assert set(asked) == {("timm/convnextv2_atto.fcmae", "model.safetensors")}
+    assert "licence of timm:convnextv2_atto.fcmae: cc-by-nc-4.0" in capsys.readouterr().err
+    origin = checkpoint.read(checkpoint.resolve(tmp_path / "run"))["origin"]
+    assert origin == {"weights": "timm:convnextv2_atto.fcmae", "license": "cc-by-nc-4.0"}
+    export(tmp_path / "run", "timm", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'license: "cc-by-nc-4.0"' in card
+    assert "| initial weights | timm:convnextv2_atto.fcmae |" in card
+
+
+def test_without_a_network_a_download_fails_in_one_line(monkeypatch, tmp_path, capsys):
+    told = []
+
+    def fail(*_, **__):
+        told.append(logging.getLogger("huggingface_hub.utils").isEnabledFor(logging.WARNING))
+        raise LocalEntryNotFoundError("cannot locate the file on the Hub. Please check\nyour connection.")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", fail)
+    assert main(["pretrain", *HUB_MODEL, f"hydra.run.dir={tmp_path}/run"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fcmae pretrain: timm:convnextv2_atto.fcmae cannot be downloaded (LocalEntryNotFoundError: ")
+    assert line.endswith("cannot locate the file on the Hub); without a network, give a file or directory of it")
+    assert not any(told), "a line for each time that the hub is tried again"
 
 
 def test_dinov3(tmp_path):
