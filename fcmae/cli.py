@@ -176,7 +176,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; embed: encoder.safetensors too")
     what = "image files, folders, tar files, and data.KEY=VALUE and loader.KEY=VALUE for the checkpoint's config"
     parser.add_argument("images", nargs="+", help=what)
-    parser.add_argument("--out", required=True, help="the file to write; the folder of maps after objective=segment")
+    parser.add_argument("--out", required=True, help="the file to write; after objective=segment the folder of maps")
     if command == "embed":
         which = "mean over the image and norm; without the norm; of stages; with deviation; the last map (%(default)s)"
         layers = ["pooled", "mean", "stages", "stages_std", "patches"]
@@ -189,7 +189,10 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = vars(parser.parse_intermixed_args(args))
     rows = load(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
-    if hasattr(rows, "maps"):
+    if hasattr(rows, "scores"):
+        objects = counted(sum(map(len, rows.scores)), "object")
+        print(f"{given['out']}: {counted(len(rows.paths), 'image')}, {objects}")
+    elif hasattr(rows, "maps"):
         print(f"{given['out']}: {counted(len(rows.paths), 'image')}, a map each")
     elif rows is not None:
         shape = " x ".join(map(str, rows.values.shape[1:]))

@@ -22,6 +22,8 @@ PATHS = (
     "data.val_path",
     "data.target_path",
     "data.val_target_path",
+    "data.annotations",
+    "data.val_annotations",
     "init_from",
     "checkpoint",
     "out",

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
     from fcmae.config.model import FCMAEConfig
 
+DETECT = "fcmae.tasks.objectives.Detect"
+
+
+def _detects(cfg: RunConfig) -> bool:
+    return (getattr(cfg, "objective", None) or {}).get("_target_") == DETECT
+
 
 def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
     """What in a config prevents a CUDA graph.
@@ -22,6 +28,7 @@ def graph_obstacles(cfg: RunConfig, device: str) -> list[str]:
     """
     obstacles = {
         "a CPU": device not in ("cuda", "auto"),
+        "objective=detect": _detects(cfg),  # how many regions there are depends on the images
         "precision=fp16": cfg.precision == "fp16",  # the scale of the loss would be recorded
     }
     return [name for name, present in obstacles.items() if present]
@@ -38,6 +45,7 @@ def check_cuda_graph(cfg: RunConfig, obstacles: list[str]) -> bool:
 def check_pretraining(cfg: PretrainConfig) -> None:
     """Patches against image, batch against crops, CUDA graph."""
     check("data.sampling", cfg.data.sampling, cfg.data.sampling == "uniform", "uniform in pretraining")
+    check("data.scale_jitter", cfg.data.scale_jitter, cfg.data.scale_jitter is None, "null in pretraining")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
     batch, crops = cfg.optim.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0
@@ -95,6 +103,9 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     check("data.channels", cfg.data.channels, not _has_extra(cfg), expected)
     if cfg.augment.mixup > 0 or cfg.augment.cutmix > 0:
         _check_micro_batch(cfg, 2, "augment.mixup or augment.cutmix (pairs)")
+    jitter, engine = cfg.data.scale_jitter, cfg.engine.name
+    check("data.scale_jitter", jitter, jitter is None or _detects(cfg), "null unless objective=detect")
+    check("engine.name", engine, engine == "dense" or not _detects(cfg), "dense with objective=detect")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
 
 

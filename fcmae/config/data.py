@@ -13,7 +13,7 @@ MAX_SIDE = 2**14
 """Pixels."""
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 DTYPES = ("uint", "float32")
-SOURCES = ("imagefolder", "webdataset", "hf", "table", "array", "fashion_mnist", "synthetic")
+SOURCES = ("imagefolder", "webdataset", "hf", "table", "array", "coco", "fashion_mnist", "synthetic")
 
 
 @dataclass
@@ -26,11 +26,17 @@ class DataConfig:
     """Training images. imagefolder: a folder, or a list of some; webdataset: tar files, as a folder of them, a pattern
     such as ``train-{0000..0146}.tar``, URLs of these, ``pipe:COMMAND``, or a list; hf: a folder, a name on the hub, or
     a URL of Parquet files; table: a
-    .txt, .csv, .tsv or .parquet file; array: a Zarr folder, an HDF5 or .npy file, a pattern, or a list; fashion_mnist:
-    the folder with the four .gz files, or None to look for them."""
+    .txt, .csv, .tsv or .parquet file; array: a Zarr folder, an HDF5 or .npy file, a pattern, or a list; coco: the
+    folder of the images that data.annotations lists; fashion_mnist: the folder with the four .gz files, or None to look
+    for them."""
     val_path: Any = None
-    """Validation images, in the same way; hf: None = the same as ``path``, as of a table with a column ``split``;
+    """Validation images, in the same way; hf, coco: None = the same as ``path``, as of a table with a column ``split``;
     fashion_mnist has its own."""
+    annotations: str | None = None
+    """coco: the COCO JSON file that lists the training images, with the boxes and masks of their objects
+    (docs/detection.md)."""
+    val_annotations: str | None = None
+    """coco: that of the validation images."""
     source: Any = None
     """A training source of your own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
     val_source: Any = None
@@ -116,6 +122,9 @@ class DataConfig:
     crop_zoom: list[float] | None = None
     """Training crops at the images' own resolution, enlarged by a factor from [least, most], instead of crop_scale and
     crop_ratio; where an image is smaller than the crop, by more, or with fit=pad it is padded."""
+    scale_jitter: list[float] | None = None
+    """objective=detect: training images are resized to fit data.image_size times a factor from [least, most], and cut
+    where they are larger then. None = a factor of 1."""
     windows_per_image: int = 1
     """Pretraining: how often an epoch takes a crop of each image, for large images and data.fit=pad or crop_zoom."""
     foreground: Any = None
@@ -181,6 +190,9 @@ class DataConfig:
         zoom = self.crop_zoom
         ok = zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf)
         check("data.crop_zoom", zoom, ok, "[least, most] with 0 < least <= most, or null")
+        jitter = self.scale_jitter
+        ok = jitter is None or (len(jitter) == 2 and 0 < jitter[0] <= jitter[1] < math.inf)
+        check("data.scale_jitter", jitter, ok, "[least, most] with 0 < least <= most, or null")
         ok = self.foreground is None or _is_foreground(self.foreground)
         expected = "{above: VALUE, share: SHARE}, or below or both, perhaps with tries from 1 to 100"
         check("data.foreground", self.foreground, ok, expected)

@@ -17,6 +17,7 @@ WHAT = {
     "imagefolder": "the folder of {} images, data.{}=FOLDER",
     "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
     "table": "the table of {} images, data.{}=FILE.csv",
+    "coco": "the folder of {} images, data.{}=FOLDER",
     "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
 }
 
@@ -46,6 +47,10 @@ def check_places(cfg: Any, run_dir: Path) -> None:
             _check_images(cfg.data, key)
         for key in ("target_path", "val_target_path"):
             _check_folders(key, getattr(cfg.data, key))
+        for key in ("annotations", "val_annotations"):
+            file = getattr(cfg.data, key)
+            if file is not None and not os.path.isfile(file):
+                mistake(f"data.{key}: no file {file}")
 
 
 def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
@@ -65,12 +70,12 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
 def _check_images(data: DataConfig, key: str) -> None:
     path = getattr(data, key)
     own = data.source is not None or data.val_source is not None
-    if own or data.name not in ("imagefolder", "webdataset", "table"):
+    if own or data.name not in ("imagefolder", "webdataset", "table", "coco"):
         return
     if path is None:
         mistake(not_set(data.name, key))
         return
-    if data.name == "imagefolder":
+    if data.name in ("imagefolder", "coco"):
         _check_folders(key, path)
         return
     for one in path if isinstance(path, list) else [path]:

@@ -16,6 +16,8 @@ LOCAL_DATA = (
     "val_path",
     "source",
     "val_source",
+    "annotations",
+    "val_annotations",
     "transforms",
     "split",
     "val_split",

@@ -13,7 +13,7 @@ PLACES = frozenset(
     {
         *("name", "init_from", "init_channels", "init_decoder"),
         *("data.path", "data.val_path", "data.val_source", "data.val_split"),
-        *("data.target_path", "data.val_target_path"),
+        *("data.target_path", "data.val_target_path", "data.annotations", "data.val_annotations"),
     }
 )
 """Keys outside these groups that may change, too: the same images may lie elsewhere, and a run with a checkpoint does

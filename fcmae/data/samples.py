@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.data.labels import Labels
+from fcmae.data.pixels.boxes import JitteredScale, WholeOnCanvas
 from fcmae.data.pixels.crops import RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, explained, open_image
 from fcmae.data.pixels.extra import Extra
@@ -19,6 +20,7 @@ from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
 from fcmae.data.sources import Sample, Source
+from fcmae.data.sources.coco import CocoImages
 from fcmae.masks import Mask, RandomMask, draw_scores
 from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 
@@ -196,6 +198,44 @@ class WholePairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return _pair(self.source, index, self.transform, self.target)
+
+
+class BoxedImages(Dataset[tuple[Tensor, ...]]):
+    """Samples for detection: the parts of :class:`fcmae.data.pixels.boxes.Boxed`, with ``most`` objects each."""
+
+    def __init__(self, source: Source, transform: JitteredScale, seed: int, most: int, masks: bool) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.most = most
+        self.masks = masks
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, ...]:
+        epoch, index = key
+        image, objects = self.source[index]
+        seed_globals(self.seed, Stream.AUGMENT, epoch, index)
+        with explained(self.source.describe(index)):
+            return tuple(self.transform(image, objects, self.masks).filled(self.most))
+
+
+class CanvasImages(Dataset[tuple[Tensor, Tensor]]):
+    """Whole images on a canvas, in the order of the source, for evaluation: (image, sizes ``[4]``)."""
+
+    def __init__(self, source: Source, transform: WholeOnCanvas) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, _ = self.source[index]
+        with explained(self.source.describe(index)):
+            canvas, sizes = self.transform(image)
+            if isinstance(self.source, CocoImages) and tuple(sizes[2:].tolist()) != self.source.size(index):
+                height, width = self.source.size(index)
+                raise ValueError(f"it has {sizes[3]}x{sizes[2]} pixels; its annotations say {width}x{height}")
+            return canvas, sizes
 
 
 class CroppedImages(Dataset[tuple[Tensor, int]]):

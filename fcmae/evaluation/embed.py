@@ -33,17 +33,18 @@ from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation.features import batches, gather
+from fcmae.evaluation.predict_boxes import Boxes, BoxNetwork, predict_boxes
 from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
 from fcmae.evaluation.run import data_of, opened
 from fcmae.files import check_output, output, write_output
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
-from fcmae.models.objective import DenseObjective
+from fcmae.models.objective import BoxObjective, DenseObjective
 from fcmae.models.pooled import pool_maps
 from fcmae.precision import autocast
 
 ROWS = (*LAYERS, "patches")
 """What a row may hold."""
-TABLES = {"embed": (".npz", ".parquet"), "predict": (".csv", ".npz", ".parquet")}
+TABLES = {"embed": (".npz", ".parquet"), "predict": (".csv", ".npz", ".parquet", ".json")}
 """Endings of the files that each command writes."""
 
 
@@ -94,13 +95,13 @@ def embed(
         return lambda imgs: _features(backbone, imgs, layer, stages), [], False
 
     rows = _rows(checkpoint, images, create, out, "embed", "features", **options)
-    assert not isinstance(rows, Maps)
+    assert not isinstance(rows, Maps | Boxes)
     return rows
 
 
 def predict(
     checkpoint: str | os.PathLike[str], images: Any, *, out: str | os.PathLike[str] | None = None, **options: Any
-) -> Rows | Maps | None:
+) -> Rows | Maps | Boxes | None:
     """Predictions for images by a fine-tuned checkpoint: the probability of each class, or the numbers it learned.
 
     Arguments and result are those of :func:`embed`; ``columns`` are the classes, labels or numbers. ``out`` may be a
@@ -108,10 +109,11 @@ def predict(
     its probability.
 
     After an objective with target maps, such as ``objective=segment``, the result is a :class:`.Maps`: a map for each
-    whole image. ``out`` is then a folder for a file per image.
+    whole image. ``out`` is then a folder for a file per image. After ``objective=detect`` it is a :class:`.Boxes`, and
+    ``out`` a .json file of COCO's results or a .csv file.
     """
 
-    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> _Network | MapNetwork:
+    def create(state: State, file: Path, world: World, ema: bool, allow: Sequence[str]) -> Any:
         if state["task"] != "finetune":
             task = f"{file} is of the task {state['task']!r} and predicts nothing"
             raise CheckpointError(f"{task}; fine-tune it, or use fcmae embed")
@@ -124,6 +126,8 @@ def predict(
         classes: list[str] = state.get("classes") or []
         if isinstance(objective, DenseObjective):
             return MapNetwork(model, objective, classes)
+        if isinstance(objective, BoxObjective):
+            return BoxNetwork(model, classes, objective.state_dict().get("category_ids") or [])
 
         def network(imgs: Tensor) -> Tensor:
             outputs = model(imgs)
@@ -152,12 +156,12 @@ def _features(backbone: ConvNeXt, imgs: Tensor, layer: str, stages: Sequence[int
 def _rows(
     checkpoint: str | os.PathLike[str],
     images: Any,
-    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork],
+    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork | BoxNetwork],
     out: str | os.PathLike[str] | None,
     command: str,
     name: str,
     **how: Any,
-) -> Rows | Maps | None:
+) -> Rows | Maps | Boxes | None:
     """Runs a network over images, the ranks sharing them, and writes the rows."""
     checkpoint, out = os.fspath(checkpoint), None if out is None else os.fspath(out)
     one, several = isinstance(images, (str, os.PathLike)), isinstance(images, (list, tuple))
@@ -172,19 +176,19 @@ def _rows(
 def _of_paths(
     checkpoint: str,
     images: Sequence[str],
-    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork],
+    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork | BoxNetwork],
     out: str | None,
     command: str,
     name: str,
     ema: bool = True,
     allow: Sequence[str] = (),
     **how: Any,
-) -> Rows | Maps | None:
+) -> Rows | Maps | Boxes | None:
     table = out is None or Path(out).suffix in TABLES[command]
-    expected = f"a file whose name ends in {' or '.join(TABLES[command])}"
+    expected = f"a file whose name ends in {' or '.join(TABLES[command][:3])}"
     check("--out", out, table or command == "predict", expected)
     if out is not None and table:
-        check_output("--out", out, [checkpoint, *images])
+        check_output("--out", out, [checkpoint, *images], json=out.endswith(".json"))
         if out.endswith(".parquet"):
             _arrow()
     loader = from_dotlist(LoaderConfig, [image for image in images if _overrides(image, "loader")], "loader")
@@ -199,7 +203,9 @@ def _of_paths(
         if isinstance(made, MapNetwork):
             check("--out", out, out is None or not table, f"a folder, because {file} predicts a map per image")
             return predict_maps(made, source, cfg, data, world, out)
-        check("--out", out, table, expected)
+        if isinstance(made, BoxNetwork):
+            return predict_boxes(made, source, cfg, data, world, out)
+        check("--out", out, table and Path(out or "").suffix != ".json", expected)
         network, columns, exclusive = made
         shares = list(zip(*_share(network, source, cfg, data, world), strict=True))
         values, places = (gather(torch.cat(parts), world).cpu() for parts in shares)

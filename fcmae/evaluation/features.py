@@ -14,7 +14,7 @@ from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalized
-from fcmae.data.samples import CroppedImages, EvaluationImages, WholePairs
+from fcmae.data.samples import CanvasImages, CroppedImages, EvaluationImages, WholePairs
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
@@ -42,7 +42,7 @@ class Images(NamedTuple):
 class _Placed(Dataset[tuple[Tensor, Any, int]]):
     """Samples with their places."""
 
-    def __init__(self, dataset: EvaluationImages | CroppedImages | WholePairs) -> None:
+    def __init__(self, dataset: EvaluationImages | CroppedImages | WholePairs | CanvasImages) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ def batches(
     loader: LoaderConfig,
     batch_size: int,
     world: World,
-    dataset: CroppedImages | EvaluationImages | WholePairs | None = None,
+    dataset: CroppedImages | EvaluationImages | WholePairs | CanvasImages | None = None,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Images]:
     """This rank's share of the source, see :func:`share_of`.

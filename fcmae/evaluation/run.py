@@ -39,6 +39,7 @@ from fcmae.data.pixels.transforms import CentreCrop, eval_transform, normalize_c
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
 from fcmae.data.sources.check_maps import check_maps
+from fcmae.data.sources.create import boxed_source
 from fcmae.data.sources.map_files import map_key, mapped_source
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
@@ -46,6 +47,7 @@ from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.class_metrics import class_metrics
 from fcmae.evaluation.classify import accuracy, predictions
+from fcmae.evaluation.detections import check_canvas, detections
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
@@ -57,7 +59,7 @@ from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
-from fcmae.models.objective import DenseObjective
+from fcmae.models.objective import BoxObjective, DenseObjective
 
 
 @contextlib.contextmanager
@@ -165,6 +167,8 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
     if isinstance(objective, DenseObjective):
         return _evaluate_maps(cfg, file, state, world, objective, data)
+    if isinstance(objective, BoxObjective):
+        return _evaluate_boxes(cfg, file, state, world, objective, data)
     source = val_source(data, cfg.loader)
     classes: list[str] = state.get("classes") or []
     tables = cfg.per_class is not None or cfg.confusion is not None
@@ -225,6 +229,27 @@ def _evaluate_maps(
         if counts is None:
             raise UsageError(f"confusion must be null: the targets of {file} are no classes")
         world.on_main(lambda: _write_tables(cfg, state.get("classes") or [], counts))
+    return result if world.is_main else None
+
+
+def _evaluate_boxes(
+    cfg: EvaluateConfig, file: Path, state: State, world: World, objective: BoxObjective, data: DataConfig
+) -> dict[str, float] | None:
+    """The same for an objective with boxes, on whole images."""
+    for name in ("labels", "per_class", "confusion"):
+        check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts boxes")
+    boxed = world.together(lambda: boxed_source(data, cfg.loader, train=False))
+    source, notes = objective.validation(boxed, "data.val_annotations", str(file))
+    for note in [*boxed.notes, *notes] if world.is_main else ():
+        say(note)
+    result: dict[str, float] = {}
+    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
+        model = model_of(state, file, ema, cfg.allow).to(world.device)
+        check_canvas(data, model)
+        metrics = objective.metrics(
+            detections(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world), world
+        )
+        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
     return result if world.is_main else None
 
 

@@ -30,7 +30,7 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.fcmae import LOG_VAR, init_official
 from fcmae.models.headed import Headed, backbone_of
-from fcmae.models.objective import DenseObjective, Objective
+from fcmae.models.objective import BoxObjective, DenseObjective, Objective
 from fcmae.plugins import create, named_by
 from fcmae.randomness import Stream, seed_globals
 from fcmae.targets import create_target
@@ -90,7 +90,7 @@ def build_network(cfg: FinetuneConfig, objective: Objective) -> ConvNeXt | Heade
     backbone = build_classifier(cfg.model, cfg.data.in_chans, objective.outputs or 0, cfg.seed)
     if objective.outputs is not None:
         return backbone
-    if isinstance(objective, DenseObjective):
+    if isinstance(objective, DenseObjective | BoxObjective):
         head: Any = objective.decoder(*stage_shapes(backbone))
     else:
         head = objective.head(stage_shapes(backbone)[0])
@@ -285,7 +285,9 @@ def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] 
         objective = objective_of(state, cfg)
         whole = partial(build_network, cfg, objective)
         backbone = partial(_create, cfg.model, cfg.data.in_chans, num_classes=objective.outputs or 0)
-        check_size(whole if isinstance(objective, DenseObjective) else backbone, cfg.model, weights, path)
+        check_size(
+            whole if isinstance(objective, DenseObjective | BoxObjective) else backbone, cfg.model, weights, path
+        )
         model = build_network(cfg, objective)
     load_state(model, weights, path)
     return model.eval()

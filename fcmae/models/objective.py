@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fcmae.config import FinetuneConfig, LoaderConfig
 from fcmae.data.sources import Sample, Source
 from fcmae.distributed import World
+from fcmae.models.detector import Detector
 
 
 class Predictions(NamedTuple):
@@ -128,3 +129,25 @@ class DenseObjective(Objective):
             predicted: averaged predictions ``[K, H, W]``.
         """
         return []
+
+
+class BoxObjective(Objective):
+    """An objective whose target is the boxes, and perhaps the masks, of the objects in an image.
+
+    The head is a :class:`fcmae.models.detector.Detector`, which has losses of its own, so :meth:`loss` is not called.
+    :meth:`metrics` gets what it found in whole images: outputs are lists of :class:`fcmae.models.detector.Found` in
+    pixels of the image, targets lists of :class:`fcmae.data.sources.coco.Objects`.
+    """
+
+    outputs = None
+    num_classes = None
+    classes: list[str]
+    """Names of the classes of objects."""
+    masks: bool
+    """Whether masks are predicted, too."""
+    most: int
+    """Most objects of a training image."""
+
+    def decoder(self, dims: list[int], strides: list[int]) -> Detector:
+        """A detector on the feature maps ``[N, dims[i], H / strides[i], W / strides[i]]`` of all stages."""
+        raise NotImplementedError

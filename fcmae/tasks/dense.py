@@ -1,17 +1,18 @@
-"""The samples of fine-tuning: images with labels, or with target maps that are checked first."""
+"""The samples of fine-tuning: images with labels, or with target maps or boxes that are checked first."""
 
 from fcmae.config import FinetuneConfig
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.check_maps import check_maps
+from fcmae.data.sources.create import boxed_source
 from fcmae.data.sources.map_files import map_key, mapped_source
 from fcmae.errors import ConfigError
-from fcmae.models.objective import DenseObjective, Objective
+from fcmae.models.objective import BoxObjective, DenseObjective, Objective
 
 
 def sourced(cfg: FinetuneConfig, objective: Objective, train: bool) -> tuple[Source, list[str]]:
-    """The training or validation samples, and what the user should know of their target maps, a line each.
+    """The training or validation samples, and what the user should know of their targets, a line each.
 
-    Raises UsageError, a ConfigError for maps that do not fit.
+    Raises UsageError, a ConfigError for targets that do not fit.
     """
     if not isinstance(objective, DenseObjective):
         for name in ("target_path", "val_target_path", "target_column"):
@@ -19,6 +20,9 @@ def sourced(cfg: FinetuneConfig, objective: Objective, train: bool) -> tuple[Sou
             if value is not None:
                 of = f"objective: {cfg.objective['_target_']}, which reads no maps"
                 raise ConfigError(f"data.{name} must be null with {of}; got {value!r}")
+        if isinstance(objective, BoxObjective):
+            boxed = boxed_source(cfg.data, cfg.loader, train)
+            return boxed, boxed.notes
         return (train_source if train else val_source)(cfg.data, cfg.loader), []
     objective.max_pixels = cfg.loader.max_pixels
     source = mapped_source(cfg.data, cfg.loader, train)

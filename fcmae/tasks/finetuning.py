@@ -11,22 +11,25 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from fcmae.config import FinetuneConfig, check_channels
+from fcmae.data.pixels.boxes import JitteredScale
 from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
-from fcmae.data.samples import LabelledImages, PairedImages
+from fcmae.data.samples import BoxedImages, LabelledImages, PairedImages
 from fcmae.data.sources import Source, few_labels, gives_float, some_images
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.classify import predictions
+from fcmae.evaluation.detections import check_canvas, detections
 from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
+from fcmae.models.detector import Detector, Targets
 from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.models.headed import Headed, backbone_of, freeze
-from fcmae.models.objective import DenseObjective, Objective
+from fcmae.models.objective import BoxObjective, DenseObjective, Objective
 from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
 from fcmae.tasks.dense import sourced
@@ -70,6 +73,8 @@ class Finetuning:
         if isinstance(self.objective, DenseObjective):
             check_image_size(cfg.data, self.model)
             check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
+        if isinstance(self.objective, BoxObjective):
+            check_canvas(cfg.data, self.model)
         freeze(self.model, cfg.freeze)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
@@ -82,12 +87,17 @@ class Finetuning:
             self.notes.append(load_initial(self.model, self.start.path, *how))
 
     def _transform(self) -> Any:
-        """What makes a sample of an image, or of an image and its target map."""
+        """What makes a sample of an image, or of an image and its target map or objects."""
         cfg = self.cfg
-        dense = isinstance(self.objective, DenseObjective)
-        return (PairTransform if dense else finetune_transform)(cfg.data, cfg.augment, cfg.loader.max_pixels)
+        how: Any = finetune_transform
+        for kind, of_kind in ((DenseObjective, PairTransform), (BoxObjective, JitteredScale)):
+            how = of_kind if isinstance(self.objective, kind) else how
+        return how(cfg.data, cfg.augment, cfg.loader.max_pixels)
 
     def dataset(self) -> Dataset:
+        of = self.objective
+        if isinstance(of, BoxObjective):
+            return BoxedImages(self.source, self.transform, self.cfg.seed, of.most, of.masks)
         samples = PairedImages if isinstance(self.objective, DenseObjective) else LabelledImages
         return samples(self.source, self.transform, self.cfg.seed, self.objective.target)
 
@@ -109,6 +119,8 @@ class Finetuning:
         return drawn
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None = None) -> Losses:
+        if isinstance(self.objective, BoxObjective):
+            return self._box_loss(model, batch, weight)
         imgs, targets, self.keys.values, *mixes = batch
         if mixes:
             imgs, targets = self.mixup(imgs, targets, *mixes)
@@ -119,6 +131,17 @@ class Finetuning:
                 f"{self._named()}: loss must give one value per sample [{len(imgs)}]; got {list(losses.shape)}"
             )
         return _mean(losses, weight), {name: _mean(part.detach(), weight) for name, part in parts.items()}
+
+    def _box_loss(self, model: nn.Module, batch: Sequence[Tensor], weight: Tensor | None) -> Losses:
+        """Of a detector, which takes part in its loss."""
+        imgs, *targets, keys = batch
+        self.keys.values = keys
+        assert isinstance(model, Headed)
+        assert isinstance(model.head, Detector)
+        parts = model.head.losses(self._maps(model, imgs), Targets(*targets), keys)
+        return _mean(sum(parts.values(), torch.zeros_like(keys, dtype=torch.float32)), weight), {
+            name: _mean(part.detach(), weight) for name, part in parts.items()
+        }
 
     def _named(self) -> str:
         return f"objective: {self.cfg.objective['_target_']}"
@@ -138,14 +161,17 @@ class Finetuning:
             raise ConfigError(f"data.labels_per_class must be null with {self._named()}, whose targets are no classes")
 
     def _outputs(self, model: nn.Module, imgs: Tensor) -> Any:
-        engine = self.cfg.engine
-        if engine.name == "timm":
+        if self.cfg.engine.name == "timm":
             return model(imgs)
-        maps = dense(backbone_of(model), imgs, compiled=self._compiled, recompute_stages=engine.recompute_stages)
+        maps = self._maps(model, imgs)
         if isinstance(model, Headed):
             return model.head(maps)
         assert isinstance(model, ConvNeXt)
         return model.forward_head(maps[-1])
+
+    def _maps(self, model: nn.Module, imgs: Tensor) -> list[Tensor]:
+        how: dict[str, Any] = {"compiled": self._compiled, "recompute_stages": self.cfg.engine.recompute_stages}
+        return dense(backbone_of(model), imgs, **how)
 
     def _measure(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}
@@ -160,6 +186,8 @@ class Finetuning:
             if isinstance(of, DenseObjective):
                 pictures = MapPictures(of, cfg.data, cfg.logger.channels)
                 share = whole_predictions(network, of, *how, pictures if world.is_main else None)
+            elif isinstance(of, BoxObjective):
+                share = detections(network, *how)
             else:
                 share = predictions(network, *how, of.target)
             result = of.metrics(share, world)

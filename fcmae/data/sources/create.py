@@ -6,6 +6,7 @@ from fcmae.config import DataConfig, LoaderConfig, not_set
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.remote.access import Access
 from fcmae.data.sources.base import Source
+from fcmae.data.sources.coco import CocoImages, CocoObjects
 from fcmae.data.sources.fashion_mnist import FashionMNIST
 from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.own import create_own, gives_float
@@ -45,11 +46,13 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
         return Synthetic(cfg.length, cfg.layout.of, cfg.size)
     if cfg.name == "fashion_mnist":
         return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
-    same = train or (cfg.name in ("hf", "table") and cfg.val_path is None)  # a data set of which another split is read
+    same = train or (
+        cfg.name in ("hf", "table", "coco") and cfg.val_path is None
+    )  # a data set of which another split is read
     name, path = ("path", cfg.path) if same else ("val_path", cfg.val_path)
     if path is None:
         raise UsageError(not_set(cfg.name, name))
-    if cfg.name in ("hf", "table"):
+    if cfg.name in ("hf", "table", "coco"):
         path = _one(path, f"data.{name}", cfg.name)
     try:
         return _open(cfg, loader, path, train)
@@ -68,6 +71,8 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
         split = cfg.split if train else cfg.val_split
         return HuggingFace(path, split, cfg.image_column, cfg.label_column, *which, access=_access(path, loader))
+    if cfg.name == "coco":
+        return CocoImages(_annotations(cfg, train), path, annotations_key(train))
     if cfg.name == "table":
         split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
         return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column)
@@ -89,3 +94,28 @@ def _one(path: Any, key: str, name: str) -> Any:
     if isinstance(path, list):
         raise UsageError(f"{key} must be one path with data.name={name}; got {path}")
     return path
+
+
+def annotations_key(train: bool) -> str:
+    """The key that names the COCO JSON file."""
+    return "data.annotations" if train else "data.val_annotations"
+
+
+def _annotations(cfg: DataConfig, train: bool) -> str:
+    file = cfg.annotations if train else cfg.val_annotations
+    if file is None:
+        key = annotations_key(train)
+        raise ConfigError(f"{key} is not set; give the COCO JSON file of the images, {key}=FILE.json")
+    return file
+
+
+def boxed_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> CocoObjects:
+    """The images of a COCO JSON file with their objects. Raises UsageError naming what is missing or wrong."""
+    if cfg.name != "coco" or cfg.source is not None or cfg.val_source is not None:
+        raise ConfigError(f"data.name must be coco with objective=detect, without a source of your own; got {cfg.name}")
+    name = "path" if train or cfg.val_path is None else "val_path"
+    folder = getattr(cfg, name)
+    if folder is None:
+        raise UsageError(not_set(cfg.name, name))
+    folder = _one(folder, f"data.{name}", cfg.name)
+    return CocoObjects(_annotations(cfg, train), folder, annotations_key(train), loader.on_error == "skip")

@@ -1,0 +1,79 @@
+"""What a detector finds in whole images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.config import DataConfig, LoaderConfig
+from fcmae.data.pixels.boxes import WholeOnCanvas
+from fcmae.data.samples import CanvasImages
+from fcmae.data.sources import Source
+from fcmae.data.sources.coco import CocoObjects
+from fcmae.distributed import World
+from fcmae.engines.dense import dense
+from fcmae.errors import ConfigError
+from fcmae.evaluation.features import batches, never
+from fcmae.models.backbone import stage_shapes
+from fcmae.models.detector import Detector, Found
+from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.objective import Predictions
+from fcmae.precision import autocast
+
+
+def found_in(
+    model: nn.Module,
+    source: Source,
+    cfg: DataConfig,
+    loader: LoaderConfig,
+    batch_size: int,
+    precision: str,
+    world: World,
+    stop: Callable[[], bool] = never,
+) -> Iterator[tuple[list[Found], list[tuple[int, int]], Tensor]]:
+    """This rank's share of the source, in batches: what is found in each image, in its own pixels, on the CPU; the
+    heights and widths of the images; their places ``[N]``.
+
+    ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
+    """
+    model.eval()
+    dataset = CanvasImages(source, WholeOnCanvas(cfg, loader.max_pixels))
+    for imgs, sizes, places in batches(source, cfg, loader, batch_size, world, dataset, stop):
+        with torch.inference_mode(), autocast(world.device, precision):
+            found = detect(model, imgs, sizes[:, :2])
+        rows = [(each, size) for each, size in zip(found, sizes.tolist(), strict=True)]
+        yield [_in_file(*row) for row in rows], [(size[2], size[3]) for _, size in rows], places
+
+
+def detect(model: nn.Module, imgs: Tensor, extents: Tensor) -> list[Found]:
+    """What a detector finds in normalised images on a canvas ``[N, C, H, W]``; see :meth:`.Detector.forward`."""
+    assert isinstance(model, Headed)
+    assert isinstance(model.head, Detector)
+    return model.head(dense(model.backbone, imgs), extents)
+
+
+def _in_file(found: Found, sizes: Sequence[int]) -> Found:
+    """In pixels of the image's file instead of the canvas."""
+    rows, cols, height, width = sizes
+    boxes = found.boxes.cpu().double() * torch.tensor([width / cols, height / rows] * 2, dtype=torch.float64)
+    most = torch.tensor([width, height] * 2, dtype=torch.float64)
+    masks = None if found.masks is None else found.masks.cpu()
+    return Found(torch.minimum(boxes, most).float(), found.classes.cpu(), found.scores.cpu(), masks)
+
+
+def detections(model: nn.Module, source: Source, *how: Any) -> Iterator[Predictions]:
+    """:func:`found_in`, with the objects of images as targets."""
+    assert isinstance(source, CocoObjects)
+    for found, _, places in found_in(model, source, *how):
+        yield Predictions(found, [source.objects(place) for place in places.tolist()], places)  # type: ignore[arg-type]
+
+
+def check_canvas(cfg: DataConfig, model: nn.Module) -> None:
+    """Raises ConfigError unless the sides of the canvas are multiples of the network's total stride."""
+    stride = stage_shapes(backbone_of(model))[1][-1]
+    if any(side % stride for side in cfg.size):
+        raise ConfigError(
+            f"data.image_size must be a multiple of {stride}, the total stride, with objective=detect; got "
+            f"{list(cfg.size)}"
+        )

@@ -1,0 +1,111 @@
+"""``fcmae predict`` with boxes: COCO's results, or a table."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fcmae.checkpoints.resume import say
+from fcmae.config import CheckpointConfig, DataConfig, check
+from fcmae.data.sources.base import locate
+from fcmae.data.sources.coco import CocoImages
+from fcmae.data.sources.images import Joined
+from fcmae.distributed import World
+from fcmae.evaluation.coco_metrics import rows
+from fcmae.evaluation.detections import check_canvas, found_in
+from fcmae.files import write_output
+from fcmae.models.detector import Found
+
+ENDINGS = (".json", ".csv")
+
+
+class BoxNetwork(NamedTuple):
+    """A network that predicts boxes, the names of its classes, and their ids in the training annotations."""
+
+    model: nn.Module
+    columns: list[str]
+    ids: list[int]
+
+
+class Boxes(NamedTuple):
+    """The objects found in each image that could be read, in the order in which the images were given.
+
+    ``paths``: what names each image. ``boxes``: float32 ``[n, 4]`` each, left, top, right, bottom in pixels.
+    ``classes``: int64 ``[n]``, places in ``columns``. ``scores``: float32 ``[n]``, the highest first. ``masks``: COCO's
+    run lengths of each object, if the network predicts masks. ``columns``: names of classes.
+    """
+
+    paths: list[str]
+    boxes: list[Tensor]
+    classes: list[Tensor]
+    scores: list[Tensor]
+    masks: list[list[dict[str, Any]]]
+    columns: list[str]
+
+
+def predict_boxes(
+    network: BoxNetwork, source: Joined, cfg: CheckpointConfig, data: DataConfig, world: World, out: str | None
+) -> Boxes | None:
+    """Predicts whole images, the ranks sharing them, and writes them to ``out``. None on ranks other than the first."""
+    expected = "a file whose name ends in .json or .csv"
+    check("--out", out, out is None or Path(out).suffix in ENDINGS, expected)
+    check_canvas(data, network.model)
+    done: list[tuple[int, Found, list[dict[str, Any]]]] = []
+    for found, sizes, places in found_in(network.model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world):
+        done += [
+            (place, each._replace(masks=None), rows(each, size))
+            for place, each, size in zip(places.tolist(), found, sizes, strict=True)
+        ]
+    if world.size > 1:
+        parts: list[Any] = [None] * world.size
+        dist.all_gather_object(parts, done)
+        done = [each for part in parts for each in part]
+    if not world.is_main:
+        return None
+    done.sort(key=lambda each: each[0])
+    if len(done) < len(source):
+        say(f"{len(source) - len(done)} of {len(source)} images could not be read and are left out")
+    if out is not None:
+        given = [(_image_id(source, place), source.describe(place), found) for place, _, found in done]
+        write_output("--out", out, (_json if out.endswith(".json") else _csv)(given, network))
+    found = [each for _, each, _ in done]
+    masks = [[row["segmentation"] for row in each if "segmentation" in row] for _, _, each in done]
+    paths = [source.describe(place) for place, _, _ in done]
+    boxes, classes, scores = zip(*(each[:3] for each in found), strict=True) if found else ((), (), ())
+    return Boxes(paths, list(boxes), list(classes), list(scores), masks, network.columns)
+
+
+def _image_id(source: Joined, place: int) -> int:
+    """That of the COCO file which lists the image; of other images the place."""
+    part, index = locate(source.ends, place)
+    images = source.sources[part]
+    return images.ids[index] if isinstance(images, CocoImages) else place
+
+
+Images = list[tuple[int, str, list[dict[str, Any]]]]
+"""Id, name and objects of each image."""
+
+
+def _json(images: Images, network: BoxNetwork) -> str:
+    results = [
+        {"image_id": identity, "file_name": name, **row, "category_id": network.ids[row["category_id"]]}
+        for identity, name, found in images
+        for row in found
+    ]
+    return json.dumps(results)
+
+
+def _csv(images: Images, network: BoxNetwork) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", "class", "score", "left", "top", "right", "bottom"])
+    for _, name, found in images:
+        for row in found:
+            left, top, width, height = row["bbox"]
+            numbers = (row["score"], left, top, left + width, top + height)
+            writer.writerow([name, network.columns[row["category_id"]], *(f"{x:.6g}" for x in numbers)])
+    return text.getvalue()
