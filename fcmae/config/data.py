@@ -60,6 +60,12 @@ class DataConfig:
     """table: the column of the files with target maps, as ``target_path``."""
     root: str | None = None
     """table: the folder to which its paths are relative and which they may not leave; None = the table's own."""
+    extensions: Any = None
+    """imagefolder, webdataset: the endings of image files, a list such as [.jpg,.scan]; "" = names without one; "*" =
+    all files. None = those of the formats that are read (docs/pixels.md)."""
+    keys: str = "auto"
+    """webdataset: where the names of samples end: ``first_dot`` or ``last_dot`` of the files' names; ``auto`` = at the
+    first, unless names themselves have dots (docs/data.md)."""
     dataset: str | None = None
     """array: the array's name in an HDF5 file or a Zarr group; None = the only one, of OME-Zarr the largest
     resolution."""
@@ -165,6 +171,8 @@ class DataConfig:
         check_one_of("data.name", self.name, SOURCES)
         for name in ("path", "val_path", "target_path", "val_target_path"):
             setattr(self, name, _paths(f"data.{name}", getattr(self, name)))
+        check_one_of("data.keys", self.keys, ("auto", "first_dot", "last_dot"))
+        self.extensions = _endings(self.extensions)
         self.label_column = _columns(self.name, self.label_column)
         check_one_of("data.planes_as", self.planes_as, ("channels", "samples"))
         ok = self.planes is None or (self.planes and all(plane >= 0 for plane in self.planes))
@@ -292,6 +300,15 @@ def _is_foreground(given: Any) -> bool:
     tries = given.get("tries", 1)
     bounds = {"above", "below"} & set(given)
     return numbers and bool(bounds) and 0 < given["share"] <= 1 and type(tries) is int and 1 <= tries <= 100
+
+
+def _endings(value: Any) -> list[str] | None:
+    """In lower case."""
+    values = list(value) if isinstance(value, (list, tuple)) else value
+    ok = values is None or (isinstance(values, list) and bool(values))
+    ok = ok and all(isinstance(x, str) and (x in ("", "*") or x[:1] == ".") for x in values or [])
+    check("data.extensions", value, ok, 'a list of endings such as [.jpg,.scan], of "" or of "*", or null')
+    return [x.lower() for x in values] if ok and values is not None else None
 
 
 def _columns(name: str, value: Any) -> str | list[str] | None:

@@ -34,7 +34,7 @@ ARRAYS = (".zarr", ".h5", ".hdf5", ".npy", ".tif", ".tiff", ".svs")
 class Seen(NamedTuple):
     """What one image is like; of channels ``[C]``."""
 
-    index: int
+    number: int
     name: str
     kind: str
     size: tuple[int, int]
@@ -84,7 +84,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
         print(line)
     if not survey.seen:
         return 1
-    chosen = [seen.index for seen in survey.seen[:SHOWN]], [seen.index for seen, _ in odd]
+    chosen = [seen.number for seen in survey.seen[:SHOWN]], [seen.number for seen, _ in odd]
     picture = draw(source, *chosen, loader.max_pixels)
     if sheet is None:
         sheet = os.path.join(tempfile.mkdtemp(prefix="fcmae-"), "contact_sheet.png")

@@ -82,7 +82,8 @@ def open_tiff_file(file: IO[bytes] | mmap.mmap, data: bytes | mmap.mmap) -> Any:
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # exceptions say the same
     _check_pages(data)
     closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
-    return tifffile.TiffFile(file, **closed)
+    stream: Any = file  # also a mapped file, which has what tifffile needs of one
+    return tifffile.TiffFile(stream, **closed)
 
 
 def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats: bool = False) -> np.ndarray:

@@ -3,6 +3,7 @@
 import functools
 import operator
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,9 +98,10 @@ def _read(
     counts: np.ndarray | None = None
     with tqdm(total=len(chosen), desc="reading", unit=" images", disable=None) as bar:
         for i, part in in_processes(worker_count(cfg), count_images if count else sum_images, source, chunks):
-            if isinstance(part, tuple):
-                counts = part[1] if counts is None else counts + part[1]
-            parts[i] = part[0] if isinstance(part, tuple) else part
+            found: tuple[Any, ...] = part if isinstance(part, tuple) else (part,)
+            parts[i] = found[0]
+            if count:
+                counts = found[1] if counts is None else counts + found[1]
             bar.update(len(chunks[i][0]))
     sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in the order of the chunks
     if upper is None:

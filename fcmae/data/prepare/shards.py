@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.pixels.crops import resize
-from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, open_image, to_stored
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, explained, open_image, to_stored
 from fcmae.data.pixels.dicom import is_dicom
-from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.pixels.formats import EXTENSIONS, FORMATS, open_picture
 from fcmae.data.pixels.jpeg2000 import CODESTREAM, JP2_MAGIC
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
@@ -86,16 +86,17 @@ def encode(image: Encoded | Tensor | LazyImage, how: Encoding) -> tuple[str, byt
 
 
 def ending_of(image: Encoded) -> str:
-    """The ending of an image file, by its bytes, else by its name. Raises ImageError."""
+    """The ending of an image file, by its first bytes, its name, or what reads it. Raises ImageError."""
     for magic, ending in MAGICS.items():
         if image.data.startswith(magic):
             return ending
     if is_dicom(image.data):
         return "dcm"
     ending = os.path.splitext(image.name)[1].lower()
-    if ending not in EXTENSIONS:
-        raise ImageError(image.name, "neither its bytes nor its name say its format")
-    return ending[1:]
+    if ending in EXTENSIONS:
+        return ending[1:]
+    with explained(image.name), open_picture(image.data) as opened:
+        return FORMATS[str(opened.format)][0][1:]
 
 
 def _encode_pixels(pixels: Tensor, to: PixelFormat, quality: int | None) -> tuple[str, bytes]:

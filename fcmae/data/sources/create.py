@@ -4,6 +4,7 @@ from typing import Any
 
 from fcmae.config import DataConfig, LoaderConfig, not_set
 from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.remote.access import Access
 from fcmae.data.sources.base import Source
 from fcmae.data.sources.coco import CocoImages, CocoObjects
@@ -12,6 +13,7 @@ from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.own import create_own, gives_float
 from fcmae.data.sources.synthetic import Synthetic
 from fcmae.data.sources.table import TableImages
+from fcmae.data.sources.tar_names import Rule
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import ConfigError, UsageError
 from fcmae.urls import is_remote
@@ -64,7 +66,8 @@ def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
 
 def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Source:
     if cfg.name == "webdataset":
-        return WebDataset(path, loader.on_error == "skip", loader.relist, _access(path, loader))
+        rule = Rule(tuple(cfg.extensions or EXTENSIONS), cfg.keys)
+        return WebDataset(path, loader.on_error == "skip", loader.relist, _access(path, loader), rule)
     if cfg.name == "hf":
         from fcmae.data.sources.huggingface import HuggingFace
 
@@ -82,7 +85,7 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         to, read, planes = PixelFormat.of(cfg, loader.max_pixels), cfg.layout, (cfg.planes, cfg.planes_as)
         needed = None if read.input is None else [*read.input, *read.extra]
         return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, needed, cfg.label_column)
-    return ImageFolder(path, loader.relist)
+    return ImageFolder(path, loader.relist, cfg.extensions or EXTENSIONS)
 
 
 def _access(path: Any, loader: LoaderConfig) -> Access | None:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fcmae.data.pixels.decode import read_file
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Sample, locate
 from fcmae.data.sources.listing import list_folder
+from fcmae.messages import print_once_rank0
 
 
 class ImageFolder:
@@ -17,11 +19,18 @@ class ImageFolder:
     Args:
         folders: one or several, whose images make one source in this order.
         relist: list them again even if nothing has changed.
+        extensions: endings of image files, see :func:`~fcmae.data.sources.listing.list_folder`.
     """
 
-    def __init__(self, folders: str | Path | Sequence[str | Path], relist: bool = False) -> None:
-        given = [folders] if isinstance(folders, (str, Path)) else folders
-        self.listings = [list_folder(Path(folder), relist) for folder in given]
+    def __init__(
+        self,
+        folders: str | Path | Sequence[str | Path],
+        relist: bool = False,
+        extensions: Sequence[str] = EXTENSIONS,
+    ) -> None:
+        given = [Path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
+        _tell_twice(given)
+        self.listings = [list_folder(folder, relist, extensions) for folder in given]
         self.ends = list(itertools.accumulate(map(len, self.listings)))
         self.classes: list[str] | None = None
         if all(listing.is_labelled for listing in self.listings):
@@ -56,3 +65,13 @@ class ImageFolder:
         """The number of the folder that has the image, and the image's path in it."""
         folder, position = locate(self.ends, index)
         return folder, self.listings[folder].names[position]
+
+
+def _tell_twice(folders: Sequence[Path]) -> None:
+    """A line for each folder whose images are read twice."""
+    found = [folder.resolve() for folder in folders]
+    for i, folder in enumerate(found):
+        for j, other in enumerate(found):
+            if i != j and folder.is_relative_to(other) and (folder != other or i > j):
+                print_once_rank0(f"{folders[i]} lies in {folders[j]}: its images are read twice")
+                break

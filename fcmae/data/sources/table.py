@@ -14,6 +14,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
 from fcmae.errors import ConfigError, UsageError, shown
+from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
@@ -67,6 +68,7 @@ class TableImages:
         self.rows = rows
         folder = Path(root or self.table.parent)
         self.paths = _inside(self.table, [table[column][row] for row in rows], rows, folder)
+        _tell_twice(self.table, self.paths)
         self.targets: list[str] | None = None
         if target_column is not None:
             files = _get(self.table, table, target_column, "data.target_column")
@@ -102,6 +104,14 @@ class TableImages:
 
     def describe(self, index: int) -> str:
         return self.paths[index]
+
+
+def _tell_twice(table: Path, paths: Sequence[str]) -> None:
+    """A line if several rows name the same file."""
+    seen = set[str]()
+    twice = [path for path in paths if path in seen or seen.add(path)]  # type: ignore[func-returns-value]  # None
+    if twice:
+        print_once_rank0(f"{table}: {len(twice):,} rows name the file of an earlier row, such as {shown(twice[0])}")
 
 
 def read_table(path: Path) -> Table:

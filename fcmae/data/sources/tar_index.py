@@ -12,15 +12,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.data.sources.tar_headers import DamagedError, Member, members
-from fcmae.data.sources.tar_names import at_last_dot, choose_split, is_image
+from fcmae.data.sources.tar_names import LABELS, Rule, at_last_dot, choose_split
 from fcmae.errors import UsageError, shown
 from fcmae.opening import open_regular
 
 SUFFIX = ".fcmae-index"
-FORMAT = 2
+FORMAT = 3
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_BYTES = 2**20
@@ -76,7 +75,7 @@ class ShardIndex:
         return int(self.labels.max(initial=NO_LABEL))
 
 
-def index_shard(shard: Path, reindex: bool = False) -> ShardIndex:
+def index_shard(shard: Path, reindex: bool = False, rule: Rule = Rule()) -> ShardIndex:  # noqa: B008  # immutable
     """The index of a tar file, from the kept file if the size and modification time are the same.
 
     Raises UsageError if it is not a tar file or is compressed.
@@ -86,11 +85,11 @@ def index_shard(shard: Path, reindex: bool = False) -> ShardIndex:
     except OSError as error:
         raise UsageError(f"cannot read the tar file {shard}: {error.strerror}") from error
     state = {"name": shard.name, "size": status.st_size, "mtime": status.st_mtime_ns}
-    return index_tar(str(shard), state, lambda: open_regular(shard), shard, reindex)
+    return index_tar(str(shard), state, lambda: open_regular(shard), shard, reindex, rule)
 
 
 def index_tar(
-    name: str, state: dict[str, Any], opened: Callable[[], IO[bytes]], beside: Path, reindex: bool
+    name: str, state: dict[str, Any], opened: Callable[[], IO[bytes]], beside: Path, reindex: bool, rule: Rule
 ) -> ShardIndex:
     """The index of a tar file, from the kept file if the state is the same. Raises UsageError as :func:`index_shard`.
 
@@ -99,9 +98,9 @@ def index_tar(
         opened: opens it, to read and seek.
         beside: where its index is kept, as a path of the tar file that need not exist.
     """
-    state = {"format": FORMAT, "extensions": list(EXTENSIONS), **state}
+    state = {"format": FORMAT, "extensions": list(rule.extensions), "keys": rule.keys, **state}
     kept = None if reindex else find_kept(beside, SUFFIX, lambda kept: _is_current(kept, state))
-    return ShardIndex(kept or keep(_read(name, opened, state), beside, SUFFIX))
+    return ShardIndex(kept or keep(_read(name, opened, state, rule), beside, SUFFIX))
 
 
 def _is_current(kept: Arrays, state: dict) -> bool:
@@ -135,7 +134,7 @@ class _Files:
         self.sizes.append(SPARSE if member.is_sparse else member.size)
         ending = base.lower().rpartition(".")[2]
         label = NO_LABEL
-        if ending in ("cls", "json") and not member.is_sparse and member.size <= MAX_LABEL_BYTES:
+        if ending in LABELS and not member.is_sparse and member.size <= MAX_LABEL_BYTES:
             file.seek(member.offset)
             label = read_label(ending, file.read(member.size))
         self.labels.append(label)
@@ -144,16 +143,16 @@ class _Files:
         strings = Strings(Arrays(self.names.arrays("names"), {}), "names")
         return map(os.fsdecode, strings)
 
-    def samples(self) -> tuple[dict[str, np.ndarray], LeftOut]:
+    def samples(self, rule: Rule) -> tuple[dict[str, np.ndarray], LeftOut]:
         """The arrays of a :class:`ShardIndex`, and what is left out. Raises ValueError for ambiguous names."""
-        split = choose_split(self.all_names)
+        split, keys = choose_split(self.all_names, rule), dict[int, str]()
         left_out = LeftOut(at_last_dot=split is at_last_dot)
         images, labels, names = array("q"), array("i"), StringsBuilder()
         position = itertools.count()
         files = ((*split(name), name, next(position)) for name in self.all_names())
-        for _, group in itertools.groupby(files, lambda file: file[0]):
+        for key, group in itertools.groupby(files, lambda file: file[0]):
             found = [(ending, name, place) for _, ending, name, place in group]
-            pictures = [(name, place) for ending, name, place in found if is_image(ending)]
+            pictures = [(name, place) for ending, name, place in found if rule.is_image(ending)]
             if not pictures:
                 left_out.without += 1
                 left_out.without_example = left_out.without_example or found[0][1]
@@ -162,10 +161,16 @@ class _Files:
             twice = next((other for other, _ in further if other == name), None)
             if twice is not None:
                 raise ValueError(f"{shown(name)} is there twice, one after the other; remove one of them")
+            earlier = keys.setdefault(hash(key), name)
+            if earlier is not name and split(earlier)[0] == key:
+                same = f"are apart, but have the same name {shown(key.strip('/'))}"
+                raise ValueError(
+                    f"{shown(earlier)} and {shown(name)} {same}; rename or remove one of them, or set data.keys"
+                )
             left_out.further += len(further)
             if further and not left_out.further_example:
                 left_out.further_example = f"{further[0][0]} beside {name}"
-            known = (self.labels[at] for ending, _, at in found if ending in ("cls", "json"))
+            known = (self.labels[at] for ending, _, at in found if ending in LABELS)
             images.append(place)
             names.append(os.fsencode(name))
             labels.append(next((label for label in known if label != NO_LABEL), NO_LABEL))
@@ -191,7 +196,7 @@ def read_label(ending: str, content: bytes) -> int:
     return value if is_number and 0 <= value <= MAX_LABEL else NO_LABEL
 
 
-def _read(name: str, opened: Callable[[], IO[bytes]], state: dict) -> Arrays:
+def _read(name: str, opened: Callable[[], IO[bytes]], state: dict, rule: Rule) -> Arrays:
     files, cut, start = _Files(), "", b""
     try:
         with opened() as file:
@@ -201,7 +206,7 @@ def _read(name: str, opened: Callable[[], IO[bytes]], state: dict) -> Arrays:
                     files.add(member, file)
             except DamagedError as error:
                 cut = str(error)
-        arrays, left_out = files.samples()
+        arrays, left_out = files.samples(rule)
     except (tarfile.ReadError, OSError) as error:
         is_compressed = start.startswith(COMPRESSED)
         hint = "; compressed tar files have no random access, unpack them first" if is_compressed else ""

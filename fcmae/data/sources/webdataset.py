@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from fcmae.config import LoaderConfig
 from fcmae.data.pixels.decode import MAX_BYTES, Encoded
-from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.remote.access import Access
 from fcmae.data.remote.commands import Command
 from fcmae.data.remote.objects import BLOCK, RemoteFile, RemoteReader, read_beside
 from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
+from fcmae.data.sources.tar_names import Rule
 from fcmae.errors import ImageError, UsageError, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
@@ -51,6 +51,7 @@ class WebDataset:
         allow_cut: read what is left of truncated tar files; otherwise they raise UsageError.
         reindex: index the files again even if nothing has changed.
         access: how files at URLs are read; None = as a default config says.
+        rule: how the files of a sample are found.
     """
 
     def __init__(
@@ -59,15 +60,18 @@ class WebDataset:
         allow_cut: bool = False,
         reindex: bool = False,
         access: Access | None = None,
+        rule: Rule = Rule(),  # noqa: B008  # immutable
     ) -> None:
         given = [shards] if isinstance(shards, (str, Path)) else shards
         if access is None and any(is_remote(str(pattern)) for pattern in given):
             access = Access.of(LoaderConfig())
         self.shards = [path for pattern in given for path in find_shards(str(pattern), access)]
-        self.indices = _index(self.shards, allow_cut, reindex, access)
+        self.indices = _index(self.shards, allow_cut, reindex, access, rule)
         self.ends = list(itertools.accumulate(map(len, self.indices)))
         if not self.ends[-1]:
-            raise UsageError(f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(EXTENSIONS)}")
+            raise UsageError(
+                f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(rule.extensions)}"
+            )
         self._tell_left_out()
         self.classes = self._class_names()
         self._open = OpenFiles(access)
@@ -239,7 +243,7 @@ def find_shards(pattern: str, access: Access | None = None) -> list[Shard]:
     return found
 
 
-def _index(shards: list[Shard], allow_cut: bool, reindex: bool, access: Access | None) -> list[ShardIndex]:
+def _index(shards: list[Shard], allow_cut: bool, reindex: bool, access: Access | None, rule: Rule) -> list[ShardIndex]:
     indices = []
     first = shards[0]
     if isinstance(first, Path):
@@ -248,7 +252,7 @@ def _index(shards: list[Shard], allow_cut: bool, reindex: bool, access: Access |
         assert access is not None
         lock = access.cache.place(str(first)).with_suffix(".listing")
     with one_at_a_time(lock):
-        found = _indexed(shards, reindex, access)
+        found = _indexed(shards, reindex, access, rule)
         bar = {"desc": "indexing tar files", "unit": " files", "delay": 1, "leave": False, "disable": None}
         for shard, index in tqdm(zip(shards, found, strict=True), total=len(shards), **bar):
             if index.cut and not allow_cut:
@@ -260,24 +264,24 @@ def _index(shards: list[Shard], allow_cut: bool, reindex: bool, access: Access |
     return indices
 
 
-def _indexed(shards: list[Shard], reindex: bool, access: Access | None) -> Iterator[ShardIndex]:
+def _indexed(shards: list[Shard], reindex: bool, access: Access | None, rule: Rule) -> Iterator[ShardIndex]:
     """The indices of local and of remote files, whose copies are made where there is room for them."""
     remote = [shard for shard in shards if not isinstance(shard, Path)]
     if access is None or not remote:
-        yield from (index_shard(shard, reindex) for shard in shards if isinstance(shard, Path))
+        yield from (index_shard(shard, reindex, rule) for shard in shards if isinstance(shard, Path))
         return
-    made = access.copy(remote, functools.partial(_index_remote, access=access, reindex=reindex))
+    made = access.copy(remote, functools.partial(_index_remote, access=access, reindex=reindex, rule=rule))
     for shard in shards:
-        yield index_shard(shard, reindex) if isinstance(shard, Path) else next(made)
+        yield index_shard(shard, reindex, rule) if isinstance(shard, Path) else next(made)
 
 
-def _index_remote(shard: RemoteFile | Command, access: Access, reindex: bool) -> ShardIndex:
+def _index_remote(shard: RemoteFile | Command, access: Access, reindex: bool, rule: Rule) -> ShardIndex:
     """The index of a remote file, from its copy if there is one, or else by reading it once."""
     if isinstance(shard, Command):
-        return index_shard(access.cache.fetch_output(shard))
+        return index_shard(access.cache.fetch_output(shard), rule=rule)
     state = {"name": shard.url, "size": shard.size, "etag": shard.etag}
 
     def opened() -> IO[bytes]:
         return access.open(shard) or io.BufferedReader(RemoteReader(shard), BLOCK)
 
-    return index_tar(shard.url, state, opened, access.cache.place_of(shard), reindex)
+    return index_tar(shard.url, state, opened, access.cache.place_of(shard), reindex, rule)
