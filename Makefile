@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference docs demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -56,6 +56,10 @@ format: $(VENV)/.dev
 reference: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reference > docs/config.md
 
+# The site, from README.md, docs/ and docstrings, into site/; a broken link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
 demo-data:
 	@if [ -z "$(DATA)" ] && [ ! -d /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -78,5 +82,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.dev
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
