@@ -58,7 +58,7 @@ reference: $(VENV)/.dev
 
 # The site, from README.md, docs/ and docstrings, into site/; a broken link is an error.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
 demo-data:
