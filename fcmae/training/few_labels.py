@@ -4,6 +4,7 @@ All that is chosen is chosen on the training images. Every result is kept in the
 known, so that a search that was stopped continues, and ends as if it had not been.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -258,6 +259,8 @@ class _Search:
             raise Interrupted(str(error).replace(str(folder), str(self.run_dir))) from error
         metrics = self._measure(task, (~others).nonzero()[:, 0].tolist())
         result = self._keep(f"{name}/result", lambda: metrics)
+        del task
+        gc.collect()  # cycles of the run hold a GPU's memory, which Python's collector does not count
         if self.world.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             best = self.objective.best

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fcmae.cli import main
+from fcmae.evaluation import logistic
 from fcmae.evaluation.logistic import cross_validate, fit, stratified_folds
 from tests.conftest import TINY_PRETRAIN, relative_error
 from tests.unit.test_few_labels import AUTO
@@ -14,7 +15,8 @@ from tests.unit.test_logistic import clusters
 pytestmark = pytest.mark.gpu
 
 
-def test_logistic_regression_agrees_with_the_cpu():
+def test_logistic_regression_agrees_with_the_cpu(monkeypatch):
+    monkeypatch.setattr(logistic, "SMALL", 0)
     values, labels = clusters(200)
     folds = stratified_folds(labels, 5, 0)
     on_cpu, on_gpu = (

@@ -1,5 +1,6 @@
 """``finetune recipe=auto``: the head is the probe's, nothing but training labels chooses, a stop changes nothing."""
 
+import gc
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
 from fcmae.evaluation.logistic import fit
+from fcmae.models import FCMAE
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
@@ -44,7 +46,14 @@ def pretrained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("few")
     short = ("schedule.epochs=1", "schedule.warmup_epochs=0", "trainer.eval_every_epochs=null")
-    assert main([*TINY_PRETRAIN, *short, f"hydra.run.dir={folder}/pre"]) == 0
+    gc.collect()
+    gc.disable()
+    try:
+        assert main([*TINY_PRETRAIN, *short, f"hydra.run.dir={folder}/pre"]) == 0
+        left = [each for each in gc.get_objects() if isinstance(each, FCMAE)]
+    finally:
+        gc.enable()
+    assert not left, "a run leaves its network behind, on a GPU with its memory"
     return folder / "pre"
 
 
