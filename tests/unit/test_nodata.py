@@ -107,7 +107,8 @@ class Holes:
 
 
 def config(nodata, **more):
-    return DataConfig(image_size=32, nodata=nodata, mean=[0.5] * 3, std=[0.2] * 3, source={"_target_": "x.Y"}, **more)
+    more = {"image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "source": {"_target_": "x.Y"}, **more}
+    return DataConfig(nodata=nodata, **more)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -197,6 +198,19 @@ def test_evaluation_replaces_pixels_without_a_value():
     made = eval_transform(config(0, crop_pct=1.0))(images[0].image)
     assert made.dtype == torch.uint8
     assert made.min() > 0
+
+
+@pytest.mark.parametrize("size", [32, 384])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_evaluation_shows_no_mixture_of_a_value_and_none(dtype, size):
+    """A pixel that is resized from some without a value has none either, as in training: it is the mean."""
+    cfg = config(0 if dtype == torch.uint8 else "nan", image_size=size)
+    image = torch.full((3, 100, 150), 200, dtype=dtype)
+    image[:, 35:60, 70:90] = 0 if dtype == torch.uint8 else math.nan
+    made, mean = eval_transform(cfg)(image).float().round(), 128 if dtype == torch.uint8 else 0
+    assert set(made.flatten().tolist()) == {200, mean}
+    filled = (made == mean).float().mean()
+    assert filled > (25 * 20) / (100 * 150) * (1 if size == 384 else 1.2)
 
 
 def test_patches_without_a_pixel_are_hidden_first():

@@ -59,8 +59,9 @@ def eval_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> Transform:
     Below 384 px the aspect ratio is kept: the image just covers ``image_size / crop_pct``, as timm's
     ``create_transform(crop_mode="center")``.
     """
-    if cfg.fit == "pad":
-        return CentreCrop(cfg, max_pixels)  # which reads no more of an array
+    if cfg.fit == "pad" or cfg.nodata is not None:
+        # Reads no more of an array, and fills no pixel that is resized from some without a value, as in training.
+        return CentreCrop(cfg, max_pixels)
     size = list(cfg.size)
     steps: list[Callable] = [v2.Pad(cfg.pad)] if cfg.pad else []
     if max(size) >= WARP_FROM:
