@@ -43,6 +43,9 @@ from fcmae.tasks.monitors import Collapse, Monitor, OnlineKnn, OnlineProbe, Wish
 from fcmae.tasks.task import Losses
 from fcmae.tasks.teachers import attach, load_teachers
 
+LARGE = 10**7
+"""Parameters of heads that are mentioned, if the backbone has fewer."""
+
 
 class Pretraining:
     """FCMAE pretraining (ConvNeXt V2, arXiv 2301.00808, section 3)."""
@@ -72,7 +75,7 @@ class Pretraining:
         """What a batch has beside images and noise, as :class:`fcmae.targets.Seen` calls it."""
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
-        self.notes = [*self.start.notes, *said]
+        self.notes = [*self.start.notes, *said, *self._large_heads()]
         self._told = False
         self.mixes_micro_batch = cfg.model.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
@@ -87,6 +90,20 @@ class Pretraining:
                 labelled = kind(self.model.backbone, cfg)
                 self.notes += [note for note in labelled.notes if note not in self.notes]
                 self.monitors.append(Monitor(every, labelled))
+
+    def _large_heads(self) -> list[str]:
+        """A line if the decoder's heads have more parameters than the backbone, and many."""
+        decoder = self.model.decoder
+        of_heads = (getattr(decoder, name).parameters() for name in decoder.heads.values())
+        heads = sum(value.numel() for values in of_heads for value in values)
+        backbone = sum(value.numel() for value in self.model.backbone.parameters())
+        if heads <= max(backbone, LARGE):
+            return []
+        key = "pred_patch_size" if decoder.all_stages else "decoder_embed_dim"
+        return [
+            f"the decoder's heads have {heads / 1e6:.1f} M parameters, the backbone {backbone / 1e6:.1f} M; a smaller "
+            f"model.{key} makes them smaller"
+        ]
 
     def _labels(self) -> Labels | None:
         """Labels for the targets that need them; None without such a target. Raises ConfigError."""

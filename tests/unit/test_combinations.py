@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -155,3 +157,11 @@ def test_every_pair_of_values_is_there():
             a,
             b,
         )
+
+
+def test_the_table_in_the_docs_has_every_value():
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text().split("## Tested combinations")[1]
+    words = re.findall(r"[\w,\[\]]+", page)
+    values = [value for values in FACTORS.values() for value in values]
+    assert {str(value).replace(" ", "") for value in values} <= set(words) | {word.strip(",") for word in words}
+    assert f"{len(CASES)} networks" in page

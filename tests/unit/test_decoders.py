@@ -1,5 +1,6 @@
 """``model.decoder`` and ``model.pred_patch_size``."""
 
+import re
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.unet import UNet
 from fcmae.targets import Pixels, Seen
+from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
 from tests.interchange import assert_same
@@ -203,6 +205,15 @@ def test_the_unet_of_a_run_can_be_carried_over(strides, ema, tmp_path):
 
 def test_a_run_with_the_light_decoder_has_no_unet(tmp_path):
     assert encoder.unet_weights({"model": tiny().state_dict(), "ema": None}, tmp_path) is None
+
+
+@pytest.mark.parametrize(("size", "large"), [(32, True), (16, False)])
+def test_heads_larger_than_the_backbone_are_mentioned(size, large):
+    small = ("model.backbone=convnextv2_atto", "model.depths=[1,1,1,1]", "model.decoder=unet", "data=synthetic")
+    strides = ("model.strides=[4,2,2,2]", f"model.pred_patch_size={size}", "data.image_size=128")
+    notes = Pretraining(compose("pretrain", [*small, *strides])).notes
+    assert bool(notes) == large
+    assert not large or re.match(r"the decoder's heads have [0-9.]+ M .* a smaller model.pred_patch_size makes", *notes)
 
 
 @pytest.mark.parametrize(("decoder", "size"), [("light", 8), ("unet", 4)])
