@@ -18,6 +18,7 @@ from fcmae.imports import load
 from fcmae.messages import print_rank0
 
 COMMANDS = {
+    "init": "a folder to start from, with a config for your images: FOLDER data.path=FOLDER [overrides]",
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
     "finetune": "train a classifier from pretrained or random weights: init_from=RUN [overrides]",
     "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
@@ -39,6 +40,16 @@ COMMANDS = {
 }
 
 
+FIRST = {
+    "pretrain": "\n".join((
+        "  fcmae doctor data.path=FOLDER                                    looks at your images",
+        "  fcmae init my_project data.path=FOLDER                           writes a config and the next commands",
+        "  fcmae pretrain experiment=own/small data.path=FOLDER             pretrains on them",
+        "  fcmae pretrain data=synthetic data.length=64 debug=default       tries it without images",
+    )),
+    "finetune": "  fcmae finetune init_from=RUN data.path=LABELLED/train data.val_path=LABELLED/val",
+}  # fmt: skip
+"""What to type where a command was given nothing, on a terminal."""
 ALLOW = "a class that may be called although only the checkpoint names it; may be given several times"
 
 
@@ -72,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, PeerError) and _tells(error):
             for line in error.mistakes if isinstance(error, ConfigError) else [error]:
                 print(f"fcmae {command}: {line}", file=sys.stderr)
+            if not rest and command in FIRST and sys.stderr.isatty():
+                print(FIRST[command], file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         _tell(command, "interrupted")
@@ -265,6 +278,15 @@ def _lines(file: Path) -> list[str]:
         raise UsageError(f"--classes {file} cannot be read: {error}") from error
 
 
+def _init(args: list[str]) -> int:
+    parser = _Parser("init")
+    parser.add_argument("folder", help="the folder to make")
+    parser.add_argument("overrides", nargs="*", metavar="data.path=FOLDER", help="and other keys of the data config")
+    given = parser.parse_args(args)
+    print("\n".join(load("fcmae.project:create")(given.folder, given.overrides)))
+    return 0
+
+
 def _status(args: list[str]) -> int:
     from fcmae.status import describe, read_status
 
@@ -344,6 +366,7 @@ _HYDRA: dict[str, Callable[[Any, Path], dict[str, Any] | None]] = {
 }
 _TRAINING = ("pretrain", "finetune", "study")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "init": _init,
     "reconstruct": _reconstruct,
     "embed": _embed,
     "predict": _predict,

@@ -75,7 +75,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
         images: at most so many are read, drawn at random.
         sheet: the contact sheet; None = a new file in the folder for temporary files.
     """
-    data, loader = _configs(overrides)
+    data, loader = configs(overrides)
     source = train_source(data, loader)
     order = torch.randperm(len(source), generator=generator(0, Stream.SUBSET))[:images].tolist()
     survey = examine(source, order, loader.max_pixels)
@@ -96,7 +96,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     return 0
 
 
-def _configs(overrides: Sequence[str]) -> tuple[PreparedDataConfig, LoaderConfig]:
+def configs(overrides: Sequence[str]) -> tuple[PreparedDataConfig, LoaderConfig]:
     """The data config, its kind of source by the path where none is given. Raises ConfigError."""
     groups: dict[str, list[str]] = {"data": [], "loader": []}
     for override in overrides:

@@ -27,14 +27,21 @@ TAIL = 4.0
 
 def suggest(seen: Sequence[Seen]) -> list[str]:
     """Lines that begin with ``suggested``: keys of a data config, and why."""
-    channels, dtype = Counter((one.channels, one.dtype) for one in seen).most_common(1)[0][0]
-    alike = [one for one in seen if (one.channels, one.dtype) == (channels, dtype)]
-    keys: list[tuple[str, str]] = [(f"data.in_chans={channels}", f"{len(alike)} of {len(seen)} images have it")]
-    if dtype not in TYPES["float32"]:
-        return [f"suggested     convert the files: pixels of {dtype} are not read"]
-    keys += _type(alike, dtype) + _size(seen) + _scale(alike, channels, dtype)
+    keys = suggested(seen)
+    if not keys:
+        return [f"suggested     convert the files: pixels of {seen[0].dtype} are not read"]
     width = max(len(key) for key, _ in keys)
     return [f"{'suggested':13} {key:{width}}  {why}" for key, why in keys]
+
+
+def suggested(seen: Sequence[Seen]) -> list[tuple[str, str]]:
+    """Overrides, one or several in a text, and why; none for files of a type that is not read."""
+    channels, dtype = Counter((one.channels, one.dtype) for one in seen).most_common(1)[0][0]
+    alike = [one for one in seen if (one.channels, one.dtype) == (channels, dtype)]
+    if dtype not in TYPES["float32"]:
+        return []
+    keys = [(f"data.in_chans={channels}", f"{len(alike)} of {len(seen)} images have it")]
+    return keys + _type(alike, dtype) + _size(seen) + _scale(alike, channels, dtype)
 
 
 def _type(alike: Sequence[Seen], dtype: str) -> list[tuple[str, str]]:
