@@ -173,7 +173,8 @@ def _facts(data: str, device: str, size: str) -> Facts:
     gpu = device != "cpu" and load("torch.cuda:is_available")()
     if found is None:
         return Facts(max(2000, SIZES[size].least), SIDE, SIDE, gpu)
-    facts = Facts(*found, gpu)
+    images, height, width = found
+    facts = Facts(images, height, width, gpu)
     values = " ".join(f"{key}={_text(value)}" for key, value in recommend(facts, size).items())
     where = "a GPU" if gpu else "a CPU"
     print_once_rank0(

@@ -211,6 +211,9 @@ class Finetuning:
     def extra_metrics(self) -> dict[str, float]:
         return {}
 
+    def notice(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
     def extra_state(self) -> dict[str, Any]:
         state = self.objective.state_dict()
         classes = {"classes": state.pop("classes")} if "classes" in state else {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from timm.models.convnext import ConvNeXt
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, ProbeConfig, TrainerConfig
@@ -98,18 +98,29 @@ class Collapse(Frozen):
         if (dead := channels.dead(world)) is not None:
             metrics["dead_channels"] = dead
         logger.log(step, metrics)
-        if (signs := self._signs(metrics)) and world.is_main and not self.warned:
-            say(f"warning: the features collapse at step {step}: {', '.join(signs)}; see docs/monitoring.md")
-        self.warned |= bool(signs)
+        lines = self._lines(metrics, step)
+        for line in lines if world.is_main and not self.warned else ():
+            say(line)
+        self.warned |= bool(lines)
 
-    def _signs(self, metrics: dict[str, float]) -> list[str]:
-        rank, cosine, dead = (metrics.get(name, 0.0) for name in ("effective_rank", "feature_cosine", "dead_channels"))
-        signs = {
-            f"effective_rank is {rank:.3g} (below {self.LEAST_RANK:g})": rank < self.LEAST_RANK,
-            f"feature_cosine is {cosine:.6g} (above {self.MOST_COSINE:g})": cosine > self.MOST_COSINE,
-            f"dead_channels is {dead:.3g} (above {self.MOST_DEAD:g})": dead > self.MOST_DEAD,
-        }
-        return [sign for sign, shown in signs.items() if shown]
+    @classmethod
+    def warnings(cls, features: Tensor, step: int) -> list[str]:
+        """A line if features ``[n, D]`` of different images have collapsed."""
+        found = {"effective_rank": effective_rank(features), "feature_cosine": mean_cosine(features)}
+        return cls._lines(found, step)
+
+    @classmethod
+    def _lines(cls, metrics: dict[str, float], step: int) -> list[str]:
+        rank, cosine, dead = (metrics.get(name) for name in ("effective_rank", "feature_cosine", "dead_channels"))
+        signs = []
+        if rank is not None and rank < cls.LEAST_RANK:
+            signs.append(f"effective_rank is {rank:.3g} (below {cls.LEAST_RANK:g})")
+        if cosine is not None and cosine > cls.MOST_COSINE:
+            signs.append(f"feature_cosine is {cosine:.6g} (above {cls.MOST_COSINE:g})")
+        if dead is not None and dead > cls.MOST_DEAD:
+            signs.append(f"dead_channels is {dead:.3g} (above {cls.MOST_DEAD:g})")
+        collapse = f"warning: the features collapse at step {step}: {', '.join(signs)}; see docs/monitoring.md"
+        return [collapse] if signs else []
 
 
 class Labelled(Frozen):

@@ -36,6 +36,7 @@ from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator
+from fcmae.tasks.guards import Inputs, LossWatch, MeanPatch, mask_warnings
 from fcmae.tasks.held_out import NO_EPOCH, HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
 from fcmae.tasks.label_targets import settle_labels
@@ -75,10 +76,14 @@ class Pretraining:
         """What a batch has beside images and noise, as :class:`fcmae.targets.Seen` calls it."""
         self.grid = grid_size(*cfg.data.size, self.model.mask_patch_size)
         self.keep = self.model.len_keep(*cfg.data.size)
-        self.notes = [*self.start.notes, *said, *self._large_heads()]
+        self.notes = [*self.start.notes, *said, *self._large_heads(), *mask_warnings(cfg, self.grid, self.keep)]
+        self.loss_watch = LossWatch(cfg)
+        self.mean_patch = MeanPatch(self.model, cfg, self._fixed)
         self._told = False
         self.mixes_micro_batch = cfg.model.grn_scope == "batch"
         self.monitors = at_evaluations(cfg.trainer, self._log_picture)
+        if cfg.data.decode_on == "cpu":
+            self.monitors += at_evaluations(cfg.trainer, self.mean_patch)
         if cfg.measures_val_loss:
             held_out = HeldOutLoss(self.model, cfg, self._held_out(), self.loss)
             collapse = Collapse(self.model.backbone, cfg, held_out.images.samples.source)
@@ -151,12 +156,17 @@ class Pretraining:
         return CentreCrop(self.cfg.data, self.cfg.loader.max_pixels, "channels" in self.crop.carries)
 
     def prepare(self, plan: BatchPlan) -> None:
+        self.mean_patch.warmup_steps = round(self.cfg.schedule.warmup_epochs * plan.steps_per_epoch)
         if self.mixes_micro_batch and plan.padding:
             size, ranks = plan.global_batch_size, plan.world_size
             fit = f"trainer.micro_batch_size must divide the {size // ranks} samples of a rank"
             if size % ranks:
                 fit = f"optim.global_batch_size={size} must be a multiple of the {ranks} ranks"
             raise ConfigError(f"model.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
+
+    def notice(self, step: int, metrics: dict[str, float]) -> None:
+        if (line := self.loss_watch(step, metrics)) is not None:
+            say(line)
 
     def compile(self) -> None:
         self.model.compile()
@@ -169,7 +179,7 @@ class Pretraining:
         out = model(imgs, mask, self.keep, weight, **seen)
         return out.loss, {name: value.detach() for name, value in out.parts.items()}
 
-    def _inputs(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _inputs(self, batch: Sequence[Tensor]) -> Inputs:
         """Normalised images, their mask, and what targets need."""
         (imgs, noise, *more), data = batch, self.cfg.data
         seen = dict(zip(self.carried, more, strict=True))
@@ -187,17 +197,22 @@ class Pretraining:
             self._told = True
             logger.picture(step, "reconstruction", picture.image)
 
-    @torch.no_grad()
-    def picture(self, device: torch.device) -> Picture | None:
-        """The first images of a fixed random order, with fixed masks, reconstructed; None if no target can be drawn."""
+    def _fixed(self, count: int, device: torch.device) -> Inputs:
+        """The first images of a fixed random order, with fixed masks."""
         cfg, loader = self.cfg, self.cfg.loader
         images = MaskedImages(self.source, self._central(), self.grid, cfg.seed, mask=self.mask, labels=self.labels)
         samples = ErrorsAside(images)
         order = torch.randperm(len(self.source), generator=generator(cfg.seed, Stream.SUBSET)).tolist()
         batches = (collate([samples[NO_EPOCH, i]]) for i in order)
         singles = readable(batches, len(order), loader.on_error == "skip", loader.max_bad)
-        columns = zip(*itertools.islice(singles, self.PICTURES), strict=True)
-        imgs, mask, seen = self._inputs([torch.cat(column).to(device) for column in columns])
+        columns = zip(*itertools.islice(singles, count), strict=True)
+        return self._inputs([torch.cat(column).to(device) for column in columns])
+
+    @torch.no_grad()
+    def picture(self, device: torch.device) -> Picture | None:
+        """The first images of a fixed random order, with fixed masks, reconstructed; None if no target can be drawn."""
+        cfg = self.cfg
+        imgs, mask, seen = self._fixed(self.PICTURES, device)
         was_training = self.model.training
         picture = reconstruction_picture(self.model.eval(), imgs, cfg.data, mask, cfg.logger.channels, seen)
         self.model.train(was_training)

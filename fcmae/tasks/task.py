@@ -75,6 +75,10 @@ class Task(Protocol):
         """What is logged beside the means of losses: values at the time of the call. Waits for the device."""
         ...
 
+    def notice(self, step: int, metrics: dict[str, float]) -> None:
+        """Sees each line of training metrics, on the first rank, and may tell the user something."""
+        ...
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beyond the loop's own."""
         ...

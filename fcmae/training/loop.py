@@ -229,7 +229,10 @@ class _Training:
         metrics |= count_bad_samples(self.batches.bad_samples(step), of_epoch, self.cfg.loader, self.world)
         left = (self.stop_step - step) * plan.global_batch_size / metrics["images_per_second"]
         epoch = step / plan.steps_per_epoch
-        self.logger.log(step, {**metrics, "lr": lr, "epoch": epoch, "seconds_left": left})
+        metrics |= {"lr": lr, "epoch": epoch, "seconds_left": left}
+        self.logger.log(step, metrics)
+        if self.world.is_main:
+            self.task.notice(step, metrics)
 
     def _look(self) -> bool:
         """Runs the monitors that are due. Returns whether one of them found this state the best so far.
