@@ -22,6 +22,7 @@ from fcmae.evaluation.labels import read_accepted
 from tests.bad_files import encoded, picture
 from tests.hostile import IMAGES, MIB, Case, Read, measure, sparse, table
 from tests.hostile_arrays import ARRAYS
+from tests.hostile_formats import FORMATS
 
 PNG = encoded(picture(8, 8), "PNG")
 
@@ -302,7 +303,7 @@ SOURCES = {
         labels(json.dumps({"b.png": "X"}).encode().replace(b'"X"', b"9" * 5000)), "l"
     ),
 }
-CASES = IMAGES | SOURCES | ARRAYS
+CASES = IMAGES | FORMATS | SOURCES | ARRAYS
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ LOSSLESS = {"explicit": made.EXPLICIT, "implicit": made.IMPLICIT, "big-endian": 
 
 
 @pytest.mark.parametrize("syntax", LOSSLESS.values(), ids=LOSSLESS)
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dicom_of_every_lossless_syntax_is_exact(syntax):
     pixels = grey(bits=12)
     data = made.dicom(pixels, syntax, stored=12)
@@ -113,7 +112,6 @@ def test_colour_dicom():
         (made.dicom(grey()).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"), "a: "),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dicom_that_is_refused(data, problem):
     with pytest.raises(ImageError, match=problem):
         read(data, dtype="float32")

@@ -9,7 +9,7 @@ import numpy as np
 
 from fcmae.data.pixels import jpeg2000
 from fcmae.data.pixels.bands import segments
-from fcmae.data.pixels.formats import check_size
+from fcmae.data.pixels.formats import check_size, quiet
 from fcmae.data.pixels.jpeg import check_scans
 from fcmae.errors import UsageError
 
@@ -38,8 +38,9 @@ def is_dicom(data: bytes) -> bool:
 
 def channels(data: bytes) -> int:
     """The channels of a file: samples times frames."""
-    found = _dataset(data)
-    return _count(found, "SamplesPerPixel") * _count(found, "NumberOfFrames")
+    with quiet():
+        found = _dataset(data)
+        return _count(found, "SamplesPerPixel") * _count(found, "NumberOfFrames")
 
 
 def read(data: bytes, in_chans: int, expected: str, max_pixels: int) -> np.ndarray:
@@ -51,6 +52,11 @@ def read(data: bytes, in_chans: int, expected: str, max_pixels: int) -> np.ndarr
 
     Raises ValueError, and UsageError without pydicom.
     """
+    with quiet():
+        return _read(data, in_chans, expected, max_pixels)
+
+
+def _read(data: bytes, in_chans: int, expected: str, max_pixels: int) -> np.ndarray:
     found = _dataset(data)
     height, width = int(found.get("Rows") or 0), int(found.get("Columns") or 0)
     check_size(height, width, max_pixels)
@@ -98,7 +104,7 @@ def _count(found: Any, name: str) -> int:
 def _frames(found: Any, height: int, width: int, frames: int) -> Iterator[np.ndarray]:
     """The stored pixels of each frame, ``[H, W]``, or ``[H, W, C]`` of several samples."""
     syntax = str(found.file_meta.TransferSyntaxUID)
-    if syntax in (*UNCOMPRESSED, RLE):
+    if syntax in UNCOMPRESSED:
         from pydicom.pixels import pixel_array
 
         for number in range(frames):
@@ -111,18 +117,24 @@ def _frames(found: Any, height: int, width: int, frames: int) -> Iterator[np.nda
         encoded = next(given, None)
         if encoded is None:
             raise ValueError(f"it has {number} of its {frames} frames")
-        pixels = _decode(encoded, syntax, found, height, width)
+        pixels = _decode(_imagecodecs(), encoded, syntax, found, height, width)
         if pixels.shape[:2] != (height, width):
             raise ValueError(f"a frame is {pixels.shape[1]}x{pixels.shape[0]}; the header says {width}x{height}")
         yield pixels
 
 
-def _decode(encoded: bytes, syntax: str, found: Any, height: int, width: int) -> np.ndarray:
-    """A frame, whose own header must declare the same size."""
+def _imagecodecs() -> Any:
     try:
         import imagecodecs
     except ImportError:
         raise UsageError("compressed DICOM needs imagecodecs: pip install 'fcmae[science]'") from None
+    return imagecodecs
+
+
+def _decode(imagecodecs: Any, encoded: bytes, syntax: str, found: Any, height: int, width: int) -> np.ndarray:
+    """A frame, whose own header must declare the same size."""
+    if syntax == RLE:
+        return _unpacked(imagecodecs, encoded, found, height, width)
     if syntax in JPEG_2000:
         declared = tuple(jpeg2000.header(encoded)[:2])
     else:
@@ -143,6 +155,23 @@ def _decode(encoded: bytes, syntax: str, found: Any, height: int, width: int) ->
         return imagecodecs.jpeg_decode(encoded)
     space = "RGB" if kind == "RGB" else "YCBCR"
     return imagecodecs.jpeg8_decode(encoded, colorspace=space, outcolorspace="RGB")
+
+
+def _unpacked(imagecodecs: Any, encoded: bytes, found: Any, height: int, width: int) -> np.ndarray:
+    """A frame of run lengths: the bytes of each sample, the highest first, one after another (PS3.5, annex G)."""
+    samples, size = _count(found, "SamplesPerPixel"), int(found.BitsAllocated) // 8
+    count, *offsets = struct.unpack_from("<16I", encoded)
+    if count != samples * size:
+        raise ValueError(f"a frame has {count} RLE segments; expected {samples * size}")
+    ends = [*offsets[1:count], len(encoded)]
+    planes = [
+        imagecodecs.packbits_decode(encoded[a:b], out=height * width) for a, b in zip(offsets, ends, strict=False)
+    ]
+    if any(len(plane) < height * width for plane in planes):
+        raise ValueError("a frame is cut off")
+    values = np.frombuffer(b"".join(planes), np.uint8).reshape(samples, size, height, width)
+    pixels = np.ascontiguousarray(values.transpose(2, 3, 0, 1)).view(f">u{size}").astype(f"u{size}")[..., 0]
+    return pixels[..., 0] if samples == 1 else pixels
 
 
 def _stored_values(pixels: np.ndarray, found: Any) -> np.ndarray:

@@ -52,13 +52,20 @@ _pillow = threading.RLock()
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """In this block libraries give no warnings of what is odd in a file."""
+    with _pillow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def open_picture(data: bytes | IO[bytes], max_pixels: float = math.inf) -> Iterator[Image.Image]:
     """An image opened by Pillow, not decoded yet, of the bytes of a file or the file. Its metadata gives no warnings.
 
     Raises UnidentifiedImageError for other formats, and ValueError for no pixels or more than ``max_pixels``.
     """
-    with _pillow, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # type: ignore[assignment]  # inf is none
         try:
             known = _formats(data[:64] if isinstance(data, bytes) else _start(data))
