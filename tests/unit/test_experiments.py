@@ -355,3 +355,31 @@ def test_ade20k(name: str) -> None:
         model = build_network(cfg, objective)
     assert (len(objective.classes), objective.classes[0], objective.classes[-1]) == (150, "wall", "flag")
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == parameters
+
+
+COCO = {"base": (52.9, 46.6), "large": (54.4, 47.7), "huge": (55.7, 48.9)}
+"""AP of boxes and masks, second-hand."""
+
+
+@pytest.mark.parametrize("size", COCO)
+def test_coco(size: str) -> None:
+    cfg: FinetuneConfig = compose("finetune", [f"experiment=coco/mask_rcnn_{size}"]).settled({})
+    optim, schedule = cfg.optim, cfg.schedule
+    assert (cfg.model.backbone, cfg.data.name) == (f"convnextv2_{size}", "coco")
+    assert (cfg.data.image_size, cfg.data.scale_jitter, cfg.data.hflip) == ((1024, 1024), [0.1, 2.0], 0.5)
+    assert (optim.betas, optim.weight_decay, optim.global_batch_size) == ([0.9, 0.999], 0.05, 32)
+    assert (optim.peak_lr, optim.layer_decay, optim.layer_decay_type, optim.ema_decay) == (1e-4, 0.95, "group", None)
+    per_epoch = 118_287 // 32
+    assert (schedule.epochs, round(schedule.epochs * per_epoch)) == (36, 133_056)
+    assert round(schedule.warmup_epochs * per_epoch, -2) == 1_000
+    assert cfg.model.drop_path_rate in (0.2, 0.3, 0.4, 0.5)  # what the paper searches
+    box, mask = COCO[size]
+    assert f"# Published, from pretraining by FCMAE: box AP {box}, mask AP {mask}" in (
+        FOLDER / f"coco/mask_rcnn_{size}.yaml").read_text()  # fmt: skip
+    with torch.device("meta"):
+        objective = create(cfg.objective, "objective", Objective)
+        objective.load_state_dict({"classes": [str(number) for number in range(80)], "masks": True})
+        model = build_network(cfg, objective)
+    backbone, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model.head))
+    assert round(backbone) == {"base": 88, "large": 196, "huge": 657}[size]
+    assert 19 < head < 24
