@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fcmae.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fcmae.api import Run, evaluate, finetune, knn, pretrain, probe
+    from fcmae.api import Run, evaluate, finetune, knn, pretrain, probe, study
     from fcmae.errors import FCMAEError, Interrupted
     from fcmae.evaluation.embed import embed, predict
     from fcmae.interchange.convert import export
@@ -28,9 +28,10 @@ __all__ = [
     "pretrain",
     "probe",
     "save",
+    "study",
 ]
 _HOMES = {
-    "fcmae.api": ("Run", "evaluate", "finetune", "knn", "pretrain", "probe"),
+    "fcmae.api": ("Run", "evaluate", "finetune", "knn", "pretrain", "probe", "study"),
     "fcmae.errors": ("FCMAEError", "Interrupted"),
     "fcmae.evaluation.embed": ("embed", "predict"),
     "fcmae.interchange.convert": ("export",),

@@ -118,6 +118,33 @@ def finetune(
     return _train("finetune", data, out, model, val_data, overrides, keys)
 
 
+def study(
+    init_from: str | os.PathLike[str] | None = None,
+    data: Data = None,
+    val_data: Data = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    **keys: Any,
+) -> dict[str, Any]:
+    """What pretraining brings by the number of labels, as ``fcmae study`` measures it, or continues in ``out``.
+
+    Args:
+        init_from: the pretraining run that is studied.
+        data, val_data: labelled training and validation images, in the ways of :func:`finetune`.
+        out: the folder of the study.
+        overrides, keys: as for :func:`pretrain`: ``labels=[10, 100, "all"], seeds=3``.
+
+    Returns:
+        What ``study.json`` holds (docs/learning.md).
+
+    Raises FCMAEError; Interrupted: the same call continues.
+    """
+    if init_from is not None:
+        keys["init_from"] = init_from
+    return json.loads(_train("study", data, out, None, val_data, overrides, keys).checkpoint.read_text())
+
+
 def evaluate(
     checkpoint: str | os.PathLike[str], data: Data = None, *, overrides: Sequence[str] = (), **keys: Any
 ) -> dict[str, Any] | None:
@@ -170,10 +197,11 @@ def _train(
         given += stack.enter_context(_images(val_data, "val_data", "val_path"))
         given += [*_network(command, model, folder), *as_overrides(keys)]
         cfg = _compose(command, [*overrides, *given], folder)
-        if command == "finetune" or _looks_at_labels(cfg):
+        if command != "pretrain" or _looks_at_labels(cfg):
             load_function("fcmae.data.sources.dataset:need_labels")()
         stack.enter_context(interrupt.recorded(lambda line: print_rank0(f"fcmae.{command}: {line}")))
-        return Run(folder, load_function(f"fcmae.training.run:{command}")(cfg, folder))
+        module = "fcmae.studies.run" if command == "study" else "fcmae.training.run"
+        return Run(folder, load_function(f"{module}:{command}")(cfg, folder))
 
 
 def _measure(

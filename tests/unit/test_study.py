@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import fcmae
 from fcmae.config import compose
 from fcmae.errors import ConfigError, Interrupted, UsageError
 from fcmae.studies import cells, compare, processes
@@ -14,6 +15,7 @@ from fcmae.studies.compare import Budget, Difference, Worth, paired, verdict, wo
 from fcmae.tasks.objectives import Classify
 from tests.conftest import TINY_PRETRAIN
 from tests.dense_files import write_squares
+from tests.in_process import unchanged
 
 STUDY = (
     "study",
@@ -92,6 +94,17 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
     measured.clear()
     fcmae_here(*STUDY, "seeds=2", "labels=[2]", "arms=[random_probe,pretrained_probe]")  # more of the same study
     assert measured == ["random_probe_2_1", "pretrained_probe_2_1"]
+
+
+def test_in_python(here, monkeypatch):
+    monkeypatch.setattr("fcmae.studies.run.draw", lambda *a: None)
+    monkeypatch.setattr(cells, "_measured", lambda plan, cell, _: ({"top1": 50.0, "images": 40}, {}))
+    with unchanged():
+        arms = ["scratch", "finetuned"]
+        found = fcmae.study("pre", {"length": 40}, out="study", overrides=["data=synthetic"], labels=[2], arms=arms)
+    assert found["arms"] == ["scratch", "finetuned"]
+    assert "no gain at 2 per class" in found["sentence"]
+    assert (here / "study" / "study.json").exists()
 
 
 def test_other_weights_under_the_same_name_are_refused(here, pretrained):
@@ -175,6 +188,7 @@ def test_what_arms_need():
     assert names == ["random_probe", "pretrained_probe", "scratch", "finetuned"]
 
 
+@pytest.mark.slow
 def test_a_study_of_masks(fcmae_here, here):
     """Budgets in images; the probes train the head alone."""
     write_squares(here / "train", 6)
