@@ -380,10 +380,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused("wide.npy has 16 bits per value; set data.bit_depth", tmp_path / "wide.npy", in_chans=2, dtype="uint")
     refused("empty.npy has 0 images", tmp_path / "empty.npy", in_chans=2)
     refused("data.dataset must be null for a .npy file", a, dataset="x")
-    refused("data.path: .*nowhere must be a Zarr folder, an HDF5 file or a .npy file; nothing", tmp_path / "nowhere")
+    refused("data.path: .*nowhere must be a Zarr folder, or an HDF5, .npy or TIFF file; nothing", tmp_path / "nowhere")
     refused("has neither zarr.json nor .zarray nor .zgroup, so it is no Zarr folder", tmp_path)
     (tmp_path / "text").write_text("text")
-    refused("text must be a Zarr folder, an HDF5 file or a .npy file", tmp_path / "text")
+    refused("text must be a Zarr folder, or an HDF5, .npy or TIFF file", tmp_path / "text")
     with pytest.raises(ConfigError, match=r"data.planes must be a list of different planes.*; got \[1, 1\]"):
         DataConfig(planes=[1, 1])
     with pytest.raises(ConfigError, match="data.planes_as must be one of channels, samples"):
