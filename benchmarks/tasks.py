@@ -1,4 +1,4 @@
-"""Pretrained against random weights, for each objective: canvases of Fashion-MNIST's pieces (docs/dense.md, tables.md).
+"""Pretrained against random weights, for each objective: canvases of Fashion-MNIST's pieces (docs/learning.md).
 
     python -m benchmarks.tasks prepare canvases            # --data FOLDER with Fashion-MNIST's four .gz files
     fcmae pretrain model=convnextv2_atto model.stem_stride=1 data.path=canvases/pretrain/images data.in_chans=1 ...
@@ -58,6 +58,7 @@ TASKS = {
     "segment": Task(
         ("objective=segment", f"objective.classes={len(KINDS) + 1}", "data.target_column=mask"), "miou", True
     ),
+    "detect": Task(("objective=detect", "objective.width=64", "data.scale_jitter=[0.8,1.25]"), "map"),
     "translate": Task(("objective=translate", "objective.channels=1", "data.target_column=sharp"), "psnr", True),
 }
 
@@ -175,9 +176,11 @@ class Run:
         return f"{self.task}_{self.start}_{self.count}_{self.seed}_{self.lr:g}"
 
 
-def lists(task: str, folder: Path, name: str) -> list[str]:
-    """The keys of the training or validation list ``name`` without their prefix."""
-    return [str(folder / f"{name}{'_blurred' if task == 'translate' else ''}.csv")]
+def images_of(task: str, folder: Path, name: str, val: str = "") -> list[str]:
+    """The keys of the training images in the list ``name``; with ``val="val_"`` those of the validation images."""
+    if task == "detect":
+        return [f"data.{val}path={folder / 'images'}", f"data.{val}annotations={folder / name}.json"]
+    return [f"data.{val}path={folder / name}{'_blurred' if task == 'translate' else ''}.csv"]
 
 
 def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[str, float]:
@@ -199,9 +202,10 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
         f"optim.global_batch_size={batch}",
     ]
     width = [f"objective.width={given.width}"] if task.dense else []
-    (path,) = lists(run.task, given.data / "train", f"train_{run.count}_{run.seed}")
+    source = [] if run.task == "detect" else ["data=table"]
+    source += images_of(run.task, given.data / "train", f"train_{run.count}_{run.seed}")
     cfg = compose("finetune", [
-        *task.overrides, *width, *start, *schedule, "augment=none", "data=table", f"data.path={path}",
+        *task.overrides, *width, *start, *schedule, "augment=none", *source,
         f"data.image_size={SIZE}", f"seed={run.seed}", f"optim.lr={run.lr}", "logger=quiet",
         "trainer.eval_every_epochs=null", "trainer.keep_checkpoints=1", *overrides,
     ])  # fmt: skip
@@ -210,10 +214,8 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
     metrics = {}
     loader = [override for override in overrides if override.startswith(("loader.", "device="))]
     for part in ("val", "test"):
-        (val,) = lists(run.task, given.data / part, part)
-        found = evaluation.evaluate(
-            compose("evaluate", [f"checkpoint={run_dir}@last", f"data.val_path={val}", *loader])
-        )
+        images = images_of(run.task, given.data / part, part, "val_")
+        found = evaluation.evaluate(compose("evaluate", [f"checkpoint={run_dir}@last", *images, *loader]))
         assert found is not None
         metrics[part] = found[task.metric]
     write_output("out", file, json.dumps(metrics) + "\n")
