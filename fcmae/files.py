@@ -172,6 +172,14 @@ def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
         raise DiskError(f"{key} {path} cannot be written: {error.strerror or error}") from error
 
 
+def make_folder(key: str, folder: Path) -> None:
+    """Makes a folder that the user named, and those above it. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{key} {folder} cannot be made: {error.strerror}") from error
+
+
 def write_output(key: str, path: str | Path, text: str) -> None:
     """Writes text to a file that the user named, by :func:`output`."""
     with output(key, path) as file:

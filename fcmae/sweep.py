@@ -16,7 +16,7 @@ from fcmae.files import write_output
 JOB_FILE = "sweep.json"
 """In the directory of a job: its number, overrides, status and metrics."""
 TABLE_FILE = "results.csv"
-OUTPUTS = ("out", "per_class", "confusion")
+OUTPUTS = ("out", "per_class", "confusion", "report")
 """Keys of files that otherwise every job would write."""
 NO_RESULTS = ("step", "epoch", "lr", "images_per_second", "seconds_left", "grad_norm", "memory_gib", "images",
               "gallery", "queries")  # fmt: skip
@@ -32,6 +32,8 @@ def number_outputs(cfg: Any, number: int, overrides: list[str]) -> list[str]:
         The keys with their new values.
     """
     named = []
+    if getattr(cfg, "report", None) == "run":
+        cfg.report = None  # every job would write into the run's folder
     for key in OUTPUTS:
         value = getattr(cfg, key, None)
         given = [override.partition("=")[2] for override in overrides if override.startswith(f"{key}=")]

@@ -270,6 +270,9 @@ class EvaluateConfig(CheckpointConfig):
     """A .json or .csv file for the accuracy of each class."""
     confusion: str | None = None
     """A .json or .csv file for the confusion matrix: one row per true class, one column per predicted class."""
+    report: str | None = "run"
+    """A folder for metrics, numbers of each class, plots and the worst images (docs/evaluation.md); ``run`` = the
+    folder ``evaluation`` of the checkpoint's run; None = none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

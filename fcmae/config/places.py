@@ -111,11 +111,13 @@ def _check_checkpoint(key: str, path: str) -> None:
 def check_outputs(cfg: CheckpointConfig) -> None:
     """A mistake for each output that cannot be written, is also an input, or is named twice; makes their folders."""
     used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
-    for key in ("out", "per_class", "confusion"):
-        path = getattr(cfg, key, None)
+    report = getattr(cfg, "report", None)
+    files = {key: getattr(cfg, key, None) for key in ("out", "per_class", "confusion")}
+    files["report"] = None if report in (None, "run") else os.path.join(report, "metrics.json")
+    for key, path in files.items():
         if path is not None:
             try:
-                check_output(key, path, used, json=key == "out")
+                check_output(key, path, used, json=key in ("out", "report"))
             except UsageError as error:
                 mistake(str(error))
             used.append(path)

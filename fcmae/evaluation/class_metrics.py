@@ -11,14 +11,16 @@ from fcmae.evaluation.classify import TOP5_FROM, accuracy
 from fcmae.evaluation.features import gather
 from fcmae.models.objective import Predictions
 
-NAMES = ("top1", "top5", "balanced_accuracy", "f1", "auroc", "average_precision")
+NAMES = ("top1", "top5", "balanced_accuracy", "precision", "recall", "f1", "auroc", "average_precision", "ece")
+BINS = 15
+"""Of confidence, for the calibration error."""
 MOST_SCORES = 2**24
 """Images times classes up to which areas under curves are computed: 16,777 images of 1,000 classes."""
 
 
 def of_counts(counts: Tensor) -> dict[str, float]:
-    """``balanced_accuracy``, the mean recall of the classes that have images, and ``f1``, the mean over the classes
-    that have images or were predicted, in percent.
+    """``balanced_accuracy``, the mean recall of the classes that have images, and ``precision``, ``recall`` and ``f1``,
+    the means over the classes that have images or were predicted, in percent.
 
     Args:
         counts: ``[3, K]``, the images of each class that were recognised, that there are, and predictions of it.
@@ -26,8 +28,10 @@ def of_counts(counts: Tensor) -> dict[str, float]:
     right, images, predicted = counts.double()
     present, either = images > 0, images + predicted > 0
     recall = (right / images.clamp(min=1))[present]
-    f1 = (2 * right / (images + predicted).clamp(min=1))[either]
-    return {"balanced_accuracy": 100 * _mean(recall), "f1": 100 * _mean(f1)}
+    means = {"precision": predicted, "recall": images, "f1": (images + predicted) / 2}
+    return {"balanced_accuracy": 100 * _mean(recall)} | {
+        name: 100 * _mean((right / of.clamp(min=0.5))[either]) for name, of in means.items()
+    }
 
 
 def _mean(values: Tensor) -> float:
@@ -42,9 +46,37 @@ def counts_of(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([part.bincount(minlength=classes) for part in (right, labels, predicted[finite])])
 
 
+def calibration_error(outputs: Tensor, labels: Tensor) -> float:
+    """The expected calibration error in percent: confidence of the predicted class against accuracy, in 15 bins.
+
+    Args:
+        outputs: logits ``[n, K]``, with ``labels`` int64 ``[n]``; those that are not finite are left out.
+    """
+    return _calibration_error(*confidences(outputs, labels))
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    return 100 * float(binary_calibration_error(confidence, right.long(), BINS)) if len(right) else math.nan
+
+
+def confidences(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability of the predicted class and whether it is right, of the outputs that are finite."""
+    finite = outputs.isfinite().all(1)
+    confidence, predicted = outputs[finite].double().softmax(1).max(1)
+    return confidence, predicted == labels[finite]
+
+
 def areas(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """``auroc`` and ``average_precision`` in percent: each class against all others, and the mean over the classes that
-    have images and are not all.
+    """``auroc`` and ``average_precision`` in percent: the means of :func:`areas_of_classes`."""
+    found = areas_of_classes(outputs, labels).values()
+    kinds = ("auroc", "average_precision")
+    return {kind: 100 * sum(each[kind] for each in found) / len(found) if found else math.nan for kind in kinds}
+
+
+def areas_of_classes(outputs: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
+    """``auroc`` and ``average_precision`` of each class against all others, of those that have images and are not all.
 
     Args:
         outputs: logits ``[n, K]``, with ``labels`` int64 ``[n]``.
@@ -52,14 +84,14 @@ def areas(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
     scores, labels = outputs.double().cpu().softmax(1).nan_to_num(0), labels.cpu()
-    found: dict[str, list[Tensor]] = {"auroc": [], "average_precision": []}
+    found: dict[int, dict[str, float]] = {}
     for label in labels.unique().tolist():
         truth = (labels == label).long()
         if truth.all():
             continue
-        found["auroc"].append(binary_auroc(scores[:, label], truth, validate_args=False))
-        found["average_precision"].append(binary_average_precision(scores[:, label], truth, validate_args=False))
-    return {name: 100 * _mean(torch.stack(each).double()) if each else math.nan for name, each in found.items()}
+        both = {"auroc": binary_auroc, "average_precision": binary_average_precision}
+        found[label] = {name: float(area(scores[:, label], truth, validate_args=False)) for name, area in both.items()}
+    return found
 
 
 def metrics_of(outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -70,7 +102,8 @@ def metrics_of(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     if outputs.shape[1] >= TOP5_FROM:
         result["top5"] = 100 * float(hits.any(1).double().mean())
     result |= of_counts(counts_of(outputs, labels))
-    return result | (areas(outputs, labels) if outputs.numel() <= MOST_SCORES else {})
+    result |= areas(outputs, labels) if outputs.numel() <= MOST_SCORES else {}
+    return result | {"ece": calibration_error(outputs, labels)}
 
 
 class _Kept:
@@ -82,6 +115,7 @@ class _Kept:
         self.scores = 0
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self.parts = [(torch.empty(0, classes, device=device), empty, empty)]
+        self.calibration = [(torch.empty(0, dtype=torch.float64, device=device), empty.bool(), empty)]
 
     def __iter__(self) -> Iterator[Predictions]:
         for each in self.share:
@@ -91,6 +125,8 @@ class _Kept:
             self.scores += outputs.numel()
             if self.scores <= MOST_SCORES:
                 self.parts.append((outputs, labels, places))
+            finite = outputs.isfinite().all(1)
+            self.calibration.append((*confidences(outputs, labels), places[finite]))
             yield each
 
 
@@ -112,4 +148,7 @@ def class_metrics(
         outputs, labels, places = (gather(torch.cat(part), world) for part in zip(*kept.parts, strict=True))
         order = places.argsort()
         result |= areas(outputs[order], labels[order])
+    confidence, right, places = (gather(torch.cat(part), world) for part in zip(*kept.calibration, strict=True))
+    order = places.argsort()
+    result["ece"] = _calibration_error(confidence[order], right[order])
     return {**result, "images": images}

@@ -1,8 +1,9 @@
 """Pictures of predicted maps: a row per image, which is the input, the target and the prediction."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -15,6 +16,12 @@ ROWS = 4
 MOST = 256
 """Pixels of a panel's longer side."""
 GAP = 4
+ACROSS = 4
+"""Pictures in a row of a sheet."""
+SIDE = 200
+"""Pixels of its pictures' longer side."""
+FONT, LINE = 12, 16
+"""Pixels of the letters, and of a line."""
 
 
 class MapPictures:
@@ -22,15 +29,18 @@ class MapPictures:
 
     Args:
         channels: of the input, as ``logger.channels``.
+        most: rows.
     """
 
-    def __init__(self, objective: DenseObjective, cfg: DataConfig, channels: Sequence[int] | None = None) -> None:
-        self.objective, self.cfg, self.channels = objective, cfg, channels
+    def __init__(
+        self, objective: DenseObjective, cfg: DataConfig, channels: Sequence[int] | None = None, most: int = ROWS
+    ) -> None:
+        self.objective, self.cfg, self.channels, self.most = objective, cfg, channels, most
         self.rows: list[list[Image.Image]] = []
 
     def __call__(self, image: Images, predicted: Tensor) -> None:
         """Takes an image, with its map, and what was predicted for it ``[K, H, W]``."""
-        if len(self.rows) == ROWS:
+        if len(self.rows) == self.most:
             return
         panels = self.objective.panels(image.labels[0], predicted)
         if panels:
@@ -55,6 +65,36 @@ class MapPictures:
                 left += width + GAP
             top += height + GAP
         return picture
+
+
+def sheet(images: Sequence[tuple[Tensor, str]]) -> Image.Image:
+    """Pictures ``[3, H, W]`` of values in 0..1, four in a row, with their captions."""
+    font = ImageFont.load_default(size=FONT)
+    panels = [F.to_pil_image(pixels.float().cpu()) for pixels, _ in images]
+    factor = max(1, SIDE // max(max(panel.size) for panel in panels))
+    panels = [panel.resize((factor * panel.width, factor * panel.height), Image.Resampling.NEAREST) for panel in panels]
+    for panel in panels:
+        panel.thumbnail((SIDE, SIDE))
+    text = LINE * max(caption.count("\n") + 1 for _, caption in images)
+    width, height = SIDE + GAP, max(panel.height for panel in panels) + text + 2 * GAP
+    rows = -(-len(panels) // ACROSS)
+    picture = Image.new("RGB", (min(len(panels), ACROSS) * width + GAP, rows * height), "white")
+    pen = ImageDraw.Draw(picture)
+    for place, (panel, (_, caption)) in enumerate(zip(panels, images, strict=True)):
+        left, top = GAP + place % ACROSS * width, GAP + place // ACROSS * height
+        lines = "\n".join(shortened(line, font) for line in caption.split("\n"))
+        pen.multiline_text((left, top), lines, fill="black", font=font, spacing=LINE - FONT)
+        picture.paste(panel, (left, top + text))
+    return picture
+
+
+def shortened(line: str, font: Any) -> str:
+    """A line as far as it fits below a picture."""
+    if font.getlength(line) <= SIDE:
+        return line
+    while line and font.getlength(line + "…") > SIDE:
+        line = line[:-1]
+    return line + "…"
 
 
 def _panel(pixels: Tensor) -> Image.Image:

@@ -19,7 +19,7 @@ from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.features import batches
 from fcmae.evaluation.windows import Windows, check_image_size, network_of, over_windows
-from fcmae.files import output
+from fcmae.files import make_folder, output
 from fcmae.models.objective import DenseObjective
 
 
@@ -65,7 +65,8 @@ def predict_maps(
         if files is None:
             maps.append(final)
             continue
-        with _in_folder(files[place]), output("--out", files[place]) as file:
+        make_folder("--out", files[place].parent)
+        with output("--out", files[place]) as file:
             network.objective.write(final, file)
     left = len(source) - int(world.sum(torch.tensor(len(done), device=world.device)))
     if not world.is_main:
@@ -74,15 +75,6 @@ def predict_maps(
         say(f"{left} of {len(source)} images could not be read and have no map")
     places = done if files is None else [place for place, file in enumerate(files) if not left or file.exists()]
     return Maps([source.describe(place) for place in places], maps, network.columns)
-
-
-@contextlib.contextmanager
-def _in_folder(file: Path) -> Iterator[None]:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {file.parent} cannot be made: {error.strerror}") from error
-    yield
 
 
 def _files(source: Joined, out: Path, ending: str) -> list[Path]:

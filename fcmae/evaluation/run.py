@@ -51,7 +51,9 @@ from fcmae.evaluation.detections import check_canvas, detections
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
+from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
+from fcmae.evaluation.summary import Errors, Recorder, finish_images, finish_maps, folder_of
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.interchange.foreign import is_foreign, read_foreign
@@ -59,7 +61,7 @@ from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
-from fcmae.models.objective import BoxObjective, DenseObjective
+from fcmae.models.objective import BoxObjective, DenseObjective, Predictions
 
 
 @contextlib.contextmanager
@@ -184,13 +186,15 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class per image; labels={cfg.labels} has several")
     result: dict[str, float] = {}
+    recorder = Recorder([], world)
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
         model = model_of(state, file, ema, cfg.allow).to(world.device)
         confusion = None
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
-        share = predictions(
-            model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target
+        share = recorder = Recorder(
+            predictions(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target),
+            world,
         )
         if accepted is not None:
             metrics = accuracy(share, world, accepted=accepted, confusion=confusion)
@@ -202,6 +206,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     if confusion is not None:
         total = world.sum(confusion).cpu()
         world.on_main(lambda: _write_tables(cfg, classes, total))
+    if accepted is None:
+        folder = world.from_main(lambda: folder_of(cfg.report, file))
+        finish_images(folder, objective, result, recorder, source, data, classes)
     return result if world.is_main else None
 
 
@@ -221,14 +228,21 @@ def _evaluate_maps(
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
         model = model_of(state, file, ema, cfg.allow).to(world.device)
         check_image_size(data, model)
-        share = whole_predictions(model, objective, source, data, cfg.loader, cfg.batch_size, cfg.precision, world)
-        metrics = objective.metrics(share, world)
+        how = (data, cfg.loader, cfg.batch_size, cfg.precision)
+        errors = Errors(objective)
+        metrics = objective.metrics(whole_predictions(model, objective, source, *how, world, look=errors), world)
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
     counts = objective.confusion
     if cfg.confusion is not None:
         if counts is None:
             raise UsageError(f"confusion must be null: the targets of {file} are no classes")
         world.on_main(lambda: _write_tables(cfg, state.get("classes") or [], counts))
+
+    def again(some: Source, alone: World, look: MapPictures) -> Iterable[Predictions]:
+        return whole_predictions(model, objective, some, *how, alone, look=look)
+
+    folder, classes = world.from_main(lambda: folder_of(cfg.report, file)), state.get("classes") or []
+    finish_maps(folder, objective, result, errors, source, again, data, classes, world)
     return result if world.is_main else None
 
 

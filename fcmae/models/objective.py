@@ -1,6 +1,7 @@
 """What fine-tuning trains for: the seam between a network and a kind of target."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,22 @@ class Predictions(NamedTuple):
     outputs: Any
     targets: Tensor
     places: Tensor
+
+
+Plots = dict[str, Callable[[Any], None]]
+"""By the name of a picture's file, what draws it into a matplotlib ``Figure``."""
+
+
+class Report(NamedTuple):
+    """What an evaluation tells beside its metrics."""
+
+    per_class: dict[str, dict[str, float]] = {}  # noqa: RUF012  # read only
+    """Numbers of each class, label or column, by name."""
+    plots: Plots = {}  # noqa: RUF012
+    errors: Tensor | None = None
+    """How wrong each image is, float ``[n]``; NaN = it does not count."""
+    caption: Callable[[int], str] = str
+    """What is said of the picture of image 0..n-1."""
 
 
 class Objective(Protocol):
@@ -88,6 +105,10 @@ class Objective(Protocol):
         """
         raise NotImplementedError
 
+    def report(self, results: Predictions) -> Report:
+        """What ``fcmae evaluate`` writes beside the metrics, of all images in the order of the source, on the CPU."""
+        return Report()
+
 
 class DenseObjective(Objective):
     """An objective whose target is a map that has a class or numbers for each pixel.
@@ -120,6 +141,14 @@ class DenseObjective(Objective):
     def write(self, final: Tensor, file: IO[bytes]) -> None:
         """Writes what :meth:`final` returns to a file with the name's ending :attr:`ending`."""
         np.save(file, final.numpy())
+
+    def report_maps(self) -> Report:
+        """What ``fcmae evaluate`` writes beside what the last :meth:`metrics` returned; no errors and captions."""
+        return Report()
+
+    def error(self, target: Tensor, predicted: Tensor) -> float:
+        """How wrong an image is, for pictures of the worst; NaN = it does not count. Arguments as of :meth:`panels`."""
+        return math.nan
 
     def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
         """Target and prediction to be looked at, RGB in 0..1 ``[3, H, W]``; none if they cannot be drawn.

@@ -17,7 +17,7 @@ from fcmae import distributed
 disconnect, distributed.disconnect = distributed.disconnect, lambda: None  # several commands in one process
 ranks = sys.argv[1]
 common = {"data": {"length": 31}, "batch_size": 4, "precision": "float32"}
-tables = {"per_class": f"per_class_{ranks}.json", "confusion": f"confusion_{ranks}.json"}
+tables = {"per_class": f"per_class_{ranks}.json", "confusion": f"confusion_{ranks}.json", "report": f"report_{ranks}"}
 probe = {"checkpoint": "pretrained", **common, "train_batch_size": 8, "epochs": 4, "warmup_epochs": 1}
 probe |= {"cache": f"features_{ranks}"}
 results = [
@@ -60,6 +60,9 @@ def test_any_number_of_ranks(folder, alone, ranks):
     assert solved["l2"] in (0.1, 1.0)
     for name in ("per_class", "confusion"):
         assert (folder / f"{name}_{ranks}.json").read_text() == (folder / f"{name}_1.json").read_text()
+    files = {file.name: file.read_bytes() for file in (folder / "report_1").iterdir()}
+    assert {file.name: file.read_bytes() for file in (folder / f"report_{ranks}").iterdir()} == files
+    assert {"worst.png", "reliability.png", "per_class.csv"} <= files.keys()
     matrix = json.loads((folder / "confusion_1.json").read_text())["matrix"]
     assert sum(map(sum, matrix)) == 31
     per_class = json.loads((folder / "per_class_1.json").read_text())

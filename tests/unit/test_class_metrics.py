@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional import classification as of
 
 from fcmae.distributed import World
-from fcmae.evaluation.class_metrics import class_metrics, metrics_of
+from fcmae.evaluation.class_metrics import NAMES, class_metrics, metrics_of
 from fcmae.models.objective import Predictions
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
@@ -38,13 +39,25 @@ def test_every_metric_is_its_definition():
     f1 = [2 * r * p / (r + p) for r, p in zip(recalls, precisions, strict=True)]
     scores = logits.double().softmax(1).T
     areas = [(auroc(score, labels == k), precision(score, labels == k)) for k, score in enumerate(scores)]
-    assert list(got) == ["top1", "top5", "balanced_accuracy", "f1", "auroc", "average_precision"]
+    assert list(got) == list(NAMES)
     assert got["top1"] == pytest.approx(100 * float((predicted == labels).double().mean()))
     assert got["balanced_accuracy"] == pytest.approx(100 * float(sum(recalls) / 7))
     assert got["f1"] == pytest.approx(100 * float(sum(f1) / 7))
     assert [got["auroc"], got["average_precision"]] == pytest.approx(
         [100 * sum(c) / 7 for c in zip(*areas, strict=True)]
     )
+
+
+def test_they_are_those_of_torchmetrics():
+    logits, labels = outputs(150, 8)
+    labels[labels == 3] = 4  # a class without images, which is predicted
+    got, macro = metrics_of(logits, labels), {"num_classes": 8, "average": "macro"}
+    assert got["precision"] == pytest.approx(100 * float(of.multiclass_precision(logits, labels, **macro)))
+    assert got["recall"] == pytest.approx(100 * float(of.multiclass_recall(logits, labels, **macro)))
+    assert got["f1"] == pytest.approx(100 * float(of.multiclass_f1_score(logits, labels, **macro)))
+    error = of.multiclass_calibration_error(logits.double().softmax(1), labels, 8, n_bins=15)
+    assert got["ece"] == pytest.approx(100 * float(error))
+    assert got["balanced_accuracy"] > got["recall"]
 
 
 def test_classes_without_images_do_not_count():
@@ -74,6 +87,9 @@ def test_batches_in_any_order_give_the_same():
     got = class_metrics(parts, CPU, 3)
     assert got.pop("images") == 39
     assert got == pytest.approx(metrics_of(logits[known], labels[known]))
+    again = class_metrics([Predictions(logits[i], labels[i], i) for i in places.flip(0).split(11)], CPU, 3)
+    assert again.pop("images") == 39
+    assert again == got
 
 
 def test_areas_are_left_out_for_many_scores(monkeypatch):

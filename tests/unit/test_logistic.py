@@ -108,7 +108,7 @@ def test_the_probe_never_chooses_on_the_validation_labels():
     few = probe_by_lbfgs([Features(*clusters(4))], val, 3, config(folds=50), CPU)
     assert few["chosen"] == "2-fold cross-validation on the training images"
     assert [line.split()[0] for line in table(result).splitlines()] == [
-        "top1", "balanced_accuracy", "f1", "auroc", "average_precision"]  # fmt: skip
+        "top1", "balanced_accuracy", "precision", "recall", "f1", "auroc", "average_precision", "ece"]  # fmt: skip
 
 
 def test_class_weights_of_the_probe():

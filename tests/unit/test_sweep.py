@@ -57,6 +57,7 @@ def test_every_job_writes_its_own_results(stand_in, tmp_path, capfd):
 
     def evaluate(cfg, _):
         outputs.append((cfg.out, cfg.per_class))
+        assert cfg.report is None
         return cli._report({"top1": float(cfg.batch_size)}, cfg.out)
 
     stand_in("evaluate", evaluate)

@@ -14,9 +14,9 @@ from fcmae.data.samples import label_of
 from fcmae.data.sources import Sample, Source, require_labels, with_classes
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation import class_metrics, logistic
+from fcmae.evaluation import class_metrics, logistic, reports
 from fcmae.evaluation.features import gather
-from fcmae.models.objective import Objective, Predictions
+from fcmae.models.objective import Objective, Predictions, Report
 from fcmae.models.pooled import RowHead
 
 
@@ -32,8 +32,8 @@ class Classify(Objective):
     """One class per image: cross entropy with ``augment.label_smoothing``.
 
     Args:
-        best: the metric whose best checkpoint is kept: ``top1``, ``top5``, ``balanced_accuracy``, ``f1``, ``auroc`` or
-            ``average_precision``.
+        best: the metric whose best checkpoint is kept: ``top1``, ``top5``, ``balanced_accuracy``, ``precision``,
+            ``recall``, ``f1``, ``auroc``, ``average_precision`` or ``-ece``.
         class_weights: a factor on the loss of each class, in the order of the classes; ``auto``: by inverse frequency,
             with a mean of 1 over the training images. None = none.
         layer: what the linear layer reads: ``pooled``, as timm's classifier; or ``mean``, ``stages`` or ``stages_std``
@@ -97,6 +97,9 @@ class Classify(Objective):
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
         return class_metrics.class_metrics(share, world, len(self.classes))
 
+    def report(self, results: Predictions) -> Report:
+        return reports.of_classes(results.outputs, results.targets, self.classes)
+
 
 class _Columns(Objective):
     """Numbers per image that a source gives in named columns, NaN where there is none."""
@@ -153,12 +156,13 @@ class Multilabel(_Columns):
     """Several labels per image, each 0 or 1 or missing (empty): binary cross entropy per label.
 
     Args:
-        best: the metric whose best checkpoint is kept: ``map`` (mean average precision), ``auroc`` or ``f1``.
+        best: the metric whose best checkpoint is kept: ``map`` (mean average precision), ``auroc``, ``f1``,
+            ``precision`` or ``recall``.
     """
 
     def __init__(self, best: str = "map") -> None:
         super().__init__()
-        self.best = metric(best, ("map", "auroc", "f1"))
+        self.best = metric(best, ("map", "auroc", "f1", "precision", "recall"))
 
     def _fit(self, values: Tensor) -> None:
         wrong = ((values != 0) & (values != 1) & ~values.isnan()).nonzero()
@@ -180,19 +184,23 @@ class Multilabel(_Columns):
 
     def metrics(self, share: Iterable[Predictions], world: World) -> dict[str, float]:
         """Means over the labels that have both values among the images: exact over the images of all ranks."""
-        from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_f1_score
+        from torchmetrics.functional import classification as of
 
+        kinds: dict[str, Any] = {"map": of.binary_average_precision, "auroc": of.binary_auroc, "f1": of.binary_f1_score}
+        kinds |= {"precision": of.binary_precision, "recall": of.binary_recall}
         outputs, targets = _all(share, world, self.outputs)
-        found: dict[str, list[float]] = {"map": [], "auroc": [], "f1": []}
+        found: dict[str, list[float]] = {name: [] for name in kinds}
         for output, target in zip(outputs.sigmoid().T, targets.T, strict=True):
             valid = ~target.isnan() & output.isfinite()
             score, truth = output[valid], target[valid].long()
             if 0 < truth.sum() < len(truth):
-                found["map"].append(float(binary_average_precision(score, truth)))
-                found["auroc"].append(float(binary_auroc(score, truth)))
-                found["f1"].append(float(binary_f1_score(score, truth)))
+                for name, kind in kinds.items():
+                    found[name].append(float(kind(score, truth)))
         means = {name: 100 * sum(values) / len(values) if values else math.nan for name, values in found.items()}
         return {**means, "images": len(outputs)}
+
+    def report(self, results: Predictions) -> Report:
+        return reports.of_labels(results.outputs, results.targets, self.columns)
 
 
 class Regress(_Columns):
@@ -244,18 +252,32 @@ class Regress(_Columns):
         result: dict[str, float] = {}
         columns = zip(self.columns, self.predict(outputs).double().T, self.predict(targets).double().T, strict=True)
         for name, output, target in columns:
-            valid = ~target.isnan()
-            error, target = (output - target)[valid], target[valid]
-            spread = (target - target.mean()).square().sum()
-            scores = {"mae": error.abs().mean(), "rmse": error.square().mean().sqrt()}
-            scores["r2"] = 1 - error.square().sum() / torch.where(spread > 0, spread, math.nan)
-            result |= {f"{kind}_{name}": float(value) for kind, value in scores.items()}
+            scores = zip(("mae", "rmse", "r2"), _errors(output, target), strict=True)
+            result |= {f"{kind}_{name}": value for kind, value in scores}
         means = {}
         for kind in ("mae", "rmse", "r2"):
             of_kind = [result[f"{kind}_{name}"] for name in self.columns]
             known = [value for value in of_kind if not math.isnan(value)]  # not of a column without values
             means[kind] = sum(known) / len(known) if known else math.nan
         return {**means, **(result if len(self.columns) > 1 else {}), "images": len(outputs)}
+
+    def report(self, results: Predictions) -> Report:
+        names = ("mae", "rmse", "r2")
+        found, truth = (self.predict(values.double()) for values in (results.outputs, results.targets))
+        rows = {
+            name: dict(zip(names, _errors(*column), strict=True))
+            for name, column in zip(self.columns, zip(found.T, truth.T, strict=True), strict=True)
+        }
+        return reports.of_numbers(found, truth, self.std, rows)
+
+
+def _errors(output: Tensor, target: Tensor) -> tuple[float, float, float]:
+    """Mean absolute error, root of the mean squared one, and R² of a column, of the images that have a value."""
+    valid = ~target.isnan()
+    error, target = (output - target)[valid], target[valid]
+    spread = (target - target.mean()).square().sum()
+    r2 = 1 - error.square().sum() / torch.where(spread > 0, spread, math.nan)
+    return float(error.abs().mean()), float(error.square().mean().sqrt()), float(r2)
 
 
 def _all(share: Iterable[Predictions], world: World, columns: int) -> tuple[Tensor, Tensor]:

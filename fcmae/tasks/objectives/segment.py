@@ -1,6 +1,7 @@
 """A class per pixel."""
 
 import colorsys
+import math
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
@@ -16,7 +17,8 @@ from fcmae.data.sources import Sample, Source
 from fcmae.data.sources.check_maps import some
 from fcmae.distributed import World
 from fcmae.errors import ImageError
-from fcmae.models.objective import Predictions
+from fcmae.evaluation import reports
+from fcmae.models.objective import Predictions, Report
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
@@ -152,6 +154,15 @@ class Segment(PerPixel):
         counts, images = confusion(share, world, self.channels)
         self.confusion = counts[:, :-1]
         return scores(counts, images, self.classes)
+
+    def report_maps(self) -> Report:
+        return Report() if self.confusion is None else reports.of_pixels(self.confusion, self.classes)
+
+    def error(self, target: Tensor, predicted: Tensor) -> float:
+        """The share of labelled pixels that are wrong."""
+        labelled = target != IGNORED
+        wrong = (predicted.argmax(0) != target) & labelled
+        return float(wrong.sum() / labelled.sum()) if labelled.any() else math.nan
 
     def final(self, predicted: Tensor) -> Tensor:
         """The number of the most likely class, as in the files of targets, ``[H, W]``."""

@@ -184,6 +184,11 @@ class Translate(PerPixel):
             psnr = peak_signal_noise_ratio(found[0][valid], truth[0][valid], 1.0).clamp(max=MOST_PSNR)
         return torch.stack(rows, dim=1), torch.stack([ssim, psnr, *ssim.new_tensor([measured, 1])])
 
+    def error(self, target: Tensor, predicted: Tensor) -> float:
+        """The mean absolute error in standard deviations of the training maps."""
+        std = self.std.to(target)[:, None, None]
+        return float(((predicted - target) / std).abs()[target.isfinite()].mean())
+
     def write(self, final: Tensor, file: IO[bytes]) -> None:
         """A TIFF of float32, one plane per channel."""
         try:

@@ -1,0 +1,139 @@
+"""What ``fcmae evaluate`` prints and writes beside its metrics."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional import classification as of
+
+from fcmae.distributed import World
+from fcmae.evaluation import reports, summary
+from fcmae.evaluation.summary import Recorder, folder_of, worst_of
+from fcmae.models.objective import Predictions
+from fcmae.tasks.objectives import Multilabel, Regress
+from tests.conftest import TINY_FINETUNE
+from tests.dense_files import write_squares
+
+CPU = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def rows(file):
+    with open(file, newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def test_a_row_per_class_is_torchmetrics():
+    labels = torch.randint(4, (90,))
+    logits = torch.randn(90, 4) + 2 * torch.eye(4)[labels]
+    labels[5] = -1
+    report, known = reports.of_classes(logits, labels, list("abcd")), labels >= 0
+    given = (logits[known], labels[known], 4)
+    for name, metric in (
+        ("precision", of.multiclass_precision), ("recall", of.multiclass_recall), ("f1", of.multiclass_f1_score),
+        ("auroc", of.multiclass_auroc), ("average_precision", of.multiclass_average_precision),
+    ):  # fmt: skip
+        expected = 100 * metric(*given, average="none")
+        assert [row[name] for row in report.per_class.values()] == pytest.approx(expected.tolist(), rel=1e-5), name
+    assert sum(row["images"] for row in report.per_class.values()) == 89
+    assert list(report.plots) == ["confusion", "roc", "precision_recall", "reliability"]
+    worst = worst_of(report.errors)
+    losses = torch.nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    wrong = known & (logits.argmax(1) != labels)
+    assert losses[worst].tolist() == losses[wrong].sort(descending=True).values[: len(worst)].tolist()
+    assert report.caption(worst[0]).startswith(f"true: {'abcd'[labels[worst[0]]]}\npredicted: ")
+
+
+def test_labels_and_numbers_that_are_missing_do_not_count():
+    target = torch.tensor([[1, 0], [0, math.nan], [1, 1], [0, 0.0]])
+    labels = Multilabel()
+    labels._set_columns(["a", "b"])
+    report = labels.report(Predictions(torch.tensor([[3.0, 3], [-2, 5], [-1, 1], [-3, -3]]), target, None))
+    assert report.per_class["a"] == {"images": 4, "positive": 2, "precision": 100, "recall": 50,
+                                     "f1": pytest.approx(200 / 3), "auroc": 100, "average_precision": 100}  # fmt: skip
+    assert report.per_class["b"]["images"] == 3
+    assert worst_of(report.errors) == [0, 2]
+    assert report.caption(0) == "b: 0, predicted 0.95"
+    numbers = Regress()
+    numbers._set_columns(["x", "y"])
+    numbers.mean, numbers.std = torch.tensor([10.0, 0]), torch.tensor([2.0, 1])
+    target = torch.tensor([[0, 0], [1, math.nan], [0, 1.0]])
+    report = numbers.report(Predictions(torch.tensor([[1.0, 0], [0, 0], [0, 3]]), target, None))
+    assert report.per_class["x"]["mae"] == pytest.approx(4 / 3)
+    assert report.per_class["y"]["mae"] == pytest.approx(1)
+    assert worst_of(report.errors) == [1, 2, 0]
+    assert report.caption(1) == "x: 12\npredicted: 10"
+    assert list(report.plots) == ["scatter"]
+
+
+def test_what_is_recorded_is_in_the_order_of_the_source():
+    logits, labels, places = torch.randn(7, 3), torch.arange(7), torch.randperm(7)
+    recorder = Recorder([Predictions(logits[i], labels[i], i) for i in places.split(3)], CPU)
+    assert len(list(recorder)) == 3
+    found = recorder.gathered()
+    assert found.outputs.equal(logits)
+    assert found.targets.equal(labels)
+    assert Recorder([], CPU).gathered() is None
+    other = Recorder([Predictions({"boxes": logits}, labels, places)], CPU)  # as an objective of one's own may give
+    assert len(list(other)) == 1
+    assert other.gathered() is None
+
+
+def test_a_table_leaves_classes_out_and_has_the_averaged_weights():
+    text = summary.table({"miou": 50.123, "iou_sky": 1, "ema_miou": 51, "ema_iou_sky": 2, "images": 3}, ["sky"])
+    assert text.split() == ["metric", "value", "ema", "miou", "50.123", "51", "images", "3"]
+
+
+def test_reports_belong_to_a_run(tmp_path):
+    assert folder_of("run", tmp_path / "run" / "checkpoints" / "step_1.pt") is None  # there is no such folder
+    (tmp_path / "run").mkdir()
+    assert folder_of("run", tmp_path / "run" / "checkpoints" / "step_1.pt") == tmp_path / "run" / "evaluation"
+    assert folder_of("run", tmp_path / "best.pt") is None
+    assert folder_of(None, tmp_path / "run" / "checkpoints" / "step_1.pt") is None
+
+
+def test_a_report_of_a_classifier(fcmae_here, tmp_path, monkeypatch):
+    fcmae_here(*TINY_FINETUNE, "schedule.epochs=1", "optim.ema_decay=0.5", "hydra.run.dir=run")
+    evaluate = ("evaluate", "checkpoint=run", "loader.workers=0", "data.length=30", "batch_size=7")
+    done = fcmae_here(*evaluate, "report=run", "confusion=confusion.csv")
+    folder, metrics = tmp_path / "run" / "evaluation", json.loads(done.stdout)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "confusion.png", "metrics.csv", "metrics.json", "per_class.csv", "precision_recall.png", "reliability.png",
+        "roc.png", "worst.csv", "worst.png"]  # fmt: skip
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {row["metric"]: float(row["value"]) for row in rows(folder / "metrics.csv")} == metrics
+    assert f"ece {metrics['ece']:.5g} {metrics['ema_ece']:.5g}" in " ".join(done.stderr.split())
+    per_class = rows(folder / "per_class.csv")
+    assert sum(int(row["images"]) for row in per_class) == 30
+    recalls = [float(row["recall"]) for row in per_class]
+    assert sum(recalls) / len(recalls) == pytest.approx(metrics["ema_balanced_accuracy"])
+    wrong = 30 - round(0.3 * metrics["ema_top1"])
+    assert len(rows(folder / "worst.csv")) == min(16, wrong)
+    with Image.open(folder / "worst.png") as picture:
+        assert picture.width > 700
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    told = fcmae_here(*evaluate, "report=elsewhere").stderr
+    assert "no plots: matplotlib is missing; pip install 'fcmae[plots]'" in told
+    assert sorted(file.name for file in (tmp_path / "elsewhere").iterdir()) == [
+        "metrics.csv", "metrics.json", "per_class.csv", "worst.csv", "worst.png"]  # fmt: skip
+    (tmp_path / "metrics.json").write_text("not a result")
+    assert "report must be a new file or JSON" in fcmae_here(*evaluate, "report=.", check=2).stderr
+
+
+def test_a_report_of_maps(fcmae_here, tmp_path):
+    folder = write_squares(tmp_path / "squares", 5)
+    data = (f"data.path={folder}/images", f"data.target_path={folder}/masks", f"data.val_path={folder}/images")
+    of = ("objective=segment", "objective.classes=[bg,red,green]", "objective.width=8", "data.name=imagefolder")
+    fcmae_here(*TINY_FINETUNE, *data, *of, "schedule.epochs=1", "optim.global_batch_size=5", "hydra.run.dir=run")
+    done = fcmae_here("evaluate", "checkpoint=run", "report=run", "loader.workers=0", "batch_size=3")
+    report, metrics = tmp_path / "run" / "evaluation", json.loads(done.stdout)
+    assert sorted(file.name for file in report.iterdir()) == [
+        "confusion.png", "metrics.csv", "metrics.json", "per_class.csv", "worst.csv", "worst.png"]  # fmt: skip
+    per_class = {row["class"]: row for row in rows(report / "per_class.csv")}
+    assert float(per_class["red"]["iou"]) == pytest.approx(metrics["iou_red"])
+    assert float(per_class["bg"]["dice"]) == pytest.approx(metrics["dice_bg"])
+    worst = [float(row["error"]) for row in rows(report / "worst.csv")]
+    assert worst == sorted(worst, reverse=True)
+    assert 100 * sum(worst) / 5 == pytest.approx(100 - metrics["accuracy"])  # all have as many labelled pixels
