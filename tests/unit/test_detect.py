@@ -81,6 +81,7 @@ def test_polygons_and_run_lengths_are_the_same_mask():
         ([[0, 0, 1e9, 1, 1, 1]], "outside of the image"),
         ([[0, 0, float("nan"), 1, 1, 1]], "outside of the image"),
         ([[0, 0, "a", 1, 1, 1]], "numbers only"),
+        ([[0, 0, 30, 12] * 50_000], "too many points"),
         ([[0, 0, [1], 1, 1, 1]], "numbers only"),
     ],
 )
@@ -136,6 +137,32 @@ def test_boxes_and_masks_follow_the_image():
     assert filled.masks.shape == (9, SIDE, SIDE)
     with pytest.raises(ValueError, match="it has 80x50 pixels; its annotations say 80x51"):
         transform(image, objects._replace(size=(51, 80)), True)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_transforms_of_torchvision_move_boxes_and_masks(masks):
+    turn = {"_target_": "torchvision.transforms.v2.RandomRotation", "degrees": [90, 90]}
+    cfg = DataConfig(image_size=[64, 64], hflip=0.0, mean=[0.5] * 3, std=[0.5] * 3, transforms=[turn])
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 10:20, 8:40] = 255
+    objects = Objects(torch.tensor([[8.0, 10, 40, 20]]), torch.tensor([1]), torch.tensor([False]), torch.ones(1),
+                      [polygon(8, 10, 40, 20)], (64, 64))  # fmt: skip
+    sample = JitteredScale(cfg, AugmentConfig())(image, objects, masks)
+    found = (sample.image[0] > 0).to(torch.uint8)
+    rows, cols = (found.any(dim=dim).nonzero()[:, 0].tolist() for dim in (1, 0))
+    assert sample.boxes[0].tolist() == pytest.approx([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], abs=1)
+    if masks:
+        assert pasted(sample.masks[0] / 255, sample.boxes[0].tolist(), (64, 64)).equal(found)
+    empty = objects._replace(boxes=torch.zeros(0, 4), classes=torch.zeros(0).long(), crowd=torch.zeros(0).bool())
+    assert len(JitteredScale(cfg, AugmentConfig())(image, empty, masks).boxes) == 0
+    own = DataConfig(image_size=64, transforms=[{"_target_": "tests.unit.test_detect.Nothing"}])
+    with pytest.raises(ConfigError, match="must be a transform of torchvision's v2 with objective=detect"):
+        JitteredScale(own, AugmentConfig())
+
+
+class Nothing:
+    def __call__(self, image):
+        return image
 
 
 def test_whole_images_just_fit_the_canvas():
@@ -536,6 +563,5 @@ def test_a_detector_learns(fcmae_here, tmp_path, squares):
                           "objective.anchors=[8,16,24,32,64]", "hydra.run.dir=run"))  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "map50" in line][-1]
-    print(last)
     assert last["map50"] > 40
     assert last["mask_map50"] > 40

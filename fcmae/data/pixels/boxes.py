@@ -2,16 +2,21 @@
 
 import functools
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import clamp_bounding_boxes
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import Box, Uniform, cut, pick, reduction
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
-from fcmae.data.pixels.instances import SIDE, boxed_mask, mask_of
+from fcmae.data.pixels.instances import SIDE, boxed_mask, mask_of, pasted
 from fcmae.data.pixels.transforms import normalized
 from fcmae.data.sources.coco import Objects
 from fcmae.errors import ConfigError
@@ -106,8 +111,10 @@ class JitteredScale(Canvas):
             given = getattr(augment, name)
             if given != value:
                 raise ConfigError(f"augment.{name} must be {value} with objective=detect; got {given!r}")
-        if cfg.transforms:
-            raise ConfigError("data.transforms must be [] with objective=detect, whose boxes they would not move")
+        self.transforms = Extra(cfg.transforms).steps
+        for name, step in self.transforms:
+            if not isinstance(step, v2.Transform):
+                raise ConfigError(f"{name} must be a transform of torchvision's v2 with objective=detect")
         self.jitter = cfg.scale_jitter or [1.0, 1.0]
         self.hflip, self.vflip = cfg.hflip, cfg.vflip
         self.exact = cfg.exact_decode
@@ -133,7 +140,10 @@ class JitteredScale(Canvas):
         box = box.aligned(reduce)
         pixels, part = self._decoded(opened, box, reduce)
         raw = self.put(cut(pick(pixels, self.channels), part, extent))
-        return Boxed(self.normalize(raw), *_moved(objects, box, extent, masks))
+        sample = Boxed(raw, *_moved(objects, box, extent, masks))
+        for name, step in self.transforms:
+            sample = _transformed(name, step, sample, masks)
+        return sample._replace(image=self.normalize(sample.image))
 
     def draw(self, size: tuple[int, int], uniform: Uniform) -> tuple[Box, tuple[int, int]]:
         """The part of an image of ``size`` that is shown, and its height and width on the canvas."""
@@ -154,6 +164,29 @@ class JitteredScale(Canvas):
             return image.pixels(reduce), box.divided(reduce)
         pixels, top, left = image.part(*box[:4])
         return pixels, box._replace(top=box.top - top, left=box.left - left)
+
+
+def _transformed(name: str, step: Any, sample: Boxed, masks: bool) -> Boxed:
+    """By torchvision. An object with a mask gets the box of its mask: the box of a turned box would be too large."""
+    size = sample.image.shape[-2], sample.image.shape[-1]
+    given: list[Any] = [tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=size)]
+    if masks:
+        whole = [pasted(mask / 255, box, size) for mask, box in zip(sample.masks, sample.boxes.tolist(), strict=True)]
+        given.append(tv_tensors.Mask(torch.stack(whole) if whole else torch.zeros(0, *size, dtype=torch.uint8)))
+    image, boxes, *moved = step(tv_tensors.Image(sample.image), *given)
+    image, boxes = image.as_subclass(Tensor), clamp_bounding_boxes(boxes).as_subclass(Tensor)
+    if (image.shape, image.dtype) != (sample.image.shape, sample.image.dtype):
+        raise ConfigError(f"{name} must return {sample.image.dtype} {list(sample.image.shape)} with objective=detect")
+    cells = sample.masks
+    if masks and len(boxes):
+        found = moved[0].as_subclass(Tensor)
+        left = found.flatten(1).bool().any(dim=1)
+        boxes = torch.zeros(len(found), 4)
+        boxes[left] = masks_to_boxes(found[left]) + torch.tensor([0.0, 0, 1, 1])
+        cells = torch.stack([boxed_mask(mask, box) for mask, box in zip(found, boxes.tolist(), strict=True)])
+    seen = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST).all(dim=1)
+    # What is turned may lie anywhere on the canvas.
+    return Boxed(image, boxes[seen].float(), sample.classes[seen], torch.tensor(size), cells[seen])
 
 
 def _moved(objects: Objects, box: Box, extent: tuple[int, int], masks: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

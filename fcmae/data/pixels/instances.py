@@ -15,6 +15,8 @@ SIDE = 56
 """Cells per side of a mask inside its box: twice those of Mask R-CNN's prediction."""
 POINTS = 3
 """Fewest of a polygon."""
+MAX_LENGTH = 2.0**22
+"""Of the boundary of an object in pixels: rasterising takes memory in proportion."""
 
 
 def coco_mask() -> Any:
@@ -49,6 +51,7 @@ def problem_of(segment: Any, size: tuple[int, int], runs: bool = True) -> str:
         return ""
     if not isinstance(segment, list) or not segment:
         return f"its segmentation must be polygons or run lengths; got {type(segment).__name__}"
+    length = 0.0
     for polygon in segment:
         if not isinstance(polygon, list) or len(polygon) < 2 * POINTS or len(polygon) % 2:
             return f"a polygon must be a list of {POINTS} or more x, y"
@@ -59,7 +62,8 @@ def problem_of(segment: Any, size: tuple[int, int], runs: bool = True) -> str:
         # Far outside, rasterising would take any memory.
         if points.ndim != 1 or not (np.abs(points) <= 2 * max(size)).all():
             return "a polygon lies outside of the image"
-    return ""
+        length += np.abs(np.diff(points.reshape(-1, 2), axis=0)).sum()
+    return "" if length <= MAX_LENGTH else "its polygons have too many points"
 
 
 def _by(size: Any) -> str:
