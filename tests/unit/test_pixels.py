@@ -1,5 +1,7 @@
 import functools
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -230,6 +232,13 @@ def test_tiff_files_of_any_number_of_channels(dtype, planar, channels):
     stored = values if planar == "separate" else values.transpose(1, 2, 0)
     image = tiff(stored, planarconfig=planar, photometric="rgb" if channels == 3 else "minisblack")
     assert np.array_equal(decode(image, channels, depth).numpy(), values)
+
+
+def test_the_first_image_of_a_process_is_read(tmp_path):
+    """Pillow registers most formats only when it opens an image."""
+    (tmp_path / "a.png").write_bytes(encoded(smooth(), "PNG").data)
+    code = "import sys; from fcmae.data.pixels.decode import decode, read_file; decode(read_file(sys.argv[1]), 3)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
 
 
 def test_the_pages_of_a_tiff_are_channels():

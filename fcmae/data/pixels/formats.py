@@ -45,6 +45,7 @@ EXTENSIONS = (*(ending for endings in FORMATS.values() for ending in endings), "
 """Endings of image files, in lower or upper case."""
 MAX_PIXELS = LoaderConfig.max_pixels
 
+Image.preinit()  # the other plugins, which Pillow would register when it opens its first image
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # exceptions say the same
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _pillow = threading.RLock()
