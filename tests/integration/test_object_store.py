@@ -1,0 +1,118 @@
+"""Runs from an S3 server on loopback (moto): the samples are those of local files, whatever happens to either."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY_PRETRAIN, start_python
+from tests.faults.runs import steps, wait_until
+from tests.unit.test_remote import write_tar
+
+pytestmark = pytest.mark.slow
+OUTAGE = 20.0
+"""Seconds."""
+RUN = (*TINY_PRETRAIN, "data=webdataset", "schedule.epochs=20", "trainer.eval_every_epochs=20", "loader.workers=1")
+IN_PARTS = "loader.cache_size=0"
+
+
+class Store:
+    """A server whose files outlive its stops."""
+
+    def __init__(self, server, variables):
+        self.server, self.variables = server, variables
+
+    def stop(self):
+        self.server.stop()
+
+    def start(self):
+        self.server.start()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    server._port = port  # of the next start
+    names = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+    url = f"http://{host}:{port}"
+    client = boto3.client("s3", endpoint_url=url, **names)
+    client.create_bucket(Bucket="bucket")
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(2):
+        write_tar(folder / f"t-{number}.tar", range(12 * number, 12 * number + 12))
+        client.upload_file(str(folder / f"t-{number}.tar"), "bucket", f"train/t-{number}.tar")
+    variables = {name.upper(): value for name, value in names.items() if name != "region_name"}
+    store = Store(server, {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url})
+    store.folder = folder
+    yield store
+    server.stop()
+
+
+def metrics(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def expected(fcmae, store, tmp_path):
+    fcmae(*RUN, f"data.path={store.folder}", "hydra.run.dir=local")
+    return metrics(tmp_path / "local")
+
+
+def wait_for_step(folder, step, process):
+    wait_until(lambda: process.poll() is not None or max(steps(folder), default=0) >= step)
+    assert process.poll() is None
+
+
+def test_a_bucket_is_read_like_a_folder(fcmae, store, tmp_path, expected):
+    """Copied and in parts, by one rank and by two, and prepared."""
+    path = "data.path=s3://bucket/train"
+    copied = f"loader.cache_dir={tmp_path}/cache"
+    fcmae(*RUN, path, copied, "hydra.run.dir=copied", variables=store.variables)
+    assert metrics(tmp_path / "copied") == expected
+    fcmae(*RUN, f"data.path={store.folder}", "hydra.run.dir=local2", ranks=2)
+    fcmae(*RUN, path, IN_PARTS, "hydra.run.dir=ranks", ranks=2, variables=store.variables)
+    assert metrics(tmp_path / "ranks") == metrics(tmp_path / "local2")
+    for name, from_ in (("a", f"data.path={store.folder}"), ("b", path)):
+        how = ("data=webdataset", "samples_per_shard=10", "loader.workers=1", f"out={name}", copied)
+        fcmae("prepare", from_, *how, variables=store.variables)
+    for number in range(3):
+        name = f"train-{number:06}.tar"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(OUTAGE, marks=pytest.mark.faults)])
+def test_a_run_continues_after_the_server_was_away(store, tmp_path, expected, seconds):
+    args = (*RUN, "data.path=s3://bucket/train", IN_PARTS, "hydra.run.dir=away")
+    with (tmp_path / "stderr.txt").open("ab") as log:
+        process = start_python(tmp_path, "-m", "fcmae.cli", *args, stderr=log, variables=store.variables)
+    wait_for_step(tmp_path / "away", 5, process)
+    store.stop()
+    time.sleep(seconds)
+    store.start()
+    assert process.wait(600) == 0, (tmp_path / "stderr.txt").read_text()
+    said = (tmp_path / "stderr.txt").read_text()
+    assert said.count("waiting for s3://bucket/train/t-") == said.count("continues to read s3://") > 0
+    assert metrics(tmp_path / "away") == expected
+
+
+def test_a_killed_run_continues_with_the_same_samples(fcmae, store, tmp_path, expected):
+    args = (
+        *RUN,
+        "data.path=s3://bucket/train",
+        IN_PARTS,
+        "hydra.run.dir=killed",
+        "trainer.checkpoint_every_epochs=1.34",
+    )
+    process = start_python(tmp_path, "-m", "fcmae.cli", *args, variables=store.variables)
+    wait_for_step(tmp_path / "killed", 8, process)  # in the middle of an epoch of three steps
+    os.killpg(process.pid, 9)
+    process.wait()
+    fcmae(*args, variables=store.variables)
+    assert metrics(Path(tmp_path / "killed")) == expected
