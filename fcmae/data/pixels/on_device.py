@@ -77,7 +77,7 @@ def pack(images: Sequence[Undecoded | list[Tensor]]) -> PackedImages:
         data=torch.frombuffer(bytearray().join(file.image.data for file in files), dtype=torch.uint8),
         lengths=[len(file.image.data) for file in files],
         names=[file.image.name for file in files],
-        boxes=torch.tensor([file.boxes for file in files]),
+        boxes=torch.tensor([[box[:7] for box in file.boxes] for file in files]),
         decoded=torch.stack(others) if others else torch.empty(0, CHANNELS, *size, dtype=torch.uint8),
         order=(first[:, None] + torch.arange(crops)).flatten(),
         size=size,
