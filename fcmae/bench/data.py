@@ -71,6 +71,8 @@ class DataBenchConfig:
     """Pretraining steps of these models are fed from each variant but the baseline: what of their speed remains?"""
     crops: list[int] = field(default_factory=lambda: [1, 2, 4])
     """``data.crops_per_image`` of the feeds."""
+    stem_stride: int = 4
+    """Of these models; smaller for small images."""
     step_batch: int = 512
     """Images per step."""
     seconds: float = 5.0
@@ -132,6 +134,8 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:
     """The files of all variants below ``folder``, those that are not there yet. Returns what they show."""
+    if not cfg.variants:
+        return "no photographs"
     found, origin = photos.photographs(cfg.photos)
     jpegs = folder / f"jpegs-{cfg.images}"
     if not jpegs.is_dir():
@@ -152,7 +156,7 @@ def variant_configs(cfg: DataBenchConfig, folder: Path) -> dict[str, DataConfig]
     for variant in cfg.variants:
         name, prefix = kinds.get(variant, ("webdataset", variant))
         configs[variant] = replace(cfg.data, name=name, path=str(folder / f"{prefix}-{cfg.images}"), source=None)
-    if cfg.data.path is not None or cfg.data.source is not None:
+    if cfg.data.path is not None or cfg.data.source is not None or cfg.data.name == "fashion_mnist":
         configs[OWN] = cfg.data
     return configs
 
@@ -261,7 +265,7 @@ def feed_models(
             f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"
         )
     data = feed.feeds(ours, cfg.crops, device)
-    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device):
+    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device, cfg.stem_stride):
         print(f"{result.model:17} {result.feed:30} {result.images_per_second:7.0f} {result.share:6.2f}", flush=True)
         yield result
 

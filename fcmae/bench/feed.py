@@ -14,6 +14,7 @@ from fcmae.config import DataConfig, LoaderConfig, OptimConfig
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalized, pretrain_transform
 from fcmae.data.plan import BatchPlan
+from fcmae.data.resident import Resident, innermost
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.errors import UsageError
@@ -24,6 +25,8 @@ from fcmae.precision import fastest
 from fcmae.tasks.task import Losses
 from fcmae.training.step import TrainingStep
 
+DECODED = ("raw", "own")
+"""The variants whose images are also kept in memory and on the device."""
 SYNTHETIC = "synthetic"
 DISTINCT_BATCHES = 4
 STEPS_WITHOUT_END = 10**6
@@ -41,13 +44,17 @@ class FeedResult:
 
 
 def feeds(configs: dict[str, DataConfig], crops: Sequence[int], device: torch.device) -> dict[str, DataConfig]:
-    """The data of each variant, also with several crops per image, and decoded on the GPU where there is one."""
+    """The data of each variant; also with several crops per image, decoded on the GPU if there is one, and cached."""
     found = {}
     for variant, data in configs.items():
         for count in crops:
             found[f"{variant}, {count} crops" if count > 1 else variant] = replace(data, crops_per_image=count)
-        if device.type == "cuda" and variant != "raw":
+        plain = (data.in_chans, data.bit_depth, data.dtype) == (3, 8, "uint")
+        if device.type == "cuda" and variant != "raw" and plain:
             found[f"{variant}, decoded on the GPU"] = replace(data, decode_on="gpu")
+        if variant in DECODED:
+            found[f"{variant}, decoded in memory"] = replace(data, cache="ram")
+            found[f"{variant}, decoded on the device"] = replace(data, cache="gpu")
     return found
 
 
@@ -58,15 +65,18 @@ def measure(
     workers: int,
     seconds: float,
     device: torch.device,
+    stem_stride: int = 4,
 ) -> Iterator[FeedResult]:
     """Each model with each feed, after one with images on the device. Raises UsageError."""
     for name in models:
         first = next(iter(data.values()))
-        step, grid = training_step(name, first, device)
+        step, grid = training_step(name, first, device, stem_stride)
         generator = torch.Generator().manual_seed(0)
         lying = []
         for _ in range(DISTINCT_BATCHES):
-            imgs = torch.randint(0, 256, (batch_size, 3, *first.size), generator=generator, dtype=torch.uint8)
+            imgs = torch.randint(
+                0, 256, (batch_size, first.in_chans, *first.size), generator=generator, dtype=torch.uint8
+            )
             lying.append([imgs.to(device), torch.rand(batch_size, math.prod(grid), generator=generator).to(device)])
         fastest = _speed(step, itertools.cycle(lying), batch_size, 5, seconds, device)
         yield FeedResult(name, SYNTHETIC, fastest, 1.0)
@@ -80,12 +90,12 @@ def measure(
 
 
 def training_step(
-    name: str, data: DataConfig, device: torch.device
+    name: str, data: DataConfig, device: torch.device, stem_stride: int = 4
 ) -> tuple[Callable[[Sequence[Tensor]], None], tuple[int, int]]:
     """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and the grid."""
     torch.manual_seed(0)
     try:
-        model = FCMAE(name).to(device)
+        model = FCMAE(name, in_chans=data.in_chans, stem_stride=stem_stride).to(device)
         keep = model.len_keep(*data.size)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -112,9 +122,12 @@ def _batches(
     data: DataConfig, batch_size: int, grid: tuple[int, int], workers: int, device: torch.device
 ) -> TrainBatches:
     source = train_source(data)
-    crop, undecoded = pretrain_transform(data), data.decode_on == "gpu"
+    crop = pretrain_transform(data)
+    on_device: bool | Resident = data.decode_on == "gpu"
+    if data.cache == "gpu":
+        on_device = Resident(innermost(source), crop.input, data.size)
     return TrainBatches(
-        MaskedImages(source, crop, grid, 0, data.crops_per_image, undecoded),
+        MaskedImages(source, crop, grid, 0, data.crops_per_image, on_device),
         BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),
         rank=0,
         steps=range(STEPS_WITHOUT_END),

@@ -242,9 +242,11 @@ class CheckpointConfig:
                 values[source] = None
             elif source in given or values.get(source) is not None:
                 values[path] = None
+        values["cache"] = None  # pays off over many epochs
         for path in ("path", "val_path"):
-            own_paths = values.get(path) if isinstance(values.get(path), (list, tuple)) else [values.get(path)]
-            if path not in given and any(is_command(str(one)) for one in own_paths):
+            named: Any = values.get(path)
+            named = named if isinstance(named, (list, tuple)) else [named]
+            if path not in given and any(is_command(str(one)) for one in named):
                 values[path] = None
                 print_once_rank0(
                     f"data.{path} of the checkpoint is a command ({PIPE}), which is not run; give it yourself"

@@ -97,6 +97,7 @@ def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
+    check("data.cache", cfg.data.cache, cfg.data.cache != "gpu", "null or ram in fine-tuning")
     windows = cfg.data.windows_per_image
     check("data.windows_per_image", windows, windows == 1, "1 in fine-tuning")
     expected = "a list in fine-tuning, the channels that the network gets"

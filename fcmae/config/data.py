@@ -151,6 +151,10 @@ class DataConfig:
     crops_per_image: int = 1
     """Pretraining: crops taken from each image that is read, for the same step, each with its own mask. An epoch still
     has as many samples as there are images."""
+    cache: str | None = None
+    """``ram``: all images are decoded at the start into memory that the processes of a machine share. Pretraining:
+    ``gpu`` also keeps those of training on the device, which cuts, resizes and mirrors the crops
+    (docs/data_speed.md). Images are decoded whole, as with data.exact_decode=true."""
     decode_on: str = "cpu"
     """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""
     crop_pct: float = 0.875
@@ -220,6 +224,15 @@ class DataConfig:
         others = "pad=0, channels=null, nodata=null, fit=crop, foreground=null, transforms=[] and normalize not image"
         expected = f"cpu unless in_chans=3, bit_depth=8, dtype=uint, {others}"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
+        check("data.cache", self.cache, self.cache in (None, "ram", "gpu"), "null, ram or gpu")
+        others = self.pad == 0 and not self.transforms and self.nodata is None and self.fit == "crop"
+        others = others and self.foreground is None and self.decode_on == "cpu" and self.windows_per_image == 1
+        others = others and not layout(self.channels, self.in_chans).extra and self.normalize != "image"
+        expected = (
+            "null or ram unless pad=0, transforms=[], nodata=null, fit=crop, foreground=null, decode_on=cpu, "
+            "windows_per_image=1, normalize not image, and channels names none for targets"
+        )
+        check("data.cache", self.cache, self.cache != "gpu" or others, expected)
         self._check_no_data()
         check_one_of("data.sampling", self.sampling, ("uniform", "balanced"))
         for name in ("crops_per_image", "windows_per_image", "labels_per_class", "num_images", "length"):

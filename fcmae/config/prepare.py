@@ -23,6 +23,8 @@ class PreparedDataConfig(DataConfig):
         super().__post_init__()
         if self.channels is not None:
             mistake(f"fcmae prepare reads all channels; leave out data.channels={self.channels}")
+        if self.cache is not None:
+            mistake(f"fcmae prepare reads every image once; leave out data.cache={self.cache}")
         check_positive("data.stats_samples", self.stats_samples)
         low, high = self.percentiles[:1], self.percentiles[1:]
         ok = len(self.percentiles) == 2 and 0 <= low[0] < high[0] <= 100

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fcmae.data.pixels.on_device import Undecoded, pack
+from fcmae.data.resident import Window, pack_windows
 from fcmae.data.shared_memory import Placed, stack
 from fcmae.errors import FCMAEError
 
@@ -41,8 +42,11 @@ def collate(items: Sequence[Item]) -> Batch:
 def _columns(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
     columns: list[Sequence[Any]] = list(zip(*samples, strict=True))
     images = columns[0]
-    undecoded = any(isinstance(image, Undecoded) for image in images)
+    windows = isinstance(images[0], Window)
+    undecoded = windows or any(isinstance(image, Undecoded) for image in images)
     if undecoded or isinstance(images[0], list):
         columns = [[crop for crops in column for crop in crops] for column in columns[undecoded:]]
     parts = [stack(column) if isinstance(column[0], Tensor) else default_collate(list(column)) for column in columns]
-    return [pack(images), *parts] if undecoded else parts
+    if not undecoded:
+        return parts
+    return [pack_windows(images) if windows else pack(images), *parts]

@@ -4,7 +4,7 @@ A training sample is a function of (seed, epoch, index), whichever process reads
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
-from fcmae.data.sources import Sample, Source
+from fcmae.data.resident import Resident, Window
+from fcmae.data.sources.base import Sample, Source
 from fcmae.data.sources.coco import CocoImages
+from fcmae.errors import ImageError
 from fcmae.masks import Mask, RandomMask, draw_scores
 from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 
@@ -28,14 +30,14 @@ from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
 class MaskedImages(Dataset[tuple[Any, ...]]):
     """Samples for pretraining: (image, mask noise ``[L]``), what the crop carries, and the label if asked.
 
-    With several crops per image: (list of k crops, noise ``[k, L]``, others ``[k, ...]``). With ``undecoded`` the image
-    may be an :class:`~fcmae.data.pixels.on_device.Undecoded`.
+    With several crops per image: (list of k crops, noise ``[k, L]``, others ``[k, ...]``). With ``on_device`` the image
+    may be an :class:`~fcmae.data.pixels.on_device.Undecoded`, or is a :class:`~fcmae.data.resident.Window`.
 
     Args:
         crop: makes a sample of an image.
         grid: rows and columns of the L patches.
         crops_per_image: k.
-        undecoded: leave the decoding of JPEGs to the device.
+        on_device: leave the decoding of JPEGs to the device; or the source's images, which lie there.
         mask: scores the patches; the noise is its scores.
         extra: transforms of the crops.
         labels: makes the tensor of a label.
@@ -48,7 +50,7 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         grid: tuple[int, int],
         seed: int,
         crops_per_image: int = 1,
-        undecoded: bool = False,
+        on_device: bool | Resident = False,
         mask: Mask | None = None,
         extra: Extra | None = None,
         labels: Labels | None = None,
@@ -58,21 +60,23 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         self.grid = grid
         self.seed = seed
         self.crops_per_image = crops_per_image
-        self.undecoded = undecoded
+        self.on_device = on_device
         self.mask = RandomMask() if mask is None else mask
         self.extra = extra
         self.labels = labels
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, ...]:
+        draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
+        if isinstance(self.on_device, Resident):
+            return self._window(self.on_device, key[1], draws)
         sample = self.source[key[1]]
         image = sample.image
         opened = open_image(image, self.crop.format)
-        draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
-        one = self.crops_per_image == 1 and not self.undecoded
+        one = self.crops_per_image == 1 and not self.on_device
         label = [] if self.labels is None else [self.labels(sample, key[1])]
         if not one:
             label = [part.expand(len(draws), *part.shape) for part in label]
-        if self.undecoded and isinstance(image, Encoded) and is_for_device(image, opened):
+        if self.on_device and isinstance(image, Encoded) and is_for_device(image, opened):
             noise = torch.stack([self._noise(counters, None) for counters in draws])
             boxes = [self.crop.draw(opened, self._uniform(counters))[0] for counters in draws]
             return Undecoded(image, boxes, self.crop.size), noise, *label
@@ -81,6 +85,19 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
             return *crops[0], *label
         imgs, *more = zip(*crops, strict=True)
         return list(imgs), *(torch.stack(part) for part in more), *label
+
+    def _window(self, resident: Resident, index: int, draws: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+        """The boxes that are cut on the device, drawn as for an image in memory."""
+        images = resident.images
+        if not images.is_readable(index):
+            open_image(images[index].image, self.crop.format).pixels(1)  # raises why
+            raise ImageError(images.describe(index), "it could not be read when data.cache was filled, and now it can")
+        noise = torch.stack([self._noise(counters, None) for counters in draws])
+        boxes = [self.crop.box(images.size(index), self._uniform(counters)) for counters in draws]
+        if self.labels is None:
+            return Window(resident.number, index, boxes), noise
+        label = self.labels(images.unread(index), index)
+        return Window(resident.number, index, boxes), noise, label.expand(len(draws), *label.shape)
 
     def _crop(self, image: LazyImage, counters: tuple[int, ...]) -> list[Tensor]:
         """A crop, its mask noise, and what the crop carries."""

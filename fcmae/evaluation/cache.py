@@ -29,7 +29,7 @@ IRRELEVANT = (
     *("path", "val_path", "labels_per_class", "sampling"),
     *("target_path", "val_target_path", "target_column", "window_overlap", "crop_zoom"),
     *("foreground", "windows_per_image"),
-    *("crop_scale", "crop_ratio", "hflip", "vflip", "rot90", "transforms", "crops_per_image", "decode_on"),
+    *("crop_scale", "crop_ratio", "hflip", "vflip", "rot90", "transforms", "crops_per_image", "decode_on", "cache"),
 )
 """Keys of the data config that evaluation does not read, or that the source's fingerprint speaks of better."""
 

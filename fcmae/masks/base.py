@@ -29,16 +29,17 @@ class Mask(Protocol):
         ...
 
 
-def create_mask(given: dict[str, Any] | None, decode_on: str = "cpu") -> Mask:
+def create_mask(given: dict[str, Any] | None, on_device: str | None = None) -> Mask:
     """The strategy that ``mask._target_`` names. Raises ConfigError, also for one that needs pixels it cannot get.
 
     Args:
-        decode_on: data.decode_on.
+        on_device: the key by which images are only on the device, data.decode_on or data.cache.
     """
     mask: Mask = create(given, "mask", Mask)
-    if mask.needs_pixels and decode_on != "cpu":
+    if mask.needs_pixels and on_device is not None:
+        other = "cpu" if on_device == "data.decode_on" else "null or ram"
         raise ConfigError(
-            f"data.decode_on must be cpu with mask._target_={class_name(mask)}, which reads the pixels; got {decode_on}"
+            f"{on_device} must be {other} with mask._target_={class_name(mask)}, which reads the pixels; got gpu"
         )
     return mask
 

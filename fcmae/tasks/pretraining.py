@@ -24,6 +24,7 @@ from fcmae.data.pixels.transforms import (
     pretrain_transform,
 )
 from fcmae.data.plan import BatchPlan
+from fcmae.data.resident import Resident, innermost
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Windows, train_source, val_source, with_classes
 from fcmae.data.unreadable import ErrorsAside, readable
@@ -69,7 +70,8 @@ class Pretraining:
         if cfg.data.windows_per_image > 1:
             self.source = Windows(self.source, cfg.data.windows_per_image)
         self.extra = Extra(cfg.data.transforms)
-        self.mask = create_mask(cfg.mask, cfg.data.decode_on)
+        keys = [f"data.{key}" for key in ("cache", "decode_on") if getattr(cfg.data, key) == "gpu"]
+        self.mask = create_mask(cfg.mask, *keys)
         self.labels = self._labels()
         self.crop = pretrain_transform(cfg.data, cfg.loader.max_pixels, self._channels())
         self.carried = (*self.crop.carries, *(() if self.labels is None else ("label",)))
@@ -135,9 +137,12 @@ class Pretraining:
 
     def dataset(self) -> Dataset:
         data = self.cfg.data
-        crops, seed, undecoded = data.crops_per_image, self.cfg.seed, data.decode_on == "gpu"
+        crops, seed = data.crops_per_image, self.cfg.seed
+        on_device: bool | Resident = data.decode_on == "gpu"
+        if data.cache == "gpu":
+            on_device = Resident(innermost(self.source), self.crop.input, data.size)
         return MaskedImages(
-            self.source, self.crop, self.grid, seed, crops, undecoded, self.mask, self.extra, self.labels
+            self.source, self.crop, self.grid, seed, crops, on_device, self.mask, self.extra, self.labels
         )
 
     def _held_out(self) -> MaskedImages:

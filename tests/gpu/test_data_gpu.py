@@ -5,15 +5,19 @@ import simplejpeg
 import torch
 
 from fcmae.config import DataConfig
+from fcmae.data.decoding import decoded
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.crops import Box, cut
-from fcmae.data.pixels.decode import Encoded, decode
+from fcmae.data.pixels.decode import Encoded, PixelFormat, decode
 from fcmae.data.pixels.on_device import decode_all
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.plan import BatchPlan
+from fcmae.data.resident import Resident
 from fcmae.data.samples import MaskedImages
+from fcmae.errors import UsageError
 from tests.unit.test_batches import Files
 from tests.unit.test_crops import texture
+from tests.unit.test_decoded import TURNS, Once, data, folder, resident_batches  # noqa: F401
 from tests.unit.test_pixels import encoded, noise
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +73,7 @@ def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
 
     def read(undecoded):
         return TrainBatches(
-            MaskedImages(Files(), crop, (2, 2), seed=0, undecoded=undecoded),
+            MaskedImages(Files(), crop, (2, 2), seed=0, on_device=undecoded),
             plan,
             rank=0,
             steps=range(3),
@@ -81,3 +85,25 @@ def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
         assert (imgs.dtype, imgs.shape) == (torch.uint8, theirs[0].shape)
         assert difference(imgs, theirs[0]) < 3
         assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_crops_of_images_on_the_gpu_are_those_of_images_in_memory(folder, crops, tf32, monkeypatch):  # noqa: F811
+    """Also while training uses TF32 and bf16, and with pinned memory."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    how = {"crops_per_image": crops, **TURNS}
+    expected = resident_batches(data(folder, "ram", **how), crops=crops)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = resident_batches(data(folder, "gpu", **how), 2, crops=crops, device=CUDA, pin=True)
+        for (theirs, noise), (ours, same) in zip(expected, found, strict=True):
+            assert ours.dtype == torch.uint8
+            assert (ours.int() - theirs.int()).abs().max() <= 1
+            assert torch.equal(noise, same)
+
+
+def test_images_that_do_not_fit_on_the_gpu_are_refused(monkeypatch):
+    images = decoded(Once(), PixelFormat(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64, 2**30))
+    with pytest.raises(UsageError, match=r"data.cache=gpu needs .* GiB for 3 decoded images; 0.0 GiB of memory of"):
+        Resident(images, None, (4, 4)).on(CUDA)

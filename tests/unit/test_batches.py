@@ -172,7 +172,7 @@ def test_crops_do_not_change_what_ranks_share(ranks, micro):
 def test_the_crops_of_an_image_differ_and_the_first_is_that_of_one(workers, undecoded):
     crop, device = pretrain_transform(CFG), torch.device("cpu")
     one = MaskedImages(Files(), crop, (2, 2), seed=0)
-    three = MaskedImages(Files(), crop, (2, 2), seed=0, crops_per_image=3, undecoded=undecoded)
+    three = MaskedImages(Files(), crop, (2, 2), seed=0, crops_per_image=3, on_device=undecoded)
     plan = BatchPlan.create(24, 6, 6, 1, seed=0, crops_per_image=3)
     for step, (imgs, masks) in enumerate(batches(three, plan, workers)):
         imgs = imgs.to(device)
@@ -191,7 +191,7 @@ def test_files_left_to_the_device_give_the_same_samples(workers):
     crop = pretrain_transform(CFG)
     plan = BatchPlan.create(24, 8, 4, 1, seed=0)
     decoded = list(batches(MaskedImages(Files(), crop, (2, 2), seed=0), plan, 0))
-    packed = list(batches(MaskedImages(Files(), crop, (2, 2), seed=0, undecoded=True), plan, workers))
+    packed = list(batches(MaskedImages(Files(), crop, (2, 2), seed=0, on_device=True), plan, workers))
     assert any(isinstance(imgs, PackedImages) and len(imgs.decoded) for imgs, _ in packed)
     for ours, theirs in zip(packed, decoded, strict=True):
         assert torch.equal(ours[0].to(torch.device("cpu"), non_blocking=True), theirs[0])

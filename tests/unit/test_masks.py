@@ -136,7 +136,7 @@ def test_each_crop_of_an_image_has_its_own_mask_by_its_own_pixels():
 
 def test_jpegs_for_the_gpu_are_masked_without_their_pixels():
     decoded = [noise for _, noise in batches(BlockMask())]
-    undecoded = [noise for _, noise in batches(BlockMask(), undecoded=True)]
+    undecoded = [noise for _, noise in batches(BlockMask(), on_device=True)]
     assert all(torch.equal(a, b) for a, b in zip(decoded, undecoded, strict=True))
 
 
@@ -217,7 +217,7 @@ def test_a_wrong_mask_is_refused_in_one_line(given, message):
 def test_a_mask_that_reads_pixels_is_refused_where_the_gpu_decodes():
     given = {"_target_": "fcmae.masks.WeightedMask"}
     with pytest.raises(ConfigError, match="data.decode_on must be cpu with .*WeightedMask, which reads the pixels"):
-        create_mask(given, "gpu")
+        create_mask(given, "data.decode_on")
     create_mask({"_target_": "fcmae.masks.BlockMask"}, "gpu")
     create_mask({"_target_": f"{__name__}.Static"}, "gpu")
 

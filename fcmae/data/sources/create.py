@@ -30,6 +30,15 @@ def val_source(cfg: DataConfig, loader: LoaderConfig | None = None) -> Source:
 
 
 def _create(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
+    source = _read(cfg, loader, train)
+    if cfg.cache is None:
+        return source
+    from fcmae.data.decoding import decoded  # which needs the loader, and that much else
+
+    return decoded(source, PixelFormat.of(cfg, loader.max_pixels))
+
+
+def _read(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     prefix = "" if train else "val_"
     own, path = (cfg.source, cfg.path) if train else (cfg.val_source, cfg.val_path)
     if own is not None and path is not None:
@@ -72,8 +81,8 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         from fcmae.data.sources.huggingface import HuggingFace
 
         which = (cfg.config_name, cfg.revision) if path == cfg.path else (None, None)
-        split = cfg.split if train else cfg.val_split
-        return HuggingFace(path, split, cfg.image_column, cfg.label_column, *which, access=_access(path, loader))
+        part = cfg.split if train else cfg.val_split
+        return HuggingFace(path, part, cfg.image_column, cfg.label_column, *which, access=_access(path, loader))
     if cfg.name == "coco":
         return CocoImages(_annotations(cfg, train), path, annotations_key(train))
     if cfg.name == "table":

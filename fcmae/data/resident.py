@@ -1,0 +1,198 @@
+"""Decoded images that lie on the device, and crops of them there (``data.cache=gpu``).
+
+Workers draw boxes and masks as for images in memory; only these numbers travel. The crops of a batch are two products
+of matrices, the weights of torch's antialiased bicubic filter. For uint8, weights and results are rounded as torch does
+on a CPU; a pixel in some thousands differs by one level.
+"""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fcmae.data.decoded import DecodedImages, check_fits
+from fcmae.data.pixels.crops import Box
+from fcmae.data.sources.base import Relabelled
+
+CHUNK = 2**28
+"""Bytes of float32 pixels that are resized at once."""
+_numbers = itertools.count()
+
+
+class Resident:
+    """The images of a source on the device, moved there when the first batch is.
+
+    Args:
+        channels: those that crops have; None = all.
+        size: height and width of a crop.
+    """
+
+    def __init__(self, images: DecodedImages, channels: list[int] | None, size: tuple[int, int]) -> None:
+        self.images, self.size = images, size
+        self.channels = list(range(images.channels)) if channels is None else channels
+        self.number = next(_numbers)
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        _residents[self.number] = self
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """All values in a row; the first value, and the width, of each image. Raises UsageError if they do not fit."""
+        if device not in self._on:
+            images = self.images
+            if device.type == "cuda":
+                check_fits(images.bytes, torch.cuda.mem_get_info(device)[0], len(images), "gpu", f"memory of {device}")
+            values = torch.from_numpy(images.memory[: images.bytes]).view(images.dtype)
+            first = torch.from_numpy(images.offsets) // images.dtype.itemsize
+            widths = torch.from_numpy(images.sizes[:, 1].astype("int64"))
+            self._on[device] = values.to(device), first.to(device), widths.to(device)
+        return self._on[device]
+
+    def crops(self, index: Tensor, boxes: Tensor, device: torch.device) -> Tensor:
+        """Crops ``[N, C, *size]``.
+
+        Args:
+            index: the images, int64 ``[N]``, in host memory like ``boxes``.
+            boxes: int64 ``[N, 7]``: :class:`~fcmae.data.pixels.crops.Box`.
+        """
+        values, first, widths = self.on(device)
+        rows, cols = (int(side) for side in boxes[:, 2:4].amax(0))
+        weights = 8 * (rows * self.size[0] + cols * self.size[1])
+        step = max(1, CHUNK // (4 * len(self.channels) * rows * max(cols, self.size[1]) + weights))
+        moved_index, moved = index.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+        channels = torch.tensor(self.channels, device=device)
+        parts = []
+        # Whatever precision training has, these products are exact enough.
+        with torch.autocast(device.type, enabled=False), _full_precision(device):
+            for start in range(0, len(index), step):
+                of, box = moved_index[start : start + step], moved[start : start + step]
+                window = _windows(values, first[of], widths[of], box, (rows, cols), self.images.channels, channels)
+                parts.append(_resized(window, box, self.size))
+        crops = torch.cat(parts) if len(parts) > 1 else parts[0]
+        plain = crops.view(torch.int16) if crops.dtype == torch.uint16 else crops  # which torch cannot index everywhere
+        for turns in range(1, 4):
+            chosen = (boxes[:, 6] == turns).nonzero()[:, 0].to(device)
+            if len(chosen):
+                plain[chosen] = plain[chosen].rot90(turns, (2, 3))
+        return crops
+
+
+def innermost(source: Any) -> DecodedImages:
+    """The decoded images in a source, which may be wrapped for its labels only."""
+    while not isinstance(source, DecodedImages):
+        assert isinstance(source, Relabelled), source
+        source = source.source
+    return source
+
+
+_residents: weakref.WeakValueDictionary[int, Resident] = weakref.WeakValueDictionary()
+"""Of this process, by their numbers."""
+
+
+class Window(NamedTuple):
+    """An image on the device, and the boxes of its samples."""
+
+    resident: int
+    image: int
+    boxes: list[Box]
+
+
+class PackedWindows(NamedTuple):
+    """The images of a batch, which :meth:`to` cuts on the device."""
+
+    resident: int
+    images: Tensor
+    """Their numbers, int64 ``[N]``."""
+    boxes: Tensor
+    """int64 ``[N, 7]``."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+        """Crops ``[N, C, H, W]`` on the device."""
+        return _residents[self.resident].crops(self.images, self.boxes, device)
+
+
+def pack_windows(windows: Sequence[Window]) -> PackedWindows:
+    """A batch of windows, at least one."""
+    images = [window.image for window in windows for _ in window.boxes]
+    boxes = [box[:7] for window in windows for box in window.boxes]
+    return PackedWindows(windows[0].resident, torch.tensor(images), torch.tensor(boxes))
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """A block without TF32, which has too few bits for the values of pixels times weights."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def _windows(
+    values: Tensor, first: Tensor, widths: Tensor, box: Tensor, most: tuple[int, int], count: int, channels: Tensor
+) -> Tensor:
+    """Boxes cut out of images that lie in a row: ``[N, C, rows, cols]``, with other values beyond a box's end."""
+    top, left, height, width = (box[:, i, None] for i in range(4))
+    rows = top + torch.arange(most[0], device=box.device).minimum(height - 1)
+    cols = left + torch.arange(most[1], device=box.device).minimum(width - 1)
+    place = first[:, None, None] + count * (rows[:, :, None] * widths[:, None, None] + cols[:, None, :])
+    found = place[:, None] + channels[:, None, None]
+    if values.dtype == torch.uint16:
+        return values.view(torch.int16)[found].view(torch.uint16)
+    return values[found]
+
+
+def _resized(window: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows ``[N, C, rows, cols]`` resized to ``size`` and mirrored as their boxes say."""
+    kind, count = window.dtype, len(window)
+    as_cpu = kind == torch.uint8
+    across = filter_weights(box[:, 3], size[1], window.shape[3], box[:, 4], as_cpu)
+    down = filter_weights(box[:, 2], size[0], window.shape[2], box[:, 5], as_cpu)
+    wide = torch.bmm(window.float().flatten(1, 2), across.transpose(1, 2)).unflatten(1, window.shape[1:3])
+    if as_cpu:
+        wide = (wide + 0.5).floor_().clamp_(0, 255)
+    out = torch.bmm(down, wide.transpose(1, 2).reshape(count, window.shape[2], -1))
+    out = out.unflatten(2, (window.shape[1], size[1])).transpose(1, 2).contiguous()
+    if kind.is_floating_point:
+        return out
+    return (out.add_(0.5).floor_() if as_cpu else out.round_()).clamp_(0, torch.iinfo(kind).max).to(kind)
+
+
+def filter_weights(sides: Tensor, size: int, most: int, mirrored: Tensor, rounded: bool = False) -> Tensor:
+    """Weights of torch's antialiased bicubic filter: float32 ``[N, size, most]``, rows that sum to 1.
+
+    Args:
+        sides: the pixels that are resized to ``size``, int64 ``[N]``, at most ``most``.
+        mirrored: whether the result is, ``[N]``.
+        rounded: to 16 bits, as torch does for uint8 on a CPU.
+    """
+    exact = torch.float64 if rounded else torch.float32
+    scale = (sides.to(exact) / size)[:, None, None]
+    wide = scale.clamp(min=1)
+    place = torch.arange(size, device=sides.device)[None, :, None].to(exact)
+    place = torch.where(mirrored.bool()[:, None, None], size - 1 - place, place)
+    centre = scale * (place + 0.5)
+    source = torch.arange(most, device=sides.device)[None, None, :].to(exact)
+    least = (centre - 2 * wide + 0.5).floor().clamp(min=0)
+    end = torch.minimum((centre + 2 * wide + 0.5).floor(), sides[:, None, None].to(exact))
+    weights = _cubic((source - centre + 0.5) / wide)
+    weights = torch.where((source >= least) & (source < end), weights, 0.0)
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    if rounded:
+        unit = (32767.5 / weights.amax(dim=(1, 2), keepdim=True)).log2().floor().clamp(max=22).exp2()
+        weights = (weights * unit).round() / unit
+    return weights.float()
+
+
+def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
+    """Keys' filter, whose ``a`` is -0.5 where torch antialiases."""
+    x = x.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
