@@ -84,6 +84,8 @@ def test_tables_and_tar_files(photos, tmp_path, capsys):
          ["data.in_chans=2", "data.dtype=float32", "data.image_size=32", "data.mean=[300"]),
         (np.random.default_rng(0).integers(0, 3000, (6, 40, 40)).astype("uint16"),
          ["data.in_chans=1", "data.bit_depth=12"]),
+        (np.random.default_rng(0).integers(-1024, 3000, (6, 40, 40)).astype("int16"),
+         ["data.dtype=float32", "data.mean=[9"]),
         (np.stack([np.random.default_rng(i).normal(50 * i, 1, (40, 40)) for i in range(6)]).astype("float32"),
          ["data.normalize=image"]),
         (np.random.default_rng(0).standard_cauchy((6, 40, 40)).astype("float32"),

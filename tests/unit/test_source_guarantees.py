@@ -3,6 +3,7 @@ of workers and ranks, and after a restart. docs/data.md has the table.
 """
 
 import io
+import json
 import shutil
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_batches_are_the_same_wherever_and_whenever_they_are_read(kind, mode, tm
     equal(batches(config(kind, mode, name="webdataset", path=str(tmp_path / "tar"))), expected)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_are_the_same_for_any_number_of_workers(workers, tmp_path):
     for i in range(COUNT):
         (tmp_path / f"{i}.tif").write_bytes(KINDS["TIFF, float16"][1](i))
@@ -164,12 +165,14 @@ def test_a_run_on_dicom_is_resumed_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, fcmae):
-    from tests.unit.test_nodata import losses
-
     (tmp_path / "ct").mkdir()
     for i in range(8):
         (tmp_path / "ct" / f"{i}.dcm").write_bytes(KINDS["DICOM, int16"][1](i))
     args = ["pretrain", *overrides(tmp_path / "ct"), "trainer.eval_every_epochs=null"]
     fcmae(*args, f"hydra.run.dir={tmp_path}/one")
     fcmae(*args, f"hydra.run.dir={tmp_path}/two", ranks=2)
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-5)
+    one, two = (
+        [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
+    np.testing.assert_allclose([x for x in two if x is not None], [x for x in one if x is not None], rtol=1e-4)

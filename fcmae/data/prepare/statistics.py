@@ -162,8 +162,8 @@ def _sums(part: np.ndarray, valid: np.ndarray) -> Sums:
 
 
 def white_of(dtype: np.dtype) -> int:
-    """What counts as 1: the largest integer, or 1 of floating-point numbers."""
-    return 1 if dtype.kind == "f" else int(np.iinfo(dtype).max)
+    """What counts as 1: the largest value of uint8 and uint16; 1 of other types, which keep their units."""
+    return int(np.iinfo(dtype).max) if dtype.kind == "u" else 1
 
 
 def _tiles(image: LazyImage) -> Iterator[Tensor]:
