@@ -308,7 +308,7 @@ def _ls(args: list[str]) -> int:
 
 def _report_page(args: list[str]) -> int:
     parser = _Parser("report")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not, and studies")
     parser.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
     given = parser.parse_args(args)
     if Path(given.out).suffix.lower() not in (".html", ".htm"):

@@ -9,6 +9,7 @@ from fcmae.errors import shown
 from fcmae.files import output
 from fcmae.report.charts import COLOURS, Line, chart, number
 from fcmae.report.read import RunContent, read_runs
+from fcmae.report.study import StudyContent, is_study, read_study
 from fcmae.report.style import SCRIPT, STYLE
 from fcmae.version import __version__
 
@@ -25,16 +26,20 @@ TITLES = {
 
 
 def write(runs: Sequence[str], out: str) -> None:
-    """Writes the page of some runs. Raises UsageError if one is no run, or ``out`` cannot be written."""
-    content = read_runs(list(runs))
+    """Writes the page of some runs and studies. Raises UsageError if one is neither, or ``out`` cannot be written."""
+    studies = [read_study(folder) for folder in runs if is_study(folder)]
+    rest = [folder for folder in runs if not is_study(folder)]
+    content = read_runs(rest) if rest else []
     with output("--out", out) as file:
-        file.write(render(content).encode())
+        file.write(render(content, studies).encode())
 
 
-def render(runs: Sequence[RunContent]) -> str:
+def render(runs: Sequence[RunContent], studies: Sequence[StudyContent] = ()) -> str:
     """The page, complete in itself."""
-    title = "fcmae: " + ", ".join(run.name for run in runs)
-    sections = [_summary(runs), _charts(runs), _pictures(runs), _settings(runs), _files(runs)]
+    title = "fcmae: " + ", ".join(each.name for each in (*studies, *runs))
+    sections = [_study(study) for study in studies]
+    if runs:
+        sections += [_summary(runs), _charts(runs), _pictures(runs), _settings(runs), _files(runs)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -55,6 +60,13 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _study(study: StudyContent) -> str:
+    header, *rows = [[_text(cell) for cell in row] for row in study.rows] or [[]]
+    plot = f'<img src="{study.picture}" alt="scores by the number of labelled images">' if study.picture else ""
+    body = f"<p>{_text(study.sentence)}</p>{_table(header, rows)}"
+    return f'<section><h2>Study {_text(study.name)}</h2>{body}<figure class="pictures">{plot}</figure></section>'
 
 
 def _summary(runs: Sequence[RunContent]) -> str:

@@ -127,13 +127,13 @@ def _pictures(folder: Path, limit: int) -> list[Picture]:
     pictures, left = [], limit
     for name, step, path in reversed(chosen):  # the last ones matter most
         try:
-            encoded = _jpeg(read_regular(path, MAX_PICTURE, links=False))
+            source = encoded(read_regular(path, MAX_PICTURE, links=False))
         except (OSError, ValueError, SyntaxError):
             continue
-        if len(encoded) > left:
+        if len(source) > left:
             break
-        left -= len(encoded)
-        pictures.append(Picture(name, step, f"data:image/jpeg;base64,{encoded}"))
+        left -= len(source)
+        pictures.append(Picture(name, step, source))
     return pictures[::-1]
 
 
@@ -144,7 +144,8 @@ def spaced(items: list[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _jpeg(data: bytes) -> str:
+def encoded(data: bytes) -> str:
+    """A picture file as the data URI of a JPEG, made smaller if it is large."""
     with open_picture(data, 2**26) as image:
         picture = image.convert("RGB")
     if picture.width > PICTURE_WIDTH:
@@ -152,7 +153,7 @@ def _jpeg(data: bytes) -> str:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def read_runs(folders: list[str]) -> list[RunContent]:

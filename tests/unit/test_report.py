@@ -123,3 +123,21 @@ def test_charts():
         assert 2 <= len(given) <= 8
     assert [number(x) for x in (5.0, 12000, 0.123456, 2.5e6, 1234.5)] == ["5", "12k", "0.1235", "2.5M", "1234"]
     assert "polyline" not in chart("one point", [Line("a", 0, [(5, 1.0)])])
+
+
+def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    table = ["| top1 | 10 per class |", "|---|---|", "| scratch | 50.0 ± 1.0 |", "| <script>x</script> | 61.0 |"]
+    (study / "study.json").write_text(json.dumps({"sentence": "worth <b>4</b> times", "table": table}))
+    Image.new("RGB", (700, 450), "white").save(study / "study.png")
+    assert main(["report", str(study), str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    assert "Study study" in page.text
+    assert "worth <b>4</b> times" in page.text
+    assert "<script>x</script>" in page.text
+    assert len(page.all("script")) == 1
+    assert page.all("img")[0]["src"].startswith("data:image/jpeg;base64,")
+    assert "loss" in page.text
+    (study / "study.json").write_text('{"sentence": 1, "table": []}')
+    assert main(["report", str(study), "--out", str(tmp_path / "page.html")]) == 2
