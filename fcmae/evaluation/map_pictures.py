@@ -1,6 +1,6 @@
 """Pictures of predicted maps: a row per image, which is the input, the target and the prediction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +22,8 @@ SIDE = 200
 """Pixels of its pictures' longer side."""
 FONT, LINE = 12, 16
 """Pixels of the letters, and of a line."""
+LEGEND = 40
+"""Classes whose colours are named, at most."""
 
 
 class MapPictures:
@@ -86,6 +88,25 @@ def sheet(images: Sequence[tuple[Tensor, str]]) -> Image.Image:
         pen.multiline_text((left, top), lines, fill="black", font=font, spacing=LINE - FONT)
         picture.paste(panel, (left, top + text))
     return picture
+
+
+def titled(picture: Image.Image, names: Sequence[str], legend: Mapping[str, Tensor]) -> Image.Image:
+    """A picture of rows with the names of its columns above, and what colours mean, a line each, at the right."""
+    font = ImageFont.load_default(size=FONT)
+    if len(legend) > LEGEND:
+        legend = {}
+    beside = int(max((font.getlength(name) for name in legend), default=-5 * GAP)) + LINE + 5 * GAP
+    height = max(picture.height, LINE * len(legend)) + LINE
+    wide = Image.new("RGB", (picture.width + beside, height), "white")
+    wide.paste(picture, (0, LINE))
+    pen = ImageDraw.Draw(wide)
+    for place, name in enumerate(names):
+        pen.text((GAP + place * (picture.width - GAP) / len(names), 2), name, fill="black", font=font)
+    for line, (name, colour) in enumerate(legend.items(), start=1):
+        left, top = picture.width + GAP, line * LINE + GAP
+        pen.rectangle((left, top, left + FONT, top + FONT), tuple((255 * colour).round().int().tolist()))
+        pen.text((left + LINE + GAP, top), name, fill="black", font=font)
+    return wide
 
 
 def shortened(line: str, font: Any) -> str:

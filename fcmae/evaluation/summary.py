@@ -21,7 +21,7 @@ from fcmae.data.sources import Source, Subset
 from fcmae.distributed import World
 from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
-from fcmae.evaluation.map_pictures import MapPictures, sheet
+from fcmae.evaluation.map_pictures import MapPictures, sheet, titled
 from fcmae.files import make_folder, output, write_output
 from fcmae.models.objective import DenseObjective, Objective, Plots, Predictions, Report
 
@@ -222,7 +222,8 @@ def finish_images(
     results = recorder.gathered()
 
     def finish() -> None:
-        report = Report() if results is None else objective.report(results)
+        of_objective = getattr(objective, "report", None)
+        report = Report() if results is None or of_objective is None else of_objective(results)
         describe(metrics, report, classes)
         if folder is not None:
             write(folder, metrics, report)
@@ -264,7 +265,7 @@ def finish_maps(
             pass
         picture = pictures.draw()
         if picture is not None:
-            _save(folder, picture)
+            _save(folder, titled(picture, ("input", "target", "prediction"), objective.legend()))
         say(f"report: {folder}")
 
     world.on_main(finish)

@@ -26,7 +26,10 @@ Plots = dict[str, Callable[[Any], None]]
 
 
 class Report(NamedTuple):
-    """What an evaluation tells beside its metrics."""
+    """What an evaluation tells beside its metrics: what ``report(results: Predictions)`` of an objective returns.
+
+    An objective need not have this method. It gets all images in the order of the source, on the CPU.
+    """
 
     per_class: dict[str, dict[str, float]] = {}  # noqa: RUF012  # read only
     """Numbers of each class, label or column, by name."""
@@ -105,10 +108,6 @@ class Objective(Protocol):
         """
         raise NotImplementedError
 
-    def report(self, results: Predictions) -> Report:
-        """What ``fcmae evaluate`` writes beside the metrics, of all images in the order of the source, on the CPU."""
-        return Report()
-
 
 class DenseObjective(Objective):
     """An objective whose target is a map that has a class or numbers for each pixel.
@@ -149,6 +148,10 @@ class DenseObjective(Objective):
     def error(self, target: Tensor, predicted: Tensor) -> float:
         """How wrong an image is, for pictures of the worst; NaN = it does not count. Arguments as of :meth:`panels`."""
         return math.nan
+
+    def legend(self) -> dict[str, Tensor]:
+        """What the colours of :meth:`panels` mean, RGB in 0..1 ``[3]``."""
+        return {}
 
     def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
         """Target and prediction to be looked at, RGB in 0..1 ``[3, H, W]``; none if they cannot be drawn.

@@ -71,6 +71,7 @@ class Finetuning:
             _check_batch(len(self.source), cfg)
         self.model = build_network(cfg, self.objective)
         if isinstance(self.objective, DenseObjective):
+            torch.backends.cudnn.deterministic = True  # of heads: a resumed run ends with the same bits
             check_image_size(cfg.data, self.model)
             check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
         if isinstance(self.objective, BoxObjective):

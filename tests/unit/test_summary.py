@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torchmetrics.functional import classification as of
 from fcmae.distributed import World
 from fcmae.evaluation import reports, summary
 from fcmae.evaluation.summary import Recorder, folder_of, worst_of
-from fcmae.models.objective import Predictions
+from fcmae.models.objective import Objective, Predictions
+from fcmae.plugins import members
 from fcmae.tasks.objectives import Multilabel, Regress
 from tests.conftest import TINY_FINETUNE
 from tests.dense_files import write_squares
@@ -94,6 +96,14 @@ def test_reports_belong_to_a_run(tmp_path):
     assert folder_of(None, tmp_path / "run" / "checkpoints" / "step_1.pt") is None
 
 
+def test_an_objective_needs_no_report():
+    """Classes written before there were reports, which need not inherit from Objective."""
+    assert "report" not in members(Objective)[0]
+    recorder = Recorder([Predictions(torch.randn(2, 1), torch.randn(2), torch.arange(2))], CPU)
+    list(recorder)
+    summary.finish_images(None, SimpleNamespace(), {"error": 1.0}, recorder, None, None, [])
+
+
 def test_a_report_of_a_classifier(fcmae_here, tmp_path, monkeypatch):
     fcmae_here(*TINY_FINETUNE, "schedule.epochs=1", "optim.ema_decay=0.5", "hydra.run.dir=run")
     evaluate = ("evaluate", "checkpoint=run", "loader.workers=0", "data.length=30", "batch_size=7")
@@ -136,4 +146,7 @@ def test_a_report_of_maps(fcmae_here, tmp_path):
     assert float(per_class["bg"]["dice"]) == pytest.approx(metrics["dice_bg"])
     worst = [float(row["error"]) for row in rows(report / "worst.csv")]
     assert worst == sorted(worst, reverse=True)
+    with Image.open(report / "worst.png") as picture:
+        assert picture.height == 5 * (40 + 4) + 4 + 16
+        assert (242, 85, 85) in {colour for _, colour in picture.getcolors(2**16)}  # of bg
     assert 100 * sum(worst) / 5 == pytest.approx(100 - metrics["accuracy"])  # all have as many labelled pixels

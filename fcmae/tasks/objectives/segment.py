@@ -168,10 +168,15 @@ class Segment(PerPixel):
         """The number of the most likely class, as in the files of targets, ``[H, W]``."""
         return self.values[predicted.argmax(0).cpu()]
 
+    def legend(self) -> dict[str, Tensor]:
+        return {**dict(zip(self.classes, self._colours(), strict=True)), "(not labelled)": torch.full((3,), 0.5)}
+
+    def _colours(self) -> Tensor:
+        return torch.tensor([colorsys.hsv_to_rgb(GOLDEN * k % 1, 0.65, 0.95) for k in range(self.channels)])
+
     def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
         """A colour for each class, the same in all pictures; grey where there is no label."""
-        colours = torch.tensor([colorsys.hsv_to_rgb(GOLDEN * k % 1, 0.65, 0.95) for k in range(self.channels)])
-        colours = torch.cat([colours, torch.full((1, 3), 0.5)])  # the last is that of IGNORED
+        colours = torch.cat([self._colours(), torch.full((1, 3), 0.5)])  # the last is that of IGNORED
         return [colours[classes.long().cpu()].permute(2, 0, 1) for classes in (target, predicted.argmax(0))]
 
     def write(self, final: Tensor, file: IO[bytes]) -> None:
