@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests import in_process, preloaded
+from tests import in_process, preloaded, quick_hydra  # noqa: F401
 from tests.cpu_time import pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401
 
 TESTS = Path(__file__).parent

@@ -30,15 +30,21 @@ MODULES = (
     "fcmae.data.prepare.command",
     "fcmae.evaluation.reconstruct",
     "fcmae.evaluation.run",
+    "fcmae.hydra_run",
     "fcmae.interchange.convert",
     "fcmae.training.run",
     "hydra._internal.hydra",
+    "hydra.experimental.callback",
     "hydra.main",
     "PIL.BmpImagePlugin",
     "PIL.GifImagePlugin",
     "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
+    "tests.quick_hydra",
+    "torchmetrics.functional.classification",
 )
+GROUPS = ["model=demo", "data=synthetic", "logger=quiet"]
+"""Of the small runs of conftest.py, whose config is composed once."""
 _LOCK = threading.Lock()
 _ENVIRONMENT = dict(os.environ)
 """Of this process, before any test changes it."""
@@ -251,7 +257,9 @@ def main(control: socket.socket) -> None:
     gc.disable()
     for module in MODULES:
         importlib.import_module(module)
-    importlib.import_module("fcmae.config").compose("pretrain")  # Hydra's parser and plugins are slow at first
+    compose = importlib.import_module("fcmae.config").compose  # Hydra's parser and plugins are slow at first
+    for command, groups in (("pretrain", GROUPS), ("finetune", [*GROUPS, "augment=none"])):
+        compose(command, groups)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     gc.freeze()
     request = _serve(control)
