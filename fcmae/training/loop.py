@@ -67,11 +67,11 @@ class _Training:
         self.state = self._resume()
         if asked == micro_batch.AUTO:
             self._fit()
-        if brings_code(to_dict(cfg)):
+        self.config = to_dict(cfg)
+        if brings_code(self.config):
             world.together(lambda: micro_batch.rehearse(task, self.plan, self.state, world))
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
-        self.config = to_dict(cfg)
         if world.is_main:
             self._begin_folder()
         stop.before_training(run_dir)
