@@ -76,8 +76,8 @@ def measured() -> Speeds:
     return speeds
 
 
-def _config(command: str, experiment: str, size: str) -> PretrainConfig | FinetuneConfig:
-    cfg = compose(command, [f"experiment={experiment}", f"model=convnextv2_{size}"])
+def _config(command: str, experiment: str, size: str | None) -> PretrainConfig | FinetuneConfig:
+    cfg = compose(command, [f"experiment={experiment}", *([f"model=convnextv2_{size}"] if size else [])])
     return cfg.settled({}) if isinstance(cfg, FinetuneConfig) else cfg
 
 
@@ -93,7 +93,9 @@ def recipes(file: Path) -> list[Recipe]:
     own = [size for size in SIZES if re.search(rf"(^|[/_]){size}(_|$)", name)]
     if not own and match[1] == "finetune":
         return []  # what the files of the sizes share
-    return [Recipe(name, match[1], size, _config(match[1], name, size), published) for size in own or SIZES]
+    return [
+        Recipe(name, match[1], size, _config(match[1], name, None if own else size), published) for size in own or SIZES
+    ]
 
 
 def cost_lines(recipe: Recipe, speeds: Speeds) -> list[str]:
