@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import io
 import subprocess
 import sys
@@ -8,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.data.pixels import decode as pixels
-from fcmae.data.pixels import jpeg
+from fcmae.data.pixels import jpeg, png
 from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, open_image, read_file
 from fcmae.errors import ImageError, UsageError
 
@@ -143,10 +143,21 @@ def test_grey_16_bit_images_keep_their_bits(kind, in_chans):
     assert all(np.array_equal(channel.numpy(), values) for channel in decoded)
 
 
-def test_colour_16_bit_pngs_are_refused():
-    image = png16(noise(HEIGHT, WIDTH, 4, dtype=np.uint16, most=65535))
+def test_colour_16_bit_pngs_keep_their_bits(monkeypatch):
+    values = noise(HEIGHT, WIDTH, 4, dtype=np.uint16, most=65535)
+    image = png16(values)
+    if importlib.util.find_spec("imagecodecs"):
+        for channels in (3, 4):  # alpha is dropped
+            assert np.array_equal(decode(image, channels, 16).permute(1, 2, 0).numpy(), values[..., :channels])
+        with pytest.raises(ImageError, match="a.png: it has 4 channels; data.in_chans is 1"):
+            decode(image, 1, 16)
+        with pytest.raises(ImageError, match="its pixels have 16 bits; data.bit_depth is 8"):
+            decode(image, 4, 8)
+        with pytest.raises(ImageError, match="loader.max_pixels is 9"):
+            decode(image, 4, 16, max_pixels=9)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     for depth in (8, 16):
-        with pytest.raises(ImageError, match="a.png: it is a PNG of 16 bits in several channels"):
+        with pytest.raises(ImageError, match="a.png: it is a PNG of 16 bits in several channels, .* pip install"):
             decode(image, 4, depth)
 
 
@@ -162,7 +173,7 @@ def png16(values):
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, 6, 0, 0, 0)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-    return Encoded(pixels.PNG_MAGIC + b"".join(parts), "a.png")
+    return Encoded(png.MAGIC + b"".join(parts), "a.png")
 
 
 def test_sixteen_bit_images_are_refused_where_eight_are_expected():

@@ -99,7 +99,7 @@ def _shaped(values: np.ndarray, inner: str, chunks: tuple[int, ...], dtype: np.d
     values = np.transpose(values, [*order, *rest])
     values = values.reshape(values.shape[: len(order)])
     full = np.zeros(chunks[len(chunks) - len(order) :], dtype)
-    part = tuple(slice(min(sides)) for sides in zip(values.shape, full.shape, strict=True))
+    part = tuple(slice(side) for side in np.minimum(values.shape, full.shape))
     full[part] = values[part]
     return full.reshape(chunks)
 

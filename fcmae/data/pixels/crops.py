@@ -185,9 +185,10 @@ class RandomCrop:
 
     def box(self, size: tuple[int, int], uniform: Uniform) -> Box:
         """The box that ``uniform`` chooses in an image of ``size``."""
-        shown = None
+        shown: tuple[int, int] | None = None
         if self.at_own_size:
-            *part, shown = padded_part(size, self.size, self.zoom, uniform)
+            top, left, rows, cols, shown = padded_part(size, self.size, self.zoom, uniform)
+            part = top, left, rows, cols
         elif self.zoom is None:
             part = random_part(size, self.scale, self.ratio, uniform)
         else:

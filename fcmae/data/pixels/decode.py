@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILE
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.pixels import dicom, jpeg, jpeg2000, scientific
+from fcmae.data.pixels import dicom, jpeg, jpeg2000, png, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
@@ -31,10 +31,10 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "H
 MAX_BYTES = 2**32
 """Of a file. A sparse file of any length takes no room on a disk."""
 
+TIFF_NAMES = (".tif", ".tiff")
+
 WIDE_MODES = {"I": "int32", "F": "float32"}
 """Other modes of Pillow, and the types of their values."""
-
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 class Encoded(NamedTuple):
@@ -156,7 +156,8 @@ def read_file(path: str | Path) -> Encoded:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
-                raise ImageError(str(path), f"it has {size} bytes; at most {MAX_BYTES} are read")
+                hint = "; data=array reads windows of a large TIFF" if str(path).lower().endswith(TIFF_NAMES) else ""
+                raise ImageError(str(path), f"it has {size} bytes; at most {MAX_BYTES} are read{hint}")
             return Encoded(file.read(), str(path))
     except OSError as error:
         raise ImageError(str(path), error.strerror or str(error)) from error
@@ -276,8 +277,8 @@ def stored(
         return _converted(dicom.read(data, channels, expected, max_pixels), channels, expected, exact)
     if data.startswith(jpeg2000.MAGICS) and not jpeg2000.header(data).is_plain:
         return _converted(jpeg2000.read(data, max_pixels), channels, expected, exact)
-    if data.startswith(PNG_MAGIC) and data[24:25] == b"\x10" and data[25:26] != b"\0":
-        raise ValueError("it is a PNG of 16 bits in several channels, which Pillow cuts to 8; convert it to TIFF")
+    if png.is_wide_colour(data):
+        return _converted(png.read(data, max_pixels, None if exact else channels), channels, expected, exact)
     try:
         pixels = _decode_by_pillow(data, channels, expected, max_pixels, floats, exact)
     except UnidentifiedImageError:
