@@ -131,7 +131,9 @@ class MeanPatch:
         with autocast(device, self.cfg.precision):
             preds, _ = self.model.predict(imgs, mask)
             if not self.cfg.measures_val_loss:
-                features = self.model.backbone.forward_head(self.model.backbone.forward_features(imgs), pre_logits=True)
+                backbone = self.model.backbone
+                features = backbone.forward_head(backbone.forward_features(imgs), pre_logits=True).float()
+                features = features[features.isfinite().all(dim=1)]
                 lines += Collapse.warnings(features, step) if len(features) > 1 else []
         for name in pixels:
             loss, constant = losses(self.model, name, Seen(imgs, **seen), mask, preds[name])

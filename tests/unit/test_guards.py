@@ -89,3 +89,7 @@ def test_the_loss_is_compared_with_that_of_the_mean_patch(task, capsys):
 def test_collapse_is_seen_without_validation_images(task, monkeypatch):
     monkeypatch.setattr(task.model.backbone, "forward_features", lambda imgs: imgs.new_ones(len(imgs), 24, 4, 4))
     assert "the features collapse at step 7: effective_rank is 1 (below 2)" in task.mean_patch.look(7, CPU)[0]
+    monkeypatch.setattr(
+        task.model.backbone, "forward_features", lambda imgs: imgs.new_full((len(imgs), 24, 4, 4), torch.nan)
+    )
+    assert not [line for line in task.mean_patch.look(7, CPU) if "collapse" in line]  # another message tells it
