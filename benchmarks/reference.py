@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -133,7 +134,7 @@ def _recorded() -> Iterator[dict[tuple[str, type | None], dict[str, None]]]:
     allowed: dict[tuple[str, type | None], dict[str, None]] = {}
 
     def record(key: str, value: Any, ok: bool, text: str) -> None:
-        callers = (caller.frame.f_locals for caller in inspect.stack(0))
+        callers = (frame.f_locals for frame, _ in traceback.walk_stack(None))
         owner = next((type(names["self"]) for names in callers if "self" in names), None)
         allowed.setdefault((key, owner), {})[re.sub(r" \([\d.]+\)", "", text)] = None
 
