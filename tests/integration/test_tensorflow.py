@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,11 @@ def python(tmp_path_factory):
     if python311 is None or subprocess.run([python311, "--version"], capture_output=True, check=False).returncode:
         pytest.skip("TensorFlow 2.15 needs Python 3.11, which is not installed")
     folder = tmp_path_factory.mktemp("tensorflow")
-    subprocess.run([python311, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
-    return str(folder / "bin" / "python")
+    python = str(folder / "bin" / "python")
+    subprocess.run([python311, "-m", "venv", "--without-pip", folder], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    subprocess.run([*pip, *PACKAGES], check=True)
+    return python
 
 
 def outputs(python: str, folder: Path, network: Network) -> dict[str, dict[str, float]]:

@@ -7,13 +7,13 @@ from fcmae.kernels.grn import gelu_grn_torch
 from tests.unit.test_grn import parameters
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
+def gradients(op, leaves, dy):
+    y = op(*leaves, 1e-6)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+
 def test_equals_plain_torch():
     from fcmae.kernels.grn_triton import gelu_grn_triton
-
-    def gradients(op, leaves, dy):
-        y = op(*leaves, 1e-6)
-        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
 
     # The interpreter cuts float32 to bfloat16 where a device rounds, so its error is twice bfloat16's.
     tolerance = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
@@ -37,6 +37,12 @@ def test_equals_plain_torch():
             for value, reference in zip(gradients(gelu_grn_triton, leaves, dy), expected, strict=True):
                 error = ((value.double() - reference).norm() / reference.norm()).item()
                 assert error < tolerance[dtype], (dtype, shape, error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
+def test_is_an_operator_that_compiles():
+    from fcmae.kernels.grn_triton import gelu_grn_triton
 
     leaves = [torch.randn(s, requires_grad=True) for s in ((2, 5, 8), (8,), (8,), (8,))]
     torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (*leaves, 1e-6))

@@ -266,4 +266,4 @@ def test_workers_end_with_python():
         "left = batches(dataset, BatchPlan.create(24, 4, 2, 1, seed=0), 2)\n"
         "next(left)\n"
     )
-    run_python(ROOT, "-c", script, fresh=True)
+    run_python(ROOT, "-c", script)

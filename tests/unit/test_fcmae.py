@@ -165,12 +165,12 @@ def test_recomputing_keeps_fewer_tensors():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """Counts the graphs that are compiled, by a backend that costs no time.
+def graphs(monkeypatch, backend):
+    """Counts the graphs that are compiled, by a backend that costs little time.
 
     A function may have three shapes, and torch's limit of eight is as low: four stages exceed it.
     """
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = functools.cache(lambda f: torch.compile(f, backend=counter, dynamic=False, fullgraph=True))
     monkeypatch.setattr(regions, "_compiled", compiled)
     torch.compiler.reset()
@@ -181,9 +181,14 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
-@pytest.mark.parametrize(("engine", "decoder"), [("packed", "light"), ("masked", "light"), ("packed", "unet")])
-def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, graphs):
+@pytest.mark.parametrize(
+    ("engine", "decoder", "backend"),
+    [("packed", "light", "eager"), ("masked", "light", "eager"), ("packed", "unet", "aot_eager")],
+)
+def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, backend, graphs):
     """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again.
+
+    One case also traces the gradients, which takes as long again.
 
     A process may compile more networks than torch expects of one.
     """

@@ -1,6 +1,7 @@
 """What a model card says about making the network's input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,22 @@ from fcmae.interchange import preprocessing
 from fcmae.interchange.convert import export, import_weights
 from fcmae.models.build import config_of
 from tests import interchange as made
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A classifier as both libraries have it."""
+    folder = tmp_path_factory.mktemp("exports")
+    made.finetuned(folder / "ours.pt")
+    for library in ("timm", "transformers"):
+        export(folder / "ours.pt", library, folder / library, check=False)
+    return folder
+
+
+@pytest.fixture
+def exported(exports, tmp_path):
+    """Copies the classifier of a library to the folder ``out``, to be changed."""
+    return lambda library: shutil.copytree(exports / library, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +118,8 @@ def test_what_other_libraries_lack_comes_back(tmp_path, library, given):
 
 
 @pytest.mark.parametrize("value", ["deep", 99, [8], {"a": 1}])
-def test_a_config_of_others_with_a_bad_depth_is_refused_in_a_line(tmp_path, value):
-    made.finetuned(tmp_path / "ours.pt")
-    export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
+def test_a_config_of_others_with_a_bad_depth_is_refused_in_a_line(tmp_path, exported, value):
+    exported("timm")
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "fcmae": {"bit_depth": value}}))
     with pytest.raises(FCMAEError, match="data.bit_depth"):
@@ -131,9 +147,8 @@ def test_the_crop_of_the_card_and_of_what_comes_back_is_ours(tmp_path, image_siz
         assert config_of(checkpoint.read(tmp_path / f"{library}.pt"), tmp_path / f"{library}.pt").data.crop_pct == 0.8
 
 
-def test_another_evaluation_of_timm_is_said(tmp_path):
-    made.finetuned(tmp_path / "ours.pt")
-    export(tmp_path / "ours.pt", "timm", tmp_path / "out", check=False)
+def test_another_evaluation_of_timm_is_said(tmp_path, exported):
+    exported("timm")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     config["pretrained_cfg"] |= {"crop_mode": "border", "interpolation": "bilinear"}
@@ -158,9 +173,8 @@ def test_another_evaluation_of_timm_is_said(tmp_path):
         ),
     ],
 )
-def test_processors_of_any_kind_say_the_size(tmp_path, change, size, crop_pct):
-    made.finetuned(tmp_path / "ours.pt")
-    export(tmp_path / "ours.pt", "transformers", tmp_path / "out", check=False)
+def test_processors_of_any_kind_say_the_size(tmp_path, exported, change, size, crop_pct):
+    exported("transformers")
     for name, values in (("config", {"fcmae": None}), ("preprocessor_config", {"crop_pct": None, **change})):
         file = tmp_path / "out" / f"{name}.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **values}))

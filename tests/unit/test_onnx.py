@@ -90,6 +90,7 @@ def test_a_backbone_has_features_and_their_map_and_a_training_model_stays_one(tm
     assert b".py" not in (tmp_path / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_float16_keeps_norms_in_float32(tmp_path):
     """Activations near 300 have squares beyond float16's 65,504: a file of the model in float16 overflows."""
     model = small_backbone("convnextv2_atto", num_classes=5).eval()
@@ -118,6 +119,7 @@ def test_float16_keeps_norms_in_float32(tmp_path):
         assert value.dtype == torch.float32, key
 
 
+@pytest.mark.slow
 def test_large_weights_are_beside_the_file_and_without_onnxruntime_it_says_that_nothing_was_checked(
     tmp_path, monkeypatch, capsys
 ):

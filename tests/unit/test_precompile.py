@@ -198,6 +198,7 @@ def test_threads_wait_together(monkeypatch):
     assert not precompile._compiling
 
 
+@pytest.mark.slow
 def test_the_compiler_ends_with_the_process_that_started_it():
     pytest.importorskip("triton")
     program = """
