@@ -4,9 +4,11 @@
 of the official code or of timm.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +107,30 @@ def _from_hub(name: str, origin: dict[str, Any]) -> State:
 
 
 def _pretrained(name: str) -> ConvNeXt:
-    print_once(f"{HUB}{name}: downloading it, unless it is in timm's cache")
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # it prints a line for each time that it tries again
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with downloading(name):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of a failed download the libraries raise all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise WeightsError(
-            f"{HUB}{name} cannot be downloaded ({reason}); without a network, give a file or directory of it"
+            f"{HUB}{name} cannot be downloaded ({reason(error)}); without a network, give a file or directory of it"
         ) from error
-    finally:
-        hub.setLevel(level)
     assert isinstance(model, ConvNeXt)
     return model
+
+
+@contextlib.contextmanager
+def downloading(name: str) -> Iterator[None]:
+    """A line says that timm downloads a network in this block; huggingface_hub does not say each time that it tries."""
+    print_once(f"timm downloads {name}, unless it is in the cache")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]

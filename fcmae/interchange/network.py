@@ -1,7 +1,7 @@
 """What is exported and imported: a ConvNeXt's structure, the network of a checkpoint, the check of what was written."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,15 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {
 GENERIC = {1: "convnext_tiny", 2: "convnextv2_atto"}
 """The timm model that stands for any other depths and dims, by version."""
 
-INSTEAD = "export it to timm or onnx"
+
+def instead(model: ConvNeXt) -> str:
+    """What to do where another library cannot build a network."""
+    timm = "timm or " if _are_timms(stem(model)[0].stride[0], strides_of(model)) else ""
+    return f"export it to {timm}onnx, or use encoder.safetensors and fcmae.load"
+
+
+def _are_timms(stem_stride: int, strides: Sequence[int]) -> bool:
+    return list(strides) == [min(4, stem_stride**2), 2, 2, 2]
 
 
 @dataclass(frozen=True)
@@ -76,22 +84,22 @@ class Structure:
         """
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm) and module.eps != 1e-6:
-                raise WeightsError(f"{name} has eps {module.eps}; other libraries compute with 1e-06: {INSTEAD}")
+                raise WeightsError(f"{name} has eps {module.eps}; other libraries compute with 1e-06: {instead(model)}")
         for block in (block for stage in stages(model) for block in blocks(stage)):
             if block.conv_dw.kernel_size != (7, 7) or not is_gelu(block.mlp.act):
                 raise WeightsError(
                     f"a block has {block.conv_dw} and {block.mlp.act}; other libraries have 7 x 7 and exact GELU: "
-                    f"{INSTEAD}"
+                    f"{instead(model)}"
                 )
             if depthwise_bias and block.conv_dw.bias is None:
-                raise WeightsError(f"a block has no bias in its convolution; other libraries have one: {INSTEAD}")
+                raise WeightsError(f"a convolution has no bias; other libraries have one: {instead(model)}")
             if (block.gamma is None) == (grn(block) is None):
                 raise WeightsError(
-                    f"a block has both or none of GRN and layer scale; other libraries have one: {INSTEAD}"
+                    f"a block has both or none of GRN and layer scale; other libraries have one: {instead(model)}"
                 )
         if not isinstance(model.norm_pre, nn.Identity) or not isinstance(model.head.pre_logits, nn.Identity):
             raise WeightsError(
-                f"the head is not norm and linear layer after the pooling; other libraries have these: {INSTEAD}"
+                f"the head is not norm and linear layer after the pooling; other libraries have these: {instead(model)}"
             )
         first = [next(iter(blocks(stage))) for stage in stages(model)]
         return cls(
@@ -107,7 +115,7 @@ class Structure:
     @property
     def is_timms(self) -> bool:
         """Whether timm builds it by a name, depths, dims and patch_size."""
-        return self.strides == (min(4, self.stem_stride**2), 2, 2, 2)
+        return _are_timms(self.stem_stride, self.strides)
 
     def backbone_config(self, name: str | None = None) -> dict[str, Any]:
         """The values of a BackboneConfig: timm's name of this size or ``name``, the rest only where it differs."""

@@ -26,7 +26,7 @@ from fcmae.config import (
     upgraded,
 )
 from fcmae.errors import WeightsError
-from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, empty_fcmae
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, empty_fcmae, instead
 from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, same_values, translate, without_head_norm
 from fcmae.models import FCMAE
 from fcmae.models.decoder import LightDecoder
@@ -182,7 +182,9 @@ def export(network: Network, folder: Path) -> None:
     structure = Structure.of(network.model)
     if structure.stem_stride != STEM_STRIDE or structure.strides != STRIDES:
         has = f"stem stride {structure.stem_stride}" if structure.is_timms else f"strides {list(structure.strides)}"
-        raise WeightsError(f"the official code has the strides {list(STRIDES)} only; {network.path} has {has}")
+        raise WeightsError(
+            f"the official code has strides {list(STRIDES)} only; {network.path} has {has}: {instead(network.model)}"
+        )
     ours = _description(network)
     torch.save({"model": to_classifier(network.weights), "fcmae": ours}, folder / dense_file(network))
     if network.fcmae is not None and structure.version == 2 and _is_official(network.fcmae):

@@ -14,7 +14,16 @@ from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.engines.convnext import stem
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, Structure, count_classes, empty_classifier
+from fcmae.interchange.network import (
+    Check,
+    Given,
+    Imported,
+    Network,
+    Structure,
+    count_classes,
+    empty_classifier,
+    instead,
+)
 from fcmae.interchange.weights import HEAD_NORM, StateDict, read_file, read_folder, read_json, translate, write_folder
 from fcmae.models.backbone import strides_of
 
@@ -24,12 +33,9 @@ MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_p
 
 def export(network: Network, folder: Path) -> None:
     """Writes ``model.safetensors`` and ``config.json``. Raises WeightsError if timm cannot build such a network."""
-    strides = strides_of(network.model)
-    if strides != [min(4, stem(network.model)[0].stride[0] ** 2), 2, 2, 2]:
-        raise WeightsError(
-            f"timm cannot build a ConvNeXt with strides {strides}, which {network.path} has: export it to onnx, or use "
-            "encoder.safetensors and fcmae.load"
-        )
+    if "timm" not in (other := instead(network.model)):
+        strides = strides_of(network.model)
+        raise WeightsError(f"timm cannot build a ConvNeXt with strides {strides}, which {network.path} has: {other}")
     weights = {name: value.contiguous() for name, value in network.weights.items()}
     write_folder(folder, weights, {"config.json": _config(network)})
 

@@ -17,7 +17,16 @@ from fcmae.config import ClassifierConfig, DataConfig, FinetuneConfig, from_dict
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.errors import WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, Structure, count_classes, empty_classifier
+from fcmae.interchange.network import (
+    Check,
+    Given,
+    Imported,
+    Network,
+    Structure,
+    count_classes,
+    empty_classifier,
+    instead,
+)
 from fcmae.interchange.weights import StateDict, read_folder, read_json, translate, write_folder
 
 MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
@@ -76,12 +85,12 @@ def export(network: Network, folder: Path) -> None:
     if not structure.is_timms:
         raise WeightsError(
             f"{network.path} has strides {list(structure.strides)}; Transformers has a stem of 1 or 4, then 2, 2, 2: "
-            "export it to onnx, or use encoder.safetensors and fcmae.load"
+            f"{instead(network.model)}"
         )
     if structure.stem_stride == 2:
         raise WeightsError(
             f"{network.path} has stem stride 2, after which timm downsamples before the first stage too; Transformers "
-            "has no layer there: export it to timm or onnx"
+            f"has no layer there: {instead(network.model)}"
         )
     weights = to_transformers(network.weights, structure.version)
     processor = preprocessor_config(network.cfg.data)

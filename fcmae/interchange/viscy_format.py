@@ -21,7 +21,7 @@ from torch import Tensor
 from fcmae.config import ClassifierConfig, FinetuneConfig, from_dict
 from fcmae.errors import UsageError, WeightsError
 from fcmae.interchange import preprocessing
-from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier
+from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, instead
 from fcmae.interchange.weights import StateDict, as_float32, read, read_json, translate, without_head_norm, write_folder
 
 SCALE = (1e-5 / 1e-6) ** 0.5
@@ -93,7 +93,7 @@ def _check(network: Network, structure: Structure, planes: int) -> None:
     if structure.stem_stride != side or set(structure.strides[1:]) != {2}:
         raise WeightsError(
             f"{path} has strides {list(structure.strides)} with a stem of {structure.stem_stride}; VisCy has strides k "
-            "of the stem, then 2 each, such as model.strides=[2,2,2,2]"
+            f"of the stem, then 2 each, such as model.strides=[2,2,2,2]: {instead(network.model)}"
         )
     if planes < 1 or structure.in_chans % planes:
         raise UsageError(f"--planes must divide the {structure.in_chans} channels of {path}; got {planes}")

@@ -140,7 +140,7 @@ class MeanPatch:
             if loss > AS_MEAN * constant:
                 lines.append(
                     f"warning: at step {step} the loss of target.{name} is {loss:.3g}, that of the mean patch "
-                    f"{constant:.3g}, on {len(imgs)} training images: nothing is learned yet; train longer, or {HELPS}"
+                    f"{constant:.3g}, on {len(imgs)} training images: nothing is learned yet; train longer; {HELPS}"
                 )
         return lines
 

@@ -1,5 +1,6 @@
 """Reads the frozen networks whose features :class:`fcmae.targets.Teacher` predicts."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DataConfig, PretrainConfig
 from fcmae.errors import ConfigError, FCMAEError
+from fcmae.interchange.foreign import downloading, reason
 from fcmae.interchange.weights import read
 from fcmae.models import FCMAE
 from fcmae.models.build import encoder_of, load_state
@@ -134,12 +136,12 @@ def _of_timm(key: str, name: str, checkpoint: str | None) -> _Read:
             f"{key}.name must be a network of timm {timm.__version__}, see timm.list_models(); got {name!r}"
         )
     try:
-        network = create_network(name, pretrained=checkpoint is None)
+        with downloading(name) if checkpoint is None else contextlib.nullcontext():
+            network = create_network(name, pretrained=checkpoint is None)
     except Exception as error:  # of a failed download, or an argument that a network does not take, all sorts
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
-            f"{key}.name: timm cannot create {name} ({reason}); without a network, give a file of its weights as "
-            f"{key}.checkpoint"
+            f"{key}.name: timm cannot create {name} ({reason(error)}); without a network, give a file of its weights "
+            f"as {key}.checkpoint"
         ) from error
     config: Any = network.pretrained_cfg
     if checkpoint is not None:
@@ -193,9 +195,10 @@ def _try(key: str, features: Features, data: DataConfig) -> tuple[int, ...]:
     try:
         maps = features(torch.zeros(1, data.in_chans, *data.size))
     except Exception as error:  # what networks raise for other sizes, or without feature maps
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         size = "x".join(map(str, data.size))
-        raise ConfigError(f"{key}: the teacher gives no feature map for images of {size} px ({reason})") from error
+        raise ConfigError(
+            f"{key}: the teacher gives no feature map for images of {size} px ({reason(error)})"
+        ) from error
     if maps.ndim != 4:
         raise ConfigError(f"{key}: the teacher must give a feature map [N, D, h, w]; got {list(maps.shape)}")
     return tuple(maps.shape)

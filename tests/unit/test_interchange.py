@@ -223,7 +223,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, library, edit, chan
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     made.finetuned(tmp_path / "stride1.pt", stem_stride=1)
-    with pytest.raises(WeightsError, match="the strides .* only"):
+    with pytest.raises(WeightsError, match="strides .* only; .*: export it to timm or onnx"):
         export(tmp_path / "stride1.pt", "official", tmp_path / "out")
     made.finetuned(tmp_path / "tiny_hnf.pt", backbone="convnext_tiny_hnf")
     with pytest.raises(WeightsError, match="other libraries have"):

@@ -16,6 +16,7 @@ from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError, WeightsError
 from fcmae.interchange.convert import export
 from fcmae.interchange.foreign import read_foreign
+from fcmae.interchange.network import Structure
 from fcmae.masks.patches import random_mask
 from fcmae.models import create_backbone
 from fcmae.training.run import finetune, pretrain
@@ -119,3 +120,15 @@ def test_from_pretraining_to_exports(tmp_path):
     for library in ("official", "transformers"):
         with pytest.raises(WeightsError, match="export it to timm or onnx"):
             export(run, library, tmp_path / library)
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2, 2), (4, 2, 2), (4, 2, 2, 2)])
+def test_what_a_library_cannot_build_names_a_format_that_holds_it(strides):
+    """Without biases, and with strides that timm cannot build, timm is no way out."""
+    count = len(strides)
+    model = create_backbone(
+        "convnextv2_atto", depths=[1] * count, dims=[8] * count, strides=list(strides), conv_bias=False
+    )
+    known = "timm or onnx" if strides == (4, 2, 2, 2) else "onnx"
+    with pytest.raises(WeightsError, match=f"export it to {known}, or use encoder.safetensors and fcmae.load"):
+        Structure.of(model)
