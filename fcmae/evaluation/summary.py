@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
-from fcmae.data.pixels.transforms import eval_transform, normalize
+from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import EvaluationImages
 from fcmae.data.sources import Source, Subset
 from fcmae.distributed import World
@@ -189,7 +189,7 @@ def _save(folder: Path, picture: Image.Image) -> None:
 
 
 def _picture(raw: Tensor, data: DataConfig) -> Tensor:
-    imgs = normalize(raw[None], data.mean, data.std, data.dtype)
+    imgs = normalized(raw[None], data)
     return rgb(choose(imgs, data), imgs, data=data)[0][0]
 
 
