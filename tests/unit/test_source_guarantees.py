@@ -5,6 +5,7 @@ of workers and ranks, and after a restart. docs/data.md has the table.
 import io
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from fcmae.training.run import pretrain
 from tests import more_files as made
 from tests.bad_files import encoded, picture
 from tests.conftest import TINY_PRETRAIN
+from tests.hostile import Case, measure
 from tests.interchange import assert_same
 
 tifffile = pytest.importorskip("tifffile")
@@ -176,3 +178,34 @@ def test_two_ranks_train_as_one(tmp_path, fcmae):
         for run in ("one", "two")
     )
     np.testing.assert_allclose([x for x in two if x is not None], [x for x in one if x is not None], rtol=1e-4)
+
+
+def zarr_of_2_gib(folder):
+    """uint16 ``[32768, 32768]`` whose chunks of 512 x 512 are one file under many names."""
+    side, chunk = 2**15, 512
+    (folder / "a.zarr").mkdir()
+    meta = {"zarr_format": 2, "shape": [side, side], "chunks": [chunk, chunk], "dtype": "<u2", "order": "C",
+            "compressor": {"id": "zlib", "level": 1}, "fill_value": 0, "filters": None}  # fmt: skip
+    (folder / "a.zarr" / ".zarray").write_text(json.dumps(meta))
+    first = folder / "a.zarr" / "0.0"
+    first.write_bytes(zlib.compress(np.random.default_rng(0).integers(0, 4000, (chunk, chunk)).astype("<u2"), 1))
+    for row in range(side // chunk):
+        for column in range(side // chunk):
+            if row or column:
+                (folder / "a.zarr" / f"{row}.{column}").hardlink_to(first)
+    cfg = DataConfig(name="array", path=str(folder / "a.zarr"), in_chans=1, bit_depth=12, fit="pad", image_size=224,
+                     normalize="window", low=0.0, high=1.0, windows_per_image=400)  # fmt: skip
+
+    def read():
+        source, crop = train_source(cfg), pretrain_transform(cfg)
+        return sum(float(crop(source[0].image).float().mean() > 0) for _ in range(400))
+
+    return read
+
+
+@pytest.mark.slow
+def test_windows_of_2_gib_take_little_memory():
+    """Of a Zarr array, in a process of its own."""
+    taken = measure({"Zarr": Case(zarr_of_2_gib, "")})["Zarr"]
+    assert taken.said == "400.0"
+    assert taken.memory < 64
