@@ -21,6 +21,7 @@ from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.models import FCMAE
 from fcmae.models.build import check_backbone_size, known_of, load_state, unsaid
 from fcmae.models.dense_head import DenseHead
+from fcmae.models.detector import Detector
 from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.unet import UNet
 
@@ -193,8 +194,8 @@ def load_initial(
 ) -> str:
     """Loads the backbone of ``init_from`` strictly, and into an FCMAE what fits of its decoder.
 
-    A head for fine-tuning keeps its initial weights, but for a U-Net if ``init_decoder``. Returns a line that says what
-    was loaded. Raises CheckpointError naming the keys of the backbone that do not fit.
+    A head for fine-tuning keeps its initial weights, but for a U-Net or a detector if ``init_decoder``. Returns a line
+    that says what was loaded. Raises CheckpointError naming the keys of the backbone that do not fit.
     """
     name, state = read_initial(init_from)
     weights = encoder.backbone_weights(state)
@@ -216,9 +217,20 @@ def load_initial(
         said += "; the decoder is new"
     elif isinstance(model, Headed) and isinstance(model.head, DenseHead):
         said += _load_unet(model.head.unet, state) if init_decoder else "; the U-Net is new (init_decoder=false)"
+    elif isinstance(model, Headed) and isinstance(model.head, Detector) and init_decoder:
+        said += _load_detector(model.head, state)
     elif isinstance(model, Headed):
         said += "; the head is new"
     return said
+
+
+def _load_detector(head: Detector, state: State) -> str:
+    """Loads what fits of another detector: for other classes, all but the last layers. Returns what was done."""
+    given, own = state.get("ema") or state["model"], head.state_dict()
+    weights = {name: given[f"head.{name}"] for name in own if f"head.{name}" in given}
+    fits = {name: value for name, value in weights.items() if value.shape == own[name].shape}
+    head.load_state_dict(fits, strict=False)
+    return f" and {len(fits)} of {len(own)} tensors of its detector" if fits else "; the head is new"
 
 
 def _load_unet(unet: UNet, state: State) -> str:

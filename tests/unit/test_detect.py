@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 
 import fcmae as package
 from fcmae.checkpoints import checkpoint
-from fcmae.config import AugmentConfig, DataConfig, compose
+from fcmae.config import AugmentConfig, DataConfig, compose, to_dict
 from fcmae.data.pixels.boxes import JitteredScale, WholeOnCanvas
 from fcmae.data.pixels.instances import SIDE, boxed_mask, encoded, mask_of, pasted
 from fcmae.data.sources.coco import CocoImages, CocoObjects, Objects
@@ -420,7 +420,7 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
     pretrain = [word for word in TINY_PRETRAIN if word != "data=synthetic"]
     fcmae_here(*pretrain, *images, "trainer.eval_every_epochs=null", "schedule.epochs=1", "hydra.run.dir=pre",
                "optim.global_batch_size=4")  # fmt: skip
-    args = detecting(squares, "init_from=pre")
+    args = detecting(squares, "init_from=pre", "trainer.eval_every_epochs=2")
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
@@ -471,6 +471,28 @@ def check_predictions(fcmae_here, folder, squares):
 def test_the_coco_experiment_runs_on_a_made_up_file(fcmae_here, squares):
     args = detecting(squares, "trainer.eval_every_epochs=null", "trainer.micro_batch_size=2")
     fcmae_here(args[0], "experiment=coco/mask_rcnn", *args[1:], "hydra.run.dir=run", "precision=bf16")
+
+
+def test_a_detector_starts_another(tmp_path, squares):
+    first = task_of(squares)
+    given = first.model.state_dict()
+    state = {"task": first.name, "config": to_dict(first.cfg), **first.extra_state(), "model": given}
+    checkpoint.CheckpointDir(tmp_path / "run").save({**state, "step": 0, "ema": None})
+    content = json.loads((squares / "objects.json").read_text())
+    content["categories"].append({"id": 9, "name": "blue"})
+    file = write_json(squares, content, "three.json")
+    whole = len([name for name in given if name.startswith("head.")])
+    for overrides, fits in (
+        ((), f"and {whole} of {whole} tensors"),
+        ((f"data.annotations={file}",), f"and {whole - 6} of {whole} tensors"),
+        (("init_decoder=false",), "; the head is new"),
+    ):
+        cfg = compose("finetune", [*detecting(squares)[1:], f"init_from={tmp_path}/run", "seed=1", *overrides])
+        task = Finetuning(cfg)
+        task.initialise()
+        assert fits in task.notes[-1]
+        name = "rpn.head.bbox_pred.weight"
+        assert task.model.head.state_dict()[name].equal(given[f"head.{name}"]) == ("new" not in fits)
 
 
 def task_of(squares, *overrides):
