@@ -94,6 +94,7 @@ def _formats(start: bytes) -> list[str]:
                 raise UsageError("AVIF needs Pillow 11.3 or newer: pip install -U pillow")
         elif start[8:12] in HEIC_BRANDS:
             _register_heif()
+    Image.preinit()  # the other common formats, if nothing has opened an image yet
     return [name for name in FORMATS if name in Image.OPEN]
 
 
