@@ -10,7 +10,7 @@ from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.crops import Box, cut
 from fcmae.data.pixels.decode import Encoded, PixelFormat, decode
 from fcmae.data.pixels.on_device import decode_all
-from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.pixels.transforms import normalized, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.resident import Resident
 from fcmae.data.samples import MaskedImages
@@ -18,6 +18,7 @@ from fcmae.errors import UsageError
 from tests.unit.test_batches import Files
 from tests.unit.test_crops import texture
 from tests.unit.test_decoded import TURNS, Once, data, folder, resident_batches  # noqa: F401
+from tests.unit.test_normalize import MODES, TYPES, images
 from tests.unit.test_pixels import encoded, noise
 
 pytestmark = pytest.mark.gpu
@@ -107,3 +108,13 @@ def test_images_that_do_not_fit_on_the_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64, 2**30))
     with pytest.raises(UsageError, match=r"data.cache=gpu needs .* GiB for 3 decoded images; 0.0 GiB of memory of"):
         Resident(images, None, (4, 4)).on(CUDA)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_way_to_normalise_is_the_same_on_the_device(mode, dtype):
+    keys, white = TYPES[dtype]
+    cfg = DataConfig(in_chans=2, normalize=mode, **keys, **MODES[mode])
+    raw = torch.from_numpy(images(dtype, 4))
+    raw = raw.float() / white if mode == "image" else raw  # what transforms give
+    torch.testing.assert_close(normalized(raw.to(CUDA), cfg).cpu(), normalized(raw, cfg), rtol=1e-6, atol=1e-6)
