@@ -60,7 +60,7 @@ reference: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Debian carries the data set; elsewhere `fcmae demo` downloads it or says how to bring it.
+# Debian packages the data set; elsewhere `fcmae demo` downloads it or says how to get it.
 demo-data:
 	@if [ -z "$(DATA)" ] && [ ! -d /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing Debian's package dataset-fashion-mnist"; \

@@ -30,13 +30,13 @@ fcmae pretrain model=demo data=fashion_mnist debug=default --cfg job     # print
 ```
 
 `GROUP.KEY=VALUE` sets one key, `GROUP=NAME` takes the file `conf/GROUP/NAME.yaml`, and `experiment=NAME` a file of
-`conf/experiment`. `hydra.run.dir=FOLDER` is the run directory. Defaults below are those of the command without such
-files. `null` means none, or chosen by the program as the key says. In `finetune`, a key of `data` or `model` whose
-default is `null` there takes its value from the run `init_from`, or without one the default of `pretrain`. `evaluate`,
-`knn` and `probe` take the keys of `data` from the checkpoint; those that are given replace them.
+`conf/experiment`. `hydra.run.dir=FOLDER` is the run directory. Defaults below apply without such files. `null` means
+none, or chosen by the program as the key says. In `finetune`, a key of `data` or `model` whose default is `null` there
+takes its value from the run `init_from`, or without one the default of `pretrain`. `evaluate`, `knn` and `probe` take
+the keys of `data` from the checkpoint; keys that you give replace them.
 """
-TYPES = {"Any": "see allowed"}
-HEADER = ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+TYPES = {"Any": "mixed"}
+HEADER = ["| key | type | default | values | meaning |", "|---|---|---|---|---|"]
 
 
 @dataclasses.dataclass

@@ -151,7 +151,7 @@ def evaluate(
     """Metrics of a fine-tuned network, as ``fcmae evaluate`` prints them; None on ranks other than the first.
 
     Args:
-        data: validation images, in the ways of :func:`pretrain`; None = those of the run.
+        data: validation images, given as in :func:`pretrain`; None = the run's.
         overrides, keys: as for :func:`pretrain`.
 
     Raises FCMAEError.

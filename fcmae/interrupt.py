@@ -50,7 +50,7 @@ def install(say: Callable[[str], object] | None = None) -> None:
 
 @contextlib.contextmanager
 def recorded(say: Callable[[str], object]) -> Iterator[None]:
-    """In this block SIGINT and SIGTERM stop a run after its step, for Python and notebooks: the process goes on.
+    """In this block SIGINT and SIGTERM stop a run after its step, for Python and notebooks: the process continues.
 
     A second SIGINT is a KeyboardInterrupt, which ends the run at once. Without effect in other threads than the main.
     """

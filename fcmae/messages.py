@@ -1,4 +1,4 @@
-"""Lines that tell the user something on stderr, each of them once."""
+"""Lines for the user on stderr, each printed once."""
 
 import functools
 import sys

@@ -9,7 +9,7 @@
 #              (~/.cache/fcmae/minkowski)
 #
 # PyPI has the sources of 2021 alone: they compile in some minutes, and import on Python 3.10 and newer only after
-# a few lines are mended. A MinkowskiEngine that is there already, such as your own build for CUDA, is mended but not
+# a few lines are corrected. An installed MinkowskiEngine, such as your own build for CUDA, is corrected but not
 # replaced. It takes a C++ compiler, Python's headers and OpenBLAS; as root on Debian or Ubuntu they are
 # installed as well.
 set -euo pipefail

@@ -14,7 +14,7 @@
 #   OMP_NUM_THREADS threads of a process on the CPU (cores / processes)
 #   PYTHON          the interpreter (python)
 #   RUN_DIR         run directory (runs/fcmae_TIME). With NNODES > 1 it is needed, and is to be the same folder of a
-#                   shared file system everywhere. To go on with a run, give its directory. `hydra.run.dir=...` among
+#                   shared file system everywhere. To continue a run, give its directory. `hydra.run.dir=...` among
 #                   the overrides does the same and comes first.
 set -euo pipefail
 

@@ -1,7 +1,7 @@
 """``encoder.safetensors``: a pretrained backbone alone, under timm's names, with what it takes to build it again.
 
 The metadata has ``backbone``, timm's name, and ``fcmae``, a JSON object: ``model`` and ``data`` with the keys of these
-groups that tell network and images, ``step`` and ``versions``. Version 0.1.0 wrote ``backbone`` only.
+groups that describe network and images, ``step`` and ``versions``. Version 0.1.0 wrote ``backbone`` only.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def unet_weights(state: State, path: Path) -> tuple[dict[str, Tensor], dict[str,
     Returns:
         For ``fcmae.models.unet.UNet(**arguments)``, whose ``load_state_dict`` takes the weights; None without a U-Net.
 
-    Raises CheckpointError if the backbone is not that of a ConvNeXt.
+    Raises CheckpointError if the backbone is not a ConvNeXt.
     """
     prefix, given = "decoder.unet.", state.get("ema") or state["model"]
     weights = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
@@ -78,7 +78,7 @@ def read(path: Path, weights: bool = True) -> State:
     ``config`` has the groups ``model`` and ``data``; ``unknown`` names the keys of ``data`` that the file does not say.
 
     Args:
-        weights: read them; otherwise those of ``model`` are on torch's meta device.
+        weights: read them; otherwise the weights of ``model`` are on torch's meta device.
 
     Raises CheckpointError naming the file.
     """

@@ -79,8 +79,8 @@ class PretrainConfig(RunConfig):
 
     model: FCMAEConfig = field(default_factory=FCMAEConfig)
     mask: Any = None
-    """How the hidden patches are chosen, of which model.mask_ratio says how many: ``_target_``, a class, and its
-    arguments; mask=random, block, grid or weighted (docs/plugins.md). None = random."""
+    """How the hidden patches are chosen (model.mask_ratio says how many): ``_target_``, a class, and its arguments;
+    mask=random, block, grid or weighted (docs/plugins.md). None = random."""
     target: Any = None
     """What is predicted at the masked patches, one or several of NAME: ``_target_``, a class, its arguments, and
     ``weight``, its factor in the loss or ``learned`` (docs/targets.md). target.NAME=null leaves one out. None = the
@@ -138,7 +138,7 @@ class FinetuneConfig(RunConfig):
     objective: Any = None
     """What is trained for: ``_target_``, a class, and its arguments (docs/plugins.md). None = objective=classify."""
     init_decoder: bool = True
-    """With target maps: the U-Net of the head begins with that of ``init_from``, if it has one of the same shapes
+    """With target maps: the head's U-Net begins with the U-Net of ``init_from``, if it has one of the same shapes
     (pretraining with model.decoder=unet, or fine-tuning with target maps). In detection: the layers of another
     detector that have the same shapes; for other classes, all but the last ones."""
     freeze: str = "none"
@@ -350,7 +350,7 @@ class ProbeConfig(FeaturesConfig):
     """Before the linear layer of solver=sgd: ``batchnorm``, without affine parameters, or ``standardise``, by the mean
     and deviation of all training features, which solver=lbfgs always does."""
     l2: Any = field(default_factory=lambda: list(L2))
-    """lbfgs: strengths of the penalty l2 / 2 * sum of squared weights, of which ``folds`` chooses; or one of them."""
+    """lbfgs: strengths of the penalty l2 / 2 * sum of squared weights; cross-validation (``folds``) chooses one."""
     folds: int = 5
     """lbfgs: parts of the training images; each is held out once to choose l2."""
     class_weights: Any = None

@@ -36,7 +36,7 @@ class DataConfig:
     """coco: the COCO JSON file that lists the training images, with the boxes and masks of their objects
     (docs/detection.md)."""
     val_annotations: str | None = None
-    """coco: that of the validation images."""
+    """coco: the annotations of the validation images."""
     source: Any = None
     """A training source of your own instead of ``name``: ``_target_``, a class, and the arguments to call it with."""
     val_source: Any = None
@@ -62,7 +62,7 @@ class DataConfig:
     """table: the folder to which its paths are relative and which they may not leave; None = the table's own."""
     extensions: Any = None
     """imagefolder, webdataset: the endings of image files, a list such as [.jpg,.scan]; "" = names without one; "*" =
-    all files. None = those of the formats that are read (docs/pixels.md)."""
+    all files. None = the endings of the formats that are read (docs/pixels.md)."""
     keys: str = "auto"
     """webdataset: where the names of samples end: ``first_dot`` or ``last_dot`` of the files' names; ``auto`` = at the
     first, unless names themselves have dots (docs/data.md)."""
@@ -153,7 +153,7 @@ class DataConfig:
     has as many samples as there are images."""
     cache: str | None = None
     """``ram``: all images are decoded at the start into memory that the processes of a machine share. Pretraining:
-    ``gpu`` also keeps those of training on the device, which cuts, resizes and mirrors the crops
+    ``gpu`` also keeps training images on the device, which cuts, resizes and mirrors the crops
     (docs/data_speed.md). Images are decoded whole, as with data.exact_decode=true."""
     decode_on: str = "cpu"
     """Pretraining: ``gpu`` decodes JPEGs by nvJPEG, whose pixels differ a little."""

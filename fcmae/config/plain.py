@@ -30,7 +30,7 @@ PLACES_OF_TARGETS = ("checkpoint", "run")
 
 def check_plain(values: Any, prefix: str = "") -> None:
     """Raises ConfigError naming the full key, unless ``values`` are nested dicts and lists of plain values, not too
-    many, without an interpolation ``${...}``: that of a file could read this machine's environment.
+    many, without an interpolation ``${...}``, by which a file could read this machine's environment.
     """
     left, count = [(prefix, values, 0)], 0
     while left:

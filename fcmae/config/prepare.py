@@ -43,7 +43,7 @@ class PrepareConfig:
     data: PreparedDataConfig = field(default_factory=PreparedDataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     split: str = "train"
-    """``train`` for the images of data.path, ``val`` for those of data.val_path; the tar files are named after it."""
+    """``train`` for the images of data.path, ``val`` for data.val_path; the tar files are named after it."""
     out: str | None = None
     """The folder for the tar files."""
     short_side: int | None = None

@@ -12,11 +12,11 @@ ARMS = ("random_probe", "pretrained_probe", "scratch", "finetuned", "auto", "aut
 
 @dataclass
 class StudyKeys:
-    """Keys of ``fcmae study`` beside those of ``fcmae finetune``, which hold for every network that it trains."""
+    """Keys of ``fcmae study`` beside the keys of ``fcmae finetune``, which apply to every network that it trains."""
 
     labels: Any = field(default_factory=lambda: [5, 10, 25, 100, ALL])
     """Numbers of labelled images: per class, or in all where images have no classes; ``all`` = every training image.
-    The images of a smaller number are among those of a larger one."""
+    A larger number includes the images of a smaller one."""
     seeds: Any = 3
     """How often everything is repeated, each time with other images, weights, orders and crops; or a list of seeds."""
     arms: list[str] | None = None

@@ -166,7 +166,7 @@ class MonitorConfig:
     patience: int | None = None
     """End the run after this many evaluations without a lower val_loss; None = never."""
     knn_every_epochs: float | None = None
-    """k-NN accuracy of the frozen features of data.val_path against those of data.path; needs labels. None = never."""
+    """k-NN accuracy of the frozen features of data.val_path against data.path; needs labels. None = never."""
     probe_every_epochs: float | None = None
     """Accuracy of a short linear probe on the same frozen features; needs labels. None = never."""
     knn_k: Any = field(default_factory=lambda: [10, 20])

@@ -332,7 +332,7 @@ def reconstruct(
     """A picture of reconstructions by a pretraining checkpoint.
 
     Args:
-        images: image files; folders, of which the first images are taken; and overrides ``data.KEY=VALUE`` of the
+        images: image files; folders, whose first images are taken; and overrides ``data.KEY=VALUE`` of the
             checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``;
             and overrides ``loader.KEY=VALUE``.
         max_images: rows.

@@ -1,1 +1,1 @@
-"""``fcmae study``: what pretraining brings on one's own data, by the number of labels."""
+"""``fcmae study``: what pretraining gains on your data, by the number of labels."""

@@ -48,7 +48,7 @@ class Pixels:
         return self._error(pred, target, valid)
 
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor:
-        """A normalised prediction has no brightness and contrast; each patch takes those of the image."""
+        """A normalised prediction has no brightness and contrast; each patch takes the image's."""
         if self.norm != "none":
             mean, std = statistics(patchify(imgs, self.patch_size).float(), None, self.norm, self.patch_size**2)
             pred = pred * std + mean

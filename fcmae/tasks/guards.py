@@ -53,7 +53,7 @@ def mask_warnings(cfg: PretrainConfig, grid: tuple[int, int], keep: int) -> list
 class LossWatch:
     """Looks at the lines of metrics for a loss that rises, or that stalls in the first half of the schedule.
 
-    Each is told once. A process sees its own lines only.
+    Each is reported once. A process sees its own lines only.
     """
 
     def __init__(self, cfg: PretrainConfig) -> None:

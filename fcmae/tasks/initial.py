@@ -47,7 +47,7 @@ class Start:
     notes: list[str] = field(default_factory=list)
     """What the user should know about the checkpoint, a line each."""
     fixed: tuple[str, ...] = FIXED
-    """Keys that must be those of ``known``."""
+    """Keys that must be as in ``known``."""
     origin: dict[str, Any] | None = None
     """``weights`` and ``license`` of another library's weights, which the run or those before it began with."""
 

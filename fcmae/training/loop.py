@@ -285,7 +285,7 @@ def _due(step: int, every_epochs: float, plan: BatchPlan) -> bool:
 
 
 def _why_over(state: TrainState, total_steps: int) -> str:
-    best = "" if state.best is None else f" than that of step {state.best['step']}"
+    best = "" if state.best is None else f" than at step {state.best['step']}"
     return (
         f"ended at step {state.step} of {total_steps}: {state.since_best} evaluation(s) in a row not better{best} "
         "(monitor.patience); monitor.patience=null continues"

@@ -68,7 +68,7 @@ class StepProfile:
                 profiler.export_chrome_trace(str(trace))
                 with open(trace, "rb") as whole:
                     shutil.copyfileobj(whole, file)
-        except (OSError, RuntimeError) as error:  # such as a full disk; training goes on
+        except (OSError, RuntimeError) as error:  # such as a full disk; training continues
             say(f"trainer.profile_steps: the trace was not written: {error}")
             return
         say(f"trainer.profile_steps: a trace of {recorded} steps is in {path}; open it at https://ui.perfetto.dev")

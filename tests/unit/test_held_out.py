@@ -128,7 +128,7 @@ def test_a_run_ends_after_evaluations_without_a_better_loss(fcmae_here: Command,
     assert len(scripted) == 2
     ended = fcmae_here(*run, "monitor.patience=3").stderr
     line = (
-        "ended at step 15 of 24: 3 evaluation(s) in a row not better than that of step 6 (monitor.patience); "
+        "ended at step 15 of 24: 3 evaluation(s) in a row not better than at step 6 (monitor.patience); "
         "monitor.patience=null continues"
     )
     assert line in ended.splitlines()

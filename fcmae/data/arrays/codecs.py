@@ -23,7 +23,7 @@ class Codecs:
     transpose: tuple[int, ...] | None = None
     """The axes in the order in which they are stored."""
     order: Literal["<", ">"] | None = None
-    """The byte order, ``<`` or ``>``; None = that of the type."""
+    """The byte order, ``<`` or ``>``; None = as in the type."""
     trailing: int = 0
     """Bytes of checksums after the data."""
 
