@@ -69,6 +69,23 @@ def test_a_large_image_is_read_by_tiles(tmp_path, monkeypatch):
         source[0].image.pixels(1)
 
 
+def test_an_images_own_mean_is_read_once(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", FLOATS, photometric="minisblack", compression="zlib", **TILES)
+    cfg = DataConfig(name="array", path=str(tmp_path / "a.tif"), in_chans=2, dtype="float32", axes="CYX", fit="pad",
+                     image_size=16, normalize="image", hflip=0.0)  # fmt: skip
+    source, crop = train_source(cfg), pretrain_transform(cfg)
+    read, given = [], TiffArray._chunk
+    monkeypatch.setattr(TiffArray, "_chunk", lambda self, place: read.append(place) or given(self, place))
+    first = crop(source[0].image, lambda: 0.0)
+    assert len(set(read)) == 2 * 3 * 6  # all tiles
+    read.clear()
+    assert torch.equal(crop(source[0].image, lambda: 0.0), first)
+    assert set(read) == {(0, 0, 0), (1, 0, 0)}
+    mean, std = FLOATS.mean((1, 2), dtype=np.float64), FLOATS.std((1, 2), dtype=np.float64)
+    expected = (FLOATS[:, :16, :16] - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(first.numpy(), expected, atol=1e-4)
+
+
 def test_levels_and_mistakes(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
         file.write(COLOUR, photometric="rgb", subifds=1, **TILES, compression="zlib")

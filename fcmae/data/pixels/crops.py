@@ -25,6 +25,8 @@ GAP = 2
 enough for the filter of the resize; docs/pixels.md states the largest difference."""
 NARROW = 16
 """Ratio of sides from which an image is resized in two passes, since memory would grow with the ratio."""
+MAX_SCALES = 100_000
+"""Images of arrays whose mean and deviation are kept."""
 TRIES = 10
 """Boxes that are drawn before the central one is taken."""
 
@@ -92,7 +94,7 @@ class RandomCrop:
         self.pad = cfg.pad
         self.at_own_size = cfg.fit == "pad"
         self.hflip, self.vflip, self.rot90 = cfg.hflip, cfg.vflip, cfg.rot90
-        self.by_image = cfg.normalize == "image"
+        self.by_image, self._scales = cfg.normalize == "image", dict[str, OwnScale]()
         self.exact = cfg.exact_decode or self.no_data is not None or read.nodata is not None or self.by_image
         # Otherwise the whole image is decoded, once for all crops.
         self.alone = cfg.crops_per_image == 1 and not self.by_image
@@ -117,7 +119,15 @@ class RandomCrop:
         return found
 
     def _scale(self, image: LazyImage) -> OwnScale | None:
-        return OwnScale.of(pick(image.pixels(1), self.input), self.no_data) if self.by_image else None
+        """With normalize=image: the image's own; of an array read once per process, since each window needs it."""
+        if not self.by_image:
+            return None
+        known = self._scales.get(image.name) if isinstance(image, StoredImage) else None
+        if known is None:
+            known = OwnScale.of(pick(image.pixels(1), self.input), self.no_data)
+        if isinstance(image, StoredImage) and len(self._scales) < MAX_SCALES:
+            self._scales[image.name] = known
+        return known
 
     def _seen(self, image: LazyImage, uniform: Uniform, no_data: NoData | None) -> list[Tensor]:
         pixels, box = self._part(image, *self.draw(image, uniform))
