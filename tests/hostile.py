@@ -32,6 +32,8 @@ MEMORY = 6 * 1024 * MIB
 """Bytes of address space that a child may add before what it reads is a MemoryError."""
 SECONDS = 60
 """Of CPU time that a file may take before its child is killed."""
+PATIENCE = 20 * SECONDS
+"""Of wall time, for what waits without computing, on a machine with other work."""
 
 Read = Callable[[], Any]
 
@@ -70,7 +72,7 @@ def measure(cases: dict[str, Case]) -> dict[str, Taken]:
         send.close()
         for name in left:
             try:
-                taken[name] = receive.recv() if receive.poll(SECONDS) else Taken("never ended", -1, SECONDS, -1)
+                taken[name] = receive.recv() if receive.poll(PATIENCE) else Taken("never ended", -1, SECONDS, -1)
             except EOFError:
                 taken[name] = Taken("killed", -1, SECONDS, -1)
             if taken[name].size < 0:
