@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 from fcmae.bench import feed, photos
 from fcmae.bench.feed import FeedResult
+from fcmae.bench.formats import NEEDS, format_table, measure_formats, plain_loader
 from fcmae.bench.measure import machine, parse, write_report
 from fcmae.bench.stages import Stages, measure_stages
 from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, check
@@ -35,7 +36,7 @@ from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.command import MANIFEST_FILE, prepare
 from fcmae.data.samples import MaskedImages
-from fcmae.data.sources import train_source
+from fcmae.data.sources import Windows, train_source
 from fcmae.distributed import pick_device
 from fcmae.grid import grid_size
 
@@ -78,10 +79,16 @@ class DataBenchConfig:
     seconds: float = 5.0
     """How long each feed is measured."""
     device: str = "auto"
+    formats: list[str] = field(default_factory=list)
+    """Some of npy (float32 tiles of 12 x 64 x 64), tiff (uint16, 2048 x 2048), zarr (windows of a large image) and s3
+    (tar files from a server on loopback), each against a plain Dataset with the format's own library; nothing else is
+    measured then."""
 
     def __post_init__(self) -> None:
         for variant in self.variants:
             check("variants", variant, variant in VARIANTS, f"some of {', '.join(VARIANTS)}")
+        for name in self.formats:
+            check("formats", name, name in NEEDS, f"some of {', '.join(NEEDS)}")
         for name in ("images", "batch_size", "repeats", "step_batch", "seconds"):
             check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
         check("workers", self.workers, self.workers is None or self.workers > 0, "a positive integer, or null")
@@ -109,8 +116,11 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
     workers = cfg.workers or cores_per_rank(1)
     with contextlib.ExitStack() as stack:
         folder = Path(cfg.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="fcmae-bench-")))
-        origin = make_files(cfg, folder)
         where = machine(device)
+        if cfg.formats:
+            _measure_formats(cfg, folder, workers, device, json_file)
+            return []
+        origin = make_files(cfg, folder)
         print(f"{where.get('gpu', where['cpu'])}, {where['cores']} cores, {workers} workers, torch {where['torch']}; "
               f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
         configs = variant_configs(cfg, folder)
@@ -130,6 +140,27 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
             report["feeds"].append(result)
             write_report(json_file, **report)  # after every row, so that it stays if a later one fails
     return results
+
+
+def _measure_formats(
+    cfg: DataBenchConfig, folder: Path, workers: int, device: torch.device, json_file: Path | None
+) -> None:
+    pin = device.type == "cuda"
+    results = list(
+        measure_formats(
+            cfg.formats,
+            cfg.data,
+            cfg.images,
+            folder,
+            lambda data, loader: _epoch(data, cfg.batch_size, workers, device, loader),
+            lambda epoch: _speed(epoch, cfg.batch_size, 2 * workers, device),
+            lambda dataset: plain_loader(dataset, cfg.batch_size, workers, pin),
+            cfg.repeats,
+        )
+    )
+    for line in format_table(results):
+        print(line, flush=True)
+    write_report(json_file, machine=machine(device), config=cfg, workers=workers, results=results)
 
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:
@@ -210,8 +241,12 @@ def _baseline_epoch(data: DataConfig, batch: int, workers: int, device: torch.de
     return lambda: DataLoader(dataset, batch, shuffle=True, num_workers=workers, pin_memory=pin, drop_last=True)
 
 
-def _epoch(data: DataConfig, batch: int, workers: int, device: torch.device) -> Callable[[], Iterable[Any]]:
-    source = train_source(data)
+def _epoch(
+    data: DataConfig, batch: int, workers: int, device: torch.device, loader: LoaderConfig | None = None
+) -> Callable[[], Iterable[Any]]:
+    source = train_source(data, loader)
+    if data.windows_per_image > 1:
+        source = Windows(source, data.windows_per_image)
     dataset = MaskedImages(source, pretrain_transform(data), grid_size(*data.size, PATCH), seed=0)
     plan = BatchPlan.create(len(source), batch, None, 1, seed=0)
     pin = device.type == "cuda"
@@ -230,7 +265,7 @@ def _speed(epoch: Callable[[], Iterable[Any]], batch: int, warm_up: int, device:
     count = timed = 0
     batches = iter(epoch())
     for count, parts in enumerate(batches, 1):
-        parts[0].to(device, non_blocking=True)
+        (parts if isinstance(parts, torch.Tensor) else parts[0]).to(device, non_blocking=True)
         if count == warm_up:
             began, cpu_began, timed = time.perf_counter(), _cpu_seconds(), count
     images = (count - timed) * batch

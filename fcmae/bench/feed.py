@@ -95,7 +95,7 @@ def training_step(
     """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and the grid."""
     torch.manual_seed(0)
     try:
-        model = FCMAE(name, in_chans=data.in_chans, stem_stride=stem_stride).to(device)
+        model = FCMAE(name, in_chans=data.in_chans, patch_size=stem_stride).to(device)
         keep = model.len_keep(*data.size)
     except ValueError as error:
         raise UsageError(str(error)) from error

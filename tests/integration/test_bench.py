@@ -162,3 +162,14 @@ def test_step_measures_the_price_of_targets(tmp_path, capsys):
     assert "targets must be some of pixels, hog, laplacian, labels, teacher; got 'depth'" in capsys.readouterr().err
     assert main([*STEP, *args, kinds, "teacher=no_such_network"]) == 2
     assert "teacher=no_such_network gives no feature map: " in capsys.readouterr().err
+
+
+def test_formats_are_measured_against_a_plain_dataset(tmp_path, capsys):
+    args = ["images=32", "batch_size=4", "workers=1", "repeats=1", "device=cpu", "data.image_size=64"]
+    assert main(["bench", "data", "formats=[npy]", *args, "--json", str(tmp_path / "formats.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["format", "plain", "img/s"]
+    (row,) = json.loads((tmp_path / "formats.json").read_text())["results"]
+    assert row["format"] == "npy"
+    assert min(row["plain"], row["ours"], row["plain_per_cpu"], row["ours_per_cpu"]) > 0
+    assert main(["bench", "data", "formats=[bmp]", *args]) == 2
+    assert "formats must be some of npy, tiff, zarr, s3; got 'bmp'" in capsys.readouterr().err
