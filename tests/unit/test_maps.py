@@ -1,6 +1,7 @@
 """Target maps: files of every kind, cut as their images are, and checked before training."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, compose, to_dict
 from fcmae.data.pixels.crops import Box, cut, cut_nearest
 from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.maps import IGNORED, class_map, stored_size, value_map
 from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.samples import PairedImages
 from fcmae.data.sources.map_files import mapped_source
 from fcmae.errors import CheckpointError, ConfigError, ImageError, UsageError
 from fcmae.models.build import model_of
+from fcmae.plugins import named_by
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
 from tests.bad_files import bomb, encoded
@@ -184,6 +187,28 @@ def test_a_transform_of_the_users_changes_both_or_is_refused():
         transform("Once")
     with pytest.raises(ConfigError, match="augment.auto_augment is 'rand-m9'; must be null with target maps"):
         transform("Twice", auto_augment="rand-m9")
+
+
+def test_transforms_of_transforms(tmp_path):
+    """torchvision's RandomApply and RandomChoice, whose parts are named, too."""
+    flips = [{"_target_": f"torchvision.transforms.v2.Random{way}Flip", "p": 1.0} for way in ("Vertical", "Horizontal")]
+    given = [{"_target_": "torchvision.transforms.v2.RandomApply", "transforms": flips, "p": 1.0}]
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, -1, -1)
+    assert Extra(given)(image).equal(image.flip(1, 2))
+    cfg = DataConfig(image_size=8, crop_zoom=[1.0, 1.0], hflip=0, transforms=given, mean=[0.0] * 3, std=[1.0] * 3)
+    crop, target = PairTransform(cfg, AugmentConfig())(image, image[0].short())
+    assert target.equal(image[0].flip(0, 1).short())
+    torch.testing.assert_close(crop[0], target / 255)
+    wrong = [{**given[0], "transforms": [flips[0], {"_target_": "torchvision.transforms.v2.RandomFlap"}]}]
+    with pytest.raises(ConfigError, match=r"data.transforms\[0\].transforms\[1\]"):
+        Extra(wrong)
+    code = tmp_path / "code.py"
+    code.write_text("open('ran', 'w')\nclass Once:\n    def __call__(self, image):\n        return image\n")
+    inner = {**given[0], "transforms": [{"_target_": f"{code}:Once"}]}
+    with pytest.raises(ConfigError, match="code that a file names is not run"):
+        Extra([named_by(tmp_path / "checkpoint.pt", inner)])
+    assert not (tmp_path / "ran").exists()
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("zoom", [None, [0.5, 0.5], [0.5, 2.0]])

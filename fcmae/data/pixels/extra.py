@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fcmae.errors import ConfigError
-from fcmae.plugins import create
+from fcmae.plugins import NAMED_BY, create, is_named
 
 
 class ImageTransform(Protocol):
@@ -26,7 +26,7 @@ class Extra:
     def __init__(self, given: Sequence[dict[str, Any]]) -> None:
         named = [(f"data.transforms[{number}]", transform) for number, transform in enumerate(given)]
         self.steps: list[tuple[str, ImageTransform]] = [
-            (f"{key}: {transform['_target_']}", create(transform, key, ImageTransform)) for key, transform in named
+            (f"{key}: {transform['_target_']}", _created(transform, key)) for key, transform in named
         ]
 
     def __call__(self, crop: Tensor) -> Tensor:
@@ -40,3 +40,16 @@ class Extra:
                 got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
                 raise ConfigError(f"{name} must return {crop.dtype} {list(crop.shape)}; got {got}")
         return image
+
+
+def _created(given: dict[str, Any], key: str) -> ImageTransform:
+    """A transform, with those that it is made of, such as the ``transforms`` of torchvision's ``RandomApply``."""
+    if NAMED_BY not in given:  # which is refused, before anything that it names is called
+        given = {name: _parts(value, f"{key}.{name}") for name, value in given.items()}
+    return create(given, key, ImageTransform)
+
+
+def _parts(value: Any, key: str) -> Any:
+    if isinstance(value, (list, tuple)) and value and all(map(is_named, value)):
+        return [_created(part, f"{key}[{number}]") for number, part in enumerate(value)]
+    return value
