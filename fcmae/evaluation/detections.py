@@ -1,7 +1,7 @@
 """What a detector finds in whole images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,23 @@ from fcmae.data.sources.coco import CocoObjects
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError
+from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.features import batches, never
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.detector import Detector, Found
 from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.objective import Predictions
 from fcmae.precision import autocast
+
+
+class Batch(NamedTuple):
+    """Images on their canvases, normalised ``[N, C, H, W]``; heights and widths there and in the files; what is found,
+    in pixels of the files, on the CPU; places in the source ``[N]``."""
+
+    imgs: Tensor
+    sizes: list[list[int]]
+    found: list[Found]
+    places: Tensor
 
 
 def found_in(
@@ -31,9 +42,8 @@ def found_in(
     precision: str,
     world: World,
     stop: Callable[[], bool] = never,
-) -> Iterator[tuple[list[Found], list[tuple[int, int]], Tensor]]:
-    """This rank's share of the source, in batches: what is found in each image, in its own pixels, on the CPU; the
-    heights and widths of the images; their places ``[N]``.
+) -> Iterator["Batch"]:
+    """This rank's share of the source, in batches.
 
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
@@ -42,8 +52,7 @@ def found_in(
     for imgs, sizes, places in batches(source, cfg, loader, batch_size, world, dataset, stop):
         with torch.inference_mode(), autocast(world.device, precision):
             found = detect(model, imgs, sizes[:, :2])
-        rows = [(each, size) for each, size in zip(found, sizes.tolist(), strict=True)]
-        yield [_in_file(*row) for row in rows], [(size[2], size[3]) for _, size in rows], places
+        yield Batch(imgs, sizes.tolist(), [_in_file(*row) for row in zip(found, sizes.tolist(), strict=True)], places)
 
 
 def detect(model: nn.Module, imgs: Tensor, extents: Tensor) -> list[Found]:
@@ -62,11 +71,17 @@ def _in_file(found: Found, sizes: Sequence[int]) -> Found:
     return Found(torch.minimum(boxes, most).float(), found.classes.cpu(), found.scores.cpu(), masks)
 
 
-def detections(model: nn.Module, source: Source, *how: Any) -> Iterator[Predictions]:
-    """:func:`found_in`, with the objects of images as targets."""
+def detections(
+    model: nn.Module, source: Source, *how: Any, pictures: BoxPictures | None = None
+) -> Iterator[Predictions]:
+    """:func:`found_in`, with the objects of images as targets; ``pictures`` takes each image."""
     assert isinstance(source, CocoObjects)
-    for found, _, places in found_in(model, source, *how):
-        yield Predictions(found, [source.objects(place) for place in places.tolist()], places)  # type: ignore[arg-type]
+    for imgs, sizes, found, places in found_in(model, source, *how):
+        targets = [source.objects(place) for place in places.tolist()]
+        if pictures is not None:
+            for image in zip(imgs, sizes, found, targets, strict=True):
+                pictures.take(*image)
+        yield Predictions(found, targets, places)  # type: ignore[arg-type]
 
 
 def check_canvas(cfg: DataConfig, model: nn.Module) -> None:

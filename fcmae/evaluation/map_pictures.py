@@ -48,7 +48,7 @@ class MapPictures:
         if panels:
             display = choose(image.imgs, self.cfg, self.channels)
             (shown,) = rgb(display, image.imgs, data=self.cfg)
-            self.rows.append([_panel(x) for x in (shown[0], *panels)])
+            self.rows.append([panel(x) for x in (shown[0], *panels)])
 
     def draw(self) -> Image.Image | None:
         """The picture, if there are rows."""
@@ -118,7 +118,8 @@ def shortened(line: str, font: Any) -> str:
     return line + "…"
 
 
-def _panel(pixels: Tensor) -> Image.Image:
+def panel(pixels: Tensor) -> Image.Image:
+    """An RGB image in 0..1 ``[3, H, W]``, not larger than a panel."""
     image = F.to_pil_image(pixels.float().cpu())
     image.thumbnail((MOST, MOST), Image.Resampling.NEAREST)
     return image

@@ -20,6 +20,7 @@ from fcmae.data.sources import Source, few_labels, gives_float, some_images
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
+from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.detections import check_canvas, detections
 from fcmae.evaluation.map_pictures import MapPictures
@@ -76,6 +77,7 @@ class Finetuning:
             check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
         if isinstance(self.objective, BoxObjective):
             check_canvas(cfg.data, self.model)
+            check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
         freeze(self.model, cfg.freeze)
         self.keys = draw_paths_by_sample(self.model)
         self._compiled = False
@@ -188,7 +190,8 @@ class Finetuning:
                 pictures = MapPictures(of, cfg.data, cfg.logger.channels)
                 share = whole_predictions(network, of, *how, pictures if world.is_main else None)
             elif isinstance(of, BoxObjective):
-                share = detections(network, *how)
+                pictures = boxes = BoxPictures(cfg.data, cfg.logger.channels)
+                share = detections(network, *how, pictures=boxes if world.is_main else None)
             else:
                 share = predictions(network, *how, of.target)
             result = of.metrics(share, world)

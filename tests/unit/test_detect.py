@@ -20,6 +20,7 @@ from fcmae.data.pixels.instances import SIDE, boxed_mask, encoded, mask_of, past
 from fcmae.data.sources.coco import CocoImages, CocoObjects, Objects
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
+from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.coco_metrics import coco_metrics
 from fcmae.models.detector import Detector, Found, KeyedSampler, Targets
 from fcmae.models.objective import Predictions
@@ -164,6 +165,27 @@ def test_transforms_of_torchvision_move_boxes_and_masks(masks):
 class Nothing:
     def __call__(self, image):
         return image
+
+
+def test_what_is_found_is_drawn():
+    cfg = DataConfig(image_size=64, mean=[0.5] * 3, std=[0.5] * 3)
+    canvas = torch.full((3, 64, 64), -1.0)
+    objects = Objects(torch.tensor([[0.0, 0, 50, 50]]), torch.tensor([0]), torch.tensor([False]), torch.ones(1),
+                      [polygon(0, 0, 50, 50)], (100, 100))  # fmt: skip
+    boxes = torch.tensor([[50.0, 50, 90, 90], [0, 0, 20, 20]])
+    found = Found(boxes, torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), torch.ones(2, 28, 28))
+    pictures = BoxPictures(cfg)
+    for masks in (found.masks, None):
+        pictures.take(canvas, [64, 64, 100, 100], found._replace(masks=masks), objects)
+    rows = [[np.array(image).any(axis=2) for image in row] for row in pictures.rows]
+    assert not rows[0][0].any()
+    assert rows[0][1][10:20, 10:20].all()
+    assert not rows[0][1][40:, 40:].any()
+    assert rows[0][2][40:50, 40:50].all()
+    assert not rows[0][2][:20, :20].any()
+    assert not rows[1][1][10:20, 10:20].any()
+    assert rows[1][2][32, 40]
+    assert pictures.draw() is not None
 
 
 def test_whole_images_just_fit_the_canvas():
@@ -433,6 +455,9 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
     assert {"loss_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes", "loss_masks"} <= lines[0].keys()
     last = [line for line in lines if "map" in line][-1]
     assert states[0]["best"]["score"] == max(line["ema_map"] for line in lines if "ema_map" in line)
+    (picture,) = (tmp_path / "whole" / "reconstructions").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (4 * 4 + 3 * 32, 5 * 4 + 4 * 23)
     assert (states[0]["classes"], states[0]["objective"]["category_ids"]) == (["red", "green"], [3, 7])
     evaluate = ("evaluate", "checkpoint=whole@last", "loader.workers=0")
     fcmae_here(*evaluate, "out=result.json", "batch_size=4")
@@ -536,6 +561,7 @@ def test_micro_batches_do_not_change_a_step(squares):
         (("data.val_annotations=null",), "data.val_annotations is not set; give the COCO JSON file"),
         (("data.name=imagefolder",), "data.name must be coco with objective=detect"),
         (("objective.anchors=[4]",), "objective.anchors must have 5 values"),
+        (("objective.best=map_blue",), "objective.best must be one of map, map50, map75, map_red, map_green, mask_map"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_told_before_training(squares, overrides, message):

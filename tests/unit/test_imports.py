@@ -108,6 +108,7 @@ ONLY_IN = {
     "numcodecs": {"data/arrays/codecs.py"},
     "fsspec": {"data/remote/objects.py"},
     "aiohttp": {"data/remote/objects.py"},
+    "pycocotools": {"data/pixels/instances.py", "evaluation/coco_metrics.py"},
     "datasets": {"data/sources/huggingface.py"},
     "onnxruntime": {"interchange/onnx_format.py"},
     "transformers": {"interchange/transformers_format.py"},

@@ -1,5 +1,6 @@
 """Boxes and instance masks."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,6 +68,10 @@ class Detect(BoxObjective):
         if not self.most:
             raise UsageError(f"{source.key}: {source.file} has no boxes to train with")
         self.masks = self.model == "mask_rcnn" or (self.model is None and not without)
+        known = [*NAMES, *(f"map_{name}" for name in self.classes)]
+        known += [f"mask_{name}" for name in known] if self.masks else []
+        if self.best not in known:
+            raise ConfigError(f"objective.best must be one of {', '.join(known)}; got {self.best!r}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": self.classes, "category_ids": self.category_ids, "masks": self.masks}
@@ -94,4 +99,5 @@ class Detect(BoxObjective):
 
         COCO's own evaluation (pycocotools) of the images of all ranks, in the source's order.
         """
-        return coco_metrics(share, world, self.classes, self.masks, self.detections)
+        found = coco_metrics(share, world, self.classes, self.masks, self.detections)
+        return {**{self.best: math.nan}, **found}  # of a class without an object
