@@ -8,11 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from fcmae.data.pixels import dicom, jpeg2000, scientific
-from fcmae.data.pixels.decode import Encoded, LazyImage, StoredImage, explained, stored
+from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, explained, open_image, stored
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
+from fcmae.data.pixels.jpeg import REDUCTIONS
 
 CHANNELS = {"RGB": 3, "RGBA": 4, "P": 3, "CMYK": 3, "YCbCr": 3, "LAB": 3, "HSV": 3}
 """Channels that Pillow's modes have here; others have 1."""
+ENOUGH = 512
+"""Pixels of the short side that a JPEG at reduced size has at least."""
 WINDOW = 1024
 """Rows and columns that are read of an array, from its middle."""
 
@@ -25,7 +28,7 @@ class Look(NamedTuple):
     size: tuple[int, int]
     """Height and width of the whole image."""
     pixels: np.ndarray
-    """``[C, H, W]`` in the type that is stored; of an array the middle."""
+    """``[C, H, W]`` in the type that is stored; of an array the middle, of a large JPEG at reduced size."""
 
 
 def look(image: Encoded | Tensor | LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Look:
@@ -40,6 +43,10 @@ def look(image: Encoded | Tensor | LazyImage, name: str, max_pixels: int = MAX_P
         return Look("tensor", (image.shape[-2], image.shape[-1]), image.numpy())
     with explained(name):
         kind, channels = _header(image.data)
+        if kind == "JPEG":
+            opened = open_image(image, PixelFormat(channels, max_pixels=max_pixels))
+            reduce = next((r for r in REDUCTIONS if opened.reducible and min(opened.size) >= r * ENOUGH), 1)
+            return Look(kind, opened.size, opened.pixels(reduce).numpy())
         pixels = stored(image.data, channels, f"its header says {channels}", max_pixels, floats=True)
         return Look(kind, (pixels.shape[1], pixels.shape[2]), pixels)
 
