@@ -260,18 +260,20 @@ def test_less_is_better_keeps_its_own_sign_in_the_table():
 
 @pytest.mark.slow
 def test_processes_share_the_cells(here, monkeypatch):
-    """Two processes, as on two GPUs, measure the same; one that fails says why."""
+    """Two processes, as on two GPUs, measure what one does; one that fails says why."""
     monkeypatch.setattr(processes, "devices", lambda plan: ["", ""])
-    given = [*STUDY[1:-1], "seeds=2", "arms=[scratch,finetuned]"]
-    plan = make_plan(compose("study", given))
+    plan = make_plan(compose("study", [*STUDY[1:-1], "labels=[2]", "seeds=1", "arms=[scratch,finetuned]"]))
     cells.begin(plan, here / "study")
     done = {}
     processes.measure_all(plan, plan.cells(), here / "study", lambda cell, result: done.setdefault(cell, result))
     assert set(done) == set(plan.cells())
     (here / "alone").mkdir()
     cells.begin(plan, here / "alone")
-    cell = plan.cells()[0]
+    cell = plan.cells()[1]
     assert cells.measure(plan, cell, here / "alone")["metrics"] == done[cell]["metrics"]
     shutil.rmtree(here / "pre")
-    with pytest.raises(processes.StudyError, match="finetuned_all_0: .*pre"):
-        processes.measure_all(plan, plan.cells(), here / "study", lambda *a: None)
+    (here / "study" / "cells" / f"{cell.name}.json").unlink()
+    shutil.rmtree(here / "study" / "runs")
+    (here / "study" / "runs").mkdir()
+    with pytest.raises(processes.StudyError, match="finetuned_2_0: .*pre"):
+        processes.measure_all(plan, [cell], here / "study", lambda *a: None)
