@@ -34,9 +34,9 @@ from torch import Tensor
 from fcmae.config import compose
 from fcmae.engines import ENGINES
 from fcmae.engines.dense import dense
+from fcmae.files import read_result, write_result
 from fcmae.kernels import gather_patches
 from fcmae.masks.patches import grid_size, upsample_mask, visible_indices
-from fcmae.studies.cells import read, write
 from fcmae.studies.compare import paired, spread
 from fcmae.studies.run import study
 from fcmae.training.run import pretrain
@@ -144,7 +144,7 @@ class Benchmark:
 
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
         """The scores of a variant in percent, and the loss and minutes of its pretraining."""
-        known = read(self.file(variant, seed))
+        known = read_result(self.file(variant, seed))
         if known is not None:
             return known
         folder, began = self.out / "runs" / f"{variant.name}_{seed}", time.perf_counter()
@@ -162,13 +162,13 @@ class Benchmark:
         scores = {each["arm"]: each["metrics"][found["metric"]] for each in found["results"]}
         result = {"variant": variant.name, "seed": seed, **scores, **how}
         self.file(variant, seed).parent.mkdir(parents=True, exist_ok=True)
-        write(self.file(variant, seed), result)
+        write_result(self.file(variant, seed), result)
         return result
 
     def table(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Markdown: mean and deviation over seeds, and the paired difference to the first variant of the kind."""
         expected, variants = ABLATIONS[name]
-        results = {v: {s: r for s in seeds if (r := read(self.file(v, s))) is not None} for v in variants}
+        results = {v: {s: r for s in seeds if (r := read_result(self.file(v, s))) is not None} for v in variants}
         columns = [c for c in COLUMNS if any(c in r for of in results.values() for r in of.values())]
         yield f"{name}: the paper says: {expected}"
         yield "| variant | seeds | " + " | ".join(columns) + " |"

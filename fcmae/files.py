@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -178,6 +179,23 @@ def make_folder(key: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{key} {folder} cannot be made: {error.strerror}") from error
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); delete it, and the same command makes it again") from error
+
+
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Writes a JSON file for :func:`read_result`, and the folder for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as out:
+        out.write(json.dumps(result, indent=1).encode())
 
 
 def write_output(key: str, path: str | Path, text: str) -> None:

@@ -5,9 +5,7 @@ groups that describe network and images, ``step`` and ``versions``. Version 0.1.
 """
 
 import dataclasses
-import itertools
 import json
-import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -43,23 +41,6 @@ def backbone_weights(state: State) -> dict[str, Tensor]:
     if any(name.startswith(prefix) for name in weights):
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return weights
-
-
-def unet_weights(state: State, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The weights of the U-Net in a pretraining state, averaged if there is an average, and the arguments to build it.
-
-    Returns:
-        For ``fcmae.models.unet.UNet(**arguments)``, whose ``load_state_dict`` takes the weights; None without a U-Net.
-
-    Raises CheckpointError if the backbone is not a ConvNeXt.
-    """
-    prefix, given = "decoder.unet.", state.get("ema") or state["model"]
-    weights = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
-    if "norm.weight" not in weights:
-        return None
-    network = _network(path, {name: list(value.shape) for name, value in backbone_weights(state).items()})
-    strides = list(itertools.accumulate(network["strides"], operator.mul))
-    return weights, {"dims": network["dims"], "strides": strides, "width": len(weights["norm.weight"])}
 
 
 def write(path: Path, state: State) -> None:

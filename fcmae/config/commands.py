@@ -138,9 +138,8 @@ class FinetuneConfig(RunConfig):
     objective: Any = None
     """What is trained for: ``_target_``, a class, and its arguments (docs/plugins.md). None = objective=classify."""
     init_decoder: bool = True
-    """With target maps: the head's U-Net begins with the U-Net of ``init_from``, if it has one of the same shapes
-    (pretraining with model.decoder=unet, or fine-tuning with target maps). In detection: the layers of another
-    detector that have the same shapes; for other classes, all but the last ones."""
+    """Begin with the head of ``init_from`` where shapes are equal: with target maps its U-Net (or that of pretraining
+    with model.decoder=unet); in detection its layers, with other classes all but the last ones."""
     freeze: str = "none"
     """Weights that stay as they are: ``none``; ``encoder``, all but the head's; ``stages:N``, the stem and the first N
     stages."""

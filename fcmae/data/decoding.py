@@ -28,8 +28,6 @@ from fcmae.processes import Process
 BATCH = 64
 """Images that a process decodes per task."""
 CGROUP = Path("/sys/fs/cgroup")
-LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""The files of a cgroup, of versions 2 and 1, with the bytes that it may use and uses."""
 
 
 class _Sizes(Dataset):

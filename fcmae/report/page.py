@@ -95,13 +95,6 @@ def _summary(runs: Sequence[RunContent]) -> str:
     return f"<section><h2>Runs</h2>{_table(header, rows)}</section>"
 
 
-def _duration(hours: float) -> str:
-    for unit, size in (("d", 48.0), ("h", 1.0), ("min", 1 / 60)):
-        if hours >= size:
-            return f"{number(hours / (24 if unit == 'd' else size))} {unit}"
-    return f"{number(round(3600 * hours))} s"
-
-
 def _charts(runs: Sequence[RunContent]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.series))
     ordered = [name for name in FIRST if name in names]

@@ -1,7 +1,6 @@
 """Measures the cells of a study, each once: its result is a file that is written whole."""
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from fcmae.config import to_dict
 from fcmae.config.recipe import changes
 from fcmae.errors import FCMAEError, UsageError
 from fcmae.evaluation import run as evaluation
-from fcmae.files import replacing
+from fcmae.files import read_result, write_result
 from fcmae.opening import own_folder
 from fcmae.studies.arms import Cell, Plan, evaluating, probing, training
 from fcmae.training.run import finetune
@@ -34,7 +33,7 @@ def begin(plan: Plan, folder: Path) -> None:
     weights = {"pretrained": checkpoint.identity(_resolved(plan.cfg.init_from)), **others}
     config = {key: value for key, value in cfg.items() if key not in MAY_CHANGE}
     now = {"config": config, "weights": weights, "images": plan.images, "metric": plan.metric}
-    old = read(folder / RECIPE)
+    old = read_result(folder / RECIPE)
     if old is not None:
         changed = changes(old["config"], config)
         known = old["weights"]
@@ -51,7 +50,7 @@ def begin(plan: Plan, folder: Path) -> None:
         now["weights"] = {**known, **weights}
     for name in (CELLS, RUNS, LOGS):
         own_folder(folder / name)
-    write(folder / RECIPE, now)
+    write_result(folder / RECIPE, now)
 
 
 def _resolved(path: str | None) -> str | None:
@@ -62,7 +61,7 @@ def _resolved(path: str | None) -> str | None:
 
 def result_of(folder: Path, cell: Cell) -> Result | None:
     """What a cell's file says; None if it is not measured yet."""
-    return read(folder / CELLS / f"{cell.name}.json")
+    return read_result(folder / CELLS / f"{cell.name}.json")
 
 
 def measure(plan: Plan, cell: Cell, folder: Path) -> Result:
@@ -91,7 +90,7 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> Result:
         "metrics": metrics,
         **more,
     }
-    write(folder / CELLS / f"{cell.name}.json", result)
+    write_result(folder / CELLS / f"{cell.name}.json", result)
     shutil.rmtree(folder / RUNS / cell.name / "checkpoints", ignore_errors=True)
     return result
 
@@ -113,26 +112,10 @@ def _measured(plan: Plan, cell: Cell, folder: Path) -> tuple[dict[str, float], R
     metrics = evaluation.evaluate(evaluating(plan, run_dir))
     assert metrics is not None
     averaged = {name.removeprefix("ema_"): value for name, value in metrics.items() if name.startswith("ema_")}
-    chosen = read(run_dir / "auto" / "chosen.json")
+    chosen = read_result(run_dir / "auto" / "chosen.json")
     names = ("kept", "layer", "l2", "lr", "layer_decay")
     return _numbers(metrics | averaged), {} if chosen is None else {name: chosen[name] for name in names}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "l2"}
-
-
-def read(file: Path) -> Result | None:
-    """A JSON file; None if there is none. Raises UsageError for a damaged one."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); delete it, and the same command makes it again") from error
-
-
-def write(file: Path, result: Result) -> None:
-    """Writes JSON, whole or not at all."""
-    with replacing(file) as out:
-        out.write(json.dumps(result, indent=1).encode())

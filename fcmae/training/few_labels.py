@@ -5,7 +5,6 @@ known, so that a search that was stopped continues, and ends as if it had not be
 """
 
 import gc
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
-from fcmae.files import replacing, set_aside
+from fcmae.files import read_result, set_aside, write_result
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
@@ -118,9 +117,9 @@ class _Search:
             "weights": checkpoint.identity(path),
             "init_from": path,
         }
-        old = _read(file)
+        old = read_result(file)
         if old is None:
-            _write(file, now)
+            write_result(file, now)
         elif not cfg.trainer.allow_changed_recipe:
             check_recipe(old["config"], now["config"], {"training images": (old["images"], now["images"])})
             if path is not None and old["weights"] != now["weights"]:
@@ -134,14 +133,14 @@ class _Search:
 
     def _kept(self, name: str) -> Result | None:
         """What the first rank finds in a file of an earlier process."""
-        return self.world.from_main(lambda: _read(self.folder / f"{name}.json"))
+        return self.world.from_main(lambda: read_result(self.folder / f"{name}.json"))
 
     def _keep(self, name: str, make: Callable[[], Result]) -> Result:
         """What ``make`` gives on the first rank, on every rank and in a file."""
 
         def made() -> Result:
             result = make()
-            _write(self.folder / f"{name}.json", result)
+            write_result(self.folder / f"{name}.json", result)
             return result
 
         return self.world.from_main(made)
@@ -350,18 +349,3 @@ def _mean(values: list[float]) -> float:
     """Of those that are defined; -1 if none is."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else -1.0
-
-
-def _read(file: Path) -> Result | None:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); delete it, and the same command makes it again") from error
-
-
-def _write(file: Path, result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as out:
-        out.write(json.dumps(result, indent=1).encode())

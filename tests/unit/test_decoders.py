@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fcmae
 from fcmae.bench.step import _decoder_products
-from fcmae.checkpoints import checkpoint, encoder
+from fcmae.checkpoints import checkpoint
 from fcmae.config import FCMAEConfig, PretrainConfig, compose, from_dict
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import reconstruct
@@ -18,6 +18,7 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.unet import UNet
 from fcmae.targets import Pixels, Seen
+from fcmae.tasks import initial
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
@@ -193,18 +194,19 @@ def test_the_unet_of_a_run_can_be_carried_over(strides, ema, tmp_path):
     ]
     pretrain(compose("pretrain", [*RUN, *keys, f"optim.ema_decay={ema or 'null'}"]), tmp_path)
     state = checkpoint.read(checkpoint.resolve(tmp_path))
-    weights, arguments = encoder.unet_weights(state, tmp_path)
     trained = fcmae.load(tmp_path).decoder.unet  # the averaged weights, too
-    assert arguments == {"dims": trained.dims, "strides": trained.strides, "width": 16}
-    unet = UNet(**arguments)
-    unet.load_state_dict(weights)
+    unet = UNet(trained.dims, trained.strides, 16)
+    assert initial._load_unet(unet, state) == " and its U-Net"
     assert_same(unet.state_dict(), trained.state_dict())
     if ema:
-        assert not torch.equal(weights["norm.weight"], state["model"]["decoder.unet.norm.weight"])
+        assert not torch.equal(unet.norm.weight, state["model"]["decoder.unet.norm.weight"])
+    other = UNet(trained.dims, trained.strides, 8)
+    assert "theirs has another width (objective.width=16 would take it)" in initial._load_unet(other, state)
 
 
-def test_a_run_with_the_light_decoder_has_no_unet(tmp_path):
-    assert encoder.unet_weights({"model": tiny().state_dict(), "ema": None}, tmp_path) is None
+def test_a_run_with_the_light_decoder_has_no_unet():
+    state = {"task": "pretrain", "model": tiny().state_dict(), "ema": None}
+    assert initial._load_unet(UNet([8, 12], [4, 8], 16), state) == "; the U-Net is new"
 
 
 @pytest.mark.parametrize(("size", "large"), [(32, True), (16, False)])
