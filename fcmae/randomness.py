@@ -11,7 +11,7 @@ import random
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,9 +81,10 @@ def sample_keys(seed: int, step: int, positions: range) -> Tensor:
     return torch.from_numpy((keys >> np.uint64(1)).astype(np.int64))
 
 
-def uniform(keys: Tensor, counter: int | Tensor) -> Tensor:
+def uniform(keys: Tensor, counter: Any) -> Tensor:
     """A number in [0, 1) for each sample, a function of its key and of ``counter``: float32 of the shape of both.
 
+    ``counter`` is an int or a tensor of them.
     The same on every device, compiled or not.
     """
     mixed = _mix(_mix((keys & _WORD) ^ _mix(counter)) ^ (keys >> 32))

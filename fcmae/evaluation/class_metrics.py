@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def areas_of_classes(outputs: Tensor, labels: Tensor) -> dict[int, dict[str, flo
         truth = (labels == label).long()
         if truth.all():
             continue
-        both = {"auroc": binary_auroc, "average_precision": binary_average_precision}
+        both: dict[str, Any] = {"auroc": binary_auroc, "average_precision": binary_average_precision}
         found[label] = {name: float(area(scores[:, label], truth, validate_args=False)) for name, area in both.items()}
     return found
 

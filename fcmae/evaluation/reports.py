@@ -84,7 +84,8 @@ def of_labels(outputs: Tensor, targets: Tensor, columns: Sequence[str]) -> Repor
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
     shares, valid = outputs.double().sigmoid(), ~targets.isnan() & outputs.isfinite()
-    per_class, curves = {}, {}
+    per_class: dict[str, dict[str, float]] = {}
+    curves: dict[str, tuple[Tensor, Tensor]] = {}
     for k, name in enumerate(columns):
         score, truth = shares[valid[:, k], k], targets[valid[:, k], k] > 0.5
         found = score > 0.5

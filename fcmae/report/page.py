@@ -36,7 +36,7 @@ def write(runs: Sequence[str], out: str) -> None:
 
 def render(runs: Sequence[RunContent], studies: Sequence[StudyContent] = ()) -> str:
     """The page, complete in itself."""
-    title = "fcmae: " + ", ".join(each.name for each in (*studies, *runs))
+    title = "fcmae: " + ", ".join([*(study.name for study in studies), *(run.name for run in runs)])
     sections = [_study(study) for study in studies]
     if runs:
         sections += [_summary(runs), _charts(runs), _pictures(runs), _settings(runs), _files(runs)]

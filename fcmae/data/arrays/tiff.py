@@ -53,7 +53,7 @@ class TiffArray:
         rows = key.tilelength if key.is_tiled else min(key.rowsperstrip, key.imagelength)
         cols = key.tilewidth if key.is_tiled else key.imagewidth
         samples = 1 if int(key.planarconfig) == 2 else key.samplesperpixel
-        sides = {"Y": rows, "X": cols, "S": samples}
+        sides: dict[str, int] = {"Y": rows, "X": cols, "S": samples}
         return (1,) * len(self._outer) + tuple(sides[axis] for axis in self._inner)
 
     def read(self, index: Index) -> np.ndarray:

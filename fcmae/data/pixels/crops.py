@@ -197,17 +197,16 @@ class RandomCrop:
         """The box that ``uniform`` chooses in an image of ``size``."""
         shown: tuple[int, int] | None = None
         if self.at_own_size:
-            top, left, rows, cols, shown = padded_part(size, self.size, self.zoom, uniform)
-            part = top, left, rows, cols
+            top, left, height, width, shown = padded_part(size, self.size, self.zoom, uniform)
         elif self.zoom is None:
-            part = random_part(size, self.scale, self.ratio, uniform)
+            top, left, height, width = random_part(size, self.scale, self.ratio, uniform)
         else:
-            part = zoomed_part(size, self.size, (self.zoom[0], self.zoom[1]), uniform)
+            top, left, height, width = zoomed_part(size, self.size, (self.zoom[0], self.zoom[1]), uniform)
         flip = uniform() < self.hflip
         # What is switched off draws nothing, so that it does not change what others draw.
         vflip = self.vflip > 0 and uniform() < self.vflip
         turns = int(4 * uniform()) if self.rot90 else 0
-        return Box(*part, flip, vflip, turns, shown)
+        return Box(top, left, height, width, flip, vflip, turns, shown)
 
 
 def random_part(
