@@ -53,7 +53,7 @@ from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
-from fcmae.evaluation.summary import Errors, Recorder, finish_images, finish_maps, folder_of
+from fcmae.evaluation.summary import Errors, Recorder, finish, finish_images, finish_maps, folder_of
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.evaluation.windows import check_image_size, whole_predictions
 from fcmae.interchange.foreign import is_foreign, read_foreign
@@ -206,7 +206,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     if confusion is not None:
         total = world.sum(confusion).cpu()
         world.on_main(lambda: _write_tables(cfg, classes, total))
-    if accepted is None:
+    if accepted is not None:
+        finish(None, result, classes, world)
+    else:
         folder = world.from_main(lambda: folder_of(cfg.report, file))
         finish_images(folder, objective, result, recorder, source, data, classes)
     return result if world.is_main else None
@@ -264,6 +266,7 @@ def _evaluate_boxes(
             detections(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world), world
         )
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+    finish(world.from_main(lambda: folder_of(cfg.report, file)), result, state.get("classes") or [], world)
     return result if world.is_main else None
 
 

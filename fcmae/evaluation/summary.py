@@ -209,6 +209,18 @@ def folder_of(report: str | None, checkpoint: Path) -> Path | None:
     return run / "evaluation"
 
 
+def finish(folder: Path | None, metrics: Mapping[str, float], classes: Iterable[str], world: World) -> None:
+    """Prints and writes the metrics alone."""
+
+    def on_main() -> None:
+        describe(metrics, Report(), classes)
+        if folder is not None:
+            write(folder, metrics, Report())
+            say(f"report: {folder}")
+
+    world.on_main(on_main)
+
+
 def finish_images(
     folder: Path | None,
     objective: Objective,

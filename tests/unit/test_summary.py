@@ -88,6 +88,13 @@ def test_a_table_leaves_classes_out_and_has_the_averaged_weights():
     assert text.split() == ["metric", "value", "ema", "miou", "50.123", "51", "images", "3"]
 
 
+def test_metrics_alone(tmp_path, capfd):
+    """As of detection."""
+    summary.finish(tmp_path / "report", {"map": 41.5, "map_car": 3.0, "images": 7}, ["car"], CPU)
+    assert rows(tmp_path / "report" / "metrics.csv")[1] == {"metric": "map_car", "value": "3.0"}
+    assert [line.split() for line in capfd.readouterr().err.splitlines()][1:3] == [["map", "41.5"], ["images", "7"]]
+
+
 def test_reports_belong_to_a_run(tmp_path):
     assert folder_of("run", tmp_path / "run" / "checkpoints" / "step_1.pt") is None  # there is no such folder
     (tmp_path / "run").mkdir()
