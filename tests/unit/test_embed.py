@@ -77,8 +77,14 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("which", ["pre", "pre/encoder.safetensors", "fine"])
+@pytest.mark.parametrize(
+    ("which", "layer"),
+    [
+        *(("pre", layer) for layer in LAYERS),
+        *(("pre/encoder.safetensors", layer) for layer in ("pooled", "patches")),
+        *(("fine", layer) for layer in ("pooled", "stages_std")),
+    ],
+)
 def test_features(runs, photos, layer, which):
     rows = fcmae.embed(str(runs / which), [*images(photos), "loader.workers=0"], layer=layer, batch_size=2)
     model = fcmae.load(runs / which)
