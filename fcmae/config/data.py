@@ -233,6 +233,7 @@ class DataConfig:
             "windows_per_image=1, normalize not image, and channels names none for targets"
         )
         check("data.cache", self.cache, self.cache != "gpu" or suits, expected)
+        check("data.cache", self.cache, self.cache is None or self.name != "coco", "null with data.name=coco")
         self._check_no_data()
         check_one_of("data.sampling", self.sampling, ("uniform", "balanced"))
         for name in ("crops_per_image", "windows_per_image", "labels_per_class", "num_images", "length"):

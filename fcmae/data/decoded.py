@@ -6,7 +6,6 @@ from torch import Tensor
 
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.errors import UsageError
-from fcmae.messages import print_rank0
 
 SHARE = 0.8
 """Of the memory that is available, the images may take this much."""
@@ -87,4 +86,3 @@ def check_fits(needed: int, free: int, images: int, where: str, what: str) -> No
             f"data.cache={where} needs {needed / GIB:.1f} GiB for {images:,} decoded images; {free / GIB:.1f} GiB of "
             f"{what} are available, of which it takes at most {SHARE:.0%}"
         )
-    print_rank0(f"data.cache={where}: {images:,} images, {needed / GIB:.2f} GiB")

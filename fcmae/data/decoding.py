@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from fcmae import ranks
 from fcmae.data.cores import cores_per_rank
-from fcmae.data.decoded import ALIGN, DecodedImages, check_fits, places
+from fcmae.data.decoded import ALIGN, GIB, DecodedImages, check_fits, places
 from fcmae.data.loading import Workers, eval_loader, explained
 from fcmae.data.pixels.decode import PixelFormat, open_image
 from fcmae.data.sources.base import Source
@@ -121,6 +122,7 @@ def _decode(source: Source, to: PixelFormat, descriptor: int | None) -> tuple[De
     head = _begin(sizes.nbytes)
     total = head + places(sizes, channels * dtype.itemsize)[1]
     check_fits(total, available_memory(), len(source), "ram", "memory")
+    print(f"data.cache=ram: {len(source):,} images, {total / GIB:.2f} GiB", file=sys.stderr, flush=True)  # once
     if descriptor is not None:
         os.ftruncate(descriptor, total)
     shared = mmap.mmap(-1 if descriptor is None else descriptor, total)

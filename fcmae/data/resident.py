@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.data.decoded import DecodedImages, check_fits
+from fcmae.data.decoded import GIB, DecodedImages, check_fits
 from fcmae.data.pixels.crops import Box
 from fcmae.data.sources.base import Relabelled
+from fcmae.messages import print_rank0
 
 CHUNK = 2**28
 """Bytes of float32 pixels that are resized at once."""
@@ -44,6 +45,7 @@ class Resident:
             images = self.images
             if device.type == "cuda":
                 check_fits(images.bytes, torch.cuda.mem_get_info(device)[0], len(images), "gpu", f"memory of {device}")
+                print_rank0(f"data.cache=gpu: {len(images):,} images, {images.bytes / GIB:.2f} GiB on each GPU")
             values = torch.from_numpy(images.memory[: images.bytes]).view(images.dtype)
             first = torch.from_numpy(images.offsets) // images.dtype.itemsize
             widths = torch.from_numpy(images.sizes[:, 1].astype("int64"))

@@ -1,13 +1,14 @@
 """Images that stay decoded in memory or on the device (data.cache): the samples are those of the files."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fcmae.config import DataConfig, compose
+from fcmae.config import DataConfig, LoaderConfig, compose
 from fcmae.data import decoding as module
 from fcmae.data.decoded import DecodedImages
 from fcmae.data.decoding import decoded
@@ -20,6 +21,7 @@ from fcmae.data.resident import Resident, innermost
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source, val_source
 from fcmae.data.sources.base import Sample
+from fcmae.data.sources.map_files import mapped_source
 from fcmae.errors import ConfigError, ImageError, UsageError
 from tests.conftest import TINY_PRETRAIN
 
@@ -157,6 +159,10 @@ def test_what_does_not_fit_is_refused_with_numbers(folder, monkeypatch):
         data(folder, "gpu", pad=2)
     with pytest.raises(ConfigError, match=r"data.cache must be null or ram in fine-tuning; got 'gpu'"):
         compose("finetune", ["data.path=x", "model=demo", "data.cache=gpu"])
+    with pytest.raises(ConfigError, match=r"data.cache must be null with target maps"):
+        mapped_source(data(folder, "ram", target_path=str(folder)), LoaderConfig(), True)
+    with pytest.raises(ConfigError, match=r"data.cache must be null with data.name=coco; got 'ram'"):
+        data(folder, "ram", name="coco")
     with pytest.raises(ConfigError, match=r"leave out data.cache=ram"):
         compose("prepare", ["data.path=x", "out=y", "data.cache=ram"])
 
@@ -180,3 +186,15 @@ def test_a_run_from_the_device_is_that_from_memory(fcmae_here, tmp_path):
             line.split('"images')[0] for line in (tmp_path / cache / "metrics.jsonl").read_text().splitlines()
         ]
     assert losses["ram"] == losses["gpu"]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_images_of_a_run(fcmae, tmp_path):
+    for name, cache in (("files", "null"), ("kept", "ram"), ("device", "gpu")):
+        done = fcmae(*TINY_PRETRAIN, f"data.cache={cache}", f"hydra.run.dir={name}", "loader.workers=1", ranks=2)
+        assert done.stderr.count("data.cache=ram: 24 images") == (cache != "null")
+    lines = {
+        name: [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("files", "kept", "device")
+    }
+    assert lines["files"] == lines["kept"] == lines["device"]

@@ -14,7 +14,7 @@ from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.listing import Listing, list_folder
 from fcmae.data.sources.own import Own
 from fcmae.data.sources.table import TableImages
-from fcmae.errors import ImageError, UsageError, shown
+from fcmae.errors import ConfigError, ImageError, UsageError, shown
 
 NAMED = 3
 """Images that a message names."""
@@ -109,6 +109,8 @@ def mapped_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
 
     Raises UsageError naming what is missing.
     """
+    if cfg.cache is not None:
+        raise ConfigError(f"data.cache must be null with target maps, which it does not keep; got {cfg.cache!r}")
     source = (train_source if train else val_source)(cfg, loader)
     key = map_key(cfg, train)
     given = cfg.val_target_path if key == "data.val_target_path" else cfg.target_path
