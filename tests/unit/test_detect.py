@@ -83,6 +83,7 @@ def test_polygons_and_run_lengths_are_the_same_mask():
         ([[0, 0, 1e9, 1, 1, 1]], "outside of the image"),
         ([[0, 0, float("nan"), 1, 1, 1]], "outside of the image"),
         ([[0, 0, "a", 1, 1, 1]], "numbers only"),
+        ([[0, 0, 10**400, 1, 1, 1]], "numbers only"),
         ([[0, 0, 30, 12] * 50_000], "too many points"),
         ([[0, 0, [1], 1, 1, 1]], "numbers only"),
     ],
@@ -377,6 +378,8 @@ def test_all_mistakes_are_told_together_with_the_first_offenders(squares):
         annotations.append({**annotations[0], "id": 78, "bbox": [1, 1, 5, 5],
                             "segmentation": {"size": [5, 5], "counts": [25]}})  # fmt: skip
         content["categories"].append({"id": 3, "name": "again"})
+        for number, box in enumerate(("x", [1, 1, 1], [1, 1, "2", 2], [10**400, 1, 2, 2], [float("nan"), 1, 2, 2])):
+            annotations.append({**annotations[0], "id": 100 + number, "area": 10**400, "bbox": box})
 
     with pytest.raises(ConfigError) as error:
         changed(squares, spoil)
@@ -389,7 +392,7 @@ def test_all_mistakes_are_told_together_with_the_first_offenders(squares):
         rf"1 images lie outside of {squares / 'images'}: ../objects.json",
         r"1 images have the id of another: 3.png \(10\)",
         r"1 images without file_name, id, height or width: number 7",
-        r"2 boxes have no area in their image, or reach out of it: annotation 1 of 3.png, annotation 2 of 3.png",
+        r"7 boxes have no area in their image, or reach out of it: annotation 1 of 3.png, annotation 2 of 3.png, anno",
         r"1 annotations are of a category that is not listed: annotation 9 \(category_id 1\)",
         r"1 annotations have no id, or that of another: annotation 1",
         r"\d annotations are of an image that is not listed: annotation .* \(image_id 13\)",

@@ -57,7 +57,7 @@ def problem_of(segment: Any, size: tuple[int, int], runs: bool = True) -> str:
             return f"a polygon must be a list of {POINTS} or more x, y"
         try:
             points = np.asarray(polygon, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return "a polygon must have numbers only"
         # Far outside, rasterising would take any memory.
         if points.ndim != 1 or not (np.abs(points) <= 2 * max(size)).all():

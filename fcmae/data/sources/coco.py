@@ -142,15 +142,17 @@ class CocoObjects(CocoImages):
     def _name(self, categories: Any, mistakes: "Mistakes") -> dict[int, int]:
         """Sets the names of classes, in the order of their ids. Returns the number of each id."""
         names: dict[int, str] = {}
+        taken: set[str] = set()
         for number, category in enumerate(categories if isinstance(categories, list) else []):
             given = category if isinstance(category, dict) else {}
             identity, name = given.get("id"), given.get("name")
             if type(identity) is not int or not isinstance(name, str) or not name:
                 mistakes.add("categories without id or name", f"number {number + 1}")
-            elif identity in names or name in names.values():
+            elif identity in names or name in taken:
                 mistakes.add("categories have the id or name of another", f"{shown(name)} ({identity})")
             else:
                 names[identity] = name
+                taken.add(name)
         if not names:
             mistakes.say("it has no list categories, or an empty one")
         self.category_ids = sorted(names)
@@ -203,8 +205,8 @@ class CocoObjects(CocoImages):
             if problem:
                 mistakes.add("masks are wrong", f"{name}: {problem}")
             text = json.dumps(segment, separators=(",", ":")).encode()
-        area: Any = annotation.get("area")
-        area = float(area) if type(area) in (int, float) else (box[2] - box[0]) * (box[3] - box[1])
+        area = _number(annotation.get("area"))
+        area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
         return _Row(place, kind, bool(annotation.get("iscrowd")), area, box, text)
 
     def _pack(self, rows: "list[_Row]") -> None:
@@ -259,12 +261,14 @@ class CocoObjects(CocoImages):
         Args:
             whose: names what has the expected classes.
         """
-        unknown = [name for name in self.class_names if name not in set(expected)]
+        numbers = {name: number for number, name in enumerate(expected)}
+        unknown = [name for name in self.class_names if name not in numbers]
         if unknown:
             raise ConfigError(f"{self.key}: {self.file}: {len(unknown)} classes are not in {whose}: {some(unknown)}")
-        numbers = torch.tensor([expected.index(name) for name in self.class_names])
-        missing = [name for name in expected if name not in set(self.class_names)]
-        self.kinds, self.class_names = numbers[self.kinds], expected
+        present = set(self.class_names)
+        missing = [name for name in expected if name not in present]
+        self.kinds = torch.tensor([numbers[name] for name in self.class_names])[self.kinds]
+        self.class_names = expected
         return [f"{self.key} lacks {len(missing)} of the classes of {whose}: {some(missing)}"] if missing else []
 
     @property
@@ -347,11 +351,19 @@ def _integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if type(value) in (int, float) else None
+    except OverflowError:
+        return None
+
+
 def _box(given: Any, size: tuple[int, int]) -> list[float] | None:
     """Left, top, right and bottom of ``[x, y, width, height]``, inside the image; None if it is no such box."""
-    if not isinstance(given, list) or len(given) != 4 or not all(type(x) in (int, float) for x in given):
+    numbers = [_number(value) for value in given] if isinstance(given, list) else []
+    if len(numbers) != 4 or None in numbers:
         return None
-    left, top, width, height = map(float, given)
+    left, top, width, height = (value for value in numbers if value is not None)
     ends = ((left, left + width, size[1]), (top, top + height, size[0]))
     if not all(-OUTSIDE <= first < last <= side + OUTSIDE for first, last, side in ends):  # NaN is refused, too
         return None
