@@ -38,7 +38,7 @@ class RunStatus:
     state: str
     """``running``, ``stopped``, ``done``, or ``killed``: it left its lock behind."""
     holder: str
-    """Host and process of a run that goes on or was killed."""
+    """Host and process of a run that is running or was killed."""
     step: int | None
     total: int | None
     epoch: float | None
@@ -250,7 +250,7 @@ def _batch_size(config: dict[str, Any]) -> int | None:
 
 
 def _state(lock: Path) -> tuple[str, str]:
-    """Whether a run goes on, and who runs it. The lock is held while it does, and deleted when it ends."""
+    """Whether a run is running, and who runs it. Its lock is held until it ends, and then deleted."""
     try:
         with open_regular(lock, links=False) as file:
             given = json.loads(file.read(MAX_LOCK))

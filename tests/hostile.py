@@ -61,7 +61,7 @@ class Taken(NamedTuple):
 
 
 def measure(cases: dict[str, Case]) -> dict[str, Taken]:
-    """Reads all cases in a child process; another one goes on where one was killed."""
+    """Reads all cases in a child process; another one continues where one was killed."""
     context = multiprocessing.get_context("fork")
     taken: dict[str, Taken] = {}
     while len(taken) < len(cases):

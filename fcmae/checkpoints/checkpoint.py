@@ -301,7 +301,7 @@ def is_ours(path: Path) -> bool:
 
 
 def identity(path: str | None) -> str | None:
-    """What tells weights from others: the checksum of a checkpoint of ours, else their name."""
+    """An identifier of weights: the checksum of one of our checkpoints, else the name."""
     if path is None:
         return None
     try:

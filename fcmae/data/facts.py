@@ -1,4 +1,4 @@
-"""How many training images there are, and how large they are: what recipes for one's own images start from."""
+"""How many training images there are, and how large they are: which recipes for your own images start from."""
 
 import contextlib
 import statistics

@@ -16,7 +16,7 @@ from fcmae.data.samples import EvaluationImages
 from fcmae.data.sources import ImageFolder, Source
 from fcmae.data.sources.images import Joined
 from fcmae.distributed import World
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, counted
 from fcmae.evaluation.features import batches
 from fcmae.evaluation.windows import Windows, check_image_size, network_of, over_windows
 from fcmae.files import make_folder, output
@@ -72,7 +72,7 @@ def predict_maps(
     if not world.is_main:
         return None
     if left:
-        say(f"{left} of {len(source)} images could not be read and have no map")
+        say(f"{left} of {counted(len(source), 'image')} could not be read: no map")
     places = done if files is None else [place for place, file in enumerate(files) if not left or file.exists()]
     return Maps([source.describe(place) for place in places], maps, network.columns)
 

@@ -28,7 +28,7 @@ from fcmae.interchange.weights import HEAD_NORM, StateDict, read_file, read_fold
 from fcmae.models.backbone import strides_of
 
 MODEL_ARGS = {"depths", "dims", "patch_size", "in_chans", "num_classes", "drop_path_rate", *TIMM_ARGUMENTS}
-"""The arguments of timm's ConvNeXt that a checkpoint of ours can hold."""
+"""The arguments of timm's ConvNeXt that our checkpoints can hold."""
 
 
 def export(network: Network, folder: Path) -> None:

@@ -87,7 +87,7 @@ def export(network: Network, folder: Path, planes: int = 1) -> None:
 def _check(network: Network, structure: Structure, planes: int) -> None:
     path, side = network.path, structure.strides[0]
     if network.classes:
-        raise WeightsError(f"{path} holds a classifier, which VisCy has not: export the pretraining run")
+        raise WeightsError(f"{path} holds a classifier, which VisCy does not have: export the pretraining run")
     if structure.version != 2:
         raise WeightsError(f"{path} holds a ConvNeXt V1; VisCy's encoder is a V2")
     if structure.stem_stride != side or set(structure.strides[1:]) != {2}:
@@ -99,7 +99,7 @@ def _check(network: Network, structure: Structure, planes: int) -> None:
         raise UsageError(f"--planes must divide the {structure.in_chans} channels of {path}; got {planes}")
     if any(value.any() for name, value in network.weights.items() if name.endswith("conv_dw.bias")):
         raise WeightsError(
-            f"{path} has biases in its depthwise convolutions, which VisCy's have not: pretrain with "
+            f"{path} has biases in its depthwise convolutions; VisCy's have none: pretrain with "
             "model.timm.conv_bias=false"
         )
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, lines elsewhere, curves and pictures in a notebook."""
+"""What a run shows while it is running: a bar on a terminal, lines elsewhere, curves and pictures in a notebook."""
 
 import base64
 import html

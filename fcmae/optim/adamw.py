@@ -84,7 +84,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
-    """The norm of all gradients, which are scaled down to the norm ``largest`` where theirs is larger."""
+    """The norm of all gradients, which are scaled down to the norm ``largest`` if it is larger."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True)
     if largest is not None:

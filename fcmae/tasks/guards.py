@@ -22,7 +22,7 @@ FEW_PATCHES, FEW_VISIBLE = 16, 4
 IMAGES = 64
 """Training images on which the loss is compared with that of the mean patch."""
 AS_MEAN = 0.97
-"""A loss above this share of that of the mean patch has not learned anything."""
+"""A loss above this share of the mean patch's: nothing is learned."""
 WINDOW_STEPS, WINDOW_LINES = 100, 5
 """A mean over fewer steps or lines of metrics is noise."""
 RISE = 1.2

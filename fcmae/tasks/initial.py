@@ -96,7 +96,7 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
 
 
 def read_initial(init_from: str, header: bool = False) -> tuple[str, State]:
-    """The full name and the state of ``init_from``; of a checkpoint of ours the header alone, if that will do."""
+    """The full name and the state of ``init_from``; of one of our checkpoints the header alone, if that is enough."""
     if is_foreign(init_from):
         return init_from, read_foreign(init_from)
     path = checkpoint.resolve(init_from)
@@ -243,7 +243,7 @@ def _load_unet(unet: UNet, state: State) -> str:
     own = unet.state_dict()
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
         width = len(weights.get("norm.weight", ()))
-        return f"; the U-Net is new, because theirs has another width (objective.width={width} would take it)"
+        return f"; the U-Net is new, because the one in init_from has another width (objective.width={width} would take it)"
     unet.load_state_dict(weights)
     return " and its U-Net"
 

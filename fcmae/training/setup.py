@@ -11,7 +11,7 @@ from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
 from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
-from fcmae.errors import CheckpointError, UsageError
+from fcmae.errors import CheckpointError, UsageError, counted
 from fcmae.models.build import mismatch, with_loss_weights
 from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
@@ -93,6 +93,6 @@ def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, wo
     params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
     start = f"resumed at step {state.step}" if state.step else "from the start"
     return (
-        f"{task.name}: {params:.1f} M parameters, {len(task.source)} images, {total_steps} steps, batch {plan} "
+        f"{task.name}: {params:.1f} M parameters, {counted(len(task.source), 'image')}, {counted(total_steps, 'step')}, batch {plan} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )

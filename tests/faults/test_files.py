@@ -143,7 +143,7 @@ WRITES = [
 
 
 def test_disk_full_at_any_write(tmp_path, begun):
-    """Not a byte is free from the given moment on. What is on the disk stays, and the run goes on later."""
+    """The disk is full from the given moment on. What is on it stays, and the run continues later."""
     args = (*TINY_PRETRAIN, "hydra.run.dir=disk", "trainer.keep_checkpoints=1", "trainer.on_save_error=continue")
     writes = {name: what for name, *what in WRITES}
 

@@ -92,7 +92,7 @@ def test_channels_are_chosen():
 
 
 class Cells:
-    """A source of one's own, of normalised float32."""
+    """The user's own source, of normalised float32."""
 
     classes = None
 

@@ -1,4 +1,4 @@
-"""What lasts long but goes on does not run into trainer.hang_timeout: evaluations, monitors, saves, resuming."""
+"""What lasts long but makes progress does not run into trainer.hang_timeout: evaluations, monitors, saves, resuming."""
 
 import itertools
 

@@ -105,7 +105,7 @@ def test_what_was_there_before_is_there_again():
     [("connect", "_pretraining"), ("_pretraining", "RunLock"), ("RunLock", "newest_state"), ("newest_state", "_read")],
 )
 def test_a_signal_in_the_set_up_is_acted_on_before_the_next_phase(monkeypatch, tmp_path, capfd, phase, not_reached):
-    """At most one phase goes on to its end: connecting, building and listing, taking the directory, resuming."""
+    """At most one phase continues to its end: connecting, building and listing, taking the directory, resuming."""
     places = {"connect": run.distributed, "newest_state": loop, "_read": loop._Training}
     original = getattr(places.get(phase, run), phase)
 

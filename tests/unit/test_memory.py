@@ -66,7 +66,7 @@ def test_with_one_sample_at_a_time(tmp_path, monkeypatch, capsys):
 
 
 def test_a_command_that_failed_holds_no_memory(tmp_path, monkeypatch):
-    """Though what there is when it begins may be frozen; see quick_imports. A sweep or a notebook goes on."""
+    """Objects that exist at its start may be frozen (quick_imports). A sweep or a notebook continues."""
     held = []
 
     def fail(*_):

@@ -1,4 +1,4 @@
-"""Mistakes of a command that can be found before data is read are told together, a line each."""
+"""Mistakes of a command that can be found before data is read are reported together, one line each."""
 
 import pytest
 
@@ -152,7 +152,7 @@ def test_what_a_run_with_checkpoints_was_initialised_from_is_not_needed(capfd, t
 
 
 def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, capfd):
-    """Another machine may have them. With other mistakes they are told at once, since all ranks end."""
+    """Another machine may have them. With other mistakes they are reported at once, since all ranks end."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setitem(main.__globals__["_HYDRA"], "pretrain", lambda *_: print("begun"))

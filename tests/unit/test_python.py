@@ -1,4 +1,4 @@
-"""What the package offers in Python: public names, models that are checked, models of one's own loop that are saved."""
+"""What the package offers in Python: public names, models that are checked, models of the user's own loop that are saved."""
 
 import json
 from functools import partial

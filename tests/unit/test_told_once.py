@@ -1,4 +1,4 @@
-"""One mistake, one line, on any number of ranks; and only a data worker's death is told as one."""
+"""One mistake, one line, on any number of ranks; and only a data worker's death is reported as one."""
 
 import functools
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
-from fcmae.errors import FCMAEError, ImageError, UsageError
+from fcmae.errors import FCMAEError, ImageError, UsageError, counted
 from fcmae.files import STRAY, delete_strays, one_at_a_time, write_output
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
@@ -186,7 +186,7 @@ def verify(out: Path, shard: Shard) -> str:
     if digest.hexdigest() != shard.sha256:
         return f"{path} does not hold what was written into it"
     found = len(index_shard(path))
-    return "" if found == shard.samples else f"{path} has {found} images; written were {shard.samples}"
+    return "" if found == shard.samples else f"{path} has {counted(found, 'image')}; {shard.samples} were written"
 
 
 def settings(cfg: PrepareConfig, source: Source) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def filesystem(url: str) -> Any:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Time limits, without which a silent server would stop a reader for ever. Retries are ours."""
+    """Time limits, without which a silent server would stop a reader forever. We retry ourselves."""
     if scheme in ("http", "https"):
         import aiohttp
 
