@@ -243,7 +243,7 @@ def _load_unet(unet: UNet, state: State) -> str:
     own = unet.state_dict()
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
         width = len(weights.get("norm.weight", ()))
-        return f"; the U-Net is new, because the one in init_from has another width (objective.width={width} would take it)"
+        return f"; the U-Net is new, because init_from has one of another width (objective.width={width} would take it)"
     unet.load_state_dict(weights)
     return " and its U-Net"
 

@@ -91,8 +91,9 @@ def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> Tra
 def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
     """The line that a run begins with."""
     params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
+    images = counted(len(task.source), "image")
     start = f"resumed at step {state.step}" if state.step else "from the start"
     return (
-        f"{task.name}: {params:.1f} M parameters, {counted(len(task.source), 'image')}, {counted(total_steps, 'step')}, batch {plan} "
+        f"{task.name}: {params:.1f} M parameters, {images}, {total_steps} steps, batch {plan} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )

@@ -121,7 +121,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_run_ends_after_evaluations_without_a_better_loss(fcmae_here: Command, tmp_path: Path, scripted: list[float]):
-    """Also where the run was stopped between them, which does not count; a resume says so, and continues where it may."""
+    """Also where the run was stopped between them, which does not count; a resume says so and continues if it may."""
     run = (*WATCHED, "schedule.epochs=8", "hydra.run.dir=run", "trainer.checkpoint_every_epochs=8")
     scripted += [0.5, 0.4, 0.45, 0.46, math.nan, 0.42]
     assert "ended at" not in fcmae_here(*run, "monitor.patience=3", "trainer.max_steps=10", check=75).stderr

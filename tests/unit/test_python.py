@@ -1,4 +1,4 @@
-"""What the package offers in Python: public names, models that are checked, models of the user's own loop that are saved."""
+"""What the package offers in Python: public names, models that are checked, saved models of the user's loop."""
 
 import json
 from functools import partial

@@ -286,7 +286,7 @@ def test_a_pretrained_unet_starts_the_head(fcmae_here, tmp_path, squares):
     note, same = started("init_decoder=false")
     assert note.endswith("; the U-Net is new (init_decoder=false)")
     assert not all(same)
-    other = "; the U-Net is new, because theirs has another width (objective.width=8 would take it)"
+    other = "; the U-Net is new, because init_from has one of another width (objective.width=8 would take it)"
     assert started("objective.width=16")[0].endswith(other)
 
 

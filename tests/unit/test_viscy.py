@@ -88,7 +88,7 @@ def test_the_scale_makes_up_for_the_other_eps():
             {**STRIDES, "bias": True},
             1,
             WeightsError,
-            "has biases in its depthwise convolutions, which VisCy's have not",
+            "has biases in its depthwise convolutions; VisCy's have none",
         ),
         ({"stem_stride": 2}, 1, WeightsError, r"has strides \[4, 2, 2, 2\] with a stem of 2; VisCy has strides k"),
         ({"strides": [4, 2, 1, 2]}, 1, WeightsError, r"has strides \[4, 2, 1, 2\]"),
