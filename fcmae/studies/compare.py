@@ -137,7 +137,8 @@ def verdict(table: Table, budgets: Sequence[Budget], ours: str, rivals: Sequence
             gains[str(budget.label)], best[str(budget.label)] = difference, rival
     measured = [budget for budget in budgets if str(budget.label) in gains]
     if not measured:
-        return Verdict(f"nothing to compare: {ours} or all of {', '.join(rivals)} were not measured", None, gains, best)
+        lacks = f"{ours} is not measured" if rivals and ours else "no arm has " + ("random" if ours else "pretrained")
+        return Verdict(f"nothing to compare: {lacks}" + " weights" * (not rivals or not ours), None, gains, best)
     sure = [budget for budget in measured if gains[str(budget.label)].sure > 0]
     below = [budget for budget in sure if budget.images < curve[-1][0]]
     times = None
@@ -155,24 +156,23 @@ def _sentence(
     names: tuple[str, str, Sequence[str]],
 ) -> str:
     ours, metric, rivals = names
-    without = [budget for budget in measured if budget not in sure]
-    against = f"{ours} against the best of {' and '.join(rivals)}, {metric}"
+    worse = [budget for budget in measured if gains[str(budget.label)].sure < 0]
+    unclear = [budget for budget in measured if budget not in sure and budget not in worse]
     parts = []
     if times is not None:
-        parts.append(f"pretraining is worth {times} times the labels: {_listed(sure, gains)} ({against})")
+        parts.append(f"pretraining is worth {times} times the labels: {_listed(sure, gains)}")
     elif sure:
-        parts.append(f"pretraining brings {_listed(sure, gains)} ({against})")
-    if without:
-        parts.append(f"no gain at {_listed(without, gains, ': ')}" + ("" if sure else f" ({against})"))
-    seeds = {gain.seeds for gain in gains.values()}
-    if 1 in seeds:
-        parts.append("some differences are of one seed and have no interval")
-    return "; ".join(parts)
+        parts.append(f"pretraining brings {_listed(sure, gains)}")
+    if worse:
+        parts.append(f"pretraining loses: {_listed(worse, gains)}")
+    if unclear:
+        parts.append(f"no gain at {', '.join(f'{budget.text} ({gains[str(budget.label)]})' for budget in unclear)}")
+    if 1 in {gain.seeds for gain in gains.values()}:
+        parts.append("differences of one seed have no interval")
+    return f"{'; '.join(parts)} ({ours} against the best of {' and '.join(rivals)}, {metric.removeprefix('-')})"
 
 
-def _listed(budgets: Sequence[Budget], gains: Mapping[str, Difference], sign: str = "") -> str:
-    if sign:
-        return ", ".join(f"{budget.text} ({gains[str(budget.label)]})" for budget in budgets)
+def _listed(budgets: Sequence[Budget], gains: Mapping[str, Difference]) -> str:
     return ", ".join(f"{gains[str(budget.label)]} at {budget.text}" for budget in budgets)
 
 

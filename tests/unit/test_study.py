@@ -237,18 +237,33 @@ def table(few, many):
 @pytest.mark.parametrize(
     ("few", "many", "said"),
     [
-        ((60, 61, 60), (75, 77, 75), "pretraining is worth 3.2 times the labels: +10.0 ± 0.0 at 10 per class"),
-        ((80, 81, 80), (70, 71, 69), "worth at least 10.0 times the labels"),
-        ((80, 81, 80), (70, 71, 69), "no gain at all 1000 images: (-0.33"),
+        ((60, 61, 60), (75, 77, 75), "pretraining is worth 3.2 times the labels: +10.0 ± 0.0 at 10 per class, +5.3"),
+        (
+            (80, 81, 80),
+            (70, 71, 69),
+            "worth at least 10.0 times the labels: +30.0 ± 0.0 at 10 per class; no gain at all",
+        ),
         ((50, 50, 51), (69, 71, 70), "no gain at 10 per class (+0 ± 2.5), all 1000 images"),
-        ((40, 40, 41), (80, 81, 80), "pretraining brings +10.0 ± 0.0 at all 1000 images"),
+        ((40, 40, 41), (80, 81, 80), "pretraining brings +10.0 ± 0.0 at all 1000 images; pretraining loses: -10.0"),
     ],
 )
 def test_the_sentence(few, many, said):
-    scores = table(dict(enumerate(few)), dict(enumerate(many)))
-    found = verdict(scores, BUDGETS, "auto", ["random_probe", "scratch"], "top1")
-    assert said.replace("images: (", "images (") in found.sentence
+    found = verdict(
+        table(dict(enumerate(few)), dict(enumerate(many))), BUDGETS, "auto", ["random_probe", "scratch"], "top1"
+    )
+    assert said in found.sentence
+    assert found.sentence.endswith("(auto against the best of random_probe and scratch, top1)")
     assert found.rivals["10"] == "scratch"
+
+
+def test_nothing_to_compare():
+    scores = table({}, {})
+    assert verdict(scores, BUDGETS, "auto", ["scratch"], "top1").sentence == "nothing to compare: auto is not measured"
+    assert verdict(scores, BUDGETS, "auto", [], "top1").sentence == "nothing to compare: no arm has random weights"
+    assert (
+        verdict(scores, BUDGETS, "", ["scratch"], "top1").sentence
+        == "nothing to compare: no arm has pretrained weights"
+    )
 
 
 def test_less_is_better_keeps_its_own_sign_in_the_table():
