@@ -20,6 +20,7 @@ from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.models.upernet import UPerNet, groups_of, pooled, resized
 from fcmae.randomness import sample_keys
 from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.initial import load_initial
 from fcmae.tasks.objectives import Segment, Translate
 from tests.conftest import TINY_FINETUNE, relative_error
 from tests.dense_files import write_squares
@@ -158,7 +159,7 @@ def test_micro_batches_are_one_batch(squares):
 
 
 def test_a_stopped_run_ends_with_the_same_bits(fcmae_here, tmp_path, squares):
-    args = (*upernet(squares), "optim.ema_decay=0.5")
+    args = (*upernet(squares), "optim.ema_decay=0.5", "trainer.eval_every_epochs=null")
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
@@ -167,8 +168,5 @@ def test_a_stopped_run_ends_with_the_same_bits(fcmae_here, tmp_path, squares):
         assert all(value.equal(states[1][kind][name]) for name, value in states[0][kind].items())
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_ce", "loss_auxiliary"} <= lines[0].keys()
-    fcmae_here("evaluate", "checkpoint=whole@last", "out=result.json", "loader.workers=0", "batch_size=3")
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["ema_miou"] == pytest.approx(lines[-1]["ema_miou"], rel=1e-5)
-    again = (*upernet(squares), "init_from=whole", "hydra.run.dir=more", "schedule.epochs=1")
-    assert "; the head is new" in fcmae_here(*again).stderr
+    task = Finetuning(compose("finetune", list(upernet(squares)[1:])).settled({}))
+    assert load_initial(task.model, f"{tmp_path}/whole", "strict").endswith("; the head is new")
