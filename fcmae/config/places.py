@@ -114,6 +114,8 @@ def check_outputs(cfg: CheckpointConfig) -> None:
     report = getattr(cfg, "report", None)
     files = {key: getattr(cfg, key, None) for key in ("out", "per_class", "confusion")}
     files["report"] = None if report in (None, "run") else os.path.join(report, "metrics.json")
+    if files["report"] and os.path.isdir(report) and os.listdir(report) and not os.path.isfile(files["report"]):
+        mistake(f"report must be a new folder, or one with an older report (metrics.json); {report!r} has other files")
     for key, path in files.items():
         if path is not None:
             try:

@@ -135,6 +135,9 @@ def test_a_report_of_a_classifier(fcmae_here, tmp_path, monkeypatch):
     assert "no plots: matplotlib is missing; pip install 'fcmae[plots]'" in told
     assert sorted(file.name for file in (tmp_path / "elsewhere").iterdir()) == [
         "metrics.csv", "metrics.json", "per_class.csv", "worst.csv", "worst.png"]  # fmt: skip
+    assert (
+        "report must be a new folder, or one with an older report" in fcmae_here(*evaluate, "report=.", check=2).stderr
+    )
     (tmp_path / "metrics.json").write_text("not a result")
     assert "report must be a new file or JSON" in fcmae_here(*evaluate, "report=.", check=2).stderr
 
