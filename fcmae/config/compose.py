@@ -107,10 +107,16 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def _composed(command: str, overrides: list[str]) -> DictConfig:
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra.compose(command, overrides)
+    running = GlobalHydra.instance().hydra  # of this command, or of the application that calls us
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose(command, overrides)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def every_mistake(

@@ -15,6 +15,7 @@ from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.loggers.progress import Progress
+from fcmae.loggers.report_page import ReportPage
 from fcmae.loggers.wandb import WandbLogger, wandb_mode
 from fcmae.opening import open_regular, open_to_append, own_folder
 from fcmae.plugins import create
@@ -108,6 +109,8 @@ def create_sinks(cfg: LoggerConfig, name: str, config: dict[str, Any], run_dir: 
     sinks: list[Sink] = [MetricsFile(run_dir, start_step), *own]
     if cfg.tensorboard:
         sinks.append(TensorBoard(run_dir))
+    if cfg.report:
+        sinks.append(ReportPage(run_dir))
     mode = wandb_mode(cfg)
     if mode != "disabled":
         sinks.append(WandbLogger(mode, cfg, name, run_dir, config))

@@ -10,6 +10,8 @@ WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 30
 POINTS = 400
 """At most this many points of a line are drawn, each the mean of its neighbours."""
+MARKS = 40
+"""At most so many restarts are drawn, the last ones."""
 COLOURS = 8
 """How many the page's style has, ``--c0`` and so on."""
 
@@ -32,11 +34,12 @@ def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[t
     return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
 
 
-def chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
+def chart(title: str, lines: Sequence[Line], from_zero: bool = False, marks: Sequence[tuple[float, int]] = ()) -> str:
     """A chart of lines over optimizer steps: an HTML figure, whose data the page's script reads.
 
     Args:
         from_zero: the values start at 0.
+        marks: steps at which a run began again, each with its colour.
     """
     lines = [Line(line.name, line.colour, thinned(line.points)) for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
@@ -58,6 +61,12 @@ def chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
     for tick in x_ticks:
         x, _ = place(tick, y_range[0])
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
+    for step, number_of_colour in marks[-MARKS:]:
+        if x_range[0] < step < x_range[1]:
+            x, _ = place(step, y_range[0])
+            colour = f"var(--c{number_of_colour % COLOURS})"
+            ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
+            parts.append(f'<line class="mark" {ends} stroke="{colour}"><title>restart at step {step:g}</title></line>')
     for line in lines:
         colour = f"var(--c{line.colour % COLOURS})"
         placed = [place(x, y) for x, y in line.points]

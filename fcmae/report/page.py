@@ -11,21 +11,25 @@ from fcmae.report.charts import COLOURS, Line, chart, number
 from fcmae.report.read import RunContent, read_runs
 from fcmae.report.study import StudyContent, is_study, read_study
 from fcmae.report.style import SCRIPT, STYLE
+from fcmae.status import is_number
 from fcmae.version import __version__
 
+MOST_PROCESSES = 50
+"""Of a run, the last ones."""
 FIRST = ("loss", "val_loss")
-LAST = ("images_per_second", "waiting", "memory_gib", "grad_norm", "lr")
+LAST = ("images_per_second", "data_wait", "memory_gib", "grad_norm", "lr")
 TITLES = {
     "loss": "loss",
     "val_loss": "loss on held-out images",
     "lr": "learning rate",
     "images_per_second": "images per second",
+    "data_wait": "share of the time that waits for data",
     "memory_gib": "memory, GiB",
     "grad_norm": "norm of the gradient",
 }
 
 
-def write(runs: Sequence[str], out: str) -> None:
+def write(runs: Sequence[str], out: str | Path) -> None:
     """Writes the page of some runs and studies. Raises UsageError if one is neither, or ``out`` cannot be written."""
     studies = [read_study(folder) for folder in runs if is_study(folder)]
     rest = [folder for folder in runs if not is_study(folder)]
@@ -39,7 +43,8 @@ def render(runs: Sequence[RunContent], studies: Sequence[StudyContent] = ()) -> 
     title = "fcmae: " + ", ".join([*(study.name for study in studies), *(run.name for run in runs)])
     sections = [_study(study) for study in studies]
     if runs:
-        sections += [_summary(runs), _charts(runs), _pictures(runs), _settings(runs), _files(runs)]
+        sections += [_summary(runs), _charts(runs), _evaluations(runs), _pictures(runs), _settings(runs)]
+        sections += [_processes(runs), _files(runs)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -85,14 +90,39 @@ def _summary(runs: Sequence[RunContent]) -> str:
             status.state,
             step,
             number(run.images),
-            f"{run.hours:.2f}",
+            _duration(run.hours),
+            _cost(run),
             speed,
             loss,
             scores,
         )
         rows.append(cells)
-    header = ("run", "task", "state", "step", "images seen", "training", "images/s", "loss", "last evaluation")
+    header = (
+        "run",
+        "task",
+        "state",
+        "step",
+        "images seen",
+        "training",
+        "device hours",
+        "images/s",
+        "loss",
+        "last evaluation",
+    )
     return f"<section><h2>Runs</h2>{_table(header, rows)}</section>"
+
+
+def _duration(hours: float) -> str:
+    for unit, size in (("d", 48.0), ("h", 1.0), ("min", 1 / 60)):
+        if hours >= size:
+            return f"{number(hours / (24 if unit == 'd' else size))} {unit}"
+    return f"{number(round(3600 * hours))} s"
+
+
+def _cost(run: RunContent) -> str:
+    """Hours times the ranks of the last process."""
+    ranks = run.processes[-1].get("ranks") if run.processes else None
+    return number(round(run.hours * ranks, 2)) if is_number(ranks) else ""
 
 
 def _charts(runs: Sequence[RunContent]) -> str:
@@ -101,13 +131,16 @@ def _charts(runs: Sequence[RunContent]) -> str:
     ordered += [name for name in names if name not in (*FIRST, *LAST)]
     ordered += [name for name in LAST if name in names]
     figures = []
+    marks = [(event["step"], place) for place, run in enumerate(runs) for event in run.processes]
     for name in ordered:
         lines = [Line(run.name, place, run.series.get(name, ())) for place, run in enumerate(runs)]
         if any(line.points for line in lines) and any(y != 0 for line in lines for _, y in line.points):
-            figures.append(chart(shown(TITLES.get(name, name)), lines, name in LAST))
+            figures.append(chart(shown(TITLES.get(name, name)), lines, name in LAST, marks))
     if not figures:
         return "<section><h2>Curves</h2><p>Nothing is logged yet.</p></section>"
-    return f'<section><h2>Curves</h2><div class="charts">{"".join(figures)}</div></section>'
+    restarts = any(step > 0 for step, _ in marks)
+    note = "<p>A dotted line: a new process continued the run there.</p>" * restarts
+    return f'<section><h2>Curves</h2><div class="charts">{"".join(figures)}</div>{note}</section>'
 
 
 def _pictures(runs: Sequence[RunContent]) -> str:
@@ -127,6 +160,47 @@ def _pictures(runs: Sequence[RunContent]) -> str:
                 f"<output>{pictures[-1].step}</output></figcaption>{slider}{images}</figure>"
             )
     return f"<section><h2>Pictures</h2>{''.join(shows)}</section>" if shows else ""
+
+
+def _evaluations(runs: Sequence[RunContent]) -> str:
+    """A row per file of results."""
+    found = [(run.name, file, metrics) for run in runs for file, metrics in run.evaluations.items()]
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for _, _, metrics in found for name in metrics))[:40]
+    rows = [
+        (_text(run), _text(file), *(number(metrics[name]) if name in metrics else "" for name in names))
+        for run, file, metrics in found
+    ]
+    return f"<section><h2>Evaluations</h2>{_table(('run', 'file', *map(_text, names)), rows)}</section>"
+
+
+def _processes(runs: Sequence[RunContent]) -> str:
+    """When and where each run was trained, with which versions, and what it said at the start."""
+    rows, notes = [], []
+    for run in runs:
+        for event in run.processes[-MOST_PROCESSES:]:
+            given = event.get("versions")
+            versions = ", ".join(f"{name} {value}" for name, value in given.items()) if isinstance(given, dict) else ""
+            began = event.get("time")
+            when = (
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(began))
+                if is_number(began) and 0 <= began < 2**33
+                else ""
+            )
+            cells = [run.name, when, event["step"]]
+            cells += [event.get(key, "") for key in ("host", "ranks", "device", "precision", "batch", "images")]
+            parameters = event.get("parameters")
+            cells.append(number(parameters) if is_number(parameters) else "")
+            rows.append([_text(str(cell)[:200]) for cell in (*cells, versions)])
+            said = event.get("notes")
+            notes += [f"{run.name}, step {event['step']}: {note}" for note in (said if isinstance(said, list) else [])]
+    if not rows:
+        return ""
+    header = ("run", "began", "at step", "host", "ranks", "device", "precision", "batch", "images", "parameters")
+    listed = "".join(f"<li>{_text(note[:1000])}</li>" for note in dict.fromkeys(notes))
+    said = f"<p>Notes:</p><ul>{listed}</ul>" * bool(listed)
+    return f"<section><h2>Processes</h2>{_table((*header, 'versions'), rows)}{said}</section>"
 
 
 def _settings(runs: Sequence[RunContent]) -> str:

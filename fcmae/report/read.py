@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from fcmae.status import RunStatus, is_number, read_config, read_status
 MAX_METRICS = 2**30
 """Bytes of a metrics file."""
 MAX_LINE = 2**16
+MAX_EVENTS = 2**24
+"""Bytes of the file of processes."""
+MOST_EVALUATIONS = 20
 PICTURE_WIDTH, PICTURE_BYTES, MAX_PICTURE = 960, 2_400_000, 2**25
 """Pixels of a picture in the page, bytes of all pictures together, and of a picture file."""
 MOST_PICTURES = 12
@@ -50,6 +55,10 @@ class RunContent:
     hours: float = 0.0
     """Of training, by the logged speed."""
     images: float = 0.0
+    processes: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of ``events.jsonl``: each process that trained."""
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics by the name of their file: what ``fcmae evaluate out=RUN/NAME.json`` and others wrote."""
 
 
 def read_run(folder: str | Path, name: str, picture_bytes: int = PICTURE_BYTES) -> RunContent:
@@ -57,6 +66,8 @@ def read_run(folder: str | Path, name: str, picture_bytes: int = PICTURE_BYTES) 
     status = read_status(folder)
     series, hours, images = _series(status)
     run = RunContent(status, name, series, _settings(status.folder / "config.yaml"), hours=hours, images=images)
+    run.processes = _processes(status.folder / "events.jsonl")
+    run.evaluations = dict(_evaluations(status.folder))
     run.pictures = _pictures(status.folder / "reconstructions", picture_bytes)
     return run
 
@@ -91,14 +102,40 @@ def _lines(path: Path) -> Any:
                     yield {name: value for name, value in given.items() if is_number(value)}
 
 
+def _processes(path: Path) -> list[dict[str, Any]]:
+    """Texts are cut, and what has another type is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for text in read_regular(path, MAX_EVENTS, links=False).splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                given = json.loads(text)
+                if isinstance(given, dict) and is_number(given.get("step")):
+                    found.append(given)
+    return found
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    for path in sorted(folder.glob("*.json"))[:MOST_EVALUATIONS]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            given = json.loads(read_regular(path, MAX_LINE, links=False))
+            numbers = {str(name): value for name, value in given.items() if is_number(value)} if given else {}
+            if numbers and len(numbers) == len(given):
+                yield path.stem, numbers
+
+
 def _settings(path: Path) -> dict[str, str]:
     """The keys of a run's config that differ from the defaults of its command."""
     config = read_config(path)
     command = "finetune" if "objective" in config else "pretrain"
-    schema: PretrainConfig | FinetuneConfig = compose(command, ["data=synthetic"])
-    defaults = dict(_flat(to_dict(schema)))
+    defaults = _defaults(command)
     given = dict(_flat(config))
     return {key: given[key] for key in given if given[key] != defaults.get(key)}
+
+
+@functools.cache
+def _defaults(command: str) -> dict[str, str]:
+    schema: PretrainConfig | FinetuneConfig = compose(command, ["data=synthetic"])
+    return dict(_flat(to_dict(schema)))
 
 
 def _flat(values: Any, prefix: str = "") -> Any:

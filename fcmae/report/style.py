@@ -26,6 +26,7 @@ svg{display:block;width:100%;height:auto}
 svg text{fill:var(--soft);font-size:12px}
 svg .grid{stroke:var(--line)}
 svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg .mark{stroke-dasharray:2 4;opacity:.7}
 svg .at{stroke:var(--soft);stroke-dasharray:3 3}
 .chart output{display:block;min-height:1.4em;font-size:.8rem;color:var(--soft);padding-left:4px}
 .pictures{margin-bottom:18px}

@@ -29,7 +29,7 @@ from fcmae.training.cuda_graphs import use_cuda_graph
 from fcmae.training.exchange import GradientExchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite
 from fcmae.training.profile import StepProfile
-from fcmae.training.run_dir import check_folder, set_results_aside, write_config
+from fcmae.training.run_dir import check_folder, set_results_aside, write_config, write_event
 from fcmae.training.saver import Saver
 from fcmae.training.state import TrainState
 from fcmae.training.step import TrainingStep
@@ -121,6 +121,7 @@ class _Training:
         if not self.cfg.trainer.resume:
             set_results_aside(self.run_dir)
         write_config(self.run_dir, self.config)
+        write_event(self.run_dir, setup.event(self.task, self.plan, self.state, self.world))
         begins = setup.summary(self.task, self.plan, self.state, self.schedule.total_steps, self.world)
         for line in (*self.task.notes, begins):
             say(line)

@@ -13,6 +13,7 @@ from fcmae.data.loading import explained
 from fcmae.distributed import World
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
+from fcmae.loggers.report_page import write_report
 from fcmae.loggers.wandb import wandb_mode
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start, find_start
@@ -98,6 +99,8 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
         task = None if cfg.trainer.budget else world.together(lambda: create(world))
         stop.before_training(run_dir)
         stack.enter_context(_disk_explained(run_dir))
+        if cfg.logger.report and world.is_main:
+            stack.callback(write_report, run_dir)  # once the lock is released: the page says how the run ended
         lock = stack.enter_context(contextlib.closing(RunLock(run_dir)))
         world.on_main(lock.acquire)
         watchdog = Watchdog(cfg.trainer.hang_timeout, run_dir, world.rank, distributed.siblings(world))

@@ -19,7 +19,7 @@ from fcmae.config import RunConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
 from fcmae.loggers.wandb import ID_FILE
-from fcmae.opening import open_regular, open_to_change, read_regular
+from fcmae.opening import open_regular, open_to_append, open_to_change, read_regular
 from fcmae.processes import Process
 from fcmae.training import profile
 
@@ -31,7 +31,9 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
 CONFIG_FILE = "config.yaml"
 MAX_CONFIG = 2**20
 """Bytes of a config file."""
-RESULTS = (CONFIG_FILE, "metrics.jsonl", ENCODER_FILE, "reconstructions", profile.FOLDER)
+EVENTS_FILE = "events.jsonl"
+"""A line for each process that trained: when and where it began, at which step, with which versions."""
+RESULTS = (CONFIG_FILE, "metrics.jsonl", EVENTS_FILE, ENCODER_FILE, "reconstructions", profile.FOLDER)
 """What a run that starts again would overwrite; checkpoints are numbered."""
 HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of locking where another process has the lock. Any other error: this file system has no locks."""
@@ -81,6 +83,12 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     with replacing(run_dir / CONFIG_FILE) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+
+def write_event(run_dir: Path, event: dict[str, Any]) -> None:
+    """Adds a line to ``events.jsonl``. Raises OSError."""
+    with open_to_append(run_dir / EVENTS_FILE) as file:
+        file.write(json.dumps({"time": time.time(), "host": socket.gethostname(), **event}) + "\n")
 
 
 class RunLock:

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fcmae import precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
@@ -17,6 +20,7 @@ from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
 from fcmae.training.state import TrainState
 from fcmae.training.watchdog import Watchdog
+from fcmae.version import versions
 
 
 def create_plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
@@ -86,6 +90,22 @@ def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> Tra
     timeout = cfg.trainer.hang_timeout + Watchdog.GRACE / 2  # the watchdog, which leaves stacks, comes first
     workers = Workers.of(cfg.loader, world, timeout)
     return TrainBatches(task.dataset(), plan, world.rank, steps, workers, skip=cfg.loader.on_error == "skip")
+
+
+def event(task: Task, plan: BatchPlan, state: TrainState, world: World) -> dict[str, Any]:
+    """What ``events.jsonl`` says of a process that begins to train."""
+    device = world.device
+    return {
+        "step": state.step,
+        "images": len(task.source),
+        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "batch": str(plan),
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": task.cfg.precision,
+        "versions": versions(),
+        "notes": list(task.notes),
+    }
 
 
 def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:

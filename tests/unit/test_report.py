@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from fcmae.cli import main
+from fcmae.loggers import report_page
+from fcmae.report import page as page_module
 from fcmae.report.charts import Line, chart, number, thinned, ticks
 from fcmae.report.page import render
 from fcmae.report.read import PICTURE_BYTES, read_run, read_runs
+from tests.conftest import TINY_PRETRAIN
 from tests.unit.test_status import training, write
 
 
@@ -76,7 +79,7 @@ def test_nothing_is_loaded_from_elsewhere_and_names_are_only_text(tmp_path):
 
 def test_the_page_of_a_long_run_is_small(run):
     with (run / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(training(step, 5)) + "\n" for step in range(1, 20_001))
+        file.writelines(json.dumps(training(step, 5)) + "\n" for step in range(20, 1_000_001, 20))
     for step in range(15):
         Image.effect_noise((900, 600), 90).save(run / "reconstructions" / f"noise_{step}.png")
     content = read_run(run, "a")
@@ -87,7 +90,50 @@ def test_the_page_of_a_long_run_is_small(run):
     assert len(page) < 5_000_000
     points = json.loads(Page(page).all("svg")[0]["data-lines"])["lines"][0][1]
     assert len(points) == 400
-    assert points[-1][0] == 20_000
+    assert points[-1][0] == 1_000_000
+
+
+def test_restarts_versions_and_evaluations_are_shown(run):
+    """Whatever is in the files of anybody's run."""
+    events = [
+        {"step": 0, "time": 1.7e9, "host": "a", "ranks": 4, "versions": {"torch": "2.14"}, "notes": ["<b>grey</b>"]},
+        {"step": 50, "time": 1e300, "host": ["b"], "ranks": "many", "versions": 3, "notes": {}},
+    ]
+    (run / "events.jsonl").write_text("\n".join([*map(json.dumps, events), '{"step": NaN}', "[", "{}"]))
+    (run / "result.json").write_text('{"top1": 81.5, "images": 100}')
+    (run / "other.json").write_text('{"top1": [1]}')
+    text = render([read_run(run, "a")])
+    page = Page(text)
+    assert text.count('class="mark"') == len(page.all("svg"))
+    for expected in ("torch 2.14", "a, step 0: <b>grey</b>", "81.5", "result", "A dotted line"):
+        assert expected in page.text
+    assert "other" not in page.text
+    assert not page.all("b")
+
+
+def test_a_run_keeps_its_page(fcmae_here, tmp_path, monkeypatch):
+    """Also where it stops; and a page that cannot be written does not end it."""
+    monkeypatch.setattr(report_page, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(report_page, "SHARE", math.inf)
+    fresh = (*TINY_PRETRAIN, "logger.report=true", "hydra.run.dir=run")
+    writes = []
+    write_page = page_module.write
+    monkeypatch.setattr(page_module, "write", lambda *given: (writes.append(given), write_page(*given)))
+    fcmae_here(*fresh, "trainer.max_steps=2", check=75)
+    assert len(writes) == 3  # after each step, and at the end
+    assert "stopped" in Page((tmp_path / "run" / "report.html").read_text()).text
+
+    def broken(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(page_module, "write", broken)
+    said = fcmae_here(*fresh).stderr
+    assert "ReportPage could not write: no space\n" in said
+    assert "report.html could not be written: no space\n" in said
+    monkeypatch.undo()
+    text = Page(render([read_run(tmp_path / "run", "run")])).text
+    assert "\ndone\n" in text
+    assert "A dotted line" in text
 
 
 def test_damaged_files_are_left_out(run):
