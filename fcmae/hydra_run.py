@@ -42,12 +42,11 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     failures: list[FCMAEError] = []
 
     @hydra.main(config_path=str(config.conf_dir()), config_name=command, version_base="1.3")
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
         nonlocal begun
         begun = True
         if HydraConfig.get().mode != RunMode.RUN:
-            _run_job_of_sweep(command, composed, overrides, action)
-            return
+            return _run_job_of_sweep(command, composed, overrides, action)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
             typed: Any = config.to_typed(composed, config.COMMANDS[command], lambda cfg: check_places(cfg, run_dir))
@@ -59,6 +58,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
                 if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():  # Hydra has created it
                     run_dir.rmdir()
+        return None
 
     program = sys.argv
     first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides
@@ -92,8 +92,11 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     return 0
 
 
-def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], action: Action) -> None:
-    """May run in another process, on another machine. Raises what the job raises: the launcher collects it."""
+def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], action: Action) -> float | None:
+    """May run in another process, on another machine. Raises what the job raises: the launcher collects it.
+
+    Returns the job's score for sweepers that search, see :func:`fcmae.sweep.score`.
+    """
     job = HydraConfig.get()
     run_dir, number = Path(job.runtime.output_dir), int(job.job.num)
 
@@ -108,6 +111,8 @@ def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], 
 
     with sweep.recorded(run_dir, number, list(job.overrides.task)) as metrics:
         _submitted(task) if "SUBMITIT_EXECUTOR" in os.environ else task()
+        result = dict(metrics)
+    return sweep.score(run_dir, result)
 
 
 class SweepFolder(Callback):

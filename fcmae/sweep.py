@@ -12,6 +12,7 @@ from typing import Any
 from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted
 from fcmae.files import write_output
+from fcmae.imports import load
 
 JOB_FILE = "sweep.json"
 """In the directory of a job: its number, overrides, status and metrics."""
@@ -67,6 +68,24 @@ def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[s
             entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or logged(folder)}
             with contextlib.suppress(OSError):
                 (folder / JOB_FILE).write_text(json.dumps(entry) + "\n")
+
+
+def score(folder: Path, metrics: dict[str, Any]) -> float | None:
+    """What a job returns to Hydra, for sweepers that search, such as Optuna's: higher is better.
+
+    Of training the score of the best checkpoint (``val_loss`` with the sign changed, the metric of the objective), or
+    without an evaluation the last loss with the sign changed; of other commands ``top1``, or the first metric.
+    """
+    if metrics:
+        numbers = [float(value) for name, value in metrics.items() if _is_result(name, value)]
+        return float(metrics["top1"]) if "top1" in metrics else next(iter(numbers), None)
+    with contextlib.suppress(FCMAEError, OSError):
+        file = load("fcmae.checkpoints.checkpoint:resolve")(f"{folder}@last")
+        best = load("fcmae.checkpoints.checkpoint:read")(file, mmap=True).get("best")
+        if best is not None:
+            return float(best["score"])
+    loss = logged(folder).get("loss")
+    return None if loss is None else -loss
 
 
 def logged(folder: Path) -> dict[str, float]:

@@ -190,6 +190,18 @@ class LoggerConfig:
     """``auto`` = what WANDB_MODE says, else online with an API key, offline without."""
     project: str = "fcmae"
     """Project of wandb."""
+    entity: str | None = None
+    """Team or user of wandb; None = WANDB_ENTITY, else the account's own."""
+    group: str | None = None
+    """Group of runs in wandb; None = WANDB_RUN_GROUP."""
+    tags: list[str] = field(default_factory=list)
+    """Tags in wandb; none = WANDB_TAGS."""
+    notes: str | None = None
+    """A description in wandb; None = WANDB_NOTES."""
+    job_type: str | None = None
+    """Job type in wandb, such as pretrain; None = WANDB_JOB_TYPE."""
+    artifact: bool = False
+    """Upload encoder.safetensors to wandb at the end of pretraining."""
     tensorboard: bool = False
     """Write TensorBoard's files too (``pip install 'fcmae[tensorboard]'``)."""
     report: bool = False

@@ -131,6 +131,11 @@ class RunLogger:
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         self._each(lambda sink: sink.picture(step, name, image))
 
+    def artifact(self, file: Path) -> None:
+        """Gives a file that the run ends with to the sinks that take files: those with a method ``artifact``."""
+        if file.is_file():
+            self._each(lambda sink: getattr(sink, "artifact", lambda _: None)(file))
+
     def close(self) -> None:
         self._each(lambda sink: sink.close())
 

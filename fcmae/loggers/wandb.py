@@ -82,7 +82,8 @@ class WandbLogger:
         import wandb
 
         given = wandb.setup().settings
-        self._image = wandb.Image
+        self._image, self._artifact = wandb.Image, wandb.Artifact
+        self._uploads = cfg.artifact
         arguments: dict[str, Any] = {"config": without_arguments(config), "mode": mode}
         if not given.project or cfg.project != LoggerConfig().project:
             arguments["project"] = cfg.project
@@ -92,6 +93,9 @@ class WandbLogger:
             arguments["id"] = _run_id(run_dir / ID_FILE)
         if not given.resume:
             arguments["resume"] = "allow"
+        for name in ("entity", "group", "tags", "notes", "job_type"):
+            if getattr(cfg, name):
+                arguments[name] = getattr(cfg, name)
         if "WANDB_DIR" not in os.environ:
             arguments["dir"] = run_dir
         if "WANDB_SILENT" not in os.environ:
@@ -112,7 +116,14 @@ class WandbLogger:
         self._run.log(metrics, step=self._at(step))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
-        self._run.log({name: self._image(image)}, step=self._at(step))
+        self._run.log({name: self._image(image, caption=f"step {step}")}, step=self._at(step))
+
+    def artifact(self, file: Path) -> None:
+        """Uploads the encoder of a run that is done, with ``logger.artifact``."""
+        if self._uploads:
+            artifact = self._artifact(f"encoder-{self._run.id}", type="model")
+            artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
 
     def close(self) -> None:
         self._run.finish()

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fcmae import memory
+from fcmae.checkpoints.encoder import ENCODER_FILE
 from fcmae.checkpoints.resume import newest_state, say
 from fcmae.config import to_dict
 from fcmae.data.loading import TrainBatches
@@ -179,17 +180,19 @@ class _Training:
                     self._save()
             self.stop.close()
             self.world.on_main(self.saver.finish)
+            over = self._is_over()
+            stopped = (state.step < self.schedule.total_steps and not over) or state.evaluation_due
+            if self.world.is_main and self.verdict != Verdict.FAIL and not stopped:
+                self.task.finish(self.run_dir, state.average, state.step)
+                self.logger.artifact(self.run_dir / ENCODER_FILE)
         if self.verdict == Verdict.FAIL:
             raise SaveError(
                 f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)"
             )
-        over = self._is_over()
         if over and self.world.is_main:
             say(_why_over(state, self.schedule.total_steps))
-        if (state.step < self.schedule.total_steps and not over) or state.evaluation_due:
+        if stopped:
             raise Interrupted(_why_stopped(state.step, stop_step, self.schedule.total_steps, self.stop, self.run_dir))
-        if self.world.is_main:
-            self.task.finish(self.run_dir, state.average, state.step)
         return self.checkpoints.path(state.step)
 
     def _advance(self) -> float:

@@ -35,7 +35,8 @@ class CommError(Exception):
 class Fake:
     """wandb, as far as it is used: settings from the environment, and what its runs were started with."""
 
-    Image = staticmethod(lambda image: image)
+    Image = staticmethod(lambda image, caption: image)
+    Artifact = staticmethod(lambda name, type: SimpleNamespace(name=name, files=[]))
     errors = SimpleNamespace(Error=Exception, CommError=CommError)
 
     def __init__(self):
@@ -162,6 +163,15 @@ def test_what_the_user_set_for_wandb_comes_first(monkeypatch, tmp_path, capsys, 
     assert wandb.started.pop() == {"mode": "online", "config": {}}
     WandbLogger("online", LoggerConfig(project="asked"), "mine", tmp_path, {})
     assert wandb.started.pop()["project"] == "asked"
+
+
+def test_runs_are_described_as_the_config_says(tmp_path, wandb):
+    """Keys that are not set leave it to the variables of wandb."""
+    said = {"entity": "team", "group": "g", "tags": ["a", "b"], "notes": "n", "job_type": "j"}
+    WandbLogger("online", LoggerConfig(**said), "mine", tmp_path, {})
+    assert said.items() <= wandb.started.pop().items()
+    WandbLogger("online", LoggerConfig(), "mine", tmp_path, {})
+    assert not said.keys() & wandb.started.pop().keys()
 
 
 def test_a_server_that_is_not_reached_is_no_reason_to_stop(tmp_path, capsys, wandb):
