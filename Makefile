@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference docs demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference docs release demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))

@@ -1,4 +1,4 @@
-"""The built wheel, installed into an environment of its own, runs from any folder."""
+"""The wheel, built from the sdist and installed into an environment of its own, runs from any folder."""
 
 import os
 import subprocess
@@ -11,13 +11,14 @@ import pytest
 from tests.conftest import TINY_PRETRAIN
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Path:
     """A virtual environment with the wheel. The dependencies, gigabytes of them, come from the running one by path."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     wheel = next(folder.glob("*.whl"))
