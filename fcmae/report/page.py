@@ -115,7 +115,7 @@ def _summary(runs: Sequence[RunContent]) -> str:
 def _duration(hours: float) -> str:
     for unit, size in (("d", 48.0), ("h", 1.0), ("min", 1 / 60)):
         if hours >= size:
-            return f"{number(hours / (24 if unit == 'd' else size))} {unit}"
+            return f"{hours / (24 if unit == 'd' else size):.3g} {unit}"
     return f"{number(round(3600 * hours))} s"
 
 
