@@ -5,7 +5,8 @@ OUT ?= demo
 DATA ?=
 BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Without --no-compile pip compiles all of torch; Python compiles what it imports.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference docs release demo-data clean
 
