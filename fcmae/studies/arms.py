@@ -271,6 +271,7 @@ def evaluating(plan: Plan, run_dir: Any) -> EvaluateConfig:
         precision=cfg.precision,
         device=cfg.trainer.device,
         allow=named,
+        report=None,
     )
 
 
