@@ -43,4 +43,4 @@ def test_versions_and_files_agree():
     assert {name for extra in extras for name in extra.split(",")} <= project["optional-dependencies"].keys()
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["fcmae"]
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    assert "%runscript" in (ROOT / "fcmae.def").read_text()
+    assert "%runscript" in (ROOT / "apptainer.def").read_text()
