@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fcmae.errors import UsageError
@@ -97,6 +97,20 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     import torch
 
     return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A block without TF32, for products that need all bits of float32."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def set_tf32(precision: str) -> None:

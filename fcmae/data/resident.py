@@ -5,10 +5,9 @@ of matrices, the weights of torch's antialiased bicubic filter. For uint8, weigh
 on a CPU; a pixel in some thousands differs by one level.
 """
 
-import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from fcmae.data.decoded import GIB, DecodedImages, check_fits
 from fcmae.data.pixels.crops import Box
 from fcmae.data.sources.base import Relabelled
 from fcmae.messages import print_rank0
+from fcmae.precision import full_precision, no_autocast
 
 CHUNK = 2**28
 """Bytes of float32 pixels that are resized at once."""
@@ -67,7 +67,7 @@ class Resident:
         channels = torch.tensor(self.channels, device=device)
         parts = []
         # Whatever precision training has, these products are exact enough.
-        with torch.autocast(device.type, enabled=False), _full_precision(device):
+        with no_autocast(device), full_precision(device):
             for start in range(0, len(index), step):
                 of, box = moved_index[start : start + step], moved[start : start + step]
                 window = _windows(values, first[of], widths[of], box, (rows, cols), self.images.channels, channels)
@@ -120,20 +120,6 @@ def pack_windows(windows: Sequence[Window]) -> PackedWindows:
     images = [window.image for window in windows for _ in window.boxes]
     boxes = [box[:7] for window in windows for box in window.boxes]
     return PackedWindows(windows[0].resident, torch.tensor(images), torch.tensor(boxes))
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """A block without TF32, which has too few bits for the values of pixels times weights."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 def _windows(

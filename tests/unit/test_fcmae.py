@@ -183,7 +183,12 @@ def graphs(monkeypatch, backend):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 @pytest.mark.parametrize(
     ("engine", "decoder", "backend"),
-    [("packed", "light", "eager"), ("masked", "light", "eager"), ("packed", "unet", "aot_eager")],
+    [
+        ("packed", "light", "eager"),
+        ("masked", "light", "eager"),
+        ("packed", "unet", "aot_eager"),
+        pytest.param("masked", "light", "aot_eager", marks=pytest.mark.slow),
+    ],
 )
 def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, backend, graphs):
     """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again.
