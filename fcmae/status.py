@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -218,7 +218,7 @@ def _is_final(folder: Path, steps: list[int]) -> bool:
     return False
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a file is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
