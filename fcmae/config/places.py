@@ -111,11 +111,14 @@ def _check_checkpoint(key: str, path: str) -> None:
 def check_outputs(cfg: CheckpointConfig) -> None:
     """A mistake for each output that cannot be written, is also an input, or is named twice; makes their folders."""
     used = [cfg.checkpoint, *(path for path in (getattr(cfg, "labels", None),) if path is not None)]
-    report = getattr(cfg, "report", None)
-    files = {key: getattr(cfg, key, None) for key in ("out", "per_class", "confusion")}
-    files["report"] = None if report in (None, "run") else os.path.join(report, "metrics.json")
-    if files["report"] and os.path.isdir(report) and os.listdir(report) and not os.path.isfile(files["report"]):
-        mistake(f"report must be a new folder, or one with an older report (metrics.json); {report!r} has other files")
+    report: str | None = getattr(cfg, "report", None)
+    files: dict[str, str | None] = {key: getattr(cfg, key, None) for key in ("out", "per_class", "confusion")}
+    if report is not None and report != "run":
+        files["report"] = metrics = os.path.join(report, "metrics.json")
+        if os.path.isdir(report) and os.listdir(report) and not os.path.isfile(metrics):
+            mistake(
+                f"report must be a new folder, or one with an older report (metrics.json); {report!r} has other files"
+            )
     for key, path in files.items():
         if path is not None:
             try:
