@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fcmae.config.own import MULTIPLE, SIDE, strides
 from fcmae.data.pixels.scientific import TYPES
 
 if TYPE_CHECKING:
     from fcmae.doctor.dataset import Seen
 
-SIDE = 224
-"""The image size of larger images."""
-STRIDE = 32
-"""The patch of the default network, of which an image size is a multiple."""
-SMALL = 160
-"""Images below this size need a smaller patch."""
 VARYING = 1.0
 """An image's mean differs from that of others by more than this many of its own deviations: it needs its own."""
 TAIL = 4.0
@@ -56,10 +52,12 @@ def _type(alike: Sequence[Seen], dtype: str) -> list[tuple[str, str]]:
 
 def _size(seen: Sequence[Seen]) -> list[tuple[str, str]]:
     side = int(np.median([min(one.size) for one in seen]))
-    size = SIDE if side >= SIDE else max(STRIDE, side // STRIDE * STRIDE)
+    size = min(SIDE, max(MULTIPLE, side // MULTIPLE * MULTIPLE))
     keys = [(f"data.image_size={size}", f"the median of the shorter sides is {side} px")]
-    if size < SMALL:
-        keys.append(("model.stem_stride=2", "or a smaller total stride, for images below 160 px (docs/network.md)"))
+    steps = strides(size)
+    if steps is not None:
+        given = ",".join(map(str, steps))
+        keys.append((f"model.strides=[{given}]", f"a total stride of {math.prod(steps)}, since the images are small"))
     return keys
 
 
