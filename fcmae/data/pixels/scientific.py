@@ -1,5 +1,6 @@
 """Files of scientific images: .npy, and TIFF with any number of channels (``fcmae[tiff]``)."""
 
+import functools
 import importlib.util
 import io
 import logging
@@ -33,12 +34,15 @@ SMALL = CHUNK // 16
 
 def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     """A .npy file as ``[C, H, W]``: of ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``. Raises ValueError."""
-    file = io.BytesIO(data)
-    shape, dtype = npy_header(file)
-    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+    digits = 2 if data[6:7] == b"\1" else 4
+    length = 8 + digits + int.from_bytes(data[8 : 8 + digits], "little")
+    shape, order, dtype = _parsed(data[:length])
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize > len(data) - length:
         raise ValueError("it is cut off")
-    file.seek(0)
-    pixels = np.load(file, allow_pickle=False)
+    pixels = np.frombuffer(data, dtype, count, length).reshape(shape, order="F" if order else "C").copy()
     if pixels.ndim == 2:
         pixels = pixels[None]
     if pixels.ndim != 3:
@@ -48,17 +52,27 @@ def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     _check_channels(len(pixels), in_chans, expected)
     if not pixels.size:
         raise ValueError(f"its shape is {list(pixels.shape)}: it has no pixels")
-    return _native(pixels)
+    return native(pixels)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """As :func:`npy_header`, and whether columns come first. The files of a data set mostly have the same header."""
+    return _npy_header(io.BytesIO(header))
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type; the pixels follow in the file. Raises ValueError for damage, and for structured arrays."""
+    shape, _, dtype = _npy_header(file)
+    return shape, dtype
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"its .npy version is {version}; must be 1.0 or 2.0")
-    shape, _, dtype = readers[version](file)
-    return shape, dtype
+    return readers[version](file)
 
 
 def tiff_channels(data: bytes) -> int:
@@ -106,7 +120,7 @@ def read_tiff(data: bytes, in_chans: int, expected: str, max_pixels: int, floats
         for page in series.pages:
             _check_segments(data, page or series.keyframe, max_pixels)
         order = sorted(range(len(series.axes)), key=lambda i: "YX".find(series.axes[i]))
-        pixels = _native(series.asarray().transpose(order).reshape(-1, height, width))
+        pixels = native(series.asarray().transpose(order).reshape(-1, height, width))
         return _upright(pixels, int(series.keyframe.tags.valueof(ORIENTATION, 1)))
 
 
@@ -132,7 +146,8 @@ def _check_channels(count: int, in_chans: int, expected: str) -> None:
         raise ValueError(f"it has {counted(count, 'channel')}; {expected}")
 
 
-def _native(pixels: np.ndarray) -> np.ndarray:
+def native(pixels: np.ndarray) -> np.ndarray:
+    """The same numbers in the byte order of this machine."""
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # torch has no other byte order
 
 
