@@ -28,6 +28,8 @@ SUFFIX = ".safetensors"
 TASK = "encoder"
 """What the state that :func:`read` gives is of."""
 KEYS = {"model": UNSET["model"], "data": (*UNSET["data"], "pad", "crop_pct")}
+PLAIN = {"dtype": "uint", "normalize": "dataset", "low": None, "high": None}
+"""What all images were before these keys came."""
 MOST_JSON = 2**16
 """Characters."""
 
@@ -84,7 +86,7 @@ def read(path: Path, weights: bool = True) -> State:
     in_chans = network.pop("in_chans")
     state = {"task": TASK, "model": tensors, "ema": None, "imported_from": path.name}
     if "fcmae" not in metadata:
-        unknown = [name for name in UNSET["data"] if name not in ("in_chans", "dtype")]  # version 0.1.0 had uint only
+        unknown = [name for name in UNSET["data"] if name not in ("in_chans", *PLAIN)]
         network |= {"strides": None, "timm": None}  # version 0.1.0 had timm's only
         return {**state, "config": {"model": network, "data": {"in_chans": in_chans}}, "unknown": unknown}
     said = _said(path, metadata["fcmae"])
@@ -116,7 +118,7 @@ def _said(path: Path, text: str) -> dict[str, Any]:
         said = json.loads(text if len(text) <= MOST_JSON else "")
         check_plain(said)
         said["model"] = {"strides": None, "timm": None, **said["model"]}  # which earlier versions lack
-        said["data"] = {"dtype": "uint", **said["data"]}
+        said["data"] = {**PLAIN, **said["data"]}
         if any(set(said[group]) != set(names) for group, names in KEYS.items()) or type(said["step"]) is not int:
             raise ValueError("unknown keys")
         if any(not isinstance(value, str) for value in said["versions"].values()):

@@ -105,6 +105,9 @@ def steps(data: DataConfig) -> str:
         lines.append("std = (channels - mean[:, None]).square().nanmean(1).sqrt()")
         mean, fixed = "mean.float()[:, None, None]", "mean.tolist(), std.tolist()"
     if data.marks is not None:
+        white = (255 if data.bit_depth == 8 else 65535) if whole else 0
+        if white and data.normalize != "image":  # as stored
+            mean = f"torch.tensor({[round(white * value) / white for value in data.mean]})[:, None, None]"
         lines.append(f"imgs = torch.where(missing, {mean}, imgs)")
     if data.fit == "pad":
         lines += [
@@ -114,6 +117,10 @@ def steps(data: DataConfig) -> str:
             "imgs[..., : window.shape[2], : window.shape[3]] = window",
             f"imgs = F.normalize(imgs, {fixed}){clip}",
         ]
+        return "\n".join(lines)
+    if data.marks is not None:
+        lines += _resized_with_holes(data, mean)
+        lines.append(f"imgs = F.normalize(imgs, {fixed}){clip}")
         return "\n".join(lines)
     if data.pad:
         lines.append(f"imgs = F.pad(imgs, [{data.pad}])")
@@ -130,6 +137,37 @@ def steps(data: DataConfig) -> str:
         f"imgs = F.normalize(imgs, {fixed}){clip}",
     ]
     return "\n".join(lines)
+
+
+def _resized_with_holes(data: DataConfig, mean: str) -> list[str]:
+    """Python code that crops and resizes, and replaces what is resized from pixels without a value, too."""
+    height, width = data.size
+    lines = [
+        "def reads(missing, dim, side):  # whether the filter reads a missing pixel",
+        "    before = missing.shape[dim]",
+        "    if before == side:",
+        "        return missing",
+        "    centre = before / side * (torch.arange(side, dtype=torch.float64) + 0.5)",
+        "    reach = 2 * max(before / side, 1)",
+        "    first, end = (centre - reach + 0.5).long().clamp(min=0), (centre + reach + 0.5).long().clamp(max=before)",
+        "    counts = torch.nn.functional.pad(missing.movedim(dim, -1).cumsum(-1), (1, 0))",
+        "    return (counts[..., end] > counts[..., first]).movedim(-1, dim)",
+        "",
+    ]
+    if max(data.size) < WARP_FROM:
+        lines += [
+            f"scale = {data.crop_pct} * min(imgs.shape[2] / {height}, imgs.shape[3] / {width})",
+            f"rows, cols = max(1, round(scale * {height})), max(1, round(scale * {width}))",
+            "top, left = (imgs.shape[2] - rows) // 2, (imgs.shape[3] - cols) // 2",
+            "imgs, missing = (x[..., top : top + rows, left : left + cols] for x in (imgs, missing))",
+        ]
+    limits = ".clamp(0, 1)" * (data.dtype == "uint")
+    return [
+        *lines,
+        f"imgs = F.resize(imgs, [{height}, {width}], InterpolationMode.BICUBIC, antialias=True){limits}",
+        f"missing = reads(reads(missing, 2, {height}), 3, {width})",
+        f"imgs = torch.where(missing, {mean}, imgs)",
+    ]
 
 
 def _missing(data: DataConfig) -> str:

@@ -86,6 +86,9 @@ def data_keys():
         "in_chans": 3,
         "bit_depth": 8,
         "dtype": "uint",
+        "normalize": "dataset",
+        "low": None,
+        "high": None,
         "mean": [0.5] * 3,
         "std": [0.2] * 3,
         "pad": 0,
@@ -136,6 +139,15 @@ def test_metadata_that_nobody_wrote_is_refused(file, changes, message):
     damaged(file, fcmae=said(file, **changes))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(file)
+
+
+def test_keys_that_came_later_are_those_of_all_files_before(file):
+    expected = checkpoint.read(file)["config"]
+    text = json.loads(said(file))
+    for group, later in (("model", ("strides", "timm")), ("data", encoder.PLAIN)):
+        text[group] = {name: value for name, value in text[group].items() if name not in later}
+    damaged(file, fcmae=json.dumps(text))
+    assert checkpoint.read(file)["config"] == expected
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "9" * 5000, "[" * 60000, '{"model": 1, "data": 2}', " " * 70000])

@@ -178,7 +178,7 @@ OTHER = (
 TAKEN = (
     "taken from init_from: model.backbone=convnextv2_atto model.depths=[1, 1, 1, 1] model.dims=[8, 12, 16, 24] "
     "model.stem_stride=1 data.in_chans=2 data.bit_depth=12 data.dtype=uint data.image_size=[32, 48] "
-    "data.mean=[0.3, 0.4] data.std=[0.1, 0.2]"
+    "data.normalize=dataset data.mean=[0.3, 0.4] data.std=[0.1, 0.2]"
 )
 
 
@@ -196,7 +196,7 @@ def test_network_and_images_are_those_of_init_from_where_they_are_not_set(tmp_pa
     assert task.notes[2:] == [
         f"data.pad is 2; {tmp_path}/own.pt was trained with 0",
         "taken from init_from: model.backbone=convnextv2_atto model.depths=[1, 1, 1, 1] model.dims=[8, 12, 16, 24] "
-        "data.in_chans=2 data.dtype=uint data.std=[0.1, 0.2]",
+        "data.in_chans=2 data.dtype=uint data.normalize=dataset data.std=[0.1, 0.2]",
         f"data.bit_depth is 8; {tmp_path}/own.pt was trained with 12",
         f"data.image_size is [64, 64]; {tmp_path}/own.pt was trained with [32, 48]",
     ]
