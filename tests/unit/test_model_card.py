@@ -52,7 +52,7 @@ def test_the_steps_give_our_pixels(tmp_path, monkeypatch, in_chans, image_size, 
     kind = np.uint8 if data.bit_depth == 8 else np.uint16
     white = 2**data.bit_depth - 1
     pixels = np.random.default_rng(0).integers(white // 4, 3 * white // 4, (data.layout.of, *raw)).astype(kind)
-    for channel, mark in zip(data.layout.input, data.marks or [], strict=False):
+    for channel, mark in zip(data.layout.input or (), data.marks or (), strict=False):
         if mark is not None:  # other sharp edges would show the rounding between the two passes of a resize
             pixels[channel, 5:20, 10:30] = mark
     np.save(tmp_path / "FILE.npy", pixels)
