@@ -125,7 +125,7 @@ def block(found: list[Recipe], speeds: Speeds) -> str:
     if unknown:
         names = ",".join(f"convnextv2_{recipe.size}" for recipe in unknown)
         engine = "packed" if unknown[0].task == "pretrain" else "timm"
-        lines.append("not measured; the speed is told by")
+        lines.append("not measured; measure the speed by")
         lines.append(f"fcmae bench step models=[{names}] engines=[{engine}] image_size={unknown[0].cfg.data.size[0]}")
     return "".join(f"{line}\n" for line in (HEADING, *(f"#   {line}" for line in lines)))
 
