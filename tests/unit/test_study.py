@@ -279,6 +279,7 @@ def test_less_is_better_keeps_its_own_sign_in_the_table():
 def test_processes_share_the_cells(here, monkeypatch):
     """Two processes, as on two GPUs, measure what one does; one that fails says why."""
     monkeypatch.setattr(processes, "devices", lambda plan: ["", ""])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: other numbers of threads round otherwise
     plan = make_plan(compose("study", [*STUDY[1:-1], "labels=[2]", "seeds=1", "arms=[scratch,finetuned]"]))
     cells.begin(plan, here / "study")
     done = {}
