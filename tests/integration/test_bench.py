@@ -23,6 +23,7 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert report["config"]["batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_step_takes_the_decoder(capsys):
     assert main([*STEP, "engines=[packed]", "decoder=unet", "pred_patch_size=4", "repeats=1", "warm_up=1"]) == 0
     assert "convnextv2_atto   packed" in capsys.readouterr().out
@@ -37,6 +38,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_scaling_measures_one_and_two_ranks(tmp_path):
     sizes = ("models=[convnextv2_atto]", "batch_size=2", "image_size=64", "repeats=3", "warm_up=1", "ranks=[1,2]")
     run_python(
@@ -93,6 +95,7 @@ def photo_folder(folder):
     return f"photos={folder / 'photos'}"
 
 
+@pytest.mark.slow
 def test_data_compares_reading_with_torchvision_and_feeds_a_step(tmp_path, capsys, monkeypatch):
     tiny = {"decoder_embed_dim": 16, "depths": (1, 1, 1, 1)}
     monkeypatch.setattr(feed, "FCMAE", functools.partial(feed.FCMAE, **tiny))
@@ -153,6 +156,7 @@ def test_a_mistake_in_scaling_is_named(override, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_step_measures_the_price_of_targets(tmp_path, capsys):
     kinds = "targets=[pixels,hog,laplacian,labels,teacher]"
     args = ("engines=[packed]", "repeats=1", "warm_up=1", "teacher=test_vit", "--json", str(tmp_path / "step.json"))

@@ -48,7 +48,7 @@ def alone(folder):
     return run_python(folder, "commands.py", "1")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks(folder, alone, ranks):
     together = run_python(folder, "commands.py", str(ranks), ranks=ranks)
     expected = json.loads(alone.stdout)

@@ -58,6 +58,7 @@ def test_transformers(runs, tmp_path, capsys):
     made.assert_same(made.weights_in(tmp_path / "back.pt"), Network.read(runs / "fine").weights)
 
 
+@pytest.mark.slow
 def test_finetuning_and_evaluation_go_on_from_what_was_imported(runs, tmp_path, fcmae):
     main(["export", str(runs / "pre"), "--to", "official", "--out", str(tmp_path / "out"), "--no-check"])
     for file in ("checkpoint-3.pth", "convnextv2_atto_fcmae.pt"):

@@ -46,6 +46,7 @@ def weights(run):
     return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
 
 
+@pytest.mark.slow
 def test_the_examples_train_resume_evaluate_and_export(fcmae_here, here):
     for command, name in ((PRETRAIN, "pre"), ((*FINETUNE, "init_from=pre"), "fine")):
         fcmae_here(*command, f"hydra.run.dir={name}")

@@ -41,6 +41,7 @@ def test_signals_stop_a_run_that_resumes_bit_exactly(fcmae, tmp_path):
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 28))
 
 
+@pytest.mark.slow
 def test_a_signal_at_start_up_is_not_lost(tmp_path):
     """Before torch is imported."""
     args = ("-m", "fcmae.cli", *TINY_PRETRAIN, "hydra.run.dir=run")

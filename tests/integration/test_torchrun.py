@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import TINY_PRETRAIN, run_python
 from tests.faults.runs import wait_until
 from tests.integration.test_commands import metrics
@@ -21,6 +23,7 @@ def start(folder, *args):
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_stops_its_ranks_and_75_comes_back(tmp_path):
     (tmp_path / "tmp").mkdir()
     args = (*TINY_PRETRAIN, "schedule.epochs=400", "trainer.eval_every_epochs=400")

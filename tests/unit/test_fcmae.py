@@ -186,14 +186,15 @@ def graphs(monkeypatch, backend):
     [
         ("packed", "light", "eager"),
         ("masked", "light", "eager"),
-        ("packed", "unet", "aot_eager"),
+        ("packed", "unet", "eager"),
+        pytest.param("packed", "unet", "aot_eager", marks=pytest.mark.slow),
         pytest.param("masked", "light", "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, backend, graphs):
     """A graph break is an error (fullgraph); a stage's blocks share one graph, and no step compiles again.
 
-    One case also traces the gradients, which takes as long again.
+    Two slow cases also trace the gradients, which takes as long again.
 
     A process may compile more networks than torch expects of one.
     """
@@ -212,6 +213,7 @@ def test_regions_are_compiled_once_for_all_blocks_and_steps(engine, decoder, bac
     assert graphs.frame_count == compiled  # evaluation runs as it is
 
 
+@pytest.mark.slow
 def test_the_whole_model_compiles_into_one_graph():
     model = FCMAE("convnextv2_atto", decoder_embed_dim=16, depths=(1, 1, 1, 1))
     counter = CompileCounterWithBackend("aot_eager")

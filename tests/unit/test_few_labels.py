@@ -95,7 +95,8 @@ def test_the_network_begins_as_the_probe(layer):
     torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kept", [pytest.param("probe", marks=pytest.mark.slow), "finetuned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["probe", "finetuned"])
 def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
     """Stopped in the first fold and in the last training. A fold that is done is not trained again."""
     probe_is_best = kept == "probe"

@@ -232,7 +232,7 @@ def test_without_init_from_unset_keys_have_their_standard_values():
             compose("finetune", [*UNTOLD, wrong])  # before anything is read
 
 
-@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("gone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_with_a_checkpoint_of_its_own_does_not_look_at_init_from(tmp_path, monkeypatch, gone):
     """It may have been moved, replaced or damaged; what was taken from it is known. Resuming equals never stopping."""
     file, common = tmp_path / "pretrained.pt", (*UNTOLD, "optim.ema_decay=0.5", f"init_from={tmp_path}/pretrained.pt")

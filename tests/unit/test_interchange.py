@@ -22,6 +22,7 @@ from tests import interchange as made
 from tests.conftest import read_golden
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_timms():
     for name in SIZES:
         with torch.device("meta"):

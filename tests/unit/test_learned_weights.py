@@ -68,6 +68,7 @@ def newest(folder):
     return checkpoint.read(checkpoint.resolve(folder))
 
 
+@pytest.mark.slow
 def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=whole")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)

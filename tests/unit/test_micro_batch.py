@@ -126,7 +126,13 @@ def test_on_a_cpu_it_is_the_whole_share(task, monkeypatch):
     assert look(task).micro_batch_size == 8
 
 
-@pytest.mark.parametrize("command", [TINY_PRETRAIN, (*TINY_FINETUNE, *MIXED)], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(TINY_PRETRAIN, id="pretrain", marks=pytest.mark.slow),
+        pytest.param((*TINY_FINETUNE, *MIXED), id="finetune"),
+    ],
+)
 def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, capsys):
     """To the bit; and it says and records what it found. On resuming it looks again."""
     limit(5)

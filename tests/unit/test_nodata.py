@@ -353,6 +353,7 @@ def losses(folder):
     return torch.tensor([[line["loss_map"], line["loss_pixels"]] for line in lines if "loss" in line])
 
 
+@pytest.mark.slow
 def test_a_run_with_no_data_resumes_and_fits_any_layout(tmp_path, fcmae_here, fcmae):
     fcmae_here(*RUN, "hydra.run.dir=whole")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)

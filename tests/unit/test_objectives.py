@@ -109,6 +109,7 @@ def test_an_objective_may_take_the_head_of_timm(fcmae_here, here):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1)
 
 
+@pytest.mark.slow
 def test_an_objective_from_a_file_trains_resumes_evaluates_and_exports(fcmae_here, here):
     args, target = finetune("Maps"), "mine.py:Maps"
     fcmae_here(*args, "hydra.run.dir=whole")

@@ -42,12 +42,13 @@ def run_literally(file: Path, imgs: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(outputs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        pytest.param("convnextv2_atto", {"num_classes": 5}, marks=pytest.mark.slow),
+        ("convnextv2_atto", {"num_classes": 5}),
         ("convnextv2_tiny", {"num_classes": 5, "in_chans": 4, "patch_size": 2}),
-        pytest.param("convnext_tiny", {"num_classes": 5, "in_chans": 1, "patch_size": 1}, marks=pytest.mark.slow),
+        ("convnext_tiny", {"num_classes": 5, "in_chans": 1, "patch_size": 1}),
     ],
 )
 def test_a_classifier_of_any_batch_and_size(tmp_path, name, kwargs):

@@ -31,6 +31,7 @@ def newest(folder, run):
     return checkpoint.read(CheckpointDir(folder / run).paths()[-1])
 
 
+@pytest.mark.slow
 def test_parts_are_logged_and_classes_of_a_checkpoint_need_to_be_allowed(files, fcmae_here):
     args = (*TINY_PRETRAIN, "schedule.epochs=1", "schedule.warmup_epochs=0", *overrides(MASK), *overrides(WITH_PIXELS))
     fcmae_here(*args, "hydra.run.dir=run")

@@ -102,6 +102,7 @@ def recorded(run: Path) -> tuple[str, str]:
     return config["precision"], state["config"]["precision"]
 
 
+@pytest.mark.slow
 def test_a_run_records_what_it_chose_and_goes_on_with_it(tmp_path, capsys):
     """Also one of a version whose default was bf16 on a CPU."""
     new, old = f"hydra.run.dir={tmp_path}/new", f"hydra.run.dir={tmp_path}/old"

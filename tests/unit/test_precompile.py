@@ -65,6 +65,7 @@ gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 
 """What a step launches on 7 images, on a GPU that only compiles."""
 
 
+@pytest.mark.slow
 def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkeypatch):
     """What is compiled for one image is all that a launch on a batch needs.
 

@@ -14,7 +14,7 @@ def _soon(monkeypatch):
     monkeypatch.setattr(profile, "WARM_UP", 3)
 
 
-@pytest.mark.parametrize(("steps", "recorded"), [(2, [3, 4]), (9, [3, 4, 5])])
+@pytest.mark.parametrize(("steps", "recorded"), [pytest.param(2, [3, 4], marks=pytest.mark.slow), (9, [3, 4, 5])])
 def test_the_steps_after_the_warm_up_are_recorded(fcmae_here, tmp_path, steps, recorded):
     run = (*TINY_PRETRAIN, "schedule.epochs=2", "trainer.eval_every_epochs=null")
     done = fcmae_here(*run, f"trainer.profile_steps={steps}", "hydra.run.dir=run")

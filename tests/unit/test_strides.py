@@ -125,8 +125,10 @@ def test_layer_decay_counts_any_stages(depths):
 
 @pytest.mark.parametrize(
     ("strides", "sizes"),
-    [([2, 2, 2, 2], ()), ([4, 2, 2], ("model.depths=[1,1,1]", "model.dims=[8,12,16]"))],
-    ids=["16", "three stages"],
+    [
+        pytest.param([2, 2, 2, 2], (), id="16", marks=pytest.mark.slow),
+        pytest.param([4, 2, 2], ("model.depths=[1,1,1]", "model.dims=[8,12,16]"), id="three stages"),
+    ],
 )
 def test_from_pretraining_to_features(strides, sizes, tmp_path, capsys):
     """Pretraining, resuming, the encoder file, fine-tuning, and what each export says."""
