@@ -29,6 +29,8 @@ RISE = 1.2
 """The loss rises if its mean is this many times its lowest mean."""
 STALL = 0.01
 """The loss stalls if it falls by a smaller share than this from the warm-up to the middle of the schedule."""
+LEAST_STEPS = 20
+"""Before this step no network has learned anything."""
 HELPS = "a lower optim.lr or a longer schedule.warmup_epochs usually helps"
 
 
@@ -111,7 +113,7 @@ class MeanPatch:
         self.done = False
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
-        if not world.is_main or self.done or step <= self.warmup_steps:
+        if not world.is_main or self.done or step <= max(self.warmup_steps, LEAST_STEPS):
             return
         self.done = True
         was_training = self.model.training
