@@ -51,15 +51,19 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_while_it_starts_it_says_so_in_a_line(tmp_path, number):
-    """A terminal signals the whole group, in which processes are that only just start."""
+    """A terminal signals the whole group, in which processes are that only just start.
+
+    There are so many images that the command does not end before the signal on a busy machine.
+    """
     (tmp_path / "images").mkdir()
-    for i in range(200):
-        (tmp_path / "images" / f"{i:03d}.png").write_bytes(encoded(picture(200, 200, seed=i), "PNG"))
+    pictures = [encoded(picture(200, 200, seed=i), "PNG") for i in range(50)]
+    for i in range(1000):
+        (tmp_path / "images" / f"{i:03d}.png").write_bytes(pictures[i % 50])
 
     def stop_after(folder, shards):
         process = start(folder, *COMMAND, "data.path=../images", "loader.workers=2")
         said = folder / "stderr.txt"
-        wait_until(lambda: "200 images in 100 tar files" in said.read_text())
+        wait_until(lambda: "1000 images in 500 tar files" in said.read_text())
         wait_until(lambda: finished_shards(folder / "out") >= int(shards))
         os.killpg(process.pid, number)
         assert process.wait(limit(60)) == 1, said.read_text()
