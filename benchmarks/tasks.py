@@ -177,7 +177,7 @@ class Run:
 
 
 def images_of(task: str, folder: Path, name: str, val: str = "") -> list[str]:
-    """The keys of the training images in the list ``name``; with ``val="val_"`` those of the validation images."""
+    """The keys that name the training images of the list ``name``, or with ``val="val_"`` the validation images."""
     if task == "detect":
         return [f"data.{val}path={folder / 'images'}", f"data.{val}annotations={folder / name}.json"]
     return [f"data.{val}path={folder / name}{'_blurred' if task == 'translate' else ''}.csv"]

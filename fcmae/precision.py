@@ -102,6 +102,8 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """A block without TF32, for products that need all bits of float32."""
+    import torch
+
     if device.type != "cuda":
         yield
         return

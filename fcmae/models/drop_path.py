@@ -40,7 +40,7 @@ class SampleDropPath(DropPath):
 
 
 class SampleDropout2d(nn.Dropout2d):
-    """``torch.nn.Dropout2d``, likewise: each draw is a function of the sample's key, of ``layer`` and the channel."""
+    """``torch.nn.Dropout2d``: each draw is a function of the sample's key, of ``layer`` and the channel."""
 
     def __init__(self, p: float, layer: int, keys: SampleKeys) -> None:
         super().__init__(p)

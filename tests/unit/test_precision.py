@@ -123,3 +123,10 @@ def test_fine_tuning_and_evaluation_settle_it_too(tmp_path, capsys):
     assert recorded(tmp_path / "run") == ("float32", "float32")
     assert main(["evaluate", f"checkpoint={tmp_path}/run"]) == 0
     assert capsys.readouterr().err.count("\nprecision=auto takes float32 on the CPU\n") == 1
+
+
+def test_full_precision_ends_with_its_block():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with precision.full_precision(torch.device("cuda")):
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32
