@@ -207,8 +207,8 @@ class CheckpointConfig:
     ``random``: random weights of the network of group ``model``."""
     data: DataOverrides = field(default_factory=DataOverrides)  # type: ignore[valid-type]  # made above
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    batch_size: int = 256
-    """Images per rank at once."""
+    batch_size: int | None = None
+    """Images per rank at once. null = 256; 16 whole images or windows where a network predicts maps or boxes."""
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = as in a new run."""
     device: str = "auto"
@@ -229,6 +229,10 @@ class CheckpointConfig:
         known = (*CHANNELS, *(() if "name" in given else ("label_column",)))
         alone = {name: value for name, value in given.items() if name not in known}
         from_dict(DataConfig, alone, prefix="data")
+
+    def at_once(self, dense: bool = False) -> int:
+        """Images per rank at once; ``dense`` if the network predicts maps or boxes, which take more memory."""
+        return self.batch_size or (16 if dense else 256)
 
     def merge_data(self, own: DataConfig | dict[str, Any]) -> DataConfig:
         """The checkpoint's data config, or the keys that it knows, overridden by the command line.

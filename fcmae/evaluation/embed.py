@@ -242,7 +242,7 @@ def _share(
     blank = torch.zeros(1, data.in_chans, *data.size, device=world.device)
     with torch.inference_mode(), autocast(world.device, cfg.precision):
         yield network(blank)[:0].float(), torch.empty(0, dtype=torch.int64, device=world.device)
-    for imgs, _, places in batches(source, data, cfg.loader, cfg.batch_size, world):
+    for imgs, _, places in batches(source, data, cfg.loader, cfg.at_once(), world):
         with torch.inference_mode(), autocast(world.device, cfg.precision):
             values = network(imgs).float()
         yield values, places

@@ -55,7 +55,7 @@ def predict_boxes(
     check("--out", out, out is None or Path(out).suffix in ENDINGS, expected)
     check_canvas(data, network.model)
     done: list[tuple[int, Found, list[dict[str, Any]]]] = []
-    for batch in found_in(network.model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world):
+    for batch in found_in(network.model, source, data, cfg.loader, cfg.at_once(dense=True), cfg.precision, world):
         done += [
             (place, each._replace(masks=None), rows(each, (size[2], size[3])))
             for place, each, size in zip(batch.places.tolist(), batch.found, batch.sizes, strict=True)

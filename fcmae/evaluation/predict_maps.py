@@ -57,7 +57,7 @@ def predict_maps(
     dataset = EvaluationImages(source, WholeImage(data, cfg.loader.max_pixels))
     stream = batches(source, data, cfg.loader, 1, world, dataset)
     run = network_of(network.model.eval(), network.objective, world, cfg.precision)
-    windows = Windows(data.size, data.window_overlap, cfg.batch_size)
+    windows = Windows(data.size, data.window_overlap, cfg.at_once(dense=True))
     maps, done = [], []
     for image, predicted in over_windows(run, stream, windows):
         place, final = int(image.places), network.objective.final(predicted).cpu()

@@ -86,7 +86,8 @@ def opened(cfg: CheckpointConfig) -> Iterator[tuple[World, Path, State]]:
 def _how_to_shrink(cfg: CheckpointConfig) -> str:
     """What to change where memory runs out."""
     steps = f" or train_batch_size (now {cfg.train_batch_size})" if isinstance(cfg, ProbeConfig) else ""
-    return f"batch_size is {cfg.batch_size}; set a smaller one{steps}"
+    now = cfg.batch_size or f"{cfg.at_once()}, or {cfg.at_once(dense=True)} for maps and boxes"
+    return f"batch_size is {now}; set a smaller one{steps}"
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
             say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
         how: dict[str, Any] = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
-        extractor = Extractor(backbone.to(world.device), data, world, cfg.batch_size, cfg.precision, **how)
+        extractor = Extractor(backbone.to(world.device), data, world, cfg.at_once(), cfg.precision, **how)
         random = cfg.checkpoint == RANDOM
         if cfg.cache is None or is_foreign(cfg.checkpoint) or (random and cfg.cache == "run"):
             yield extractor, extractor
@@ -193,7 +194,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
         share = recorder = Recorder(
-            predictions(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world, target=objective.target),
+            predictions(model, source, data, cfg.loader, cfg.at_once(), cfg.precision, world, target=objective.target),
             world,
         )
         if accepted is not None:
@@ -230,7 +231,7 @@ def _evaluate_maps(
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
         model = model_of(state, file, ema, cfg.allow).to(world.device)
         check_image_size(data, model)
-        how = (data, cfg.loader, cfg.batch_size, cfg.precision)
+        how = (data, cfg.loader, cfg.at_once(dense=True), cfg.precision)
         errors = Errors(objective)
         metrics = objective.metrics(whole_predictions(model, objective, source, *how, world, look=errors), world)
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
@@ -262,9 +263,8 @@ def _evaluate_boxes(
     for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
         model = model_of(state, file, ema, cfg.allow).to(world.device)
         check_canvas(data, model)
-        metrics = objective.metrics(
-            detections(model, source, data, cfg.loader, cfg.batch_size, cfg.precision, world), world
-        )
+        found = detections(model, source, data, cfg.loader, cfg.at_once(dense=True), cfg.precision, world)
+        metrics = objective.metrics(found, world)
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
     finish(world.from_main(lambda: folder_of(cfg.report, file)), result, state.get("classes") or [], world)
     return result if world.is_main else None

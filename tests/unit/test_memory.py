@@ -96,7 +96,7 @@ def test_in_evaluate(runs, monkeypatch, capsys):
     monkeypatch.setattr("fcmae.evaluation.run.predictions", no_memory)
     line = fails(["evaluate", f"checkpoint={runs}/fine"], capsys)
     assert line.startswith("fcmae evaluate: out of memory on the CPU")
-    assert "batch_size is 256; set a smaller one" in line
+    assert "batch_size is 256, or 16 for maps and boxes; set a smaller one" in line
 
 
 @pytest.mark.parametrize(
