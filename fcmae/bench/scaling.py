@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,23 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[Scaling
 
 def _spawn(cfg: ScalingConfig) -> dict[str, Any] | None:
     """Measures in as many processes as the largest number of ranks asks for."""
-    device = distributed.pick_device(cfg.device)
-    there = torch.cuda.device_count() if device.type == "cuda" else 2
-    size = _counts(cfg, there if device.type == "cuda" or not cfg.ranks else max(cfg.ranks))[-1]
+    there = gpus_or(max(cfg.ranks or [2]), cfg.device)
+    return spawn(_measure_all, cfg, cfg.device, _counts(cfg, there)[-1])
+
+
+def gpus_or(number: int, device: str) -> int:
+    """The GPUs of this machine, or ``number`` where ``device`` is a CPU."""
+    return torch.cuda.device_count() if distributed.pick_device(device).type == "cuda" else number
+
+
+def spawn(
+    measure: Callable[[Any, World], dict[str, Any] | None], cfg: Any, device: str, size: int
+) -> dict[str, Any] | None:
+    """What ``measure`` returns on the first rank of ``size`` processes of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_spawned, args=(cfg, size, port, results), nprocs=size)
+    mp.spawn(_spawned, args=(measure, cfg, device, size, port, results), nprocs=size)
     return results.get()
 
 
@@ -131,12 +141,12 @@ def _counts(cfg: ScalingConfig, most: int) -> list[int]:
     return counts
 
 
-def _spawned(rank: int, cfg: ScalingConfig, size: int, port: int, results: Any) -> None:
+def _spawned(rank: int, measure: Callable, cfg: Any, device: str, size: int, port: int, results: Any) -> None:
     """One of the processes, in the environment that torchrun would give it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = distributed.connect(cfg.device)
-    report = _measure_all(cfg, world)
+    world = distributed.connect(device)
+    report = measure(cfg, world)
     distributed.disconnect()
     if rank == 0:
         results.put(report)

@@ -6,7 +6,8 @@ it together with the backward pass.
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,22 +22,32 @@ LAST_SHARE = 1 / 32
 class Bucket:
     """Parameters whose gradients are exchanged together, in one flat buffer."""
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
+    def __init__(self, params: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
         self.params = params
+        self.group = group
         sizes = [p.numel() for p in params]
-        self.flat = torch.zeros(sum(sizes), dtype=params[0].dtype, device=params[0].device)
-        self.views = [_as(part, p) for part, p in zip(self.flat.split(sizes), params, strict=True)]
+        self.flat = self.allocate(sum(sizes))
+        parts = self.flat[: sum(sizes)].split(sizes)
+        self.views = [_as(part, p) for part, p in zip(parts, params, strict=True)]
         self.missing: set[Tensor] = set()
         """Parameters whose gradients are not there yet."""
-        self.work: dist.Work | None = None
+        self.work: Any = None
+
+    def allocate(self, numel: int) -> Tensor:
+        """A buffer of zeros for that many values; it may be longer."""
+        return torch.zeros(numel, dtype=self.params[0].dtype, device=self.params[0].device)
 
     @torch.no_grad()
-    def launch(self, group: dist.ProcessGroup | None) -> None:
+    def launch(self) -> None:
         """Starts the sum over the ranks."""
         grads = [p.grad for p in self.params if p.grad is not None]
         if any(grad is not view for grad, view in zip(grads, self.views, strict=True)):
             torch._foreach_copy_(self.views, grads)
-        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+        self.work = self.all_reduce()
+
+    def all_reduce(self) -> Any:
+        """Starts the sum of ``flat`` over the ranks; what it returns has a ``wait()``."""
+        return dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self) -> None:
         """Puts the sum into ``.grad``; on a GPU only the stream waits."""
@@ -61,13 +72,18 @@ class GradientExchange:
         model: its parameters that require gradients must all get one in every backward pass.
         size: number of ranks in ``group``. For a mean over ranks, each divides its loss by it.
         group: the ranks; None = all.
+        bucket: how a bucket sums.
     """
 
     def __init__(
-        self, model: nn.Module, size: int, group: dist.ProcessGroup | None = None, bucket_bytes: int = BUCKET_BYTES
+        self,
+        model: nn.Module,
+        size: int,
+        group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        bucket: Callable[[list[nn.Parameter], dist.ProcessGroup | None], Bucket] = Bucket,
     ) -> None:
         self.size = size
-        self.group = group
         self.buckets: list[Bucket] = []
         self._active = False
         self._next = 0
@@ -75,7 +91,7 @@ class GradientExchange:
             return
         broadcast(model, group)
         self.names = {param: name for name, param in model.named_parameters() if param.requires_grad}
-        self.buckets = [Bucket(params) for params in _split(list(self.names)[::-1], bucket_bytes)]
+        self.buckets = [bucket(params, group) for params in _split(list(self.names)[::-1], bucket_bytes)]
         self._bucket: dict[Tensor, Bucket] = {param: bucket for bucket in self.buckets for param in bucket.params}
         for param in self.names:
             param.register_post_accumulate_grad_hook(self._arrived)
@@ -116,7 +132,7 @@ class GradientExchange:
             return
         self._bucket[param].missing.discard(param)
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
-            self.buckets[self._next].launch(self.group)
+            self.buckets[self._next].launch()
             self._next += 1
 
 

@@ -101,7 +101,7 @@ def test_gradients_keep_the_strides_of_their_parameters():
     bucket = Bucket([exchanged])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        bucket.launch(None)
+        bucket.launch()
         bucket.finish()
     finally:
         dist.destroy_process_group()
