@@ -154,7 +154,7 @@ class Bench:
             exchange=exchange,
         )
         if "forward" in options and self.on_gpu:
-            step.backward.WARM_UP = 11  # type: ignore[misc]  # DDP lays out its buckets in its first passes
+            step.backward.warm_up = 11  # type: ignore[union-attr]  # DDP lays out its buckets in its first passes
         variant = Variant(name, step, options.get("update", self.optimizer.step))
         step([self.batches[0]])
         variant.grads = [p.grad for p in self.params]

@@ -94,6 +94,9 @@ class TrainerConfig:
     """torch.compile; None = on a GPU only."""
     cuda_graph: bool | None = None
     """Replay steps from a CUDA graph; None = where it can be: on GPUs, not in fp16, not with engine=timm."""
+    exchange: str = "own"
+    """What sums gradients over several ranks: ``own`` (fcmae/training/exchange.py), or ``ddp``, torch's
+    DistributedDataParallel. Both give the same result (docs/scale.md)."""
     device: str = "auto"
     """``auto`` = cuda if there is one, else cpu."""
     deterministic: bool = False
@@ -149,6 +152,7 @@ class TrainerConfig:
         ok = self.budget is None or seconds_of(self.budget) > 0
         check("trainer.budget", self.budget, ok, "a time such as 90s, 30min or 8h, or null")
         check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "a number of seconds up to 1e7")
+        check_one_of("trainer.exchange", self.exchange, ("own", "ddp"))
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_not_negative("trainer.max_skipped", self.max_skipped)

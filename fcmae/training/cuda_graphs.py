@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, check_cuda_graph, graph_obstacles
 from fcmae.engines import HOST_BOUND
-from fcmae.training.exchange import GradientExchange
+from fcmae.training.exchange import GradientExchange, TorchDDP
 
 Result = TypeVar("Result")
 Pass = Callable[[Sequence[Tensor], bool], Result]
@@ -20,6 +20,10 @@ Pass = Callable[[Sequence[Tensor], bool], Result]
 
 Whether the batch is the last of an optimizer step says whether gradients are exchanged between ranks.
 """
+
+
+WARM_UP = 3
+"""Passes before the recording: they compile, and let libraries choose and allocate."""
 
 
 class EagerBackward(Generic[Result]):
@@ -54,16 +58,18 @@ class GraphedBackward(Generic[Result]):
         exchange: what ``run`` exchanges gradients with, between several ranks.
     """
 
-    WARM_UP = 3
-    """Passes before the recording: they compile, and let libraries choose and allocate."""
-
     def __init__(
-        self, run: Pass[Result], model: nn.Module, accumulate: bool = False, exchange: GradientExchange | None = None
+        self,
+        run: Pass[Result],
+        model: nn.Module,
+        accumulate: bool = False,
+        exchange: GradientExchange | TorchDDP | None = None,
     ) -> None:
         self.run = run
         self.model = model
         self.accumulate = accumulate
         self.exchange = exchange if exchange is not None and exchange.size > 1 else None
+        self.warm_up = WARM_UP if exchange is None else exchange.warm_up
         self.batch: list[Tensor] = []
         self.recorded: dict[bool, tuple[torch.cuda.CUDAGraph, Result]] = {}
         """The graph and what it returns, whose tensors each replay fills; with and without an exchange, where there are
@@ -97,7 +103,7 @@ class GraphedBackward(Generic[Result]):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UP):
+            for _ in range(self.warm_up):
                 self.model.zero_grad(set_to_none=True)
                 self.run(self.batch, True)
         torch.cuda.current_stream().wait_stream(stream)

@@ -1,12 +1,13 @@
 """Sums gradients over the ranks, bucket by bucket, during the backward pass.
 
-Like torch's DistributedDataParallel, but made of tensor operations and collectives only, so that a CUDA graph records
-it together with the backward pass.
+:class:`GradientExchange` is made of tensor operations and collectives only, so that a CUDA graph records it together
+with the backward pass. :class:`TorchDDP` is torch's DistributedDataParallel. Both compute the same.
 """
 
 import contextlib
+import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,11 +63,19 @@ class Bucket:
             param.grad = view
 
 
+Loss = Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""The loss of a micro-batch and its parts by name."""
+
+
 class GradientExchange:
     """Sums the gradients of a model over ``size`` ranks, which start with the weights of the first.
 
     Buckets are filled from the output of the model to its input, as gradients come, and start in that order on every
     rank. With one rank there is nothing to do.
+
+    Attributes:
+        averages: whether the mean over the ranks is taken, and not the sum: then losses are not divided by ``size``.
+        warm_up: passes before a CUDA graph can record one.
 
     Args:
         model: its parameters that require gradients must all get one in every backward pass.
@@ -74,6 +83,8 @@ class GradientExchange:
         group: the ranks; None = all.
         bucket: how a bucket sums.
     """
+
+    averages, warm_up = False, 3
 
     def __init__(
         self,
@@ -96,9 +107,13 @@ class GradientExchange:
         for param in self.names:
             param.register_post_accumulate_grad_hook(self._arrived)
 
+    def through(self, loss: Loss) -> Loss:
+        """The function that computes a loss to be exchanged."""
+        return loss
+
     @contextlib.contextmanager
     def __call__(self, last: bool = True) -> Iterator[None]:
-        """Runs the backward pass of a micro-batch in its block; exchanges gradients if it is the ``last`` of a step.
+        """Runs both passes of a micro-batch in its block; exchanges gradients if it is the ``last`` of a step.
 
         Raises RuntimeError naming a parameter that got no gradient, without which its bucket cannot start.
         """
@@ -134,6 +149,66 @@ class GradientExchange:
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             self.buckets[self._next].launch()
             self._next += 1
+
+
+class TorchDDP:
+    """The same by torch's DistributedDataParallel, with its usual buckets."""
+
+    averages, warm_up = True, 11  # it lays out its buckets in the first pass, and measures itself in the first ten
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        self.model, self.size = model, size
+        self.wrapped: nn.parallel.DistributedDataParallel | None = None
+        self._views: list[tuple[nn.Parameter, Tensor]] = []
+
+    def through(self, loss: Loss) -> Loss:
+        """``loss``, called by DistributedDataParallel, which starts with the weights of the first rank."""
+        import torch._dynamo
+
+        torch._dynamo.config.optimize_ddp = False  # regions are compiled as without it
+        device = next(self.model.parameters()).device
+        options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        no_buffers: dict[str, Any] = {name: False}  # none is sent in a step
+        # A CUDA graph can record it if it was made on a stream of its own.
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                _LossModule(self.model, loss), gradient_as_bucket_view=True, **no_buffers
+            )
+        return lambda batch: self.wrapped(*batch)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def __call__(self, last: bool = True) -> Iterator[None]:
+        """As :meth:`GradientExchange.__call__`; a parameter without a gradient is an error of the next pass."""
+        assert self.wrapped is not None
+        if not last:
+            with self.wrapped.no_sync():
+                yield
+            return
+        yield
+        self._views = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+
+    def attach(self) -> None:
+        """As :meth:`GradientExchange.attach`, after a pass that was exchanged."""
+        for param, view in self._views:
+            param.grad = view.zero_()
+
+
+class _LossModule(nn.Module):
+    """A loss as the forward pass of a module with the parameters of ``model``."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(batch)
+
+
+def create_exchange(kind: str, model: nn.Module, size: int) -> GradientExchange | TorchDDP:
+    """The exchange that ``trainer.exchange`` names; between one rank there is none."""
+    return TorchDDP(model, size) if kind == "ddp" and size > 1 else GradientExchange(model, size)
 
 
 def _as(part: Tensor, param: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from fcmae.training import fit_micro_batch as micro_batch
 from fcmae.training import setup
 from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from fcmae.training.cuda_graphs import use_cuda_graph
-from fcmae.training.exchange import GradientExchange
+from fcmae.training.exchange import create_exchange
 from fcmae.training.finite import FiniteGuard, act_on_non_finite
 from fcmae.training.profile import StepProfile
 from fcmae.training.run_dir import check_folder, set_results_aside, write_config, write_event
@@ -153,7 +153,7 @@ class _Training:
             self.cfg.precision,
             accum_steps=plan.accum_steps,
             graphed=self.graphed,
-            exchange=GradientExchange(task.model, world.size),
+            exchange=create_exchange(self.cfg.trainer.exchange, task.model, world.size),
             scaler=self.state.scaler,
         )
 

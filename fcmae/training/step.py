@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fcmae.precision import autocast
 from fcmae.tasks.task import Losses
 from fcmae.training.cuda_graphs import EagerBackward, GraphedBackward
-from fcmae.training.exchange import GradientExchange
+from fcmae.training.exchange import GradientExchange, TorchDDP
 from fcmae.training.finite import infectious
 
 
@@ -34,20 +34,21 @@ class TrainingStep:
         *,
         accum_steps: int = 1,
         graphed: bool = False,
-        exchange: GradientExchange | None = None,
+        exchange: GradientExchange | TorchDDP | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.device, self.accum_steps = device, accum_steps
-        ranks = 1 if exchange is None else exchange.size
+        ranks = 1 if exchange is None or exchange.averages else exchange.size
         exchanging: Callable = contextlib.nullcontext if exchange is None else exchange
+        loss = loss if exchange is None else exchange.through(loss)
 
         # Not a method: whoever holds it would hold the step, and a loop's loader with it.
         def run_pass(batch: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
-            with autocast(device, precision):
-                value, parts = loss(batch)
-                value = value / accum_steps
-            shown = {f"loss_{name}": part.detach() / accum_steps for name, part in parts.items() if len(parts) > 1}
             with exchanging(last):
+                with autocast(device, precision):
+                    value, parts = loss(batch)
+                    value = value / accum_steps
+                shown = {f"loss_{name}": part.detach() / accum_steps for name, part in parts.items() if len(parts) > 1}
                 shared = infectious(value) / ranks
                 (shared if scaler is None else scaler.scale(shared)).backward()
             return {"loss": value.detach(), **shown}

@@ -53,15 +53,15 @@ for task in (Pretraining, Finetuning):
 """,
     "gradient": """
 import torch, fcmae.training.loop as loop
-exchange = loop.GradientExchange
-def poisoned(model, *args):
+exchange = loop.create_exchange
+def poisoned(kind, model, size):
     def hook(grad):
         global calls
         calls += 1
         return grad * float("nan") if calls == 8 and RANK == 1 else grad
     next(p for p in model.parameters() if p.ndim == 4).register_hook(hook)
-    return exchange(model, *args)
-loop.GradientExchange = poisoned
+    return exchange(kind, model, size)
+loop.create_exchange = poisoned
 """,
 }
 

@@ -1,5 +1,6 @@
 """Gradients summed over ranks: the same as one process computes from the whole batch, in any buckets."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,9 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fcmae.config import compose
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.plan import BatchPlan, Padding
+from fcmae.distributed import World
+from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.cuda_graphs import EagerBackward
-from fcmae.training.exchange import Bucket, GradientExchange, _split
-from tests.conftest import relative_error, run_python
+from fcmae.training.exchange import Bucket, GradientExchange, _split, create_exchange
+from fcmae.training.finite import FiniteGuard
+from fcmae.training.state import TrainState
+from fcmae.training.step import TrainingStep
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error, run_python
 
 RANKS = 2
 
@@ -43,8 +53,62 @@ def gradients(model: nn.Module, rank: int, ranks: int, bucket_bytes: int = 2**20
     return [p.grad.clone() for p in model.parameters()]
 
 
+class Run:
+    """A task of padded micro-batches on two ranks; ``step`` takes the exchange to step with."""
+
+    def __init__(self, task_type: type, overrides: tuple[str, ...]) -> None:
+        sizes = ("optim.global_batch_size=7", "trainer.micro_batch_size=2", "optim.clip_grad=0.5")
+        cfg = compose(overrides[0], [*overrides[1:], *sizes])
+        torch.manual_seed(0)
+        self.task, rank = task_type(cfg), dist.get_rank()
+        self.world = World(rank, RANKS, rank, RANKS, torch.device("cpu"))
+        self.plan = BatchPlan.create(24, 7, 2, RANKS, cfg.seed, cfg.data.crops_per_image, self.task.pairs)
+        self.task.prepare(self.plan)
+        assert self.plan.padding
+        assert self.plan.accum_steps > 1
+        self.padding = Padding(self.plan, rank, self.world.device)
+        self.state = TrainState.create(self.task.model, cfg, self.world)
+        self.state.optimizer.param_groups[0]["lr"] = 1e-2
+        self.guard = FiniteGuard(self.world.device)
+        self.task.model.train()
+
+    def step(self, kind: str, poisoned: bool = False) -> None:
+        """One optimizer step; ``poisoned``: with an infinite loss in the first micro-batch of the last rank."""
+        task, plan, state, rank = self.task, self.plan, self.state, self.world.rank
+        batches = TrainBatches(task.dataset(), plan, rank, range(state.step, state.step + 1), Workers())
+        micro = range(plan.accum_steps)
+        drawn = [self.padding(m, [*next(batches), *task.draw(state.step, plan.read(m, rank))]) for m in micro]
+        passes: list[int] = []
+
+        def loss(batch):
+            passes.append(len(passes))
+            value, parts = task.loss(task.model, batch[:-1], batch[-1])
+            return (value + torch.inf if poisoned and rank == RANKS - 1 and passes == [0] else value), parts
+
+        exchange = create_exchange(kind, task.model, RANKS)
+        step = TrainingStep(
+            task.model, loss, self.world.device, "float32", accum_steps=plan.accum_steps, exchange=exchange
+        )
+        state.update(step(drawn)["loss"], self.guard, 0.5, self.world)
+
+    def bits(self) -> str:
+        """The weights and the optimizer's state, and whether a step was found not to be finite."""
+        optimizer = self.state.optimizer.state.values()
+        tensors = [*self.task.model.parameters(), *(t for values in optimizer for t in values.values())]
+        held = b"".join(t.detach().numpy().tobytes() for t in tensors)
+        return f"{hashlib.sha256(held).hexdigest()} {self.guard.first_bad_step(self.world)}"
+
+
+def bits_of(task_type: type, overrides: tuple[str, ...], kinds: str) -> str:
+    """After three steps with these exchanges, the last one with an infinite loss on one rank."""
+    run = Run(task_type, overrides)
+    for number, kind in enumerate(kinds.split()):
+        run.step(kind, poisoned=number == 2)
+    return run.bits()
+
+
 def on_a_rank() -> None:
-    """Writes ``[gradients, error, what was left]`` to a file in the current folder."""
+    """Writes ``[gradients, error, what was left, bits]`` to a file in the current folder."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     found = {size: gradients(network(rank), rank, RANKS, size) for size in (4, 1000, 2**20)}
@@ -60,16 +124,23 @@ def on_a_rank() -> None:
             model[:3](torch.ones(1, 6)).sum().backward()
     except RuntimeError as caught:
         error = str(caught)
+    bits = [
+        [bits_of(*task, kinds) for kinds in ("own own own", "ddp ddp ddp", "own ddp own")]
+        for task in ((Pretraining, TINY_PRETRAIN), (Finetuning, TINY_FINETUNE))
+    ]
     dist.destroy_process_group()
     numbers = {size: [grad.tolist() for grad in grads] for size, grads in found.items()}
-    Path(f"{rank}.json").write_text(json.dumps([numbers, error, left]))
+    Path(f"{rank}.json").write_text(json.dumps([numbers, error, left, bits]))
 
 
 def test_ranks_compute_the_gradient_of_the_whole_batch(tmp_path):
     run_python(tmp_path, "-c", "from tests.unit.test_exchange import on_a_rank; on_a_rank()", ranks=RANKS)
     answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
     whole = gradients(network(0), 0, 1)
-    for found, error, left in answers:
+    for found, error, left, bits in answers:
+        for own, ddp, changed in bits:
+            assert own == ddp == changed, "torch's DistributedDataParallel computes something else"
+            assert own.endswith(" 2"), "an infinite loss of one rank must reach all"
         for grads in found.values():
             for grad, reference in zip(grads, whole, strict=True):
                 assert relative_error(torch.tensor(grad), reference) < 1e-6
