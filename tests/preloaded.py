@@ -49,6 +49,7 @@ _LOCK = threading.Lock()
 _ENVIRONMENT = dict(os.environ)
 """Of this process, before any test changes it."""
 TO_RANKS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+READY = b"!"
 GRACE = 30
 """Seconds that ranks have to end after one has failed or a signal came, as under torchrun."""
 
@@ -107,16 +108,27 @@ class Process:
 
 
 @functools.cache
-def _server() -> tuple[subprocess.Popen, socket.socket]:
-    """The server, which this starts, and the socket to it. It ends with this process, and its processes with it."""
+def _server() -> tuple[subprocess.Popen, socket.socket, float]:
+    """The server, which this starts, the socket to it, and after how many seconds it was ready.
+
+    It ends with this process, and its processes with it.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    began = time.monotonic()
     with theirs:
         command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
         env = {**_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
     atexit.register(server.wait)
     atexit.register(ours.close)  # comes first
-    return server, ours
+    assert ours.recv(1) == READY
+    return server, ours, time.monotonic() - began
+
+
+def start_seconds() -> float:
+    """How long it took to start Python, import everything and compose a config: how slow this machine is."""
+    with _LOCK:
+        return _server()[2]
 
 
 def cpu_seconds() -> float:
@@ -262,6 +274,7 @@ def main(control: socket.socket) -> None:
         compose(command, groups)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     gc.freeze()
+    control.send(READY)
     request = _serve(control)
     if request is None:
         return

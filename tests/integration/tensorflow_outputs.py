@@ -1,4 +1,4 @@
-"""Run by test_tensorflow.py in its own environment: prints how far Transformers 4 is from the outputs in FOLDER."""
+"""Run by test_tensorflow.py in its own environment: prints how far Transformers 4 is from the outputs in FOLDERS."""
 
 import json
 import os
@@ -7,15 +7,13 @@ import sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import tensorflow as tf
+import torch
 import transformers
 from safetensors.numpy import load_file
 
-folder = sys.argv[1]
-ours = load_file(f"{folder}/ours.safetensors")
-kind = "ForImageClassification" if "logits" in ours else "Model"
 
-
-def largest_differences(outputs):
+def largest_differences(ours, outputs):
     """By our name of each output that the class has."""
     theirs = {"logits": "logits", "features": "last_hidden_state", "pooled": "pooler_output"}
     return {
@@ -25,23 +23,18 @@ def largest_differences(outputs):
     }
 
 
-def tensorflow_outputs():
-    import tensorflow as tf
-
-    model = getattr(transformers, f"TFConvNextV2{kind}").from_pretrained(folder)
-    return model(tf.constant(ours["imgs"]), training=False)
-
-
-def torch_outputs():
-    import torch
-
-    model = getattr(transformers, f"ConvNextV2{kind}").from_pretrained(folder).eval()
+def differences(folder):
+    """By the class of Transformers."""
+    ours = load_file(f"{folder}/ours.safetensors")
+    name = "ConvNextV2" + ("ForImageClassification" if "logits" in ours else "Model")
+    of_tensorflow = getattr(transformers, f"TF{name}").from_pretrained(folder)
+    of_torch = getattr(transformers, name).from_pretrained(folder).eval()
     with torch.no_grad():
-        return model(torch.from_numpy(ours["imgs"]))
+        found = of_torch(torch.from_numpy(ours["imgs"]))
+    return {
+        f"TF{name}": largest_differences(ours, of_tensorflow(tf.constant(ours["imgs"]), training=False)),
+        name: largest_differences(ours, found),
+    }
 
 
-result = {
-    f"TFConvNextV2{kind}": largest_differences(tensorflow_outputs()),
-    f"ConvNextV2{kind}": largest_differences(torch_outputs()),
-}
-print(json.dumps(result))
+print(json.dumps([differences(folder) for folder in sys.argv[1:]]))

@@ -56,7 +56,8 @@ def rows(run: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
         for file in sorted((folder / to).glob("*.p*t*")) or [folder / to]:
             yield f"{to} {file.name}" if file.is_file() else to, str(check), round_trip(network, to, file, folder)
         if to == "transformers" and "FCMAE_TF_PYTHON" in os.environ:
-            for name, found in outputs(os.environ["FCMAE_TF_PYTHON"], folder / to, network).items():
+            (differences,) = outputs(os.environ["FCMAE_TF_PYTHON"], {folder / to: network})
+            for name, found in differences.items():
                 yield name, f"transformers 4.37.2: {max(found.values()):.1e}", "same files"
 
 

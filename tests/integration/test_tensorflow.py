@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -39,34 +40,42 @@ def python(tmp_path_factory):
     return python
 
 
-def outputs(python: str, folder: Path, network: Network) -> dict[str, dict[str, float]]:
-    """For each class of Transformers 4 the largest difference of each output from ours."""
-    imgs = network.fixed_input()
-    tensors = {"imgs": imgs, **network.outputs(imgs)}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "ours.safetensors")
+def outputs(python: str, networks: Mapping[Path, Network]) -> list[dict[str, dict[str, float]]]:
+    """By folder, for each class of Transformers 4, the largest difference of each output from ours.
+
+    One process reads all folders: importing TensorFlow takes longest.
+    """
+    for folder, network in networks.items():
+        imgs = network.fixed_input()
+        tensors = {"imgs": imgs, **network.outputs(imgs)}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "ours.safetensors")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, str(SCRIPT), str(folder)]
+    command = [python, str(SCRIPT), *map(str, networks)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+EXPECTED = {
+    "fine": {"TFConvNextV2ForImageClassification": {"logits"}, "ConvNextV2ForImageClassification": {"logits"}},
+    "pre": {"TFConvNextV2Model": {"features", "pooled"}, "ConvNextV2Model": {"features", "pooled"}},
+}
+
+
 @pytest.mark.tf
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("in_chans", "stride"), [(3, 4), (4, 1)])
-def test_transformers_4(python, tmp_path, in_chans, stride):
-    data = made.data_config(in_chans)
-    made.finetuned(tmp_path / "fine.pt", data, stem_stride=stride)
-    made.pretrained(tmp_path / "pre.pt", data, stem_stride=stride)
-    for kind, expected in (
-        ("fine", {"TFConvNextV2ForImageClassification": {"logits"}, "ConvNextV2ForImageClassification": {"logits"}}),
-        ("pre", {"TFConvNextV2Model": {"features", "pooled"}, "ConvNextV2Model": {"features", "pooled"}}),
-    ):
-        folder = tmp_path / kind
-        export(tmp_path / f"{kind}.pt", "transformers", folder, check=False)
-        found = outputs(python, folder, Network.read(tmp_path / f"{kind}.pt"))
+def test_transformers_4(python, tmp_path):
+    networks = {}
+    for in_chans, stride in ((3, 4), (4, 1)):
+        data = made.data_config(in_chans)
+        for kind, make in (("fine", made.finetuned), ("pre", made.pretrained)):
+            folder = tmp_path / f"{kind}-{in_chans}"
+            make(tmp_path / f"{folder.name}.pt", data, stem_stride=stride)
+            export(tmp_path / f"{folder.name}.pt", "transformers", folder, check=False)
+            networks[folder] = Network.read(tmp_path / f"{folder.name}.pt")
+    for folder, found in zip(networks, outputs(python, networks), strict=True):
         print(found)
-        assert {name: set(differences) for name, differences in found.items()} == expected
+        assert {name: set(differences) for name, differences in found.items()} == EXPECTED[folder.name.split("-")[0]]
         assert max(max(differences.values()) for differences in found.values()) < TOLERANCE
 
 

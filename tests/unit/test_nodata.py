@@ -5,6 +5,7 @@ import math
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from fcmae.data.sources.own import Own
 from fcmae.errors import ConfigError, ImageError
 from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
-from fcmae.targets import Channels, Hog, Laplacian, Pixels
+from fcmae.targets import Channels, Hog, Laplacian, Pixels, Seen, part
 from tests.conftest import TINY_PRETRAIN
 
 TYPES = (torch.uint8, torch.uint16, torch.float32)
@@ -266,8 +267,6 @@ def test_what_is_stored_where_there_is_no_value_changes_no_bit_of_loss_and_gradi
 
 @pytest.mark.parametrize("name", ["pixels", "channel", "none"])
 def test_statistics_and_loss_are_of_the_pixels_with_a_value(name):
-    from fcmae.targets import Seen, part
-
     target, side = TARGETS[name](patch_size=8, in_chans=2), 16
     imgs, valid = torch.randn(1, 2, side, side), torch.rand(1, 2, side, side) > 0.5
     valid[0, :, 8:, 8:] = False
@@ -331,9 +330,8 @@ def test_padding_goes_with_no_other():
 
 
 def test_nan_survives_a_config_file():
-    cfg = from_dict(
-        PretrainConfig, {"data": {"nodata": math.nan, "source": {"_target_": "x.Y"}, "mean": [], "std": []}}
-    )
+    data = {"nodata": math.nan, "source": {"_target_": "x.Y"}, "mean": [], "std": []}
+    cfg = from_dict(PretrainConfig, {"data": data})
     assert cfg.data.nodata == "nan"
     assert to_dict(from_dict(PretrainConfig, to_dict(cfg))) == to_dict(cfg)
 
@@ -375,8 +373,6 @@ def test_a_run_with_no_data_resumes_and_fits_any_layout(tmp_path, fcmae_here, fc
 
 
 def test_statistics_are_of_the_pixels_with_a_value(tmp_path, fcmae_here):
-    import numpy as np
-
     rng = np.random.default_rng(0)
     pixels = rng.integers(1, 256, (3, 40, 40), dtype=np.uint8)
     pixels[0, :10] = 0
@@ -393,8 +389,6 @@ def test_statistics_are_of_the_pixels_with_a_value(tmp_path, fcmae_here):
 
 
 def test_targets_with_validity_compile_into_one_graph():
-    from fcmae.targets import Seen, part
-
     valid = torch.rand(2, 3, 64, 64) > 0.3
     seen = Seen(torch.randn(2, 3, 64, 64), valid, torch.randint(0, 3, (2, 3, 64, 64)).float(), valid)
     mask = torch.rand(2, 4) > 0.3
