@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Without --no-compile pip compiles all of torch; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski faults test-faults test-slurm lint format reference docs release demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults test-slurm lint format reference docs release demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -32,6 +32,11 @@ test-clients: $(VENV)/.dev
 test-minkowski: $(VENV)/.dev
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m minkowski
+
+# test-slow, test-tf, test-clients and test-minkowski in one process: to collect the tests takes 15 CPU seconds.
+test-rest: $(VENV)/.dev demo-data
+	PYTHON=$(BIN)/python launch/install_minkowski.sh
+	$(BIN)/python -m pytest -m "slow or tf or clients or minkowski"
 
 # docs/reliability.md, the whole of it; test-faults is the short form.
 faults: $(VENV)/.dev

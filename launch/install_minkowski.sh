@@ -48,7 +48,8 @@ compiles() {
         g++ -I"$headers" -x c++ - -lopenblas -o /dev/null 2>/dev/null
 }
 
-"$python" -c 'import torch' || fail "$python has no torch; name one that has: PYTHON=..."
+versions=$("$python" -c 'import sys, torch; print(f"torch-{torch.__version__}-{sys.implementation.cache_tag}")') ||
+    fail "$python has no torch; name one that has: PYTHON=..."
 mend
 if report 2>/dev/null; then
     exit 0
@@ -82,7 +83,6 @@ build() {
     mv "$unfinished" "$1"
 }
 
-versions=$("$python" -c 'import sys, torch; print(f"torch-{torch.__version__}-{sys.implementation.cache_tag}")')
 if ! compgen -G "$wheels/$versions/*.whl" >/dev/null; then
     build "$wheels/$versions"
 fi
