@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupt.install(functools.partial(_tell, command))
     elif argv is None:
         interrupt.watch(functools.partial(_tell, command))
-        if command == "prepare":
-            interrupt.take_for_ctrl_c()
+        interrupt.take_for_ctrl_c()
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}; it must be one of {', '.join(COMMANDS)}")
@@ -129,12 +128,23 @@ def _usage() -> str:
 
 def _call(target: str, cfg: Any, *args: Path) -> dict[str, Any] | None:
     """Runs a command's function and prints its result on rank 0. Returns the result if it is metrics."""
-    result = load(target)(cfg, *args)
+    result = _explained(target)(cfg, *args)
     if isinstance(result, dict):
         return _report(result, cfg.out)
     if result is not None and ranks.detect().rank == 0:
         print(result)
     return None
+
+
+def _explained(target: str) -> Callable[..., Any]:
+    """A command's function, in which the end of another rank or of a data worker is an error of one line."""
+    function = load(target)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with load("fcmae.distributed:lost_ranks_explained")(), load("fcmae.data.loading:explained")():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _without_folder(target: str) -> Callable[[Any, Path], dict[str, Any] | None]:
@@ -201,7 +211,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights themselves, not their average")
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = vars(parser.parse_intermixed_args(args))
-    rows = load(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
+    rows = _explained(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
     if hasattr(rows, "scores"):
         objects = counted(sum(map(len, rows.scores)), "object")
         print(f"{given['out']}: {counted(len(rows.paths), 'image')}, {objects}")

@@ -1,11 +1,13 @@
 """Connects the ranks of a run, and lets them agree. :mod:`fcmae.ranks` reads who they are from the environment."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcmae import ranks as launch
-from fcmae.errors import EXIT_ERROR, FCMAEError, PeerError, UsageError
+from fcmae.errors import EXIT_ERROR, FCMAEError, LostRankError, PeerError, UsageError
 from fcmae.processes import Process
 
 T = TypeVar("T")
@@ -101,6 +103,22 @@ class World:
 def _store() -> tuple[dist.Store, int, int]:
     """The store through which the ranks find each other, the rank and the number of ranks."""
     return next(dist.rendezvous(launch.detect().meeting))
+
+
+LOST = {"closed by peer|reset by peer|Broken pipe|refused": "its connection is closed", "time(d )?out": "no answer"}
+"""What the errors of collectives say, and a line that is the same on every rank."""
+
+
+@contextlib.contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """Turns errors of connecting to other ranks and of collectives in this block into a LostRankError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if launch.detect().size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reasons = [reason for pattern, reason in LOST.items() if re.search(pattern, str(error), re.IGNORECASE)]
+        raise LostRankError(f"lost contact with another rank ({reasons[0] if reasons else error})") from error
 
 
 def is_first_to_say(line: str) -> bool:

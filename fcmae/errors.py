@@ -71,6 +71,10 @@ class WorkerError(FCMAEError):
     """A data worker died or does not answer."""
 
 
+class LostRankError(FCMAEError):
+    """Another rank ended, or cannot be reached; it may have said why."""
+
+
 class RemoteError(FCMAEError):
     """A server does not answer; what it has cannot be read now."""
 

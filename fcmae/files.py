@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -99,6 +100,19 @@ def delete_strays(run_dir: Path, processes: Collection[Process] | None = None) -
             stray.unlink(missing_ok=True)
 
 
+def delete_remains(path: Path) -> None:
+    """Deletes temporary files and folders for ``path`` that killed processes of this machine left beside it."""
+    place = _tag(Process.this()).partition("-")[2]
+    for stray in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        found = STRAY.search(stray.name)
+        pid, _, left_at = found[1].partition("-") if found else ("", "", "")
+        if left_at == place and not Path(f"/proc/{pid}").exists():
+            if stray.is_dir() and not stray.is_symlink():
+                shutil.rmtree(stray, ignore_errors=True)
+            else:
+                stray.unlink(missing_ok=True)
+
+
 def _tag(process: Process) -> str:
     """The process in the name of a temporary file, with its machine and container: process ids repeat."""
     return f"{process.pid}-{hashlib.sha256(process.place.encode()).hexdigest()[:8]}"
@@ -167,6 +181,7 @@ def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
     """
     try:
         target = _target(path)
+        delete_remains(target)
         with open(path, "wb") if _is_special(path) else replacing(target) as file:
             yield file
     except OSError as error:

@@ -148,7 +148,7 @@ def postponed() -> Iterator[None]:
 
 
 def take_for_ctrl_c() -> None:
-    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, so that the processes of a pool end."""
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does: pools end, and temporary files are deleted."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, HANG_UP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's

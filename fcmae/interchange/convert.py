@@ -11,7 +11,7 @@ from types import ModuleType
 
 from fcmae.checkpoints.checkpoint import describe
 from fcmae.errors import DiskError, ExportError, UsageError
-from fcmae.files import check_output, is_full, temporary_path
+from fcmae.files import check_output, delete_remains, is_full, temporary_path
 from fcmae.interchange import model_card, official, onnx_format, timm_format, transformers_format, viscy_format
 from fcmae.interchange.network import Check, Given, Network
 from fcmae.interchange.preprocessing import check_normalisation
@@ -112,7 +112,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary directory that becomes ``folder`` at the end, or is removed after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists; name a directory that is new or empty")
-    temporary = temporary_path(folder.with_name(f".{folder.name}"))
+    hidden = folder.with_name(f".{folder.name}")
+    delete_remains(hidden)
+    temporary = temporary_path(hidden)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -73,8 +73,7 @@ class _Training:
             world.together(lambda: micro_batch.rehearse(task, self.plan, self.state, world))
         total_steps = self.schedule.total_steps
         self.stop_step = min(total_steps, cfg.trainer.max_steps or total_steps)
-        if world.is_main:
-            self._begin_folder()
+        world.on_main(self._begin_folder)
         stop.before_training(run_dir)
         watchdog.beat()
         self.verdict, self.has_stepped = Verdict.GO_ON, False

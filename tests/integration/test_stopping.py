@@ -113,3 +113,50 @@ def test_a_checkpoint_that_cannot_be_written(fcmae, tmp_path, policy):
     assert "Traceback" not in done.stderr
     steps = [m["step"] for m in metrics(tmp_path / "run")]
     assert steps[-1] == 9 if policy == "continue" else steps[-1] < 9
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+import fcmae.evaluation.embed as embed
+from fcmae.files import output
+def stuck(*args, out, **kwargs):
+    with output("--out", out):
+        Path("reached").touch()
+        time.sleep(3600)
+embed.embed = stuck
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_another_command_leaves_no_temporary_file(tmp_path, number):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    with (tmp_path / "stderr.txt").open("w") as stderr:
+        run = start_python(tmp_path, "stuck.py", "embed", "run", "images", "--out", "out.npz", stderr=stderr)
+    wait_until(lambda: (tmp_path / "reached").exists() or run.poll() is not None)
+    run.send_signal(number)
+    assert run.wait() == 1
+    assert (tmp_path / "stderr.txt").read_text() == "fcmae embed: interrupted\n"
+    assert not list(tmp_path.glob("out*"))
+
+
+FULL = """
+import errno, sys
+import fcmae.training.loop as loop
+def full(run_dir, _):
+    raise OSError(errno.ENOSPC, "No space left on device", f"{run_dir}/config.yaml")
+loop.write_config = full
+from fcmae.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_full_disk_at_the_start_is_told_once(tmp_path):
+    """The other ranks learn of it, and do not only find their connection closed."""
+    (tmp_path / "full.py").write_text(FULL)
+    done = run_python(tmp_path, "full.py", *TINY_PRETRAIN, "hydra.run.dir=run", ranks=2, check=1)
+    told = [line for line in done.stderr.splitlines() if line.startswith(("fcmae", "Traceback", "RuntimeError"))]
+    assert len(told) == 1, done.stderr
+    assert told[0].endswith("config.yaml cannot be written: No space left on device")

@@ -8,6 +8,7 @@ import pytest
 from fcmae import files
 from fcmae.errors import DiskError, UsageError
 from fcmae.files import check_output, is_full, output, write_output
+from fcmae.processes import Process
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -21,6 +22,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     write_output("out", path, "new")
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["out.json"]
+
+
+def test_what_a_killed_command_left_is_deleted_by_the_next_one(tmp_path):
+    """Only of dead processes of this machine, and only of the same file."""
+    ours = files._tag(Process.this())
+    place, token = ours.partition("-")[2], "0123456789abcdef"
+    dead = next(pid for pid in range(2, 1 << 22) if not os.path.exists(f"/proc/{pid}"))
+    kept = {
+        f"out.{ours}-{token}.tmp",
+        f"out.{dead}-00000000-{token}.tmp",
+        f"out2.{dead}-{place}-{token}.tmp",
+        "out.tmp",
+    }
+    for name in (*kept, f"out.{dead}-{place}-{token}.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / f"out.{dead}-{place}-{token[::-1]}.tmp").mkdir()
+    write_output("out", tmp_path / "out", "text")
+    assert set(os.listdir(tmp_path)) == kept | {"out"}
 
 
 def test_a_link_stays_one(tmp_path):

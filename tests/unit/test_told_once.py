@@ -1,17 +1,20 @@
 """One mistake, one line, on any number of ranks; and only a data worker's death is reported as one."""
 
 import functools
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.distributed import DistNetworkError, DistStoreError
 
 from fcmae import distributed
 from fcmae.cli import _tells, main
 from fcmae.data.loading import _opened, explained
+from fcmae.data.prepare import workers
 from fcmae.data.shared_memory import Exchange
 from fcmae.distributed import World
-from fcmae.errors import ConfigError, PeerError, UsageError, WorkerError
+from fcmae.errors import ConfigError, LostRankError, PeerError, UsageError, WorkerError
 
 CPU = torch.device("cpu")
 
@@ -46,6 +49,50 @@ def test_the_first_rank_that_fails_tells():
     with pytest.raises(PeerError):
         among(0, (1, 1)).together(lambda: None)
     assert among(0, (0, 0)).together(lambda: 7) == 7
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {} [127.0.0.1]:4711"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError(GLOO.format("Connection closed by peer")), "(its connection is closed)"),
+        (RuntimeError(GLOO.format("Timed out waiting 30000ms for recv operation to complete")), "(no answer)"),
+        (DistStoreError("wait timeout after 35000ms, keys: /0//cpu//0/0"), "(no answer)"),
+        (DistNetworkError("Connection reset by peer"), "(its connection is closed)"),
+    ],
+)
+def test_a_rank_that_others_lost_is_a_line(monkeypatch, error, told):
+    def lose():
+        with distributed.lost_ranks_explained():
+            raise error
+
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(LostRankError) as caught:
+        lose()
+    assert str(caught.value) == f"lost contact with another rank {told}"
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(type(error)):
+        lose()
+
+
+@pytest.mark.parametrize("error", [EOFError("unexpected EOF"), BrokenProcessPool(), BrokenPipeError()])
+def test_a_killed_process_of_prepare_is_a_line(monkeypatch, error):
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, *_):
+            raise error
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(workers.concurrent.futures, "ProcessPoolExecutor", Pool)
+    with pytest.raises(WorkerError, match="^a process of the pool was killed; the same command continues$"):
+        list(workers.in_processes(2, fail, None, [(1,), (2,)]))
 
 
 MISTAKES = {

@@ -6,12 +6,14 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
 
 from fcmae import interrupt
+from fcmae.errors import WorkerError
 
 T = TypeVar("T")
 
@@ -41,6 +43,8 @@ def in_processes(count: int, work: Callable[..., T], shared: Any, tasks: Sequenc
             futures = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(futures):
             yield futures.pop(future), future.result()  # no result is kept
+    except (BrokenProcessPool, EOFError, ConnectionError) as error:
+        raise WorkerError("a process of the pool was killed; the same command continues") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
