@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +28,10 @@ OTHER_TYPE = re.compile(
     r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
 )
 """Hydra's error for a file that holds a list or a number."""
+LISTED = 8
+"""A schema with at most so many keys is listed whole where a key is unknown."""
+RUN_FOLDER = ("out", "out_dir", "output_dir", "run_dir")
+"""What else the folder of a run is called; ``out`` is the argument of the functions in Python."""
 
 
 def to_typed(cfg: DictConfig, schema: type[T], also: Callable[[T], object] | None = None) -> T:
@@ -65,10 +69,9 @@ def _check_keys(cfg: DictConfig, prefix: str = "") -> None:
     schema = OmegaConf.get_type(cfg)
     if not dataclasses.is_dataclass(schema):
         return
-    names = [field.name for field in dataclasses.fields(schema)]
     for key in map(str, cfg):
-        if key not in names:
-            mistake(_unknown(f"{prefix}{key}", names))
+        if key not in schema.__dataclass_fields__:
+            mistake(_unknown(f"{prefix}{key}", schema, OmegaConf.get_type(cfg._get_root())))
             continue
         value = cfg._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none():
@@ -109,12 +112,47 @@ def describe(error: Exception, prefix: str = "") -> str:
     reason = str(error).split("\n")[0]
     owner = getattr(error, "object_type", None)
     if "not in" in reason and owner is not None and dataclasses.is_dataclass(owner):
-        return _unknown(key, [field.name for field in dataclasses.fields(owner)])
+        node = getattr(error, "parent_node", None)
+        root = owner if node is None else OmegaConf.get_type(node._get_root())
+        return _unknown(key, owner, root, prefix)
     return f"{key}: {reason}" if key else reason
 
 
-def _unknown(key: str, names: list[str]) -> str:
-    return renamed(key) or f"{key}: unknown key; must be one of {', '.join(names)}"
+def _unknown(key: str, owner: Any, root: Any, prefix: str = "") -> str:
+    """The message for a key that ``owner`` lacks, a part of ``root``. The keys of ``root`` begin with ``prefix``."""
+    if message := renamed(key):
+        return message
+    names = [field.name for field in dataclasses.fields(owner)]
+    if len(names) <= LISTED or not owner.__module__.startswith("fcmae.config."):  # docs/config.md has only these
+        return f"{key}: unknown key; must be one of {', '.join(names)}"
+    start = f"{prefix}." if prefix else ""
+    similar = _similar(key, [f"{start}{name}" for name in _keys(root if dataclasses.is_dataclass(root) else owner)])
+    hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+    return f"{key}: unknown key; {hint}docs/config.md lists all keys, and --cfg job prints those of a command"
+
+
+def _keys(schema: Any) -> Iterator[str]:
+    """The full keys of a schema."""
+    kinds = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = kinds[field.name]
+        yield from (f"{field.name}.{key}" for key in _keys(kind)) if dataclasses.is_dataclass(kind) else [field.name]
+
+
+def _similar(key: str, keys: list[str]) -> list[str]:
+    """At most three keys that may be meant: of the same name in another group, or of a similar one."""
+    if key in RUN_FOLDER:
+        return ["hydra.run.dir"]
+    name = key.rpartition(".")[2]
+
+    def similarity(other: str) -> float:
+        other_name = other.rpartition(".")[2]
+        names = difflib.SequenceMatcher(None, name, other_name).ratio() + 0.5 * f"_{other_name}".endswith(f"_{name}")
+        return names + difflib.SequenceMatcher(None, key, other).ratio()
+
+    found = sorted(((similarity(other), other) for other in keys), reverse=True)
+    best = found[0][0]
+    return [other for value, other in found[:3] if value > max(1.3, best - 0.3)]
 
 
 def _experiments(name: str) -> list[str]:
