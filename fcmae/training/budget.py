@@ -23,6 +23,8 @@ from fcmae.training.watchdog import Watchdog
 
 STEPS, LOG_EVERY = 60, 20
 """Steps whose speed is measured; the first third compiles and fills queues."""
+SHARE = 0.25
+"""Of the time, at most so much is for measuring; a slow machine does fewer steps."""
 RESERVE = 0.1
 """Share of the time for checkpoints, evaluations, and a machine that becomes slower."""
 FOLDER = "speed"
@@ -37,10 +39,11 @@ def scaled(schedule: ScheduleConfig, epochs: float) -> ScheduleConfig:
 
 
 def median_speed(run_dir: Path) -> float:
-    """Images per second: the median of the lines in the second half of a run's metrics."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Images per second: the median of the lines in the second half of a run's metrics; 0 before the first step."""
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return statistics.median_low(speeds[len(speeds) // 2 :])
+    return statistics.median_low(speeds[len(speeds) // 2 :]) if speeds else 0.0
 
 
 def fit_schedule(
@@ -61,7 +64,13 @@ def fit_schedule(
         cfg.schedule = recorded
         return
     budget = seconds_of(cfg.trainer.budget or "")
-    speed, images = _measure(cfg, run_dir / FOLDER, create, world, watchdog, stop)
+    if world.is_main:
+        say(
+            f"trainer.budget={cfg.trainer.budget}: measures the speed of {STEPS} steps first, or of fewer in "
+            f"{SHARE * budget:.0f} s"
+        )
+    short = StopAgreement(world, (time.monotonic() - interrupt.STARTED + SHARE * budget) / 3600)
+    speed, images = _measure(cfg, run_dir / FOLDER, create, world, watchdog, short)
     stop.before_training(run_dir)
     spent = world.from_main(lambda: time.monotonic() - interrupt.STARTED)
     left = (1 - RESERVE) * (budget - spent)
@@ -104,7 +113,7 @@ def _measure(
         task = world.together(lambda: create(world))
         task.notes.clear()
         images = len(task.source)
-        with contextlib.suppress(Interrupted):  # at max_steps; after a signal the caller stops
+        with contextlib.suppress(Interrupted):  # at max_steps or late; after a signal the caller stops
             train(task, folder, world, watchdog, stop)
         return world.from_main(lambda: median_speed(folder)), images
     finally:

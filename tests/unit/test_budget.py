@@ -8,6 +8,7 @@ from fcmae import interrupt
 from fcmae.checkpoints import checkpoint
 from fcmae.config import ScheduleConfig
 from fcmae.training import budget
+from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 RUN = (*TINY_PRETRAIN, "trainer.budget=100s", "schedule.epochs=30", "schedule.warmup_epochs=6", "seed=3")
@@ -48,6 +49,27 @@ def test_a_budget_that_is_over_is_refused(fcmae_here, speed):
     speed.append(0.01)
     refused = fcmae_here(*TINY_FINETUNE, "trainer.budget=20s", "hydra.run.dir=run", check=2).stderr
     assert "trainer.budget=20s leaves no time to train: starting and measuring took 10 s" in refused
+
+
+def test_a_slow_machine_measures_fewer_steps(fcmae_here, tmp_path, monkeypatch):
+    """Sixty steps may take longer than the budget. A start that takes the whole share leaves no speed."""
+    given = []
+
+    class Late(StopAgreement):
+        def __init__(self, world, max_hours):
+            super().__init__(world)
+            given.append(3600 * max_hours)
+
+        def after_step(self, failed):
+            return Verdict.STOP
+
+    monkeypatch.setattr(budget, "StopAgreement", Late)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: interrupt.STARTED + 10)
+    done = fcmae_here(*RUN, *QUIET, "trainer.max_steps=1", "hydra.run.dir=run", check=75)
+    assert "trainer.budget=100s: measures the speed of 60 steps first, or of fewer in 25 s" in done.stderr
+    assert "images/s, so schedule.epochs=" in done.stderr
+    assert given == [pytest.approx(10 + 25)]
+    assert budget.median_speed(tmp_path) == 0
 
 
 def test_warm_up_keeps_its_share():
