@@ -28,6 +28,7 @@ CONFIG = """\
 # fcmae pretrain --config-dir conf experiment=project hydra.run.dir=runs/pretrain
 # {count:,} images. Settings that are not here follow from their number and size (own/{size}); the command
 # `fcmae pretrain --config-dir conf experiment=project --cfg job --resolve` prints all of them.
+# Remove a # to set a key. docs/config.md has all keys.
 defaults:
   - /experiment/own/{size}
   - _self_
@@ -35,12 +36,14 @@ defaults:
 name: {name}
 data:
 {data}
-# More that you may want, with all keys in docs/config.md:
-#   data: {{vflip: 0.5, rot90: true}}       # images without an upright: cells, tiles, parts
-#   data: {{fit: pad}}                      # images whose scale matters
-#   data: {{val_path: FOLDER}}              # held-out images: a loss to choose the best checkpoint by
-#   model: {{backbone: convnextv2_tiny}}    # a larger network
-#   trainer: {{budget: 8h}}                 # as many epochs as fit into the time
+  # vflip: 0.5         # images without an upright (cells, tiles, parts): flip them,
+  # rot90: true        # and turn them
+  # fit: pad           # images whose scale matters: do not resize crops
+  # val_path: FOLDER   # held-out images: their loss chooses the best checkpoint
+# model:
+  # backbone: convnextv2_tiny   # a larger network
+# trainer:
+  # budget: 8h                  # as many epochs as fit into the time
 """
 README = """\
 # {name}
@@ -48,14 +51,16 @@ README = """\
 Run these commands in this folder. The settings are in `conf/experiment/project.yaml`.
 
 ```
-fcmae pretrain --config-dir conf experiment=project hydra.run.dir=runs/pretrain   # Ctrl-C stops it; again continues it
-fcmae status runs/pretrain                                                       # from another terminal
-fcmae report runs/pretrain --out report.html                                     # curves and reconstructions
-fcmae finetune init_from=runs/pretrain data.path=LABELLED/train data.val_path=LABELLED/val hydra.run.dir=runs/finetune
-fcmae evaluate checkpoint=runs/finetune
+fcmae pretrain --config-dir conf experiment=project trainer.budget=5min hydra.run.dir=runs/try   # a first look
+fcmae report runs/try --out report.html                                       # curves, pictures and settings
+fcmae pretrain --config-dir conf experiment=project hydra.run.dir=runs/pretrain
+fcmae finetune recipe=auto init_from=runs/pretrain data.path=LABELLED/train hydra.run.dir=runs/finetune
+fcmae evaluate checkpoint=runs/finetune data.val_path=LABELLED/val
 ```
 
-`LABELLED` is a folder with a subfolder per class in `train` and in `val`. Several GPUs: type
+`fcmae status runs/pretrain`, in another terminal, prints step, loss, speed and time left. Ctrl-C stops a run with a
+checkpoint; the same command continues it. `LABELLED` is a folder with a subfolder per class in `train` and in `val`;
+with thousands of labelled images leave out `recipe=auto`. Several GPUs: type
 `torchrun --nproc_per_node=GPUS -m fcmae.cli` instead of `fcmae`. On SLURM:
 
 ```
@@ -96,8 +101,8 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
     shutil.copy(_script(), target / "job.sbatch")
     return [
         f"{count:,} images: {', '.join([f'experiment=own/{size}', *chosen])}",
-        f"next: cd {shlex.quote(folder)}; fcmae pretrain --config-dir conf experiment=project "
-        "hydra.run.dir=runs/pretrain",
+        f"next: cd {shlex.quote(folder)}; fcmae pretrain --config-dir conf experiment=project trainer.budget=5min "
+        "hydra.run.dir=runs/try    # README.md has more commands",
     ]
 
 

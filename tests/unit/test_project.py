@@ -29,15 +29,18 @@ def test_the_folder_has_settings_for_the_images(cells, tmp_path, capsys, monkeyp
     assert "12 images: experiment=own/small, data.in_chans=2, data.bit_depth=11" in said
     assert "cd 'my project'; fcmae pretrain" in said
     monkeypatch.chdir(tmp_path / "my project")
-    (first,) = re.findall(
-        r"^fcmae pretrain (.*?) +#", (tmp_path / "my project" / "README.md").read_text(), re.MULTILINE
-    )
-    with unchanged():
-        assert main(["pretrain", *shlex.split(first), "--cfg", "job", "--resolve"]) == 0
-    composed = capsys.readouterr().out
-    assert f"path: {tmp_path}/cells" in composed
-    for expected in ("in_chans: 2", "bit_depth: 11", "vflip: 0.5", "image_size: 64", "name: my project"):
-        assert expected in composed
+    readme = (tmp_path / "my project" / "README.md").read_text()
+    first = shlex.split(said.splitlines()[-1].partition("fcmae pretrain")[2], comments=True)
+    assert f"fcmae pretrain {' '.join(first)} " in readme
+    config = tmp_path / "my project" / "conf" / "experiment" / "project.yaml"
+    expected = [f"path: {tmp_path}/cells", "in_chans: 2", "bit_depth: 11", "vflip: 0.5", "image_size: 64"]
+    for more in (["name: my project", "budget: 5min"], ["rot90: true", "fit: pad", "backbone: convnextv2_tiny"]):
+        with unchanged():
+            assert main(["pretrain", *first, "--cfg", "job", "--resolve"]) == 0
+        composed = capsys.readouterr().out
+        assert [line for line in [*expected, *more] if line not in composed] == []
+        top, _, keys = config.read_text().partition("name:")  # the next time with the keys that are offered
+        config.write_text(top + "name:" + re.sub(r"^( *)# (?!vflip)", r"\1", keys, flags=re.MULTILINE))
     assert "srun" in (tmp_path / "my project" / "job.sbatch").read_text()
     assert main(["init", ".", "data.path=../cells"]) == 2
     assert "exists; name a folder that is new or empty" in capsys.readouterr().err
