@@ -1,9 +1,18 @@
-"""Lines for the user on stderr, each printed once."""
+"""Lines for the user on stderr."""
 
+import contextlib
 import functools
 import sys
+from typing import Any
 
 from fcmae import ranks
+
+
+def say(message: str) -> None:
+    """Prints a line for the user, above a progress bar if there is one."""
+    bars: Any = sys.modules.get("tqdm")
+    with bars.tqdm.external_write_mode(file=sys.stderr) if bars else contextlib.nullcontext():
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_rank0(line: str) -> None:

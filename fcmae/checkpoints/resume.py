@@ -1,11 +1,10 @@
 """Resumes all ranks from the same checkpoint."""
 
-import sys
-
 import torch
 
 from fcmae.checkpoints.checkpoint import CheckpointDir, State, read
 from fcmae.distributed import World
+from fcmae.messages import say
 
 
 def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:
@@ -29,8 +28,3 @@ def newest_state(checkpoints: CheckpointDir, world: World) -> State | None:
     step = int(world.max(torch.tensor(-1 if state is None else state["step"])))
     world.together(follow)
     return state
-
-
-def say(message: str) -> None:
-    """Prints a line for the user."""
-    print(message, file=sys.stderr, flush=True)

@@ -25,10 +25,11 @@ class BoxPictures(MapPictures):
 
     Args:
         channels: of the input, as ``logger.channels``.
+        most: rows.
     """
 
-    def __init__(self, cfg: DataConfig, channels: Sequence[int] | None = None) -> None:
-        self.cfg, self.channels, self.most = cfg, channels, ROWS
+    def __init__(self, cfg: DataConfig, channels: Sequence[int] | None = None, most: int = ROWS) -> None:
+        self.cfg, self.channels, self.most = cfg, channels, most
         self.rows = []
 
     def take(self, canvas: Tensor, sizes: Sequence[int], found: Found, objects: Objects) -> None:
@@ -57,12 +58,16 @@ class BoxPictures(MapPictures):
         self.rows.append([panel(x.float() / 255) for x in panels])
 
 
+def colour(kind: int) -> tuple[float, float, float]:
+    """Red, green and blue in 0..1 of a class of objects."""
+    return colorsys.hsv_to_rgb(GOLDEN * kind % 1, 0.65, 0.95)
+
+
 def _drawn(image: Tensor, boxes: Tensor, classes: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """uint8 ``[3, H, W]`` with boxes and masks."""
     if not len(boxes):
         return image
-    hues = [colorsys.hsv_to_rgb(GOLDEN * kind % 1, 0.65, 0.95) for kind in classes.tolist()]
-    colours: list[tuple[int, int, int]] = [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in hues]
+    colours: list[tuple[int, int, int]] = [tuple(int(255 * x) for x in colour(kind)) for kind in classes.tolist()]
     if masks:
         image = draw_segmentation_masks(image, torch.stack(list(masks)).bool(), alpha=0.4, colors=colours)
     return draw_bounding_boxes(image, boxes, colors=colours)

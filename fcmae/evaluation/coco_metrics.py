@@ -4,18 +4,24 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from fcmae.data.pixels.instances import coco_mask, encoded, mask_of, pasted
 from fcmae.data.sources.coco import Objects
 from fcmae.distributed import World
+from fcmae.evaluation import plots
+from fcmae.evaluation.box_pictures import LEAST_SCORE
 from fcmae.models.detector import Found
-from fcmae.models.objective import Predictions
+from fcmae.models.objective import Plots, Predictions, Report
 
 NAMES = ("map", "map50", "map75")
+IOUS = (0.5, 0.75)
+"""Thresholds that have metrics and curves of their own."""
 
 
 class Image(NamedTuple):
@@ -29,10 +35,11 @@ class Image(NamedTuple):
 
 def coco_metrics(
     share: Iterable[Predictions], world: World, classes: Sequence[str], masks: bool, detections: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Report]:
     """``map`` (over IoU 0.50 to 0.95), ``map50``, ``map75``, ``map_CLASS`` in percent, and with masks ``mask_map``, ...
 
-    Means are over the classes that occur in the annotations; without any the value is NaN.
+    Means are over the classes that occur in the annotations; without any the value is NaN. The report, with errors by
+    place, is complete on the first rank and empty on others.
 
     Args:
         share: of this rank: lists of Found, and lists of Objects.
@@ -44,7 +51,14 @@ def coco_metrics(
         for found, objects, place in zip(outputs, targets, places.tolist(), strict=True)
     ]
     everyone = sorted(_gathered(images, world), key=lambda image: image.place)
-    return world.from_main(lambda: _measured(everyone, classes, masks, detections))
+    reports = [Report()]
+
+    def measure() -> dict[str, float]:
+        metrics, report = _measured(everyone, classes, masks, detections)
+        reports.append(report)
+        return metrics
+
+    return world.from_main(measure), reports[-1]
 
 
 def rows(found: Found, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -91,7 +105,9 @@ def _gathered(images: list[Image], world: World) -> list[Image]:
     return [image for part in parts for image in part]
 
 
-def _measured(images: list[Image], classes: Sequence[str], masks: bool, detections: int) -> dict[str, float]:
+def _measured(
+    images: list[Image], classes: Sequence[str], masks: bool, detections: int
+) -> tuple[dict[str, float], Report]:
     coco_mask()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -103,6 +119,9 @@ def _measured(images: list[Image], classes: Sequence[str], masks: bool, detectio
         "annotations": _numbered(images, "truth"),
     }
     result: dict[str, float] = {}
+    per_class: dict[str, dict[str, float]] = {name: {} for name in classes}
+    drawings: Plots = {}
+    wrong: dict[int, tuple[int, int]] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         truth.createIndex()
         found = COCO()
@@ -114,7 +133,16 @@ def _measured(images: list[Image], classes: Sequence[str], masks: bool, detectio
             evaluation.evaluate()
             evaluation.accumulate()
             result |= {f"{prefix}{name}": value for name, value in _scores(evaluation, classes).items()}
-    return {**result, "images": len(images)}
+            for number, name in enumerate(classes):
+                of_class = _averages(evaluation, evaluation.eval["precision"][:, :, number, 0, -1])
+                per_class[name] |= {f"{prefix}{kind}": value for kind, value in of_class.items()}
+            drawings |= {f"{prefix}{name}": draw for name, draw in _curves(evaluation, classes).items()}
+            wrong = wrong or _wrong(evaluation)
+    errors = torch.full((1 + max((image.place for image in images), default=-1),), math.nan)
+    for place, numbers in wrong.items():
+        errors[place] = sum(numbers) or math.nan
+    report = Report(per_class, drawings, errors, lambda place: "{} missed, {} false".format(*wrong[place]))
+    return {**result, "images": len(images)}, report
 
 
 def _numbered(images: Sequence[Image], name: str) -> list[dict[str, Any]]:
@@ -132,12 +160,45 @@ def _numbered(images: Sequence[Image], name: str) -> list[dict[str, Any]]:
 def _scores(evaluation: Any, classes: Sequence[str]) -> dict[str, float]:
     """Averages of the precision ``[IoU, recall, class, area, detections]``, which is -1 where nothing was annotated."""
     precision = evaluation.eval["precision"][..., 0, -1]
-    thresholds = evaluation.params.iouThrs
-    of = {"map": precision}
-    of |= {f"map{round(100 * iou)}": precision[np.isclose(thresholds, iou)] for iou in (0.5, 0.75)}
-    scores = {name: _mean(values) for name, values in of.items()}
+    scores = _averages(evaluation, precision)
     each = {f"map_{name}": _mean(precision[:, :, number]) for number, name in enumerate(classes)}
     return scores | {name: value for name, value in each.items() if not math.isnan(value)}
+
+
+def _averages(evaluation: Any, precision: np.ndarray) -> dict[str, float]:
+    """The means of a precision ``[IoU, recall, ...]`` over all thresholds, and at each of :data:`IOUS`."""
+    at = {f"map{round(100 * iou)}": precision[np.isclose(evaluation.params.iouThrs, iou)] for iou in IOUS}
+    return {name: _mean(values) for name, values in {"map": precision, **at}.items()}
+
+
+def _curves(evaluation: Any, classes: Sequence[str]) -> Plots:
+    """Precision over recall of the classes that are annotated, a plot for each of :data:`IOUS`."""
+    drawings: Plots = {}
+    for iou in IOUS:
+        (precision,) = evaluation.eval["precision"][np.isclose(evaluation.params.iouThrs, iou), ..., 0, -1]
+        curves = {name: precision[:, k] for k, name in enumerate(classes) if (precision[:, k] > -1).all()}
+        if curves:
+            how = {"recall": evaluation.params.recThrs, "curves": curves, "iou": iou}
+            drawings[f"precision_recall_{round(100 * iou)}"] = partial(plots.box_precision_recall, **how)
+    return drawings
+
+
+def _wrong(evaluation: Any) -> dict[int, tuple[int, int]]:
+    """By image the objects that are missed, and what is found in vain, at an IoU of 0.50.
+
+    What is found with a score below :data:`LEAST_SCORE` does not count.
+    """
+    wrong = dict.fromkeys(evaluation.params.imgIds, (0, 0))
+    everything = evaluation.params.areaRng[0]
+    for each in evaluation.evalImgs:
+        if each is None or each["aRng"] != everything:
+            continue
+        sure = (np.array(each["dtScores"]) >= LEAST_SCORE) & ~np.array(each["dtIgnore"][0], dtype=bool)
+        right = int((sure & (each["dtMatches"][0] > 0)).sum())
+        missed, false = wrong[each["image_id"]]
+        objects = int((~np.array(each["gtIgnore"], dtype=bool)).sum())
+        wrong[each["image_id"]] = missed + objects - right, false + int(sure.sum()) - right
+    return wrong
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Plots of evaluations. Each function draws into a matplotlib ``Figure`` that it is given."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,19 @@ def precision_recall(figure: Any, truths: Mapping[str, tuple[Tensor, Tensor]]) -
     axes.legend(loc="lower left", fontsize=8)
 
 
+def box_precision_recall(figure: Any, recall: Any, curves: Mapping[str, Any], iou: float) -> None:
+    """Precision over ``recall`` of each class of objects; of many those with the least mean."""
+    areas = {name: float(curve.mean()) for name, curve in curves.items()}
+    chosen = sorted(areas, key=lambda name: areas[name])[:CURVES]
+    axes = figure.subplots()
+    for name in curves:
+        if name in chosen:
+            axes.plot(recall, curves[name], label=f"{name}: {areas[name]:.3f}")
+    title = _title(f"average precision, IoU {iou:.2f}", chosen, curves)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    axes.legend(loc="lower left", fontsize=8)
+
+
 def _least(truths: Mapping[str, tuple[Tensor, Tensor]], area: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], dict]:
     """The curves that are drawn, in their order, and the area under each."""
     areas = {name: float(area(score, truth.long())) for name, (score, truth) in truths.items()}
@@ -82,7 +95,7 @@ def _least(truths: Mapping[str, tuple[Tensor, Tensor]], area: Any) -> tuple[dict
     return {name: both for name, both in truths.items() if name in least}, areas
 
 
-def _title(what: str, chosen: Mapping[str, Any], truths: Mapping[str, Any]) -> str:
+def _title(what: str, chosen: Collection[str], truths: Collection[str]) -> str:
     return what if len(chosen) == len(truths) else f"{what}, the {len(chosen)} lowest of {len(truths)} classes"
 
 

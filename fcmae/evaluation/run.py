@@ -38,30 +38,24 @@ from fcmae.data.pixels.decode import Encoded, LazyImage, read_file
 from fcmae.data.pixels.transforms import CentreCrop, eval_transform, normalize_channels, normalized, pretrain_transform
 from fcmae.data.samples import CroppedImages
 from fcmae.data.sources import ImageFolder, Source, train_source, val_source
-from fcmae.data.sources.check_maps import check_maps
-from fcmae.data.sources.create import boxed_source
-from fcmae.data.sources.map_files import map_key, mapped_source
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, ConfigError, UsageError
 from fcmae.evaluation import probe as linear
 from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.class_metrics import class_metrics
 from fcmae.evaluation.classify import accuracy, predictions
-from fcmae.evaluation.detections import check_canvas, detections
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
-from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
-from fcmae.evaluation.summary import Errors, Recorder, finish, finish_images, finish_maps, folder_of
-from fcmae.evaluation.tables import write_confusion, write_per_class
-from fcmae.evaluation.windows import check_image_size, whole_predictions
+from fcmae.evaluation.summary import Recorder, finish, finish_images, folder_of
+from fcmae.evaluation.whole_images import evaluate_boxes, evaluate_maps, write_tables
 from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
-from fcmae.models.objective import BoxObjective, DenseObjective, Predictions
+from fcmae.models.objective import BoxObjective, DenseObjective
 
 
 @contextlib.contextmanager
@@ -169,9 +163,9 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
     if objective.outputs == 0:
         raise CheckpointError(f"{file} has no classifier, only a backbone; fine-tune it, or use knn or probe")
     if isinstance(objective, DenseObjective):
-        return _evaluate_maps(cfg, file, state, world, objective, data)
+        return evaluate_maps(cfg, file, state, world, objective, data)
     if isinstance(objective, BoxObjective):
-        return _evaluate_boxes(cfg, file, state, world, objective, data)
+        return evaluate_boxes(cfg, file, state, world, objective, data)
     source = val_source(data, cfg.loader)
     classes: list[str] = state.get("classes") or []
     tables = cfg.per_class is not None or cfg.confusion is not None
@@ -206,75 +200,13 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
     if confusion is not None:
         total = world.sum(confusion).cpu()
-        world.on_main(lambda: _write_tables(cfg, classes, total))
+        world.on_main(lambda: write_tables(cfg, classes, total))
     if accepted is not None:
         finish(None, result, classes, world)
     else:
         folder = world.from_main(lambda: folder_of(cfg.report, file))
         finish_images(folder, objective, result, recorder, source, data, classes)
     return result if world.is_main else None
-
-
-def _evaluate_maps(
-    cfg: EvaluateConfig, file: Path, state: State, world: World, objective: DenseObjective, data: DataConfig
-) -> dict[str, float] | None:
-    """The same for an objective with target maps, on whole images."""
-    for name in ("labels", "per_class"):
-        check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts a map per image")
-    objective.max_pixels = cfg.loader.max_pixels
-    maps = mapped_source(data, cfg.loader, train=False)
-    notes = world.together(lambda: check_maps(maps, map_key(data, train=False), objective.target))
-    source, more = objective.validation(maps, "data.val_path", str(file))
-    for note in [*notes, *more] if world.is_main else ():
-        say(note)
-    result: dict[str, float] = {}
-    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema, cfg.allow).to(world.device)
-        check_image_size(data, model)
-        how = (data, cfg.loader, cfg.at_once(dense=True), cfg.precision)
-        errors = Errors(objective)
-        metrics = objective.metrics(whole_predictions(model, objective, source, *how, world, look=errors), world)
-        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-    counts = objective.confusion
-    if cfg.confusion is not None:
-        if counts is None:
-            raise UsageError(f"confusion must be null: the targets of {file} are no classes")
-        world.on_main(lambda: _write_tables(cfg, state.get("classes") or [], counts))
-
-    def again(some: Source, alone: World, look: MapPictures) -> Iterable[Predictions]:
-        return whole_predictions(model, objective, some, *how, alone, look=look)
-
-    folder, classes = world.from_main(lambda: folder_of(cfg.report, file)), state.get("classes") or []
-    finish_maps(folder, objective, result, errors, source, again, data, classes, world)
-    return result if world.is_main else None
-
-
-def _evaluate_boxes(
-    cfg: EvaluateConfig, file: Path, state: State, world: World, objective: BoxObjective, data: DataConfig
-) -> dict[str, float] | None:
-    """The same for an objective with boxes, on whole images."""
-    for name in ("labels", "per_class", "confusion"):
-        check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts boxes")
-    boxed = world.together(lambda: boxed_source(data, cfg.loader, train=False))
-    source, notes = objective.validation(boxed, "data.val_annotations", str(file))
-    for note in [*boxed.notes, *notes] if world.is_main else ():
-        say(note)
-    result: dict[str, float] = {}
-    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema, cfg.allow).to(world.device)
-        check_canvas(data, model)
-        found = detections(model, source, data, cfg.loader, cfg.at_once(dense=True), cfg.precision, world)
-        metrics = objective.metrics(found, world)
-        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
-    finish(world.from_main(lambda: folder_of(cfg.report, file)), result, state.get("classes") or [], world)
-    return result if world.is_main else None
-
-
-def _write_tables(cfg: EvaluateConfig, classes: list[str], confusion: Tensor) -> None:
-    if cfg.per_class is not None:
-        write_per_class(Path(cfg.per_class), classes, confusion)
-    if cfg.confusion is not None:
-        write_confusion(Path(cfg.confusion), classes, confusion)
 
 
 def knn(cfg: KnnConfig) -> dict[str, float] | None:

@@ -17,11 +17,11 @@ from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
 from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import EvaluationImages
-from fcmae.data.sources import Source, Subset
+from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
-from fcmae.evaluation.map_pictures import MapPictures, sheet, titled
+from fcmae.evaluation.map_pictures import sheet, titled
 from fcmae.files import make_folder, output, write_output
 from fcmae.models.objective import DenseObjective, Objective, Plots, Predictions, Report
 
@@ -246,38 +246,39 @@ def finish_images(
     recorder.world.on_main(finish)
 
 
-def finish_maps(
+Worst = list[tuple[int, float, str]]
+"""Places in the source, errors and captions, the worst first."""
+
+
+def finish_whole(
     folder: Path | None,
-    objective: DenseObjective,
+    report: Callable[[], Report],
     metrics: Mapping[str, float],
-    errors: Errors,
+    worst: Callable[[Report], Worst],
     source: Source,
-    predict: Callable[[Source, World, MapPictures], Iterable[Predictions]],
-    data: DataConfig,
+    draw: Callable[[list[int], World], tuple[Image.Image | None, Mapping[str, Tensor]]],
     classes: list[str],
     world: World,
 ) -> None:
-    """The same of images with target maps.
+    """The same of whole images, whose targets are maps or boxes.
 
     Args:
-        predict: predicts the maps of a source again, for the pictures of the worst.
+        worst: of a report.
+        draw: predicts images again, and draws input, target and prediction; the second is what colours mean.
     """
-    worst = errors.worst(world)
 
     def finish() -> None:
-        report = objective.report_maps()
-        describe(metrics, report, classes)
+        found = report()
+        describe(metrics, found, classes)
         if folder is None:
             return
-        write(folder, metrics, report)
-        say_worst(folder, [(place, error, f"error {error:.4g}") for place, error in worst], source)
-        pictures = MapPictures(objective, data, most=WORST)
-        alone = World(0, 1, 0, 1, world.device)
-        for _ in predict(Subset(source, [place for place, _ in worst]), alone, pictures):
-            pass
-        picture = pictures.draw()
-        if picture is not None:
-            _save(folder, titled(picture, ("input", "target", "prediction"), objective.legend()))
+        write(folder, metrics, found)
+        rows = worst(found)
+        say_worst(folder, rows, source)
+        if rows:
+            picture, legend = draw([place for place, _, _ in rows], World(0, 1, 0, 1, world.device))
+            if picture is not None:
+                _save(folder, titled(picture, ("input", "target", "prediction"), legend))
         say(f"report: {folder}")
 
     world.on_main(finish)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
@@ -38,8 +40,12 @@ class Sink(Protocol):
         """The run ends."""
 
 
+EVENTS_FILE = "events.jsonl"
+"""A line for each process that trained: when and where it began, at which step, with which versions; and warnings."""
+
+
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, each with its ``step``; pictures in reconstructions/."""
+    """metrics.jsonl: one JSON object per line, each with its ``step``; warnings; pictures in reconstructions/."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir = run_dir
@@ -64,6 +70,10 @@ class MetricsFile:
         folder = own_folder(self.run_dir / "reconstructions")
         with replacing(folder / f"{name}_{step:08d}.png") as file:
             image.save(file, "PNG")
+
+    def warn(self, step: int, line: str) -> None:
+        with open_to_append(self.run_dir / EVENTS_FILE) as file:
+            file.write(json.dumps({"time": time.time(), "step": step, "warning": line}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -130,6 +140,11 @@ class RunLogger:
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         self._each(lambda sink: sink.picture(step, name, image))
+
+    def warn(self, step: int, line: str) -> None:
+        """Prints what is wrong, and gives it to the sinks that take warnings: those with a method ``warn``."""
+        say(line)
+        self._each(lambda sink: getattr(sink, "warn", lambda *_: None)(step, line))
 
     def artifact(self, file: Path) -> None:
         """Gives a file that the run ends with to the sinks that take files: those with a method ``artifact``."""

@@ -3,15 +3,20 @@
 import base64
 import html
 import io
+import shutil
+import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
+from fcmae.messages import say
 from fcmae.report.charts import Line, chart
+from fcmae.status import SIGNS
 
 
 class Progress(Protocol):
@@ -26,43 +31,103 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def create_progress(label: str, start_step: int, stop_step: int, enabled: bool) -> Progress:
-    """The progress of steps ``start_step`` to ``stop_step``, where this process shows it."""
+def create_progress(label: str, start_step: int, stop_step: int, enabled: bool, folder: Path | None = None) -> Progress:
+    """The progress of steps ``start_step`` to ``stop_step``, where this process shows it.
+
+    Args:
+        folder: the run's, which is named once.
+    """
     display = notebook_display() if enabled else None
     if display is not None:
         return NotebookProgress(label, start_step, stop_step, display)
+    if enabled and folder is not None:
+        say(f"files of the run: {folder}")
     return TextProgress(label, start_step, stop_step, enabled)
 
 
+class Numbers:
+    """The last metrics in a few words."""
+
+    LINES = 20
+    """Of training metrics: the mean loss of the later half is compared with that of the earlier one."""
+
+    def __init__(self) -> None:
+        self.training: dict[str, float] = {}
+        self.losses: deque[float] = deque(maxlen=self.LINES)
+        self.scores: dict[str, str] = {}
+
+    def take(self, metrics: dict[str, float]) -> None:
+        if "loss" in metrics:
+            self.training = metrics
+            self.losses.append(metrics["loss"])
+            return
+        names = [name for name in metrics if name not in SIGNS]
+        if names:
+            name = names[0] if f"ema_{names[0]}" not in metrics else f"ema_{names[0]}"
+            self.scores.pop(name, None)
+            self.scores[name] = f"{name} {metrics[name]:.4g}"
+
+    def text(self, columns: int) -> str:
+        """Loss and its trend, images per second, memory, and the last scores as far as there is space."""
+        last, parts = self.training, []
+        if last:
+            parts += [f"loss {last['loss']:.4g}{self._trend()}", f"{last['images_per_second']:,.0f} images/s"]
+            parts += [f"{last['memory_gib']:.1f} GiB"] * bool(last.get("memory_gib"))
+        for score in reversed(self.scores.values()):
+            if len(", ".join([*parts, score])) < columns:
+                parts.append(score)
+        return ", ".join(parts)[: columns - 1]
+
+    def _trend(self) -> str:
+        half = len(self.losses) // 2
+        if not half:
+            return ""
+        losses = list(self.losses)
+        return f" ({statistics.fmean(losses[-half:]) - statistics.fmean(losses[:half]):+.2g})"
+
+
 class TextProgress:
-    """A progress bar on a terminal, a line for every log elsewhere."""
+    """Two lines on a terminal, a bar and numbers; a line for every log elsewhere."""
+
+    BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 
     def __init__(self, label: str, start_step: int, stop_step: int, enabled: bool) -> None:
         self.label = label
         self.stop_step = stop_step
         self.enabled = enabled
+        self.numbers = Numbers()
         terminal = enabled and sys.stderr.isatty()
         self.bar = tqdm(
-            initial=start_step, total=stop_step, desc=label, unit="step", disable=not terminal, dynamic_ncols=True
+            initial=start_step,
+            total=stop_step,
+            desc=label,
+            bar_format=self.BAR,
+            disable=not terminal,
+            dynamic_ncols=True,
         )
+        self.below = tqdm(total=0, bar_format="{desc}", disable=not terminal, dynamic_ncols=True, position=1)
 
     def advance(self) -> None:
         self.bar.update()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # of training or an evaluation
-        shown = {name: f"{metrics[name]:.4g}" for name in names if name in metrics}
-        self.bar.set_postfix(shown)
-        if self.enabled and self.bar.disable:
+        if not self.bar.disable:
+            self.numbers.take(metrics)
+            if "epoch" in metrics:
+                self.bar.set_postfix_str(f"epoch {metrics['epoch']:.1f}", refresh=False)
+            self.below.set_description_str(self.numbers.text(shutil.get_terminal_size().columns))
+        elif self.enabled:
+            names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # training or an evaluation
             left = metrics.get("seconds_left")
             end = f", {left:.0f} s left" if left is not None else ""
-            values = " ".join(f"{name} {value}" for name, value in shown.items())
+            values = " ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
             print(f"{self.label} step {step}/{self.stop_step} {values}{end}", file=sys.stderr, flush=True)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         pass
 
     def close(self) -> None:
+        self.below.close()
         self.bar.close()
 
 

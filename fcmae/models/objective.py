@@ -180,6 +180,11 @@ class BoxObjective(Objective):
     most: int
     """Most objects of a training image."""
 
+    def report_boxes(self) -> Report:
+        """What ``fcmae evaluate`` writes beside what the last :meth:`metrics` returned; errors and captions by place in
+        the source."""
+        return Report()
+
     def decoder(self, dims: list[int], strides: list[int]) -> Detector:
         """A detector on the feature maps ``[N, dims[i], H / strides[i], W / strides[i]]`` of all stages."""
         raise NotImplementedError

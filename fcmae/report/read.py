@@ -1,24 +1,19 @@
 """What a report shows of a run, from its folder, which may be anybody's: numbers are checked, pictures re-encoded."""
 
-import base64
 import contextlib
 import functools
-import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fcmae.config import FinetuneConfig, PretrainConfig, compose, to_dict
-from fcmae.data.pixels.formats import open_picture
 from fcmae.errors import UsageError
 from fcmae.opening import open_regular, read_regular
 from fcmae.report.charts import POINTS, thinned
+from fcmae.report.kept import MAX_PICTURE, Evaluation, Sheet, encoded, read_evaluations, read_sheet
 from fcmae.status import RunStatus, is_number, read_config, read_status
 
 MAX_METRICS = 2**30
@@ -26,9 +21,8 @@ MAX_METRICS = 2**30
 MAX_LINE = 2**16
 MAX_EVENTS = 2**24
 """Bytes of the file of processes."""
-MOST_EVALUATIONS = 20
-PICTURE_WIDTH, PICTURE_BYTES, MAX_PICTURE = 960, 2_400_000, 2**25
-"""Pixels of a picture in the page, bytes of all pictures together, and of a picture file."""
+PICTURE_BYTES = 2_400_000
+"""Of all pictures in the page together; of those of evaluations at most half."""
 MOST_PICTURES = 12
 """Of one name and run, evenly spaced in time."""
 
@@ -54,33 +48,41 @@ class RunContent:
     pictures: list[Picture] = field(default_factory=list)
     hours: float = 0.0
     """Of training, by the logged speed."""
+    device_hours: float | None = None
+    """The same times the ranks of each process; None where they are not known."""
     images: float = 0.0
     processes: list[dict[str, Any]] = field(default_factory=list)
-    """The lines of ``events.jsonl``: each process that trained."""
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics by the name of their file: what ``fcmae evaluate out=RUN/NAME.json`` and others wrote."""
+    """Of ``events.jsonl``, each process that trained."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """Of ``events.jsonl``, what was wrong: ``step``, ``time`` and the text ``warning``."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    sheet: Sheet | None = None
 
 
 def read_run(folder: str | Path, name: str, picture_bytes: int = PICTURE_BYTES) -> RunContent:
     """Reads a run's folder. Raises UsageError if it holds no run."""
     status = read_status(folder)
-    series, hours, images = _series(status)
-    run = RunContent(status, name, series, _settings(status.folder / "config.yaml"), hours=hours, images=images)
-    run.processes = _processes(status.folder / "events.jsonl")
-    run.evaluations = dict(_evaluations(status.folder))
-    run.pictures = _pictures(status.folder / "reconstructions", picture_bytes)
+    run = RunContent(status, name, {}, _settings(status.folder / "config.yaml"))
+    for event in _events(status.folder / "events.jsonl"):
+        (run.warnings if "warning" in event else run.processes).append(event)
+    _read_series(run)
+    run.evaluations = read_evaluations(status.folder, picture_bytes // 2)
+    run.sheet = read_sheet(status.folder)
+    pictures = [picture for each in run.evaluations for picture in (*each.plots.values(), each.worst)]
+    run.pictures = _pictures(status.folder / "reconstructions", picture_bytes - sum(map(len, pictures)))
     return run
 
 
-def _series(status: RunStatus) -> tuple[dict[str, list[tuple[float, float]]], float, float]:
+def _read_series(run: RunContent) -> None:
     """Step and value of every metric, thinned; the hours of training and the images seen, by the logged speeds."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    seconds, before = 0.0, 0.0
-    for line in _lines(status.folder / "metrics.jsonl"):
+    batch, seconds, device_seconds, before = run.status.batch, 0.0, 0.0, 0.0
+    for line in _lines(run.status.folder / "metrics.jsonl"):
         step = line["step"]
         speed = line.get("images_per_second", 0.0)
-        if status.batch and speed > 0 and step > before:
-            seconds += (step - before) * status.batch / speed
+        if batch and speed > 0 and step > before:
+            took = (step - before) * batch / speed
+            seconds, device_seconds = seconds + took, device_seconds + took * _ranks(run.processes, before)
         if "loss" in line:
             before = step
         for name, value in line.items():
@@ -88,7 +90,14 @@ def _series(status: RunStatus) -> tuple[dict[str, list[tuple[float, float]]], fl
                 points[name].append((step, value))
                 if len(points[name]) >= 20 * POINTS:
                     points[name] = thinned(points[name], 10 * POINTS)
-    return dict(points), seconds / 3600, before * (status.batch or 0)
+    run.series, run.hours, run.images = dict(points), seconds / 3600, before * (batch or 0)
+    run.device_hours = device_seconds / 3600 or None
+
+
+def _ranks(processes: list[dict[str, Any]], step: float) -> float:
+    """Of the last process that began at or before a step; 0 where it is not known."""
+    known = [event.get("ranks", 0) for event in processes if event["step"] <= step]
+    return known[-1] if known and is_number(known[-1]) else 0
 
 
 def _lines(path: Path) -> Any:
@@ -102,8 +111,8 @@ def _lines(path: Path) -> Any:
                     yield {name: value for name, value in given.items() if is_number(value)}
 
 
-def _processes(path: Path) -> list[dict[str, Any]]:
-    """Texts are cut, and what has another type is left out."""
+def _events(path: Path) -> list[dict[str, Any]]:
+    """The lines that have a step; a warning that a run repeated after it resumed counts once."""
     found = []
     with contextlib.suppress(OSError):
         for text in read_regular(path, MAX_EVENTS, links=False).splitlines():
@@ -111,16 +120,8 @@ def _processes(path: Path) -> list[dict[str, Any]]:
                 given = json.loads(text)
                 if isinstance(given, dict) and is_number(given.get("step")):
                     found.append(given)
-    return found
-
-
-def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    for path in sorted(folder.glob("*.json"))[:MOST_EVALUATIONS]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            given = json.loads(read_regular(path, MAX_LINE, links=False))
-            numbers = {str(name): value for name, value in given.items() if is_number(value)} if given else {}
-            if numbers and len(numbers) == len(given):
-                yield path.stem, numbers
+    said = {(event["step"], event["warning"]): event for event in found if isinstance(event.get("warning"), str)}
+    return [event for event in found if "warning" not in event] + list(said.values())
 
 
 def _settings(path: Path) -> dict[str, str]:
@@ -179,18 +180,6 @@ def spaced(items: list[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def encoded(data: bytes) -> str:
-    """A picture file as the data URI of a JPEG, made smaller if it is large."""
-    with open_picture(data, 2**26) as image:
-        picture = image.convert("RGB")
-    if picture.width > PICTURE_WIDTH:
-        size = PICTURE_WIDTH, max(1, round(picture.height * PICTURE_WIDTH / picture.width))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def read_runs(folders: list[str]) -> list[RunContent]:

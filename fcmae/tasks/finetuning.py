@@ -215,8 +215,8 @@ class Finetuning:
     def extra_metrics(self) -> dict[str, float]:
         return {}
 
-    def notice(self, step: int, metrics: dict[str, float]) -> None:
-        pass
+    def warning(self, step: int, metrics: dict[str, float]) -> None:
+        return None
 
     def extra_state(self) -> dict[str, Any]:
         state = self.objective.state_dict()

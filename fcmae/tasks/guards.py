@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig
 from fcmae.distributed import World
 from fcmae.loggers.logger import RunLogger
@@ -120,7 +119,7 @@ class MeanPatch:
         self.model.eval()
         try:
             for line in self.look(step, world.device):
-                say(line)
+                logger.warn(step, line)
         finally:
             self.model.train(was_training)
 

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, ProbeConfig, TrainerConfig
 from fcmae.data.sources import Source
 from fcmae.distributed import World
@@ -100,7 +99,7 @@ class Collapse(Frozen):
         logger.log(step, metrics)
         lines = self._lines(metrics, step)
         for line in lines if world.is_main and not self.warned else ():
-            say(line)
+            logger.warn(step, line)
         self.warned |= bool(lines)
 
     @classmethod

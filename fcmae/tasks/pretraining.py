@@ -169,9 +169,8 @@ class Pretraining:
                 fit = f"optim.global_batch_size={size} must be a multiple of the {ranks} ranks"
             raise ConfigError(f"model.grn_scope=batch allows no padding in its statistics over a micro-batch; {fit}")
 
-    def notice(self, step: int, metrics: dict[str, float]) -> None:
-        if (line := self.loss_watch(step, metrics)) is not None:
-            say(line)
+    def warning(self, step: int, metrics: dict[str, float]) -> str | None:
+        return self.loss_watch(step, metrics)
 
     def compile(self) -> None:
         self.model.compile()

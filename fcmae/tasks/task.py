@@ -75,8 +75,8 @@ class Task(Protocol):
         """What is logged beside the means of losses: values at the time of the call. Waits for the device."""
         ...
 
-    def notice(self, step: int, metrics: dict[str, float]) -> None:
-        """Sees each line of training metrics, on the first rank, and may tell the user something."""
+    def warning(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Sees each line of training metrics, on the first rank, and says what is wrong, if anything."""
         ...
 
     def extra_state(self) -> dict[str, Any]:

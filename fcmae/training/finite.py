@@ -13,6 +13,7 @@ from fcmae.data.unreadable import errors_aside
 from fcmae.distributed import World
 from fcmae.errors import NonFiniteLossError
 from fcmae.files import replacing
+from fcmae.loggers.logger import RunLogger
 from fcmae.tasks.task import Task
 
 
@@ -49,7 +50,9 @@ class FiniteGuard:
         return int(world.max(self._count))
 
 
-def act_on_non_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World) -> dict[str, float]:
+def act_on_non_finite(
+    guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: Path, world: World, logger: RunLogger
+) -> dict[str, float]:
     """Reports the first step since last asked that was not finite, and does what ``trainer.on_nonfinite`` says.
 
     Returns:
@@ -72,7 +75,7 @@ def act_on_non_finite(guard: FiniteGuard, task: Task, plan: BatchPlan, run_dir: 
             f"{problem}; {skipped} steps were skipped, trainer.max_skipped is {cfg.max_skipped}. Its samples: {listed}"
         )
     if world.is_main:
-        print(f"{problem}: skipped ({skipped} so far). Its samples: {listed}", file=sys.stderr, flush=True)
+        logger.warn(step, f"{problem}: skipped ({skipped} so far). Its samples: {listed}")
     return metrics
 
 

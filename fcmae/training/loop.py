@@ -12,6 +12,7 @@ from fcmae.checkpoints.resume import newest_state, say
 from fcmae.config import to_dict
 from fcmae.data.loading import TrainBatches
 from fcmae.data.plan import BatchPlan, Padding
+from fcmae.data.sheet import keep_sheet
 from fcmae.data.unreadable import count_bad_samples
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, SaveError
@@ -21,6 +22,7 @@ from fcmae.loggers.meter import Meter
 from fcmae.loggers.progress import create_progress
 from fcmae.optim.adamw import set_lr
 from fcmae.plugins import brings_code
+from fcmae.randomness import preserved
 from fcmae.tasks.monitors import Monitor
 from fcmae.tasks.task import Losses, Task
 from fcmae.training import fit_micro_batch as micro_batch
@@ -125,6 +127,8 @@ class _Training:
         begins = setup.summary(self.task, self.plan, self.state, self.schedule.total_steps, self.world)
         for line in (*self.task.notes, begins):
             say(line)
+        with preserved(self.world.device):
+            keep_sheet(self.task.source, self.run_dir, self.cfg.loader.max_pixels)
 
     def _read(self) -> TrainBatches:
         """The micro-batches of the steps that are left."""
@@ -136,7 +140,7 @@ class _Training:
         sinks: list[Sink] = []
         self.world.on_main(lambda: sinks.extend(create_sinks(cfg.logger, cfg.name, self.config, self.run_dir, step)))
         shown = self.world.is_main and cfg.logger.progress
-        return RunLogger(sinks, create_progress(cfg.name, step, self.stop_step, enabled=shown))
+        return RunLogger(sinks, create_progress(cfg.name, step, self.stop_step, shown, self.run_dir))
 
     def _training_step(self) -> TrainingStep:
         task, plan, world = self.task, self.plan, self.world
@@ -227,15 +231,18 @@ class _Training:
         """A line of metrics: means since the last one."""
         step, plan = self.state.step, self.plan
         metrics = self.meter.read() | self.task.extra_metrics() | self.saver.take_stall()
-        metrics |= act_on_non_finite(self.guard, self.task, plan, self.run_dir, self.world)
+        metrics |= self._act_on_non_finite()
         of_epoch = plan.steps_per_epoch * plan.global_batch_size
         metrics |= count_bad_samples(self.batches.bad_samples(step), of_epoch, self.cfg.loader, self.world)
         left = (self.stop_step - step) * plan.global_batch_size / metrics["images_per_second"]
         epoch = step / plan.steps_per_epoch
         metrics |= {"lr": lr, "epoch": epoch, "seconds_left": left}
         self.logger.log(step, metrics)
-        if self.world.is_main:
-            self.task.notice(step, metrics)
+        if self.world.is_main and (line := self.task.warning(step, metrics)) is not None:
+            self.logger.warn(step, line)
+
+    def _act_on_non_finite(self) -> dict[str, float]:
+        return act_on_non_finite(self.guard, self.task, self.plan, self.run_dir, self.world, self.logger)
 
     def _look(self) -> bool:
         """Runs the monitors that are due. Returns whether one of them found this state the best so far.
@@ -269,7 +276,7 @@ class _Training:
         return self.stop.wished()
 
     def _save(self) -> None:
-        act_on_non_finite(self.guard, self.task, self.plan, self.run_dir, self.world)
+        self._act_on_non_finite()
         sizes = {"num_samples": self.plan.num_samples, "micro_batch_size": self.plan.micro_batch_size}
         run = {"task": self.task.name, "config": self.config, **sizes}
         self.saver.save(lambda: {**run, **self.task.extra_state(), **self.state.state_dict()})

@@ -16,8 +16,10 @@ from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.checkpoints.encoder import ENCODER_FILE
 from fcmae.checkpoints.resume import say
 from fcmae.config import RunConfig
+from fcmae.data.sheet import SHEET_FILE
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
+from fcmae.loggers.logger import EVENTS_FILE
 from fcmae.loggers.wandb import ID_FILE
 from fcmae.opening import open_regular, open_to_append, open_to_change, read_regular
 from fcmae.processes import Process
@@ -31,9 +33,7 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
 CONFIG_FILE = "config.yaml"
 MAX_CONFIG = 2**20
 """Bytes of a config file."""
-EVENTS_FILE = "events.jsonl"
-"""A line for each process that trained: when and where it began, at which step, with which versions."""
-RESULTS = (CONFIG_FILE, "metrics.jsonl", EVENTS_FILE, ENCODER_FILE, "reconstructions", profile.FOLDER)
+RESULTS = (CONFIG_FILE, "metrics.jsonl", EVENTS_FILE, SHEET_FILE, ENCODER_FILE, "reconstructions", profile.FOLDER)
 """What a run that starts again would overwrite; checkpoints are numbered."""
 HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of locking where another process has the lock. Any other error: this file system has no locks."""

@@ -44,7 +44,8 @@ def test_a_run_directory_has_everything(pretrained):
     assert len(list((pretrained / "checkpoints").iterdir())) == 2
     pictures = sorted((pretrained / "reconstructions").iterdir())
     assert [p.name for p in pictures] == [f"reconstruction_{step:08d}.png" for step in (3, 6, 9)]
-    files = {"checkpoints", "config.yaml", "encoder.safetensors", "events.jsonl", "metrics.jsonl", "reconstructions"}
+    files = {"checkpoints", "config.yaml", "encoder.safetensors", "metrics.jsonl", "reconstructions"}
+    files |= {"data_sheet.json", "events.jsonl"}
     assert {p.name for p in pretrained.iterdir()} == files
     assert any("checkpoint_stall_seconds" in line for line in metrics(pretrained))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from fcmae.config import compose
 from fcmae.data.sources import val_source
 from fcmae.distributed import World
 from fcmae.evaluation.collapse import DEAD, Channels, effective_rank, mean_cosine
+from fcmae.loggers.logger import RunLogger
+from fcmae.loggers.progress import create_progress
 from fcmae.models import create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.tasks.monitors import Collapse, OnlineProbe
@@ -90,8 +93,9 @@ def test_a_collapse_is_said_once(capsys, what, signs):
     if what == "constant":
         torch.nn.init.zeros_(backbone.stem[0].weight)
         torch.nn.init.normal_(backbone.stem[1].bias)
-    logged = []
-    logger = type("Logger", (), {"log": lambda self, step, metrics: logged.append(metrics)})()
+    logged, kept = [], []
+    sink = SimpleNamespace(log=lambda step, metrics: logged.append(metrics), warn=lambda *given: kept.append(given))
+    logger = RunLogger([sink], create_progress("a", 0, 1, enabled=False))
     look = Collapse(backbone, cfg, val_source(cfg.data))
     for step in (1, 2):
         look(None, step, logger, CPU, lambda: False)
@@ -100,6 +104,7 @@ def test_a_collapse_is_said_once(capsys, what, signs):
     lines = capsys.readouterr().err.splitlines()
     said = [f"warning: the features collapse at step 1: {', '.join(signs)}; see docs/monitoring.md"]
     assert lines == (said if signs else [])
+    assert kept == [(1, line) for line in lines]
 
 
 def test_the_probe_is_the_same_at_every_look_and_leaves_the_generators_alone():

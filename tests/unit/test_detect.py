@@ -15,6 +15,7 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError
 from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.coco_metrics import coco_metrics
+from fcmae.evaluation.summary import worst_of
 from fcmae.models.detector import Detector, Found, KeyedSampler, Targets
 from fcmae.models.objective import Predictions
 from fcmae.randomness import sample_keys
@@ -294,8 +295,11 @@ def shares(found, truth, order):
 
 def test_metrics_are_cocos_and_do_not_depend_on_the_order_of_images():
     found, truth = made_up()
-    ours = coco_metrics(shares(found, truth, range(12)), CPU, ["a", "b"], True, 100)
-    assert coco_metrics(shares(found, truth, [*range(1, 12, 2), *range(0, 12, 2)]), CPU, ["a", "b"], True, 100) == ours
+    ours, report = coco_metrics(shares(found, truth, range(12)), CPU, ["a", "b"], True, 100)
+    other, same = coco_metrics(shares(found, truth, [*range(1, 12, 2), *range(0, 12, 2)]), CPU, ["a", "b"], True, 100)
+    assert other == ours
+    assert same.per_class == report.per_class
+    assert same.errors.nan_to_num(-1).equal(report.errors.nan_to_num(-1))
     # Its own thresholds are rounded to float32.
     exact = {"iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(), "rec_thresholds": np.linspace(0, 1, 101).tolist()}
     for kind, prefix in (("bbox", ""), ("segm", "mask_")):
@@ -312,9 +316,37 @@ def test_metrics_are_cocos_and_do_not_depend_on_the_order_of_images():
             assert ours[prefix + name] == pytest.approx(100 * float(theirs[other]), rel=1e-5), kind
         each = [ours[f"{prefix}map_{name}"] for name in "ab"]
         assert each == pytest.approx((100 * theirs["map_per_class"]).tolist(), rel=1e-5)
+        assert [report.per_class[name][f"{prefix}map"] for name in "ab"] == each
+        for iou in ("50", "75"):
+            curves = report.plots[f"{prefix}precision_recall_{iou}"].keywords["curves"]
+            areas = {name: 100 * curve.mean() for name, curve in curves.items()}
+            assert areas == pytest.approx({name: row[f"{prefix}map{iou}"] for name, row in report.per_class.items()})
     assert ours["images"] == 12
     none = torch.zeros(0)
     nothing = Objects(none.view(0, 4), none.long(), none.bool(), none, [], (64, 64))
-    empty = coco_metrics(shares(found, [nothing] * 12, range(12)), CPU, ["a", "b"], True, 100)
+    empty, report = coco_metrics(shares(found, [nothing] * 12, range(12)), CPU, ["a", "b"], True, 100)
     assert np.isnan(empty["map"])
     assert np.isnan(empty["mask_map50"])
+    assert report.plots == {}
+
+
+def test_the_worst_images_have_objects_that_are_missed_or_found_in_vain():
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 20, 40, 40], [20, 0, 30, 10.0]])
+    crowd = torch.tensor([False, False, True])
+    objects = Objects(boxes, torch.tensor([0, 1, 0]), crowd, torch.full((3,), 100.0), [None] * 3, (64, 64))
+    right, vague, vain = torch.tensor([[0, 0, 10, 9.0]]), boxes[1:2], torch.tensor([[50, 50, 60, 60.0]])
+
+    def found(*rows):
+        parts, classes, scores = zip(*rows, strict=True)
+        return Found(torch.cat(parts), torch.tensor(classes), torch.tensor(scores), None)
+
+    images = [
+        found((right, 0, 0.9), (boxes[1:2], 1, 0.6), (boxes[2:], 0, 0.9)),  # a crowd is not found in vain
+        found((right, 1, 0.9), (vague, 1, 0.4), (vain, 0, 0.45)),
+        found((right, 0, 0.9), (vague, 1, 0.9), (vain, 1, 0.8)),
+    ]
+    share = [Predictions(images, [objects] * 3, torch.tensor([4, 0, 2]))]
+    report = coco_metrics(share, CPU, ["a", "b"], False, 100)[1]
+    assert [int(place) for place in worst_of(report.errors)] == [0, 2]
+    assert [report.caption(place) for place in (0, 2, 4)] == [
+        "2 missed, 1 false", "0 missed, 1 false", "0 missed, 0 false"]  # fmt: skip

@@ -62,8 +62,16 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
         assert image.size == (4 * 4 + 3 * 32, 5 * 4 + 4 * 23)
     assert (states[0]["classes"], states[0]["objective"]["category_ids"]) == (["red", "green"], [3, 7])
     evaluate = ("evaluate", "checkpoint=whole@last", "loader.workers=0")
-    fcmae_here(*evaluate, "out=result.json", "batch_size=4")
+    fcmae_here(*evaluate, "out=result.json", "batch_size=4", "report=run")
     result = json.loads((tmp_path / "result.json").read_text())
+    report = tmp_path / "whole" / "evaluation"
+    curves = [f"{kind}precision_recall_{iou}.png" for kind in ("", "mask_") for iou in (50, 75)]
+    assert sorted(file.name for file in report.iterdir()) == sorted(
+        ["metrics.csv", "metrics.json", "per_class.csv", "worst.csv", "worst.png", *curves]
+    )
+    worst = (report / "worst.csv").read_text().splitlines()[1:]
+    with Image.open(report / "worst.png") as image:
+        assert image.height == 16 + 4 + len(worst) * (4 + 23)
     for name in ("ema_map", "ema_mask_map50", "map_red"):
         assert result[name] == pytest.approx(last[name], rel=1e-4, abs=1e-4)
     check_predictions(fcmae_here, tmp_path, squares)

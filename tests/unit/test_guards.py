@@ -5,6 +5,8 @@ import torch
 
 from fcmae.config import compose
 from fcmae.distributed import World
+from fcmae.loggers.logger import RunLogger
+from fcmae.loggers.progress import create_progress
 from fcmae.masks.patches import grid_size
 from fcmae.tasks import guards
 from fcmae.tasks.guards import LossWatch, losses, mask_warnings
@@ -76,12 +78,13 @@ def test_the_loss_is_compared_with_that_of_the_mean_patch(task, capsys):
     mean = wanted[mask].mean(0).expand_as(wanted)
     assert losses(task.model, "pixels", seen, mask, mean)[0] == pytest.approx(constant)
     task.mean_patch.warmup_steps = 3
-    task.mean_patch(None, guards.LEAST_STEPS, None, CPU_WORLD, None)
+    logger = RunLogger([], create_progress("a", 0, 1, enabled=False))
+    task.mean_patch(None, guards.LEAST_STEPS, logger, CPU_WORLD, None)
     task.mean_patch.warmup_steps = 30
-    task.mean_patch(None, 30, None, CPU_WORLD, None)
+    task.mean_patch(None, 30, logger, CPU_WORLD, None)
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        task.mean_patch(None, 31, None, CPU_WORLD, None)
+        task.mean_patch(None, 31, logger, CPU_WORLD, None)
     said = capsys.readouterr().err
     assert said.count("warning: at step 31 the loss of target.pixels is ") == 1
     assert "of the mean patch" in said

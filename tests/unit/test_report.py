@@ -1,19 +1,27 @@
 """The page that shows runs: whole, without a network, whatever is in their folders."""
 
+import base64
 import html.parser
 import json
 import math
 import re
 
 import pytest
+import torch
 from PIL import Image
 
 from fcmae.cli import main
+from fcmae.data.sheet import keep_sheet
+from fcmae.data.sources.base import Sample
+from fcmae.errors import ImageError
+from fcmae.evaluation import summary
 from fcmae.loggers import report_page
+from fcmae.models.objective import Report
 from fcmae.report import page as page_module
 from fcmae.report.charts import Line, chart, number, thinned, ticks
 from fcmae.report.page import render
 from fcmae.report.read import PICTURE_BYTES, read_run, read_runs
+from fcmae.report.study import read_study
 from tests.conftest import TINY_PRETRAIN
 from tests.unit.test_status import training, write
 
@@ -71,8 +79,9 @@ def test_nothing_is_loaded_from_elsewhere_and_names_are_only_text(tmp_path):
     page = Page(render(read_runs([str(folder)])))
     assert len(page.all("script")) == 1
     assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
-    addresses = [attributes.get(name, "data:") for _, attributes in page.tags for name in ("src", "href")]
-    assert all(address.startswith("data:") for address in addresses)
+    addresses = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
     (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'")
 
@@ -98,17 +107,77 @@ def test_restarts_versions_and_evaluations_are_shown(run):
     events = [
         {"step": 0, "time": 1.7e9, "host": "a", "ranks": 4, "versions": {"torch": "2.14"}, "notes": ["<b>grey</b>"]},
         {"step": 50, "time": 1e300, "host": ["b"], "ranks": "many", "versions": 3, "notes": {}},
+        *2 * [{"step": 70, "time": "now", "warning": "<b>collapse</b>"}],
+        {"step": 70, "warning": 3},
     ]
     (run / "events.jsonl").write_text("\n".join([*map(json.dumps, events), '{"step": NaN}', "[", "{}"]))
     (run / "result.json").write_text('{"top1": 81.5, "images": 100}')
     (run / "other.json").write_text('{"top1": [1]}')
     text = render([read_run(run, "a")])
     page = Page(text)
-    assert text.count('class="mark"') == len(page.all("svg"))
+    assert text.count('class="mark"') == text.count('class="warning" d=') == len(page.all("svg"))
     for expected in ("torch 2.14", "a, step 0: <b>grey</b>", "81.5", "result", "A dotted line"):
         assert expected in page.text
+    assert page.text.split("\n").count("<b>collapse</b>") == 1
     assert "other" not in page.text
     assert not page.all("b")
+
+
+def test_what_evaluate_wrote_is_shown(run):
+    """Tables, plots and worst images; what is damaged or hostile is left out, and names are only text."""
+    folder = run / "evaluation"
+    metrics = {"top1": 81.5, "ece": math.nan, "ema_top1": 82.25, "auroc_<i>cat</i>": 99.0}
+    per_class = {"<i>cat</i>": {"recall": 66.66666, "images": 3.0}}
+    summary.write(folder, metrics, Report(per_class, {"confusion": lambda figure: figure.subplots()}))
+    Image.effect_noise((1600, 400), 90).save(folder / "worst.png")
+    (folder / "roc.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (run / "elsewhere").mkdir()
+    (run / "elsewhere" / "metrics.json").write_text('{"mae": 2.5}')
+    (run / "linked").symlink_to(folder)
+    page = Page(render([read_run(run, "a")]))
+    cells = page.text.split("\n")
+    for expected in ("81.5", "82.25", "2.5", "66.67", "3", "elsewhere", "evaluation, averaged weights"):
+        assert expected in cells
+    assert "99" not in cells  # of a single class, which has a row
+    assert "linked" not in cells
+    assert not page.all("i")
+    kinds = [image["src"].split(";")[0] for image in page.all("img")]
+    assert kinds == ["data:image/png", *["data:image/jpeg"] * 3]
+
+
+def test_the_images_of_a_run_are_shown(run):
+    class Images:
+        classes = ("a", "b")
+
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            if index == 4:
+                raise ImageError("x", "is damaged")
+            shape = (3, 40, 64) if index else (3, 10, 10)
+            return Sample(torch.full(shape, 99, dtype=torch.uint8), 0)
+
+        def describe(self, index):
+            return f"folder/<b>{index}</b>.png"
+
+    keep_sheet(Images(), run, 10**6)
+    file = run / "data_sheet.json"
+    before = file.read_bytes()
+    keep_sheet(None, run, 10**6)  # a run that resumes
+    assert file.read_bytes() == before
+    page = Page(render([read_run(run, "a")]))
+    for expected in ("50", "2", "1 of 12 that were looked at", "10 × 10 to 64 × 40, median 64 × 40", "tensor", "uint8"):
+        assert expected in page.text.split("\n")
+    assert not page.all("b")
+    assert page.text.count("64 × 40, tensor\n") == 10
+    sheet = json.loads(before)
+    for example, wrong in zip(sheet["examples"], ("x", b"GIF89a", 7, None, [], "AAAA"), strict=False):
+        example["picture"] = base64.b64encode(wrong).decode() if isinstance(wrong, bytes) else wrong
+    sheet["examples"][6]["size"] = [3]
+    for content in (json.dumps(sheet), "[]", "{", '{"examples": [1, {}], "images": "many"}', "[" * 10**5):
+        file.write_text(content)
+        assert len(Page(render([read_run(run, "a")])).all("img")) == (2 + 4 if content[2:8] == "images" else 2), content
 
 
 def test_a_run_keeps_its_page(fcmae_here, tmp_path, monkeypatch):
@@ -175,15 +244,25 @@ def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
     study = tmp_path / "study"
     study.mkdir()
     table = ["| top1 | 10 per class |", "|---|---|", "| scratch | 50.0 ± 1.0 |", "| <script>x</script> | 61.0 |"]
-    (study / "study.json").write_text(json.dumps({"sentence": "worth <b>4</b> times", "table": table}))
-    Image.new("RGB", (700, 450), "white").save(study / "study.png")
+    budgets = [{"label": n, "text": f"{n} per class", "images": n} for n in (2, 8)]
+    results = [{"arm": arm, "labels": label, "seed": seed, "metrics": {"top1": value + seed}}
+               for arm, value in (("scratch", 50), ("auto", 60)) for label in (2, 8) for seed in (0, 2)]  # fmt: skip
+    numbers = {"metric": "top1", "budgets": budgets, "arms": ["scratch", "auto", "<script>x</script>"]}
+    numbers |= {"without": ["scratch"], "others": {}, "results": [*results, {**results[0], "metrics": {"top1": None}}]}
+    (study / "study.json").write_text(json.dumps({"sentence": "worth <b>4</b> times", "table": table, **numbers}))
     assert main(["report", str(study), str(run), "--out", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
-    assert "Study study" in page.text
+    assert "\nStudy\n" in page.text
     assert "worth <b>4</b> times" in page.text
     assert "<script>x</script>" in page.text
     assert len(page.all("script")) == 1
-    assert page.all("img")[0]["src"].startswith("data:image/jpeg;base64,")
+    assert "top1 by the number of labelled images" in page.text
+    scratch, auto = read_study(study).lines[:2]
+    assert scratch.points == [(1, 51), (3, 51)]
+    assert auto.band[0] == (1, 61 - 2**0.5, 61 + 2**0.5)
+    assert (scratch.colour, auto.colour) == (7, 0)
     assert "loss" in page.text
+    (study / "study.json").write_text(json.dumps({"sentence": "a", "table": table, **numbers, "budgets": [{}]}))
+    assert main(["report", str(study), "--out", str(tmp_path / "page.html")]) == 2
     (study / "study.json").write_text('{"sentence": 1, "table": []}')
     assert main(["report", str(study), "--out", str(tmp_path / "page.html")]) == 2

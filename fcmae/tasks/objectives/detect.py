@@ -13,7 +13,7 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.coco_metrics import NAMES, coco_metrics
 from fcmae.models.detector import Detector
-from fcmae.models.objective import BoxObjective, Predictions
+from fcmae.models.objective import BoxObjective, Predictions, Report
 
 MODELS = ("faster_rcnn", "mask_rcnn")
 
@@ -54,6 +54,7 @@ class Detect(BoxObjective):
         self.classes: list[str] = []
         self.category_ids: list[int] = []
         self.masks, self.most = model == "mask_rcnn", 0
+        self._report = Report()
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         source = source.source if isinstance(source, Subset) else source
@@ -99,5 +100,8 @@ class Detect(BoxObjective):
 
         COCO's own evaluation (pycocotools) of the images of all ranks, in the source's order.
         """
-        found = coco_metrics(share, world, self.classes, self.masks, self.detections)
+        found, self._report = coco_metrics(share, world, self.classes, self.masks, self.detections)
         return {**{self.best: math.nan}, **found}  # of a class without an object
+
+    def report_boxes(self) -> Report:
+        return self._report
