@@ -35,7 +35,7 @@ COMMANDS = {
     "ls": "a table of the runs in a folder: FOLDER (default: runs)",
     "report": "a page that shows runs, side by side: RUN... --out FILE.html",
     "doctor": "check the installation and the engines; with data.path=FOLDER look at a data set",
-    "bench": "measure speed: step | kernels | data | scaling [overrides] [--json FILE]",
+    "bench": "measure speed: step | evaluate | start | scaling | kernels | data [overrides] [--json FILE]",
     "demo": "pretrain, evaluate and fine-tune on Fashion-MNIST in a few minutes",
 }
 
@@ -346,8 +346,8 @@ def _doctor(args: list[str]) -> int:
 
 def _bench(args: list[str]) -> int:
     parser = _Parser("bench")
-    what = "a training step, the GPU kernels, reading data, or training steps on several GPUs"
-    parser.add_argument("what", choices=["step", "kernels", "data", "scaling"], help=what)
+    what = "training steps, evaluation, how soon training starts, steps on several GPUs, kernels, or reading data"
+    parser.add_argument("what", choices=["step", "evaluate", "start", "scaling", "kernels", "data"], help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. models=[convnextv2_tiny] batch_size=64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     given = parser.parse_intermixed_args(args)

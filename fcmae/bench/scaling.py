@@ -15,19 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from fcmae import distributed, precision, toolchain
 from fcmae import ranks as launch
 from fcmae.bench.measure import check_models, machine, median_step_ms, parse, write_report
-from fcmae.bench.step import DISTINCT_BATCHES
+from fcmae.bench.workloads import DENSE, FINETUNE, PRETRAIN, TASKS, Workload, classifier, finetuning, pretraining
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
+from fcmae.config.training import EXCHANGES
 from fcmae.distributed import World
 from fcmae.errors import UsageError
-from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
-from fcmae.training.exchange import GradientExchange
+from fcmae.training.exchange import create_exchange
 from fcmae.training.step import TrainingStep
 
 WEAK, STRONG = "weak", "strong"
@@ -38,6 +39,10 @@ class ScalingConfig:
     """What ``fcmae bench scaling`` measures."""
 
     models: list[str] = field(default_factory=lambda: ["convnextv2_base"])
+    task: str = PRETRAIN
+    """``pretrain`` or ``finetune``."""
+    exchange: str = "own"
+    """As ``trainer.exchange``."""
     ranks: list[int] | None = None
     """Numbers of ranks; None = 1, 2, 4, ... as many as there are GPUs. The first is the yardstick."""
     modes: list[str] = field(default_factory=lambda: [WEAK, STRONG])
@@ -57,6 +62,8 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         for mode in self.modes:
             check("modes", mode, mode in (WEAK, STRONG), f"some of {WEAK}, {STRONG}")
+        check_one_of("task", self.task, TASKS)
+        check_one_of("exchange", self.exchange, EXCHANGES)
         check_one_of("precision", self.precision, precision.PRECISIONS)
         ok = self.ranks is None or (len(self.ranks) > 0 and all(n > 0 for n in self.ranks))
         check("ranks", self.ranks, ok, "positive integers")
@@ -166,7 +173,7 @@ def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
     where = machine(world.device)
     say = print if world.is_main else _quiet
     say(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
-        f"mask {cfg.mask_ratio}; {world.size} ranks")  # fmt: skip
+        f"mask {cfg.mask_ratio}; {cfg.task}, {world.size} ranks, exchange {cfg.exchange}")  # fmt: skip
     say(f"{'model':17} {'mode':6} {'ranks':>5} {'batch':>5} {'graph':>5} {'ms':>8} {'img/s':>9} {'of linear':>9} "
         f"{'exposed ms':>10} {'grad MB':>8} {'all-reduce ms':>13} {'bus GB/s':>8}")  # fmt: skip
     results: list[ScalingResult] = []
@@ -206,23 +213,14 @@ def _times(
     """ms of a step, of one without exchange, bytes of the gradient, ms of its all-reduce."""
     torch.manual_seed(0)
     device = world.device
-    model = FCMAE(name, mask_ratio=cfg.mask_ratio).to(device)
-    model.backbone.head.requires_grad_(False)  # it gets no gradient that could be exchanged
-    if _compiles(cfg, device):
-        model.compile()
-    exchange = GradientExchange(model, count, group)
+    model, loss, batches = _workload(cfg, name, batch_size, device)
+    exchange = create_exchange(cfg.exchange, model, count, group)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
-    keep = model.len_keep(cfg.image_size, cfg.image_size)
-    rows, cols = grid_size(cfg.image_size, cfg.image_size, model.mask_patch_size)
-    imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
-    batches = [
-        [imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep)] for _ in range(DISTINCT_BATCHES)
-    ]
 
     def time_steps(exchanging: bool) -> float:
         step = TrainingStep(
             model,
-            lambda batch: (model(batch[0], batch[1], keep).loss, {}),
+            lambda batch: (loss(*batch), {}),
             device,
             cfg.precision,
             graphed=graphed,
@@ -238,18 +236,28 @@ def _times(
                 run(i)
             return median_step_ms(run, cfg.repeats, device)
 
-    ms = time_steps(exchanging=True)
     if count == 1:
+        ms = time_steps(exchanging=False)
         return ms, ms, _gradient_bytes(model), 0.0
-    alone_ms = time_steps(exchanging=False)
+    alone_ms = time_steps(exchanging=False)  # first: once torch's DDP is there, it looks at every backward pass
+    ms = time_steps(exchanging=True)
     return ms, alone_ms, _gradient_bytes(model), _all_reduce_ms(model, group, cfg.repeats, device)
 
 
-def _gradient_bytes(model: FCMAE) -> float:
+def _workload(cfg: ScalingConfig, name: str, batch_size: int, device: torch.device) -> Workload:
+    how = batch_size, cfg.image_size, _compiles(cfg, device), device
+    if cfg.task == FINETUNE:
+        return finetuning(classifier(name), DENSE, *how)
+    model = FCMAE(name, mask_ratio=cfg.mask_ratio)
+    model.backbone.head.requires_grad_(False)  # it gets no gradient that could be exchanged
+    return pretraining(model, *how)
+
+
+def _gradient_bytes(model: nn.Module) -> float:
     return float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
 
 
-def _all_reduce_ms(model: FCMAE, group: Any, repeats: int, device: torch.device) -> float:
+def _all_reduce_ms(model: nn.Module, group: Any, repeats: int, device: torch.device) -> float:
     flat = torch.zeros(int(_gradient_bytes(model)) // 4, device=device)
 
     def all_reduce(_: int) -> None:

@@ -2,17 +2,15 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.models.convnext import ConvNeXt
-from torch import Tensor, nn
 
 from fcmae import precision, toolchain
+from fcmae.bench.arithmetic import depthwise_traffic, visible_matmul_flops
 from fcmae.bench.measure import (
     check_models,
     copy_bandwidth,
@@ -24,28 +22,32 @@ from fcmae.bench.measure import (
     write_report,
 )
 from fcmae.bench.profile import profile_step
-from fcmae.bench.targets import CLASSES, KINDS, TEACHER, create_targets
+from fcmae.bench.targets import KINDS, TEACHER, create_targets
+from fcmae.bench.workloads import (
+    DENSE,
+    FINETUNE,
+    PRETRAIN,
+    SUPERVISED,
+    TASKS,
+    Workload,
+    classifier,
+    finetuning,
+    pretraining,
+)
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
 from fcmae.config.model import DECODER_WIDTH
 from fcmae.distributed import pick_device
-from fcmae.engines import ENGINES, HOST_BOUND, convnext, get_engine, region
-from fcmae.engines.dense import dense
+from fcmae.engines import ENGINES, HOST_BOUND, get_engine
 from fcmae.errors import UsageError
-from fcmae.masks.patches import grid_size, random_mask
-from fcmae.models import FCMAE, create_backbone
-from fcmae.models.backbone import stage_shapes
-from fcmae.models.decoder import Decoder, LightDecoder
+from fcmae.masks.patches import grid_size
+from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.step import TrainingStep
 
-SUPERVISED = "timm"
-"""The yardstick: timm's own forward over whole images with a classifier, no masking at all."""
-DENSE = "dense"
-"""The same step on the kernels of :mod:`fcmae.engines.dense`."""
-DISTINCT_BATCHES = 4
-"""Batches that take turns, so that no step finds its data in a cache."""
+YARDSTICKS = {PRETRAIN: ["packed", "masked", SUPERVISED], FINETUNE: [DENSE, SUPERVISED]}
+"""The engines that are measured by default; the first one is compared with the others."""
 
 
 @dataclass
@@ -53,7 +55,10 @@ class StepConfig:
     """What ``fcmae bench step`` measures: every engine, compiled and not, for every model."""
 
     models: list[str] = field(default_factory=lambda: ["convnextv2_base"])
-    engines: list[str] = field(default_factory=lambda: ["packed", "masked", SUPERVISED])
+    task: str = PRETRAIN
+    """``pretrain`` or ``finetune``, which chooses the engines."""
+    engines: list[str] | None = None
+    """None = packed, masked and timm, which is no pretraining but timm's dense step; of fine-tuning dense and timm."""
     compile: list[bool] | None = None
     """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
     strides: list[int] | None = None
@@ -82,6 +87,8 @@ class StepConfig:
     warm_up: int = 5
 
     def __post_init__(self) -> None:
+        check_one_of("task", self.task, TASKS)
+        self.engines = YARDSTICKS[self.task] if self.engines is None else self.engines
         for engine in self.engines:
             allowed = (*ENGINES, SUPERVISED, DENSE)
             check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
@@ -148,7 +155,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
 def _check_engines(cfg: StepConfig, device: torch.device) -> None:
     """Raises UsageError for an engine that is not installed, before anything is measured."""
     try:
-        for engine in set(cfg.engines) - {SUPERVISED, DENSE}:
+        for engine in set(cfg.engines or ()) - {SUPERVISED, DENSE}:
             get_engine(engine, device.type)
     except ImportError as error:
         raise UsageError(str(error)) from error
@@ -160,7 +167,7 @@ def _compile_modes(cfg: StepConfig, device: torch.device) -> list[bool]:
 
 def _measure_all(cfg: StepConfig, device: torch.device) -> Iterator[StepResult]:
     for model in cfg.models:
-        for engine in cfg.engines:
+        for engine in cfg.engines or ():
             for compiled in _compile_modes(cfg, device):
                 batch_size = cfg.batch_size
                 while True:
@@ -185,7 +192,7 @@ def _measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    loss, model, batches, flops = _workload(cfg, name, engine, compiled, batch_size, device)
+    (model, loss, batches), flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
     passes = TrainingStep(model, lambda batch: (loss(*batch), {}), device, cfg.precision, graphed=graphed)
@@ -214,7 +221,7 @@ def _measure(
     traffic = 0
     if engine in ENGINES:
         assert isinstance(model, FCMAE)
-        traffic = depthwise_traffic(model, batch_size, cfg)
+        traffic = depthwise_traffic(model, batch_size, cfg.image_size, cfg.precision)
     return StepResult(
         name,
         engine,
@@ -233,9 +240,8 @@ def _measure(
 
 def _workload(
     cfg: StepConfig, name: str, engine: str, compiled: bool, batch_size: int, device: torch.device
-) -> tuple[Callable[..., Tensor], nn.Module, list[list[Tensor]], float]:
-    """Loss function, trained model, batches, and floating-point operations per image of the visible linear layers."""
-    imgs = torch.randn(batch_size, 3, cfg.image_size, cfg.image_size, device=device)
+) -> tuple[Workload, float]:
+    """A step's workload, and floating-point operations per image of the linear layers over visible sites."""
     fcmae = FCMAE(
         name,
         mask_ratio=cfg.mask_ratio,
@@ -247,113 +253,14 @@ def _workload(
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
     flops = visible_matmul_flops(fcmae, keep, rows * cols)
-    batches: list[list[Tensor]] = []
+    how = batch_size, cfg.image_size, compiled, device
     if engine in (SUPERVISED, DENSE):
-        model = create_backbone(name, num_classes=1000, strides=cfg.strides).to(device)
-        if engine == SUPERVISED:
-            model.to(memory_format=torch.channels_last)
-        for _ in range(DISTINCT_BATCHES):
-            batches.append([imgs, torch.randint(0, 1000, (batch_size,), device=device)])
-
-        def supervised_loss(imgs: Tensor, labels: Tensor) -> Tensor:
-            forward = _supervised_forward if engine == SUPERVISED else _dense_forward
-            return F.cross_entropy(forward(model, imgs, compiled), labels)
-
-        return supervised_loss, model, batches, flops
-    fcmae.to(device)
-    if compiled:
-        fcmae.compile()
-    labels = torch.randint(0, CLASSES, (batch_size,), device=device)
-    for _ in range(DISTINCT_BATCHES):
-        batches.append([imgs, random_mask(torch.rand(batch_size, rows * cols, device=device), keep), labels])
-    return lambda imgs, mask, label: fcmae(imgs, mask, keep, label=label).loss, fcmae, batches, flops
+        return finetuning(classifier(name, cfg.strides), engine, *how), flops
+    return pretraining(fcmae, *how), flops
 
 
 def _network(cfg: StepConfig) -> dict[str, Any]:
     return {"decoder": cfg.decoder, "pred_patch_size": cfg.pred_patch_size, "strides": cfg.strides}
-
-
-def _supervised_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
-    between, block = region(_between, compiled), region(_block, compiled)
-    x = between(model.stem, imgs.contiguous(memory_format=torch.channels_last))
-    for stage in convnext.stages(model):
-        x = between(stage.downsample, x)
-        for layers in convnext.blocks(stage):
-            x = block(layers, x)
-    return between(model.head, x)
-
-
-def _dense_forward(model: ConvNeXt, imgs: Tensor, compiled: bool) -> Tensor:
-    return region(_between, compiled)(model.head, dense(model, imgs, compiled=compiled)[-1])
-
-
-# Two functions, because torch compiles one for eight different shapes at most.
-def _between(layers: nn.Module, x: Tensor) -> Tensor:
-    return layers(x)
-
-
-def _block(layers: nn.Module, x: Tensor) -> Tensor:
-    return layers(x)
-
-
-def visible_matmul_flops(model: FCMAE, keep: int, num_patches: int) -> float:
-    """Floating-point operations of the linear layers in a step, an image, if only visible sites are computed.
-
-    A multiply-add is two; a forward pass costs one product, a backward pass two. The decoder works on all sites.
-    """
-    sites = keep * (model.mask_patch_size / convnext.stem(model.backbone)[0].stride[0]) ** 2
-    products = sites * convnext.stem(model.backbone)[0].weight.numel()
-    for stage in convnext.stages(model.backbone):
-        if isinstance(stage.downsample, nn.Sequential):
-            conv = convnext.downsample(stage.downsample)[1]
-            sites /= conv.stride[0] ** 2
-            products += sites * conv.weight.numel()
-        for block in convnext.blocks(stage):
-            products += sites * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-    return 3 * 2 * (products + _decoder_products(model, keep, num_patches))
-
-
-def _decoder_products(model: FCMAE, keep: int, num_patches: int) -> float:
-    """Multiply-adds of the decoder's linear layers, which work on all sites, but for those before the mask tokens."""
-
-    def sites(stride: int) -> float:
-        return num_patches * (model.mask_patch_size / stride) ** 2
-
-    decoder, strides = model.decoder, stage_shapes(model.backbone)[1]
-    of_visible: list[tuple[int, nn.Module]]
-    of_all: list[tuple[int, nn.Module]]
-    if isinstance(decoder, LightDecoder):
-        of_visible = [(strides[-1], decoder.proj)]
-        of_all = [(strides[-1], layers) for layers in (decoder.blocks, *_heads(decoder))]
-    else:
-        unet = decoder.unet
-        of_visible = [*zip(strides, unet.laterals, strict=True)]
-        of_all = [*zip(strides, unet.blocks, strict=True), *zip(strides[1:], unet.ups, strict=True)]
-        of_all += [(model.pred_patch_size, head) for head in _heads(decoder)]
-    products = sum(sites(stride) * _weights(layers) for stride, layers in of_all)
-    return products + keep / num_patches * sum(sites(stride) * _weights(layer) for stride, layer in of_visible)
-
-
-def _weights(layers: nn.Module) -> int:
-    return sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, nn.Linear))
-
-
-def _heads(decoder: Decoder) -> list[nn.Module]:
-    return [getattr(decoder, head) for head in decoder.heads.values()]
-
-
-def depthwise_traffic(model: FCMAE, batch_size: int, cfg: StepConfig) -> int:
-    """Bytes that the encoder's depthwise convolutions have to move in a step: forward, input and weight gradient each
-    read or write two arrays of the visible sites."""
-    keep = model.len_keep(cfg.image_size, cfg.image_size)
-    size = precision.dtype_of(cfg.precision).itemsize
-    side, total = model.mask_patch_size // convnext.stem(model.backbone)[0].stride[0], 0
-    for stage in convnext.stages(model.backbone):
-        if isinstance(stage.downsample, nn.Sequential):
-            side //= convnext.downsample(stage.downsample)[1].stride[0]
-        for block in convnext.blocks(stage):
-            total += 3 * 2 * batch_size * keep * side**2 * block.conv_dw.weight.shape[0] * size
-    return total
 
 
 def _row(result: StepResult, peak: float) -> str:
@@ -376,7 +283,7 @@ def _where_time_goes(result: StepResult, bandwidth: float) -> str:
 
 
 def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
-    """Packed against the others, in the same run, at its best and theirs."""
+    """Packed, or dense where there is none, against the others, in the same run, at its best and theirs."""
     for model in dict.fromkeys(result.model for result in results):
         best: dict[str, StepResult] = {}
         for result in results:
@@ -384,12 +291,12 @@ def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
                 better = result.engine not in best
                 if better or result.images_per_second > best[result.engine].images_per_second:
                     best[result.engine] = result
-        packed = best.pop("packed", None)
-        for other in best.values() if packed else ():
-            assert packed is not None
+        own = best.pop("packed", None) or best.pop(DENSE, None)
+        for other in best.values() if own else ():
+            assert own is not None
             memory = ""
-            if packed.peak_gib and other.peak_gib:
-                share = (packed.peak_gib / packed.batch_size) / (other.peak_gib / other.batch_size)
+            if own.peak_gib and other.peak_gib:
+                share = (own.peak_gib / own.batch_size) / (other.peak_gib / other.batch_size)
                 memory = f", {share:.2f} of its memory per image"
-            speed = packed.images_per_second / other.images_per_second
-            yield f"{model}: packed is {speed:.2f} times {other.engine}{memory}"
+            speed = own.images_per_second / other.images_per_second
+            yield f"{model}: {own.engine} is {speed:.2f} times {other.engine}{memory}"

@@ -7,6 +7,7 @@ from typing import Any
 from fcmae.config.checks import check, check_device, check_neighbours, check_not_negative, check_one_of, check_positive
 from fcmae.plugins import is_named
 
+EXCHANGES = ("own", "ddp")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -152,7 +153,7 @@ class TrainerConfig:
         ok = self.budget is None or seconds_of(self.budget) > 0
         check("trainer.budget", self.budget, ok, "a time such as 90s, 30min or 8h, or null")
         check("trainer.hang_timeout", self.hang_timeout, 0 < self.hang_timeout <= 1e7, "a number of seconds up to 1e7")
-        check_one_of("trainer.exchange", self.exchange, ("own", "ddp"))
+        check_one_of("trainer.exchange", self.exchange, EXCHANGES)
         check_one_of("trainer.on_save_error", self.on_save_error, ("stop", "continue"))
         check_one_of("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_not_negative("trainer.max_skipped", self.max_skipped)

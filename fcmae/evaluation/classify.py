@@ -1,11 +1,14 @@
 """What a network gives for exactly the validation set, on any number of ranks, and the accuracy of a classifier."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fcmae import toolchain
 from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.transforms import eval_transform
@@ -13,11 +16,35 @@ from fcmae.data.samples import EvaluationImages, Target, label_of
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
+from fcmae.models.headed import dense_outputs
 from fcmae.models.objective import Predictions
 from fcmae.precision import autocast
 
 TOP5_FROM = 6
 """Classes from which on the accuracy of five guesses says anything."""
+
+
+COMPILE_FROM = 20_000
+"""Images per rank from which on compiling the network takes less time than it saves."""
+
+
+def forward_of(model: nn.Module, device: torch.device, images: int, batch_size: int) -> Callable[[Tensor], Any]:
+    """What runs a network of fine-tuning over ``images`` images, in batches: on a GPU on the dense engine's kernels.
+
+    Batches have at most ``batch_size`` images.
+    """
+    if device.type != "cuda":
+        return model
+    if images < COMPILE_FROM or toolchain.missing("cuda"):
+        return partial(dense_outputs, model)
+    return partial(_in_full_batches, partial(dense_outputs, model, compiled=True), batch_size)
+
+
+def _in_full_batches(forward: Callable[[Tensor], Any], batch_size: int, imgs: Tensor) -> Any:
+    """``forward`` of a batch filled up with its last image, so that only one size is compiled."""
+    missing = batch_size - len(imgs)
+    full = torch.cat([imgs, imgs[-1:].expand(missing, -1, -1, -1)]) if missing > 0 else imgs
+    return tree_map_only(Tensor, lambda output: output[: len(imgs)], forward(full))
 
 
 def predictions(
@@ -36,10 +63,11 @@ def predictions(
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
     """
     model.eval()
+    forward = forward_of(model, world.device, len(source) // world.size, batch_size)
     samples = EvaluationImages(source, eval_transform(cfg), target)
     for imgs, targets, places in batches(source, cfg, loader, batch_size, world, samples, stop):
         with torch.inference_mode(), autocast(world.device, precision):
-            outputs = tree_map_only(Tensor, Tensor.float, model(imgs))
+            outputs = tree_map_only(Tensor, Tensor.float, forward(imgs))
         yield Predictions(outputs, targets, places)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError
 
 
@@ -25,6 +26,19 @@ class Headed(nn.Module):
     def forward(self, imgs: Tensor) -> Any:
         """What the head gives for normalised images ``[N, C, H, W]``."""
         return self.head(self.backbone.forward_intermediates(imgs, norm=True, intermediates_only=True))
+
+
+def dense_outputs(model: nn.Module, imgs: Tensor, **how: Any) -> Any:
+    """What a network of fine-tuning gives for normalised images, on the kernels of :mod:`fcmae.engines.dense`.
+
+    Args:
+        how: arguments of :func:`fcmae.engines.dense.dense`.
+    """
+    maps = dense(backbone_of(model), imgs, **how)
+    if isinstance(model, Headed):
+        return model.head(maps)
+    assert isinstance(model, ConvNeXt)
+    return model.forward_head(maps[-1])
 
 
 def backbone_of(model: nn.Module) -> ConvNeXt:

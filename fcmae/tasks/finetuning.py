@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -29,7 +28,7 @@ from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
 from fcmae.models.detector import Detector, Targets
 from fcmae.models.drop_path import draw_paths_by_sample
-from fcmae.models.headed import Headed, backbone_of, freeze
+from fcmae.models.headed import Headed, dense_outputs, freeze
 from fcmae.models.objective import BoxObjective, DenseObjective, Objective
 from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
@@ -141,7 +140,7 @@ class Finetuning:
         self.keys.values = keys
         assert isinstance(model, Headed)
         assert isinstance(model.head, Detector)
-        parts = model.head.losses(self._maps(model, imgs), Targets(*targets), keys)
+        parts = model.head.losses(dense(model.backbone, imgs, **self._how()), Targets(*targets), keys)
         return _mean(sum(parts.values(), torch.zeros_like(keys, dtype=torch.float32)), weight), {
             name: _mean(part.detach(), weight) for name, part in parts.items()
         }
@@ -166,15 +165,10 @@ class Finetuning:
     def _outputs(self, model: nn.Module, imgs: Tensor) -> Any:
         if self.cfg.engine.name == "timm":
             return model(imgs)
-        maps = self._maps(model, imgs)
-        if isinstance(model, Headed):
-            return model.head(maps)
-        assert isinstance(model, ConvNeXt)
-        return model.forward_head(maps[-1])
+        return dense_outputs(model, imgs, **self._how())
 
-    def _maps(self, model: nn.Module, imgs: Tensor) -> list[Tensor]:
-        how: dict[str, Any] = {"compiled": self._compiled, "recompute_stages": self.cfg.engine.recompute_stages}
-        return dense(backbone_of(model), imgs, **how)
+    def _how(self) -> dict[str, Any]:
+        return {"compiled": self._compiled, "recompute_stages": self.cfg.engine.recompute_stages}
 
     def _measure(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> float:
         metrics: dict[str, float] = {}

@@ -156,8 +156,8 @@ class TorchDDP:
 
     averages, warm_up = True, 11  # it lays out its buckets in the first pass, and measures itself in the first ten
 
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self.model, self.size = model, size
+    def __init__(self, model: nn.Module, size: int, group: dist.ProcessGroup | None = None) -> None:
+        self.model, self.size, self.group = model, size, group
         self.wrapped: nn.parallel.DistributedDataParallel | None = None
         self._views: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -174,7 +174,10 @@ class TorchDDP:
         stream = torch.cuda.Stream() if device.type == "cuda" else None
         with torch.cuda.stream(stream):
             self.wrapped = nn.parallel.DistributedDataParallel(
-                _LossModule(self.model, loss), gradient_as_bucket_view=True, **no_buffers
+                _LossModule(self.model, loss),
+                process_group=self.group,
+                gradient_as_bucket_view=True,
+                **no_buffers,
             )
         return lambda batch: self.wrapped(*batch)  # type: ignore[misc]
 
@@ -206,9 +209,11 @@ class _LossModule(nn.Module):
         return self.loss(batch)
 
 
-def create_exchange(kind: str, model: nn.Module, size: int) -> GradientExchange | TorchDDP:
-    """The exchange that ``trainer.exchange`` names; between one rank there is none."""
-    return TorchDDP(model, size) if kind == "ddp" and size > 1 else GradientExchange(model, size)
+def create_exchange(
+    kind: str, model: nn.Module, size: int, group: dist.ProcessGroup | None = None
+) -> GradientExchange | TorchDDP:
+    """The exchange that ``trainer.exchange`` names; one rank has nothing to exchange."""
+    return TorchDDP(model, size, group) if kind == "ddp" and size > 1 else GradientExchange(model, size, group)
 
 
 def _as(part: Tensor, param: Tensor) -> Tensor:

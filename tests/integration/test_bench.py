@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from fcmae.bench import feed
+from fcmae.bench import feed, start
 from fcmae.bench.profile import _kind
 from fcmae.cli import main
+from fcmae.errors import UsageError
 from tests.conftest import run_python
 
 STEP = ["bench", "step", "models=[convnextv2_atto]", "device=cpu", "precision=float32", "batch_size=2", "image_size=64"]
@@ -23,6 +24,29 @@ def test_step_measures_every_engine_and_writes_json(tmp_path, capsys):
     assert report["config"]["batch_size"] == 2
 
 
+def test_fine_tuning_is_measured_against_timm(capsys, tmp_path):
+    assert main([*STEP, "task=finetune", "repeats=1", "warm_up=1"]) == 0
+    assert "convnextv2_atto: dense is " in capsys.readouterr().out
+    few = ["bench", "evaluate", *STEP[2:], "repeats=1", "rounds=1", "warm_up=1"]
+    assert main([*few, "--json", str(tmp_path / "evaluate.json")]) == 0
+    rows = json.loads((tmp_path / "evaluate.json").read_text())["results"]
+    assert [row["engine"] for row in rows] == ["dense", "timm"]
+    assert all(row["images_per_second"] > 0 and row["difference"] < 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_start_of_a_command_is_measured(tmp_path):
+    tiny = ("model.dims=[8,12,16,24]", "model.depths=[1,1,1,1]", "trainer.device=cpu", "loader.workers=0")
+    cfg = ("tasks=[pretrain]", "model=demo", "batch_size=2", "image_size=32", "repeats=1")
+    given = [*cfg, f"overrides=[{','.join(map(json.dumps, tiny))}]"]
+    results = start.run(given, tmp_path / "start.json")
+    assert [result.caches for result in results] == ["empty", "filled"]
+    for result in results:
+        assert 0 < result.first_step <= result.tenth_step <= result.end
+    with pytest.raises(UsageError, match=r"fcmae pretrain ended with 2: .*optim.lrr: unknown key"):
+        start.run([*cfg, "overrides=[optim.lrr=1]"])
+
+
 @pytest.mark.slow
 def test_step_takes_the_decoder(capsys):
     assert main([*STEP, "engines=[packed]", "decoder=unet", "pred_patch_size=4", "repeats=1", "warm_up=1"]) == 0
@@ -34,15 +58,27 @@ import functools, sys
 import torch.multiprocessing as mp
 mp.spawn = functools.partial(mp.start_processes, start_method="fork")  # importing torch takes seconds
 from fcmae.cli import main
+from fcmae.errors import UsageError
 sys.exit(main())
 """
 
 
 @pytest.mark.slow
-def test_scaling_measures_one_and_two_ranks(tmp_path):
+@pytest.mark.parametrize("what", [(), ("task=finetune", "exchange=ddp")])
+def test_scaling_measures_one_and_two_ranks(tmp_path, what):
     sizes = ("models=[convnextv2_atto]", "batch_size=2", "image_size=64", "repeats=3", "warm_up=1", "ranks=[1,2]")
     run_python(
-        tmp_path, "-c", FORKED, "bench", "scaling", *sizes, "device=cpu", "precision=float32", "--json", "scaling.json"
+        tmp_path,
+        "-c",
+        FORKED,
+        "bench",
+        "scaling",
+        *sizes,
+        *what,
+        "device=cpu",
+        "precision=float32",
+        "--json",
+        "scaling.json",
     )
     rows = json.loads((tmp_path / "scaling.json").read_text())["results"]
     shapes = [(row["mode"], row["ranks"], row["batch_size"]) for row in rows]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fcmae
-from fcmae.bench.step import _decoder_products
+from fcmae.bench.arithmetic import decoder_products
 from fcmae.checkpoints import checkpoint
 from fcmae.config import FCMAEConfig, PretrainConfig, compose, from_dict
 from fcmae.errors import ConfigError
@@ -171,7 +171,7 @@ def test_the_benchmark_counts_the_decoders_products(decoder, size):
         model.decoder(features, mask.view(1, 2, 2), torch.arange(4)[None])
     counts = counter.get_flop_counts()["Global"]
     linear = sum(count for operation, count in counts.items() if "conv" not in str(operation))
-    assert 2 * _decoder_products(model, keep=4, num_patches=4) == linear
+    assert 2 * decoder_products(model, keep=4, num_patches=4) == linear
 
 
 RUN = (

@@ -13,7 +13,7 @@ from fcmae.data.pixels.transforms import normalize
 from fcmae.data.sources import Sample, few_labels, train_source, val_source
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation import run
+from fcmae.evaluation import classify, run
 from fcmae.evaluation.classify import accuracy, predictions
 from fcmae.evaluation.features import Extractor, Features, one_class
 from fcmae.evaluation.knn import knn_accuracy, knn_of, knn_predict, warn_of_copies
@@ -21,11 +21,12 @@ from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.models import create_backbone
 from fcmae.models.build import build_fcmae
+from fcmae.models.headed import dense_outputs
 from fcmae.models.objective import Predictions
 from fcmae.tasks import monitors
 from fcmae.tasks.monitors import OnlineKnn
 from fcmae.tasks.pretraining import Pretraining
-from tests.conftest import TINY_PRETRAIN
+from tests.conftest import TINY_PRETRAIN, relative_error
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 DATA = DataConfig(name="synthetic", image_size=32, length=23, crop_pct=1.0)
@@ -54,6 +55,27 @@ class Guess(nn.Module):
         logits.scatter_(1, label[:, None], torch.tensor([2.0] * 7 + [0.5, 0.5, -1.0])[label][:, None])
         logits[torch.arange(len(imgs)), (label + 1) % 10] += 1
         return logits
+
+
+@pytest.mark.parametrize("images", [10, classify.COMPILE_FROM])
+def test_on_a_gpu_the_dense_engine_gives_what_timm_gives(monkeypatch, images):
+    """Many images: compiled, for one size of batch."""
+    sizes = []
+
+    def uncompiled(model, imgs, compiled=False):
+        sizes.append((len(imgs), compiled))
+        return dense_outputs(model, imgs)
+
+    monkeypatch.setattr(classify, "dense_outputs", uncompiled)
+    monkeypatch.setattr(classify.toolchain, "missing", lambda device: None)
+    model = create_backbone("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 24), num_classes=5).eval()
+    forward = classify.forward_of(model, torch.device("cuda"), images, 4)
+    imgs = torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        for count in (4, 3):
+            assert relative_error(forward(imgs[:count]), model(imgs[:count])) < 1e-5
+    many = images == classify.COMPILE_FROM
+    assert sizes == [(4, many), (4 if many else 3, many)]
 
 
 def test_accuracy_counts_every_image_once():
