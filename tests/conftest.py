@@ -62,13 +62,15 @@ def start_python(
 
     Args:
         threads: they decide the order of summation.
-        fresh: start an interpreter, and torchrun, which takes seconds; needed where imports are the point.
+        fresh: start an interpreter, which takes seconds, for several ranks by torchrun; needed where imports are the
+            point. torchrun itself has everything imported.
         variables: environment variables besides those of this process.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(variables or {})}
+    if ranks > 1 and (fresh or not preloaded.is_possible()):
+        args, ranks, fresh = (*TORCHRUN, f"--nproc_per_node={ranks}", *args), 1, False
     if fresh or not preloaded.is_possible():
-        launcher = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *launcher, *args]
+        command = [sys.executable, *args]
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
         )

@@ -23,8 +23,10 @@ Run = subprocess.Popen | preloaded.Process
 
 SHORT = os.environ.get("FAULTS", "full") == "short"
 FULL_FORM = pytest.mark.skipif(SHORT, reason="only in the full form, make faults")
-LONGER = ("schedule.epochs=40", "trainer.eval_every_epochs=40", "trainer.log_every=5")
-"""120 steps of pretraining, a checkpoint every three: about two seconds after the start-up."""
+EPOCHS = 24 if SHORT else 40
+STEPS = 3 * EPOCHS
+LONGER = (f"schedule.epochs={EPOCHS}", f"trainer.eval_every_epochs={EPOCHS}", "trainer.log_every=5")
+"""A checkpoint every three steps: one to two seconds after the start-up."""
 TINY = {"pretrain": TINY_PRETRAIN, "finetune": TINY_FINETUNE}
 COMMANDS = {command: (*tiny, *LONGER) for command, tiny in TINY.items()}
 

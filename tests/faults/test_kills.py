@@ -12,6 +12,7 @@ from fcmae.checkpoints import checkpoint
 from tests.faults.runs import (
     COMMANDS,
     SHORT,
+    STEPS,
     children,
     finish,
     kill_group,
@@ -55,7 +56,7 @@ def test_killed_at_random_and_resumed_equals_undisturbed(tmp_path, undisturbed, 
     args = (*COMMANDS[command], "hydra.run.dir=run", "loader.workers=1", "trainer.log_every=1")
     reached = 0
     for kill in range(kills):
-        aim = min(reached + rng.randint(1, 120 // kills), 118)
+        aim = min(reached + rng.randint(1, STEPS // kills), STEPS - 2)
         what = ("launcher", "rank", "worker")[kill % 3]
         if kill == 0 and not (SHORT and command == "finetune"):
             what = "torchrun"

@@ -92,8 +92,9 @@ def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
     (tmp_path / "paced" / "sitecustomize.py").write_text(
         "import os\nif 'SLURM_JOB_ID' in os.environ:\n    import tests.paced\n    tests.paced.install()\n"
     )
-    path = {"PYTHONPATH": f"{tmp_path}/paced:{REPOSITORY}", "PACE": "0.2"}
-    runs = [login_node(lab, tmp_path, *RUN, *sweep, fresh=True, **path)]
+    path = {"PYTHONPATH": f"{tmp_path}/paced:{REPOSITORY}", "PACE": "0.4"}
+    run = (*RUN, "schedule.epochs=30")
+    runs = [login_node(lab, tmp_path, *run, *sweep, fresh=True, **path)]
     folders = [tmp_path / "sweep" / str(seed) for seed in range(3)]
     try:
         wait_until(lambda: last_step(folders[1]) >= 5 or runs[0].poll() is not None)
@@ -102,7 +103,7 @@ def test_a_sweep_of_three_one_of_them_requeued(lab, tmp_path):
         step = last_step(folders[1])
         lab.run("scancel", "--signal=USR2", job)
         wait_until(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", job))
-        runs += [login_node(lab, tmp_path, *RUN, f"seed={seed}", f"hydra.run.dir=alone_{seed}") for seed in range(3)]
+        runs += [login_node(lab, tmp_path, *run, f"seed={seed}", f"hydra.run.dir=alone_{seed}") for seed in range(3)]
         assert [run.wait() for run in runs] == [0] * 4, (tmp_path / "stderr.txt").read_text()
     finally:
         for run in runs:
