@@ -279,6 +279,8 @@ class EvaluateConfig(CheckpointConfig):
     report: str | None = "run"
     """A folder for metrics, numbers of each class, plots and the worst images (docs/evaluation.md); ``run`` = the
     folder ``evaluation`` of the checkpoint's run; None = none."""
+    wandb: bool = False
+    """Add the report to the run's wandb run: metrics, a table of the classes, and pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -314,12 +316,7 @@ class FeaturesConfig(CheckpointConfig):
             example = "a network, such as model=convnextv2_atto, with checkpoint=random"
             check("model.backbone", self.model.backbone, self.model.backbone is not None, example)
         for name, value in given.items():
-            check(
-                name,
-                value,
-                self.checkpoint == RANDOM,
-                "unset unless checkpoint=random",
-            )
+            check(name, value, self.checkpoint == RANDOM, "unset unless checkpoint=random")
 
 
 @dataclass
@@ -338,9 +335,8 @@ class KnnConfig(FeaturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.k = check_neighbours("k", self.k, "gallery", self.gallery)
-        check_positive("temperature", self.temperature)
-        check_positive("gallery", self.gallery)
-        check_positive("queries", self.queries)
+        for name in ("temperature", "gallery", "queries"):
+            check_positive(name, getattr(self, name))
 
 
 @dataclass

@@ -51,6 +51,7 @@ from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.summary import Recorder, finish, finish_images, folder_of
 from fcmae.evaluation.whole_images import evaluate_boxes, evaluate_maps, write_tables
 from fcmae.interchange.foreign import is_foreign, read_foreign
+from fcmae.loggers.wandb import check_report, log_report
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
@@ -148,7 +149,14 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:
     first.
     """
     with opened(cfg) as (world, file, state):
-        return _evaluate(cfg, file, state, world)
+        run = file.parent.parent
+        if cfg.wandb:
+            world.on_main(lambda: check_report(run, cfg.report))
+        result = _evaluate(cfg, file, state, world)
+        folder = world.from_main(lambda: folder_of(cfg.report, file) if cfg.wandb else None)
+        if folder is not None:
+            world.on_main(lambda: log_report(run, folder))
+        return result
 
 
 def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> dict[str, float] | None:

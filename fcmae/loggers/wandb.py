@@ -1,5 +1,7 @@
 """Weights & Biases; the only file that imports wandb."""
 
+import csv
+import json
 import netrc
 import os
 import secrets
@@ -15,9 +17,12 @@ from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.messages import print_once
 from fcmae.opening import read_regular
+from fcmae.status import read_config, read_status
 
 ID_FILE = "wandb_id"
 """In a run directory: the id of its wandb run."""
+MAX_RESULTS = 2**26
+"""Bytes of a file of results."""
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
@@ -82,7 +87,7 @@ class WandbLogger:
         import wandb
 
         given = wandb.setup().settings
-        self._image, self._artifact = wandb.Image, wandb.Artifact
+        self._image, self._artifact, self._table = wandb.Image, wandb.Artifact, wandb.Table
         self._uploads = cfg.artifact
         arguments: dict[str, Any] = {"config": without_arguments(config), "mode": mode}
         if not given.project or cfg.project != LoggerConfig().project:
@@ -116,7 +121,7 @@ class WandbLogger:
         self._run.log(metrics, step=self._at(step))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
-        self._run.log({name: self._image(image, caption=f"step {step}")}, step=self._at(step))
+        self._run.log({name: self._image(image, caption=f"{name}, step {step}")}, step=self._at(step))
 
     def artifact(self, file: Path) -> None:
         """Uploads the encoder of a run that is done, with ``logger.artifact``."""
@@ -131,6 +136,40 @@ class WandbLogger:
     def _at(self, step: int) -> int:
         """wandb would drop what a process that resumed online logs for steps that it knows, such as an evaluation."""
         return max(step, self._run.starting_step)
+
+    def report(self, step: int, folder: Path) -> None:
+        """Logs what ``fcmae evaluate`` wrote into a folder, all under the folder's name."""
+        logged: dict[str, Any] = json.loads(read_regular(folder / "metrics.json", MAX_RESULTS))
+        table = folder / "per_class.csv"
+        if table.is_file():
+            header, *rows = csv.reader(read_regular(table, MAX_RESULTS).decode().splitlines())
+            numbers = [[row[0], *(float(cell) if cell else None for cell in row[1:])] for row in rows]
+            logged["per_class"] = self._table(columns=header, data=numbers)
+        for path in sorted(folder.glob("*.png")):
+            with Image.open(path) as picture:
+                caption = f"{path.stem.replace('_', ' ')}, step {step}"
+                logged[path.stem] = self._image(picture.convert("RGB"), caption=caption)
+        self._run.log({f"{folder.name}/{name}": value for name, value in logged.items()}, step=self._at(step))
+
+
+def check_report(run_dir: Path, report: str | None) -> None:
+    """Raises UsageError unless a report can be added to the wandb run of a run."""
+    if report is None:
+        raise UsageError("wandb must be false with report=null, which makes nothing to log")
+    if not (run_dir / ID_FILE).is_file():
+        raise UsageError(f"wandb must be false: {run_dir} was not logged to wandb (it has no {ID_FILE})")
+    if wandb_mode(LoggerConfig()) == "disabled":
+        raise UsageError("wandb must be false: it is not installed or disabled (WANDB_MODE)")
+
+
+def log_report(run_dir: Path, folder: Path) -> None:
+    """Adds a report to the wandb run of a run, at the last step that the run logged. Raises UsageError."""
+    config, status = read_config(run_dir / "config.yaml"), read_status(run_dir)
+    given = config.get("logger") or {}
+    cfg = LoggerConfig(**{name: given[name] for name in ("project", "entity") if given.get(name)})
+    sink = WandbLogger(wandb_mode(cfg), cfg, status.task, run_dir, {})
+    sink.report(max(status.step or 0, status.scored_at or 0), folder)
+    sink.close()
 
 
 def _run_id(file: Path) -> str:

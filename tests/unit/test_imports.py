@@ -74,7 +74,9 @@ ALLOWED = {
     "report": {"config", "data"},
     "loggers": {"checkpoints", "config", "data", "report"},
     "interchange": {"checkpoints", "config", "data", "engines", "models", "targets"},
-    "evaluation": {"checkpoints", "config", "data", "engines", "interchange", "masks", "models", "optim", "targets"},
+    "evaluation": {
+        "checkpoints", "config", "data", "engines", "interchange", "loggers", "masks", "models", "optim", "targets",
+    },
     "tasks": {
         "checkpoints", "config", "data", "engines", "evaluation", "interchange", "loggers", "masks", "models",
         "targets",

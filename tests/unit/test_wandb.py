@@ -1,16 +1,21 @@
 """How a run uses wandb: by the config, by wandb's own settings, and with an API key or without one."""
 
+import json
+import math
 import struct
 import sys
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from fcmae.cli import main
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
-from fcmae.loggers.wandb import ID_FILE, WandbLogger, wandb_mode
+from fcmae.evaluation import summary
+from fcmae.loggers.wandb import ID_FILE, WandbLogger, check_report, log_report, wandb_mode
 from fcmae.messages import print_once
+from fcmae.models.objective import Report
 from fcmae.training.run_dir import set_results_aside
 from tests.conftest import TINY_PRETRAIN
 
@@ -36,6 +41,7 @@ class Fake:
     """wandb, as far as it is used: settings from the environment, and what its runs were started with."""
 
     Image = staticmethod(lambda image, caption: image)
+    Table = staticmethod(lambda columns, data: (columns, data))
     Artifact = staticmethod(lambda name, type: SimpleNamespace(name=name, files=[]))
     errors = SimpleNamespace(Error=Exception, CommError=CommError)
 
@@ -65,6 +71,7 @@ class Fake:
         return SimpleNamespace(
             log=lambda _, step: self.logged.append(step),
             starting_step=self.starting_step,
+            finish=lambda: None,
             settings=SimpleNamespace(sync_dir=folder),
         )
 
@@ -203,6 +210,27 @@ def test_a_run_that_is_begun_again_is_another_one(tmp_path, wandb):
     assert (tmp_path / f"{ID_FILE}.unused").read_text() in ids[0]
 
 
+def test_an_evaluation_is_added_to_the_run(monkeypatch, tmp_path, wandb):
+    """Only where there is a wandb run, before anything is measured; in its project, at its last step."""
+    with pytest.raises(UsageError, match="wandb must be false with report=null"):
+        check_report(tmp_path, None)
+    with pytest.raises(UsageError, match=f"wandb must be false: {tmp_path} was not logged to wandb"):
+        check_report(tmp_path, "run")
+    (tmp_path / ID_FILE).write_text("abc")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UsageError, match="not installed or disabled"):
+        check_report(tmp_path, "run")
+    monkeypatch.delenv("WANDB_MODE")
+    check_report(tmp_path, "run")
+    (tmp_path / "config.yaml").write_text("name: cells\nlogger: {project: tissue, tags: [a]}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "loss": 1.0}\n')
+    summary.write(tmp_path / "evaluation", {"top1": 62.5}, Report())
+    log_report(tmp_path, tmp_path / "evaluation")
+    (start,) = wandb.started
+    assert (start["id"], start["project"], start["name"], start["resume"]) == ("abc", "tissue", "cells", "allow")
+    assert wandb.logged == [40]
+
+
 def records(file):
     """The records of a .wandb file: LevelDB's log format, after a header of 7 bytes."""
     pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -234,11 +262,22 @@ def test_processes_of_an_offline_run_sync_as_one(monkeypatch, tmp_path):
         logger.close()
         for folder in (tmp_path / "wandb").glob("offline-run-*"):  # their names have seconds only
             folder.rename(folder.with_name(f"{folder.name}-{first}") if folder.name.count("-") == 3 else folder)
+    logger = WandbLogger("offline", LoggerConfig(), "mine", tmp_path, {})
+    per_class = {"cat": {"recall": 50.0, "auroc": math.nan}}
+    summary.write(tmp_path / "evaluation", {"top1": 62.5}, Report(per_class))
+    Image.new("RGB", (8, 8)).save(tmp_path / "evaluation" / "worst.png")
+    logger.report(9, tmp_path / "evaluation")
+    logger.close()
     real.teardown()
     found = [list(records(file)) for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))]
     runs = [next(r.run for r in process if r.WhichOneof("record_type") == "run") for process in found]
     steps = [[r.history.step.num for r in process if r.WhichOneof("record_type") == "history"] for process in found]
-    assert [run.run_id for run in runs] == [(tmp_path / ID_FILE).read_text()] * 2
-    assert [run.resume for run in runs] == [True, True]
+    assert [run.run_id for run in runs] == [(tmp_path / ID_FILE).read_text()] * 3
+    assert [run.resume for run in runs] == [True] * 3
     assert runs[0].start_time.ToNanoseconds() < runs[1].start_time.ToNanoseconds()
-    assert steps == [[1, 2, 3], [4, 5, 6]]
+    assert steps == [[1, 2, 3], [4, 5, 6], [9]]
+    (last,) = [r.history for r in found[-1] if r.WhichOneof("record_type") == "history"]
+    logged = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in last.item}
+    assert logged["evaluation/top1"] == 62.5
+    assert (logged["evaluation/per_class/nrows"], logged["evaluation/per_class/ncols"]) == (1, 3)
+    assert logged["evaluation/worst/caption"] == "worst, step 9"

@@ -1,0 +1,113 @@
+"""The screenshots of docs/images: reports of one run, of two and of a study, and the site's first page.
+
+    python -m benchmarks.screenshots --work build/screenshots
+
+Trains small networks on Fashion-MNIST, about 10 CPU-minutes, and continues what the folder holds. Needs a Chromium or
+Chrome; the site's first page is taken if ``make docs`` has built it. Each page is looked at in light and dark, 1400 and
+400 px wide, and an error of its script ends the command; all pictures are in the folder, those of the docs are copied.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+COLOURS, MOST_BYTES = 96, 150_000
+DARK = ("@media(prefers-color-scheme:dark)", "@media all")
+PRETRAIN = (
+    *("pretrain", "experiment=demo/pretrain", "schedule.epochs=0.16", "schedule.warmup_epochs=0.02"),
+    *("trainer.log_every=2", "trainer.eval_every_epochs=0.02", "monitor=knn", "monitor.knn_every_epochs=0.04"),
+    *("monitor.knn_gallery=1000", "monitor.knn_queries=500", "monitor.val_loss=true", "monitor.val_images=256"),
+)
+FINETUNE = ("experiment=demo/finetune", "data.labels_per_class=20", "optim.global_batch_size=50")
+STUDY = (
+    *("study", *FINETUNE[:1], "labels=[2,10,50]", "seeds=3", "steps=40", "data.labels_per_class=null"),
+    *("arms=[random_probe,pretrained_probe,scratch,finetuned]", "trainer.eval_every_epochs=null"),
+)
+
+
+def make_runs(work: Path) -> None:
+    """Two pretraining runs, one of which stops and resumes, fine-tuning with its evaluation, and a study."""
+    if not (work / "random" / "encoder.safetensors").exists():
+        fcmae(*PRETRAIN, f"hydra.run.dir={work}/random", "trainer.max_steps=60", check=False)
+    for name, mask in (("random", "random"), ("block", "block")):
+        if not (work / name / "encoder.safetensors").exists():
+            fcmae(*PRETRAIN, f"mask={mask}", f"hydra.run.dir={work}/{name}")
+    if not (work / "classifier" / "evaluation").exists():
+        run = f"hydra.run.dir={work}/classifier"
+        fcmae("finetune", *FINETUNE, f"init_from={work}/random", "schedule.epochs=30", "trainer.log_every=2", run)
+        fcmae("evaluate", f"checkpoint={work}/classifier")
+    fcmae(*STUDY, f"init_from={work}/random", f"hydra.run.dir={work}/study")
+
+
+def fcmae(*words: str, check: bool = True) -> None:
+    print("fcmae", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "fcmae.cli", *words], check=check, cwd=ROOT)
+
+
+def screenshot(page: Path, picture: Path, width: int, height: int, top: int = 0) -> None:
+    """Saves what a browser shows of a page. Raises RuntimeError if the page's script has an error.
+
+    Args:
+        top: pixels that are left out.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise RuntimeError(f"needs one of {', '.join(BROWSERS)}")
+    size = f"--window-size={width},{height + top}"
+    how = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr")
+    command = [browser, *how, size, f"--screenshot={picture}", page.resolve().as_uri()]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stderr
+    errors = [line for line in said.splitlines() if "CONSOLE" in line]
+    if errors:
+        raise RuntimeError(f"{page}: {errors[0]}")
+    with Image.open(picture) as shown:
+        shown.convert("RGB").crop((0, top, width, height + top)).quantize(COLOURS).save(picture, optimize=True)
+
+
+def looks(page: Path, work: Path, height: int) -> None:
+    """Pictures of a page in light and dark, wide and narrow."""
+    dark = work / f"{page.stem}_dark.html"
+    text = page.read_text()
+    if DARK[0] not in text:
+        raise RuntimeError(f"{page} has no dark colours")
+    dark.write_text(text.replace(*DARK).replace("color-scheme:light dark", "color-scheme:dark"))
+    for name, file in (("light", page), ("dark", dark)):
+        for width, most in ((1400, height), (400, 4 * height)):
+            screenshot(file, work / f"{page.stem}_{name}_{width}.png", width, most)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "screenshots")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "images", help="where pictures of the docs go")
+    given = parser.parse_args()
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    make_runs(work)
+    pages = {"report": ["classifier"], "report_runs": ["random", "block"], "report_study": ["study"]}
+    for name, runs in pages.items():
+        fcmae("report", *(str(work / run) for run in runs), "--out", str(work / f"{name}.html"))
+        looks(work / f"{name}.html", work, 2600)
+    wanted = {"report": (1200, 1000), "report_runs": (1200, 1000), "report_study": (900, 820)}
+    for name, (width, height) in wanted.items():
+        keep(work / f"{name}.html", given.docs / f"{name}.png", width, height)
+    site = ROOT / "site" / "index.html"
+    if site.is_file():
+        keep(site, given.docs / "site.png", 1200, 800)
+
+
+def keep(page: Path, picture: Path, width: int, height: int) -> None:
+    screenshot(page, picture, width, height)
+    if picture.stat().st_size > MOST_BYTES:
+        raise RuntimeError(f"{picture} has {picture.stat().st_size:,} bytes, more than {MOST_BYTES:,}")
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()
