@@ -16,6 +16,7 @@ from fcmae.data.pixels.boxes import JitteredScale, WholeOnCanvas
 from fcmae.data.pixels.crops import RandomCrop, Uniform
 from fcmae.data.pixels.decode import Encoded, LazyImage, explained, open_image
 from fcmae.data.pixels.extra import Extra
+from fcmae.data.pixels.nodata import is_all
 from fcmae.data.pixels.on_device import Undecoded, is_for_device
 from fcmae.data.pixels.transforms import Transform
 from fcmae.data.plan import SampleKey
@@ -105,7 +106,8 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         if self.extra is not None and self.extra.steps:
             with preserved(crop.device):
                 seed_globals(self.seed, Stream.TRANSFORM, *counters)
-                crop.copy_(self.extra(crop.clone()))  # into the same memory layout for all crops of a batch
+                # In the memory layout that all crops of a batch have, not in the memory: it may be the image's own.
+                crop = torch.empty_like(crop).copy_(self.extra(crop.clone()))
         noise = self._noise(counters, crop)
         if "valid" in self.crop.carries:
             noise = hidden_without_data(noise, more[0], self.grid)
@@ -124,6 +126,8 @@ def hidden_without_data(scores: Tensor, valid: Tensor, grid: tuple[int, int]) ->
     Args:
         valid: bool ``[C, H, W]``.
     """
+    if is_all(valid):
+        return scores
     rows, cols = grid
     patches = valid.any(dim=0).unflatten(1, (cols, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
     return torch.where(patches, scores, scores + (scores.max() - scores.min() + 1))

@@ -19,6 +19,7 @@ from fcmae.data.pixels.foreground import Foreground
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.nodata import NoData, padded, resized
 from fcmae.data.pixels.own_scale import OwnScale
+from fcmae.data.pixels.resampling import resize_numbers
 
 GAP = 2
 """A JPEG is decoded at reduced size if its crop still has this many times the pixels per side of the result. That is
@@ -288,6 +289,9 @@ def cut_nearest(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """A part of ``[C, H, W]``, on any device, resized by an antialiased bicubic filter and turned as the box says."""
     part = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    if _is_numbers(part) and (box.height, box.width) != size:
+        resized = _by_products(part, size, box.vflip, box.flip)
+        return _turned(resized, box._replace(vflip=False, flip=False))
     return _turned(resize(part, list(size)), box)
 
 
@@ -312,9 +316,13 @@ def resize(pixels: Tensor, size: list[int]) -> Tensor:
     uint8 of three or four channels on the CPU comes back with its channels last in memory.
     """
     height, width = pixels.shape[-2:]
+    if _is_numbers(pixels):
+        if len(size) == 1:
+            size = [int(size[0] * side / min(height, width)) for side in (height, width)]
+        return pixels if [height, width] == size else _by_products(pixels, (size[0], size[1]))
     if len(size) == 2 and height > NARROW * size[0] and size[1] > NARROW * width:
         pixels = _by_torchvision(pixels, [size[0], width])  # torch would resize all rows to their new width first
-    if pixels.dtype != torch.uint8 or len(size) != 2 or pixels.device.type != "cpu":
+    if pixels.device.type != "cpu" or len(size) != 2:
         return _by_torchvision(pixels, size)
     # What torchvision's resize comes to, without its preliminaries.
     if pixels.shape[0] not in (3, 4):
@@ -327,11 +335,18 @@ def resize(pixels: Tensor, size: list[int]) -> Tensor:
     return out
 
 
+def _is_numbers(pixels: Tensor) -> bool:
+    """Whether pixels are in host memory and not uint8, for which torch has vector code."""
+    return pixels.device.type == "cpu" and pixels.dtype != torch.uint8
+
+
+def _by_products(pixels: Tensor, size: tuple[int, int], vflip: bool = False, flip: bool = False) -> Tensor:
+    resized = resize_numbers(pixels, size, vflip, flip)
+    return resized.round_().clamp_(0, 65535).to(torch.uint16) if pixels.dtype == torch.uint16 else resized
+
+
 def _by_torchvision(pixels: Tensor, size: list[int]) -> Tensor:
-    if pixels.dtype != torch.uint16:
-        return F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
-    resized = F.resize(pixels.float(), size, v2.InterpolationMode.BICUBIC, antialias=True)
-    return resized.round_().clamp_(0, 65535).to(torch.uint16)
+    return F.resize(pixels, size, v2.InterpolationMode.BICUBIC, antialias=True)
 
 
 def middle(pixels: Tensor, height: int, width: int) -> Tensor:

