@@ -32,7 +32,7 @@ from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.loading import TrainBatches, Workers
-from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.pixels.transforms import normalized, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.command import MANIFEST_FILE, prepare
 from fcmae.data.samples import MaskedImages
@@ -152,7 +152,7 @@ def _measure_formats(
             cfg.data,
             cfg.images,
             folder,
-            lambda data, loader: _epoch(data, cfg.batch_size, workers, device, loader),
+            lambda data, loader: _normalized(_epoch(data, cfg.batch_size, workers, device, loader), data, device),
             lambda epoch: _speed(epoch, cfg.batch_size, 2 * workers, device),
             lambda dataset: plain_loader(dataset, cfg.batch_size, workers, pin),
             cfg.repeats,
@@ -257,6 +257,11 @@ def _epoch(
         steps=range(plan.steps_per_epoch),
         workers=Workers(workers, pin),
     )
+
+
+def _normalized(epoch: Callable[[], Iterable[Any]], data: DataConfig, device: torch.device) -> Callable:
+    """Images that a network could take."""
+    return lambda: (normalized(parts[0].to(device, non_blocking=True), data) for parts in epoch())
 
 
 def _speed(epoch: Callable[[], Iterable[Any]], batch: int, warm_up: int, device: torch.device) -> tuple[float, float]:

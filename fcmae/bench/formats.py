@@ -1,7 +1,8 @@
 """``fcmae bench data formats=[...]``: other formats than photographs, against the ``Dataset`` that a user would write.
 
 That Dataset reads with the format's own library, crops with torchvision's v2 transforms, and is read by torch's
-DataLoader. Both read the same files with the same number of processes, in turns.
+DataLoader. Both read the same files with the same number of processes, in turns, and end in normalised float32 on the
+device.
 """
 
 import contextlib
@@ -140,15 +141,18 @@ def tiff_case(folder: Path, images: int, data: DataConfig) -> Case:
     top, rng = folder / "tiff", np.random.default_rng(SEED)
     top.mkdir(exist_ok=True)
     count = max(8, images // 64)
-    for i in range(count):
-        tifffile.imwrite(top / f"{i:06}.tif", rng.integers(0, 2**16, (2048, 2048), np.uint16))
+    for i in range(images):
+        path = top / f"{i:06}.tif"
+        if i < count:
+            tifffile.imwrite(path, rng.integers(0, 2**16, (2048, 2048), np.uint16))
+        else:
+            path.hardlink_to(top / f"{i % count:06}.tif")
     ours = _config(data, "imagefolder", top, 1, bit_depth=16)
 
     def read(path: Path) -> Tensor:
         return torch.from_numpy(tifffile.imread(path).astype(np.float32) / 65535)[None]
 
-    paths = sorted(top.iterdir()) * max(1, images // count)
-    return Case(replace(ours, path=[str(top)]), Files(paths, read, crop_of(ours.size, 1)), LoaderConfig())
+    return Case(ours, Files(sorted(top.iterdir()), read, crop_of(ours.size, 1)), LoaderConfig())
 
 
 def zarr_case(folder: Path, images: int, data: DataConfig) -> Case:
