@@ -15,12 +15,13 @@ class RangeServer:
         is_down: closes every connection without an answer.
         cut: of so many requests to come, only half of the answer is sent.
         ranges: answers with the whole file if False.
+        forbidden: answers 403.
         gets: requests of parts that were answered, by path.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.is_down, self.cut, self.ranges, self.missed = False, 0, True, 0
+        self.is_down, self.cut, self.ranges, self.missed, self.forbidden = False, 0, True, 0, False
         self.gets: Counter[str] = Counter()
         owner = self
 
@@ -47,16 +48,20 @@ class RangeServer:
             self.missed += 1
             to.close_connection = True
             return
+        if self.forbidden:
+            to.send_error(403)
+            return
         file = self.folder / to.path.lstrip("/")
         if not file.is_file():
             to.send_error(404)
             return
         content, status = file.read_bytes(), 200
         etag = f'"{file.stat().st_size}-{file.stat().st_mtime_ns}"'
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", to.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d*)-(\d+)", to.headers.get("Range", ""))
         if asked and self.ranges:
             self.gets[to.path.lstrip("/")] += with_body
-            content, status = content[int(asked[1]) : int(asked[2]) + 1], 206
+            first, last = asked.groups()
+            content, status = content[int(first) : int(last) + 1] if first else content[-int(last) :], 206
         to.send_response(status)
         to.send_header("Content-Length", str(len(content)))
         to.send_header("ETag", etag)

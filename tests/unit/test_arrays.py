@@ -6,7 +6,7 @@ import numcodecs
 import numpy as np
 import pytest
 
-from fcmae.data.arrays import zarr_folder
+from fcmae.data.arrays import folders
 from fcmae.data.arrays.stored import open_stored
 
 h5py = pytest.importorskip("h5py")
@@ -106,8 +106,8 @@ def test_npy_is_mapped_in_both_orders(tmp_path, dtype):
 
 def test_a_shards_index_is_read_once_for_neighbours(tmp_path, monkeypatch):
     path = write_zarr(tmp_path / "a.zarr", values("uint8", (1, 1, 64, 64)), chunks=(1, 1, 8, 8), shards=(1, 1, 64, 64))
-    found, reads, pread = open_stored(path), [], zarr_folder.os.pread
-    monkeypatch.setattr(zarr_folder.os, "pread", lambda *args: reads.append(args[1]) or pread(*args))
+    found, reads, pread = open_stored(path), [], folders.os.pread
+    monkeypatch.setattr(folders.os, "pread", lambda *args: reads.append(args[1]) or pread(*args))
     found.read((0, 0, slice(0, 8), slice(0, 24)))
     assert reads[0] == 16 * 64 + 4
     assert len(reads) == 1 + 3

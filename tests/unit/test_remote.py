@@ -62,7 +62,7 @@ def served(tmp_path_factory):
 @pytest.fixture
 def server(served):
     print_once.cache_clear()
-    served.is_down, served.cut, served.ranges = False, 0, True
+    served.is_down, served.cut, served.ranges, served.forbidden = False, 0, True, False
     served.gets.clear()
     return served
 
@@ -279,3 +279,94 @@ def test_parquet_files_at_a_url(server, tmp_path, monkeypatch):
     (server.folder / "train-0.parquet").touch()
     with pytest.raises(UsageError, match=r"which loader.cache_size must hold with data.name=hf"):
         train_source(cfg, loader)
+
+
+@pytest.fixture
+def arrays(server, tmp_path_factory):
+    """The server of a folder with a Zarr 2 group, a sharded Zarr 3 array and OME-Zarr, with a chunk left out."""
+    zarr = pytest.importorskip("zarr")
+    before, server.folder = server.folder, tmp_path_factory.mktemp("arrays")
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 4096, (8, 2, 40, 48), np.uint16)
+    images[5] = 0  # of which nothing is stored
+    group = zarr.open_group(server.folder / "two.zarr", mode="w", zarr_format=2)
+    group.create_array("images", shape=images.shape, chunks=(1, 2, 16, 16), dtype="uint16")[:] = images
+    group.create_array("labels", shape=(8,), chunks=(8,), dtype="int64")[:] = np.arange(8) % 3
+    three = {"shape": images.shape, "chunks": (1, 2, 8, 8), "shards": (2, 2, 40, 48), "dtype": "uint16"}
+    zarr.create_array(server.folder / "three.zarr", **three)[:] = images
+    ome = zarr.open_group(server.folder / "ome.zarr", mode="w", zarr_format=2)
+    ome.create_array("0", shape=images.shape, chunks=(1, 1, 40, 48), dtype="uint16")[:] = images
+    axes = [{"name": name} for name in "tcyx"]
+    ome.attrs["multiscales"] = [{"axes": axes, "datasets": [{"path": "0"}]}]
+    yield server
+    server.folder = before
+
+
+ARRAYS = {"two.zarr": {"dataset": "images", "label_column": "labels"}, "three.zarr": {}, "ome.zarr": {}}
+
+
+def array_source(path, **more):
+    how = {"in_chans": 2, "bit_depth": 12, "mean": [0.5] * 2, "std": [1.0] * 2, "image_size": 16}
+    cfg = DataConfig(name="array", path=str(path), **how, **more)
+    return cfg, train_source(cfg, LoaderConfig(retry_seconds=20.0))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_zarr_at_a_url_is_read_like_a_folder(name, arrays, capfd):
+    """The same batches, also from the middle of an epoch, while the server fails and sends half of its answers."""
+
+    def batches(path, workers, first):
+        cfg, source = array_source(path, **ARRAYS[name])
+        dataset = MaskedImages(source, pretrain_transform(cfg), (1, 1), seed=3)
+        plan = BatchPlan.create(8, 4, None, 1, seed=3)
+        for number, batch in enumerate(TrainBatches(dataset, plan, 0, range(first, 6), Workers(workers))):
+            yield [part.clone() for part in batch]
+            if number == 0 and "http" in str(path):
+                arrays.cut = 1
+                arrays.fails_for(2)
+
+    for workers, first in ((0, 0), (1, 3)):
+        expected = list(batches(arrays.folder / name, workers, first))
+        found = list(batches(f"{arrays.url}/{name}", workers, first))
+        assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    assert "waiting for http://" in capfd.readouterr().err
+    remote, local = (array_source(f"{top}/{name}", **ARRAYS[name])[1] for top in (arrays.url, arrays.folder))
+    assert [remote.label(i) for i in range(8)] == [local.label(i) for i in range(8)]
+    assert remote.describe(5).startswith(f"{arrays.url}/{name}")
+
+
+def test_zarr_at_a_url_reads_the_touched_chunks_and_says_what_is_wrong(arrays):
+    _, source = array_source(f"{arrays.url}/two.zarr", dataset="images", fit="pad")
+    source[0].image.part(0, 0, 1, 1)  # which opens the array
+    arrays.gets.clear()
+    source[1].image.part(0, 0, 16, 20)
+    assert dict(arrays.gets) == {"two.zarr/images/1.0.0.0": 1, "two.zarr/images/1.0.0.1": 1}
+    for path, message, more in (
+        (f"{arrays.url}/no.zarr", "neither zarr.json nor .zarray", {}),
+        (f"{arrays.url}/two.zarr", "data.dataset is not set", {}),
+        (f"{arrays.url}/two.zarr", "data.dataset is 'x'", {"dataset": "x"}),
+        (f"{arrays.url}/two.zarr", "is outside of it", {"dataset": "../three.zarr"}),
+        (f"{arrays.url}/*.zarr", "web servers list no files", {}),
+        (f"{arrays.url}/two.zarr", "at URLs .npy files are not read", {"dataset": "images", "label_column": "a.npy"}),
+    ):
+        with pytest.raises(UsageError, match=message.replace("*", ".")):
+            array_source(path, **more)
+    cfg, source = array_source(f"{arrays.url}/two.zarr", dataset="images")
+    before = fingerprint(source, cfg)
+    (arrays.folder / "two.zarr" / "images" / ".zarray").touch()
+    assert fingerprint(array_source(f"{arrays.url}/two.zarr", dataset="images")[1], cfg) != before
+
+
+def test_what_may_not_be_read_is_no_fill_value(arrays, monkeypatch):
+    """A server that forbids a chunk, because a credential has expired, is an error; and one that is away."""
+    _, source = array_source(f"{arrays.url}/two.zarr", dataset="images")
+    source[0].image.part(0, 0, 4, 4)
+    arrays.forbidden = True
+    with pytest.raises(UsageError, match="the server answers 403"):
+        source[0].image.pixels(1)
+    arrays.forbidden = False
+    arrays.is_down = True
+    for stored in source._open._arrays.values():
+        stored.folder.limit = 0.1
+    with pytest.raises(RemoteError, match="cannot read http"):
+        source[0].image.pixels(1)

@@ -4,14 +4,15 @@ import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from fcmae.errors import UsageError
+from fcmae.errors import RemoteError, UsageError
 from fcmae.opening import open_regular
+from fcmae.urls import is_url
 
 MAX_CHUNK = 2**28
 """Bytes that a chunk may have when it is decoded: a small file can expand to fill the memory."""
@@ -40,15 +41,17 @@ class Stored(Protocol):
         ...
 
 
-def open_stored(path: str, dataset: str | None = None) -> Stored:
-    """Opens an array. Raises UsageError if there is none, or if reading it could do harm.
+def open_stored(path: str, dataset: str | None = None, limit: float = 0) -> Stored:
+    """Opens an array. Raises UsageError if there is none, or if reading it could do harm; RemoteError.
 
     Args:
+        path: on a disk, or the URL of a Zarr folder.
         dataset: the name of the array in an HDF5 file or a Zarr group.
+        limit: seconds for which reads from a URL are repeated.
     """
     try:
-        return _open(path, dataset)
-    except UsageError:
+        return _open(path, dataset, limit)
+    except (UsageError, RemoteError):
         raise
     except ImportError as error:
         raise UsageError(f"{path} needs {error.name}: pip install 'fcmae[science]'") from error
@@ -57,11 +60,13 @@ def open_stored(path: str, dataset: str | None = None) -> Stored:
         raise UsageError(f"{path} cannot be read: {reason}") from error
 
 
-def _open(path: str, dataset: str | None) -> Stored:
-    if os.path.isdir(path):
+def _open(path: str, dataset: str | None, limit: float) -> Stored:
+    remote = is_url(path)
+    if remote or os.path.isdir(path):
+        from fcmae.data.arrays.folders import LocalFolder, RemoteFolder
         from fcmae.data.arrays.zarr_folder import open_zarr
 
-        return open_zarr(Path(path), dataset)
+        return open_zarr(RemoteFolder(path, limit) if remote else LocalFolder(Path(path)), dataset)
     with open_regular(path) as file:
         start = file.read(8)
     if start == HDF5_MAGIC:
@@ -92,20 +97,29 @@ class NpyFile:
         return np.array(self._array[index])
 
 
+Place = tuple[int, ...]
+"""The number of a chunk along every axis."""
+
+
 def assemble(
-    index: Index, chunks: Sequence[int], chunk: Callable[[tuple[int, ...]], np.ndarray | None], fill: np.ndarray
+    index: Index,
+    chunks: Sequence[int],
+    chunk: Callable[[Place], np.ndarray | None],
+    fill: np.ndarray,
+    each: Callable[[Callable[[Place], np.ndarray | None], Iterable[Place]], Iterator[np.ndarray | None]] = map,
 ) -> np.ndarray:
     """A part of an array, from the chunks that it touches.
 
     Args:
-        chunk: gives the chunk of a number along every axis; None = it is not stored.
+        chunk: gives a chunk; None = it is not stored.
         fill: the value of chunks that are not stored, in the type of the result.
+        each: calls ``chunk`` for each place, perhaps several at a time.
     """
     spans = [slice(part, part + 1) if isinstance(part, int) else part for part in index]
     out = np.full([span.stop - span.start for span in spans], fill, fill.dtype)
     numbers = [range(span.start // side, -(-span.stop // side)) for span, side in zip(spans, chunks, strict=True)]
-    for place in itertools.product(*numbers):
-        values = chunk(place)
+    places = list(itertools.product(*numbers))
+    for place, values in zip(places, each(chunk, places), strict=True):
         if values is None:
             continue
         to, taken = [], []

@@ -1,4 +1,4 @@
-"""Arrays in Zarr folders, versions 2 and 3, and their metadata, OME-Zarr's too.
+"""Arrays in Zarr folders, versions 2 and 3, on a disk or at a URL, and their metadata, OME-Zarr's too.
 
 Chunks are read here, and decompressed by numcodecs into memory of their declared size. zarr-python would let a chunk
 expand without bound, and follow links out of the folder.
@@ -6,22 +6,23 @@ expand without bound, and follow links out of the folder.
 
 import itertools
 import json
-import os
+import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fcmae.data.arrays.codecs import Codecs, codecs_v2, codecs_v3, scalar
+from fcmae.data.arrays.folders import Folder
 from fcmae.data.arrays.stored import Index, assemble, check_chunk, check_stored, longest
 from fcmae.errors import UsageError, shown
-from fcmae.opening import open_regular, read_regular
 
 MAX_METADATA = 2**24
 """Bytes of one file of metadata."""
 MAX_INDEX = 2**24
 """Bytes of a shard's index."""
+KEPT = 8
+"""Shards of an array whose indexes are kept: a window may touch several."""
 MISSING = 2**64 - 1
 """Offset and length in a shard's index of a chunk that is not stored."""
 
@@ -38,18 +39,21 @@ class Grid(NamedTuple):
     index_first: bool = False
 
 
+class NoZarr(ValueError):
+    """A folder without an array or a group."""
+
+
 class ZarrArray:
     """An array of a Zarr folder. Errors of reading are OSError or ValueError.
 
     Args:
-        top: the folder that its files may not leave.
-        folder: the array's own folder.
+        folder: the array's own.
+        meta: the metadata in it, and the file that has them.
     """
 
-    def __init__(self, top: Path, folder: Path, axes: str | None) -> None:
-        self.top, self.folder, self.axes = os.path.realpath(top), folder, axes
-        meta, name = _metadata(folder)
-        self.files = [str(folder / name)]
+    def __init__(self, folder: Folder, axes: str | None, meta: dict[str, Any], name: str) -> None:
+        self.folder, self.axes = folder, axes
+        self.files = [f"{folder}/{name}"]
         self.shape = tuple(meta["shape"])
         if not all(type(side) is int and 0 <= side < 2**62 for side in self.shape):
             raise ValueError(f"its shape is {meta['shape']}")
@@ -60,140 +64,136 @@ class ZarrArray:
         self._size = check_chunk(self._grid.chunks, self._stored)
         self.dtype = self._stored.newbyteorder("=")
         self._fill = scalar(fill, self.dtype)
-        self._checked: set[str] = set()
-        self._index: tuple[str, np.ndarray | None] = ("", None)
+        self._indexes: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
 
     def read(self, index: Index) -> np.ndarray:
-        return assemble(index, self._grid.chunks, self._chunk, self._fill)
+        return assemble(index, self._grid.chunks, self._chunk, self._fill, self.folder.each)
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
         """The chunk of a number, None if it is not stored and so has the fill value everywhere."""
         grid = self._grid
-        if grid.shards is None:
-            path = self._path(self._key(place))
-            try:
-                data = read_regular(path, longest(self._size), links=False)
-            except FileNotFoundError:
-                return None
-        else:
-            within = [outer // inner for outer, inner in zip(grid.shards, grid.chunks, strict=True)]
-            shard = tuple(number // count for number, count in zip(place, within, strict=True))
-            inner = tuple(number % count for number, count in zip(place, within, strict=True))
-            found = self._inner(self._path(self._key(shard)), inner, within)
-            if found is None:
-                return None
-            data = found
-        return grid.codecs.decode(data, grid.chunks, self._stored)
-
-    def _inner(self, path: str, inner: tuple[int, ...], within: list[int]) -> bytes | None:
-        """The bytes of a chunk in a shard."""
         try:
-            with open_regular(path, links=False) as file:
-                if self._index[0] != path:
-                    self._index = (path, self._shard_index(file, within))
-                assert self._index[1] is not None
-                offset, length = (int(number) for number in self._index[1][inner])
-                if offset == length == MISSING:
+            if grid.shards is None:
+                data = self.folder.read(self._key(place), longest(self._size))
+            else:
+                within = [outer // inner for outer, inner in zip(grid.shards, grid.chunks, strict=True)]
+                shard = tuple(number // count for number, count in zip(place, within, strict=True))
+                inner = tuple(number % count for number, count in zip(place, within, strict=True))
+                found = self._inner(self._key(shard), inner, within)
+                if found is None:
                     return None
-                check_stored(length, self._size)
-                data = os.pread(file.fileno(), length, offset) if offset < 2**63 else b""
+                data = found
         except FileNotFoundError:
             return None
+        return grid.codecs.decode(data, grid.chunks, self._stored)
+
+    def _inner(self, key: str, inner: tuple[int, ...], within: list[int]) -> bytes | None:
+        """The bytes of a chunk in a shard."""
+        with self._lock:  # threads that want other chunks of the shard wait for its index
+            index = self._indexes.get(key)
+            if index is None:
+                if len(self._indexes) == KEPT:
+                    self._indexes.clear()
+                index = self._indexes[key] = self._shard_index(key, within)
+        offset, length = (int(number) for number in index[inner])
+        if offset == length == MISSING:
+            return None
+        check_stored(length, self._size)
+        data = self.folder.part(key, offset, length) if length else b""
         if len(data) < length:
-            raise ValueError(f"{path} is cut off")
+            raise ValueError(f"{self.folder}/{key} is cut off")
         return data
 
-    def _shard_index(self, file: Any, within: list[int]) -> np.ndarray:
+    def _shard_index(self, key: str, within: list[int]) -> np.ndarray:
         shape = (*within, 2)
         assert self._grid.of_index is not None
         plain = int(np.prod(shape, dtype=float)) * 8
         size = plain + self._grid.of_index.trailing
         if size > MAX_INDEX:
             raise ValueError(f"the index of a shard has {size} bytes; at most {MAX_INDEX} are read")
-        start = 0 if self._grid.index_first else os.fstat(file.fileno()).st_size - size
-        data = os.pread(file.fileno(), size, start) if start >= 0 else b""
+        data = self.folder.part(key, 0 if self._grid.index_first else -size, size)
         if len(data) < size:
-            raise ValueError(f"{file.name} is cut off")
+            raise ValueError(f"{self.folder}/{key} is cut off")
         return self._grid.of_index.decode(data, shape, np.dtype("<u8"))
 
-    def _path(self, key: str) -> str:
-        """The file of a key. Raises ValueError if a link in the folder leads out of it."""
-        path = os.path.join(self.folder, key)
-        parent = os.path.dirname(path)
-        if parent not in self._checked:
-            if os.path.commonpath([os.path.realpath(parent), self.top]) != self.top:
-                raise ValueError(f"{parent} is outside of {self.top}")
-            self._checked.add(parent)
-        return path
 
-
-def open_zarr(top: Path, dataset: str | None) -> ZarrArray:
+def open_zarr(top: Folder, dataset: str | None) -> ZarrArray:
     """The array in a Zarr folder, of OME-Zarr the largest resolution. Raises UsageError, ValueError or OSError."""
     meta, name = _metadata(top)
     folder = top
     if dataset is not None:
         if _is_array(meta, name):
             raise UsageError(f"data.dataset must be null for {top}, which is one array; got {dataset!r}")
-        folder = _inside(top, dataset)
-        meta, name = _metadata(folder)
+        folder = top.below(dataset)
+        try:
+            meta, name = _metadata(folder)
+        except (NoZarr, NotADirectoryError):
+            raise UsageError(f"data.dataset is {dataset!r}; {top} has {_listed(top)}") from None
     if _is_array(meta, name):
-        return ZarrArray(top, folder, None)
+        return ZarrArray(folder, None, meta, name)
     attributes = _attributes(folder, meta, name)
     scales = attributes.get("multiscales") or attributes.get("ome", {}).get("multiscales")
     if not scales:
-        found = ", ".join(shown(str(path.relative_to(top))) for path in itertools.islice(_arrays(folder), 10))
-        raise UsageError(f"data.dataset is not set; {folder} is a group with {found or 'no arrays'}")
+        raise UsageError(f"data.dataset is not set; {folder} is a group with {_listed(folder)}")
     axes = "".join(axis if isinstance(axis, str) else axis["name"] for axis in scales[0].get("axes", "tczyx")).upper()
-    return ZarrArray(top, _inside(folder, str(scales[0]["datasets"][0]["path"])), axes)
+    largest = folder.below(str(scales[0]["datasets"][0]["path"]))
+    return ZarrArray(largest, axes, *_metadata(largest))
 
 
-def _inside(top: Path, name: str) -> Path:
-    """A folder in a Zarr folder. Raises ValueError if it is outside, or missing."""
-    path = Path(os.path.normpath(top / name))
-    real, root = os.path.realpath(path), os.path.realpath(top)
-    if os.path.isabs(name) or os.path.commonpath([real, root]) != root:
-        raise ValueError(f"{shown(name)} is outside of it")
-    if not os.path.isdir(real):
-        found = ", ".join(shown(str(path.relative_to(top))) for path in itertools.islice(_arrays(top), 10))
-        raise UsageError(f"data.dataset is {name!r}; {top} has {found or 'no arrays'}")
-    return path
+def _listed(folder: Folder) -> str:
+    """Arrays in a group and in its groups, for a message."""
+    return ", ".join(map(shown, itertools.islice(_arrays(folder), 10))) or "no arrays that can be listed"
 
 
-def _arrays(folder: Path) -> Iterator[Path]:
-    """The arrays in a group and in its groups."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            if (path / ".zarray").is_file():
-                yield path
-            elif (path / "zarr.json").is_file() or (path / ".zgroup").is_file():
-                yield from [path] if _is_array(*_metadata(path)) else _arrays(path)
+def _arrays(folder: Folder, prefix: str = "") -> Iterator[str]:
+    for name in folder.names():
+        below = folder.below(name)
+        try:
+            meta, file = _metadata(below)
+        except NoZarr:
+            continue
+        if _is_array(meta, file):
+            yield prefix + name
+        else:
+            yield from _arrays(below, f"{prefix}{name}/")
 
 
-def _metadata(folder: Path) -> tuple[dict[str, Any], str]:
+def _metadata(folder: Folder) -> tuple[dict[str, Any], str]:
     """The metadata of an array or group, and the file that has them."""
+    denied: UsageError | None = None
     for name in ("zarr.json", ".zarray", ".zgroup"):
-        if (folder / name).is_file():
-            return _json(folder / name), name
-    raise ValueError(f"{shown(str(folder))} has neither zarr.json nor .zarray nor .zgroup, so it is no Zarr folder")
+        try:
+            return _json(folder, name), name
+        except FileNotFoundError:
+            continue
+        except UsageError as error:  # S3 forbids what is not there if one may not list the bucket
+            denied = error
+    if denied is not None:
+        raise denied
+    raise NoZarr(f"{shown(str(folder))} has neither zarr.json nor .zarray nor .zgroup, so it is no Zarr folder")
 
 
 def _is_array(meta: dict[str, Any], name: str) -> bool:
     return name == ".zarray" or meta.get("node_type") == "array"
 
 
-def _attributes(folder: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
+def _attributes(folder: Folder, meta: dict[str, Any], name: str) -> dict[str, Any]:
     if name == "zarr.json":
         return meta.get("attributes", {})
-    return _json(folder / ".zattrs") if (folder / ".zattrs").is_file() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_regular(path, MAX_METADATA, links=False))
+        return _json(folder, ".zattrs")
+    except FileNotFoundError:
+        return {}
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(name, MAX_METADATA))
     except RecursionError:
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+        raise ValueError(f"{name} is no JSON object")
     return content
 
 

@@ -22,7 +22,7 @@ from fcmae.data.pixels import dicom, jpeg, jpeg2000, plain_tiff, png, scientific
 from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
-from fcmae.errors import ImageError, UsageError, counted, shown
+from fcmae.errors import ImageError, RemoteError, UsageError, counted, shown
 from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
@@ -217,7 +217,7 @@ def explained(name: str) -> Iterator[None]:
     """Turns all errors in this block into ImageError: libraries raise all kinds for damaged files."""
     try:
         yield
-    except UsageError:  # our own, or a missing package
+    except (UsageError, RemoteError):  # our own, a missing package, or a server
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error

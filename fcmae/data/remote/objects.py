@@ -142,6 +142,19 @@ def find(url: str, ending: str, limit: float) -> list[RemoteFile]:
     return [stat(url, limit)]
 
 
+def find_folders(url: str, limit: float) -> list[str]:
+    """The folder at a URL, or those of a pattern. Raises UsageError, RemoteError."""
+    scheme = check_url(url)
+    if "*" not in url:
+        return [url]
+    if scheme in ("http", "https"):
+        raise UsageError(f"{url} must name each folder: web servers list no files")
+    found = retried(lambda: filesystem(url).glob(url), url, limit)
+    if not found:
+        raise UsageError(f"{url} has no folders")
+    return [f"{scheme}://{name}" for name in sorted(found)]
+
+
 def _glob(pattern: str) -> dict[str, dict[str, Any]]:
     system = filesystem(pattern)
     system.invalidate_cache()

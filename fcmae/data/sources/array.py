@@ -15,11 +15,15 @@ from torch import Tensor
 from fcmae.data.arrays.stored import MAX_SAMPLES, Stored, open_stored
 from fcmae.data.pixels.decode import PixelFormat, StoredImage
 from fcmae.data.pixels.scientific import check_type
+from fcmae.data.remote.objects import find_folders, stat
 from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.errors import ConfigError, UsageError, counted, shown
+from fcmae.urls import expand_braces, is_url
 
 AXES = {2: "YX", 3: "NYX", 4: "NCYX", 5: "NZCYX"}
 """The axes of an array of so many, where neither ``data.axes`` nor its metadata name them."""
+OPEN = 64
+"""Arrays that a process has open at a time."""
 
 
 class ArrayImages:
@@ -36,8 +40,9 @@ class ArrayImages:
         channels: those of a sample that are needed; others are 0. None = all.
         labels: a 1-d array of a class, a name or a number per image: its name in the same file, or a .npy file beside
             the array.
+        limit: seconds for which reads from a URL are repeated.
 
-    Raises UsageError if an array cannot be read or does not fit ``to``.
+    Raises RemoteError, and UsageError if an array cannot be read or does not fit ``to``.
     """
 
     def __init__(
@@ -50,16 +55,19 @@ class ArrayImages:
         planes_as: str = "channels",
         channels: Sequence[int] | None = None,
         labels: str | None = None,
+        limit: float = 0,
     ) -> None:
         self.to = to
         layout = (axes, planes, planes_as == "samples", channels)
-        self.arrays = [_Array(name, dataset, to, *layout) for name in find_arrays(path)]
-        self._open = OpenArrays()
+        self._open = OpenArrays(limit)
+        self.arrays = [_Array(name, dataset, to, limit, *layout) for name in find_arrays(path, limit)]
         self.ends = list(itertools.accumulate(array.images * array.depth for array in self.arrays))
         if not 0 < self.ends[-1] <= MAX_SAMPLES:
             raise UsageError(f"{self.arrays[0].path} has {self.ends[-1]} images; must have 1 to {MAX_SAMPLES}")
         self.metadata_files = [file for array in self.arrays for file in array.files]
         """What changes when an array is written again."""
+        found = [stat(file, limit) for file in self.metadata_files if is_url(file)]
+        self.stamps = [f"{file} {file.size} {file.etag}" for file in found]
         self.classes: list[str] | None = None
         self.unlabelled = "data.label_column is not set, the name of a 1-d array or .npy file"
         self.columns: list[str] = []
@@ -115,13 +123,14 @@ class _Array:
         path: str,
         dataset: str | None,
         to: PixelFormat,
+        limit: float,
         axes: str | None,
         planes: Sequence[int] | None,
         planes_are_samples: bool,
         channels: Sequence[int] | None,
     ) -> None:
-        self.path, self.dataset = path, dataset
-        stored = open_stored(path, dataset)
+        self.path, self.dataset, self.limit = path, dataset, limit
+        stored = open_stored(path, dataset, limit)
         self.shape, self.dtype, self.files = stored.shape, stored.dtype, stored.files
         self.name = path if dataset is None else f"{path}:{dataset}"
         self.axes = _axes(self.name, self.shape, axes, stored.axes)
@@ -202,8 +211,10 @@ class _Array:
     def labels(self, name: str) -> np.ndarray:
         """The label of each image. Raises UsageError."""
         beside = name.endswith(".npy")
+        if beside and is_url(self.path):
+            raise UsageError(f"data.label_column must name an array in {self.path}; at URLs .npy files are not read")
         path = os.path.join(os.path.dirname(self.path), name) if beside else self.path
-        found = open_stored(path, None if beside else name)
+        found = open_stored(path, None if beside else name, self.limit)
         if found.shape != (self.images,) or found.dtype.kind not in "iubfUS":
             raise UsageError(
                 f"data.label_column: {name} must have {self.images} classes or numbers, one per image of {self.name}; "
@@ -227,26 +238,30 @@ def stored_format(
 
 
 class OpenArrays:
-    """The arrays that this process has open, at most ``limit`` at a time. A forked process opens its own."""
+    """The arrays that this process has open, at most :data:`OPEN` at a time. A forked process opens its own.
 
-    def __init__(self, limit: int = 64) -> None:
+    Args:
+        limit: seconds for which reads from a URL are repeated.
+    """
+
+    def __init__(self, limit: float = 0) -> None:
         self.limit = limit
         self._process = os.getpid()
         self._arrays: OrderedDict[tuple[str, str | None], Stored] = OrderedDict()
 
     def get(self, path: str, dataset: str | None) -> Stored:
-        """Raises UsageError."""
+        """Raises UsageError, RemoteError."""
         if self._process != os.getpid():
             self._process, self._arrays = os.getpid(), OrderedDict()
         key = path, dataset
         if key not in self._arrays:
-            self._arrays[key] = open_stored(path, dataset)
-            if len(self._arrays) > self.limit:
+            self._arrays[key] = open_stored(path, dataset, self.limit)
+            if len(self._arrays) > OPEN:
                 self._arrays.popitem(last=False)
         self._arrays.move_to_end(key)
         return self._arrays[key]
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
+    def __reduce__(self) -> tuple[type, tuple[float]]:
         return OpenArrays, (self.limit,)
 
 
@@ -274,10 +289,13 @@ def _axes(name: str, shape: tuple[int, ...], given: str | None, own: str | None)
     return axes
 
 
-def find_arrays(path: str | Sequence[str]) -> list[str]:
-    """The arrays of a path, a pattern or a list of them. Raises UsageError if nothing is there."""
+def find_arrays(path: str | Sequence[str], limit: float = 0) -> list[str]:
+    """The arrays of a path, a URL, a pattern or a list of them. Raises UsageError if nothing is there, RemoteError."""
     found: list[str] = []
     for name in [path] if isinstance(path, str) else path:
+        if is_url(name):
+            found += [url for part in expand_braces(name) for url in find_folders(part, limit)]
+            continue
         matches = [name] if Path(name).exists() else sorted(glob.glob(name))
         if not matches:
             raise UsageError(f"{name} must be a Zarr folder, or an HDF5, .npy or TIFF file; nothing is there")
