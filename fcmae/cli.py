@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fcmae import interrupt, ranks
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError, counted
-from fcmae.files import check_output, output, write_output
+from fcmae.files import check_checkpoint, check_output, output, write_output
 from fcmae.imports import load
 from fcmae.messages import print_rank0
 
@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {command!r}; it must be one of {', '.join(COMMANDS)}")
         if command in _TOOLS:
             return _TOOLS[command](rest)
+        if any(rest == [flag] for flag in ("-h", "--help")):
+            print(load("fcmae.config:help_text")(command, COMMANDS[command]))
+            return 0
         from fcmae.hydra_run import run  # after signals are handled
 
         return run(command, rest, _HYDRA[command], argv is None)
@@ -211,6 +214,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the weights themselves, not their average")
     parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=ALLOW)
     given = vars(parser.parse_intermixed_args(args))
+    check_checkpoint(given["checkpoint"])
     rows = _explained(f"fcmae.evaluation.embed:{command}")(given.pop("checkpoint"), given.pop("images"), **given)
     if hasattr(rows, "scores"):
         objects = counted(sum(map(len, rows.scores)), "object")
@@ -247,6 +251,7 @@ def _export(args: list[str]) -> int:
         raise UsageError("--half and --dynamic-size go with --to onnx only")
     if given.planes != 1 and given.to != "viscy":
         raise UsageError("--planes goes with --to viscy only")
+    check_checkpoint(given.checkpoint)
     result = load("fcmae.interchange.convert:export")(
         given.checkpoint,
         given.to,

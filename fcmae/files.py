@@ -138,6 +138,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_checkpoint(path: str) -> None:
+    """Raises UsageError if there is neither a checkpoint nor a run's directory, before anything slow is imported."""
+    if not (path.startswith("timm:") or os.path.exists(path) or os.path.isdir(path.rpartition("@")[0])):
+        raise UsageError(f"no checkpoint or run directory {path}")
+
+
 def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), json: bool = False) -> None:
     """Raises UsageError, before the work begins, if ``path`` cannot be written; creates its folder.
 

@@ -19,7 +19,7 @@ from fcmae.config.commands import (
     RunConfig,
     StudyConfig,
 )
-from fcmae.config.compose import compose, conf_dir, every_mistake, misread, quoted, register_schemas
+from fcmae.config.compose import compose, conf_dir, every_mistake, help_text, misread, quoted, register_schemas
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.loader import LoaderConfig
@@ -78,6 +78,7 @@ __all__ = [
     "from_dict",
     "from_dotlist",
     "graph_obstacles",
+    "help_text",
     "misread",
     "mistaken",
     "not_set",

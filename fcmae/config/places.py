@@ -10,7 +10,7 @@ from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, Pret
 from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
 from fcmae.errors import UsageError
-from fcmae.files import check_output
+from fcmae.files import check_checkpoint, check_output
 from fcmae.urls import check_url, is_remote, is_url
 
 WHAT = {
@@ -103,9 +103,10 @@ def _check_folders(key: str, path: str | list[str] | None) -> None:
 
 
 def _check_checkpoint(key: str, path: str) -> None:
-    named = path.startswith("timm:")
-    if not named and not os.path.exists(path) and not os.path.isdir(path.rpartition("@")[0]):
-        mistake(f"{key}: no checkpoint or run directory {path}")
+    try:
+        check_checkpoint(path)
+    except UsageError as error:
+        mistake(f"{key}: {error}")
 
 
 def check_outputs(cfg: CheckpointConfig) -> None:

@@ -169,7 +169,13 @@ def test_a_config_mistake_is_found_without_importing_torch(tmp_path):
     """torch alone takes longer than composing the config and checking it."""
     script = (
         "import sys; from fcmae.cli import main\n"
-        "code = main(['pretrain', 'optim.global_batch_size=-3'])\n"
+        "assert main(['pretrain', '--help']) == 0 and 'hydra' not in sys.modules\n"
+        "missing = [main([*command.split(), '--out', 'x.npz']) for command in\n"
+        "           ('embed nowhere .', 'predict nowhere .', 'export nowhere --to timm')]\n"
+        "code = max(main(['pretrain', 'optim.global_batch_size=-3']), *missing)\n"
         "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
     )
-    assert "optim.global_batch_size" in run_python(tmp_path, "-c", script, check=2, fresh=True).stderr
+    done = run_python(tmp_path, "-c", script, check=2, fresh=True)
+    assert "optim.global_batch_size" in done.stderr
+    assert done.stderr.count("no checkpoint or run directory nowhere") == 3
+    assert "  mask=block|grid|random|weighted\n" in done.stdout
