@@ -1,7 +1,7 @@
 """torchrun that passes signals on to its ranks and returns their exit code: ``python -m fcmae.torchrun``.
 
 torchrun itself ends its ranks some time after a signal and always exits with 1, so a job script could not tell a
-stopped, resumable run (75) from a failed one.
+stopped, resumable run (75) from a failed one. And with ``--max-restarts`` it would start again what it was asked to stop.
 """
 
 import contextlib
@@ -11,10 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fcmae import interrupt
 from fcmae.errors import EXIT_RESUMABLE
 from fcmae.imports import quick_imports
+
+
+_signals: list[signal.Signals] = []
+"""That this process received."""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +29,9 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, _pass_on)
     with quick_imports():
         from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    _stay_stopped(SignalException)
 
     with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun leaves its own behind
         try:
@@ -33,11 +40,31 @@ def main(arguments: list[str]) -> int:
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        except SignalException:
+            return EXIT_RESUMABLE
     return 0
+
+
+def _stay_stopped(stopped: type[Exception]) -> None:
+    """After a signal, this node's ranks are not started again; those of other nodes are, without them.
+
+    To torchrun, a rank that has saved and stopped has failed. Its ``SignalException`` leaves the rendezvous open.
+    """
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+
+    restart = SimpleElasticAgent._restart_workers
+
+    def unless_stopped(agent: SimpleElasticAgent, group: Any) -> None:
+        if _signals:
+            raise stopped("this node was asked to stop", _signals[0])
+        restart(agent, group)
+
+    SimpleElasticAgent._restart_workers = unless_stopped  # type: ignore[method-assign]
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
     """Sends the signal to every rank. Before there are ranks, nothing is lost."""
+    _signals.append(signal.Signals(number))
     ranks = _children()
     if not ranks:
         raise SystemExit(EXIT_RESUMABLE)

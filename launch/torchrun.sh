@@ -5,8 +5,10 @@
 #
 # The first argument is the command, the others are its overrides, passed on as they are.
 # On several nodes, start the same command on each of them, at about the same time, with the same values of:
-#   NNODES          number of nodes (1)
+#   NNODES          number of nodes (1); or MIN:MAX, and the run continues on the nodes that are left when one is lost,
+#                   and takes in one that is started later
 #   RDZV_ENDPOINT   HOST or HOST:PORT of one of the nodes, where they meet (port 29400); needed if NNODES > 1
+#   MAX_RESTARTS    with MIN:MAX, how often a node starts its processes again after a failure (10)
 #   RDZV_ID         a name for this run, if several runs meet at the same place (fcmae)
 # In a SLURM step of one task a node (launch/slurm/torchrun.sbatch) all three are known.
 # On each node:
@@ -64,6 +66,9 @@ else
         exit 2
     fi
     meeting=(--rdzv-backend=c10d "--rdzv-endpoint=$RDZV_ENDPOINT" "--rdzv-id=${RDZV_ID:-fcmae}")
+    if [[ $nodes == *:* ]]; then
+        meeting+=("--max-restarts=${MAX_RESTARTS:-10}")
+    fi
 fi
 
 echo "torchrun.sh: $nodes node(s) x $per_node processes, $OMP_NUM_THREADS threads each, run directory $run_dir" >&2

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import TINY_PRETRAIN
 from tests.pace import limit
 from tests.slurm.lab import NODES, Lab, install
 
 REPOSITORY = Path(__file__).parents[2]
+RUN = (*TINY_PRETRAIN, "schedule.epochs=60", "trainer.eval_every_epochs=60", "trainer.checkpoint_every_epochs=10")
+RUN += ("trainer.device=cpu", "loader.workers=1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,13 +48,25 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
         assert not lab.shared_memory(node)
 
 
+@pytest.fixture(scope="session")
+def undisturbed_job(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> "Job":
+    """A job of two ranks that nothing disturbed."""
+    job = Job(lab, tmp_path_factory.mktemp("undisturbed"), *RUN)
+    result = job.finish()
+    assert job.restarts == 0
+    print(f"\nundisturbed, srun: {result[:16]}")
+    return job
+
+
 class Job:
     """A batch job that runs ``fcmae ARGS`` in ``folder`` by one of the scripts in launch/slurm.
 
     Args:
         paced: so many starts of the job take a while for every step, on fast machines too: time to disturb them.
         pace: how long, in seconds.
+        tasks: whether to ask for one task per node; SLURM takes the fewest nodes of a range then.
         options: more options for sbatch.
+        variables: more of the job's environment.
     """
 
     def __init__(
@@ -62,7 +77,9 @@ class Job:
         script: str = "srun",
         paced: int = 0,
         pace: float = 0.1,
+        tasks: bool = True,
         options: tuple[str, ...] = (),
+        **variables: str,
     ) -> None:
         self.lab = lab
         self.folder = folder
@@ -77,9 +94,10 @@ class Job:
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         if script == "srun":
             environment["FCMAE"] = f"{sys.executable} -m {'tests.paced' if paced else 'fcmae.cli'}"
+        environment |= variables
         submit = [
             *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self.output}"),
-            *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1"),
+            *("--nodes=2", *["--ntasks-per-node=1"] * tasks, "--cpus-per-task=1", "--gpus-per-node=1"),
             "--export=" + ",".join(["ALL", *(f"{name}={value}" for name, value in environment.items())]),
             *options,
             *(str(REPOSITORY / "launch" / "slurm" / f"{script}.sbatch"), *args),

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, for tests: Debian's packages, no systemd, needs root.
+"""A real SLURM of two nodes on this machine, for tests, and a third that is off: Debian's packages, no systemd, root.
 
 The controller and every node are a PID, mount and host-name namespace of their own, with their own /dev/shm. A node
 that loses power is its namespace killed, all of its processes at once; and whatever happens to a test, the kernel ends
@@ -20,6 +20,8 @@ from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
+SPARE = "n3"
+"""In partition ``spare``, with the others; off until it is needed."""
 PR_SET_PDEATHSIG = 1
 
 CONFIG = """
@@ -54,8 +56,10 @@ PreemptType=preempt/partition_prio
 SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname=n1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2
 NodeName=n2 NodeHostname=n2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+NodeName=n3 NodeHostname=n3 NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 Gres=gpu:2
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
+PartitionName=spare Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 """
 
 # The shell is the first process of its namespace: it reaps orphans, and its end is the end of all.
@@ -95,12 +99,14 @@ class Lab:
 
     def start(self) -> None:
         """Starts the controller and the nodes, and waits until the nodes are idle."""
-        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, ports=_free_ports(3)))
+        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, ports=_free_ports(4)))
         for gpu in ("gpu0", "gpu1"):  # the scheduler counts them, nobody opens them
             (self.folder / gpu).touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        (self.folder / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", "ctl", *NODES)))
+        (self.folder / "hosts").write_text(
+            "".join(f"127.0.0.1 {name}\n" for name in ("localhost", "ctl", *NODES, SPARE))
+        )
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
@@ -110,12 +116,16 @@ class Lab:
             self.power_on(node)
         self.wait_for_nodes()
 
-    def wait_for_nodes(self, seconds: float = 600) -> None:
-        """Waits until all nodes are up; one that doesn't answer has a star behind its state."""
+    def wait_for_nodes(self, seconds: float = 600, partition: str = "main") -> None:
+        """Waits until all nodes of a partition are up; one that doesn't answer has a star behind its state."""
+        count = len(NODES) + (partition == "spare")
+        command = ("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%t")
         limit = time.monotonic() + seconds
         while True:
-            states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t", check=False).split()
-            if len(states) == len(NODES) and set(states) <= {"idle", "mix", "alloc"}:
+            states = self.run(
+                "sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%t", check=False
+            ).split()
+            if len(states) == count and set(states) <= {"idle", "mix", "alloc"}:
                 return
             if time.monotonic() > limit:
                 logs = "\n".join(f"{log}:\n{log.read_text()[-2000:]}" for log in self.folder.glob("*.log"))

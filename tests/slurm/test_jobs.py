@@ -4,24 +4,18 @@ import time
 
 import pytest
 
-from tests.conftest import TINY_PRETRAIN, start_python
-from tests.slurm.conftest import REPOSITORY, Job, last_step, wait_until, weights_sha256
+from tests.conftest import start_python
+from tests.slurm.conftest import REPOSITORY, RUN, Job, last_step, wait_until, weights_sha256
 from tests.slurm.lab import NODES
 
-RUN = (*TINY_PRETRAIN, "schedule.epochs=60", "trainer.eval_every_epochs=60", "trainer.checkpoint_every_epochs=10")
-RUN += ("trainer.device=cpu", "loader.workers=1")
 STEPS = 180
 """A minute and the start-up at the pace of the job that waits for its time limit."""
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab, tmp_path_factory) -> str:
+def undisturbed(undisturbed_job) -> str:
     """The SHA-256 of the weights of a run that nothing disturbed."""
-    job = Job(lab, tmp_path_factory.mktemp("undisturbed"), *RUN)
-    result = job.finish()
-    assert job.restarts == 0
-    print(f"\nundisturbed, srun: {result[:16]}")
-    return result
+    return weights_sha256(undisturbed_job.run_dir)
 
 
 def test_torchrun_gives_the_weights_of_srun(lab, tmp_path, undisturbed):

@@ -1,0 +1,63 @@
+"""torchrun elastic: three agents on this host; one is killed, another takes its place; then all are asked to stop."""
+
+import json
+import os
+import signal
+import socket
+
+import pytest
+
+from tests.conftest import start_python
+from tests.faults.runs import COMMANDS, FULL_FORM, finish, kill_group, steps, wait_until
+from tests.pace import limit
+
+ELASTIC = ("--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=10", "--rdzv-backend=c10d", "--rdzv-id=run")
+QUICK = "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+"""Seconds: by default 30 until those who are there start without others, and 15 until one is given up."""
+
+
+def agent(folder, port, *args):
+    launcher = ("-m", "fcmae.torchrun", *ELASTIC, QUICK, f"--rdzv-endpoint=127.0.0.1:{port}")
+    with (folder / "stderr.txt").open("ab") as log:
+        return start_python(folder, *launcher, "-m", "tests.paced", *args, fresh=True, stderr=log,
+                            variables={"PACE": "0.2", "PYTHONPATH": os.environ.get("PYTHONPATH", os.getcwd())})  # fmt: skip
+
+
+def ranks(folder):
+    """Of each start of the run, in order."""
+    events = folder / "run" / "events.jsonl"
+    return [json.loads(line)["ranks"] for line in events.read_text().splitlines()] if events.exists() else []
+
+
+@FULL_FORM
+@pytest.mark.timeout(900)
+def test_an_agent_is_killed_and_another_joins(tmp_path, reference):
+    """Losses are those of one rank, to 1e-6 relative, and so are the samples that they come from."""
+    args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.log_every=1", "trainer.device=cpu")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    agents = [agent(tmp_path, port, *args) for _ in range(3)]
+    try:
+        wait_until(lambda: ranks(tmp_path) == [3] and max(steps(tmp_path / "run"), default=0) >= 5, 300)
+        agents[2].kill()  # the first one keeps the rendezvous
+        wait_until(lambda: ranks(tmp_path)[-1] == 2, 300)
+        before = max(steps(tmp_path / "run"))
+        wait_until(lambda: max(steps(tmp_path / "run")) >= before + 5, 300)
+        agents[2] = agent(tmp_path, port, *args)
+        wait_until(lambda: ranks(tmp_path)[-1] == 3, 300)
+        before = max(steps(tmp_path / "run"))
+        wait_until(lambda: max(steps(tmp_path / "run")) >= before + 5, 300)
+        for one in agents:
+            one.send_signal(signal.SIGTERM)
+        assert [one.wait(limit(120)) for one in agents] == [75] * 3, (tmp_path / "stderr.txt").read_text()
+    finally:
+        for one in agents:
+            kill_group(one)
+    finish(tmp_path, *args)
+    losses = [{}, {}]
+    for found, run_dir in zip(losses, (tmp_path / "run", reference("pretrain", 1)), strict=True):
+        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+            if "loss" in line:
+                found[line["step"]] = line["loss"]
+    assert len(losses[0]) == 120
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
