@@ -235,8 +235,9 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(given["out"] or temporary).resolve()
         write_images(folder)
         (folder / "tmp").mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "fcmae.torchrun", "--standalone", f"--nproc-per-node={given['ranks']}"]
-        command += ["-m", "fcmae.cli", "pretrain", *overrides(folder, steps, given["device"]), *others]
+        launcher = ["-m", "fcmae.torchrun", "--standalone", f"--nproc-per-node={given['ranks']}"]
+        command = [sys.executable, *(launcher if given["ranks"] != "1" else []), "-m", "fcmae.cli", "pretrain"]
+        command += [*overrides(folder, steps, given["device"]), *others]
         command += [f"trainer.max_hours={float(given['minutes']) / 60}"] if given["minutes"] else []
         environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(command, env=environment, cwd=folder) as run, (folder / "samples.jsonl").open("w") as log:

@@ -1,7 +1,7 @@
 """torchrun that passes signals on to its ranks and returns their exit code: ``python -m fcmae.torchrun``.
 
 torchrun itself ends its ranks some time after a signal and always exits with 1, so a job script could not tell a
-stopped, resumable run (75) from a failed one. And with ``--max-restarts`` it would start again what it was asked to stop.
+stopped, resumable run (75) from a failed one. With ``--max-restarts`` it would start again what it was asked to stop.
 """
 
 import contextlib
@@ -14,9 +14,8 @@ from types import FrameType
 from typing import Any
 
 from fcmae import interrupt
-from fcmae.errors import EXIT_RESUMABLE
+from fcmae.errors import EXIT_ERROR, EXIT_RESUMABLE
 from fcmae.imports import quick_imports
-
 
 _signals: list[signal.Signals] = []
 """That this process received."""
@@ -31,6 +30,7 @@ def main(arguments: list[str]) -> int:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     _stay_stopped(SignalException)
 
     with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun leaves its own behind
@@ -42,6 +42,9 @@ def main(arguments: list[str]) -> int:
             return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         except SignalException:
             return EXIT_RESUMABLE
+        except RendezvousConnectionError as error:
+            print(f"torchrun: the place where the nodes meet is lost: {error}", file=sys.stderr, flush=True)
+            return EXIT_ERROR
     return 0
 
 

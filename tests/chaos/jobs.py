@@ -18,7 +18,7 @@ from tests.dense_files import write_squares
 
 RUN = "disk/run"
 TRAINED = ("trainer.checkpoint_every_epochs=0.5", "trainer.eval_every_epochs=2", "loader.workers=1")
-TRAINED += ("trainer.hang_timeout=30", "precision=float32", f"hydra.run.dir={RUN}")
+TRAINED += ("trainer.hang_timeout=60", "precision=float32", f"hydra.run.dir={RUN}")
 LABELLED = ("data.name=imagefolder", "data.path=disk/data/train", "data.val_path=disk/data/val")
 DENSE = ("data.name=imagefolder", "data.path=disk/data/squares/images", "data.target_path=disk/data/squares/masks")
 DENSE += ("data.val_path=disk/data/squares/images", "data.val_target_path=disk/data/squares/masks")
@@ -124,9 +124,9 @@ JOBS = (
     Job("pretrain", tiny("pretrain", *LABELLED, "model.decoder_embed_dim=16", "monitor.knn_every_epochs=2",
                          "monitor.knn_k=5", epochs=8), weights, (1, 2, 3, 4)),
     Job("classify", tiny("finetune", *LABELLED, *FINETUNE, epochs=8), weights, (1, 2, 4), needs=("pretrain",)),
-    Job("segment", tiny("finetune", *DENSE, *FINETUNE, "objective=segment", "objective.classes=3", epochs=16), weights,
+    Job("segment", tiny("finetune", *DENSE, *FINETUNE, "objective=segment", "objective.classes=3", epochs=8), weights,
         (1, 2), "squares/images/s", needs=("pretrain",)),
-    Job("translate", tiny("finetune", *DENSE, *FINETUNE, "objective=translate", "objective.channels=1", epochs=16),
+    Job("translate", tiny("finetune", *DENSE, *FINETUNE, "objective=translate", "objective.channels=1", epochs=8),
         weights, (1, 3), "squares/masks/s", needs=("pretrain",)),
     Job("regress", tiny("finetune", *TABLE, *FINETUNE, "objective=regress", "data.label_column=[depth,width]",
                         epochs=8), weights, (1, 2), needs=("pretrain",)),

@@ -1,9 +1,10 @@
 """torchrun elastic: three agents on this host; one is killed, another takes its place; then all are asked to stop."""
 
+import contextlib
 import json
-import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,15 @@ QUICK = "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_at
 
 def agent(folder, port, *args):
     launcher = ("-m", "fcmae.torchrun", *ELASTIC, QUICK, f"--rdzv-endpoint=127.0.0.1:{port}")
+    variables = {"PACE": "0.2", "PYTHONPATH": str(Path(__file__).parents[2])}
     with (folder / "stderr.txt").open("ab") as log:
-        return start_python(folder, *launcher, "-m", "tests.paced", *args, fresh=True, stderr=log,
-                            variables={"PACE": "0.2", "PYTHONPATH": os.environ.get("PYTHONPATH", os.getcwd())})  # fmt: skip
+        return start_python(folder, *launcher, "-m", "tests.paced", *args, fresh=True, stderr=log, variables=variables)
+
+
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def ranks(folder):
@@ -36,10 +43,12 @@ def test_an_agent_is_killed_and_another_joins(tmp_path, reference):
     args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.log_every=1", "trainer.device=cpu")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    agents = [agent(tmp_path, port, *args) for _ in range(3)]
+    agents = [agent(tmp_path, port, *args)]
     try:
+        wait_until(lambda: listens(port), 300)  # where they meet; without it the others would end
+        agents += [agent(tmp_path, port, *args) for _ in range(2)]
         wait_until(lambda: ranks(tmp_path) == [3] and max(steps(tmp_path / "run"), default=0) >= 5, 300)
-        agents[2].kill()  # the first one keeps the rendezvous
+        agents[2].kill()
         wait_until(lambda: ranks(tmp_path)[-1] == 2, 300)
         before = max(steps(tmp_path / "run"))
         wait_until(lambda: max(steps(tmp_path / "run")) >= before + 5, 300)

@@ -122,9 +122,7 @@ class Lab:
         command = ("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%t")
         limit = time.monotonic() + seconds
         while True:
-            states = self.run(
-                "sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%t", check=False
-            ).split()
+            states = self.run(*command, check=False).split()
             if len(states) == count and set(states) <= {"idle", "mix", "alloc"}:
                 return
             if time.monotonic() > limit:
