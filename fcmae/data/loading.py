@@ -20,7 +20,7 @@ from fcmae.data import shared_memory as shared
 from fcmae.data.collate import Batch, collate
 from fcmae.data.cores import default_workers
 from fcmae.data.plan import BatchPlan, MicroBatches
-from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside
+from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside, tell_epoch
 from fcmae.distributed import World
 from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
@@ -69,8 +69,8 @@ class TrainBatches:
         self.bad = BadSamples(skip)
         self._batches: Iterator[Batch] = _loader(samples, workers, batch_sampler=keys)
         self._taken = steps.start * plan.accum_steps
-        self._asked_epoch = steps.start // plan.steps_per_epoch
-        self._asked_total = 0
+        self._asked_epoch = self._first_epoch = steps.start // plan.steps_per_epoch
+        self._asked_total, self._has_told = 0, False
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -81,6 +81,17 @@ class TrainBatches:
         self._taken += 1
         bad = self.bad if self.plan.part(micro, self.rank) else BadSamples(self.bad.skip)
         return bad.take(batch, step // self.plan.steps_per_epoch, replaced=True)
+
+    def tell_first_epoch(self, step: int, world: World) -> None:
+        """Says once how many samples of this process's first epoch were unreadable. Every rank calls this.
+
+        Args:
+            step: see :meth:`bad_samples`.
+        """
+        epoch, plan = self._first_epoch, self.plan
+        if self.bad.skip and not self._has_told and step >= (epoch + 1) * plan.steps_per_epoch:
+            self._has_told = True
+            tell_epoch(self.bad, epoch, plan.steps_per_epoch * plan.global_batch_size, world)
 
     def bad_samples(self, step: int) -> list[int]:
         """Unreadable samples of this rank: since the last call; then in each epoch since the last call's.

@@ -14,12 +14,14 @@ from torch.utils.data import Dataset
 from fcmae.config import LoaderConfig
 from fcmae.data.collate import Batch, Item
 from fcmae.distributed import World
-from fcmae.errors import FCMAEError, ImageError, RemoteError, UsageError
-from fcmae.messages import print_once
+from fcmae.errors import FCMAEError, ImageError, RemoteError, UsageError, shown
+from fcmae.messages import print_once, print_rank0
 from fcmae.randomness import Stream, derive
 
 TRIES = 10
 """Images that are tried in place of an unreadable one."""
+NAMED = 3
+"""Unreadable images that the line at the end of an epoch names."""
 
 
 class ErrorsAside(Dataset[Item]):
@@ -75,6 +77,8 @@ class BadSamples:
         self.skip = skip
         self.counts: Counter[int] = Counter()
         """Unreadable samples per epoch."""
+        self.names: dict[int, list[str]] = {}
+        """The first of each epoch."""
 
     def take(self, batch: Batch, epoch: int, replaced: bool) -> Any:
         """The parts of a batch. Its errors are raised, or reported and counted.
@@ -96,6 +100,9 @@ class BadSamples:
                 raise ImageError(error.name, f"{error.reason} ({hint})")
             print_once(f"{error}; skipped")
             self.counts[epoch] += 1
+            names = self.names.setdefault(epoch, [])
+            if len(names) < NAMED and error.name not in names:
+                names.append(error.name)
         if replaced and batch.left_out:
             last = batch.errors[-1]
             assert isinstance(last, ImageError)
@@ -108,6 +115,17 @@ def check_share(count: int, num_samples: int, max_bad: float, what: str) -> None
     if count > max_bad * num_samples:
         failed = f"{count} of {num_samples} samples of {what} could not be read"
         raise UsageError(f"{failed}; the share must be at most {max_bad} (loader.max_bad)")
+
+
+def tell_epoch(bad: BadSamples, epoch: int, num_samples: int, world: World) -> None:
+    """A line that counts the unreadable samples of an epoch over all ranks, if there are any. Every rank calls this."""
+    count = int(world.sum(torch.tensor(bad.counts[epoch])))
+    if count:
+        named = ", ".join(map(shown, bad.names.get(epoch, [])))
+        print_rank0(
+            f"epoch {epoch + 1}: {count:,} of {num_samples:,} samples could not be read and were replaced"
+            + (f", such as {named}" if named else "")
+        )
 
 
 def count_bad_samples(counts: list[int], num_samples: int, cfg: LoaderConfig, world: World) -> dict[str, float]:

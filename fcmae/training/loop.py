@@ -234,6 +234,7 @@ class _Training:
         metrics |= self._act_on_non_finite()
         of_epoch = plan.steps_per_epoch * plan.global_batch_size
         metrics |= count_bad_samples(self.batches.bad_samples(step), of_epoch, self.cfg.loader, self.world)
+        self.batches.tell_first_epoch(step, self.world)
         left = (self.stop_step - step) * plan.global_batch_size / metrics["images_per_second"]
         epoch = step / plan.steps_per_epoch
         metrics |= {"lr": lr, "epoch": epoch, "seconds_left": left}

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import tarfile
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
-from fcmae.data.sources import ImageFolder
+from fcmae.data.sources import ImageFolder, WebDataset
+from fcmae.data.sources.table import TableImages
 from fcmae.data.unreadable import TRIES, readable
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
@@ -238,3 +241,39 @@ def test_skipping_to_a_step_reads_nothing():
     assert dataset.reads == [index for _, index in plan.global_batch(5077)][:5]
     assert len(list(ours)) == 3
     assert len(dataset.reads) == 20
+
+
+def test_the_bad_samples_of_the_first_epoch_are_told_once_at_its_end(capsys):
+    """With their number over all ranks and the first names; not of a later epoch, and nothing without any."""
+    plan, two_ranks = BatchPlan.create(8, 2, None, 1, seed=0), SimpleNamespace(sum=lambda value: 2 * value)
+    bad = read(Numbered(8, [1, 3, 4, 6]), plan, range(2, 12), skip=True)
+    good = read(Numbered(8, []), plan, range(2, 12), skip=True)
+    told = []
+    for step in range(3, 13):
+        next(bad)
+        next(good)
+        bad.tell_first_epoch(step, two_ranks)
+        good.tell_first_epoch(step, two_ranks)
+        told += [(step, line) for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    count, names = bad.bad.counts[0], bad.bad.names[0]
+    assert len(set(names)) == len(names) <= 3
+    line = f"epoch 1: {2 * count} of 8 samples could not be read and were replaced, such as {', '.join(names)}"
+    assert told == [(4, line)]
+
+
+def test_empty_files_are_counted_at_the_start(tmp_path, capsys):
+    """Of a folder, a table and tar files, without reading any image."""
+    (tmp_path / "photos").mkdir()
+    for name, content in (("a.jpg", b"x"), ("b.jpg", b""), ("c.jpg", b"")):
+        (tmp_path / "photos" / name).write_bytes(content)
+    (tmp_path / "photos" / "list.txt").write_text("a.jpg\nc.jpg\n")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in "abc":
+            tar.add(tmp_path / "photos" / f"{name}.jpg", f"{name}.jpg")
+    ImageFolder(tmp_path / "photos")
+    TableImages(tmp_path / "photos" / "list.txt")
+    WebDataset(tmp_path / "a.tar")
+    folder, table, tar = (line for line in capsys.readouterr().err.splitlines() if "empty files" in line)
+    assert f"; 2 images are empty files, such as {tmp_path}/photos/b.jpg" in folder
+    assert f"list.txt: 2 images; 1 images are empty files, such as {tmp_path}/photos/c.jpg" in table
+    assert f"2 images are empty files, such as {tmp_path}/a.tar/b.jpg" in tar

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
+from fcmae.data.sources.listing import empty_files
 from fcmae.errors import ConfigError, UsageError, shown
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
@@ -68,7 +69,7 @@ class TableImages:
         self.rows = rows
         folder = Path(root or self.table.parent)
         self.paths = _inside(self.table, [table[column][row] for row in rows], rows, folder)
-        _tell_twice(self.table, self.paths)
+        _tell_problems(self.table, self.paths)
         self.targets: list[str] | None = None
         if target_column is not None:
             files = _get(self.table, table, target_column, "data.target_column")
@@ -106,12 +107,14 @@ class TableImages:
         return self.paths[index]
 
 
-def _tell_twice(table: Path, paths: Sequence[str]) -> None:
-    """A line if several rows name the same file."""
+def _tell_problems(table: Path, paths: Sequence[str]) -> None:
+    """A line if several rows name the same file, or empty ones."""
     seen = set[str]()
     twice = [path for path in paths if path in seen or seen.add(path)]  # type: ignore[func-returns-value]  # None
-    if twice:
-        print_once_rank0(f"{table}: {len(twice):,} rows name the file of an earlier row, such as {shown(twice[0])}")
+    told = f"; {len(twice):,} rows name the file of an earlier row, such as {shown(twice[0])}" if twice else ""
+    told += empty_files(paths)
+    if told:
+        print_once_rank0(f"{table}: {len(paths):,} images{told}")
 
 
 def read_table(path: Path) -> Table:
