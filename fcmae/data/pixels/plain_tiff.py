@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags
+from PIL import ExifTags, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     COMPRESSION,
@@ -44,24 +44,21 @@ def opened(data: bytes, channels: int, bit_depth: int, exact: bool, max_pixels: 
     """
     if not data.startswith(TIFF_MAGICS):
         return None
-    with open_picture(data, max_pixels) as image:  # Pillow reads the tags in a tenth of tifffile's time
-        if not isinstance(image, TiffImageFile) or image.is_animated:
-            return None
-        tags = image.tag_v2
-        height, width, samples = image.height, image.width, int(tags.get(SAMPLESPERPIXEL, 1))
-        order = np.dtype(f"u{bit_depth // 8}").newbyteorder("<" if data[:2] == b"II" else ">")
-        at, size = _extent(tags), height * width * samples * order.itemsize
-        fits = samples == channels or (samples == 1 and channels == 3 and not exact)
-        if (
-            not fits
-            or not _is_plain(tags, samples, bit_depth)
-            or at is None
-            or at[1] != size
-            or at[0] + size > len(data)
-        ):
-            return None
-        pixels = np.ndarray((height, width, samples), order, data, at[0]).transpose(2, 0, 1)
-        return PlainTiff(np.broadcast_to(pixels, (channels, height, width)))
+    try:
+        with open_picture(data, max_pixels) as image:  # Pillow reads the tags in a tenth of tifffile's time
+            if not isinstance(image, TiffImageFile) or image.is_animated:
+                return None
+            height, width, tags = image.height, image.width, image.tag_v2
+    except UnidentifiedImageError:  # such as of five channels
+        return None
+    samples = int(tags.get(SAMPLESPERPIXEL, 1))
+    order = np.dtype(f"u{bit_depth // 8}").newbyteorder("<" if data[:2] == b"II" else ">")
+    at, size = _extent(tags), height * width * samples * order.itemsize
+    fits = samples == channels or (samples == 1 and channels == 3 and not exact)
+    if not fits or not _is_plain(tags, samples, bit_depth) or at is None or at[1] != size or at[0] + size > len(data):
+        return None
+    pixels = np.ndarray((height, width, samples), order, data, at[0]).transpose(2, 0, 1)
+    return PlainTiff(np.broadcast_to(pixels, (channels, height, width)))
 
 
 def _extent(tags: Any) -> tuple[int, int] | None:
