@@ -59,10 +59,14 @@ def screenshot(page: Path, picture: Path, width: int, height: int, top: int = 0)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise RuntimeError(f"needs one of {', '.join(BROWSERS)}")
-    size = f"--window-size={width},{height + top}"
+    frame = picture.with_suffix(".frame.html")  # a window is at least 500 pixels wide
+    style = f"width:{width}px;height:{height + top}px;border:0"
+    frame.write_text(f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" style="{style}"></iframe></body>')
+    size = f"--window-size={max(width, 500)},{height + top}"
     how = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr")
-    command = [browser, *how, size, f"--screenshot={picture}", page.resolve().as_uri()]
+    command = [browser, *how, size, f"--screenshot={picture}", frame.resolve().as_uri()]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stderr
+    frame.unlink()
     errors = [line for line in said.splitlines() if "CONSOLE" in line]
     if errors:
         raise RuntimeError(f"{page}: {errors[0]}")

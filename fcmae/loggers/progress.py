@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-import shutil
+import os
 import statistics
 import sys
 import time
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fcmae.messages import say
 from fcmae.report.charts import Line, chart
+from fcmae.report.parts import title_of
 from fcmae.status import SIGNS
 
 
@@ -115,7 +116,8 @@ class TextProgress:
             self.numbers.take(metrics)
             if "epoch" in metrics:
                 self.bar.set_postfix_str(f"epoch {metrics['epoch']:.1f}", refresh=False)
-            self.below.set_description_str(self.numbers.text(shutil.get_terminal_size().columns))
+            columns = os.get_terminal_size(self.bar.fp.fileno()).columns
+            self.below.set_description_str(self.numbers.text(columns))
         elif self.enabled:
             names = ("loss", "images_per_second") if "loss" in metrics else tuple(metrics)  # training or an evaluation
             left = metrics.get("seconds_left")
@@ -191,7 +193,9 @@ class NotebookProgress:
 
     def _update(self) -> None:
         self.shown = time.monotonic()
-        charts = "".join(chart(name, [Line(name, 0, points)]) for name, points in self.series.items() if points)
+        names = sorted(self.series, key=lambda name: (name != "loss", name != "val_loss"))
+        series = {name: self.series[name] for name in names if any(value for _, value in self.series[name])}
+        charts = "".join(chart(title_of(name), [Line(name, 0, points)]) for name, points in series.items())
         bar = f'<progress max="{self.stop_step}" value="{self.step}"></progress>'
         head = html.escape(f"{self.label}: step {self.step}/{self.stop_step} {self.numbers}")
         self.show(f'{STYLE}<div class="fcmae">{head}{bar}{charts}{"".join(self.pictures.values())}</div>')

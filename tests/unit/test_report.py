@@ -5,11 +5,13 @@ import html.parser
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import screenshots
 from fcmae.cli import main
 from fcmae.data.sheet import keep_sheet
 from fcmae.data.sources.base import Sample
@@ -238,6 +240,26 @@ def test_charts():
         assert 2 <= len(given) <= 8
     assert [number(x) for x in (5.0, 12000, 0.123456, 2.5e6, 1234.5)] == ["5", "12k", "0.1235", "2.5M", "1234"]
     assert "polyline" not in chart("one point", [Line("a", 0, [(5, 1.0)])])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, screenshots.BROWSERS)), reason="needs a Chromium")
+def test_a_browser_shows_it_without_errors(run, tmp_path):
+    """In light and dark, wide and narrow; nothing is wider than the window."""
+    page, narrow = tmp_path / "page.html", tmp_path / "narrow.html"
+    text = render([read_run(run, "a"), read_run(run, "a run with a name that is as long as names are in practice")])
+    page.write_text(text)
+    screenshots.looks(page, tmp_path, 900)
+    pictures = {path.name: Image.open(path).convert("L") for path in tmp_path.glob("*.png")}
+    assert {name: picture.width for name, picture in pictures.items()} == {
+        f"page_{colours}_{width}.png": width for colours in ("light", "dark") for width in (1400, 400)
+    }
+    assert pictures["page_light_400.png"].getpixel((2, 2)) > 200 > 60 > pictures["page_dark_400.png"].getpixel((2, 2))
+    narrow.write_text(text + "<script>if(document.documentElement.scrollWidth>400)throw Error('too wide')</script>")
+    screenshots.screenshot(narrow, tmp_path / "narrow.png", 400, 900)
+    narrow.write_text(text + "<script>throw Error('broken')</script>")
+    with pytest.raises(RuntimeError, match="broken"):
+        screenshots.screenshot(narrow, tmp_path / "narrow.png", 400, 900)
 
 
 def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
