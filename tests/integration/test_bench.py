@@ -107,7 +107,7 @@ def test_kernels_need_a_gpu(capsys):
     ("override", "message"),
     [
         ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm, dense; got 'sparse'"),
-        ("batch=3", "batch: unknown key; must be one of models, engines"),
+        ("batch=3", "batch: unknown key; must be one of models, task, engines"),
         ("decoder=large", "decoder must be one of light, unet; got 'large'"),
         ("pred_patch_size=12", "pred_patch_size must be a divisor of 32"),
         ("repeats=0", "repeats must be a positive integer; got 0"),
