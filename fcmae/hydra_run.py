@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -155,8 +157,21 @@ def _check_overrides(command: str, overrides: list[str]) -> None:
         raise ConfigError(f"hydra.run.dir must be a folder; got {given[-1]!r}")
     if given and sweep:
         raise ConfigError("hydra.run.dir cannot be used with -m; set hydra.sweep.dir, the folder of all its runs")
-    if mistakes := config.misread(command, overrides):
+    if mistakes := [*_unknown_options(overrides), *config.misread(command, overrides)]:
         raise ConfigError("\n".join(mistakes))
+
+
+def _unknown_options(overrides: list[str]) -> list[str]:
+    """Options that Hydra does not have, for which it would print its usage, and ``KEY = VALUE``."""
+    known = get_args_parser()._option_string_actions
+    lines = []
+    for override in overrides:
+        option = override.partition("=")[0]
+        if option == "":
+            lines.append(f"{override}: not an override; write KEY=VALUE without spaces around =")
+        elif re.match(r"--?[a-zA-Z]", option) and not any(name.startswith(option) for name in known):
+            lines.append(f"{option}: unknown option; settings are written KEY=VALUE, such as data.path=photos")
+    return lines
 
 
 MULTIRUN = ("-m", "--multirun")

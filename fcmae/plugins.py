@@ -94,13 +94,24 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
     except UsageError:
         raise
     except TypeError as error:
-        raise ConfigError(f"{key}: {target} does not take these arguments: {error}") from error
+        takes = [name for name in _arguments(found) if name not in more]
+        raise ConfigError(
+            f"{key}: {target} does not take these arguments: {error}; it takes {', '.join(takes) or 'none'}"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
     lacking = [name for name in attributes if not hasattr(made, name)]
     if lacking:
         raise ConfigError(f"{key}: {target} must have the attribute{'s' * (len(lacking) > 1)} {', '.join(lacking)}")
     return made
+
+
+def _arguments(found: type) -> list[str]:
+    """The names of a class's arguments, as its signature states them."""
+    try:
+        return list(inspect.signature(found).parameters)
+    except ValueError:  # a class in C
+        return []
 
 
 def members(protocol: type) -> tuple[list[str], list[str]]:

@@ -20,6 +20,8 @@ WHAT = {
     "coco": "the folder of {} images, data.{}=FOLDER",
     "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
 }
+KINDS = {".tar": "webdataset", ".csv": "table", ".parquet": "table"}
+"""Sources of other files than a folder of images, by ending."""
 
 
 def not_set(name: str, key: str) -> str:
@@ -62,8 +64,9 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
         labelled = (cfg.monitor.knn_every_epochs, cfg.monitor.probe_every_epochs)
         validates = cfg.measures_val_loss or any(every is not None for every in labelled)
     else:
-        validates = cfg.trainer.eval_every_epochs is not None or isinstance(cfg, StudyConfig)
-    if validates and cfg.data.val_path is not None:  # without it another message is more helpful
+        validates = cfg.trainer.eval_every_epochs is not None
+    # Without it another message is more helpful, but a study would give it after its first measurement has begun.
+    if isinstance(cfg, StudyConfig) or (validates and cfg.data.val_path is not None):
         yield "val_path"
 
 
@@ -99,7 +102,8 @@ def _check_folders(key: str, path: str | list[str] | None) -> None:
     given = path if isinstance(path, list) else [path]
     for one in given:
         if one is not None and not os.path.isdir(one):
-            mistake(f"data.{key}: {one} is not a folder")
+            name = KINDS.get(os.path.splitext(one)[1].lower()) if key in ("path", "val_path") else None
+            mistake(f"data.{key}: {one} is not a folder{f'; such files need data={name}' if name else ''}")
 
 
 def _check_checkpoint(key: str, path: str) -> None:

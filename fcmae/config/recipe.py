@@ -48,7 +48,8 @@ def check_recipe(
             changed.append(f"  {name}: {given} -> {value}")
     if changed:
         raise UsageError(
-            f"the recipe differs from the run's so far; give its values again, or {offer}:\n" + "\n".join(changed)
+            f"the recipe differs from the run's so far; give its values again, hydra.run.dir=ANOTHER for a new run, or "
+            f"{offer}:\n" + "\n".join(changed)
         )
 
 

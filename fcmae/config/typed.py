@@ -30,8 +30,16 @@ OTHER_TYPE = re.compile(
 """Hydra's error for a file that holds a list or a number."""
 LISTED = 8
 """A schema with at most so many keys is listed whole where a key is unknown."""
-RUN_FOLDER = ("out", "out_dir", "output_dir", "run_dir")
-"""What else the folder of a run is called; ``out`` is the argument of the functions in Python."""
+RUN_FOLDER = "hydra.run.dir"
+ELSEWHERE = {
+    **dict.fromkeys(("out", "out_dir", "output_dir", "run_dir"), RUN_FOLDER),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("num_workers", "num_loader_workers"), "loader.workers"),
+    **dict.fromkeys(("train_dir", "data_path", "dataset"), "data.path"),
+}
+"""What keys are called in other libraries, and here."""
+NEAREST = 5
+"""So many experiments are named where one is unknown."""
 
 
 def to_typed(cfg: DictConfig, schema: type[T], also: Callable[[T], object] | None = None) -> T:
@@ -127,8 +135,16 @@ def _unknown(key: str, owner: Any, root: Any, prefix: str = "") -> str:
         return f"{key}: unknown key; must be one of {', '.join(names)}"
     start = f"{prefix}." if prefix else ""
     similar = _similar(key, [f"{start}{name}" for name in _keys(root if dataclasses.is_dataclass(root) else owner)])
-    hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+    others = commands_with(key) if "." in key or not similar else ""
+    hint = f"it is a key of {others}; " if others else f"did you mean {' or '.join(similar)}? " if similar else ""
     return f"{key}: unknown key; {hint}docs/config.md lists all keys, and --cfg job prints those of a command"
+
+
+def commands_with(key: str) -> str:
+    """The commands that have a full key, for a message."""
+    from fcmae.config.commands import COMMANDS
+
+    return ", ".join(f"fcmae {name}" for name, schema in COMMANDS.items() if key in _keys(schema))
 
 
 def _keys(schema: Any) -> Iterator[str]:
@@ -141,9 +157,10 @@ def _keys(schema: Any) -> Iterator[str]:
 
 def _similar(key: str, keys: list[str]) -> list[str]:
     """At most three keys that may be meant: of the same name in another group, or of a similar one."""
-    if key in RUN_FOLDER:
-        return ["hydra.run.dir"]
     name = key.rpartition(".")[2]
+    known = ELSEWHERE.get(name)
+    if known in keys or (known == RUN_FOLDER and "optim.lr" in keys):
+        return [str(known)]
 
     def similarity(other: str) -> float:
         other_name = other.rpartition(".")[2]
@@ -175,15 +192,19 @@ def explain(error: Exception) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {' '.join(str(error).split())}"
     override = getattr(error, "override", None)
+    if override and "=" not in override:
+        return f"{override}: not an override; write KEY=VALUE"
     if override:
         reason = str(error).split("\n")[0]
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing.startswith("experiment/"):
-        return f"Could not find {missing!r}; must be one of, the closest first: {', '.join(_experiments(missing))}"
+        nearest = ", ".join(_experiments(missing)[:NEAREST])
+        return f"Could not find {missing!r}; the nearest are {nearest} (docs/recipes.md and conf/experiment have all)"
     absent = ABSENT.search(str(error))
     if absent:
-        return f"{absent[1]} must be one of {', '.join(absent[3].split())}; got {absent[2]!r}"
+        names = sorted(absent[3].split(), key=lambda name: -difflib.SequenceMatcher(None, absent[2], name).ratio())
+        return f"{absent[1]} must be one of {', '.join(names)}; got {absent[2]!r}"
     several = SEVERAL.match(str(error))
     if several:
         key, _, values = several[1].partition("=")
@@ -192,7 +213,9 @@ def explain(error: Exception) -> str:
         )
     unfit = UNFIT.match(str(error))
     if unfit:
-        return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}")
+        others = commands_with(unfit[2])
+        owner = f"; it is for {others}" if others else ""
+        return f"{unfit[1]}: " + (renamed(unfit[2]) or f"this command has no key {unfit[2]}{owner}")
     other = OTHER_TYPE.match(str(error))
     if other:
         return f"{other[1]} must hold keys and values; got a {other[2]}"

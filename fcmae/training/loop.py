@@ -118,6 +118,8 @@ class _Training:
 
     def _begin_folder(self) -> None:
         """Renames files that the run does not use, writes the config, and prints what begins."""
+        if self.state.step == 0 and self.cfg.trainer.on_save_error == "stop":
+            setup.check_space(self.run_dir, self.state)
         self.checkpoints.sweep()
         self.checkpoints.set_aside(self.state.step, say)
         if not self.cfg.trainer.resume:

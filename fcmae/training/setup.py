@@ -1,5 +1,6 @@
 """What a run is set up from: its batches, schedule and checkpoints, and whether it may resume."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def event(task: Task, plan: BatchPlan, state: TrainState, world: World) -> dict[
         "versions": versions(),
         "notes": list(task.notes),
     }
+
+
+def check_space(run_dir: Path, state: TrainState) -> None:
+    """Raises UsageError if the disk has no room for a checkpoint: weights, two moments of each and their average."""
+    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    needed = weights * (3 + (state.ema is not None)) / 2**20
+    free = shutil.disk_usage(run_dir).free / 2**20
+    if free < needed:
+        raise UsageError(
+            f"hydra.run.dir={run_dir} has {free:,.1f} MiB free, and a checkpoint needs {needed:,.1f}; remove files or "
+            "choose a folder on another disk"
+        )
 
 
 def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:

@@ -36,7 +36,7 @@ BAD = {
     "no mask": ("model.mask_ratio=0", r"model.mask_ratio must be a number in \(0, 1\).*; got 0.0"),
     "experiment of another command": (
         "experiment=in1k/finetune_base",
-        r"^experiment/in1k/finetune: this command has no key model.head_init_scale$",
+        r"^experiment/in1k/finetune: this command has no key model.head_init_scale; it is for fcmae finetune",
     ),
     "unknown option": (
         "model=resnet50",
@@ -44,7 +44,7 @@ BAD = {
     ),
     "no target": ("target=[]", r"target must be one or several different targets; got \[\]"),
     "a target twice": ("target=[pixels,hog,pixels]", r"target must be .* different targets; got \[pixels,hog,pixels\]"),
-    "a target that is none": ("target=pixel", "target must be one of channels, .*, teacher; got 'pixel'"),
+    "a target that is none": ("target=pixel", "target must be one of pixels, .*, hog; got 'pixel'"),
     "a number for true": ("data.rot90=3", "data.rot90 must be true or false; got 3"),
     "a number for true, false or null": ("trainer.cuda_graph=-1.5", "trainer.cuda_graph must be true or false; got -1"),
     "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio must be a number in \(0, 1\).*; got 1.0"),

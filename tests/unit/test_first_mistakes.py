@@ -1,0 +1,77 @@
+"""Mistakes of the first hour: one line that says what to do, before any work."""
+
+import pytest
+
+from fcmae.cli import main
+from fcmae.training import setup
+from tests.conftest import TINY_PRETRAIN
+from tests.in_process import unchanged
+
+KEYS = "docs/config.md lists all keys, and --cfg job prints those of a command"
+TYPED = {
+    "option": ("pretrain --data photos", "--data: unknown option; settings are written KEY=VALUE, such as data.path="),
+    "short option": ("pretrain -o runs/photos", "-o: unknown option; settings are written KEY=VALUE"),
+    "spaces": ("pretrain data.path = photos", "=: not an override; write KEY=VALUE without spaces around ="),
+    "no =": ("pretrain data=synthetic seed", "seed: not an override; write KEY=VALUE"),
+    "name of another library": (
+        "pretrain data=synthetic optim.learning_rate=1",
+        f"optim.learning_rate: unknown key; did you mean optim.lr? {KEYS}",
+    ),
+    "key of another command": (
+        "finetune data=synthetic model.mask_ratio=0.5",
+        f"model.mask_ratio: unknown key; it is a key of fcmae pretrain; {KEYS}",
+    ),
+    "experiment of another command": (
+        "pretrain data=synthetic experiment=in1k/finetune_base",
+        "experiment/in1k/finetune: this command has no key model.head_init_scale; it is for fcmae finetune",
+    ),
+    "experiment": (
+        "pretrain data=synthetic experiment=own/smal",
+        "Could not find 'experiment/own/smal'; the nearest are own/small, own/large, own/medium, ",
+    ),
+    "network": ("pretrain data=synthetic model=convnextv2_ato", "model must be one of convnextv2_atto, convnext"),
+    "table": ("pretrain data.path=t.csv", "data.path: t.csv is not a folder; such files need data=table"),
+    "tar": ("pretrain data.path=a.tar", "data.path: a.tar is not a folder; such files need data=webdataset"),
+    "study": ("study data.path=. init_from=a.jpg", "data.val_path is not set; give the folder of validation images"),
+    "argument of an objective": (
+        "finetune data=synthetic objective.clases=[a] trainer.eval_every_epochs=null optim.global_batch_size=1",
+        "objective: fcmae.tasks.objectives.Classify does not take these arguments: ",
+    ),
+    "picture for a checkpoint": (
+        "knn checkpoint=a.jpg data.path=.",
+        "a.jpg cannot be read: it is not a file of torch.save",
+    ),
+}
+
+
+def told(tmp_path, monkeypatch, capfd, *args):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.csv", "a.tar", "a.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8 not what it says")
+    with unchanged():
+        assert main(list(args)) == 2
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"fcmae {args[0]}: ")]
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_the_answer_is_one_line(case, tmp_path, monkeypatch, capfd):
+    typed, answer = TYPED[case]
+    lines = told(tmp_path, monkeypatch, capfd, *typed.split())
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"fcmae {typed.split()[0]}: {answer}")
+    assert len(lines[0]) < 420
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 2**10}))
+    (line,) = told(tmp_path, monkeypatch, capfd, *TINY_PRETRAIN, "hydra.run.dir=run")
+    assert "run has 0.0 MiB free, and a checkpoint needs " in line
+    assert "choose a folder on another disk" in line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_options_of_hydra_are_known(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with unchanged(), pytest.raises(SystemExit):
+        main(["pretrain", "--version"])
+    assert "unknown option" not in capfd.readouterr().err
