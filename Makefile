@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
 DATA ?=
+MINUTES ?= 20
+STEPS ?= 20000
 BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 # Without --no-compile pip compiles all of torch; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults test-slurm lint format reference docs release demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm lint format reference docs release demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -44,6 +46,14 @@ faults: $(VENV)/.dev
 
 test-faults: $(VENV)/.dev
 	FAULTS=short $(BIN)/python -m pytest -m faults tests/faults
+
+# Random faults in all commands for MINUTES; test-faults has a short form.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos minutes=$(MINUTES)
+
+# Whether memory, handles, threads, disk and the time of a step stay the same over STEPS; test-slow has a short form.
+soak: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.soak steps=$(STEPS)
 
 # Starts a SLURM of two nodes on this machine, from Debian's packages; needs root.
 test-slurm: $(VENV)/.dev

@@ -6,8 +6,9 @@ of events and finishes. What it leaves in the end must equal what the undisturbe
 logged losses, or the files written. After every end no process of it is left; after every job no temporary file and no
 shared memory. Every end that was not a SIGKILL is told in a line, without a traceback.
 
-``events=N`` ends after so many events, ``only=NAME`` takes one job, ``keep=FOLDER`` keeps all files. Linux, a compiler;
-as root in a network namespace of its own, where a rank's network is cut. Exit code 1: something did not hold.
+``events=N`` ends after so many events, ``only=NAME,...`` and ``ranks=N`` choose jobs, ``jobs=N`` run side by side,
+``keep=FOLDER`` keeps all files. Linux, a compiler; as root in a network namespace of its own, where a rank's network is
+cut. Exit code 1: something did not hold.
 """
 
 import os
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def main(arguments: list[str]) -> int:
     if INSIDE not in os.environ:
         _enter(arguments)
-    given = {"minutes": "20", "seed": "0", "events": "", "only": "", "keep": "", "jobs": "3"}
+    given = {"minutes": "20", "seed": "0", "events": "", "only": "", "ranks": "", "keep": "", "jobs": "3"}
     given |= dict(argument.split("=", 1) for argument in arguments)
     with tempfile.TemporaryDirectory(prefix="fcmae_chaos_") as temporary:
         folder = Path(given["keep"] or temporary).resolve()

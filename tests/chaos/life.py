@@ -18,7 +18,7 @@ from tests.faults.runs import Run, processes, steps
 CONTROL = struct.Struct("<qii240s")
 """Of disturb.c."""
 PACE = "0.02"
-PATIENCE = 240.0
+PATIENCE = 400.0
 """Seconds until a job that neither ends nor hangs is a failure, on a busy machine as well."""
 NOT_ENDS = re.compile(r"stops as soon as it can|waiting for another process")
 BAD = re.compile(r"Traceback|Fatal Python error|Exception ignored|terminate called|core dumped")

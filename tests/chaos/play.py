@@ -30,8 +30,8 @@ class Play:
         self.wanted = int(given["events"] or 1 << 30)
         self.deadline = time.monotonic() + 60 * float(given["minutes"])
         self.slots = int(given["jobs"])
-        chosen = [job for job in jobs.JOBS if given["only"] in ("", job.name)]
-        self.cast = [(job, ranks) for job in chosen for ranks in job.ranks]
+        chosen = [job for job in jobs.JOBS if not given["only"] or job.name in given["only"].split(",")]
+        self.cast = [(job, ranks) for job in chosen for ranks in job.ranks if given["ranks"] in ("", str(ranks))]
         random.Random(self.seed).shuffle(self.cast)
         self.lock = threading.RLock()
         self.digests: dict[tuple[str, int], str] = {}

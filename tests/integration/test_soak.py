@@ -1,0 +1,35 @@
+"""The short form of ``make soak``: what a run uses does not grow."""
+
+import pytest
+
+from benchmarks import soak
+from tests.conftest import start_python
+
+STEPS = 320
+
+
+@pytest.mark.slow
+def test_what_a_run_uses_stays_the_same(tmp_path):
+    """At no time of the last third more than before. Memory: by less than 2 % of the mean in all."""
+    soak.write_images(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    args = soak.overrides(tmp_path, STEPS, "cpu")
+    often = ("trainer.checkpoint_every_epochs=2", "trainer.eval_every_epochs=4", "monitor.knn_every_epochs=4")
+    run = start_python(tmp_path, "-m", "fcmae.cli", "pretrain", *args, *often, "trainer.log_every=5")
+    samples = list(soak.watch(run.pid, lambda: run.poll() is not None, tmp_path, 0.05))
+    assert run.wait() == 0
+    running = [one for one in samples if STEPS // 4 < one["step"] < STEPS]
+    early = [one for one in running if one["step"] < 3 * STEPS // 4]
+    late = [one for one in running if one["step"] >= 3 * STEPS // 4]
+    for what in ("shared memory, MiB", "handles", "threads"):
+        assert most(late, what) <= most(early, what), what
+    assert max(len(one["processes"]) for one in late) <= max(len(one["processes"]) for one in early)
+    assert max(one["files"] for one in late) <= max(one["files"] for one in early)
+    memory = [fit for fit in soak.fits(samples, tmp_path / "run") if fit.name.endswith("memory, MiB")]
+    assert memory
+    for fit in memory:
+        assert fit.change < 2 or fit.name.startswith("all"), fit  # all: workers of an evaluation come and go
+
+
+def most(samples, what):
+    return max(used[what] for one in samples for used in one["processes"].values())
