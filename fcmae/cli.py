@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fcmae import interrupt, ranks
-from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, PeerError, UsageError, counted
+from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, LostRankError, PeerError, UsageError, counted
 from fcmae.files import check_checkpoint, check_output, output, write_output
 from fcmae.imports import load
 from fcmae.messages import print_rank0
@@ -102,7 +102,7 @@ def _tells(error: FCMAEError) -> bool:
     here = ranks.detect()
     if error.raised_by == "rank":
         distributed = sys.modules.get("fcmae.distributed")  # before it is imported the ranks have not met
-        return distributed is None or distributed.is_first_to_say(str(error))
+        return distributed is None or distributed.is_first_to_say(str(error), isinstance(error, LostRankError))
     return (here.local_rank if error.raised_by == "machine" else here.rank) == 0
 
 

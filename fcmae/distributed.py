@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -121,13 +122,29 @@ def lost_ranks_explained() -> Iterator[None]:
         raise LostRankError(f"lost contact with another rank ({reasons[0] if reasons else error})") from error
 
 
-def is_first_to_say(line: str) -> bool:
-    """Whether no other rank of this launch has said the same line; True where they have not met."""
+SAID = "fcmae/said"
+PATIENCE = 2.0
+"""Seconds that a rank which lost another one leaves that one to say why it ends."""
+
+
+def is_first_to_say(line: str, only_if_alone: bool = False) -> bool:
+    """Whether no other rank of this launch has said the same line; True where they have not met.
+
+    Args:
+        only_if_alone: whether no other rank says anything, which is waited for.
+    """
     if launch.detect().size == 1 or not _store.cache_info().currsize:
         return True
     store, _, _ = _store()
+    deadline = time.monotonic() + PATIENCE * only_if_alone
     try:
-        return store.add(f"fcmae/said/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1
+        while only_if_alone and time.monotonic() < deadline:
+            if store.check([SAID]):
+                return False
+            time.sleep(0.05)
+        first = store.add(f"{SAID}/{hashlib.sha256(line.encode()).hexdigest()}", 1) == 1
+        store.add(SAID, 1)
+        return first
     except RuntimeError:  # the process that kept the store has ended
         return True
 

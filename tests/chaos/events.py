@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.chaos.jobs import rewrite
 from tests.chaos.life import Life
+from tests.faults.runs import children
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -37,7 +38,7 @@ def kill(life: Life, rng: random.Random) -> str:
     if not pids:
         return "nothing left to kill"
     pid = rng.choice(pids)
-    life.killed_all = life.ranks == 1 or pid == life.run.pid
+    life.killed_all = pid in (life.run.pid, *(children(life.run.pid) if life.ranks > 1 else ()))  # torchrun would tell
     _send(pid, signal.SIGKILL)
     return f"SIGKILL for process {pids.index(pid)} of {len(pids)}"
 

@@ -43,7 +43,7 @@ class Life:
         self.log = folder / "stderr.txt"
         self.said_before = self.log.stat().st_size if self.log.exists() else 0
         self.killed_all = False
-        """Whether SIGKILL ended it, about which it can say nothing."""
+        """Whether SIGKILL ended it or one of its ranks, about which only a launcher can say something."""
         path = folder / "control"
         path.write_bytes(CONTROL.pack(0, 0, 0, os.fsencode(folder / "disk")))
         with path.open("r+b") as file:

@@ -13,8 +13,8 @@ from tests.faults.runs import COMMANDS, FULL_FORM, finish, kill_group, steps, wa
 from tests.pace import limit
 
 ELASTIC = ("--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=10", "--rdzv-backend=c10d", "--rdzv-id=run")
-QUICK = "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
-"""Seconds: by default 30 until those who are there start without others, and 15 until one is given up."""
+QUICK = "--rdzv-conf=last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=3"
+"""Seconds until those who are there start without others, as by default; and until one is given up, 15 by default."""
 
 
 def agent(folder, port, *args):

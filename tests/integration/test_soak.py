@@ -5,7 +5,7 @@ import pytest
 from benchmarks import soak
 from tests.conftest import start_python
 
-STEPS = 320
+STEPS = 240
 
 
 @pytest.mark.slow

@@ -131,13 +131,21 @@ def test_the_same_error_of_several_ranks_is_told_once(monkeypatch):
             self.count[key] = self.count.get(key, 0) + number
             return self.count[key]
 
+        def check(self, keys):
+            return keys[0] in self.count
+
     store = functools.cache(lambda: (Store(), 0, 2))
     store()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "_store", store)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+    lost = [LostRankError(f"lost contact with another rank ({why})") for why in "ab"]
+    assert [_tells(error) for error in lost] == [True, False]  # nobody says why; one line is enough
+    Store.count.clear()
     said = [_tells(UsageError(line)) for line in ("a", "a", "b")]
     assert said == [True, False, True]
+    assert not _tells(lost[0])  # another rank has said why
 
 
 def raising(error):
