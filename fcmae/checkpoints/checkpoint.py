@@ -253,7 +253,7 @@ def header(path: Path) -> State:
     return _checked(path, lambda: torch_file.load_mapped(path))
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | os.PathLike[str]) -> Path:
     """The checkpoint file that ``path`` names.
 
     Args:
@@ -262,7 +262,7 @@ def resolve(path: str | Path) -> Path:
 
     Raises CheckpointError.
     """
-    run, which = _split(str(path))
+    run, which = _split(os.fspath(path))
     if run.is_file() and which is None:
         return run
     if not run.is_dir():

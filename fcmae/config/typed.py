@@ -134,7 +134,8 @@ def _unknown(key: str, owner: Any, root: Any, prefix: str = "") -> str:
     if len(names) <= LISTED or not owner.__module__.startswith("fcmae.config."):  # docs/config.md has only these
         return f"{key}: unknown key; must be one of {', '.join(names)}"
     start = f"{prefix}." if prefix else ""
-    similar = _similar(key, [f"{start}{name}" for name in _keys(root if dataclasses.is_dataclass(root) else owner)])
+    keys = [*_keys(root if dataclasses.is_dataclass(root) else owner), *(names if "." not in key else [])]
+    similar = _similar(key, [f"{start}{name}" for name in dict.fromkeys(keys)])
     others = commands_with(key) if "." in key or not similar else ""
     hint = f"it is a key of {others}; " if others else f"did you mean {' or '.join(similar)}? " if similar else ""
     return f"{key}: unknown key; {hint}docs/config.md lists all keys, and --cfg job prints those of a command"

@@ -29,9 +29,9 @@ TOLERANCE = 1e-5
 
 
 def export(
-    checkpoint: str | Path,
+    checkpoint: str | os.PathLike[str],
     to: str,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     check: bool = True,
     ema: bool = True,

@@ -1,6 +1,7 @@
 """Models from configs and from checkpoints."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -250,7 +251,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {left} more" if left > 0 else "")
 
 
-def load(path: str | Path, ema: bool = True, allow: Collection[str] = ()) -> FCMAE | ConvNeXt | Headed:
+def load(path: str | os.PathLike[str], ema: bool = True, allow: Collection[str] = ()) -> FCMAE | ConvNeXt | Headed:
     """Rebuilds the model of a checkpoint from that file alone.
 
     Args:

@@ -87,6 +87,7 @@ def test_fine_tuning_and_evaluation_of_a_dataset(tmp_path):
     assert result["images"] == 9
     assert result["top1"] == max(line["top1"] for line in run.history if "top1" in line)
     assert fcmae.predict(run, Pairs(4)).columns == ["cat", "dog", "owl"]
+    assert fcmae.load(run).num_classes == 3  # a Run is a path wherever a checkpoint is named, for fcmae.export too
     with pytest.raises(fcmae.FCMAEError, match="GivenDataset"):
         fcmae.evaluate(run)
 
@@ -142,6 +143,8 @@ class Stream(IterableDataset):
         ({"data": "missing", "optim": {"lr": -1}, "seeds": 1}, r"(?s)seeds.*optim.lr"),
         ({"data": Stream()}, "data must be a path, or a dataset with __len__ and __getitem__; got Stream. Without an"),
         ({"data": DataLoader(Pairs())}, "data=loader.dataset"),
+        ({"data": []}, "data must be a path, or a dataset of one sample or more; got an empty list"),
+        ({"optimizer": {"lr": 1}}, r"optimizer: unknown key; did you mean optim\?"),
         ({"data": [3] * 24}, r"it must be a PIL image, a tensor or an array; got a int"),
         ({"data": IMAGES.float() / 255, "data.mean": [0.5], "data.std": [1]}, "data.mean"),
         ({"model": torch.nn.Linear(1, 1)}, "model must be a name, a dict or a timm ConvNeXt; got a Linear"),

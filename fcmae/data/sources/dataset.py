@@ -56,6 +56,10 @@ def registered(dataset: Any, key: str) -> Iterator[dict[str, Any]]:
             f"{key} must be a path, or a dataset with __len__ and __getitem__; got {type(dataset).__name__}. Without "
             "an index samples cannot be shuffled, shared among GPUs, or found again when a run resumes"
         )
+    if len(dataset) == 0:
+        raise UsageError(
+            f"{key} must be a path, or a dataset of one sample or more; got an empty {type(dataset).__name__}"
+        )
     name = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     identity = (key, name)
     _datasets[identity] = _Known(dataset)
