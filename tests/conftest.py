@@ -1,6 +1,7 @@
 """What several tests share: golden files, small models, the command line in a process of its own."""
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,11 @@ torch.set_num_threads(1)  # the networks are tiny: a second thread waits, and wa
 
 ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.minkowski))
 """For parametrised tests; what needs MinkowskiEngine is run by ``-m minkowski``."""
+
+
+def pytest_collection_finish() -> None:
+    """A run ends with a full collection, which need not go through all modules and tests."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, get_type_hints
@@ -93,9 +94,15 @@ def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """
     check_plain(values, prefix)
     try:
-        return to_typed(OmegaConf.merge(OmegaConf.structured(schema), values), schema)  # type: ignore[arg-type]
+        return to_typed(OmegaConf.merge(_unset(schema), values), schema)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error, prefix)) from error
+
+
+@functools.cache
+def _unset(schema: type) -> DictConfig:
+    """A schema with its defaults, which OmegaConf takes long to make, and copies to merge."""
+    return OmegaConf.structured(schema)
 
 
 def from_dotlist(schema: type[T], overrides: list[str], group: str) -> T:

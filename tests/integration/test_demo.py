@@ -10,7 +10,7 @@ from PIL import Image
 from fcmae import demo
 from fcmae.data.sources import FashionMNIST
 
-IMAGES = {"train": 6000, "t10k": 500}
+IMAGES = {"train": 6000, "t10k": 1000}
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def small(tmp_path, monkeypatch):
             with gzip.open(FashionMNIST.DEBIAN / name) as whole, gzip.open(tmp_path / name, "wb", 1) as part:
                 part.write(whole.read(header + images * size))
     monkeypatch.setattr(demo, "GALLERY", 1000)
-    monkeypatch.setattr(demo, "QUERIES", 500)
-    monkeypatch.setattr(demo, "STEPS", 40)
+    monkeypatch.setattr(demo, "QUERIES", 1000)
+    monkeypatch.setattr(demo, "STEPS", 20)
     monkeypatch.setattr(demo.Plan, "RECIPE", (6.0, 12.0))
 
 
