@@ -29,7 +29,7 @@ COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY fcmae fcmae
 COPY conf conf
 COPY launch launch
-RUN pip install -c constraints.txt '.[demo,tensorboard]' && fcmae --version
+RUN pip install -c constraints.txt '.[demo,tensorboard,tiff]' && fcmae --version
 
 # --user $(id -u) makes files in a mounted folder your own.
 RUN useradd --create-home --uid 10001 fcmae && mkdir -p /workspace && chown fcmae /workspace

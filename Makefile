@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Without --no-compile pip compiles all of torch; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm lint format reference docs release demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm lint format reference docs release image demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -75,6 +75,12 @@ reference: $(VENV)/.dev
 # The site, from README.md, docs/ and docstrings, into site/; a broken link is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The container image, by whichever of Docker, Podman and Buildah is installed; BUILD_ARGS are passed on.
+image:
+	@for builder in docker podman buildah; do \
+	    $$builder info >/dev/null 2>&1 && exec $$builder build $(BUILD_ARGS) -t fcmae .; \
+	done; echo "no docker, podman or buildah works here"; exit 1
 
 # Debian packages the data set; elsewhere `fcmae demo` downloads it or says how to get it.
 demo-data:

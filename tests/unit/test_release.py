@@ -41,6 +41,42 @@ def test_versions_and_files_agree():
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     extras = set(re.findall(r"fcmae\[([\w,]+)\]", (ROOT / "README.md").read_text()))
     assert {name for extra in extras for name in extra.split(",")} <= project["optional-dependencies"].keys()
+
+
+def test_containers_are_built_from_files_that_are_there():
+    """`make image` builds the image where a builder is installed; this needs none."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        pyproject = tomllib.load(file)
+    project, hatch = pyproject["project"], pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
+    docker, apptainer = (ROOT / "Dockerfile").read_text(), (ROOT / "apptainer.def").read_text()
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", docker, re.MULTILINE) for name in line.split()}
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert kept == copied
+    assert set(re.findall(r"^    (\S+) /opt/fcmae/\1$", apptainer, re.MULTILINE)) == copied
+    needed = {project["readme"], *project["license-files"], *hatch["packages"], *hatch["force-include"]}
+    assert needed <= copied
+    extras = [set(re.search(r"\[([\w,]+)\]'", text)[1].split(",")) for text in (docker, apptainer)]
+    assert extras[0] == extras[1] <= project["optional-dependencies"].keys()
+    for entry in (r'ENTRYPOINT \["(\w+)"\]', r"exec (\w+) "):
+        (command,) = re.findall(entry, docker + apptainer)
+        assert command in project["scripts"]
+    assert re.search(r"^USER (?!root)", docker, re.MULTILINE)
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["fcmae"]
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    assert "%runscript" in (ROOT / "apptainer.def").read_text()
+    data, runs = service["volumes"]
+    assert data["read_only"]
+    assert runs["target"] == service["environment"]["HOME"]
+
+
+def test_the_files_for_a_repository_are_there_and_valid():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["license"] == "MIT"
+    for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(file.read_text())
+        assert {"name", "description", "body"} <= form.keys()
+        ids = [part["id"] for part in form["body"]]
+        assert len(ids) == len(set(ids))
+        assert all(part["attributes"]["label"] for part in form["body"])
+    assert "docs/plugins.md" in (ROOT / "SECURITY.md").read_text()
