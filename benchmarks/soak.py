@@ -31,6 +31,7 @@ WARM_UP = 0.25
 """Share of the run that is left out of the fits: caches fill, the allocator settles."""
 WINDOWS = 40
 """For the CPU time of a step, which is a difference of two samples."""
+CUDA_SINK = f"logger.sinks.cuda._target_={Path(__file__).resolve()}:CudaMemory"
 TICKS = os.sysconf("SC_CLK_TCK")
 SLOTS = ("memory, MiB", "shared memory, MiB", "handles", "threads")
 
@@ -68,7 +69,7 @@ def write_images(folder: Path) -> None:
 
 def overrides(folder: Path, steps: int, device: str) -> list[str]:
     """Of ``fcmae pretrain``: a step of 8 images, 8 steps an epoch."""
-    sink = [f"logger.sinks.cuda._target_={Path(__file__).resolve()}:CudaMemory"] if device == "cuda" else []
+    sink = [CUDA_SINK] if device == "cuda" else []
     return [
         *("model=demo", "model.dims=[8,12,16,24]", "model.depths=[1,1,1,1]", "model.decoder_embed_dim=16"),
         *("data=imagefolder", f"data.path={folder}/train", f"data.val_path={folder}/val", "data.image_size=32"),

@@ -33,6 +33,10 @@ def main(arguments: list[str]) -> int:
         from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     _stay_stopped(SignalException)
 
+    if any(argument.startswith("--nnodes=") and ":" in argument for argument in arguments):
+        # The ranks of each start then meet in a store of their own. In the agents' store they meet under the number of
+        # restarts, which the agents count differently once a node was lost.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="fcmae_torchrun_") as logs:  # torchrun leaves its own behind
         try:
             # It must handle some signal, and ignores those that are not named.

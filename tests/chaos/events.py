@@ -34,7 +34,7 @@ class Event:
 
 
 def kill(life: Life, rng: random.Random) -> str:
-    pids = life.pids()
+    pids = [pid for pid in life.pids() if not _is_pythons(pid)]
     if not pids:
         return "nothing left to kill"
     pid = rng.choice(pids)
@@ -198,6 +198,13 @@ def _wait(life: Life, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not life.is_over and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def _is_pythons(pid: int) -> bool:
+    """Whether it is the tracker of multiprocessing, whose successor prints tracebacks of its own."""
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -49,6 +49,7 @@ def test_an_agent_is_killed_and_another_joins(tmp_path, reference):
         agents += [agent(tmp_path, port, *args) for _ in range(2)]
         wait_until(lambda: ranks(tmp_path) == [3] and max(steps(tmp_path / "run"), default=0) >= 5, 300)
         agents[2].kill()
+        agents[2].wait()
         wait_until(lambda: ranks(tmp_path)[-1] == 2, 300)
         before = max(steps(tmp_path / "run"))
         wait_until(lambda: max(steps(tmp_path / "run")) >= before + 5, 300)

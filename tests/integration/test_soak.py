@@ -14,7 +14,12 @@ def test_what_a_run_uses_stays_the_same(tmp_path):
     soak.write_images(tmp_path)
     (tmp_path / "tmp").mkdir()
     args = soak.overrides(tmp_path, STEPS, "cpu")
-    often = ("trainer.checkpoint_every_epochs=2", "trainer.eval_every_epochs=4", "monitor.knn_every_epochs=4")
+    often = (
+        "trainer.checkpoint_every_epochs=2",
+        "trainer.eval_every_epochs=4",
+        "monitor.knn_every_epochs=4",
+        soak.CUDA_SINK,
+    )
     run = start_python(tmp_path, "-m", "fcmae.cli", "pretrain", *args, *often, "trainer.log_every=5")
     samples = list(soak.watch(run.pid, lambda: run.poll() is not None, tmp_path, 0.05))
     assert run.wait() == 0
@@ -25,7 +30,8 @@ def test_what_a_run_uses_stays_the_same(tmp_path):
         assert most(late, what) <= most(early, what), what
     assert max(len(one["processes"]) for one in late) <= max(len(one["processes"]) for one in early)
     assert max(one["files"] for one in late) <= max(one["files"] for one in early)
-    memory = [fit for fit in soak.fits(samples, tmp_path / "run") if fit.name.endswith("memory, MiB")]
+    assert (tmp_path / "run" / "cuda.jsonl").is_file()
+    memory = [fit for fit in soak.fits(samples, tmp_path / "run") if fit.name.endswith(": memory, MiB")]
     assert memory
     for fit in memory:
         assert fit.change < 2 or fit.name.startswith("all"), fit  # all: workers of an evaluation come and go
