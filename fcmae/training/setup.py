@@ -113,7 +113,8 @@ def check_space(run_dir: Path, state: TrainState) -> None:
     """Raises UsageError if the disk has no room for a checkpoint: weights, two moments of each and their average."""
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
     needed = weights * (3 + (state.ema is not None)) / 2**20
-    free = shutil.disk_usage(run_dir).free / 2**20
+    there = next(folder for folder in (run_dir, *run_dir.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 2**20
     if free < needed:
         raise UsageError(
             f"hydra.run.dir={run_dir} has {free:,.1f} MiB free, and a checkpoint needs {needed:,.1f}; remove files or "
