@@ -76,6 +76,10 @@ reference: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# docs/release.md. Uploads nothing and needs no secret.
+release: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.release
+
 # The container image, by whichever of Docker, Podman and Buildah is installed; BUILD_ARGS are passed on.
 image:
 	@for builder in docker podman buildah; do \

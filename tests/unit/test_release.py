@@ -32,6 +32,17 @@ def test_a_commit_that_is_not_ready_is_not_released():
     ]
 
 
+def test_make_knows_what_it_names():
+    """A target without a rule is "Nothing to be done" and exit code 0."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    assert [name for name in phony if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+    assert re.search(r"^release:.*\n\t.*benchmarks\.release$", makefile, re.MULTILINE)
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = {name for file in documents for name in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", file.read_text())}
+    assert {name for pair in named for name in pair if name} <= set(phony)
+
+
 def test_versions_and_files_agree():
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
