@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fcmae import ranks
 from fcmae.data.cores import cores_per_rank
 from fcmae.data.decoded import ALIGN, GIB, DecodedImages, check_fits, places
-from fcmae.data.loading import Workers, eval_loader, explained
+from fcmae.data.loading import START, Workers, eval_loader, explained
 from fcmae.data.pixels.decode import PixelFormat, open_image
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError, UsageError
@@ -138,7 +138,8 @@ def _decode(source: Source, to: PixelFormat, descriptor: int | None) -> tuple[De
 
 def _every(dataset: _Sizes, what: str) -> Iterator[tuple[int, np.ndarray]]:
     """What a dataset gives, batch by batch, from as many processes as there are cores."""
-    workers = Workers(min(cores_per_rank(1), -(-len(dataset) // BATCH)) if len(dataset) > BATCH else 0)
+    shares = START == "fork" and len(dataset) > BATCH  # other workers would fill a copy of the memory
+    workers = Workers(min(cores_per_rank(1), -(-len(dataset) // BATCH)) if shares else 0)
     first = 0
     with explained(), tqdm(total=len(dataset), desc=what, unit=" images", delay=1, leave=False, disable=None) as bar:
         for batch in eval_loader(dataset, BATCH, rank=0, world_size=1, workers=workers):

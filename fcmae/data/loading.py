@@ -6,6 +6,7 @@ import functools
 import gc
 import multiprocessing.util
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside, tell_ep
 from fcmae.distributed import World
 from fcmae.errors import WorkerError
 from fcmae.processes import is_stopped
+
+START = "fork" if sys.platform == "linux" else None
+"""How workers start: as copies of this process, which share its memory, whatever Python's default is."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
         pin_memory=workers.pin_memory,
         prefetch_factor=workers.prefetch if count else None,
         timeout=workers.timeout if count else 0,
+        multiprocessing_context=START if count else None,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=functools.partial(_start_worker, exchange.number, exchange.used),
         collate_fn=collate,

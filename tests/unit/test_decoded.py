@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -133,6 +134,24 @@ class Once:
 
     def describe(self, index):
         return f"once {index}"
+
+
+def test_in_a_process_that_was_spawned(folder, monkeypatch):
+    """There the workers of a DataLoader are spawned, too; the processes of a study are such processes."""
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "cores_per_rank", lambda ranks: 2)
+    before = multiprocessing.get_start_method(allow_none=True)
+    expected = train_source(data(folder, "ram"))
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = train_source(data(folder, "ram"))
+        (batch, *_) = resident_batches(data(folder, "ram"), workers=2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    for index in set(range(COUNT)) - {5 // 2 + COUNT // 2}:  # the unreadable one
+        assert found[index].image.equal(expected[index].image)
+        assert found[index].image.any()
+    assert batch[0].any()
 
 
 def test_the_ranks_of_a_machine_share_them(monkeypatch):
