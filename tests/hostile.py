@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -212,6 +213,7 @@ def jpeg_of_exif() -> bytes:
     return file.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + file.getvalue()[2:]
 
 
+@functools.cache
 def deflated(count: int) -> bytes:
     packer = zlib.compressobj(9)
     return b"".join(packer.compress(bytes(MIB)) for _ in range(count // MIB)) + packer.flush()
