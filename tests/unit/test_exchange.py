@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.exchanges import PeerBucket
 from fcmae.config import compose
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan, Padding
@@ -181,3 +184,47 @@ def test_gradients_keep_the_strides_of_their_parameters():
     for param in (alone, exchanged):
         torch.optim.AdamW([param], lr=0.1, fused=True).step()
     assert torch.equal(alone, exchanged)
+
+
+class Shared:
+    """The memory that ranks, here threads, share: as torch's symmetric memory."""
+
+    def __init__(self, rank: int, buffers: list[torch.Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.buffers, self.threads = rank, buffers, barrier
+
+    def barrier(self, channel: int) -> None:
+        self.threads.wait(60)
+
+    def get_buffer(self, rank: int, sizes: list[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return self.buffers[rank][offset:].view(dtype)[: sizes[0]]
+
+
+def test_copies_between_gpus_sum_in_the_order_of_the_ranks(monkeypatch):
+    """Several steps, so that a rank that overwrites what another one still reads is found out."""
+    ranks, buffers, barrier = 4, [], threading.Barrier(4)
+
+    def allocate(self, numel):
+        part = -(-numel // ranks)
+        self.memory = Shared(self.group, buffers, barrier)
+        self.memory.world_size, self.received = ranks, torch.empty(ranks, part)
+        buffers.append(torch.zeros(ranks * part))
+        return buffers[-1]
+
+    monkeypatch.setattr(PeerBucket, "allocate", allocate)
+    params = [[nn.Parameter(torch.zeros(n)) for n in (1000, 33)] for _ in range(ranks)]
+    buckets = [PeerBucket(own, rank) for rank, own in enumerate(params)]
+    grads = torch.randn(3, ranks, 1033, generator=torch.Generator().manual_seed(0))
+    found = torch.empty_like(grads)
+
+    def run(rank):
+        bucket = buckets[rank]
+        for step, values in enumerate(grads[:, rank]):
+            bucket.flat[:1033] = values
+            bucket.sum_parts()
+            found[step, rank] = bucket.flat[:1033]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(run, range(ranks)))
+    in_order = ((grads[:, 0] + grads[:, 1]) + grads[:, 2]) + grads[:, 3]
+    for rank in range(ranks):
+        assert torch.equal(found[:, rank], in_order)
