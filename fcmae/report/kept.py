@@ -20,7 +20,7 @@ from fcmae.status import is_number
 
 PICTURE_WIDTH, MAX_PICTURE = 960, 2**25
 """Pixels of a picture in the page, and bytes of a picture file."""
-PLOT_WIDTH, PLOT_COLOURS = 640, 48
+PLOT_WIDTH, PLOT_COLOURS = 640, 255
 MOST_EVALUATIONS, MOST_ROWS, MOST_COLUMNS = 20, 200, 12
 MAX_BYTES = 2**22
 """Of a file of results."""
@@ -128,7 +128,7 @@ def encoded(data: bytes, plot: bool = False) -> str:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if plot:
-        picture.quantize(PLOT_COLOURS, Image.Quantize.MAXCOVERAGE).save(buffer, "PNG", optimize=True)
+        picture.quantize(PLOT_COLOURS).save(buffer, "PNG", optimize=True)
     else:
         picture.save(buffer, "JPEG", quality=82)
     return f"data:image/{'png' if plot else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"

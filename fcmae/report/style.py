@@ -70,8 +70,8 @@ border:3px solid var(--paper)}
 .pictures>img,.plot img,.plain img{max-width:100%;border-radius:6px;display:block}
 .pictures img[hidden]{display:none}
 .pictures input{width:min(100%,420px);display:block;margin:2px 0 10px;accent-color:var(--c0)}
-.plots{display:flex;flex-wrap:wrap;gap:14px;margin:14px 0}
-.plot{background:var(--box);border-radius:8px;padding:11px 12px;max-width:540px;flex:1 1 min(100%,390px)}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:14px;margin:14px 0}
+.plot{background:var(--box);border-radius:8px;padding:11px 12px}
 .study{max-width:680px;margin:18px 0 0}
 .plain{margin:14px 0}
 .thumbs{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}
