@@ -4,6 +4,7 @@ At small batches launching thousands of kernels takes longer than running them. 
 kernels on the same data, so the result is the same to the bit.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -100,7 +101,7 @@ class GraphedBackward(Generic[Result]):
 
     def _record(self, batch: Sequence[Tensor]) -> None:
         self.batch = [part.clone() for part in batch]
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.warm_up):
@@ -121,6 +122,12 @@ class GraphedBackward(Generic[Result]):
                 result = self.run(self.batch, last)
             self.recorded[last] = graph, result
             pool = graph.pool()
+
+
+@functools.cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings of a process: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def use_cuda_graph(cfg: RunConfig, device: torch.device) -> bool:
