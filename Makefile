@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Without --no-compile pip compiles all of torch; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm lint format reference docs release image demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm fuzz golden golden-update audit lint format reference docs release image demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -58,6 +58,21 @@ soak: $(VENV)/.dev
 # Starts a SLURM of two nodes on this machine, from Debian's packages; needs root.
 test-slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# Random configs and damaged files, tests/fuzz; FUZZ=short: one case of a hundred; NAMES="image. tar": these targets.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz $(NAMES)
+
+# Runs of 20 steps against tests/golden/runs.json; golden-update BECAUSE='a line of CHANGELOG.md' writes it.
+golden: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow" tests/unit/test_golden_runs.py
+
+golden-update: $(VENV)/.dev
+	$(BIN)/python -m tests.golden_runs $(if $(BECAUSE),--because "$(BECAUSE)")
+
+# Vulnerabilities and licences of the dependencies; SBOM=FILE.json writes a list of all components. Needs a network.
+audit: $(VENV)/.dev
+	$(BIN)/python .ci/audit $(BIN)/python $(if $(SBOM),--sbom $(SBOM))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,6 +10,21 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+LONGEST = 2000
+"""Characters of a line."""
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal would act on or hide, and without the middle of long lines."""
+    if len(text) > LONGEST:
+        text = "\n".join(
+            line if len(line) <= LONGEST else f"{line[:1500]} ... {line[-400:]}" for line in text.split("\n")
+        )
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def counted(count: int, what: str) -> str:
     """A number of things: ``1 image``, ``1,000 images``."""
     return f"{count:,} {what}{'s' * (count != 1)}"
@@ -21,6 +36,9 @@ class FCMAEError(Exception):
     exit_code = EXIT_ERROR
     raised_by = "rank"
     """What else raises the same, so that it is printed once: ``launch``, all ranks; ``machine``, those of a machine."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # messages quote files, which may hold anything
 
 
 class UsageError(FCMAEError):
@@ -45,7 +63,7 @@ class ImageError(UsageError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"cannot read the image {shown(name)}: {reason}")
         self.name = name
-        self.reason = reason
+        self.reason = printable(reason)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.name, self.reason)  # a worker sends it to the training process

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fcmae import config, interrupt, sweep
 from fcmae import ranks as launch
@@ -60,6 +61,9 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
                 if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():  # Hydra has created it
                     run_dir.rmdir()
+                    for above in run_dir.parents:
+                        if above in Folders.missing:
+                            above.rmdir()
         return None
 
     program = sys.argv
@@ -86,8 +90,8 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
         raise ConfigError(_mistakes(command, overrides, error)) from error
     finally:
         sys.argv = program
-        if SweepFolder.path is not None:
-            folder, SweepFolder.path = SweepFolder.path, None
+        if Folders.sweep is not None:
+            folder, Folders.sweep = Folders.sweep, None
             sweep.report(folder)
     if failures:
         raise failures.pop()  # a frame of its traceback may be frozen (see quick_imports) and would keep it
@@ -117,13 +121,21 @@ def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], 
     return sweep.score(run_dir, result)
 
 
-class SweepFolder(Callback):
-    """Hydra calls it at the start of a sweep, in the process that launches the jobs."""
+class Folders(Callback):
+    """Hydra calls it before it makes the folder of a run or, in the process that launches the jobs, of a sweep."""
 
-    path: Path | None = None
+    missing: Collection[Path] = ()
+    """Folders above that of the run which were not there."""
+    sweep: Path | None = None
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        Folders.missing = ()
+        with contextlib.suppress(OmegaConfBaseException):  # it cannot be resolved, which Hydra says better
+            above = Path.cwd().joinpath(config.hydra.run.dir).parents
+            Folders.missing = {folder for folder in above if not folder.exists()}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        SweepFolder.path = Path(config.hydra.sweep.dir)
+        Folders.sweep = Path(config.hydra.sweep.dir)
 
 
 def _device(cfg: Any) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
 from tests.hostile import Case, Read, measure
@@ -24,6 +24,8 @@ HEADER = 400
 KINDS = ("cut", "bit in the header", "bits", "zeros", "large number", "shuffled", "repeated")
 GOOD = ("ImageError: ", "UsageError: ", "ConfigError: ", "image")
 MEMORY, SECONDS = 96, 10
+MAX_PIXELS = 1_000_000
+"""Which a damaged header may claim, in memory too."""
 
 
 def damage(data: bytes, kind: str, rng: np.random.Generator) -> bytes:
@@ -56,8 +58,8 @@ def read_folder(folder: Path) -> str:
 
 def read_all(cfg: DataConfig) -> str:
     """Reads a crop of every image, as training does."""
-    source = train_source(cfg)
-    crop = pretrain_transform(cfg)
+    source = train_source(cfg, LoaderConfig(max_pixels=MAX_PIXELS))
+    crop = pretrain_transform(cfg, MAX_PIXELS)
     for i in range(len(source)):
         assert crop(source[i].image).isfinite().all()
     return "image"
@@ -73,7 +75,9 @@ def read_table(folder: Path) -> str:
 
 def read_array(folder: Path) -> str:
     path = next(folder.glob("stack.*"))
-    return read_all(DataConfig(name="array", path=str(path), image_size=16, dtype="float32", normalize="image"))
+    channels = 1 if path.suffix == ".tif" else 3  # a TIFF is read as pages of one channel
+    cfg = DataConfig(name="array", path=str(path), in_chans=channels, image_size=16, dtype="float32", normalize="image")
+    return read_all(cfg)
 
 
 def sources() -> dict[str, tuple[bytes, str, Callable[[Path], str]]]:

@@ -61,8 +61,8 @@ class Taken(NamedTuple):
     """On standard error."""
 
 
-def measure(cases: dict[str, Case]) -> dict[str, Taken]:
-    """Reads all cases in a child process; another one continues where one was killed."""
+def measure(cases: dict[str, Case], patience: float = PATIENCE) -> dict[str, Taken]:
+    """Reads all cases in a child process; another one continues where one was killed or did not end in time."""
     context = multiprocessing.get_context("fork")
     taken: dict[str, Taken] = {}
     while len(taken) < len(cases):
@@ -73,7 +73,7 @@ def measure(cases: dict[str, Case]) -> dict[str, Taken]:
         send.close()
         for name in left:
             try:
-                taken[name] = receive.recv() if receive.poll(PATIENCE) else Taken("never ended", -1, SECONDS, -1)
+                taken[name] = receive.recv() if receive.poll(patience) else Taken("never ended", -1, SECONDS, -1)
             except EOFError:
                 taken[name] = Taken("killed", -1, SECONDS, -1)
             if taken[name].size < 0:

@@ -228,6 +228,7 @@ def config(**values: Any) -> Change:
 DEEP = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
 """The pickle of lists in lists."""
 GIGABYTE = b"\x80\x02cbuiltins\nbytearray\nJ" + struct.pack("<i", 2**30) + b"\x85R."
+WITHOUT = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."
 LISTS = b"\x80\x02" + b"]" * 16_000_000 + b"."
 TWO_BYTES = torch.zeros(1, dtype=torch.float16).expand(2**28)
 
@@ -236,6 +237,7 @@ CHECKPOINTS = {
     "checkpoint, overlapping members": Case(overlapping, "its members overlap"),
     "checkpoint, 9,000 members of long names": Case(many_members, "the list of its members has more than"),
     "checkpoint that calls bytearray(2**30)": Case(of_pickle(GIGABYTE), "more than tensors and plain values"),
+    "checkpoint that calls without arguments": Case(of_pickle(WITHOUT), r"it is damaged \(TypeError"),
     "checkpoint of 16 million lists": Case(of_pickle(LISTS), "one pickle of at most 8388608 bytes"),
     "checkpoint of lists in lists": Case(of_pickle(DEEP), "is not a checkpoint of fcmae"),
     "checkpoint, a tensor of stride 0": Case(

@@ -5,6 +5,7 @@ the archive that are compressed a thousandfold, and makes tensors with far more 
 the archive and its pickle are checked before, and the tensors after.
 """
 
+import contextlib
 import pickle
 import pickletools
 import zipfile
@@ -49,7 +50,7 @@ def load(file: IO[bytes], map_location: str | torch.device = "cpu", namespaces: 
     """
     size = _check_archive(file, namespaces)
     file.seek(0)
-    with torch.serialization.safe_globals([Namespace] if namespaces else []):
+    with torch.serialization.safe_globals([Namespace] if namespaces else []), _explained():
         content = torch.load(file, map_location=map_location, weights_only=True)
     _check_content(content, size)
     return content
@@ -59,9 +60,21 @@ def load_mapped(path: Path, map_location: str | torch.device = "cpu") -> Any:
     """As :func:`load`, but the tensors stay on the disk until they are used."""
     with open_regular(path) as file:
         size = _check_archive(file, namespaces=False)
-    content = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    with _explained():
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     _check_content(content, size)
     return content
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """In this block errors that a damaged pickle causes are ValueErrors: torch raises whatever its functions raise."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        raise
+    except Exception as error:
+        raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
 def check_safetensors(file: IO[bytes]) -> None:

@@ -153,7 +153,7 @@ def every_mistake(
         blamed, error_without = _blame(command, left, mistakes[-1])
         if blamed is None:
             break
-        left.remove(blamed)
+        left = [other for other in left if other != blamed]  # it may be given twice
         dropped.append(_key(blamed))
         if error_without is not None:
             mistakes.append(explain(error_without))

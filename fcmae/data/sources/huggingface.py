@@ -1,7 +1,9 @@
 """Data sets of the Hugging Face library ``datasets``: Parquet and Arrow files, saved data sets, or names on the hub."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.remote.access import Access
 from fcmae.data.remote.objects import RemoteFile
 from fcmae.data.sources.base import Sample, class_names
-from fcmae.errors import ConfigError, ImageError, UsageError, shown
+from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError, shown
 
 
 class HuggingFace:
@@ -81,11 +83,8 @@ class HuggingFace:
             size = sum(file.size for file in files)
             raise UsageError(f"{self.path} has {size:,} bytes, which loader.cache_size must hold with data.name=hf")
         data_files = {name: [str(copy) for copy in copies]}
-        try:
+        with _explained(self.path, self.split):
             return datasets.load_dataset("parquet", data_files=data_files, split=self.split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"cannot load the data set {self.path}, split {self.split}: {reason}") from error
 
     def _read_labels(self, rows: Any, column: str) -> None:
         kind = str(getattr(rows.features[column], "dtype", None))
@@ -148,6 +147,20 @@ class HuggingFace:
         return f"{self.path}:{self.split}[{index}]"
 
 
+@contextlib.contextmanager
+def _explained(path: str, split: str) -> Iterator[None]:
+    """In this block any error is a UsageError: of damaged files the library raises all sorts."""
+    try:
+        yield
+    except (FCMAEError, MemoryError):
+        raise
+    except Exception as error:  # also a missing file, also no network
+        known = isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith("datasets.")
+        why = "" if known else f"its files are damaged ({type(error).__name__}) "
+        reason = why + " ".join(str(error).split())
+        raise UsageError(f"cannot load the data set {path}, split {split}: {reason}") from error
+
+
 def _load(path: str, split: str, config_name: str | None, revision: str | None) -> Any:
     """The rows of a split. Raises UsageError."""
     import datasets
@@ -155,7 +168,7 @@ def _load(path: str, split: str, config_name: str | None, revision: str | None) 
     folder = Path(path)
     if folder.is_file():
         raise UsageError(f"{path} must be a folder with Parquet or Arrow files, or a name on the hub; it is a file")
-    try:
+    with _explained(path, split):
         if not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
             builder = datasets.load_dataset_builder(path, config_name, revision=revision)
             if folder.is_dir():
@@ -164,9 +177,6 @@ def _load(path: str, split: str, config_name: str | None, revision: str | None) 
         saved = datasets.load_from_disk(path)
         parts = [saved] if isinstance(saved, datasets.Dataset) else saved.values()
         _check_files(folder, {"": [file["filename"] for part in parts for file in part.cache_files]})
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # also a missing file, also no network
-        reason = " ".join(str(error).split())
-        raise UsageError(f"cannot load the data set {path}, split {split}: {reason}") from error
     splits = {str(saved.split or "train"): saved} if isinstance(saved, datasets.Dataset) else saved
     if split not in splits:
         raise UsageError(f"cannot load the data set {path}, split {split}: it has {', '.join(map(str, splits))}")
