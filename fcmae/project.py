@@ -1,6 +1,7 @@
 """``fcmae init``: a folder to start from, with a config for the user's images, a README and a SLURM script."""
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
             f"data.path={data.path}: none of {len(looked)} images can be read; see fcmae doctor data.path="
         )
     size = next((name for limit, name in SIZES if count < limit), "large")
-    name = target.resolve().name
+    name = re.sub(r"[^\w.-]+", "_", target.resolve().name)  # it goes into YAML and Markdown
     lines, chosen = _data(data, suggested(seen))
     experiment = target / "conf" / "experiment" / "project.yaml"
     experiment.parent.mkdir(parents=True)
