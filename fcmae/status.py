@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -219,8 +219,8 @@ def _is_final(folder: Path, steps: list[int]) -> bool:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value from a file is a finite number, that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _total(step: int, epoch: float | None, config: dict[str, Any]) -> int | None
     """The steps of the whole schedule; None if the files do not say."""
     schedule = config.get("schedule")
     epochs: Any = schedule.get("epochs") if isinstance(schedule, dict) else None
-    if not is_number(epochs) or not epoch or epoch < 0 or not 0 < epochs * step / epoch < 2**63:
+    if not is_number(epochs) or not epoch or epoch < 0 or not 0 < float(epochs) * step / epoch < 2**63:
         return None
     return max(1, round(epochs * round(step / epoch)))
 

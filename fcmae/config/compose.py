@@ -97,12 +97,14 @@ def compose(command: str, overrides: list[str] | None = None, also: Callable[[An
 
 
 def misread(command: str, overrides: list[str]) -> list[str]:
-    """Mistakes that Hydra would accept: no target, a target twice, a number for true or false."""
+    """Mistakes that Hydra would accept: no target, a target twice, a number for true or false, or for no float."""
     lines = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         names = [name.strip() for name in value.strip("[]").split(",")]
-        if key == "target" and value.startswith("[") and ("" in names or len(set(names)) < len(names)):
+        if re.search(r"\d{309}", value):
+            lines.append(f"{key}: a number must have at most 308 digits; got {value[:20]}...")
+        elif key == "target" and value.startswith("[") and ("" in names or len(set(names)) < len(names)):
             lines.append(f"target must be one or several different targets; got {value}")
         elif re.fullmatch(r"-?[\d.]+", value) and value not in ("0", "1") and _is_switch(COMMANDS[command], key):
             lines.append(f"{key} must be true or false; got {value}")

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from unittest import mock
@@ -27,6 +27,8 @@ from tests.fuzz.mutate import Files, write_folder
 from tests.fuzz.target import Target
 
 ARGUMENTS = "arguments.json"
+BLOCK = 50
+"""Command lines that are drawn together."""
 EVALUATED = ("checkpoint=../run", "data.name=synthetic", "data.length=6", "loader.workers=0", "device=cpu")
 BASE: dict[str, tuple[str, ...]] = {
     "pretrain": TINY_PRETRAIN[1:],
@@ -44,7 +46,27 @@ WORDS = (
     *"fcmae.masks.RandomMask choice(1,2) range(1,3) glob(*) interval(0,1) run@best <script> %s %(x)s é 日本".split(),
     *("", "a b", "\udcff", "\x1b[2J", "\n", "\t", "\u202e", "x" * 5000),
 )
-NUMBERS = (0, 1, -1, 2, 3, 7, 31, 32, 64, 256, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    31,
+    32,
+    64,
+    256,
+    2**31 - 1,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(2**63),
+)
 FLOATS = "0.0 -0.0 1e-300 1e300 -1e-9 0.5 1.0 0.999999 1.0000001 nan inf -inf 1e999".split()
 OPTIONS = (
     "-m --multirun --cfg --cfg=job --help -h -c job --config-dir=x --info --resolve --package=x --shell-completion "
@@ -129,14 +151,14 @@ def overrides(command: str) -> st.SearchStrategy[list[str]]:
 
 
 @functools.cache
-def generated(seed: int, count: int) -> list[list[str]]:
-    """So many command lines."""
+def generated(seed: int, block: int) -> list[list[str]]:
+    """:data:`BLOCK` command lines."""
     found: list[list[str]] = []
     line = st.sampled_from(sorted(BASE)).flatmap(lambda c: overrides(c).map(lambda given: [c, *given]))
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(10_000 * seed + block)
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=BLOCK,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
@@ -147,20 +169,21 @@ def generated(seed: int, count: int) -> list[list[str]]:
         found.append(arguments)
 
     collect()
-    return [found[number % len(found)] for number in range(count)]
+    return [found[number % len(found)] for number in range(BLOCK)]
 
 
 class Lines(Target):
     """Command lines of Hypothesis instead of changed files."""
 
-    def prepare(self, seed: int) -> None:
-        super().prepare(seed)
-        generated(seed, self.cases)
+    def prepare(self, seed: int, numbers: Sequence[int]) -> None:
+        super().prepare(seed, numbers)
+        for number in numbers:
+            self.changed("", seed, number)
         for command, base in BASE.items():
             compose(command, [one for one in base if not one.startswith("hydra.")])  # kept for processes that fork
 
     def changed(self, name: str, seed: int, number: int) -> Files:
-        given = generated(seed, self.cases)[number - 1] if number else ["pretrain"]
+        given = generated(seed, (number - 1) // BLOCK)[(number - 1) % BLOCK] if number else ["pretrain"]
         return {ARGUMENTS: json.dumps(given).encode()}
 
 

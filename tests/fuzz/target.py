@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Target:
     needs: Callable[[], Files] | None = None
     """Other files that ``read`` compares with, which are made before processes fork."""
 
-    def prepare(self, seed: int) -> None:
-        """What is made once, before processes fork."""
+    def prepare(self, seed: int, numbers: Sequence[int]) -> None:
+        """What these cases need, before processes fork."""
         self.files()
         if self.needs is not None:
             self.needs()
@@ -123,9 +123,9 @@ def _audit(event: str, args: tuple) -> None:
 
 def run(name: str, target: Target, cases: int, seed: int) -> Iterator[tuple[int, Taken]]:
     """The number and result of each case; the first one is of sound files."""
-    target.prepare(seed)
     for first in range(0, cases + 1, BATCH):
         numbers = range(first, min(first + BATCH, cases + 1))
+        target.prepare(seed, numbers)
         batch = {str(i): target.case(functools.partial(target.changed, name, seed, i)) for i in numbers}
         for number, taken in measure(batch, WAIT).items():
             yield int(number), taken

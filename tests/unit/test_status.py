@@ -114,6 +114,17 @@ def test_files_that_are_damaged_say_nothing_and_do_no_harm(tmp_path, name, conte
     assert table([read_status(run)], tmp_path)
 
 
+def test_numbers_that_no_float_holds_are_left_out(tmp_path):
+    """JSON has integers of any size."""
+    huge = 10**400
+    lines = [training(10, 95), {**training(20, 50), "images_per_second": huge}, {"step": huge, "loss": 1.0}]
+    run = read_status(
+        write(tmp_path / "a", [*lines, {"step": 20, "top1": huge}], config=f"schedule: {{epochs: {huge}}}")
+    )
+    assert (run.step, run.total, run.images_per_second, run.scores) == (20, None, None, {})
+    assert "step 20" in describe(run)
+
+
 def test_names_in_files_are_only_text(tmp_path):
     lines = [training(1, 1), {"step": 1, "\x1b[2Jtop1": 3.0}]
     run = read_status(write(tmp_path / "a\n\x1b", lines, config='name: "\\e[2J"\n'))
