@@ -237,6 +237,10 @@ CHECKPOINTS = {
     "checkpoint, overlapping members": Case(overlapping, "its members overlap"),
     "checkpoint, 9,000 members of long names": Case(many_members, "the list of its members has more than"),
     "checkpoint that calls bytearray(2**30)": Case(of_pickle(GIGABYTE), "more than tensors and plain values"),
+    "checkpoint, classes are null": Case(initial(lambda state: state.update(classes=None)), "step_00000007.pt"),
+    "checkpoint, versions are null": Case(
+        loaded(lambda state: state.update(versions=None)), "its entry 'versions' has another type"
+    ),
     "checkpoint that calls without arguments": Case(of_pickle(WITHOUT), r"it is damaged \(TypeError"),
     "checkpoint of 16 million lists": Case(of_pickle(LISTS), "one pickle of at most 8388608 bytes"),
     "checkpoint of lists in lists": Case(of_pickle(DEEP), "is not a checkpoint of fcmae"),

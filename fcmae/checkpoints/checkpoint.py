@@ -108,6 +108,7 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
         raise CheckpointError(f"{path} is not a checkpoint of fcmae (format {FORMAT})")
     known = {name: state[name] for name in ENTRIES if state.get(name) is not None}
     wrong = [name for name, value in known.items() if not ENTRIES[name](value)]
+    wrong += [name for name in ("step", "versions") if name in state and name not in known]
     if wrong:
         raise CheckpointError(f"{path} is not a checkpoint of fcmae: its entry {wrong[0]!r} has another type")
     try:

@@ -158,7 +158,7 @@ class Network:
             fcmae = model_of(state, file, ema)
             assert isinstance(fcmae, FCMAE)
             return cls(fcmae.backbone, cfg, [], fcmae, state, file)
-        classes = state.get("classes", []) if isinstance(cfg, FinetuneConfig) and is_classifier(cfg) else []
+        classes = state.get("classes") or [] if isinstance(cfg, FinetuneConfig) and is_classifier(cfg) else []
         return cls(encoder_of(state, file, ema), cfg, classes, None, state, file)
 
     @property

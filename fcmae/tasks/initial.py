@@ -77,7 +77,10 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
     if origin is not None:
         told = origin["license"] or "not stated in these files; look it up before you publish results"
         notes.append(f"licence of {origin['weights']}: {told}")
-    if "classes" in state and (state["config"].get("objective") or {}).get("_target_", CLASSIFY) == CLASSIFY:
+    if (
+        state.get("classes") is not None
+        and (state["config"].get("objective") or {}).get("_target_", CLASSIFY) == CLASSIFY
+    ):
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
     for key in ("pad", "nodata", "fit"):
         ours, theirs = getattr(cfg.data, key), known["data"].get(key, getattr(cfg.data, key))
