@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(command, rest, _HYDRA[command], argv is None)
     except FCMAEError as error:
+        if argv is None:
+            interrupt.ignore()  # it takes up to two seconds to find out who says why
         if not isinstance(error, PeerError) and _tells(error):
             for line in error.mistakes if isinstance(error, ConfigError) else [error]:
                 print(f"fcmae {command}: {line}", file=sys.stderr)
@@ -92,9 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(command, "interrupted")
         return EXIT_ERROR
     finally:
-        if command in _TRAINING:
-            # torchrun, for one, sends each signal twice.
-            (interrupt.ignore if argv is None else interrupt.uninstall)()
+        if argv is None:
+            interrupt.ignore()  # torchrun, for one, sends each signal twice; and one may come while Python ends
+        elif command in _TRAINING:
+            interrupt.uninstall()
 
 
 def _tells(error: FCMAEError) -> bool:

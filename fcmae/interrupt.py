@@ -150,9 +150,9 @@ def postponed() -> Iterator[None]:
 def take_for_ctrl_c() -> None:
     """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does: pools end, and temporary files are deleted."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, HANG_UP):
+        for number in (signal.SIGINT, signal.SIGTERM, HANG_UP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                signal.signal(number, signal.default_int_handler)
+                _before.setdefault(number, signal.signal(number, signal.default_int_handler))
 
 
 def die_with_parent() -> None:

@@ -133,6 +133,7 @@ sys.exit(main())
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_another_command_leaves_no_temporary_file(tmp_path, number):
     (tmp_path / "stuck.py").write_text(STUCK)
+    (tmp_path / "run").touch()
     with (tmp_path / "stderr.txt").open("w") as stderr:
         run = start_python(tmp_path, "stuck.py", "embed", "run", "images", "--out", "out.npz", stderr=stderr)
     wait_until(lambda: (tmp_path / "reached").exists() or run.poll() is not None)
@@ -140,6 +141,20 @@ def test_a_signal_to_another_command_leaves_no_temporary_file(tmp_path, number):
     assert run.wait() == 1
     assert (tmp_path / "stderr.txt").read_text() == "fcmae embed: interrupted\n"
     assert not list(tmp_path.glob("out*"))
+
+
+ENDING = """
+import atexit, os, signal, sys
+from fcmae.cli import main
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+sys.exit(main())
+"""
+
+
+def test_a_signal_while_another_command_ends_changes_nothing(tmp_path):
+    (tmp_path / "ending.py").write_text(ENDING)
+    done = run_python(tmp_path, "ending.py", "ls", ".", check=2)
+    assert done.stderr == "fcmae ls: . holds no runs\n"
 
 
 FULL = """
