@@ -124,6 +124,6 @@ def _ours(cfg: EvaluateConfig, model: ConvNeXt, device: torch.device) -> Callabl
 def _timm(cfg: EvaluateConfig, model: ConvNeXt, device: torch.device) -> Callable[[Tensor], Tensor]:
     """As timm's own benchmark computes."""
     dtype = precision.dtype_of(cfg.precision)
-    copied = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    copied = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
     forward, compiled = forward_of(SUPERVISED), device.type == "cuda"
     return lambda imgs: forward(copied, imgs.to(dtype), compiled)
