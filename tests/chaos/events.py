@@ -159,6 +159,11 @@ def _with_images(life: Life) -> bool:
     return bool(life.job.images)
 
 
+def _has_begun(life: Life) -> bool:
+    """Whether the number of images is settled: a run that finds one less at its start takes what is there."""
+    return any((life.folder / "disk" / "run" / "checkpoints").glob("step_*.pt"))
+
+
 def _with_network(life: Life) -> bool:
     return life.network is not None
 
@@ -172,7 +177,7 @@ EVENTS = {
     "stop signal": Event(stop, weight=2),
     "two stop signals": Event(stop_in_a_hurry, weight=0.5),
     "full disk": Event(full_disk, weight=1.5),
-    "file deleted": Event(delete_file, fits=_with_images),
+    "file deleted": Event(delete_file, fits=_has_begun),
     "file damaged": Event(damage_file, fits=_with_images),
     "rank frozen": Event(freeze, fits=_trains, weight=0.3),
     "network cut for good": Event(cut_for_good, fits=lambda life: _trains(life) and _with_network(life), weight=0.3),
