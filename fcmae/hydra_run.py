@@ -1,5 +1,6 @@
 """Runs a command under Hydra, here or in a sweep: composes its config and reports the mistakes in it."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -66,6 +67,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
                             above.rmdir()
         return None
 
+    sys.modules["hydra.main"].get_args_parser = options  # type: ignore[attr-defined]
     program = sys.argv
     first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides
     rest = [override for override in overrides if override not in MULTIRUN]
@@ -173,9 +175,23 @@ def _check_overrides(command: str, overrides: list[str]) -> None:
         raise ConfigError("\n".join(mistakes))
 
 
+def options() -> argparse.ArgumentParser:
+    """Hydra's parser of options. From Python 3.14 on argparse expands a help text where it is added, and refuses one
+    of Hydra 1.3 that is an object, made into text when it is shown."""
+    container: Any = argparse._ActionsContainer
+    check = getattr(container, "_check_help", None)
+    if check is None:
+        return hydra_utils.get_args_parser()
+    container._check_help = lambda *_: None
+    try:
+        return hydra_utils.get_args_parser()
+    finally:
+        container._check_help = check
+
+
 def _unknown_options(overrides: list[str]) -> list[str]:
     """Options that Hydra does not have, for which it would print its usage, and ``KEY = VALUE``."""
-    known = get_args_parser()._option_string_actions
+    known = options()._option_string_actions
     lines = []
     for override in overrides:
         option = override.partition("=")[0]

@@ -1,7 +1,10 @@
 """Mistakes of the first hour: one line that says what to do, before any work."""
 
+import argparse
+
 import pytest
 
+from fcmae import hydra_run
 from fcmae.cli import main
 from fcmae.training import setup
 from tests.conftest import TINY_PRETRAIN
@@ -68,6 +71,29 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp
     assert "run has 0.0 MiB free, and a checkpoint needs " in line
     assert "choose a folder on another disk" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_options_are_parsed_where_help_texts_are_checked(tmp_path, monkeypatch, capfd):
+    """As from Python 3.14 on: every command ended with "badly formed help string"."""
+
+    def check_help(self, action):
+        if action.help and "%" not in action.help:
+            return
+
+    monkeypatch.setattr(argparse._ActionsContainer, "_check_help", check_help, raising=False)
+    add = argparse._ActionsContainer.add_argument
+
+    def add_argument(self, *args, **kwargs):
+        action = add(self, *args, **kwargs)
+        self._check_help(action)
+        return action
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", add_argument)
+    with pytest.raises(TypeError):
+        hydra_run.hydra_utils.get_args_parser()
+    (line,) = told(tmp_path, monkeypatch, capfd, "pretrain")
+    assert "data.path is not set" in line
+    assert argparse._ActionsContainer._check_help is check_help
 
 
 def test_options_of_hydra_are_known(tmp_path, monkeypatch, capfd):
