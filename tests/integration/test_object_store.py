@@ -2,11 +2,21 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from fcmae.config import DataConfig, LoaderConfig
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.remote.objects import filesystem
+from fcmae.data.samples import MaskedImages
+from fcmae.data.sources import train_source
 from tests.conftest import TINY_PRETRAIN, run_python, start_python
 from tests.faults.runs import steps, wait_until
 from tests.unit.test_remote import write_tar
@@ -87,6 +97,38 @@ def test_a_bucket_is_read_like_a_folder(fcmae, store, tmp_path, expected):
     for number in range(3):
         name = f"train-{number:06}.tar"
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_zarr_in_a_bucket_is_read_like_a_folder(store, tmp_path, monkeypatch):
+    """Also a sharded array, chunks that are not there, a pattern of several, and while the server is away."""
+    zarr = pytest.importorskip("zarr")
+    for name, value in store.variables.items():
+        monkeypatch.setenv(name, value)
+    filesystem("s3://bucket").clear_instance_cache()
+    images = np.random.default_rng(0).integers(1, 4096, (8, 2, 40, 48), np.uint16)
+    images[5] = 0
+    how = {"shape": images.shape, "dtype": "uint16"}
+    zarr.create_array(tmp_path / "a" / "plain.zarr", chunks=(1, 2, 16, 16), **how)[:] = images
+    zarr.create_array(tmp_path / "a" / "shards.zarr", chunks=(1, 2, 8, 8), shards=(2, 2, 40, 48), **how)[:] = images
+    filesystem("s3://bucket").put(f"{tmp_path}/a", "bucket/arrays", recursive=True)
+
+    def batches(path, workers=0, first=0):
+        data = DataConfig(name="array", path=path, in_chans=2, bit_depth=12, normalize="none", image_size=16)
+        source = train_source(data, LoaderConfig(retry_seconds=60))
+        plan = BatchPlan.create(len(source), 4, None, 1, seed=0)
+        dataset = MaskedImages(source, pretrain_transform(data), (1, 1), seed=0)
+        for number, batch in enumerate(TrainBatches(dataset, plan, 0, range(first, 6), Workers(workers))):
+            yield [part.clone() for part in batch]
+            if number == 1 and path.startswith("s3"):
+                store.stop()
+                threading.Timer(2, store.start).start()
+
+    for where in ("*.zarr", "shards.zarr"):
+        for workers, first in ((0, 0), (0, 1)):
+            expected = batches(f"{tmp_path}/a/{where}", workers, first)
+            found = batches(f"s3://bucket/arrays/{where}", workers, first)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_run_continues_after_the_server_was_away(store, tmp_path, expected):

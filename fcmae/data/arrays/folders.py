@@ -84,6 +84,8 @@ class RemoteFolder:
     def __init__(self, url: str, limit: float) -> None:
         check_url(url)
         self.url, self.limit = url.rstrip("/"), limit
+        self._process = 0
+        self._system: Any = None
 
     def __str__(self) -> str:
         return self.url
@@ -100,7 +102,7 @@ class RemoteFolder:
     def _get(self, key: str, start: int, end: int | None) -> bytes:
         url = f"{self.url}/{key}"
         try:
-            return retried(lambda: filesystem(url).cat_file(url, start=start, end=end), url, self.limit)
+            return retried(lambda: self._connected().cat_file(url, start=start, end=end), url, self.limit)
         except MissingFile as error:
             # What one may not read is an error: its pixels would become the fill value.
             if isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "status", 0) in (404, 410):
@@ -113,8 +115,15 @@ class RemoteFolder:
         if len(places) < 2:
             yield from map(read, places)
             return
+        self._connected()
         with ThreadPoolExecutor(min(THREADS, len(places))) as pool:
             yield from pool.map(read, places)
+
+    def _connected(self) -> Any:
+        """fsspec's object of this process. fsspec itself would make one per thread, with a session of its own."""
+        if self._process != os.getpid():
+            self._process, self._system = os.getpid(), filesystem(self.url)
+        return self._system
 
     def below(self, name: str) -> "RemoteFolder":
         parts = name.split("/")
