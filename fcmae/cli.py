@@ -144,13 +144,7 @@ def _call(target: str, cfg: Any, *args: Path) -> dict[str, Any] | None:
 
 def _explained(target: str) -> Callable[..., Any]:
     """A command's function, in which the end of another rank or of a data worker is an error of one line."""
-    function = load(target)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with load("fcmae.distributed:lost_ranks_explained")(), load("fcmae.data.loading:explained")():
-            return function(*args, **kwargs)
-
-    return run
+    return load("fcmae.distributed:lost_ranks_explained")()(load("fcmae.data.loading:explained")()(load(target)))
 
 
 def _without_folder(target: str) -> Callable[[Any, Path], dict[str, Any] | None]:
