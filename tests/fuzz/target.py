@@ -24,7 +24,7 @@ LENGTH = 2500
 """Characters that a message may have."""
 BATCH = 500
 """Cases of one child process."""
-WAIT = 120
+WAIT = 600
 """Seconds of wall time for a case."""
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
 """Events of Python that no file may cause."""
