@@ -114,7 +114,7 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
     try:
         check_plain(known.get("config"))
     except ConfigError as error:
-        raise CheckpointError(f"the config in {path} is refused: {error}") from error
+        raise CheckpointError(f"the config in {path} is refused: {'; '.join(error.mistakes)}") from error
     return {**state, "config": upgraded(known["config"])} if "config" in known else state
 
 

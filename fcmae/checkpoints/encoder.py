@@ -128,7 +128,8 @@ def _said(path: Path, text: str) -> dict[str, Any]:
             typed = dataclasses.asdict(from_dict(schema, said[group], prefix=group))
             said[group] = {name: typed[name] for name in KEYS[group]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has metadata that this version of fcmae did not write: {error}") from error
+        why = "; ".join(str(error).split("\n"))  # a mistake each
+        raise CheckpointError(f"{path} has metadata that this version of fcmae did not write: {why}") from error
     return said
 
 
