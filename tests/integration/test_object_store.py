@@ -119,12 +119,12 @@ def test_zarr_in_a_bucket_is_read_like_a_folder(store, tmp_path, monkeypatch):
         dataset = MaskedImages(source, pretrain_transform(data), (1, 1), seed=0)
         for number, batch in enumerate(TrainBatches(dataset, plan, 0, range(first, 6), Workers(workers))):
             yield [part.clone() for part in batch]
-            if number == 1 and path.startswith("s3"):
+            if number == 1 and not workers and path.startswith("s3"):
                 store.stop()
                 threading.Timer(2, store.start).start()
 
     for where in ("*.zarr", "shards.zarr"):
-        for workers, first in ((0, 0), (0, 1)):
+        for workers, first in ((0, 0), (1, 1)):
             expected = batches(f"{tmp_path}/a/{where}", workers, first)
             found = batches(f"s3://bucket/arrays/{where}", workers, first)
             for ours, theirs in zip(found, expected, strict=True):
