@@ -67,7 +67,8 @@ def _drawn(image: Tensor, boxes: Tensor, classes: Tensor, masks: Sequence[Tensor
     """uint8 ``[3, H, W]`` with boxes and masks."""
     if not len(boxes):
         return image
-    colours: list[tuple[int, int, int]] = [tuple(int(255 * x) for x in colour(kind)) for kind in classes.tolist()]
+    hues = [colour(kind) for kind in classes.tolist()]
+    colours: list[tuple[int, int, int]] = [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in hues]
     if masks:
         image = draw_segmentation_masks(image, torch.stack(list(masks)).bool(), alpha=0.4, colors=colours)
     return draw_bounding_boxes(image, boxes, colors=colours)

@@ -144,7 +144,7 @@ class WandbLogger:
         if table.is_file():
             header, *rows = csv.reader(read_regular(table, MAX_RESULTS).decode().splitlines())
             numbers = [[row[0], *(float(cell) if cell else None for cell in row[1:])] for row in rows]
-            logged["per_class"] = self._table(columns=header, data=numbers)
+            logged["per_class"] = self._table(columns=list[Any](header), data=numbers)
         for path in sorted(folder.glob("*.png")):
             with Image.open(path) as picture:
                 caption = f"{path.stem.replace('_', ' ')}, step {step}"

@@ -176,8 +176,8 @@ def _curves(runs: Sequence[RunContent]) -> str:
         return "<p>Nothing is logged yet.</p>"
     body = f'<div class="charts">{"".join(figures)}</div>'
     if len(runs) > 1:
-        names = "".join(f"<span>{swatch(place)}{text(run.name)}</span>" for place, run in enumerate(runs))
-        body = f'<div class="legend">{names}</div>{body}'
+        legend = "".join(f"<span>{swatch(place)}{text(run.name)}</span>" for place, run in enumerate(runs))
+        body = f'<div class="legend">{legend}</div>{body}'
     restarts = any(mark.kind == "restart" and mark.step > 0 for mark in marks)
     return body + "<p>A dotted line: a new process continued the run there.</p>" * restarts
 
@@ -188,8 +188,7 @@ def _figure(name: str, runs: Sequence[RunContent], marks: Sequence[Mark], steps:
     if not any(y != 0 for line in lines for _, y in line.points):
         return ""
     zero = name in (*SPEED, *OPTIMISER)
-    how = {"from_zero": zero, "noisy": name.startswith(NOISY), "steps": steps}
-    return chart(title_of(name), lines, marks=marks, **how)
+    return chart(title_of(name), lines, zero, marks, noisy=name.startswith(NOISY), steps=steps)
 
 
 def _pictures(runs: Sequence[RunContent]) -> str:
