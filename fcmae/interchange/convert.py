@@ -56,7 +56,7 @@ def export(
     if to not in EXPORTS:
         raise UsageError(f"--to must be one of {', '.join(EXPORTS)}; got {to!r}")
     with _new_folder(Path(folder)) as temporary:
-        network = Network.read(checkpoint, ema)
+        network = Network.read(os.fspath(checkpoint), ema)
         print(describe(network.path, network.state), file=sys.stderr, flush=True)
         check_normalisation(network.cfg.data, to)
         if to == "onnx":

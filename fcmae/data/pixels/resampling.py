@@ -90,11 +90,11 @@ def _made(side: int, size: int, mirrored: bool) -> list[Block]:
     np.put_along_axis(matrices.numpy(), read, factors, axis=1)
     blocks = []
     for begin, low in zip(range(0, size, step), lows.tolist(), strict=True):
-        end, high = min(size, begin + step), min(side, low + matrices.shape[1])
-        weights = matrices[begin:end, : high - low]
+        stop, high = min(size, begin + step), min(side, low + matrices.shape[1])
+        weights = matrices[begin:stop, : high - low]
         if mirrored:
-            begin, end, weights = size - end, size - begin, weights.flip(0)
-        blocks.append((begin, end, low, high, weights))
+            begin, stop, weights = size - stop, size - begin, weights.flip(0)
+        blocks.append((begin, stop, low, high, weights))
     return blocks
 
 
