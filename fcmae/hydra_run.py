@@ -67,7 +67,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
                             above.rmdir()
         return None
 
-    sys.modules["hydra.main"].get_args_parser = options  # type: ignore[attr-defined]
+    vars(sys.modules["hydra.main"])["get_args_parser"] = options
     program = sys.argv
     first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides
     rest = [override for override in overrides if override not in MULTIRUN]
