@@ -13,6 +13,7 @@ from PIL import Image
 
 from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig, without_arguments
+from fcmae.data.pixels.formats import open_picture
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.messages import print_once
@@ -146,7 +147,7 @@ class WandbLogger:
             numbers = [[row[0], *(float(cell) if cell else None for cell in row[1:])] for row in rows]
             logged["per_class"] = self._table(columns=list[Any](header), data=numbers)
         for path in sorted(folder.glob("*.png")):
-            with Image.open(path) as picture:
+            with path.open("rb") as file, open_picture(file) as picture:
                 caption = f"{path.stem.replace('_', ' ')}, step {step}"
                 logged[path.stem] = self._image(picture.convert("RGB"), caption=caption)
         self._run.log({f"{folder.name}/{name}": value for name, value in logged.items()}, step=self._at(step))
