@@ -50,14 +50,7 @@ class GeluGrnShape(NamedTuple):
     dtype: str
 
 
-class NormShape(NamedTuple):
-    """What the kernels of a layer normalisation are specialised for."""
-
-    channels: int
-    dtype: str
-
-
-Shape = DepthwiseShape | GeluGrnShape | NormShape
+Shape = DepthwiseShape | GeluGrnShape
 
 _started: set[tuple[Shape, int]] = set()
 """Shapes and devices."""
