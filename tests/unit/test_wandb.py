@@ -249,6 +249,13 @@ def records(file):
             content = b""
 
 
+def number_folder(run_dir, number):
+    """Puts a number behind the newest offline folder's name, which has seconds only."""
+    for folder in (run_dir / "wandb").glob("offline-run-*"):
+        if folder.name.count("-") == 3:
+            folder.rename(folder.with_name(f"{folder.name}-{number}"))
+
+
 def test_processes_of_an_offline_run_sync_as_one(monkeypatch, tmp_path):
     """`wandb sync` goes through the files of one id by start time, and appends those that are recorded as resumed."""
     real = pytest.importorskip("wandb")
@@ -260,14 +267,14 @@ def test_processes_of_an_offline_run_sync_as_one(monkeypatch, tmp_path):
         for step in range(first, first + 3):
             logger.log(step, {"loss": float(step)})
         logger.close()
-        for folder in (tmp_path / "wandb").glob("offline-run-*"):  # their names have seconds only
-            folder.rename(folder.with_name(f"{folder.name}-{first}") if folder.name.count("-") == 3 else folder)
+        number_folder(tmp_path, first)
     logger = WandbLogger("offline", LoggerConfig(), "mine", tmp_path, {})
     per_class = {"cat": {"recall": 50.0, "auroc": math.nan}}
     summary.write(tmp_path / "evaluation", {"top1": 62.5}, Report(per_class))
     Image.new("RGB", (8, 8)).save(tmp_path / "evaluation" / "worst.png")
     logger.report(9, tmp_path / "evaluation")
     logger.close()
+    number_folder(tmp_path, 9)
     real.teardown()
     found = [list(records(file)) for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))]
     runs = [next(r.run for r in process if r.WhichOneof("record_type") == "run") for process in found]
