@@ -116,8 +116,9 @@ def test_a_checkpoint_that_cannot_be_written(fcmae, tmp_path, policy):
 
 
 STUCK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
 import fcmae.evaluation.embed as embed
 from fcmae.files import output
 def stuck(*args, out, **kwargs):
@@ -138,7 +139,7 @@ def test_a_signal_to_another_command_leaves_no_temporary_file(tmp_path, number):
         run = start_python(tmp_path, "stuck.py", "embed", "run", "images", "--out", "out.npz", stderr=stderr)
     wait_until(lambda: (tmp_path / "reached").exists() or run.poll() is not None)
     run.send_signal(number)
-    assert run.wait() == 1
+    assert run.wait(60) == 1
     assert (tmp_path / "stderr.txt").read_text() == "fcmae embed: interrupted\n"
     assert not list(tmp_path.glob("out*"))
 
