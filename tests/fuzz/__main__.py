@@ -1,9 +1,11 @@
 """``python -m tests.fuzz [NAME ...] [--seed N] [--cases N]``: runs fuzzing targets, see :mod:`tests.fuzz`.
 
-NAME is the beginning of a target's name; ``--list`` shows all. Exit code 1 if anything went wrong.
+NAME is the beginning of a target's name; ``--list`` shows all. What was found before comes first. Exit code 1 if
+anything went wrong.
 """
 
 import argparse
+import functools
 import os
 import resource
 import shutil
@@ -13,8 +15,9 @@ from pathlib import Path
 import torch
 
 from tests.fuzz import configs, files, left, weights
-from tests.fuzz.mutate import write_folder
+from tests.fuzz.mutate import read_folder, write_folder
 from tests.fuzz.target import Target, run
+from tests.hostile import measure
 
 CORPUS = Path(__file__).parent / "corpus"
 SHORT = 100
@@ -39,7 +42,10 @@ def main() -> int:
     total = wrong = 0
     for name, target in chosen.items():
         cases = given.cases or (-(-target.cases // SHORT) if short else target.cases)
-        found = 0
+        again = found_again(name)
+        found = len(again)
+        for case, reason in again.items():
+            print(f"{name}, corpus/{name}/{case}: {reason}", flush=True)
         for number, taken in run(name, target, cases, given.seed):
             reason = target.wrong(taken)
             if not number and not taken.said.startswith("read"):
@@ -53,6 +59,18 @@ def main() -> int:
         total, wrong = total + cases, wrong + found
     print(f"{total} cases, {wrong} wrong, {_cpu() - began:.0f} CPU seconds")
     return int(wrong > 0)
+
+
+def found_again(name: str) -> dict[str, str]:
+    """The cases of a target's corpus that are wrong, and why."""
+    target, folder = TARGETS[name], CORPUS / name
+    if not folder.is_dir():
+        return {}
+    if target.needs is not None:
+        target.needs()
+    cases = {case.name: target.case(functools.partial(read_folder, case)) for case in sorted(folder.iterdir())}
+    wrong = {case: target.wrong(taken) for case, taken in measure(cases).items()}
+    return {case: reason for case, reason in wrong.items() if reason}
 
 
 def _keep(name: str, seed: int, number: int) -> None:
