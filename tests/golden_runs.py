@@ -186,9 +186,15 @@ def update(because: str | None) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.golden_runs", description=__doc__)
     parser.add_argument("--because", metavar="LINE", help="of CHANGELOG.md, needed if results change")
+    parser.add_argument("--show", metavar="NAME", help="only print the result of this run, as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    return update(given.because)
+    if given.show is None:
+        return update(given.because)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder))
+        print(json.dumps(run(given.show, Path(folder))))
+    return 0
 
 
 if __name__ == "__main__":

@@ -288,7 +288,11 @@ def test_processes_share_the_cells(here, monkeypatch):
     (here / "alone").mkdir()
     cells.begin(plan, here / "alone")
     cell = plan.cells()[1]
-    assert cells.measure(plan, cell, here / "alone")["metrics"] == done[cell]["metrics"]
+    alone = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "devices", lambda plan: [""])
+        processes.measure_all(plan, [cell], here / "alone", lambda cell, result: alone.setdefault(cell, result))
+    assert alone[cell]["metrics"] == done[cell]["metrics"]
     shutil.rmtree(here / "pre")
     (here / "study" / "cells" / f"{cell.name}.json").unlink()
     shutil.rmtree(here / "study" / "runs")
