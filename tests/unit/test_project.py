@@ -34,7 +34,7 @@ def test_the_folder_has_settings_for_the_images(cells, tmp_path, capsys, monkeyp
     assert f"fcmae pretrain {' '.join(first)} " in readme
     config = tmp_path / "my project" / "conf" / "experiment" / "project.yaml"
     expected = [f"path: {tmp_path}/cells", "in_chans: 2", "bit_depth: 11", "vflip: 0.5", "image_size: 64"]
-    for more in (["name: my project", "budget: 5min"], ["rot90: true", "fit: pad", "backbone: convnextv2_tiny"]):
+    for more in (["name: my_project", "budget: 5min"], ["rot90: true", "fit: pad", "backbone: convnextv2_tiny"]):
         with unchanged():
             assert main(["pretrain", *first, "--cfg", "job", "--resolve"]) == 0
         composed = capsys.readouterr().out
