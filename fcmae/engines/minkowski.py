@@ -123,7 +123,10 @@ def _stem(
     patches = convnext.patchwise_conv(gather_patches(imgs, index, rows, cols), conv)
     coordinates = _coordinates(index, cols, patches.shape[2])
     x = _float32(convnext.layer_norm(patches, norm).flatten(0, 3))
-    return _features_and_sites(load().SparseTensor(x, coordinates), len(imgs))
+    threads = torch.get_num_threads()
+    tensor = load().SparseTensor(x, coordinates)
+    torch.set_num_threads(threads)  # a coordinate manager takes as many as there are cores, for all of torch
+    return _features_and_sites(tensor, len(imgs))
 
 
 def _coordinates(index: Tensor, cols: int, size: int) -> Tensor:

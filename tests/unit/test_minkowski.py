@@ -21,6 +21,13 @@ from tests.conftest import TINY_PRETRAIN, relative_error
 MESSAGE = r"engine minkowski: not installed \(.*launch/install_minkowski.sh builds and installs MinkowskiEngine\)"
 
 
+@pytest.mark.minkowski
+def test_the_number_of_threads_stays():
+    assert torch.get_num_threads() == 1
+    FCMAE("convnextv2_atto", engine="minkowski")(torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2))
+    assert torch.get_num_threads() == 1
+
+
 @pytest.fixture
 def absent(monkeypatch):
     """Python without MinkowskiEngine, installed or not."""
