@@ -33,7 +33,8 @@ def listens(port):
 def ranks(folder):
     """Of each start of the run, in order."""
     events = folder / "run" / "events.jsonl"
-    return [json.loads(line)["ranks"] for line in events.read_text().splitlines()] if events.exists() else []
+    lines = map(json.loads, events.read_text().splitlines()) if events.exists() else ()
+    return [line["ranks"] for line in lines if "ranks" in line]
 
 
 @FULL_FORM
