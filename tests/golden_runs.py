@@ -32,6 +32,9 @@ CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 STEPS = 20
 TOLERANCE = 1e-6
 """Relative, of losses on a platform whose weights are not known."""
+COMPARED = {"finetune detect": 5}
+"""Steps whose losses are compared there, if not all: a detector samples boxes by their scores, and one that rounding
+puts above another changes all that follows, by 3e-4 with AVX2 instead of AVX-512."""
 LENGTH = (
     "data.length=16",
     "schedule.epochs=10",
@@ -152,11 +155,12 @@ def is_in_changelog(line: str) -> bool:
     return len(line) > 20 and line in " ".join(CHANGELOG.read_text().split())
 
 
-def is_close(losses: list[float], kept: list[float] | None) -> bool:
-    """Whether losses are those that are kept, up to rounding."""
+def is_close(name: str, losses: list[float], kept: list[float] | None) -> bool:
+    """Whether losses of a run are those that are kept, up to rounding."""
     if kept is None or len(losses) != len(kept):
         return False
-    return all(abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(losses, kept, strict=True))
+    pairs = list(zip(losses, kept, strict=True))[: COMPARED.get(name)]
+    return all(abs(a - b) <= TOLERANCE * abs(b) for a, b in pairs)
 
 
 def update(because: str | None) -> int:
@@ -167,7 +171,7 @@ def update(because: str | None) -> int:
     kept = read() if FILE.exists() else {"because": "", "losses": {}, "sha256": {}}
     losses, known = kept["losses"], kept["sha256"].get(here())
     if known is None:
-        changed = [name for name, (values, _) in found.items() if not is_close(values, losses.get(name))]
+        changed = [name for name, (values, _) in found.items() if not is_close(name, values, losses.get(name))]
     else:
         changed = [name for name, (_, sha) in found.items() if known.get(name) != sha]
     if changed:

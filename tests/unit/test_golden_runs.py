@@ -20,7 +20,7 @@ def test_a_run_gives_what_it_gave_before(name, tmp_path):
     said = "the computation changed; if that is meant: make golden-update BECAUSE='the line of CHANGELOG.md'"
     assert len(losses) == golden_runs.STEPS
     if known is None:
-        assert golden_runs.is_close(losses, kept["losses"][name]), said
+        assert golden_runs.is_close(name, losses, kept["losses"][name]), said
     else:
         assert sha == known, said
 
