@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fcmae.training.exchange import Bucket
 
 ALIGNMENT = 1024
-"""Values of which a rank's part of a padded buffer is a multiple."""
+"""A rank's part of a padded buffer is a multiple of so many values."""
 
 
 class NothingSent(Bucket):

@@ -127,7 +127,7 @@ class Folders(Callback):
     """Hydra calls it before it makes the folder of a run or, in the process that launches the jobs, of a sweep."""
 
     missing: Collection[Path] = ()
-    """Folders above that of the run which were not there."""
+    """Missing folders above the run's folder."""
     sweep: Path | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:

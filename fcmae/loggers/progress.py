@@ -50,7 +50,7 @@ class Numbers:
     """The last metrics in a few words."""
 
     LINES = 20
-    """Of training metrics: the mean loss of the later half is compared with that of the earlier one."""
+    """Lines of metrics: the mean loss of the newer half is compared with the older half's."""
 
     def __init__(self) -> None:
         self.training: dict[str, float] = {}

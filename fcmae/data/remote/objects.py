@@ -143,7 +143,7 @@ def find(url: str, ending: str, limit: float) -> list[RemoteFile]:
 
 
 def find_folders(url: str, limit: float) -> list[str]:
-    """The folder at a URL, or those of a pattern. Raises UsageError, RemoteError."""
+    """The folder at a URL, or all folders that match a pattern. Raises UsageError, RemoteError."""
     scheme = check_url(url)
     if "*" not in url:
         return [url]
