@@ -189,9 +189,6 @@ def _become(request: dict) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", 0))
     if threads not in (0, 1):
         torch.set_num_threads(threads)
-    # A shell may have started the tests with these ignored: nohup, or a job in the background.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     gc.enable()
 
 

@@ -116,8 +116,9 @@ def test_a_checkpoint_that_cannot_be_written(fcmae, tmp_path, policy):
 
 
 STUCK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
 import fcmae.evaluation.embed as embed
 from fcmae.files import output
 def stuck(*args, out, **kwargs):
