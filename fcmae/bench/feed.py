@@ -27,6 +27,8 @@ from fcmae.training.step import TrainingStep
 
 DECODED = ("raw", "own")
 """The variants whose images are also kept in memory and on the device."""
+NO_FILES = ("array", "fashion_mnist", "synthetic")
+"""Sources whose images are not files that a GPU could decode."""
 SYNTHETIC = "synthetic"
 DISTINCT_BATCHES = 4
 STEPS_WITHOUT_END = 10**6
@@ -50,7 +52,7 @@ def feeds(configs: dict[str, DataConfig], crops: Sequence[int], device: torch.de
         for count in crops:
             found[f"{variant}, {count} crops" if count > 1 else variant] = replace(data, crops_per_image=count)
         plain = (data.in_chans, data.bit_depth, data.dtype) == (3, 8, "uint")
-        if device.type == "cuda" and variant != "raw" and plain:
+        if device.type == "cuda" and variant != "raw" and plain and data.name not in NO_FILES:
             found[f"{variant}, decoded on the GPU"] = replace(data, decode_on="gpu")
         if variant in DECODED:
             found[f"{variant}, decoded in memory"] = replace(data, cache="ram")
@@ -125,7 +127,7 @@ def _batches(
     crop = pretrain_transform(data)
     on_device: bool | Resident = data.decode_on == "gpu"
     if data.cache == "gpu":
-        on_device = Resident(innermost(source), crop.input, data.size)
+        on_device = Resident(innermost(source), crop.input, data.size, data.pad)
     return TrainBatches(
         MaskedImages(source, crop, grid, 0, data.crops_per_image, on_device),
         BatchPlan.create(len(source), batch_size, None, 1, 0, data.crops_per_image),

@@ -225,11 +225,11 @@ class DataConfig:
         expected = f"cpu unless in_chans=3, bit_depth=8, dtype=uint, {others}"
         check("data.decode_on", self.decode_on, self.decode_on == "cpu" or plain, expected)
         check("data.cache", self.cache, self.cache in (None, "ram", "gpu"), "null, ram or gpu")
-        suits = self.pad == 0 and not self.transforms and self.nodata is None and self.fit == "crop"
+        suits = not self.transforms and self.nodata is None and self.fit == "crop"
         suits = suits and self.foreground is None and self.decode_on == "cpu" and self.windows_per_image == 1
         suits = suits and not layout(self.channels, self.in_chans).extra and self.normalize != "image"
         expected = (
-            "null or ram unless pad=0, transforms=[], nodata=null, fit=crop, foreground=null, decode_on=cpu, "
+            "null or ram unless transforms=[], nodata=null, fit=crop, foreground=null, decode_on=cpu, "
             "windows_per_image=1, normalize not image, and channels names none for targets"
         )
         check("data.cache", self.cache, self.cache != "gpu" or suits, expected)

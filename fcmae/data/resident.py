@@ -30,17 +30,21 @@ class Resident:
     Args:
         channels: those that crops have; None = all.
         size: height and width of a crop.
+        pad: zeros on each side of an image; boxes are in the padded one.
     """
 
-    def __init__(self, images: DecodedImages, channels: list[int] | None, size: tuple[int, int]) -> None:
-        self.images, self.size = images, size
+    def __init__(self, images: DecodedImages, channels: list[int] | None, size: tuple[int, int], pad: int = 0) -> None:
+        self.images, self.size, self.pad = images, size, pad
         self.channels = list(range(images.channels)) if channels is None else channels
         self.number = next(_numbers)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         _residents[self.number] = self
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """All values in a row; the first value, and the width, of each image. Raises UsageError if they do not fit."""
+        """All values in a row; the first value of each image, and its height and width, ``[N, 2]``.
+
+        Raises UsageError if they do not fit.
+        """
         if device not in self._on:
             images = self.images
             if device.type == "cuda":
@@ -48,8 +52,8 @@ class Resident:
                 print_rank0(f"data.cache=gpu: {len(images):,} images, {images.bytes / GIB:.2f} GiB on each GPU")
             values = torch.from_numpy(images.memory[: images.bytes]).view(images.dtype)
             first = torch.from_numpy(images.offsets) // images.dtype.itemsize
-            widths = torch.from_numpy(images.sizes[:, 1].astype("int64"))
-            self._on[device] = values.to(device), first.to(device), widths.to(device)
+            sizes = torch.from_numpy(images.sizes.astype("int64"))
+            self._on[device] = values.to(device), first.to(device), sizes.to(device)
         return self._on[device]
 
     def crops(self, index: Tensor, boxes: Tensor, device: torch.device) -> Tensor:
@@ -59,7 +63,7 @@ class Resident:
             index: the images, int64 ``[N]``, in host memory like ``boxes``.
             boxes: int64 ``[N, 7]``: :class:`~fcmae.data.pixels.crops.Box`.
         """
-        values, first, widths = self.on(device)
+        values, first, sizes = self.on(device)
         rows, cols = (int(side) for side in boxes[:, 2:4].amax(0))
         weights = 8 * (rows * self.size[0] + cols * self.size[1])
         step = max(1, CHUNK // (4 * len(self.channels) * rows * max(cols, self.size[1]) + weights))
@@ -70,7 +74,7 @@ class Resident:
         with no_autocast(device), full_precision(device):
             for start in range(0, len(index), step):
                 of, box = moved_index[start : start + step], moved[start : start + step]
-                window = _windows(values, first[of], widths[of], box, (rows, cols), self.images.channels, channels)
+                window = self._windows(values, first[of], sizes[of], box, (rows, cols), channels)
                 parts.append(_resized(window, box, self.size))
         crops = torch.cat(parts) if len(parts) > 1 else parts[0]
         plain = crops.view(torch.int16) if crops.dtype == torch.uint16 else crops  # which torch cannot index everywhere
@@ -79,6 +83,31 @@ class Resident:
             if len(chosen):
                 plain[chosen] = plain[chosen].rot90(turns, (2, 3))
         return crops
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of an image with what is padded."""
+        height, width = self.images.size(index)
+        return height + 2 * self.pad, width + 2 * self.pad
+
+    def _windows(
+        self, values: Tensor, first: Tensor, sizes: Tensor, box: Tensor, most: tuple[int, int], channels: Tensor
+    ) -> Tensor:
+        """Boxes cut out of images that lie in a row: ``[N, C, rows, cols]``, with other values beyond a box's end."""
+        at = []
+        for axis, count in enumerate(most):
+            start, side = box[:, axis, None], box[:, axis + 2, None]
+            at.append(start - self.pad + torch.arange(count, device=box.device).minimum(side - 1))
+        inside = None
+        if self.pad:
+            ends = sizes[:, :, None].unbind(1)
+            rows, cols = ((place >= 0) & (place < end) for place, end in zip(at, ends, strict=True))
+            inside = (rows[:, :, None] & cols[:, None, :])[:, None]
+            at = [place.clamp(min=0).minimum(end - 1) for place, end in zip(at, ends, strict=True)]
+        place = at[0][:, :, None] * sizes[:, 1, None, None] + at[1][:, None, :]
+        found = (first[:, None, None] + self.images.channels * place)[:, None] + channels[:, None, None]
+        plain = values.view(torch.int16) if values.dtype == torch.uint16 else values  # torch indexes it everywhere
+        window = plain[found] if inside is None else torch.where(inside, plain[found], 0)
+        return window.view(values.dtype)
 
 
 def innermost(source: Any) -> DecodedImages:
@@ -120,20 +149,6 @@ def pack_windows(windows: Sequence[Window]) -> PackedWindows:
     images = [window.image for window in windows for _ in window.boxes]
     boxes = [box[:7] for window in windows for box in window.boxes]
     return PackedWindows(windows[0].resident, torch.tensor(images), torch.tensor(boxes))
-
-
-def _windows(
-    values: Tensor, first: Tensor, widths: Tensor, box: Tensor, most: tuple[int, int], count: int, channels: Tensor
-) -> Tensor:
-    """Boxes cut out of images that lie in a row: ``[N, C, rows, cols]``, with other values beyond a box's end."""
-    top, left, height, width = (box[:, i, None] for i in range(4))
-    rows = top + torch.arange(most[0], device=box.device).minimum(height - 1)
-    cols = left + torch.arange(most[1], device=box.device).minimum(width - 1)
-    place = first[:, None, None] + count * (rows[:, :, None] * widths[:, None, None] + cols[:, None, :])
-    found = place[:, None] + channels[:, None, None]
-    if values.dtype == torch.uint16:
-        return values.view(torch.int16)[found].view(torch.uint16)
-    return values[found]
 
 
 def _resized(window: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:

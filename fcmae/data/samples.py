@@ -94,7 +94,7 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
             open_image(images[index].image, self.crop.format).pixels(1)  # raises why
             raise ImageError(images.describe(index), "it could not be read when data.cache was filled, and now it can")
         noise = torch.stack([self._noise(counters, None) for counters in draws])
-        boxes = [self.crop.box(images.size(index), self._uniform(counters)) for counters in draws]
+        boxes = [self.crop.box(resident.size_of(index), self._uniform(counters)) for counters in draws]
         if self.labels is None:
             return Window(resident.number, index, boxes), noise
         label = self.labels(images.unread(index), index)

@@ -140,7 +140,7 @@ class Pretraining:
         crops, seed = data.crops_per_image, self.cfg.seed
         on_device: bool | Resident = data.decode_on == "gpu"
         if data.cache == "gpu":
-            on_device = Resident(innermost(self.source), self.crop.input, data.size)
+            on_device = Resident(innermost(self.source), self.crop.input, data.size, data.pad)
         return MaskedImages(
             self.source, self.crop, self.grid, seed, crops, on_device, self.mask, self.extra, self.labels
         )

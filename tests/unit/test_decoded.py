@@ -53,7 +53,7 @@ def data(folder, cache=None, **more):
 def resident_batches(cfg, workers=0, labels=False, crops=1, device=CPU, pin=False):
     """All parts of two epochs, after they were on a device."""
     source, crop = train_source(cfg), RandomCrop(cfg)
-    on_device = Resident(innermost(source), crop.input, cfg.size) if cfg.cache == "gpu" else False
+    on_device = Resident(innermost(source), crop.input, cfg.size, cfg.pad) if cfg.cache == "gpu" else False
     more = {"labels": Labels(source, "target")} if labels else {}
     dataset = MaskedImages(source, crop, (2, 2), 3, crops, on_device, **more)
     plan = BatchPlan.create(COUNT, 4, None, 1, seed=3)
@@ -69,7 +69,7 @@ TURNS = {"vflip": 0.5, "rot90": True, "crop_scale": [0.01, 1.0]}
     ("workers", "labels", "crops", "more"),
     [
         (0, False, 1, {}),
-        (1, True, 1, TURNS),
+        (1, True, 1, {"pad": 30, **TURNS}),
         (0, True, 2, {**TWO, **TURNS}),
     ],
 )
@@ -85,12 +85,13 @@ def test_samples_are_those_of_the_files(folder, cache, workers, labels, crops, m
         assert all(map(torch.equal, parts, others))
 
 
-@pytest.mark.parametrize(("bits", "dtype", "apart"), [(16, "uint", 1), (8, "float32", 0.002)])
-def test_other_types_on_the_device(tmp_path, bits, dtype, apart):
+@pytest.mark.parametrize(("bits", "dtype", "apart", "pad"), [(16, "uint", 1, 3), (8, "float32", 0.002, 0)])
+def test_other_types_on_the_device(tmp_path, bits, dtype, apart, pad):
     rng = np.random.default_rng(1)
     for i in range(COUNT):
         np.save(tmp_path / f"{i:02}.npy", rng.integers(0, 1000, (2, 20 + i, 30)).astype("uint16"))
     how = {"in_chans": 2, "mean": [0.5] * 2, "std": [0.5] * 2, "bit_depth": bits, "dtype": dtype, "image_size": 32}
+    how["pad"] = pad
     for expected, found in zip(
         *(resident_batches(data(tmp_path, cache, **how)) for cache in (None, "gpu")), strict=True
     ):
@@ -174,8 +175,8 @@ def test_what_does_not_fit_is_refused_with_numbers(folder, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 2**17)
     with pytest.raises(UsageError, match=r"data.cache=ram needs 0.0 GiB for 12 decoded images; 0.0 GiB of memory"):
         train_source(data(folder, "ram"))
-    with pytest.raises(ConfigError, match=r"data.cache must be null or ram unless pad=0.*got 'gpu'"):
-        data(folder, "gpu", pad=2)
+    with pytest.raises(ConfigError, match=r"data.cache must be null or ram unless transforms=.*got 'gpu'"):
+        data(folder, "gpu", fit="pad")
     with pytest.raises(ConfigError, match=r"data.cache must be null or ram in fine-tuning; got 'gpu'"):
         compose("finetune", ["data.path=x", "model=demo", "data.cache=gpu"])
     with pytest.raises(ConfigError, match=r"data.cache must be null with target maps"):
