@@ -225,7 +225,7 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
 def runs_of(given: argparse.Namespace) -> Iterator[Run]:
     for count in given.images:
         for task in given.tasks:
-            for start in STARTS:
+            for start in given.starts:
                 if start.startswith("unet") and not (given.unet and TASKS[task].dense):
                     continue
                 for seed in given.seeds:
@@ -291,6 +291,7 @@ def main() -> None:
     running.add_argument("--unet", help="a pretraining run with model.decoder=unet")
     running.add_argument("--out", type=Path, default=Path("tasks"))
     running.add_argument("--tasks", type=_list(str), default=list(TASKS), help=",".join(TASKS))
+    running.add_argument("--starts", type=_list(str), default=list(STARTS), help=",".join(STARTS))
     running.add_argument("--images", type=_list(int), default=[25, 100, 1000], help="labelled canvases: 25,100,1000")
     running.add_argument("--seeds", type=_list(int), default=[0, 1, 2], help="a subset each: 0,1,2")
     running.add_argument("--lrs", type=_list(float), default=[3e-4, 1e-3, 3e-3], help="tried for every start")
