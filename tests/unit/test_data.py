@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.decode import decode
+from fcmae.data.pixels.policies import create_policy
 from fcmae.data.pixels.transforms import denormalize, eval_transform, finetune_transform, normalize, pretrain_transform
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.samples import EvaluationImages, LabelledImages, MaskedImages
@@ -158,6 +159,16 @@ def test_augmentation_is_that_of_timms_create_transform(policy):
             seed_globals(seed, Stream.AUGMENT)
             results.append(v2.Compose(transforms)(start))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("policy", ["rand-m0-p1", "rand-m0-p1-inc1", "rand-m10-p1-inc1", "rand-m10-p1-t3a"])
+def test_every_operation_runs_at_the_ends_of_its_range(policy):
+    """Pillow 13 refuses to posterize to 0 bits, which timm asks for at the end."""
+    image = Image.new("RGB", (8, 8), (9, 200, 30))
+    for operation in create_policy(CFG, policy).ops:
+        assert operation(image).size == (8, 8)
+        if operation.name.startswith("Posterize"):
+            assert operation.aug_fn(image, 0).getpixel((3, 3)) == (0, 0, 0)
 
 
 def test_numpy_and_torch_draw_different_numbers():

@@ -6,12 +6,9 @@ with ``data.dtype=float32``.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,6 +20,7 @@ from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.nodata import NoData, middle_of
 from fcmae.data.pixels.own_scale import OwnScale
+from fcmae.data.pixels.policies import create_policy
 from fcmae.errors import ConfigError
 
 Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
@@ -45,7 +43,7 @@ def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int 
     """Random resized crop and flip, ``data.transforms``, auto-augmentation, random erasing: normalised float32."""
     steps: list[Callable] = [RandomCrop(cfg, max_pixels), Extra(cfg.transforms)]
     if augment.auto_augment is not None:
-        steps += [v2.ToPILImage(), _auto_augment(cfg, augment.auto_augment), v2.PILToTensor()]
+        steps += [v2.ToPILImage(), create_policy(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [functools.partial(normalized, cfg=cfg)]
     if augment.random_erasing > 0:
         steps += [RandomErasing(augment.random_erasing, mode="pixel", device="cpu")]
@@ -168,28 +166,3 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
     """Mean and deviation ``[C, 1, 1]``, copied to the device once: the host waits for each copy."""
     with torch.inference_mode(False):  # otherwise training could not use those first made for an evaluation
         return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
-
-
-def _auto_augment(cfg: DataConfig, policy: str) -> Callable:
-    photos = {"in_chans": 3, "bit_depth": 8, "dtype": "uint"}
-    other = [f"data.{name}={getattr(cfg, name)}" for name, value in photos.items() if getattr(cfg, name) != value]
-    other += ["data.normalize=image"] * (cfg.normalize == "image")
-    if other:
-        raise ConfigError(f"augment.auto_augment must be null with {other[0]}; got {policy!r}")
-    # The parameters of timm's create_transform, with the official recipe's interpolation: by default timm draws
-    # bilinear or bicubic each time.
-    params: dict[str, Any] = {
-        "translate_const": int(min(cfg.size) * 0.45),
-        "img_mean": tuple(min(255, round(255 * m)) for m in cfg.mean),
-        "interpolation": str_to_pil_interp("bicubic"),
-    }
-    kind = policy.split("-")[0]
-    if kind == "augmix":
-        params["translate_pct"] = 0.3
-    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-    try:
-        return makers.get(kind, auto_augment_transform)(policy, params)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"augment.auto_augment must be a policy of timm, such as rand-m9-mstd0.5-inc1; got {policy!r}"
-        ) from error
