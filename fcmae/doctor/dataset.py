@@ -19,7 +19,7 @@ from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.array import stored_format
 from fcmae.doctor.contact_sheet import SHOWN, draw
 from fcmae.doctor.suggest import suggest
-from fcmae.errors import ConfigError, ImageError, shown
+from fcmae.errors import ConfigError, ImageError, counted, shown
 from fcmae.files import output
 from fcmae.randomness import Stream, generator
 
@@ -198,7 +198,7 @@ def report(data: PreparedDataConfig, source: Source, survey: Survey, odd: Sequen
     """Lines about the images."""
     seen = survey.seen
     classes = f" in {len(source.classes)} classes" if source.classes else ""
-    yield f"data          {data.path} ({data.name}): {survey.count:,} images{classes}"
+    yield f"data          {data.path} ({data.name}): {counted(survey.count, 'image')}{classes}"
     if source.classes:
         yield from _classes(source)
     looked = len(seen) + len(survey.unreadable)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fcmae import ranks
 from fcmae.config import StudyConfig
-from fcmae.errors import Interrupted, UsageError
+from fcmae.errors import Interrupted, UsageError, counted
 from fcmae.files import write_output
 from fcmae.studies import compare
 from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
@@ -62,9 +62,10 @@ class _Study:
 
     def _introduction(self) -> list[str]:
         plan, cfg = self.plan, self.plan.cfg
-        budgets = ", ".join(f"{budget.text} ({steps_of(cfg, budget.images)} steps)" for budget in plan.budgets)
+        steps = [counted(steps_of(cfg, budget.images), "step") for budget in plan.budgets]
+        budgets = ", ".join(f"{budget.text} ({length})" for budget, length in zip(plan.budgets, steps, strict=True))
         return [
-            f"study: {', '.join(arm.name for arm in plan.arms)}; {budgets}; {len(cfg.seeds)} seed(s): "
+            f"study: {', '.join(arm.name for arm in plan.arms)}; {budgets}; {counted(len(cfg.seeds), 'seed')}: "
             f"{len(self.cells)} measurements, {sum(map(bool, self.results.values()))} of them done",
             f"metric: {plan.metric} on data.val_path ({plan.rule})",
         ]

@@ -11,7 +11,7 @@ from fcmae.data.collate import collate
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import errors_aside
 from fcmae.distributed import World
-from fcmae.errors import NonFiniteLossError
+from fcmae.errors import NonFiniteLossError, counted
 from fcmae.files import replacing
 from fcmae.loggers.logger import RunLogger
 from fcmae.tasks.task import Task
@@ -72,7 +72,8 @@ def act_on_non_finite(
         raise NonFiniteLossError(f"{problem}; the weights are those before it. Its samples: {listed}")
     if skipped > cfg.max_skipped:
         raise NonFiniteLossError(
-            f"{problem}; {skipped} steps were skipped, trainer.max_skipped is {cfg.max_skipped}. Its samples: {listed}"
+            f"{problem}; {counted(skipped, 'step')} skipped so far, trainer.max_skipped is {cfg.max_skipped}. "
+            f"Its samples: {listed}"
         )
     if world.is_main:
         logger.warn(step, f"{problem}: skipped ({skipped} so far). Its samples: {listed}")

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fcmae.checkpoints.resume import say
+from fcmae.errors import counted
 from fcmae.files import replacing
 from fcmae.opening import own_folder
 
@@ -71,4 +72,6 @@ class StepProfile:
         except (OSError, RuntimeError) as error:  # such as a full disk; training continues
             say(f"trainer.profile_steps: the trace was not written: {error}")
             return
-        say(f"trainer.profile_steps: a trace of {recorded} steps is in {path}; open it at https://ui.perfetto.dev")
+        say(
+            f"trainer.profile_steps: a trace of {counted(recorded, 'step')} is in {path}; open it at https://ui.perfetto.dev"
+        )

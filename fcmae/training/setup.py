@@ -128,6 +128,6 @@ def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, wo
     images = counted(len(task.source), "image")
     start = f"resumed at step {state.step}" if state.step else "from the start"
     return (
-        f"{task.name}: {params:.1f} M parameters, {images}, {total_steps} steps, batch {plan} "
+        f"{task.name}: {params:.1f} M parameters, {images}, {counted(total_steps, 'step')}, batch {plan} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )

@@ -108,7 +108,7 @@ def test_a_skipped_step(tmp_path):
         script=poisoned(tmp_path, "gradient"),
         expect=1,
     )
-    assert "1 steps were skipped, trainer.max_skipped is 0" in refused
+    assert "1 step skipped so far, trainer.max_skipped is 0" in refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
-from fcmae.errors import UsageError, shown
+from fcmae.errors import UsageError, counted, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 
@@ -94,7 +94,7 @@ def list_folder(root: Path, relist: bool = False, extensions: Sequence[str] = EX
     if len(listing) < KEEP_FROM:  # whose listing is as old as this start
         told += empty_files([listing.path(index) for index in range(len(listing))])
     if told:
-        print_once_rank0(f"{root}: {len(listing):,} images ({looked_for}){told}")
+        print_once_rank0(f"{root}: {counted(len(listing), 'image')} ({looked_for}){told}")
     return listing
 
 

@@ -24,7 +24,7 @@ from fcmae.data.remote.objects import BLOCK, RemoteFile, RemoteReader, read_besi
 from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
 from fcmae.data.sources.tar_names import Rule
-from fcmae.errors import ImageError, UsageError, shown
+from fcmae.errors import ImageError, UsageError, counted, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
@@ -97,7 +97,7 @@ class WebDataset:
             told.append("samples' names end at the last dot, as the first dot would merge samples")
         if told:
             files = f"{self.shards[0]}" + (f" to {self.shards[-1]}" if len(self.shards) > 1 else "")
-            print_once_rank0(f"{files}: {len(self):,} images; {'; '.join(told)}")
+            print_once_rank0(f"{files}: {counted(len(self), 'image')}; {'; '.join(told)}")
 
     @property
     def unlabelled(self) -> str:
