@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.bad_files import picture
+from tests.coco_files import write_coco
 from tests.conftest import TINY
 from tests.dense_files import write_squares
 
@@ -23,19 +24,22 @@ LABELLED = ("data.name=imagefolder", "data.path=disk/data/train", "data.val_path
 DENSE = ("data.name=imagefolder", "data.path=disk/data/squares/images", "data.target_path=disk/data/squares/masks")
 DENSE += ("data.val_path=disk/data/squares/images", "data.val_target_path=disk/data/squares/masks")
 TABLE = ("data.name=table", "data.path=disk/data/table.csv", "data.val_path=disk/data/table.csv")
+OBJECTS = ("data.name=coco", "data.path=disk/data/objects/images", "data.annotations=disk/data/objects/objects.json")
+OBJECTS += ("data.val_path=disk/data/objects/images", "data.val_annotations=disk/data/objects/objects.json")
 
 
 def write_data(folder: Path) -> None:
-    """Small images for every job: two classes, squares with their maps, a table of numbers."""
+    """Small images for every job: two classes, squares with their maps, squares as objects, a table of numbers."""
     for part, count in (("train", 48), ("val", 16)):
         for i in range(count):
             path = folder / part / "ab"[i % 2] / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(40, 48, seed=i + 100 * (part == "val")).save(path)
     write_squares(folder / "squares", count=16)
+    write_coco(folder / "objects", count=16)
     numbers = np.random.default_rng(0).random((48, 2)).round(3)
-    rows = [f"train/{'ab'[i % 2]}/{i:02d}.png,{a},{b}" for i, (a, b) in enumerate(numbers.tolist())]
-    (folder / "table.csv").write_text("\n".join(["path,depth,width", *rows, ""]))
+    rows = [f"train/{'ab'[i % 2]}/{i:02d}.png,{a},{b},{round(a)}" for i, (a, b) in enumerate(numbers.tolist())]
+    (folder / "table.csv").write_text("\n".join(["path,depth,width,deep", *rows, ""]))
 
 
 TIMED = ("images_per_second", "data_wait", "memory_gib", "seconds_left", "checkpoint_stall_seconds", "time")
@@ -110,6 +114,13 @@ def rows(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def cells(folder: Path) -> str:
+    """Of what a study measured, without how long that took."""
+    found = json.loads((folder / RUN / "study.json").read_text())
+    results = [{name: value for name, value in cell.items() if name != "seconds"} for cell in found["results"]]
+    return hashlib.sha256(json.dumps({**found, "results": results}, sort_keys=True).encode()).hexdigest()
+
+
 def content(name: str) -> Callable[[Path], str]:
     return lambda folder: hashlib.sha256((folder / "disk" / name).read_bytes()).hexdigest()
 
@@ -119,6 +130,7 @@ def tiny(command: str, *args: str, epochs: int) -> tuple[str, ...]:
 
 
 FINETUNE = ("augment=none", "init_from=start/pretrain")
+FROZEN = ("checkpoint=start/pretrain", "out=disk/out.json", "cache=disk/features", "batch_size=4", "loader.workers=1")
 AGAIN = {"resumes": False}
 JOBS = (
     Job("pretrain", tiny("pretrain", *LABELLED, "model.decoder_embed_dim=16", "monitor.knn_every_epochs=2",
@@ -130,6 +142,13 @@ JOBS = (
                           "objective.width=16", epochs=8), weights, (1, 3), "squares/masks/s", needs=("pretrain",)),
     Job("regress", tiny("finetune", *TABLE, *FINETUNE, "objective=regress", "data.label_column=[depth,width]",
                         epochs=8), weights, (1, 2), needs=("pretrain",)),
+    Job("multilabel", tiny("finetune", *TABLE, *FINETUNE, "objective=multilabel", "data.label_column=[deep]",
+                           epochs=8), weights, (1, 2), needs=("pretrain",)),
+    Job("detect", tiny("finetune", *OBJECTS, *FINETUNE, "objective=detect", "objective.width=8",
+                       "objective.detections=4", epochs=8), weights, (1, 2), "objects/images", needs=("pretrain",)),
+    Job("study", ("study", *TINY, *LABELLED, *FINETUNE, "trainer.eval_every_epochs=null", "labels=[4]", "seeds=1",
+                  "arms=[pretrained_probe,finetuned]", "steps=24", f"hydra.run.dir={RUN}"),
+        cells, needs=("pretrain",)),
     Job("prepare", ("prepare", "data.path=disk/data/train", "out=disk/out", "samples_per_shard=2", "loader.workers=1"),
         files, images="", out="disk/out"),
     Job("prepare in processes", ("prepare", "data.path=disk/data/train", "out=disk/out", "samples_per_shard=2",
@@ -137,6 +156,13 @@ JOBS = (
     Job("evaluate", ("evaluate", "checkpoint=start/classify", "out=disk/out.json", "report=null", "batch_size=4",
                      "data.val_path=disk/data/val", "loader.workers=1"), content("out.json"), (1, 2), "val",
         out="disk/out.json", needs=("classify",), **AGAIN),
+    Job("knn", ("knn", *FROZEN, *LABELLED), content("out.json"), out="disk/out.json", needs=("pretrain",), **AGAIN),
+    Job("probe", ("probe", *FROZEN, *LABELLED, "epochs=20"), content("out.json"), (1, 2), "val", out="disk/out.json",
+        needs=("pretrain",), **AGAIN),
+    Job("reconstruct", ("reconstruct", "start/pretrain", "disk/data/val", "--out", "disk/out.png"), content("out.png"),
+        images="val", out="disk/out.png", needs=("pretrain",), **AGAIN),
+    Job("report", ("report", "start/pretrain", "--out", "disk/out.html"), content("out.html"), images="",
+        out="disk/out.html", needs=("pretrain",), **AGAIN),
     Job("embed", ("embed", "start/pretrain", "disk/data/train", "--out", "disk/out.npz", "--batch-size=4"), rows,
         (1, 2), out="disk/out.npz", needs=("pretrain",), **AGAIN),
     Job("predict", ("predict", "start/classify", "disk/data/train", "--out", "disk/out.csv", "--batch-size=4"),
