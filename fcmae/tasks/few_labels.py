@@ -22,14 +22,21 @@ class FromHead(Finetuning):
 
     Args:
         head: called on the first rank, if the run does not resume.
+        network: that of the features which ``head`` reads. Without ``init_from`` its weights are taken: random weights
+            depend on the head that a network is made with, too.
         images: indices into the training images; None = all.
     """
 
     def __init__(
-        self, cfg: FinetuneConfig, start: Start, head: Callable[[], Linear], images: Sequence[int] | None = None
+        self,
+        cfg: FinetuneConfig,
+        start: Start,
+        head: Callable[[], Linear],
+        network: nn.Module,
+        images: Sequence[int] | None = None,
     ) -> None:
         super().__init__(cfg, start)
-        self.head = head
+        self.head, self.network = head, network
         self.notes = []
         if images is not None:
             self.source = Subset(self.source, list(images))
@@ -37,6 +44,10 @@ class FromHead(Finetuning):
     def initialise(self) -> None:
         super().initialise()
         self.notes = []
+        if self.start.path is None:
+            found = backbone_of(self.network).state_dict()
+            weights = {name: value for name, value in found.items() if not name.startswith("head.fc.")}
+            backbone_of(self.model).load_state_dict(weights, strict=False)
         set_head(self.model, self.head())
 
 

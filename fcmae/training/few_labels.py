@@ -251,7 +251,7 @@ class _Search:
         cfg = self._of_fold(self._config(probe["layer"], lr, decay, int(others.sum())))
         start = self.world.from_main(lambda: find_start(cfg, folder))
         head, images = self._head(probe, others), others.nonzero()[:, 0].tolist()
-        task = self.world.together(lambda: FromHead(cfg, start, head, images))
+        task = self.world.together(lambda: FromHead(cfg, start, head, self.task.model, images))
         try:
             train(task, folder, self.world, self.watchdog, self.stop)
         except Interrupted as error:
@@ -311,7 +311,7 @@ class _Search:
         """The task on all training images."""
         cfg = self._config(found["layer"], found["lr"], found["layer_decay"], len(self.labels))
         start = self.world.from_main(lambda: find_start(cfg, self.run_dir))
-        return self.world.together(lambda: FromHead(cfg, start, head))
+        return self.world.together(lambda: FromHead(cfg, start, head, self.task.model))
 
     def _train(self, found: Result, head: Callable[[], Linear]) -> Path:
         return train(self._final(found, head), self.run_dir, self.world, self.watchdog, self.stop)

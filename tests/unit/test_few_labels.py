@@ -78,12 +78,16 @@ def same(a, b):
 
 @pytest.mark.parametrize("layer", ["pooled", "stages", "stages_std"])
 def test_the_network_begins_as_the_probe(layer):
-    """Standardisation is folded into the linear layer: the logits are equal up to float32's rounding."""
-    cfg = compose("finetune", [*AUTO[1:], "init_from=null", "model=demo", f"objective.layer={layer}"]).settled({})
-    cfg.precision = "float32"
-    features = frozen_features(Finetuning(cfg, Start()), layer, 16, CPU, lambda: False)
+    """Standardisation is folded into the linear layer: the logits are equal up to float32's rounding.
+
+    The weights are random, and those of the search, whose network has the classifier of the config.
+    """
+    given = [*AUTO[1:], "init_from=null", "model=demo", "precision=float32"]
+    search = Finetuning(compose("finetune", given).settled({}), Start())
+    features = frozen_features(search, layer, 16, CPU, lambda: False)
     linear = fit(features.values, features.labels, 10, [0.1])[0.1]
-    task = FromHead(cfg, Start(), lambda: linear, range(5, 25))
+    cfg = compose("finetune", [*given, f"objective.layer={layer}"]).settled({})
+    task = FromHead(cfg, Start(), lambda: linear, search.model, range(5, 25))
     task.initialise()
     assert len(task.source) == 20
     transform = eval_transform(cfg.data)
