@@ -360,8 +360,12 @@ class AugmentConfig:
     """Pasting a rectangle of another image, labels in proportion: alpha, likewise; with both one is drawn per batch."""
     label_smoothing: float = 0.0
     """Share of a label that is spread over all classes."""
+    on: str = "cpu"
+    """Where auto_augment, random_erasing and the normalisation of pixels run. ``cpu``: in loader workers, by Pillow.
+    ``gpu``: in batches on the training device, with the same random numbers (docs/data_speed.md)."""
 
     def __post_init__(self) -> None:
+        check_one_of("augment.on", self.on, ("cpu", "gpu"))
         for name in ("random_erasing", "label_smoothing"):
             check_ratio(f"augment.{name}", getattr(self, name))
         for name in ("mixup", "cutmix"):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from fcmae.data.pixels.augmented import Augmented, Drawn, pack_drawn
 from fcmae.data.pixels.on_device import Undecoded, pack
 from fcmae.data.resident import Window, pack_windows
 from fcmae.data.shared_memory import Placed, stack
@@ -28,7 +29,8 @@ class Batch(NamedTuple):
 
     def opened(self) -> "Batch":
         """With the tensors themselves instead of their places in shared memory."""
-        parts = [part.tensor() if isinstance(part, Placed) else part for part in self.parts or []]
+        opened = [part.opened() if isinstance(part, Augmented) else part for part in self.parts or []]
+        parts = [part.tensor() if isinstance(part, Placed) else part for part in opened]
         return self._replace(parts=parts or None)
 
 
@@ -46,7 +48,13 @@ def _columns(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
     undecoded = windows or any(isinstance(image, Undecoded) for image in images)
     if undecoded or isinstance(images[0], list):
         columns = [[crop for crops in column for crop in crops] for column in columns[undecoded:]]
-    parts = [stack(column) if isinstance(column[0], Tensor) else default_collate(list(column)) for column in columns]
+    parts = [_part(column) for column in columns]
     if not undecoded:
         return parts
     return [pack_windows(images) if windows else pack(images), *parts]
+
+
+def _part(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], Drawn):
+        return pack_drawn(column)
+    return stack(column) if isinstance(column[0], Tensor) else default_collate(list(column))

@@ -142,15 +142,15 @@ def label_of(sample: Sample, source: Source, index: int) -> int:
     return -1 if sample.label is None or source.classes is None else sample.label
 
 
-def _with_target(source: Source, index: int, transform: Transform, target: Target) -> tuple[Tensor, Any]:
+def _with_target(source: Source, index: int, transform: Transform, target: Target) -> tuple[Any, Any]:
     sample = source[index]
     image, value = transform(sample.image), target(sample, source, index)
     # A batch of Python's floats would be float64.
     return image, torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
 
 
-class LabelledImages(Dataset[tuple[Tensor, Any]]):
-    """Samples for fine-tuning: (image, target)."""
+class LabelledImages(Dataset[tuple[Any, Any]]):
+    """Samples for fine-tuning: (image, target). With augment.on=gpu an image is what :class:`.Draw` gives."""
 
     def __init__(self, source: Source, transform: Transform, seed: int, target: Target = label_of) -> None:
         self.source = source
@@ -158,7 +158,7 @@ class LabelledImages(Dataset[tuple[Tensor, Any]]):
         self.seed = seed
         self.target = target
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Any]:
+    def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
         epoch, index = key
         seed_globals(self.seed, Stream.AUGMENT, epoch, index)
         return _with_target(self.source, index, self.transform, self.target)

@@ -160,7 +160,11 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
         "objective": None if is_classifier(cfg) else f"{_text(cfg.objective['_target_'])}, whose head is not exported",
         "drop path": cfg.model.drop_path_rate,
         "EMA decay": cfg.optim.ema_decay,
-        **{name.replace("_", " "): _text(value) or None for name, value in dataclasses.asdict(cfg.augment).items()},
+        **{
+            name.replace("_", " "): _text(value) or None
+            for name, value in dataclasses.asdict(cfg.augment).items()
+            if name != "on"
+        },
     }
 
 

@@ -92,6 +92,10 @@ class Finetuning:
         """What makes a sample of an image, or of an image and its target map or objects."""
         cfg = self.cfg
         how: Any = finetune_transform
+        if cfg.augment.on == "gpu" and isinstance(self.objective, (DenseObjective, BoxObjective)):
+            raise ConfigError(
+                f"augment.on must be cpu with {self._named()}, whose targets are maps or boxes; got 'gpu'"
+            )
         for kind, of_kind in ((DenseObjective, PairTransform), (BoxObjective, JitteredScale)):
             how = of_kind if isinstance(self.objective, kind) else how
         return how(cfg.data, cfg.augment, cfg.loader.max_pixels)

@@ -21,9 +21,10 @@ CPU = torch.device("cpu")
 STEP = 3
 BATCH = ("data.length=200", "optim.global_batch_size=64", "schedule.epochs=1")
 MIXING = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.5")
+AUGMENT = ("augment.on=gpu", "augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.25")
 OVERRIDES = {
     "pretrain": [*TINY_PRETRAIN[1:], *BATCH, "schedule.warmup_epochs=0", "data.crops_per_image=2"],
-    "finetune": [*TINY_FINETUNE[1:], *BATCH, *MIXING],
+    "finetune": [*TINY_FINETUNE[1:], *BATCH, *MIXING, *AUGMENT],
 }
 TASKS = {"pretrain": Pretraining, "finetune": Finetuning}
 
@@ -38,7 +39,8 @@ def gradient(task: Task, ranks: int, micro: int | None) -> tuple[Tensor, Tensor]
         batches = TrainBatches(task.dataset(), plan, rank, range(STEP, STEP + 1), Workers())
         padding = Padding(plan, rank, CPU)
         for number in range(plan.accum_steps):
-            batch = padding(number, [*next(batches), *task.draw(STEP, plan.read(number, rank))])
+            drawn = task.draw(STEP, plan.read(number, rank))
+            batch = padding(number, [*(part.to(CPU) for part in next(batches)), *drawn])
             parts, weight = (batch[:-1], batch[-1]) if plan.padding else (batch, None)
             if task.name == "finetune":
                 parts[0] = parts[0].to(next(task.model.parameters()).dtype)

@@ -1,6 +1,7 @@
 """timm's policies of auto-augmentation: as it does them, or as the list of operations that it would do."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image
@@ -9,6 +10,7 @@ from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAu
 from timm.data.transforms import str_to_pil_interp
 
 from fcmae.config import DataConfig
+from fcmae.data.pixels.operations import GROUPS, Operation
 from fcmae.errors import ConfigError
 
 Policy = RandAugment | AutoAugment | AugMixAugment
@@ -42,6 +44,24 @@ def create_policy(cfg: DataConfig, name: str) -> Policy:
         if operation.aug_fn is timm_policies.posterize:
             operation.aug_fn = _posterize
     return policy
+
+
+def recorded(policy: Policy, name: str) -> Callable[[tuple], tuple[Operation, ...]]:
+    """A policy that draws the same numbers as before, but lists operations instead of doing them.
+
+    Called with an empty tuple. Raises ConfigError naming an operation that :mod:`fcmae.data.pixels.operations` lacks.
+    """
+    whole = "AugMix" if isinstance(policy, AugMixAugment) else None
+    for operation in _operations(policy):
+        kind = operation.aug_fn.__name__.removeprefix("_")
+        if whole or kind not in GROUPS:
+            raise ConfigError(f"augment.on must be cpu with augment.auto_augment={name}: {whole or operation.name}")
+        operation.aug_fn = functools.partial(_record, kind)  # type: ignore[assignment]
+    return policy
+
+
+def _record(kind: str, listed: tuple[Operation, ...], argument: float = 0, **how: Any) -> tuple[Operation, ...]:
+    return *listed, (kind, argument)
 
 
 def fill_of(cfg: DataConfig) -> tuple[int, ...]:

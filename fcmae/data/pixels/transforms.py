@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.config.channels import Layout
+from fcmae.data.pixels.augmented import Draw, Drawn
 from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.extra import Extra
@@ -23,7 +24,7 @@ from fcmae.data.pixels.own_scale import OwnScale
 from fcmae.data.pixels.policies import create_policy
 from fcmae.errors import ConfigError
 
-Transform = Callable[[Tensor | Encoded | LazyImage], Tensor]
+Transform = Callable[[Tensor | Encoded | LazyImage], Tensor | Drawn]
 """Makes a sample of an image, decoded or not."""
 
 WARP_FROM = 384
@@ -40,8 +41,13 @@ def pretrain_transform(cfg: DataConfig, max_pixels: int = MAX_PIXELS, channels: 
 
 
 def finetune_transform(cfg: DataConfig, augment: AugmentConfig, max_pixels: int = MAX_PIXELS) -> Transform:
-    """Random resized crop and flip, ``data.transforms``, auto-augmentation, random erasing: normalised float32."""
+    """Random resized crop and flip, ``data.transforms``, auto-augmentation, random erasing: normalised float32.
+
+    With augment.on=gpu all but crop, flip and ``data.transforms`` are left to the device.
+    """
     steps: list[Callable] = [RandomCrop(cfg, max_pixels), Extra(cfg.transforms)]
+    if augment.on == "gpu":
+        return v2.Compose([*steps, Draw(cfg, augment, functools.partial(normalized, cfg=cfg))])
     if augment.auto_augment is not None:
         steps += [v2.ToPILImage(), create_policy(cfg, augment.auto_augment), v2.PILToTensor()]
     steps += [functools.partial(normalized, cfg=cfg)]
