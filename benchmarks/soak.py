@@ -241,7 +241,10 @@ def main(arguments: Sequence[str]) -> int:
         command += [*overrides(folder, steps, given["device"]), *others]
         command += [f"trainer.max_hours={float(given['minutes']) / 60}"] if given["minutes"] else []
         environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, env=environment, cwd=folder) as run, (folder / "samples.jsonl").open("w") as log:
+        with (
+            subprocess.Popen(command, env=environment, cwd=folder) as run,
+            (folder / "samples.jsonl").open("w", buffering=1) as log,
+        ):
             samples = []
             for one in watch(run.pid, lambda: run.poll() is not None, folder, float(given["every"])):
                 samples.append(one)

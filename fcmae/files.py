@@ -215,6 +215,7 @@ def read_result(file: Path) -> dict[str, Any] | None:
 def write_result(file: Path, result: dict[str, Any]) -> None:
     """Writes a JSON file for :func:`read_result`, and the folder for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    delete_remains(file)
     with replacing(file) as out:
         out.write(json.dumps(result, indent=1).encode())
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
 from fcmae.evaluation.features import Extractor, Features
-from fcmae.files import replacing
+from fcmae.files import delete_remains, replacing
 from fcmae.opening import open_trusted, own_folder
 from fcmae.urls import expand_braces
 
@@ -112,6 +112,7 @@ class CachedExtractor:
         path = self._path(wanted)
         try:
             own_folder(self.folder)
+            delete_remains(path)
             tensors = {name: value.cpu().contiguous() for name, value in features._asdict().items()}
             with replacing(path, 0o644) as file:
                 file.write(save(tensors, {"wanted": wanted}))

@@ -6,10 +6,13 @@ import stat
 import tempfile
 
 import pytest
+import torch
 
 from fcmae import opening
+from fcmae.data.sources.kept import Arrays
 from fcmae.errors import DiskError, UsageError
-from fcmae.files import STRAY, check_output, delete_strays, output, replacing, temporary_path
+from fcmae.evaluation.cache import CachedExtractor, Features
+from fcmae.files import STRAY, check_output, delete_strays, output, replacing, temporary_path, write_result
 from fcmae.processes import Process
 
 NOT_REGULAR = ("folder", "pipe", "socket", "device")
@@ -145,3 +148,22 @@ def test_files_of_a_process_elsewhere_with_the_same_number_stay(tmp_path):
     assert mine.exists()
     delete_strays(tmp_path, [here])
     assert not mine.exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_result(file, {}),
+        lambda file: Arrays({}, {}).save(file),
+        lambda file: CachedExtractor(None, file.parent, {})._write("", Features(torch.zeros(1, 1), torch.zeros(1))),
+    ],
+)
+def test_what_a_killed_process_left_of_a_file_is_deleted_when_the_file_is_written(write, tmp_path):
+    """Results of a study, listings, features: nothing else looks for such files. Those of living processes stay."""
+    file = CachedExtractor(None, tmp_path, {})._path("")
+    mine = temporary_path(file)
+    left = mine.with_name(mine.name.replace(f".{os.getpid()}-", f".{2**22 + 1}-"))  # no process has this number
+    for path in (mine, left):
+        path.touch()
+    write(file)
+    assert sorted(tmp_path.iterdir()) == sorted([file, mine])

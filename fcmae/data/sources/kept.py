@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from fcmae.files import replacing
+from fcmae.files import delete_remains, replacing
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_trusted
 
@@ -65,6 +65,7 @@ class Arrays:
 
     def save(self, path: Path) -> None:
         """Writes the whole file or nothing. Raises OSError."""
+        delete_remains(path)
         with replacing(path, 0o644) as file:
             file.write(save(self.arrays, {"meta": json.dumps(self.meta)}))
 
