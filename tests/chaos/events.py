@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.chaos.jobs import rewrite
 from tests.chaos.life import Life
-from tests.faults.runs import children
+from tests.faults.runs import catches, children
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -48,18 +48,15 @@ def stop(life: Life, rng: random.Random) -> str:
     number = rng.choice(STOPS if life.job.resumes and life.job.command != "prepare" else STOPS[:2])
     pids = life.pids()
     pid = rng.choice(pids[: 1 + life.ranks]) if life.ranks > 1 and pids else life.run.pid
-    if life.job.out != "disk/run":
-        life.killed_all = True  # Python's own end by a signal says nothing
-    _send(pid, number)
+    _ask(life, pid, number)
     return number.name
 
 
 def stop_in_a_hurry(life: Life, rng: random.Random) -> str:
     """Two SIGTERMs: the second ends the process at once."""
-    _send(life.run.pid, signal.SIGTERM)
+    _ask(life, life.run.pid, signal.SIGTERM)
     time.sleep(0.7)
-    life.killed_all |= life.job.out != "disk/run"
-    _send(life.run.pid, signal.SIGTERM)
+    _ask(life, life.run.pid, signal.SIGTERM)
     return "SIGTERM twice"
 
 
@@ -203,6 +200,13 @@ def _wait(life: Life, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not life.is_over and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def _ask(life: Life, pid: int, number: signal.Signals) -> None:
+    """Sends a stop signal. Python's own end by one says nothing, nor does a process that only just starts."""
+    with contextlib.suppress(OSError):  # it has ended
+        life.killed_all |= life.job.out != "disk/run" or not catches(pid, number)
+        os.kill(pid, number)
 
 
 def _is_pythons(pid: int) -> bool:
