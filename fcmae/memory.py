@@ -1,9 +1,11 @@
 """The memory of a device: how much is in use, and a message of one line when it runs out."""
 
 import contextlib
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,7 @@ from fcmae.errors import OutOfMemory
 SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 """Parts of the messages of torch, of CUDA's libraries and of the CPU's allocator."""
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -50,3 +53,18 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_memory() -> int:
+    """Bytes that this machine and this process's cgroup have left."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))]
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int((CGROUP / most).read_text()) - int((CGROUP / used).read_text()))
+    return max(0, min(found))

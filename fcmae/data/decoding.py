@@ -1,6 +1,5 @@
 """Decodes all images of a source once, into memory that the processes of a machine share (``data.cache``)."""
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -23,12 +22,12 @@ from fcmae.data.pixels.decode import PixelFormat, open_image
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError, UsageError
 from fcmae.files import one_at_a_time, replacing
+from fcmae.memory import available_memory
 from fcmae.opening import cache_folder, open_trusted
 from fcmae.processes import Process
 
 BATCH = 64
 """Images that a process decodes per task."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class _Sizes(Dataset):
@@ -149,18 +148,3 @@ def _every(dataset: _Sizes, what: str) -> Iterator[tuple[int, np.ndarray]]:
             yield first, found
             first += len(found)
             bar.update(len(found))
-
-
-def available_memory() -> int:
-    """Bytes that this machine and this process's cgroup have left."""
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))]
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int((CGROUP / most).read_text()) - int((CGROUP / used).read_text()))
-    return max(0, min(found))

@@ -1,5 +1,7 @@
 """Windows of Zarr, HDF5 and .npy files are those of the array in memory."""
 
+import multiprocessing
+import pickle
 from pathlib import Path
 
 import numcodecs
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 
 from fcmae.data.arrays import folders
+from fcmae.data.arrays import shared_chunks as module
+from fcmae.data.arrays.shared_chunks import Layout, SharedChunks, shared_chunks
 from fcmae.data.arrays.stored import open_stored
 
 h5py = pytest.importorskip("h5py")
@@ -26,12 +30,17 @@ def write_zarr(path, array, version=3, chunks=CHUNKS, **options):
 
 
 def check(path, array, dataset=None):
-    """Windows are those of the array in memory."""
+    """Windows are those of the array in memory, also those of chunks that are decoded already."""
     found = open_stored(str(path), dataset)
     assert (found.shape, found.dtype.newbyteorder("=")) == (array.shape, array.dtype.newbyteorder("="))
     whole = tuple(slice(0, side) for side in array.shape)
     for index in (whole, (3, slice(0, 3), slice(5, 17), slice(8, 9)), (6, 2, slice(19, 20), slice(30, 33))):
         assert np.array_equal(found.read(index), array[index])
+    if found.chunks is not None:
+        (found.shared,) = shared_chunks([Layout(found.shape, found.chunks, found.dtype)])
+        assert np.array_equal(found.read(whole), array)
+        found._chunk = None
+        assert np.array_equal(found.read(whole), array)
 
 
 COMPRESSORS = {
@@ -75,8 +84,12 @@ def test_chunks_that_are_not_stored_have_the_fill_value(tmp_path, version, fill)
         tmp_path / "a.zarr", shape=(4, 5, 6), chunks=(1, 5, 6), dtype="float32", fill_value=fill, zarr_format=version
     )
     made[1] = 3
-    found = open_stored(str(tmp_path / "a.zarr")).read((slice(0, 4), slice(0, 5), 2))
-    assert np.array_equal(found, made[:, :, 2], equal_nan=True)
+    found = open_stored(str(tmp_path / "a.zarr"))
+    (found.shared,) = shared_chunks([Layout(found.shape, found.chunks, found.dtype)])
+    for _ in range(2):
+        values = found.read((slice(0, 4), slice(0, 5), 2))
+        assert np.array_equal(values, made[:, :, 2], equal_nan=True)
+        found._chunk = None
 
 
 @pytest.mark.parametrize(
@@ -112,3 +125,42 @@ def test_a_shards_index_is_read_once_for_neighbours(tmp_path, monkeypatch):
     assert reads[0] == 16 * 64 + 4
     assert len(reads) == 1 + 3
     assert Path(path).is_dir()
+
+
+def test_processes_share_decoded_chunks_and_none_keeps_a_damaged_one(tmp_path):
+    array = values("uint16")
+    path = write_zarr(tmp_path / "a.zarr", array, compressors=[zarr.codecs.ZstdCodec()])
+    damaged = tmp_path / "a.zarr" / "c" / "3" / "0" / "2" / "2"
+    whole, content = damaged.read_bytes(), b"no chunk"
+    damaged.write_bytes(content)
+    found = open_stored(path)
+    shares = shared_chunks([None, *[Layout(found.shape, found.chunks, found.dtype)] * 2])
+    assert shares[0] is None
+    found.shared = shares[2]
+    first = (slice(0, 2), slice(0, 3), slice(0, 20), slice(0, 33))
+    process = multiprocessing.get_context("fork").Process(target=found.read, args=(first,))
+    process.start()
+    process.join()
+    last = (6, slice(0, 3), slice(19, 20), slice(32, 33))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="zstd"):
+            found.read(last)
+    damaged.write_bytes(whole)
+    assert np.array_equal(found.read(last), array[last])
+    found._chunk = None  # nothing is decoded again
+    assert np.array_equal(found.read(first), array[first])
+    assert np.array_equal(found.read(last), array[last])
+    found.shared = shares[1]  # another array's chunks are its own
+    with pytest.raises(TypeError):
+        found.read(first)
+    assert pickle.loads(pickle.dumps(shares[1])) is None
+
+
+def test_chunks_that_do_not_fit_are_not_kept(monkeypatch):
+    layout = Layout((4, 100), (1, 64), np.dtype("float32"))
+    assert (layout.grid, layout.size) == ((4, 2), 4 * 2 * 64 * 4)
+    monkeypatch.setattr(module, "available_memory", lambda: 8 * (layout.size + 8))
+    assert [type(one) for one in shared_chunks([layout])] == [SharedChunks]
+    assert shared_chunks([layout, layout]) == [None, None]
+    monkeypatch.setattr(module, "MOST", layout.size)
+    assert shared_chunks([layout]) == [None]

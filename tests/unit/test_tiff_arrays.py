@@ -73,6 +73,7 @@ def test_an_images_own_mean_is_read_once(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", FLOATS, photometric="minisblack", compression="zlib", **TILES)
     cfg = DataConfig(name="array", path=str(tmp_path / "a.tif"), in_chans=2, dtype="float32", axes="CYX", fit="pad",
                      image_size=16, normalize="image", hflip=0.0)  # fmt: skip
+    monkeypatch.setattr("fcmae.data.sources.array.shared_chunks", lambda layouts: [None] * len(layouts))
     source, crop = train_source(cfg), pretrain_transform(cfg)
     read, given = [], TiffArray._chunk
     monkeypatch.setattr(TiffArray, "_chunk", lambda self, place: read.append(place) or given(self, place))

@@ -3,6 +3,7 @@
 import h5py
 import numpy as np
 
+from fcmae.data.arrays.shared_chunks import SharedChunks
 from fcmae.data.arrays.stored import Index, assemble, check_chunk, check_stored, inflate
 from fcmae.errors import UsageError, shown
 
@@ -37,12 +38,13 @@ class HDF5Array:
             self._size = check_chunk(found.chunks, found.dtype)
         self._dataset, self._fill = found, np.array(found.fillvalue, found.dtype)
         self.shape, self.dtype, self.files = found.shape, found.dtype, [path]
+        self.chunks: tuple[int, ...] | None = found.chunks if self._filters else None
+        self.shared: SharedChunks | None = None
 
     def read(self, index: Index) -> np.ndarray:
-        chunks = self._dataset.chunks
-        if chunks is None or not self._filters:
+        if self.chunks is None:
             return np.asarray(self._dataset[index])
-        return assemble(index, chunks, self._chunk, self._fill)
+        return assemble(index, self.chunks, self._chunk, self._fill, self.shared)
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
         """The chunk of a number, None if it is not stored and so has the fill value everywhere."""

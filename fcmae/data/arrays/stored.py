@@ -1,5 +1,6 @@
 """What an array on disk is, and how one is opened, whatever its format."""
 
+import functools
 import itertools
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fcmae.data.arrays.shared_chunks import Place, SharedChunks
 from fcmae.errors import RemoteError, UsageError
 from fcmae.opening import open_regular
 from fcmae.urls import is_url
@@ -35,6 +37,10 @@ class Stored(Protocol):
     """A letter per axis, as the file's own metadata name them; None if they do not."""
     files: list[str]
     """What changes when the array is written again: the file, or its metadata."""
+    chunks: tuple[int, ...] | None
+    """The shape of what is decoded at a time; None if it is read in place."""
+    shared: SharedChunks | None
+    """Where decoded chunks are kept."""
 
     def read(self, index: Index) -> np.ndarray:
         """A part of the array, copied into memory of its own. Only the chunks or rows that it touches are read."""
@@ -88,6 +94,8 @@ class NpyFile:
     """The array of a .npy file, memory-mapped."""
 
     axes: str | None = None
+    chunks: tuple[int, ...] | None = None
+    shared: SharedChunks | None = None
 
     def __init__(self, path: str) -> None:
         self._array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -97,15 +105,12 @@ class NpyFile:
         return np.array(self._array[index])
 
 
-Place = tuple[int, ...]
-"""The number of a chunk along every axis."""
-
-
 def assemble(
     index: Index,
     chunks: Sequence[int],
     chunk: Callable[[Place], np.ndarray | None],
     fill: np.ndarray,
+    shared: SharedChunks | None = None,
     each: Callable[[Callable[[Place], np.ndarray | None], Iterable[Place]], Iterator[np.ndarray | None]] = map,
 ) -> np.ndarray:
     """A part of an array, from the chunks that it touches.
@@ -113,13 +118,15 @@ def assemble(
     Args:
         chunk: gives a chunk; None = it is not stored.
         fill: the value of chunks that are not stored, in the type of the result.
+        shared: keeps what ``chunk`` gives.
         each: calls ``chunk`` for each place, perhaps several at a time.
     """
     spans = [slice(part, part + 1) if isinstance(part, int) else part for part in index]
     out = np.full([span.stop - span.start for span in spans], fill, fill.dtype)
     numbers = [range(span.start // side, -(-span.stop // side)) for span, side in zip(spans, chunks, strict=True)]
     places = list(itertools.product(*numbers))
-    for place, values in zip(places, each(chunk, places), strict=True):
+    get = chunk if shared is None else functools.partial(shared.get, read=chunk)
+    for place, values in zip(places, each(get, places), strict=True):
         if values is None:
             continue
         to, taken = [], []

@@ -6,6 +6,7 @@ import mmap
 
 import numpy as np
 
+from fcmae.data.arrays.shared_chunks import SharedChunks
 from fcmae.data.arrays.stored import MAX_CHUNK, Index, assemble, check_chunk
 from fcmae.data.pixels.scientific import check_compression, check_segment, open_tiff_file
 from fcmae.errors import UsageError
@@ -40,10 +41,12 @@ class TiffArray:
         if self._outer + tuple(self._key.shape) != self.shape:
             raise ValueError(f"its pages of {list(self._key.shape)} do not make the shape {list(self.shape)}")
         self._inner = str(self._key.axes)
+        self.chunks: tuple[int, ...] | None = None
+        self.shared: SharedChunks | None = None
         self._at = series.dataoffset if int(self._key.compression) == 1 else None
         if self._at is None:
             check_compression(self._key, MAX_CHUNK)
-            self._chunks = self._chunk_shape()
+            self.chunks = self._chunks = self._chunk_shape()
             check_chunk(self._chunks, self.dtype)
         elif self._at + series.size * self.dtype.itemsize > len(self._data):
             raise ValueError("it is cut off")
@@ -61,7 +64,7 @@ class TiffArray:
             order = self.dtype.newbyteorder(self._key.parent.byteorder)
             stored = np.ndarray(self.shape, order, self._data, self._at)
             return stored[index].astype(self.dtype)
-        return assemble(index, self._chunks, self._chunk, np.zeros((), self.dtype))
+        return assemble(index, self._chunks, self._chunk, np.zeros((), self.dtype), self.shared)
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
         """A strip or tile; None if it is not stored."""

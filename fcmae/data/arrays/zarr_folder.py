@@ -14,6 +14,7 @@ import numpy as np
 
 from fcmae.data.arrays.codecs import Codecs, codecs_v2, codecs_v3, scalar
 from fcmae.data.arrays.folders import Folder
+from fcmae.data.arrays.shared_chunks import SharedChunks
 from fcmae.data.arrays.stored import Index, assemble, check_chunk, check_stored, longest
 from fcmae.errors import UsageError, shown
 
@@ -64,11 +65,13 @@ class ZarrArray:
         self._size = check_chunk(self._grid.chunks, self._stored)
         self.dtype = self._stored.newbyteorder("=")
         self._fill = scalar(fill, self.dtype)
+        self.chunks: tuple[int, ...] | None = self._grid.chunks
+        self.shared: SharedChunks | None = None
         self._indexes: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def read(self, index: Index) -> np.ndarray:
-        return assemble(index, self._grid.chunks, self._chunk, self._fill, self.folder.each)
+        return assemble(index, self._grid.chunks, self._chunk, self._fill, self.shared, self.folder.each)
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
         """The chunk of a number, None if it is not stored and so has the fill value everywhere."""

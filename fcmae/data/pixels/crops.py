@@ -297,7 +297,7 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 def _turned(pixels: Tensor, box: Box) -> Tensor:
     """``[C, H, W]`` as the box says, in the same order in memory; with an odd number of turns it must be square."""
-    if not (box.flip or box.vflip or box.turns):
+    if not (box.flip or box.vflip or box.turns) or not any(pixels.stride()):  # all values are the same one
         return pixels
     if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
         return _turned(pixels.view(torch.int16), box).view(torch.uint16)

@@ -48,13 +48,13 @@ class NoData:
         if pixels.is_floating_point():
             return (pixels != self.floats) & ~pixels.isnan()
         if not self.marks_integers:
-            return torch.ones(pixels.shape, dtype=torch.bool)
+            return all_valid(pixels.shape)
         return pixels.to(torch.int32) != self.integers
 
     def replace(self, pixels: Tensor, valid: Tensor) -> Tensor:
-        """The pixels, copied, with the fill where they are not ``valid``."""
+        """The pixels with the fill where they are not ``valid``; copied if there are such."""
         if is_all(valid):
-            return pixels.clone()
+            return pixels
         if pixels.is_floating_point():
             return torch.where(valid, pixels, self.float_fill)
         return torch.where(valid, pixels.to(torch.int32), self.fill).to(pixels.dtype)
@@ -64,9 +64,15 @@ class NoData:
         return self.replace(pixels, self.valid(pixels))
 
 
+def all_valid(shape: Sequence[int]) -> Tensor:
+    """A bool tensor of true values, which are one value in memory."""
+    return torch.ones((), dtype=torch.bool).expand(*shape)
+
+
 def is_all(valid: Tensor) -> bool:
     """Whether all of a bool tensor in host memory are true, in a twentieth of the time of torch's ``all``."""
-    return bool(valid.numpy().all())
+    one = valid.numel() and not any(valid.stride())
+    return bool(valid[(0,) * valid.ndim] if one else valid.numpy().all())
 
 
 def middle_of(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -91,7 +97,7 @@ def resized(valid: Tensor, size: Sequence[int]) -> Tensor:
     Every pixel that the antialiased bicubic filter of torch reads counts, whatever its factor.
     """
     if is_all(valid):
-        return torch.ones(len(valid), *size, dtype=torch.bool)
+        return all_valid((len(valid), *size))
     invalid = ~valid
     for dim, side in ((1, size[0]), (2, size[1])):
         invalid = _any_read(invalid, dim, side)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fcmae.data.arrays.shared_chunks import Layout, SharedChunks, shared_chunks
 from fcmae.data.arrays.stored import MAX_SAMPLES, Stored, open_stored
 from fcmae.data.pixels.decode import PixelFormat, StoredImage
-from fcmae.data.pixels.scientific import check_type
+from fcmae.data.pixels.scientific import check_type, native
 from fcmae.data.remote.objects import find_folders, stat
 from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.errors import ConfigError, UsageError, counted, shown
@@ -41,6 +42,7 @@ class ArrayImages:
         labels: a 1-d array of a class, a name or a number per image: its name in the same file, or a .npy file beside
             the array.
         limit: seconds for which reads from a URL are repeated.
+        share: keep decoded chunks in shared memory, if all fit.
 
     Raises RemoteError, and UsageError if an array cannot be read or does not fit ``to``.
     """
@@ -56,6 +58,7 @@ class ArrayImages:
         channels: Sequence[int] | None = None,
         labels: str | None = None,
         limit: float = 0,
+        share: bool = True,
     ) -> None:
         self.to = to
         layout = (axes, planes, planes_as == "samples", channels)
@@ -64,6 +67,9 @@ class ArrayImages:
         self.ends = list(itertools.accumulate(array.images * array.depth for array in self.arrays))
         if not 0 < self.ends[-1] <= MAX_SAMPLES:
             raise UsageError(f"{self.arrays[0].path} has {self.ends[-1]} images; must have 1 to {MAX_SAMPLES}")
+        if share:
+            for array, chunks in zip(self.arrays, shared_chunks([one.layout for one in self.arrays]), strict=True):
+                array.shared = chunks
         self.metadata_files = [file for array in self.arrays for file in array.files]
         """What changes when an array is written again."""
         found = [stat(file, limit) for file in self.metadata_files if is_url(file)]
@@ -132,6 +138,8 @@ class _Array:
         self.path, self.dataset, self.limit = path, dataset, limit
         stored = open_stored(path, dataset, limit)
         self.shape, self.dtype, self.files = stored.shape, stored.dtype, stored.files
+        self.layout = None if stored.chunks is None else Layout(stored.shape, stored.chunks, stored.dtype)
+        self.shared: SharedChunks | None = None
         self.name = path if dataset is None else f"{path}:{dataset}"
         self.axes = _axes(self.name, self.shape, axes, stored.axes)
         self.sizes = dict(zip(self.axes, self.shape, strict=True))
@@ -146,8 +154,17 @@ class _Array:
         self._check(to)
         folded = to.in_chans // self.sizes.get("C", 1)
         needed = range(to.in_chans) if channels is None else channels
-        self.channels = sorted({channel // folded for channel in needed})
-        """Along the axis C, those that are read."""
+        channels_read = sorted({channel // folded for channel in needed})
+        left = [letter for letter in self.axes if letter not in self.outer]
+        self.order = [left.index(letter) for letter in "CZYX" if letter in left]
+        """The axes of a sample as they are stored, in the order in which it has them."""
+        self.folded = [0] if "Z" in self.outer else self.planes
+        """The planes of a sample."""
+        self.parts = list(itertools.product(_runs(channels_read), _runs(self.folded)))
+        """The ranges of channels and planes that are read."""
+        in_order = self.folded == sorted(self.folded) and len(channels_read) == self.sizes.get("C", 1)
+        self.is_whole = len(self.parts) == 1 and in_order
+        """Whether a sample is read as it is stored."""
 
     def _planes(self, given: Sequence[int] | None) -> list[int]:
         count = self.sizes.get("Z", 1)
@@ -184,18 +201,19 @@ class _Array:
         stored = opened.get(self.path, self.dataset)
         if (stored.shape, stored.dtype) != (self.shape, self.dtype):
             raise ValueError(f"it has changed from {list(self.shape)} {self.dtype} since the command began")
-        size = (rows.stop - rows.start, cols.stop - cols.start)
-        folded = [0] if "Z" in self.outer else self.planes
-        left = [letter for letter in self.axes if letter not in self.outer]
-        order = [left.index(letter) for letter in "CZYX" if letter in left]
-        values = np.zeros((self.sizes.get("C", 1), len(folded), *size), self.dtype.newbyteorder("="))
-        for channels, planes in itertools.product(_runs(self.channels), _runs(folded)):
-            inner: dict[str, int | slice] = {"Y": rows, "X": cols, "C": channels, "Z": planes}
-            found = inner | self._position(place)
-            part = stored.read(tuple(found[letter] for letter in self.axes)).transpose(order)
+        stored.shared = self.shared
+        size, position = (rows.stop - rows.start, cols.stop - cols.start), self._position(place)
+        shape = self.sizes.get("C", 1), len(self.folded), *size
+        values = None if self.is_whole else np.zeros(shape, self.dtype.newbyteorder("="))
+        for channels, planes in self.parts:
+            found: dict[str, int | slice] = {"Y": rows, "X": cols, "C": channels, "Z": planes} | position
+            part = stored.read(tuple(found[letter] for letter in self.axes)).transpose(self.order)
             part = part.reshape(channels.stop - channels.start, planes.stop - planes.start, *size)
+            if values is None:
+                return np.ascontiguousarray(native(part)).reshape(-1, *size)
             for plane in range(planes.start, planes.stop):
-                values[channels, folded.index(plane)] = part[:, plane - planes.start]
+                values[channels, self.folded.index(plane)] = part[:, plane - planes.start]
+        assert values is not None
         return values.reshape(-1, *size)
 
     def _position(self, place: int) -> dict[str, int]:

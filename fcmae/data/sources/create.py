@@ -93,7 +93,10 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
 
         to, read, planes = PixelFormat.of(cfg, loader.max_pixels), cfg.layout, (cfg.planes, cfg.planes_as)
         needed = None if read.input is None else [*read.input, *read.extra]
-        return ArrayImages(path, to, cfg.dataset, cfg.axes, *planes, needed, cfg.label_column, loader.retry_seconds)
+        share = cfg.cache is None
+        return ArrayImages(
+            path, to, cfg.dataset, cfg.axes, *planes, needed, cfg.label_column, loader.retry_seconds, share
+        )
     return ImageFolder(path, loader.relist, cfg.extensions or EXTENSIONS)
 
 
