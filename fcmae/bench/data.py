@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fcmae.bench import feed, photos
+from fcmae.bench import augment, feed, photos
 from fcmae.bench.feed import FeedResult
 from fcmae.bench.formats import NEEDS, format_table, measure_formats, plain_loader
 from fcmae.bench.measure import machine, parse, write_report
@@ -84,6 +84,10 @@ class DataBenchConfig:
     (tar files from a server on loopback), each against a plain Dataset with the format's own library; nothing else is
     measured then."""
 
+    finetune: list[str] = field(default_factory=list)
+    """Models whose fine-tuning steps are fed from each variant but the baseline with ``augment=in1k``, by
+    ``augment.on=cpu`` and ``gpu``; nothing else is measured then."""
+
     def __post_init__(self) -> None:
         for variant in self.variants:
             check("variants", variant, variant in VARIANTS, f"some of {', '.join(VARIANTS)}")
@@ -124,6 +128,9 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
         print(f"{where.get('gpu', where['cpu'])}, {where['cores']} cores, {workers} workers, torch {where['torch']}; "
               f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
         configs = variant_configs(cfg, folder)
+        if cfg.finetune:
+            _measure_augmentation(cfg, configs, workers, device, json_file)
+            return []
         results = measure(cfg, configs, workers, device)
         for line in table(results, cfg.step_speed):
             print(line, flush=True)
@@ -161,6 +168,21 @@ def _measure_formats(
     for line in format_table(results):
         print(line, flush=True)
     write_report(json_file, machine=machine(device), config=cfg, workers=workers, results=results)
+
+
+def _measure_augmentation(
+    cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device, json_file: Path | None
+) -> None:
+    workers = cfg.workers or max(1, workers - 1)  # the training process takes a core
+    found: dict[str, list[augment.AugmentResult]] = {}
+    for variant, data in configs.items():
+        if variant == BASELINE:
+            continue
+        found[variant] = list(augment.measure(cfg.finetune, data, cfg.step_batch, workers, cfg.seconds, device))
+        print(f"\n{variant}, batches of {cfg.step_batch}")
+        for line in augment.table(found[variant], workers):
+            print(line, flush=True)
+        write_report(json_file, machine=machine(device), config=cfg, workers=workers, results=found)
 
 
 def make_files(cfg: DataBenchConfig, folder: Path) -> str:

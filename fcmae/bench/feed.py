@@ -80,12 +80,12 @@ def measure(
                 0, 256, (batch_size, first.in_chans, *first.size), generator=generator, dtype=torch.uint8
             )
             lying.append([imgs.to(device), torch.rand(batch_size, math.prod(grid), generator=generator).to(device)])
-        fastest = _speed(step, itertools.cycle(lying), batch_size, 5, seconds, device)
+        fastest = fed_speed(step, itertools.cycle(lying), batch_size, 5, seconds, device)
         yield FeedResult(name, SYNTHETIC, fastest, 1.0)
         for feed, cfg in data.items():
             batches = _batches(cfg, batch_size, grid, workers, device)
             # the batches that the workers are ahead do not count
-            speed = _speed(step, batches, batch_size, workers * LoaderConfig.prefetch + 2, seconds, device)
+            speed = fed_speed(step, batches, batch_size, workers * LoaderConfig.prefetch + 2, seconds, device)
             del batches
             yield FeedResult(name, feed, speed, speed / fastest)
         torch.compiler.reset()
@@ -137,8 +137,8 @@ def _batches(
     )
 
 
-def _speed(
-    step: Callable[[Sequence[Tensor]], None],
+def fed_speed(
+    step: Callable[[Sequence[Tensor]], object],
     batches: Iterator[Sequence[Tensor]],
     batch_size: int,
     warm_up: int,

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from fcmae.bench import feed, start
+from fcmae.bench import augment, feed, start
 from fcmae.bench.profile import _kind
 from fcmae.cli import main
 from fcmae.errors import UsageError
@@ -163,6 +163,19 @@ def test_data_of_ones_own_is_measured_too(tmp_path, capsys):
     arguments = [*DATA, photo_folder(tmp_path), f"data.path={jpegs}", "variants=[]", f"folder={tmp_path}"]
     assert main(arguments) == 0
     assert "\nown " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_augmentation_is_measured_on_both_sides(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(augment, "CROPS", 8)
+    arguments = [*DATA, photo_folder(tmp_path), "finetune=[convnextv2_atto]", "step_batch=8", "seconds=0.1"]
+    assert main([*arguments, "variants=[shards]", "--json", str(tmp_path / "augment.json")]) == 0
+    rows = json.loads((tmp_path / "augment.json").read_text())["results"]["shards"]
+    found = {(row["measured"], row["on"]) for row in rows}
+    places = {(measured, place) for measured in (augment.ALONE, augment.READ) for place in augment.PLACES}
+    assert found == places | {("convnextv2_atto", on) for on in (*augment.PLACES, "synthetic")}
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert "augment.on=gpu" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""``augment.on=gpu`` on a GPU: the CPU's bits, no waiting for the device, and runs that resume bit for bit."""
+
+import pytest
+import torch
+
+from fcmae.config import AugmentConfig, DataConfig, compose
+from fcmae.data.collate import Item, collate
+from fcmae.data.pixels.augmented import Augmented
+from fcmae.data.pixels.transforms import finetune_transform
+from fcmae.data.samples import LabelledImages
+from fcmae.data.sources import Synthetic
+from fcmae.errors import Interrupted
+from fcmae.training.run import finetune
+from tests.conftest import TINY_FINETUNE
+from tests.integration.test_commands import assert_same_weights, last_checkpoint
+
+pytestmark = pytest.mark.gpu
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+RECIPE = AugmentConfig("rand-m9-mstd0.5-inc1", 0.25, on="gpu")
+
+
+@pytest.fixture(scope="module")
+def batch() -> Augmented:
+    """256 images with all operations."""
+    samples = LabelledImages(Synthetic(256, 3, (250, 300)), finetune_transform(DataConfig(), RECIPE), seed=0)
+    packed = collate([Item(samples[0, index], []) for index in range(256)]).opened().parts[0]
+    assert len({name for operations in packed.operations for name, _ in operations}) == 15
+    return packed.pin_memory()
+
+
+def test_the_gpu_has_the_cpus_bits(batch):
+    assert torch.equal(batch.to(CUDA, non_blocking=True).cpu(), batch.to(CPU))
+
+
+def test_the_host_does_not_wait_for_the_gpu(batch):
+    batch.to(CUDA, non_blocking=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.to(CUDA, non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_algorithms_give_the_same(batch):
+    expected = batch.to(CUDA)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(batch.to(CUDA), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_graphed_run_resumes_bit_exactly(tmp_path):
+    overrides = [
+        *TINY_FINETUNE[1:],
+        "trainer.device=cuda",
+        "trainer.compile=true",
+        "precision=bf16",
+        "loader.workers=2",
+    ]
+    overrides += ["augment=in1k", "augment.on=gpu", "augment.label_smoothing=0.1", "optim.ema_decay=0.9"]
+    finetune(compose("finetune", overrides), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        finetune(compose("finetune", [*overrides, "trainer.max_steps=3"]), tmp_path / "parts")
+    finetune(compose("finetune", overrides), tmp_path / "parts")
+    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_weights(whole["model"], parts["model"])
+    assert_same_weights(whole["ema"], parts["ema"])
