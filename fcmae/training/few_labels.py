@@ -7,6 +7,7 @@ known, so that a search that was stopped continues, and ends as if it had not be
 import gc
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,7 @@ class _Search:
             tried.append({"lr": lr, "layer_decay": decay, "score": _mean(folds), "folds": folds})
         scores = [self._score(metrics) for metrics in probe["metrics"]]
         best = max(tried, key=lambda each: each["score"])
-        kept = "finetuned" if best["score"] > _mean(scores) else "probe"
+        kept = "probe" if _clearly_better(scores, best["folds"]) else "finetuned"
 
         def made() -> Result:
             return {
@@ -342,7 +343,21 @@ def summary(found: Result) -> str:
     fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {best['score']:.1f}"
     probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {found['probe']['score']:.1f}"
     first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
-    return f"recipe=auto keeps {first}; {second}: {metric} of held-out training images, mean of {folds} folds"
+    close = found["kept"] == "finetuned" and found["probe"]["score"] > best["score"]
+    doubt = ", not better by more than a standard error" if close else ""
+    return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds} folds"
+
+
+def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
+    """Whether the probe's mean over the folds is higher by more than the standard error of the folds' differences.
+
+    Fine-tuning has the doubt: it gains more than the probe from the images that a fold holds out.
+    """
+    differences = [a - b for a, b in zip(probe, finetuned, strict=True) if not math.isnan(a - b)]
+    if not differences:
+        return _mean(probe) > _mean(finetuned)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return statistics.mean(differences) > error
 
 
 def _mean(values: list[float]) -> float:

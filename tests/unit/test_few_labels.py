@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -157,6 +158,21 @@ def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):
     )
     assert result(here / "run")["metric"] == "auroc"
     assert result(here / "run")["layer"] == "stages"
+
+
+@pytest.mark.parametrize(
+    ("probe", "finetuned", "kept"),
+    [
+        ([80, 80, 80], [80, 80, 80], "finetuned"),  # no doubt about the probe
+        ([80, 82, 84], [79, 80, 84], "probe"),  # 1 better, 0.58 standard error
+        ([80, 88, 72], [79, 80, 80], "finetuned"),  # 0.33 better, 4.6
+        ([81], [80], "probe"),  # one fold has no standard error
+        ([math.nan, 81], [90, 80], "probe"),
+        ([math.nan], [90], "finetuned"),
+    ],
+)
+def test_the_probe_must_be_better_by_a_standard_error(probe, finetuned, kept):
+    assert few_labels._clearly_better(probe, finetuned) == (kept == "probe")
 
 
 @pytest.mark.parametrize(("held_out", "folds"), [(1, [0]), (10, [0]), (11, [0, 1]), (1000, [0, 1, 2])])
