@@ -106,6 +106,8 @@ def _store() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous(launch.detect().meeting))
 
 
+GLOO = re.compile("gloo|timeout caused pair closure")
+"""In its RuntimeErrors: the file of its source; or only this, where another collective has met the timeout before."""
 LOST = {"closed by peer|reset by peer|Broken pipe|refused": "its connection is closed", "time(d )?out": "no answer"}
 """What the errors of collectives say, and a line that is the same on every rank."""
 
@@ -116,7 +118,7 @@ def lost_ranks_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if launch.detect().size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if launch.detect().size == 1 or not (isinstance(error, dist.DistError) or GLOO.search(str(error))):
             raise
         reasons = [reason for pattern, reason in LOST.items() if re.search(pattern, str(error), re.IGNORECASE)]
         raise LostRankError(f"lost contact with another rank ({reasons[0] if reasons else error})") from error

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -140,8 +141,15 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
+    sys.excepthook = _unless_hung_up
     gc.freeze()  # a full collection would write to all objects, and so copy the memory that the fork shares
     shared.start_worker(loader, used, worker)
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For the thread that hands on new memory: the training process may stop, or lose a worker, while it takes it."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @functools.cache

@@ -1,6 +1,10 @@
 """What travels from the workers to the training process: several crops, shared memory, files left to the device."""
 
 import gc
+import multiprocessing
+import socket
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from fcmae.config import DataConfig, compose
 from fcmae.data import shared_memory as shared
 from fcmae.data.collate import Batch, collate
-from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.loading import TrainBatches, Workers, _start_worker
 from fcmae.data.pixels.on_device import PackedImages, decode_all, pack
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.plan import BatchPlan, MicroBatches
@@ -267,3 +271,25 @@ def test_workers_end_with_python():
         "next(left)\n"
     )
     run_python(ROOT, "-c", script)
+
+
+def test_a_worker_says_nothing_when_the_training_process_hangs_up(capfd):
+    """Which happens when another worker is killed while this one hands on memory."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def work():
+        _start_worker(0, torch.zeros(1, shared.SLOTS, dtype=torch.uint8), 0)
+        theirs.send(DupFd(0)._id[0])
+        theirs.recv()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    address = ours.recv()
+    for read in (1, 1000):  # the rest is lost: a reset; nothing is: an end
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            connection.recv(read)
+    Client(address, authkey=multiprocessing.current_process().authkey).close()  # answered after those
+    ours.send(None)
+    process.join()
+    assert capfd.readouterr().err == ""

@@ -59,6 +59,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {} [127.0.0.1
     [
         (RuntimeError(GLOO.format("Connection closed by peer")), "(its connection is closed)"),
         (RuntimeError(GLOO.format("Timed out waiting 30000ms for recv operation to complete")), "(no answer)"),
+        (RuntimeError("Application timeout caused pair closure"), "(no answer)"),
         (DistStoreError("wait timeout after 35000ms, keys: /0//cpu//0/0"), "(no answer)"),
         (DistNetworkError("Connection reset by peer"), "(its connection is closed)"),
     ],
