@@ -297,8 +297,10 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 def _turned(pixels: Tensor, box: Box) -> Tensor:
     """``[C, H, W]`` as the box says, in the same order in memory; with an odd number of turns it must be square."""
-    if not (box.flip or box.vflip or box.turns) or not any(pixels.stride()):  # all values are the same one
+    if not (box.flip or box.vflip or box.turns):
         return pixels
+    if not any(pixels.stride()):  # all values are the same one
+        return pixels.transpose(1, 2) if box.turns % 2 else pixels
     if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
         return _turned(pixels.view(torch.int16), box).view(torch.uint16)
     channels_last = pixels.stride(0) == 1  # torch is fast where these are last in memory and in shape
