@@ -1,6 +1,8 @@
 """Images that cannot be read: one clear line, or another in their place, the same whatever reads them."""
 
 import hashlib
+import io
+import json
 import os
 import tarfile
 import tempfile
@@ -17,12 +19,14 @@ from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, pretrain_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import EvaluationImages, MaskedImages
-from fcmae.data.sources import ImageFolder, WebDataset
+from fcmae.data.sources import ImageFolder, WebDataset, heads
+from fcmae.data.sources.coco import CocoImages
 from fcmae.data.sources.table import TableImages
 from fcmae.data.unreadable import TRIES, readable
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 from tests.bad_files import READABLE, UNREADABLE, encoded, permissions_count, picture
+from tests.more_files import every_format
 
 CFG = DataConfig(image_size=32)
 
@@ -261,19 +265,57 @@ def test_the_bad_samples_of_the_first_epoch_are_told_once_at_its_end(capsys):
     assert told == [(4, line)]
 
 
-def test_empty_files_are_counted_at_the_start(tmp_path, capsys):
-    """Of a folder, a table and tar files, without reading any image."""
-    (tmp_path / "photos").mkdir()
-    for name, content in (("a.jpg", b"x"), ("b.jpg", b""), ("c.jpg", b"")):
-        (tmp_path / "photos" / name).write_bytes(content)
-    (tmp_path / "photos" / "list.txt").write_text("a.jpg\nc.jpg\n")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in "abc":
-            tar.add(tmp_path / "photos" / f"{name}.jpg", f"{name}.jpg")
-    ImageFolder(tmp_path / "photos")
-    TableImages(tmp_path / "photos" / "list.txt")
-    WebDataset(tmp_path / "a.tar")
-    folder, table, tar = (line for line in capsys.readouterr().err.splitlines() if "empty files" in line)
-    assert f"; 2 images are empty files, such as {tmp_path}/photos/b.jpg" in folder
-    assert f"list.txt: 2 images; 1 images are empty files, such as {tmp_path}/photos/c.jpg" in table
-    assert f"2 images are empty files, such as {tmp_path}/a.tar/b.jpg" in tar
+def test_what_cannot_be_read_is_counted_at_the_start(tmp_path, capsys):
+    """One line per folder, table, COCO file and tar file, without decoding an image."""
+    photos, good = tmp_path / "photos", encoded(picture(), "PNG")
+    photos.mkdir()
+    files = {"a.jpg": b"no image", "b.jpg": b"", "c.jpg": b"", "d.png": good, "e.png": good[:100]}
+    for name, content in files.items():
+        (photos / name).write_bytes(content)
+    (photos / "list.txt").write_text("a.jpg\nc.jpg\nc.jpg\n")
+    images = [{"id": number, "file_name": name, "height": 40, "width": 50} for number, name in enumerate(files)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    (tmp_path / "classes.txt").write_text("cat\ndog\ncow\n")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in files:
+            tar.add(photos / name, name)
+            label = tarfile.TarInfo(f"{name[0]}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"2"))
+    ImageFolder(photos)
+    TableImages(photos / "list.txt")
+    CocoImages(tmp_path / "coco.json", photos, "data.annotations")
+    WebDataset(tmp_path / "t.tar")
+    folder, table, coco, tar = (line.partition(" image")[2] for line in capsys.readouterr().err.splitlines())
+    found = f"; 2 images are empty files, such as {photos}/b.jpg; 1 images are of no format that is read, such as "
+    assert folder.endswith(f"; not read: 1 .txt, such as list.txt{found}{photos}/a.jpg")
+    assert table == (
+        f"s; 1 rows name the file of an earlier row, such as {photos}/c.jpg{found.replace('b.jpg', 'c.jpg')}"
+        f"{photos}/a.jpg"
+    )
+    assert coco == f"s{found}{photos}/a.jpg"
+    assert tar == (
+        f"s; 2 images are empty files, such as {tmp_path}/t.tar/b.jpg; 1 images are of no format that is read, such as "
+        f"{tmp_path}/t.tar/a.jpg; 2 of 3 classes have no image, such as cat"
+    )
+
+
+def test_what_is_looked_at_when_a_command_starts(monkeypatch):
+    """Each format that is read passes; what fails is counted among those that the time allows."""
+    starts = [data[: heads.LENGTH] for data in every_format().values()]
+    assert heads.unreadable(len(starts), starts.__getitem__, str) == ""
+    monkeypatch.setattr(heads, "SECONDS", -1.0)
+    monkeypatch.setattr(heads, "LEAST", 3)
+    looked = []
+
+    def closed(index):
+        looked.append(index)
+        raise PermissionError(13, "Permission denied")
+
+    told = heads.unreadable(10**9, closed, str)
+    some = min(map(str, looked))
+    assert told == f"; of 3 looked at, 3 images cannot be opened, such as {some} (Permission denied)"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert heads.unreadable(10, closed, str) == ""
+    assert len(looked) == 3

@@ -50,6 +50,23 @@ def test_parquet_files(tmp_path, hf_rows, monkeypatch):
         train_source(cfg)
 
 
+def test_problems_are_counted_at_the_start(tmp_path, hf_rows, capsys):
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.ClassLabel(names=["cat", "cow", "dog"])
+    pictures = [{"bytes": content, "path": None} for content in (b"", b"no image", png())]
+    pictures.append(None)
+    features = datasets.Features({"picture": datasets.Image(), "kind": kinds})
+    rows = datasets.Dataset.from_dict({"picture": pictures, "kind": [0, 2, 0, 0]}, features=features)
+    rows.save_to_disk(tmp_path / "one")
+    train_source(DataConfig(name="hf", path=str(tmp_path / "one")))
+    told, name = capsys.readouterr().err, f"{tmp_path / 'one'}:train"
+    assert (
+        f"4 images; 1 images are empty files, such as {name}[0]; 1 images are of no format that is read, such as "
+        f"{name}[1]; 1 images cannot be opened, such as {name}[3] (it has neither bytes nor a path)"
+    ) in told
+    assert told.rstrip().endswith("; 1 of 3 classes have no image, such as cow")
+
+
 def test_a_saved_data_set(tmp_path, hf_rows):
     hf_rows.save_to_disk(tmp_path / "one")
     cfg = DataConfig(name="hf", path=str(tmp_path / "one"))

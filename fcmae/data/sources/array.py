@@ -18,7 +18,9 @@ from fcmae.data.pixels.decode import PixelFormat, StoredImage
 from fcmae.data.pixels.scientific import check_type, native
 from fcmae.data.remote.objects import find_folders, stat
 from fcmae.data.sources.base import Sample, class_names, locate
+from fcmae.data.sources.heads import empty_classes
 from fcmae.errors import ConfigError, UsageError, counted, shown
+from fcmae.messages import print_once_rank0
 from fcmae.urls import expand_braces, is_url
 
 AXES = {2: "YX", 3: "NYX", 4: "NCYX", 5: "NZCYX"}
@@ -92,6 +94,8 @@ class ArrayImages:
             if self.classes is None:
                 raise UsageError(f"data.label_column: {name} must have classes counted from 0; got {least} to {most}")
             self.numbers = found.astype(np.int32)
+            if told := empty_classes([self.numbers], self.classes):
+                print_once_rank0(f"{self.arrays[0].path}: {counted(len(found), 'image')}{told}")
         else:
             self.columns, self.values = [name], torch.from_numpy(found.astype(np.float32))[:, None]
             self.unlabelled = f"data.label_column: {name} has numbers, not classes"

@@ -15,7 +15,9 @@ from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.instances import problem_of
 from fcmae.data.pixels.maps import stored_size
 from fcmae.data.sources.base import Sample
-from fcmae.errors import ConfigError, shown
+from fcmae.data.sources.heads import head_of, unreadable
+from fcmae.errors import ConfigError, counted, shown
+from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
 from fcmae.randomness import Stream, generator
 
@@ -64,6 +66,9 @@ class CocoImages:
     def __init__(self, file: str | Path, folder: str | Path, key: str) -> None:
         self.file, self.key = str(file), key
         self._read(_parsed(self.file, key), Path(folder))
+        told = unreadable(len(self), lambda index: head_of(self.paths[index]), self.describe)
+        if told:
+            print_once_rank0(f"{self.file}: {counted(len(self), 'image')}{told}")
 
     def _read(self, content: dict[str, Any], folder: Path) -> None:
         mistakes = Mistakes(f"{self.key}: {self.file}")

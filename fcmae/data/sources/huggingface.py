@@ -13,7 +13,9 @@ from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.remote.access import Access
 from fcmae.data.remote.objects import RemoteFile
 from fcmae.data.sources.base import Sample, class_names
-from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError, shown
+from fcmae.data.sources.heads import LENGTH, empty_classes, head_of, unreadable
+from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError, counted, shown
+from fcmae.messages import print_once_rank0
 
 
 class HuggingFace:
@@ -62,6 +64,10 @@ class HuggingFace:
         if labels is not None:
             self._read_labels(rows, labels)
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        told = unreadable(len(self), self._head, self.describe)
+        told += "" if self.classes is None else empty_classes([self.labels], self.classes)
+        if told:
+            print_once_rank0(f"{path}, split {split}: {counted(len(self), 'image')}{told}")
 
     def _download(self, access: Access) -> Any:
         """The rows of Parquet files at a URL, from their copies in the cache."""
@@ -124,13 +130,23 @@ class HuggingFace:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        data, path = self._stored(index)
+        image = read_file(path) if data is None else Encoded(data, self.describe(index))
+        return Sample(image, self.label(index))
+
+    def _stored(self, index: int) -> tuple[bytes | None, str]:
+        """The bytes of an image, or None and the path of its file. Raises ImageError."""
         name = self.describe(index)
         image = self.rows[index][self.image_column] or {}
         if image.get("bytes") is not None:
-            return Sample(Encoded(image["bytes"], name), self.label(index))
+            return image["bytes"], ""
         if image.get("path") is None:
             raise ImageError(name, "it has neither bytes nor a path")
-        return Sample(read_file(self._inside(image["path"], name)), self.label(index))
+        return None, self._inside(image["path"], name)
+
+    def _head(self, index: int) -> bytes:
+        data, path = self._stored(index)
+        return head_of(path) if data is None else data[:LENGTH]
 
     def _inside(self, path: str, name: str) -> str:
         """The path of an image, which must lie in the folder of the data set. Raises ImageError."""

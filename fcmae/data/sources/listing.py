@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.pixels.formats import EXTENSIONS
+from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.errors import UsageError, counted, shown
 from fcmae.files import one_at_a_time
@@ -91,24 +92,10 @@ def list_folder(root: Path, relist: bool = False, extensions: Sequence[str] = EX
         raise UsageError(f"{root} has no images; looked for {looked_for} (data.extensions){others.message()}")
     listing = Listing(root, arrays)
     told = others.message(listing.is_labelled)
-    if len(listing) < KEEP_FROM:  # whose listing is as old as this start
-        told += empty_files([listing.path(index) for index in range(len(listing))])
+    told += unreadable(len(listing), lambda index: head_of(listing.path(index)), listing.path)
     if told:
         print_once_rank0(f"{root}: {counted(len(listing), 'image')} ({looked_for}){told}")
     return listing
-
-
-def empty_files(paths: Sequence[str]) -> str:
-    """A part of a line that counts the files without content; nothing if there are none."""
-    empty = [path for path in paths if _size(path) == 0]
-    return f"; {len(empty):,} images are empty files, such as {shown(empty[0])}" if empty else ""
-
-
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # links to nothing are counted by themselves
-        return None
 
 
 @dataclass

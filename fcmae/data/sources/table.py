@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
-from fcmae.data.sources.listing import empty_files
+from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.errors import ConfigError, UsageError, shown
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
@@ -108,11 +108,11 @@ class TableImages:
 
 
 def _tell_problems(table: Path, paths: Sequence[str]) -> None:
-    """A line if several rows name the same file, or empty ones."""
+    """A line if several rows name the same file, or files that cannot be read."""
     seen = set[str]()
     twice = [path for path in paths if path in seen or seen.add(path)]  # type: ignore[func-returns-value]  # None
     told = f"; {len(twice):,} rows name the file of an earlier row, such as {shown(twice[0])}" if twice else ""
-    told += empty_files(paths)
+    told += unreadable(len(paths), lambda index: head_of(paths[index]), paths.__getitem__)
     if told:
         print_once_rank0(f"{table}: {len(paths):,} images{told}")
 

@@ -22,6 +22,7 @@ from fcmae.data.remote.access import Access
 from fcmae.data.remote.commands import Command
 from fcmae.data.remote.objects import BLOCK, RemoteFile, RemoteReader, read_beside
 from fcmae.data.sources.base import Sample, class_names, locate
+from fcmae.data.sources.heads import LENGTH, empty_classes, unreadable
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
 from fcmae.data.sources.tar_names import Rule
 from fcmae.errors import ImageError, UsageError, counted, shown
@@ -37,6 +38,7 @@ MAX_NAMES = 2**24
 TOO_MANY = f"if that is right, name all classes in {CLASSES_FILE} beside the tar files"
 
 Shard: TypeAlias = Path | RemoteFile | Command
+SPARSE_FILE = "it is stored as a sparse file, without its zeros; make the tar file without --sparse"
 
 
 class WebDataset:
@@ -72,14 +74,15 @@ class WebDataset:
             raise UsageError(
                 f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(rule.extensions)}"
             )
-        self._tell_left_out()
         self.classes = self._class_names()
         self._open = OpenFiles(access)
+        self._tell_problems()
+        self._open = OpenFiles(access)  # each process opens those that it reads
         self.stamps = [f"{shard} {shard.size} {shard.etag}" for shard in self.shards if isinstance(shard, RemoteFile)]
         """What changes with tar files at URLs."""
 
-    def _tell_left_out(self) -> None:
-        """Prints one line about files of the tar files that are not samples."""
+    def _tell_problems(self) -> None:
+        """Prints one line about files of the tar files that are not samples or cannot be read, and empty classes."""
         notes = [index.left_out for index in self.indices]
         further, without = sum(note.further for note in notes), sum(note.without for note in notes)
         told = []
@@ -95,9 +98,25 @@ class WebDataset:
             told.append(f"{empty:,} images are empty files, such as {shown(f'{self.shards[number]}/{name}')}")
         if any(note.at_last_dot for note in notes):
             told.append("samples' names end at the last dot, as the first dot would merge samples")
+        told += filter(None, [unreadable(len(self), self._head, self.describe)[2:]])
+        told += filter(None, [empty_classes([index.labels for index in self.indices], self.classes)[2:]])
         if told:
             files = f"{self.shards[0]}" + (f" to {self.shards[-1]}" if len(self.shards) > 1 else "")
             print_once_rank0(f"{files}: {counted(len(self), 'image')}; {'; '.join(told)}")
+
+    def _head(self, index: int) -> bytes | None:
+        """The first bytes of an image; None of an empty one, and in tar files at URLs. Raises OSError."""
+        shard, position = locate(self.ends, index)
+        entry = self.indices[shard]
+        size = int(entry.sizes[position])
+        if not size or not isinstance(self.shards[shard], Path):
+            return None
+        if size == SPARSE:
+            raise OSError(SPARSE_FILE)
+        start, left = self._open.read(self.shards[shard], int(entry.offsets[position]), min(size, LENGTH))
+        if left < size:
+            raise OSError(f"the tar file ends after {max(0, left)} of its {size} bytes")
+        return start
 
     @property
     def unlabelled(self) -> str:
@@ -147,9 +166,7 @@ class WebDataset:
         name = self.describe(index)
         size, offset = int(entry.sizes[position]), int(entry.offsets[position])
         if size == SPARSE:
-            raise ImageError(
-                name, "it is stored as a sparse file, without its zeros; make the tar file without --sparse"
-            )
+            raise ImageError(name, SPARSE_FILE)
         try:
             data, left = self._open.read(self.shards[shard], offset, size)
         except OSError as error:
