@@ -14,6 +14,7 @@ from torch import Tensor
 from fcmae.config import AugmentConfig, DataConfig, compose
 from fcmae.data.collate import Item, collate
 from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.pixels import augmented, operations
 from fcmae.data.pixels.augmented import Augmented, Drawn, Erased, erase
 from fcmae.data.pixels.operations import GROUPS, apply_operations
 from fcmae.data.pixels.policies import create_policy, fill_of
@@ -144,13 +145,16 @@ def test_operations_and_rectangles_are_as_frequent_as_timms():
     assert max(degrees) <= 30
 
 
-def test_a_batch_is_the_sum_of_its_parts():
+def test_a_batch_is_the_sum_of_its_parts(monkeypatch):
     samples = dataset("gpu", random_erasing=0.6)
     keys = [(0, index) for index in range(8)]
     parts = [packed(samples, part).to(CPU) for part in (keys[:4], keys[4:])]
     whole = packed(samples, keys)
     assert torch.equal(whole.to(CPU), torch.cat(parts))
     assert torch.equal(whole.to(CPU), torch.cat(parts)), "the batch itself was changed"
+    for module in (operations, augmented):
+        monkeypatch.setattr(module, "CHUNK", 1)
+    assert torch.equal(whole.to(CPU), torch.cat(parts)), "image by image"
 
 
 def test_workers_send_the_same_batches():

@@ -127,7 +127,7 @@ def pack_drawn(drawn: Sequence[Drawn]) -> Augmented:
 
 def erase(imgs: Tensor, erased: Sequence[tuple[int, Erased]]) -> Tensor:
     """Replaces rectangles of float32 ``[N, C, H, W]`` by normal noise, a function of their keys, in place."""
-    step = max(1, CHUNK // imgs[0].numel())
+    step = max(1, CHUNK // (4 * imgs[0].numel()))
     for start in range(0, len(erased), step):
         _erase(imgs, torch.tensor([[number, *rectangle] for number, rectangle in erased[start : start + step]]))
     return imgs

@@ -4,18 +4,30 @@ Results are those of Pillow to the bit, but for shears, translations and rotatio
 here and float64 there: a pixel in some ten thousands differs by one level. Nothing depends on the rest of a batch.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**24
-"""Values of images that an operation changes at once, for its memory."""
+CHUNK = 2**25
+"""Values that an operation reads at once; each takes about 20 bytes of memory."""
 
 Operation = tuple[str, float]
 """The name of timm's function, and its argument; 0 without one."""
+Change = Callable[[Tensor, Sequence[Operation], Sequence[int]], Tensor]
+"""Images, the operation of each, sorted by name, and the colour outside, to changed images."""
+
+
+class Group(NamedTuple):
+    """Operations that are done together."""
+
+    change: Change
+    reads: int
+    """Values that a result is made of."""
 
 
 def apply_operations(imgs: Tensor, lists: Sequence[Sequence[Operation]], fill: Sequence[int]) -> Tensor:
@@ -27,13 +39,13 @@ def apply_operations(imgs: Tensor, lists: Sequence[Sequence[Operation]], fill: S
         fill: the colour of what comes from outside of an image.
     """
     for layer in range(max(map(len, lists), default=0)):
-        groups: dict[Callable, list[tuple[int, str, float]]] = defaultdict(list)
+        groups: dict[Group, list[tuple[int, str, float]]] = defaultdict(list)
         for index, operations in enumerate(lists):
             if layer < len(operations):
                 name, argument = operations[layer]
                 groups[GROUPS[name]].append((index, name, argument))
-        for change, members in groups.items():
-            step = max(1, CHUNK // imgs[0].numel())
+        for (change, reads), members in groups.items():
+            step = max(1, CHUNK // (reads * imgs[0].numel()))
             for start in range(0, len(members), step):
                 part = sorted(members[start : start + step], key=lambda member: member[1])
                 chosen = torch.tensor([member[0] for member in part]).to(imgs.device, non_blocking=True)
@@ -57,10 +69,11 @@ def _by_table(imgs: Tensor, operations: Sequence[Operation], fill: Sequence[int]
     """What changes each value of a channel alike: a table of 256 values per image and channel."""
     levels = torch.arange(256, dtype=torch.float64, device=imgs.device)
     tables = [
-        TABLES[name](imgs[images], levels, argument).clamp(0, 255).to(torch.uint8).expand(-1, imgs.shape[1], -1)
+        TABLES[name](imgs[images], levels, argument).expand(-1, imgs.shape[1], -1)
         for name, images, argument in _runs(operations, imgs.device)
     ]
-    return torch.cat(tables).gather(2, imgs.flatten(2).long()).view_as(imgs)
+    table = torch.cat(tables).clamp(0, 255).to(torch.uint8)
+    return table.gather(2, imgs.flatten(2).long()).view_as(imgs)
 
 
 def _auto_contrast(imgs: Tensor, levels: Tensor, argument: Tensor) -> Tensor:
@@ -133,17 +146,11 @@ def _smooth(imgs: Tensor) -> Tensor:
     return smooth
 
 
-def _along(axes: str) -> Callable[[Tensor, Sequence[Operation], Sequence[int]], Tensor]:
+def _by_moving(imgs: Tensor, operations: Sequence[Operation], fill: Sequence[int], axes: str) -> Tensor:
     """Moves of pixels along x, y, or both: ``xy``."""
-
-    def move(imgs: Tensor, operations: Sequence[Operation], fill: Sequence[int]) -> Tensor:
-        height, width = imgs.shape[-2:]
-        places = torch.tensor(
-            [MATRICES[name](argument, height, width) for name, argument in operations], dtype=torch.float64
-        )
-        return _moved(imgs, places, axes, fill)
-
-    return move
+    height, width = imgs.shape[-2:]
+    places = [MATRICES[name](argument, height, width) for name, argument in operations]
+    return _moved(imgs, torch.tensor(places, dtype=torch.float64), axes, fill)
 
 
 def _moved(imgs: Tensor, places: Tensor, axes: str, fill: Sequence[int]) -> Tensor:
@@ -159,30 +166,28 @@ def _moved(imgs: Tensor, places: Tensor, axes: str, fill: Sequence[int]) -> Tens
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     cols, across = _taps(x, width, "x" in axes)
     rows, down = _taps(y, height, "y" in axes)
-    values = imgs.flatten(2)
-
-    def pixels(row: Tensor, col: Tensor) -> Tensor:
-        place = (row * width + col).flatten(1)[:, None].expand(-1, imgs.shape[1], -1)
-        return values.gather(2, place).view_as(imgs).float()
-
-    found = _cubic([_cubic([pixels(row, col) for col in cols], across) for row in rows], down)
+    places_of_taps = (rows[:, :, None] * width + cols[:, None]).flatten(1)  # [n, rows * cols * H * W]
+    found = imgs.flatten(2).gather(2, places_of_taps[:, None].expand(-1, imgs.shape[1], -1)).float()
+    found = found.view(*imgs.shape[:2], rows.shape[1], cols.shape[1], height, width)
+    found = _cubic(_cubic(found, 3, across[:, None, None]), 2, down[:, None])
     outside = torch.tensor(fill, dtype=torch.uint8).to(imgs.device, non_blocking=True)[:, None, None]
     return torch.where(inside[:, None], found.clamp(0, 255).to(torch.uint8), outside)
 
 
-def _taps(place: Tensor, side: int, moves: bool) -> tuple[list[Tensor], Tensor]:
-    """The four pixels about each place on an axis, one where nothing moves; and how far it is past the second."""
-    first = (place - 0.5).floor()
-    number = first.long()
-    pixels = [(number + tap).clamp(0, side - 1) for tap in (range(-1, 3) if moves else range(1))]
-    return pixels, (place - 0.5 - first).float()[:, None]
+def _taps(place: Tensor, side: int, moves: bool) -> tuple[Tensor, Tensor]:
+    """Pixels that places ``[n, H, W]`` on an axis are read from: four about each, int64 ``[n, 4, H, W]``, or one where
+    nothing moves; and how far each place is past the second of four."""
+    place = place - 0.5
+    first = place.floor()
+    taps = torch.arange(-1, 3, device=place.device) if moves else torch.zeros(1, dtype=torch.int64, device=place.device)
+    return (first.long()[:, None] + taps[:, None, None]).clamp(0, side - 1), (place - first).float()
 
 
-def _cubic(values: Sequence[Tensor], past: Tensor) -> Tensor:
-    """Between the second and third of four values, by Pillow's polynomial (a = -1); a single one as it is."""
-    if len(values) == 1:
-        return values[0]
-    one, two, three, four = values
+def _cubic(values: Tensor, dim: int, past: Tensor) -> Tensor:
+    """Between the second and third of four values along ``dim``, by Pillow's polynomial (a = -1); of one, that one."""
+    if values.shape[dim] == 1:
+        return values.squeeze(dim)
+    one, two, three, four = values.unbind(dim)
     linear, square, cube = three - one, 2 * (one - two) + three - four, two - one - three + four
     return two + past * (linear + past * (square + past * cube))
 
@@ -204,12 +209,13 @@ MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "translate_y_rel": lambda share, height, width: (1, 0, 0, 0, 1, share * height),
 }
 """From an argument, height and width to a place before the move: (a x + b y + c, d x + e y + f)."""
-_along_x, _along_y, _turned = _along("x"), _along("y"), _along("xy")
-GROUPS: dict[str, Callable[[Tensor, Sequence[Operation], Sequence[int]], Tensor]] = {
-    **dict.fromkeys(TABLES, _by_table),
-    **dict.fromkeys(("color", "desaturate", "sharpness"), _by_blending),
+_tables, _blends = Group(_by_table, 1), Group(_by_blending, 1)
+_along_x, _along_y = (Group(functools.partial(_by_moving, axes=axis), 4) for axis in "xy")
+GROUPS: dict[str, Group] = {
+    **dict.fromkeys(TABLES, _tables),
+    **dict.fromkeys(("color", "desaturate", "sharpness"), _blends),
     **dict.fromkeys(("shear_x", "translate_x_abs", "translate_x_rel"), _along_x),
     **dict.fromkeys(("shear_y", "translate_y_abs", "translate_y_rel"), _along_y),
-    "rotate": _turned,
+    "rotate": Group(functools.partial(_by_moving, axes="xy"), 16),
 }
 """What does an operation, for all images that have one of its group."""
