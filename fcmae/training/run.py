@@ -40,7 +40,14 @@ def pretrain(cfg: PretrainConfig, run_dir: Path) -> Path:
 def finetune(cfg: FinetuneConfig, run_dir: Path) -> Path:
     """Fine-tunes and returns the last checkpoint. Every rank of a launch calls this."""
     work = train if cfg.recipe is None else search
-    return _run(cfg, run_dir, lambda world: Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir))), work)
+
+    def task(world: World) -> Finetuning:
+        made = Finetuning(cfg, world.from_main(lambda: find_start(cfg, run_dir)))
+        if cfg.augment.on == "gpu" and world.device.type == "cpu":
+            made.notes.append("augment.on=gpu: without a GPU the training process augments, on the CPU; workers do not")
+        return made
+
+    return _run(cfg, run_dir, task, work)
 
 
 def _pretraining(cfg: PretrainConfig, device: str, start: Start) -> Pretraining:

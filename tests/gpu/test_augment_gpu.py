@@ -32,6 +32,14 @@ def test_the_gpu_has_the_cpus_bits(batch):
     assert torch.equal(batch.to(CUDA, non_blocking=True).cpu(), batch.to(CPU))
 
 
+def test_16_bits_reach_the_gpu():
+    cfg = DataConfig(image_size=32, bit_depth=12)
+    transform = finetune_transform(cfg, AugmentConfig(random_erasing=0.9, on="gpu"))
+    images = torch.randint(0, 4096, (4, 3, 40, 40)).to(torch.uint16)
+    packed = collate([Item((transform(image), 0), []) for image in images]).parts[0]
+    assert torch.equal(packed.to(CUDA).cpu(), packed.to(CPU))
+
+
 def test_the_host_does_not_wait_for_the_gpu(batch):
     batch.to(CUDA, non_blocking=True)
     torch.cuda.synchronize()

@@ -201,7 +201,8 @@ def test_no_command_overwrites_what_it_reads(fcmae, pretrained, tmp_path):
 def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
     common = (*TINY_FINETUNE, "optim.ema_decay=0.9", "model.drop_path_rate=0.2", "augment.mixup=0.8")
     common += ("augment.on=gpu", "augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.25")
-    fcmae(*common, "hydra.run.dir=whole")
+    said = fcmae(*common, "hydra.run.dir=whole").stderr
+    assert "augment.on=gpu: without a GPU the training process augments" in said
     fcmae(*common, "hydra.run.dir=parts", "trainer.max_steps=4", check=75)
     fcmae(*common, "hydra.run.dir=parts")
     whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))

@@ -1,6 +1,5 @@
 """``augment.on=gpu``, here on the CPU: the same draws and pictures as timm's and Pillow's, whatever the batch is."""
 
-import dataclasses
 import functools
 import random
 from collections import Counter
@@ -180,17 +179,28 @@ def test_noise_is_normal_and_belongs_to_its_key():
     assert torch.equal(alone[0], imgs[0])
 
 
-def test_other_pixels_are_erased_and_normalised_too():
-    cfg = DataConfig(image_size=32, in_chans=2, bit_depth=12, mean=[0.5, 0.4], std=[0.2, 0.1])
-    source = [torch.randint(0, 4096, (2, 40, 40)).to(torch.uint16)]
-    for given in (cfg, dataclasses.replace(cfg, normalize="image", mean=[], std=[])):
-        results = []
-        for on in ("cpu", "gpu"):
-            transform = finetune_transform(given, AugmentConfig(on=on))
-            seed_globals(0, Stream.AUGMENT)
-            results.append(transform(source[0]))
-        assert isinstance(results[1], Drawn)
-        assert torch.equal(collate([Item((results[1], 0), [])]).parts[0].to(CPU)[0], results[0])
+INVERTED = {"_target_": "torchvision.transforms.v2.RandomInvert", "p": 0.5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bit_depth": 12},
+        {"dtype": "float32", "normalize": "image", "mean": [], "std": []},
+        {"dtype": "float32", "normalize": "window", "low": 10, "high": 4000, "mean": [], "std": []},
+        {"bit_depth": 12, "transforms": [INVERTED]},
+    ],
+)
+def test_other_pixels_are_normalised_and_transformed_as_on_the_cpu(given):
+    cfg = DataConfig(**{"image_size": 32, "in_chans": 2, "mean": [0.5, 0.4], "std": [0.2, 0.1]} | given)
+    image = torch.randint(0, 4096, (2, 40, 40)).to(torch.float32 if cfg.dtype == "float32" else torch.uint16)
+    results: list = []
+    for where in ("cpu", "gpu"):
+        transform = finetune_transform(cfg, AugmentConfig(on=where))
+        seed_globals(0, Stream.AUGMENT)
+        results.append(transform(image))
+    assert isinstance(results[1], Drawn)
+    assert torch.equal(collate([Item((results[1], 0), [])]).parts[0].to(CPU)[0], results[0])
 
 
 @pytest.mark.parametrize(
