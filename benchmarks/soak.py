@@ -31,6 +31,8 @@ WARM_UP = 0.25
 """Share of the run that is left out of the fits: caches fill, the allocator settles."""
 WINDOWS = 40
 """For the CPU time of a step, which is a difference of two samples."""
+PARTS = 10
+"""Of a run, for what goes up and down by much."""
 CUDA_SINK = f"logger.sinks.cuda._target_={Path(__file__).resolve()}:CudaMemory"
 TICKS = os.sysconf("SC_CLK_TCK")
 SLOTS = ("memory, MiB", "shared memory, MiB", "handles", "threads")
@@ -186,7 +188,7 @@ def fits(samples: list[dict[str, Any]], run_dir: Path) -> list[Fit]:
     for what in SLOTS:
         found.append(Fit.of(f"all: {what}", hours, [sum(p[what] for p in one["processes"].values()) for one in kept]))
     found.append(Fit.of("all: processes", hours, [len(one["processes"]) for one in kept]))
-    found += [Fit.of(what, hours, [one[what] for one in kept]) for what in ("disk, MiB", "files")]
+    found += [_highest(what, kept) for what in ("disk, MiB", "files")]
     found.append(_cpu_of_a_step(kept, everywhere))
     logged = [line for line in read_lines(run_dir / "metrics.jsonl") if "images_per_second" in line]
     logged = logged[int(WARM_UP * len(logged)) :]
@@ -198,6 +200,13 @@ def fits(samples: list[dict[str, Any]], run_dir: Path) -> list[Fit]:
             times = [line["time"] / 3600 for line in cuda]
             found.append(Fit.of(f"torch.cuda: {what}", times, [line[what] for line in cuda]))
     return found
+
+
+def _highest(what: str, kept: list[dict[str, Any]]) -> Fit:
+    """Of the largest values of parts of the run: there are two or three checkpoints, and one that is being written."""
+    parts = [part for part in np.array_split(np.arange(len(kept)), PARTS) if len(part)]
+    hours = [float(np.mean([kept[i]["time"] for i in part])) / 3600 for part in parts]
+    return Fit.of(what, hours, [max(kept[i][what] for i in part) for part in parts])
 
 
 def _cpu_of_a_step(kept: list[dict[str, Any]], pids: list[int]) -> Fit:

@@ -100,10 +100,14 @@ def delete_strays(run_dir: Path, processes: Collection[Process] | None = None) -
             stray.unlink(missing_ok=True)
 
 
-def delete_remains(path: Path) -> None:
-    """Deletes temporary files and folders for ``path`` that killed processes of this machine left beside it."""
+def delete_remains(path: Path, of_all: bool = False) -> None:
+    """Deletes temporary files and folders that killed processes of this machine left beside ``path``.
+
+    Args:
+        of_all: not only those for ``path``, but for every file in its folder.
+    """
     place = _tag(Process.this()).partition("-")[2]
-    for stray in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    for stray in path.parent.glob(f"{'*' if of_all else glob.escape(path.name)}.*.tmp"):
         found = STRAY.search(stray.name)
         pid, _, left_at = found[1].partition("-") if found else ("", "", "")
         if left_at == place and not Path(f"/proc/{pid}").exists():

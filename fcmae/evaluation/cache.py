@@ -112,7 +112,7 @@ class CachedExtractor:
         path = self._path(wanted)
         try:
             own_folder(self.folder)
-            delete_remains(path)
+            delete_remains(path, of_all=True)  # names change with the images
             tensors = {name: value.cpu().contiguous() for name, value in features._asdict().items()}
             with replacing(path, 0o644) as file:
                 file.write(save(tensors, {"wanted": wanted}))

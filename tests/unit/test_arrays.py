@@ -10,6 +10,7 @@ import pytest
 
 from fcmae.data.arrays import folders
 from fcmae.data.arrays import shared_chunks as module
+from fcmae.data.arrays.codecs import scalar
 from fcmae.data.arrays.shared_chunks import Layout, SharedChunks, shared_chunks
 from fcmae.data.arrays.stored import open_stored
 
@@ -90,6 +91,12 @@ def test_chunks_that_are_not_stored_have_the_fill_value(tmp_path, version, fill)
         values = found.read((slice(0, 4), slice(0, 5), 2))
         assert np.array_equal(values, made[:, :, 2], equal_nan=True)
         found._chunk = None
+
+
+@pytest.mark.parametrize(("fill", "dtype"), [("NaN", "uint8"), (1e300, "int16"), (-1e30, "float16"), ("a", "int8")])
+def test_a_fill_value_that_the_type_cannot_hold_is_refused(fill, dtype):
+    with pytest.raises(ValueError, match="its fill_value is"):
+        scalar(fill, np.dtype(dtype))
 
 
 @pytest.mark.parametrize(

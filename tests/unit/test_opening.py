@@ -151,19 +151,25 @@ def test_files_of_a_process_elsewhere_with_the_same_number_stay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "write",
+    ("write", "of_all"),
     [
-        lambda file: write_result(file, {}),
-        lambda file: Arrays({}, {}).save(file),
-        lambda file: CachedExtractor(None, file.parent, {})._write("", Features(torch.zeros(1, 1), torch.zeros(1))),
+        (lambda file: write_result(file, {}), False),
+        (lambda file: Arrays({}, {}).save(file), True),
+        (
+            lambda file: CachedExtractor(None, file.parent, {})._write("", Features(torch.zeros(1, 1), torch.zeros(1))),
+            True,
+        ),
     ],
 )
-def test_what_a_killed_process_left_of_a_file_is_deleted_when_the_file_is_written(write, tmp_path):
-    """Results of a study, listings, features: nothing else looks for such files. Those of living processes stay."""
+def test_what_a_killed_process_left_of_a_file_is_deleted_when_the_file_is_written(write, of_all, tmp_path):
+    """Results of a study; listings and features, whose names change with the images. Those of living processes stay."""
     file = CachedExtractor(None, tmp_path, {})._path("")
-    mine = temporary_path(file)
-    left = mine.with_name(mine.name.replace(f".{os.getpid()}-", f".{2**22 + 1}-"))  # no process has this number
-    for path in (mine, left):
+    mine, other = temporary_path(file), temporary_path(tmp_path / "other")
+    left, left_of_other = (
+        path.with_name(path.name.replace(f".{os.getpid()}-", f".{2**22 + 1}-"))  # no process has this number
+        for path in (mine, other)
+    )
+    for path in (mine, left, left_of_other):
         path.touch()
     write(file)
-    assert sorted(tmp_path.iterdir()) == sorted([file, mine])
+    assert sorted(tmp_path.iterdir()) == sorted([file, mine] if of_all else [file, mine, left_of_other])

@@ -132,6 +132,7 @@ def scalar(fill: Any, dtype: np.dtype) -> np.ndarray:
     try:
         if isinstance(fill, str) and fill.startswith("0x"):  # the bytes of a float
             return np.frombuffer(bytes.fromhex(fill[2:]), dtype.newbyteorder(">"))[0].astype(dtype.newbyteorder("="))
-        return np.array(named.get(fill, fill)).astype(dtype.newbyteorder("="), casting="unsafe").reshape(())
-    except (TypeError, ValueError, OverflowError) as error:
+        with np.errstate(invalid="raise", over="raise"):  # NaN as an integer
+            return np.array(named.get(fill, fill)).astype(dtype.newbyteorder("="), casting="unsafe").reshape(())
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"its fill_value is {fill!r}") from error

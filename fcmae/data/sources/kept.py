@@ -65,7 +65,7 @@ class Arrays:
 
     def save(self, path: Path) -> None:
         """Writes the whole file or nothing. Raises OSError."""
-        delete_remains(path)
+        delete_remains(path, of_all=True)
         with replacing(path, 0o644) as file:
             file.write(save(self.arrays, {"meta": json.dumps(self.meta)}))
 
