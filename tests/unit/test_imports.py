@@ -67,7 +67,7 @@ ALLOWED = {
     "config": set(),
     "engines": {"kernels", "masks"},
     "targets": {"masks"},
-    "data": {"config", "masks"},
+    "data": {"config", "kernels", "masks"},
     "checkpoints": {"config"},
     "optim": {"config", "engines"},
     "models": {"checkpoints", "config", "data", "engines", "kernels", "masks", "targets"},

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fcmae.toolchain import HAS_C_COMPILER
+
 CHUNK = 2**25
 """Values that an operation reads at once; each takes about 20 bytes of memory."""
 
@@ -149,29 +151,43 @@ def _smooth(imgs: Tensor) -> Tensor:
 def _by_moving(imgs: Tensor, operations: Sequence[Operation], fill: Sequence[int], axes: str) -> Tensor:
     """Moves of pixels along x, y, or both: ``xy``."""
     height, width = imgs.shape[-2:]
-    places = [MATRICES[name](argument, height, width) for name, argument in operations]
-    return _moved(imgs, torch.tensor(places, dtype=torch.float64), axes, fill)
+    made = [MATRICES[name](argument, height, width) for name, argument in operations]
+    places = torch.tensor(made, dtype=torch.float64).to(imgs.device, non_blocking=True)
+    outside = torch.tensor(fill, dtype=torch.int32).to(imgs.device, non_blocking=True)
+    fused = _fused() if imgs.is_cuda else None
+    return moved_by_torch(imgs, places, outside, axes) if fused is None else fused(imgs, places, outside)
 
 
-def _moved(imgs: Tensor, places: Tensor, axes: str, fill: Sequence[int]) -> Tensor:
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The kernel that does the same as :func:`moved_by_torch`; None where Triton cannot run."""
+    try:
+        from fcmae.kernels.moves_triton import moved
+    except ModuleNotFoundError:
+        return None
+    return moved if HAS_C_COMPILER else None
+
+
+def moved_by_torch(imgs: Tensor, places: Tensor, fill: Tensor, axes: str) -> Tensor:
     """Images whose pixel at (x, y) is that at (a x + b y + c, d x + e y + f) before, by Pillow's bicubic filter.
 
     Args:
-        places: a to f of each image, float64 ``[n, 6]``, on the CPU.
+        places: a to f of each image, float64 ``[n, 6]``.
+        fill: the colour of what comes from outside, int32 ``[3]``.
+        axes: along which pixels move: ``x``, ``y`` or ``xy``.
     """
     height, width = imgs.shape[-2:]
-    a, b, c, d, e, f = places.to(imgs.device, non_blocking=True)[:, :, None, None].unbind(1)
+    a, b, c, d, e, f = places[:, :, None, None].unbind(1)
     x, y = (torch.arange(side, dtype=torch.float64, device=imgs.device) + 0.5 for side in (width, height))
     x, y = a * x + b * y[:, None] + c, d * x + e * y[:, None] + f
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     cols, across = _taps(x, width, "x" in axes)
     rows, down = _taps(y, height, "y" in axes)
-    places_of_taps = (rows[:, :, None] * width + cols[:, None]).flatten(1)  # [n, rows * cols * H * W]
-    found = imgs.flatten(2).gather(2, places_of_taps[:, None].expand(-1, imgs.shape[1], -1)).float()
+    read = (rows[:, :, None] * width + cols[:, None]).flatten(1)  # [n, rows * cols * H * W]
+    found = imgs.flatten(2).gather(2, read[:, None].expand(-1, imgs.shape[1], -1)).float()
     found = found.view(*imgs.shape[:2], rows.shape[1], cols.shape[1], height, width)
     found = _cubic(_cubic(found, 3, across[:, None, None]), 2, down[:, None])
-    outside = torch.tensor(fill, dtype=torch.uint8).to(imgs.device, non_blocking=True)[:, None, None]
-    return torch.where(inside[:, None], found.clamp(0, 255).to(torch.uint8), outside)
+    return torch.where(inside[:, None], found.clamp(0, 255).to(torch.uint8), fill[:, None, None].to(torch.uint8))
 
 
 def _taps(place: Tensor, side: int, moves: bool) -> tuple[Tensor, Tensor]:
