@@ -1,14 +1,17 @@
 """Uncompressed TIFF files: parts of them are those of the decoded image."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from fcmae.data.pixels import plain_tiff
-from fcmae.data.pixels.decode import Encoded, PixelFormat, open_image
+from fcmae.data.pixels import files, plain_tiff
+from fcmae.data.pixels.decode import PixelFormat, open_image
+from fcmae.data.pixels.files import Encoded, read_file
 from fcmae.errors import ImageError
+from tests.damaged_files import KINDS, damage
 
 tifffile = pytest.importorskip("tifffile")
 RNG = np.random.default_rng(0)
@@ -81,3 +84,49 @@ def test_damage_is_an_error_whatever_part_is_read():
     for data, message in ((PLAIN["16 bits"][0][:-100], "a.tif"), (PLAIN["16 bits"][0], "loader.max_pixels")):
         with pytest.raises(ImageError, match=message):
             open_image(Encoded(data, "a.tif"), PixelFormat(1, 16, 1999)).part(0, 0, 4, 4)
+
+
+def outcome(image, to):
+    """A part of an image, or the error without its name."""
+    try:
+        opened = open_image(image, to)
+        height, width = opened.size
+        return [opened.part(0, 0, 1, width)[0][:, :1], opened.pixels(1)[:, height // 3 :, width // 2 :].clone()]
+    except ImageError as error:
+        return error.reason
+
+
+def test_a_large_file_is_read_in_part_as_from_memory(tmp_path, monkeypatch):
+    """Also what is damaged, by the same seed: the same pixels, or the same words."""
+    monkeypatch.setattr(files, "LARGE", 1)
+    rng, parts = np.random.default_rng(0), 0
+    for name, (data, channels, bits) in {**PLAIN, **OTHERS}.items():
+        damaged = [damage(data, kind, rng) for kind in KINDS * 4]
+        for content in [data, *damaged]:
+            path = tmp_path / "a.tif"
+            path.write_bytes(content)
+            for to in (PixelFormat(channels, bits), PixelFormat(channels, dtype="float32")):
+                image = read_file(path)
+                assert (type(image), image.data, image.name) == (files.LargeTiff, content, str(path))
+                ours, theirs = outcome(image, to), outcome(Encoded(content, image.name), to)
+                assert isinstance(ours, list) == isinstance(theirs, list), name
+                if isinstance(ours, list):
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+                    parts += 1
+                else:
+                    assert ours == theirs
+    assert parts > 2 * len(PLAIN)
+
+
+def test_a_large_file_that_changes_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 1)
+    path = tmp_path / "a.tif"
+    path.write_bytes(PLAIN["16 bits"][0])
+    opened, image = open_image(read_file(path), PixelFormat(1, 16)), read_file(path)
+    os.truncate(path, 2000)
+    with pytest.raises(ImageError, match=f"{path}: it is cut off"):
+        opened.part(20, 0, 10, 50)
+    path.unlink()
+    for read in (lambda: image.data, lambda: read_file(path), lambda: open_image(image, PixelFormat(1, 16))):
+        with pytest.raises(ImageError, match=f"{path}: No such file"):
+            read()

@@ -6,9 +6,7 @@ rules as a table.
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,28 +18,18 @@ from torch import Tensor
 from fcmae.config import DataConfig
 from fcmae.data.pixels import dicom, jpeg, jpeg2000, plain_tiff, png, scientific
 from fcmae.data.pixels.bands import cut_band, segments
+from fcmae.data.pixels.files import Encoded as Encoded
+from fcmae.data.pixels.files import LargeTiff
+from fcmae.data.pixels.files import read_file as read_file
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, RemoteError, UsageError, counted, shown
-from fcmae.opening import open_regular
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
 """Pillow's modes whose conversion keeps the scale of brightness; it clips others."""
 
-MAX_BYTES = 2**32
-"""Of a file. A sparse file of any length takes no room on a disk."""
-
-TIFF_NAMES = (".tif", ".tiff")
-
 WIDE_MODES = {"I": "int32", "F": "float32"}
 """Other modes of Pillow, and the types of their values."""
-
-
-class Encoded(NamedTuple):
-    """The undecoded bytes of an image file, and its path for messages."""
-
-    data: bytes
-    name: str
 
 
 class PixelFormat(NamedTuple):
@@ -150,19 +138,6 @@ class StoredImage(LazyImage):
             return to_tensor(stored, self._to)
 
 
-def read_file(path: str | Path) -> Encoded:
-    """The bytes of an image file. Raises ImageError naming it."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                hint = "; data=array reads windows of a large TIFF" if str(path).lower().endswith(TIFF_NAMES) else ""
-                raise ImageError(str(path), f"it has {size} bytes; at most {MAX_BYTES} are read{hint}")
-            return Encoded(file.read(), str(path))
-    except OSError as error:
-        raise ImageError(str(path), error.strerror or str(error)) from error
-
-
 def decode(
     image: Encoded | Tensor | LazyImage,
     in_chans: int,
@@ -184,6 +159,14 @@ def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImag
     if isinstance(image, Tensor):
         return _decoded(image.float() if to.is_float else image)
     with explained(image.name):
+        if isinstance(image, LargeTiff):
+            in_file = None
+            with contextlib.suppress(Exception):  # what is wrong, the decoders below say
+                if not to.is_float:
+                    in_file = plain_tiff.opened_file(image.name, to.in_chans, to.bit_depth, to.exact, to.max_pixels)
+            if in_file is not None:
+                return StoredImage(in_file.size, image.name, in_file, to)
+            image = Encoded(image.data, image.name)
         is_jpeg = image.data.startswith(jpeg.MAGIC)
         where = segments(image.data) if is_jpeg else {}
         if is_jpeg:

@@ -17,7 +17,7 @@ from typing import IO, TypeAlias
 from tqdm import tqdm
 
 from fcmae.config import LoaderConfig
-from fcmae.data.pixels.decode import MAX_BYTES, Encoded
+from fcmae.data.pixels.files import MAX_BYTES, Encoded
 from fcmae.data.remote.access import Access
 from fcmae.data.remote.commands import Command
 from fcmae.data.remote.objects import BLOCK, RemoteFile, RemoteReader, read_beside
