@@ -147,8 +147,10 @@ def write_lists(folder: Path, name: str, rows: list[list[Any]], annotations: lis
 
 
 def subset(data: Path, count: int, seed: int) -> str:
-    """Writes the lists of the first ``count`` training canvases in the order of a seed, and returns their name."""
+    """Writes the lists of the first ``count`` training canvases in the order of a seed once, and returns their name."""
     folder, name = data / "train", f"train_{count}_{seed}"
+    if (folder / f"{name}.json").exists():
+        return name
     order = np.random.default_rng([1, seed]).permutation(PARTS["train"])[:count]
     with (folder / "train.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
