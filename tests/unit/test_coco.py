@@ -82,6 +82,9 @@ def test_all_mistakes_are_told_together_with_the_first_offenders(squares):
     assert len(lines) == 10
 
 
+NO_PATH = '{"images": [{"file_name": "%s", "id": 1, "height": 4, "width": 4}], "annotations": [], "categories": []}'
+
+
 def test_other_files_are_refused_in_one_line(squares):
     for text, message in (
         ("{", "is not JSON"),
@@ -89,6 +92,8 @@ def test_other_files_are_refused_in_one_line(squares):
         ("[]", "must be a COCO file, .*; got a list"),
         ('{"images": 1}', "must be a COCO file, .*; got no list `images`"),
         ('{"images": [], "annotations": []}', "its list images is empty"),
+        (NO_PATH % r"\ud800.png", "1 images are not in .*: .*ud800.png"),
+        (NO_PATH % r"\u0000.png", "1 images are not in .*: .*x00.png"),
     ):
         (squares / "other.json").write_text(text)
         with pytest.raises(ConfigError, match=message) as error:

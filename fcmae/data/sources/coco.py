@@ -88,7 +88,7 @@ class CocoImages:
                 mistakes.add("images without file_name, id, height or width", f"number {number + 1}")
                 continue
             path = os.path.join(top, name)
-            real = top if "\0" in path else os.path.realpath(path)
+            real = os.path.realpath(path) if _is_path(path) else top
             if identity in seen:
                 mistakes.add("images have the id of another", f"{shown(name)} ({identity})")
             elif os.path.commonpath([real, top]) != top:
@@ -119,6 +119,14 @@ class CocoImages:
         """Height and width of an image, as the file says."""
         height, width = self.sizes[index].tolist()
         return height, width
+
+
+def _is_path(text: str) -> bool:
+    """Whether a file can have this name; not with half a character of UTF-16, which JSON may hold."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 class CocoObjects(CocoImages):
