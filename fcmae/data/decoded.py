@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fcmae.data.pixels.decode import LazyImage
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.errors import UsageError
 
@@ -12,6 +13,18 @@ SHARE = 0.8
 ALIGN = 64
 """Images begin at multiples of so many bytes."""
 GIB = 2**30
+
+
+class KeptImage(LazyImage):
+    """An image in memory, ``[C, H, W]`` with its channels last there. What it gives is a copy that may be changed."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__((kept.shape[1], kept.shape[2]), lambda _: kept.clone())
+        self._kept = kept.permute(1, 2, 0)
+
+    def part(self, top: int, left: int, height: int, width: int) -> tuple[Tensor, int, int]:
+        copied = self._kept[top : top + height, left : left + width].clone()
+        return copied.permute(2, 0, 1), top, left
 
 
 class DecodedImages(Wrapper):
@@ -39,8 +52,7 @@ class DecodedImages(Wrapper):
     def __getitem__(self, index: int) -> Sample:
         if not self.is_readable(index):
             return self.source[index]
-        # A copy, since what gets an image may change it.
-        return self.unread(index)._replace(image=self._view(index).clone())
+        return self.unread(index)._replace(image=KeptImage(self._view(index)))
 
     def unread(self, index: int) -> Sample:
         """The sample without its pixels."""

@@ -111,9 +111,13 @@ def test_validation_images_and_what_cannot_be_read(folder):
     resident = Resident(source, None, (32, 32))
     with pytest.raises(ImageError, match=r"05.jpg: its bytes are of no image format"):
         MaskedImages(source, RandomCrop(data(folder)), (1, 1), 0, 1, resident)[0, bad]
-    source[0].image.zero_()  # a copy
-    assert source[0].image.any()
-    assert source[0].image.stride(0) == 1
+    image, whole = source[0].image, source[0].image.pixels(1)
+    part, top, left = image.part(3, 4, 5, 6)
+    assert (part.stride(0), whole.stride(0), top, left) == (1, 1, 3, 4)
+    assert torch.equal(part, whole[:, 3:8, 4:10])
+    for copied in (image.pixels(1), part):
+        copied.zero_()
+    assert torch.equal(source[0].image.pixels(1), whole)
     assert isinstance(val_source(data(folder, "ram")), DecodedImages)
 
 
@@ -150,8 +154,9 @@ def test_in_a_process_that_was_spawned(folder, monkeypatch):
     finally:
         multiprocessing.set_start_method(before, force=True)
     for index in set(range(COUNT)) - {5 // 2 + COUNT // 2}:  # the unreadable one
-        assert found[index].image.equal(expected[index].image)
-        assert found[index].image.any()
+        pixels = found[index].image.pixels(1)
+        assert pixels.equal(expected[index].image.pixels(1))
+        assert pixels.any()
     assert batch[0].any()
 
 
@@ -163,12 +168,12 @@ def test_the_ranks_of_a_machine_share_them(monkeypatch):
     first = decoded(source, to)
     source.read = False
     second = decoded(source, to)
-    assert all(torch.equal(first[i].image, second[i].image) for i in range(3))
+    assert all(torch.equal(first[i].image.pixels(1), second[i].image.pixels(1)) for i in range(3))
     first.memory[0] = 77  # the same memory
-    assert second[0].image[0, 0, 0] == 77
+    assert second[0].image.pixels(1)[0, 0, 0] == 77
     source.read = True
     monkeypatch.setattr("fcmae.processes.Process.is_alive", lambda _: False)
-    assert decoded(source, to)[0].image[0, 0, 0] == 0
+    assert decoded(source, to)[0].image.pixels(1)[0, 0, 0] == 0
 
 
 def test_what_does_not_fit_is_refused_with_numbers(folder, monkeypatch):

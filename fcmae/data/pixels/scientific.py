@@ -132,6 +132,7 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     return np.ascontiguousarray(np.flip(pixels, flips[turn]) if turn in flips else pixels)
 
 
+@functools.lru_cache(maxsize=64)
 def check_type(stored: np.dtype, dtype: str = "uint") -> None:
     """Raises ValueError for stored pixels of a type that ``data.dtype`` does not read."""
     if stored.name in TYPES[dtype]:
