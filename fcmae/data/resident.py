@@ -37,11 +37,13 @@ class Resident:
         self.images, self.size, self.pad = images, size, pad
         self.channels = list(range(images.channels)) if channels is None else channels
         self.number = next(_numbers)
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         _residents[self.number] = self
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """All values in a row; the first value of each image, and its height and width, ``[N, 2]``.
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All values in a row; the first value of each image, its height and width ``[N, 2]``; the crops' channels.
+
+        Copied once: the host waits for each copy, and with it for the steps before.
 
         Raises UsageError if they do not fit.
         """
@@ -53,7 +55,8 @@ class Resident:
             values = torch.from_numpy(images.memory[: images.bytes]).view(images.dtype)
             first = torch.from_numpy(images.offsets) // images.dtype.itemsize
             sizes = torch.from_numpy(images.sizes.astype("int64"))
-            self._on[device] = values.to(device), first.to(device), sizes.to(device)
+            channels = torch.tensor(self.channels, device=device)
+            self._on[device] = values.to(device), first.to(device), sizes.to(device), channels
         return self._on[device]
 
     def crops(self, index: Tensor, boxes: Tensor, device: torch.device) -> Tensor:
@@ -63,12 +66,11 @@ class Resident:
             index: the images, int64 ``[N]``, in host memory like ``boxes``.
             boxes: int64 ``[N, 7]``: :class:`~fcmae.data.pixels.crops.Box`.
         """
-        values, first, sizes = self.on(device)
+        values, first, sizes, channels = self.on(device)
         rows, cols = (int(side) for side in boxes[:, 2:4].amax(0))
         weights = 8 * (rows * self.size[0] + cols * self.size[1])
         step = max(1, CHUNK // (4 * len(self.channels) * rows * max(cols, self.size[1]) + weights))
         moved_index, moved = index.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
-        channels = torch.tensor(self.channels, device=device)
         parts = []
         # Whatever precision training has, these products are exact enough.
         with no_autocast(device), full_precision(device):
@@ -79,7 +81,7 @@ class Resident:
         crops = torch.cat(parts) if len(parts) > 1 else parts[0]
         plain = crops.view(torch.int16) if crops.dtype == torch.uint16 else crops  # which torch cannot index everywhere
         for turns in range(1, 4):
-            chosen = (boxes[:, 6] == turns).nonzero()[:, 0].to(device)
+            chosen = (boxes[:, 6] == turns).nonzero()[:, 0].to(device, non_blocking=True)
             if len(chosen):
                 plain[chosen] = plain[chosen].rot90(turns, (2, 3))
         return crops
@@ -181,16 +183,18 @@ def filter_weights(sides: Tensor, size: int, most: int, mirrored: Tensor, rounde
     place = torch.arange(size, device=sides.device)[None, :, None].to(exact)
     place = torch.where(mirrored.bool()[:, None, None], size - 1 - place, place)
     centre = scale * (place + 0.5)
-    source = torch.arange(most, device=sides.device)[None, None, :].to(exact)
     least = (centre - 2 * wide + 0.5).floor().clamp(min=0)
     end = torch.minimum((centre + 2 * wide + 0.5).floor(), sides[:, None, None].to(exact))
-    weights = _cubic((source - centre + 0.5) / wide)
-    weights = torch.where((source >= least) & (source < end), weights, 0.0)
+    # Only these many weights of a row are not 0; computing them for all pixels took most of a crop's time.
+    taps = int(4 * max(1, most / size)) + 2
+    source = least + torch.arange(taps, device=sides.device)
+    weights = torch.where(source < end, _cubic((source - centre + 0.5) / wide), 0.0)
     weights = weights / weights.sum(dim=2, keepdim=True)
     if rounded:
         unit = (32767.5 / weights.amax(dim=(1, 2), keepdim=True)).log2().floor().clamp(max=22).exp2()
         weights = (weights * unit).round() / unit
-    return weights.float()
+    result = torch.zeros(len(sides), size, most + taps, device=sides.device)
+    return result.scatter_(2, source.long(), weights.float())[:, :, :most]
 
 
 def _cubic(x: Tensor, a: float = -0.5) -> Tensor:

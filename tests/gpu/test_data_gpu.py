@@ -103,6 +103,18 @@ def test_crops_of_images_on_the_gpu_are_those_of_images_in_memory(folder, crops,
             assert torch.equal(noise, same)
 
 
+def test_the_host_does_not_wait_for_crops_of_images_on_the_gpu():
+    resident = Resident(decoded(Once(), PixelFormat(1)), None, (4, 4), pad=1)
+    index, boxes = torch.tensor([0, 1]), torch.tensor([[0, 0, 3, 4, 0, 1, 0], [1, 0, 4, 3, 1, 0, 3]])
+    resident.crops(index, boxes, CUDA)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        resident.crops(index, boxes, CUDA)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_images_that_do_not_fit_on_the_gpu_are_refused(monkeypatch):
     images = decoded(Once(), PixelFormat(1))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64, 2**30))
