@@ -8,8 +8,8 @@ from typing import Any
 
 from fcmae import ranks
 from fcmae.config import StudyConfig
-from fcmae.errors import Interrupted, UsageError, counted
-from fcmae.files import write_output
+from fcmae.errors import DiskError, Interrupted, UsageError, counted
+from fcmae.files import is_full, write_output
 from fcmae.studies import compare
 from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
 from fcmae.studies.cells import Result, begin, result_of
@@ -25,13 +25,18 @@ def study(cfg: StudyConfig, folder: Path) -> Path:
     Returns:
         ``study.json`` in the folder (docs/learning.md says what it holds).
 
-    Raises UsageError; Interrupted after a signal: the same call continues.
+    Raises UsageError; Interrupted after a signal, DiskError for a full disk: the same call continues.
     """
     if ranks.detect().size > 1:
         raise UsageError("fcmae study starts a process per GPU itself; run it without torchrun or srun")
     plan = make_plan(cfg)
-    begin(plan, folder)
-    return _Study(plan, folder).run()
+    try:
+        begin(plan, folder)
+        return _Study(plan, folder).run()
+    except OSError as error:  # of any file, also of the log into which measurements print
+        if not is_full(folder, error):
+            raise
+        raise DiskError(f"{folder} cannot be written: {error.strerror}; the same command continues") from error
 
 
 class _Study:

@@ -74,6 +74,10 @@ def test_a_study_of_classes(fcmae_here, here):
     assert "init_from: checkpoint pre/" in (here / "study" / "logs" / "finetuned_2_0.log").read_text()
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a file that is open; it has no name
+
+
 def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, here, monkeypatch):
     measured = []
 
@@ -84,6 +88,9 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
         return {"top1": 50.0 + cell.seed, "images": 40}, {}
 
     monkeypatch.setattr("fcmae.studies.run.draw", lambda *a: None)
+    monkeypatch.setattr(cells, "_measured", full_disk)
+    full = fcmae_here(*STUDY, "seeds=1", check=1).stderr
+    assert re.search(r"fcmae study: .*study cannot be written: No space left on device; the same command continues", full)
     monkeypatch.setattr(cells, "_measured", fake)
     stopped = fcmae_here(*STUDY, "seeds=1", check=75).stderr
     assert "4 of 10 measured; auto_all_0: stopped by SIGTERM; the same command with hydra.run.dir=" in stopped
