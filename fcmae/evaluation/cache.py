@@ -96,11 +96,14 @@ class CachedExtractor:
             return None
         try:
             with safe_open(path, "pt", device=str(self.extract.world.device)) as file:
-                if (file.metadata() or {}).get("wanted") != wanted:
+                kept = file.metadata() or {}
+                if kept.get("wanted") != wanted:
                     return None
                 features = Features(file.get_tensor("values"), file.get_tensor("labels"))
             if features.values.shape != (*features.labels.shape, self.extract.width):
                 raise SafetensorError("its arrays have other sizes")
+            if kept.get("sha256") != _digest(features):
+                raise SafetensorError("its checksum is missing or wrong")
         except (OSError, SafetensorError) as error:
             _say(f"features in {path} cannot be read: {error}; they are extracted again")
             return None
@@ -115,7 +118,7 @@ class CachedExtractor:
             delete_remains(path, of_all=True)  # names change with the images
             tensors = {name: value.cpu().contiguous() for name, value in features._asdict().items()}
             with replacing(path, 0o644) as file:
-                file.write(save(tensors, {"wanted": wanted}))
+                file.write(save(tensors, {"wanted": wanted, "sha256": _digest(features)}))
         except (OSError, SafetensorError) as error:
             _say(f"features are not kept in {path}: {error}")
 
@@ -136,6 +139,13 @@ class CachedExtractor:
         for tensor in found:
             dist.broadcast(tensor, 0)
         return found
+
+
+def _digest(features: Features) -> str:
+    digest = hashlib.sha256()
+    for tensor in features:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def fingerprint(source: Source, data: DataConfig) -> str:

@@ -146,7 +146,7 @@ def read_sheet(folder: Path) -> Sheet | None:
 
 def _examples(given: list[Any]) -> Iterator[dict[str, Any]]:
     for example in given:
-        with contextlib.suppress(OSError, ValueError, SyntaxError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError):
             height, width = (int(side) for side in example["size"])
             picture = encoded(base64.b64decode(example["picture"]))
             texts = {name: str(example[name])[:200] for name in ("name", "kind", "channels", "type")}

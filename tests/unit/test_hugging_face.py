@@ -73,6 +73,9 @@ def test_a_saved_data_set(tmp_path, hf_rows):
     assert train_source(cfg)[3].label == 1
     with pytest.raises(UsageError, match=r"split validation: it has train"):
         val_source(cfg)
+    hf_rows.with_format("numpy", columns=["kind"]).save_to_disk(tmp_path / "shown")  # which keeps this
+    cfg = DataConfig(name="hf", path=str(tmp_path / "shown"))
+    assert train_source(cfg)[3].image.data == png(3)
     rows = hf_rows.remove_columns("kind").add_column("class", [0, 1] * 3)
     rows.save_to_disk(tmp_path / "numbers")
     cfg = DataConfig(name="hf", path=str(tmp_path / "numbers"))

@@ -183,6 +183,11 @@ def test_a_file_of_another_content_or_a_damaged_one_is_not_used(images, tmp_path
     file.write_bytes(file.read_bytes()[:300])
     assert times_extracted(images, cache) == 1
     assert "cannot be read" in capsys.readouterr().err
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert times_extracted(images, cache) == 1
+    assert "its checksum is missing or wrong" in capsys.readouterr().err
     assert times_extracted(images, cache) == 0
     with safe_open(file, "pt") as opened:
         assert '"checkpoint": "1"' in opened.metadata()["wanted"]

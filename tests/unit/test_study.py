@@ -1,7 +1,10 @@
 """``fcmae study``: each cell is measured once, on nested images, with equal steps, and compared by plain arithmetic."""
 
+import errno
 import json
 import math
+import os
+import re
 import shutil
 
 import pytest
@@ -90,7 +93,9 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
     monkeypatch.setattr("fcmae.studies.run.draw", lambda *a: None)
     monkeypatch.setattr(cells, "_measured", full_disk)
     full = fcmae_here(*STUDY, "seeds=1", check=1).stderr
-    assert re.search(r"fcmae study: .*study cannot be written: No space left on device; the same command continues", full)
+    assert re.search(
+        r"fcmae study: .*study cannot be written: No space left on device; the same command continues", full
+    )
     monkeypatch.setattr(cells, "_measured", fake)
     stopped = fcmae_here(*STUDY, "seeds=1", check=75).stderr
     assert "4 of 10 measured; auto_all_0: stopped by SIGTERM; the same command with hydra.run.dir=" in stopped
