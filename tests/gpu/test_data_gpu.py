@@ -93,7 +93,7 @@ def test_batches_decoded_on_the_gpu_are_those_of_the_cpu():
 def test_crops_of_images_on_the_gpu_are_those_of_images_in_memory(folder, crops, tf32, monkeypatch):  # noqa: F811
     """Also while training uses TF32 and bf16, and with pinned memory."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
-    how = {"crops_per_image": crops, **TURNS}
+    how = {"crops_per_image": crops, "pad": 30, **TURNS}
     expected = resident_batches(data(folder, "ram", **how), crops=crops)
     with torch.autocast("cuda", torch.bfloat16):
         found = resident_batches(data(folder, "gpu", **how), 2, crops=crops, device=CUDA, pin=True)
