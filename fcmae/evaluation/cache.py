@@ -144,7 +144,7 @@ class CachedExtractor:
 def _digest(features: Features) -> str:
     digest = hashlib.sha256()
     for tensor in features:
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
