@@ -67,8 +67,8 @@ def test_ms_ssim_is_recorded_in_a_graph(fcmae, tmp_path, squares):
     args = arguments(squares, *TRANSLATE[:-1], "objective.loss=l1+ms_ssim", "freeze=stages:2")
     curves = []
     for graph in ("true", "false"):
-        fcmae(*args, "precision=float32", f"trainer.cuda_graph={graph}", f"hydra.run.dir={graph}")
-        lines = map(json.loads, (tmp_path / graph / "metrics.jsonl").read_text().splitlines())
+        fcmae(*args, "precision=float32", f"trainer.cuda_graph={graph}", f"hydra.run.dir=graph_{graph}")
+        lines = map(json.loads, (tmp_path / f"graph_{graph}" / "metrics.jsonl").read_text().splitlines())
         curves.append([line["loss_ms_ssim"] for line in lines if "loss_ms_ssim" in line])
     assert len(set(curves[0])) > 3
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
