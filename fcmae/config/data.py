@@ -189,7 +189,8 @@ class DataConfig:
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1]) if ok else (224, 224)
         check_positive("data.in_chans", self.in_chans)
-        layout(self.channels, self.in_chans)
+        grey = self.name != "fashion_mnist" or layout(self.channels, self.in_chans).of in (1, 3)
+        check("data.in_chans", self.in_chans, grey, "1 or 3 with data=fashion_mnist, whose images are grey")
         check("data.bit_depth", self.bit_depth, 8 <= self.bit_depth <= 16, "from 8 to 16")
         check_one_of("data.dtype", self.dtype, DTYPES)
         ok = self.bit_depth == 8 or self.dtype == "uint"

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import gzip
 import struct
 
@@ -90,9 +91,13 @@ def write_fashion_mnist(folder, count=20):
 
 def test_fashion_mnist_from_a_folder(tmp_path):
     write_fashion_mnist(tmp_path)
-    source = train_source(DataConfig(name="fashion_mnist", path=str(tmp_path), in_chans=1, mean=[0.5], std=[0.5]))
+    of_folder = functools.partial(DataConfig, name="fashion_mnist", path=str(tmp_path))
+    source = train_source(of_folder(in_chans=1, mean=[0.5], std=[0.5]))
     assert len(source) == 20
     assert source[13].image.shape == (1, 28, 28)
+    assert torch.equal(train_source(of_folder())[13].image, source[13].image.expand(3, -1, -1))
+    with pytest.raises(ConfigError, match=r"data.in_chans must be 1 or 3 with data=fashion_mnist"):
+        of_folder(in_chans=2, mean=[0.5, 0.5], std=[0.5, 0.5])
     assert source[13].label == 3
     assert source.classes[9] == "Ankle boot"
 

@@ -56,7 +56,7 @@ def _read(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     if cfg.name == "synthetic":
         return Synthetic(cfg.length, cfg.layout.of, cfg.size)
     if cfg.name == "fashion_mnist":
-        return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train)
+        return FashionMNIST(_one(cfg.path, "data.path", cfg.name), train, cfg.layout.of)
     same = train or (
         cfg.name in ("hf", "table", "coco") and cfg.val_path is None
     )  # a data set of which another split is read

@@ -23,12 +23,16 @@ class FashionMNIST:
 
     Read from ``folder`` if given, else from Debian's package ``dataset-fashion-mnist``, else downloaded by torchvision
     to ``~/.cache/fcmae``. Raises UsageError naming the three ways if none works.
+
+    Args:
+        channels: 1, or 3 equal ones for networks that take colours, as grey files give.
     """
 
     DEBIAN = Path("/usr/share/datasets/fashion-mnist")
     CACHE = Path("~/.cache/fcmae")
 
-    def __init__(self, folder: str | Path | None, train: bool) -> None:
+    def __init__(self, folder: str | Path | None, train: bool, channels: int = 1) -> None:
+        self.channels = channels
         self.classes: list[str] | None = list(TorchvisionFashionMNIST.classes)
         self.split = "train" if train else "t10k"
         where = self._find(folder)
@@ -84,7 +88,7 @@ class FashionMNIST:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(torch.from_numpy(self.images[index].copy()), self.label(index))
+        return Sample(torch.from_numpy(self.images[index].repeat(self.channels, axis=0)), self.label(index))
 
     def label(self, index: int) -> int | None:
         return int(self.labels[index])
