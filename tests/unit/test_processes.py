@@ -18,6 +18,7 @@ from fcmae.training import run_dir as run_dir_module
 from fcmae.training.run_dir import RunLock
 from fcmae.training.watchdog import KEPT, Watchdog
 from tests.conftest import run_python, start_python
+from tests.unit.holder import held
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -104,24 +105,10 @@ def test_the_watchdog_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from fcmae.training.run_dir import RunLock
-lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_lock_names_its_holder_and_a_dead_holders_lock_is_taken_over(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match=f"in use by another run \\(host .*, process {holder.pid}, started 2"):
-            RunLock(tmp_path).acquire()
-        holder.kill()
+    in_use = r"in use by another run \(host .*, process {}, started 2"
+    with held(tmp_path) as holder, pytest.raises(UsageError, match=in_use.format(holder.pid)):
+        RunLock(tmp_path).acquire()
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.close()

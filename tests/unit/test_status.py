@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +10,7 @@ from fcmae.cli import main
 from fcmae.errors import UsageError
 from fcmae.status import describe, find_runs, read_status, table
 from fcmae.training.run_dir import RunLock
+from tests.unit.holder import held
 
 
 def write(folder, lines, steps=(), config="name: pretrain\noptim: {global_batch_size: 64}\nschedule: {epochs: 20}\n"):
@@ -83,19 +82,10 @@ def test_a_run_that_chooses_a_recipe_is_a_run(tmp_path):
 
 def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_killed(tmp_path):
     run = write(tmp_path / "a", [training(1, 7260.0)])
-    holds = (
-        "import sys; from pathlib import Path; from fcmae.training.run_dir import RunLock; "
-        f"lock = RunLock(Path({str(run)!r})); lock.acquire(); print('held', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout.readline() == b"held\n"
+    with held(run) as process:
         status = read_status(run)
         assert (status.state, str(process.pid) in status.holder) == ("running", True)
         assert "2 h 01 min left" in describe(status)
-    finally:
-        process.kill()
-        process.communicate()
     assert read_status(run).state == "killed"
     lock = RunLock(run)  # the next run takes it over
     lock.acquire()
