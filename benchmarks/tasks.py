@@ -202,6 +202,7 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
         f"schedule.epochs={epochs:g}",
         f"schedule.warmup_epochs={epochs / 10:g}",
         f"optim.global_batch_size={batch}",
+        f"trainer.checkpoint_every_epochs={epochs:g}",  # an epoch may be a single step
     ]
     width = [f"objective.width={given.width}"] if task.dense else []
     source = [] if run.task == "detect" else ["data=table"]
