@@ -22,8 +22,8 @@ class FromHead(Finetuning):
 
     Args:
         head: called on the first rank, if the run does not resume.
-        network: that of the features which ``head`` reads. Without ``init_from`` its weights are taken: random weights
-            depend on the head that a network is made with, too.
+        network: gave the features that ``head`` reads. Without ``init_from`` training begins with its weights, because
+            a network with another head is made with other random weights.
         images: indices into the training images; None = all.
     """
 
@@ -47,7 +47,8 @@ class FromHead(Finetuning):
         if self.start.path is None:
             found = backbone_of(self.network).state_dict()
             weights = {name: value for name, value in found.items() if not name.startswith("head.fc.")}
-            backbone_of(self.model).load_state_dict(weights, strict=False)
+            mine = backbone_of(self.model)
+            mine.load_state_dict(mine.state_dict() | weights)
         set_head(self.model, self.head())
 
 

@@ -33,7 +33,7 @@ class PlainTiff:
     """Called with rows and columns, gives a copy of that part. Raises OSError or ValueError.
 
     Args:
-        data: the bytes of a file, or the file, of which only the rows are read.
+        data: the bytes of a file; or a file, from which only the rows are read.
         at: where the pixels begin, ``[H, W, samples]`` of ``dtype``.
         channels: of the result.
     """
