@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fcmae import toolchain
-from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.transforms import eval_transform
 from fcmae.data.samples import EvaluationImages, Target, label_of
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
+from fcmae.messages import say
 from fcmae.models.headed import dense_outputs
 from fcmae.models.objective import Predictions
 from fcmae.precision import autocast

@@ -14,7 +14,6 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from fcmae.checkpoints.checkpoint import State
-from fcmae.checkpoints.resume import say
 from fcmae.config import (
     LAYERS,
     CheckpointConfig,
@@ -37,6 +36,7 @@ from fcmae.evaluation.predict_boxes import Boxes, BoxNetwork, predict_boxes
 from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
 from fcmae.evaluation.run import data_of, opened
 from fcmae.files import check_output, output, write_output
+from fcmae.messages import say
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
 from fcmae.models.objective import BoxObjective, DenseObjective
 from fcmae.models.pooled import pool_maps

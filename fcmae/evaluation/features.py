@@ -10,7 +10,6 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalized
@@ -20,6 +19,7 @@ from fcmae.data.unreadable import readable
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import EvaluationStopped
+from fcmae.messages import say
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.pooled import pool_maps, row_width
 from fcmae.precision import autocast

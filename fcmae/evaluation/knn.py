@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, LoaderConfig, check
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import Features, first, labelled_sources
+from fcmae.messages import say
 
 SIMILARITIES = 2**27
 """Most similarities that are computed at once: half a GiB."""

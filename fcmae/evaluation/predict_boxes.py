@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import CheckpointConfig, DataConfig, check
 from fcmae.data.sources.base import locate
 from fcmae.data.sources.coco import CocoImages
@@ -18,6 +17,7 @@ from fcmae.distributed import World
 from fcmae.evaluation.coco_metrics import rows
 from fcmae.evaluation.detections import check_canvas, found_in
 from fcmae.files import write_output
+from fcmae.messages import say
 from fcmae.models.detector import Found
 
 ENDINGS = (".json", ".csv")

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import CheckpointConfig, DataConfig, check
 from fcmae.data.pixels.transforms import WholeImage
 from fcmae.data.samples import EvaluationImages
@@ -20,6 +19,7 @@ from fcmae.errors import UsageError, counted
 from fcmae.evaluation.features import batches
 from fcmae.evaluation.windows import Windows, check_image_size, network_of, over_windows
 from fcmae.files import make_folder, output
+from fcmae.messages import say
 from fcmae.models.objective import DenseObjective
 
 

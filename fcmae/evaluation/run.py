@@ -14,7 +14,6 @@ from torch import Tensor
 from fcmae import distributed, memory, precision
 from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import State
-from fcmae.checkpoints.resume import say
 from fcmae.config import (
     BackboneConfig,
     CheckpointConfig,
@@ -54,6 +53,7 @@ from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.loggers.wandb import check_report, log_report
 from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
+from fcmae.messages import say
 from fcmae.models import FCMAE
 from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
 from fcmae.models.objective import BoxObjective, DenseObjective

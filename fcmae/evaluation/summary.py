@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig
 from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import EvaluationImages
@@ -23,6 +22,7 @@ from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
 from fcmae.evaluation.map_pictures import sheet, titled
 from fcmae.files import make_folder, output, write_output
+from fcmae.messages import say
 from fcmae.models.objective import DenseObjective, Objective, Plots, Predictions, Report
 
 MOST = 2**27

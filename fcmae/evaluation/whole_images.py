@@ -7,7 +7,6 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.checkpoints.checkpoint import State
-from fcmae.checkpoints.resume import say
 from fcmae.config import DataConfig, EvaluateConfig, check
 from fcmae.data.sources import Subset
 from fcmae.data.sources.check_maps import check_maps
@@ -21,6 +20,7 @@ from fcmae.evaluation.map_pictures import MapPictures
 from fcmae.evaluation.summary import WORST, Errors, Worst, finish_whole, folder_of, worst_of
 from fcmae.evaluation.tables import write_confusion, write_per_class
 from fcmae.evaluation.windows import check_image_size, whole_predictions
+from fcmae.messages import say
 from fcmae.models.build import model_of
 from fcmae.models.objective import BoxObjective, DenseObjective, Report
 

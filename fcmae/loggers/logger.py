@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig
 from fcmae.errors import UsageError
 from fcmae.files import replacing
 from fcmae.loggers.progress import Progress
 from fcmae.loggers.report_page import ReportPage
 from fcmae.loggers.wandb import WandbLogger, wandb_mode
+from fcmae.messages import say
 from fcmae.opening import open_regular, open_to_append, own_folder
 from fcmae.plugins import create
 

@@ -11,12 +11,11 @@ from urllib.parse import urlparse
 
 from PIL import Image
 
-from fcmae.checkpoints.resume import say
 from fcmae.config import LoggerConfig, without_arguments
 from fcmae.data.pixels.formats import open_picture
 from fcmae.errors import UsageError
 from fcmae.files import replacing
-from fcmae.messages import print_once
+from fcmae.messages import print_once, say
 from fcmae.opening import read_regular
 from fcmae.status import read_config, read_status
 

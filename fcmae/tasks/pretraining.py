@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fcmae.checkpoints import encoder
-from fcmae.checkpoints.resume import say
 from fcmae.config import PretrainConfig, to_dict
 from fcmae.data.collate import collate
 from fcmae.data.labels import Labels
@@ -34,6 +33,7 @@ from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.loggers.logger import RunLogger
 from fcmae.masks import create_mask
 from fcmae.masks.patches import grid_size, random_mask
+from fcmae.messages import say
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
 from fcmae.randomness import Stream, generator

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fcmae import interrupt
 from fcmae.checkpoints.checkpoint import CheckpointDir, header
-from fcmae.checkpoints.resume import say
 from fcmae.config import MonitorConfig, PretrainConfig, RunConfig, ScheduleConfig
 from fcmae.config.training import seconds_of
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, Interrupted, UsageError
+from fcmae.messages import say
 from fcmae.tasks.task import Task
 from fcmae.training.agree_to_stop import StopAgreement
 from fcmae.training.loop import train

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import CheckpointDir
-from fcmae.checkpoints.resume import say
 from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.sources import Subset
@@ -29,6 +28,7 @@ from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
 from fcmae.files import read_result, set_aside, write_result
+from fcmae.messages import say
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start

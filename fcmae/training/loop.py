@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fcmae import memory
 from fcmae.checkpoints.encoder import ENCODER_FILE
-from fcmae.checkpoints.resume import newest_state, say
+from fcmae.checkpoints.resume import newest_state
 from fcmae.config import to_dict
 from fcmae.data.loading import TrainBatches
 from fcmae.data.plan import BatchPlan, Padding
@@ -20,6 +20,7 @@ from fcmae.kernels.caches import use_private_cache
 from fcmae.loggers.logger import RunLogger, Sink, create_sinks
 from fcmae.loggers.meter import Meter
 from fcmae.loggers.progress import create_progress
+from fcmae.messages import say
 from fcmae.optim.adamw import set_lr
 from fcmae.plugins import brings_code
 from fcmae.randomness import preserved

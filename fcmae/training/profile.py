@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fcmae.checkpoints.resume import say
 from fcmae.errors import counted
 from fcmae.files import replacing
+from fcmae.messages import say
 from fcmae.opening import own_folder
 
 FOLDER = "profiles"

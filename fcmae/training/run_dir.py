@@ -14,13 +14,13 @@ import yaml
 
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.checkpoints.encoder import ENCODER_FILE
-from fcmae.checkpoints.resume import say
 from fcmae.config import RunConfig
 from fcmae.data.sheet import SHEET_FILE
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
 from fcmae.loggers.logger import EVENTS_FILE
 from fcmae.loggers.wandb import ID_FILE
+from fcmae.messages import say
 from fcmae.opening import open_regular, open_to_append, open_to_change, read_regular
 from fcmae.processes import Process
 from fcmae.training import profile
