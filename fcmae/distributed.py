@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fcmae import ranks as launch
 from fcmae.errors import EXIT_ERROR, FCMAEError, LostRankError, PeerError, UsageError
+from fcmae.messages import say
 from fcmae.processes import Process
 
 T = TypeVar("T")
@@ -59,6 +60,19 @@ class World:
             value = value.clone()
             dist.all_reduce(value, op)
         return value
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The values of all ranks, which can be pickled, those of the first rank first."""
+        if self.size == 1:
+            return values
+        parts: list[list[T]] = [[]] * self.size
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
+    def say(self, *lines: str) -> None:
+        """Prints lines for the user, on the first rank."""
+        for line in lines if self.is_main else ():
+            say(line)
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Runs ``action`` on the first rank; the others wait for it.

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and messages if that fails."""
 
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -228,6 +230,13 @@ def write_output(key: str, path: str | Path, text: str) -> None:
     """Writes text to a file that the user named, by :func:`output`."""
     with output(key, path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows of cells as CSV."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def _target(path: str | Path) -> Path:

@@ -1,8 +1,6 @@
 """The results of a sweep (``--multirun``): a file per job, and a table of all jobs at the end."""
 
 import contextlib
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from typing import Any
 
 from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted
-from fcmae.files import write_output
+from fcmae.files import csv_text, write_output
 from fcmae.imports import load
 
 JOB_FILE = "sweep.json"
@@ -111,9 +109,7 @@ def report(folder: Path) -> None:
         [job["job"], " ".join(own), *(one.get(name) for name in names), job["status"], job["run"]]
         for job, own, one in zip(jobs, tried, metrics, strict=True)
     ]
-    text = io.StringIO()
-    csv.writer(text).writerows([header, *rows])
-    write_output("the sweep's table", folder / TABLE_FILE, text.getvalue())
+    write_output("the sweep's table", folder / TABLE_FILE, csv_text([header, *rows]))
     shown = [i for i in range(len(header)) if not 2 + SHOWN <= i < 2 + len(names)]
     print(_aligned([[_cell(row[i]) for i in shown] for row in [header, *rows]]), file=sys.stderr)
     print(f"the same table: {folder / TABLE_FILE}", file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ from fcmae.evaluation.features import gather
 from fcmae.models.objective import Predictions
 
 NAMES = ("top1", "top5", "balanced_accuracy", "precision", "recall", "f1", "auroc", "average_precision", "ece")
+AREAS = ("auroc", "average_precision")
+"""Areas under the ROC curve and under precision over recall."""
 BINS = 15
 """Of confidence, for the calibration error."""
 MOST_SCORES = 2**24
@@ -47,16 +49,12 @@ def counts_of(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([part.bincount(minlength=classes) for part in (right, labels, predicted[finite])])
 
 
-def calibration_error(outputs: Tensor, labels: Tensor) -> float:
-    """The expected calibration error in percent: confidence of the predicted class against accuracy, in 15 bins.
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """The expected calibration error in percent: confidence of a prediction against accuracy, in 15 bins.
 
     Args:
-        outputs: logits ``[n, K]``, with ``labels`` int64 ``[n]``; those that are not finite are left out.
+        confidence, right: of :func:`confidences`.
     """
-    return _calibration_error(*confidences(outputs, labels))
-
-
-def _calibration_error(confidence: Tensor, right: Tensor) -> float:
     from torchmetrics.functional.classification import binary_calibration_error
 
     return 100 * float(binary_calibration_error(confidence, right.long(), BINS)) if len(right) else math.nan
@@ -72,8 +70,7 @@ def confidences(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def areas(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """``auroc`` and ``average_precision`` in percent: the means of :func:`areas_of_classes`."""
     found = areas_of_classes(outputs, labels).values()
-    kinds = ("auroc", "average_precision")
-    return {kind: 100 * sum(each[kind] for each in found) / len(found) if found else math.nan for kind in kinds}
+    return {kind: 100 * sum(each[kind] for each in found) / len(found) if found else math.nan for kind in AREAS}
 
 
 def areas_of_classes(outputs: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
@@ -82,17 +79,22 @@ def areas_of_classes(outputs: Tensor, labels: Tensor) -> dict[int, dict[str, flo
     Args:
         outputs: logits ``[n, K]``, with ``labels`` int64 ``[n]``.
     """
-    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-
     scores, labels = outputs.double().cpu().softmax(1).nan_to_num(0), labels.cpu()
     found: dict[int, dict[str, float]] = {}
     for label in labels.unique().tolist():
-        truth = (labels == label).long()
+        truth = labels == label
         if truth.all():
             continue
-        both: dict[str, Any] = {"auroc": binary_auroc, "average_precision": binary_average_precision}
-        found[label] = {name: float(area(scores[:, label], truth, validate_args=False)) for name, area in both.items()}
+        found[label] = binary_areas(scores[:, label], truth)
     return found
+
+
+def binary_areas(score: Tensor, truth: Tensor) -> dict[str, float]:
+    """:data:`AREAS`, of which 1 is the best, of scores ``[n]`` for a truth of 0 and 1 ``[n]``."""
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+    areas: Any = zip(AREAS, (binary_auroc, binary_average_precision), strict=True)
+    return {name: float(area(score, truth.long(), validate_args=False)) for name, area in areas}
 
 
 def metrics_of(outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -104,7 +106,7 @@ def metrics_of(outputs: Tensor, labels: Tensor) -> dict[str, float]:
         result["top5"] = 100 * float(hits.any(1).double().mean())
     result |= of_counts(counts_of(outputs, labels))
     result |= areas(outputs, labels) if outputs.numel() <= MOST_SCORES else {}
-    return result | {"ece": calibration_error(outputs, labels)}
+    return result | {"ece": calibration_error(*confidences(outputs, labels))}
 
 
 class _Kept:
@@ -151,5 +153,5 @@ def class_metrics(
         result |= areas(outputs[order], labels[order])
     confidence, right, places = (gather(torch.cat(part), world) for part in zip(*kept.calibration, strict=True))
     order = places.argsort()
-    result["ece"] = _calibration_error(confidence[order], right[order])
+    result["ece"] = calibration_error(confidence[order], right[order])
     return {**result, "images": images}

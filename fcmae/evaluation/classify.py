@@ -15,7 +15,6 @@ from fcmae.data.samples import EvaluationImages, Target, label_of
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import batches, never
-from fcmae.messages import say
 from fcmae.models.headed import dense_outputs
 from fcmae.models.objective import Predictions
 from fcmae.precision import autocast
@@ -107,8 +106,10 @@ def accuracy(
             pairs = right[counted & finite, 0], ranked[counted & finite, 0]
             confusion.index_put_(pairs, torch.ones_like(pairs[0]), accumulate=True)
     top1, top5, images, of_many, broken = world.sum(counts).tolist()
-    if broken and world.is_main:
-        say(f"warning: the outputs for {broken:.0f} images are not finite, and count as wrong; try precision=float32")
+    if broken:
+        world.say(
+            f"warning: the outputs for {broken:.0f} images are not finite, and count as wrong; try precision=float32"
+        )
     result = {"top1": 100 * top1 / images}
     if of_many:
         result["top5"] = 100 * top5 / images

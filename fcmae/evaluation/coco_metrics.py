@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fcmae.data.pixels.instances import coco_mask, encoded, mask_of, pasted
 from fcmae.data.sources.coco import Objects
@@ -50,7 +49,7 @@ def coco_metrics(
         for outputs, targets, places in share
         for found, objects, place in zip(outputs, targets, places.tolist(), strict=True)
     ]
-    everyone = sorted(_gathered(images, world), key=lambda image: image.place)
+    everyone = sorted(world.gather(images), key=lambda image: image.place)
     reports = [Report()]
 
     def measure() -> dict[str, float]:
@@ -95,14 +94,6 @@ def _filled(box: Sequence[float], size: tuple[int, int]) -> Any:
     """A crowd without a mask: its box."""
     left, top, width, height = box
     return mask_of([[left, top, left + width, top, left + width, top + height, left, top + height]], size)
-
-
-def _gathered(images: list[Image], world: World) -> list[Image]:
-    if world.size == 1:
-        return images
-    parts: list[list[Image]] = [[]] * world.size
-    dist.all_gather_object(parts, images)
-    return [image for part in parts for image in part]
 
 
 def _measured(

@@ -13,12 +13,10 @@ from fcmae.data.sources import Source
 from fcmae.data.sources.coco import CocoObjects
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
-from fcmae.errors import ConfigError
 from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.features import batches, never
-from fcmae.models.backbone import stage_shapes
 from fcmae.models.detector import Detector, Found
-from fcmae.models.headed import Headed, backbone_of
+from fcmae.models.headed import Headed
 from fcmae.models.objective import Predictions
 from fcmae.precision import autocast
 
@@ -42,7 +40,7 @@ def found_in(
     precision: str,
     world: World,
     stop: Callable[[], bool] = never,
-) -> Iterator["Batch"]:
+) -> Iterator[Batch]:
     """This rank's share of the source, in batches.
 
     ``stop`` is asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
@@ -82,13 +80,3 @@ def detections(
             for image in zip(imgs, sizes, found, targets, strict=True):
                 pictures.take(*image)
         yield Predictions(found, targets, places)  # type: ignore[arg-type]
-
-
-def check_canvas(cfg: DataConfig, model: nn.Module) -> None:
-    """Raises ConfigError unless the sides of the canvas are multiples of the network's total stride."""
-    stride = stage_shapes(backbone_of(model))[1][-1]
-    if any(side % stride for side in cfg.size):
-        raise ConfigError(
-            f"data.image_size must be a multiple of {stride}, the total stride, with objective=detect; got "
-            f"{list(cfg.size)}"
-        )

@@ -1,7 +1,5 @@
 """``fcmae embed`` and ``fcmae predict``: a row of features or predictions per image, labels or not."""
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +16,10 @@ from fcmae.config import (
     LAYERS,
     CheckpointConfig,
     DataConfig,
-    DataOverrides,
     FinetuneConfig,
     LoaderConfig,
     check,
     check_stages,
-    from_dotlist,
 )
 from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.dataset import registered
@@ -34,8 +30,8 @@ from fcmae.errors import CheckpointError, UsageError
 from fcmae.evaluation.features import batches, gather
 from fcmae.evaluation.predict_boxes import Boxes, BoxNetwork, predict_boxes
 from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
-from fcmae.evaluation.run import data_of, opened
-from fcmae.files import check_output, output, write_output
+from fcmae.evaluation.run import data_of, opened, split_overrides
+from fcmae.files import check_output, csv_text, output, write_output
 from fcmae.messages import say
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
 from fcmae.models.objective import BoxObjective, DenseObjective
@@ -191,11 +187,8 @@ def _of_paths(
         check_output("--out", out, [checkpoint, *images], json=out.endswith(".json"))
         if out.endswith(".parquet"):
             _arrow()
-    loader = from_dotlist(LoaderConfig, [image for image in images if _overrides(image, "loader")], "loader")
-    overrides = [image for image in images if _overrides(image, "data")]
-    given: Any = from_dotlist(DataOverrides, overrides, "data")
+    paths, overrides, given, loader = split_overrides(images)
     cfg = CheckpointConfig(checkpoint, data=given, loader=loader, allow=list(allow), **how)
-    paths = [image for image in images if not _overrides(image, "loader") and not _overrides(image, "data")]
     with opened(cfg) as (world, file, state):
         data = data_of(cfg, state, file)
         source = world.together(lambda: _source(paths, overrides, data, loader))
@@ -219,10 +212,6 @@ def _of_paths(
         if out is not None:
             write(rows, out, name)
         return rows
-
-
-def _overrides(image: str, group: str) -> bool:
-    return image.startswith(f"{group}.") and "=" in image
 
 
 def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Joined:
@@ -268,16 +257,14 @@ def write(rows: Rows, out: str, name: str) -> None:
 
 
 def _csv(rows: Rows) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
     columns = rows.columns or [f"output_{number}" for number in range(rows.values.shape[1])]
     best = ["class", "probability"] if rows.exclusive and rows.columns else []
-    writer.writerow(["path", *best, *columns])
+    lines = [["path", *best, *columns]]
     for path, values in zip(rows.paths, rows.values, strict=True):
         top = int(values.argmax())
         first = [columns[top], f"{values[top]:.6g}"] if best else []
-        writer.writerow([path, *first, *(f"{value:.6g}" for value in values.tolist())])
-    return text.getvalue()
+        lines.append([path, *first, *(f"{value:.6g}" for value in values.tolist())])
+    return csv_text(lines)
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from timm.models.convnext import ConvNeXt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig, LoaderConfig
@@ -18,9 +18,9 @@ from fcmae.data.sources import Source, Subset, few_labels, require_labels, train
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
-from fcmae.errors import EvaluationStopped
-from fcmae.messages import say
+from fcmae.errors import ConfigError, EvaluationStopped
 from fcmae.models.backbone import stage_shapes
+from fcmae.models.headed import backbone_of
 from fcmae.models.pooled import pool_maps, row_width
 from fcmae.precision import autocast
 from fcmae.randomness import Stream, generator
@@ -184,9 +184,10 @@ class Extractor:
         broken = ~values.isfinite().all(dim=1)
         if broken.any():
             values = values.masked_fill(broken[:, None], 0)  # NaN would be nearest to every image
-            if self.world.is_main:
-                count = int(broken.sum())
-                say(f"warning: the features of {count} images are not finite, and count as zero; try precision=float32")
+            count = int(broken.sum())
+            self.world.say(
+                f"warning: the features of {count} images are not finite, and count as zero; try precision=float32"
+            )
         order = places.argsort()
         return Features(values[order], labels[order])
 
@@ -209,6 +210,14 @@ class Extractor:
         if self.layer == "pooled":
             return self.backbone.forward_head(self.backbone.forward_features(imgs), pre_logits=True)
         return pool_maps(dense(self.backbone, imgs), self.layer, self.stages)
+
+
+def check_image_size(cfg: DataConfig, model: nn.Module, why: str) -> None:
+    """Raises ConfigError unless the sides of images are multiples of the network's total stride, as ``why`` needs."""
+    stride = stage_shapes(backbone_of(model))[1][-1]
+    if any(side % stride for side in cfg.size):
+        size = list(cfg.size)
+        raise ConfigError(f"data.image_size must be a multiple of {stride}, the total stride, with {why}; got {size}")
 
 
 def gather(share: Tensor, world: World) -> Tensor:

@@ -10,7 +10,6 @@ from fcmae.config import DataConfig, LoaderConfig, check
 from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.evaluation.features import Features, first, labelled_sources
-from fcmae.messages import say
 
 SIMILARITIES = 2**27
 """Most similarities that are computed at once: half a GiB."""
@@ -67,8 +66,8 @@ def knn_accuracy(
 
 def warn_of_copies(result: dict[str, float], queries: int, world: World) -> None:
     """Prints a line, once a launch, if validation images are in the gallery too."""
-    if result["copies"] and world.is_main:
-        say(
+    if result["copies"]:
+        world.say(
             f"warning: {result['copies']:.0f} of {queries} validation images have the features of a training image, "
             "whose label then counts: data.path and data.val_path must have no image in common"
         )
@@ -100,8 +99,7 @@ def knn_of(
     train, val, classes, notes = labelled_sources(data, loader, seed)
     train, val = first(train, gallery), first(val, queries)
     check_neighbours("k", ks, train)
-    for note in notes if world.is_main else ():
-        say(note)
+    world.say(*notes)
     known, asked = extract(train), extract(val)
     result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)
     warn_of_copies(result, len(asked.labels), world)

@@ -1,12 +1,9 @@
 """``fcmae predict`` with boxes: COCO's results, or a table."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fcmae.config import CheckpointConfig, DataConfig, check
@@ -15,8 +12,9 @@ from fcmae.data.sources.coco import CocoImages
 from fcmae.data.sources.images import Joined
 from fcmae.distributed import World
 from fcmae.evaluation.coco_metrics import rows
-from fcmae.evaluation.detections import check_canvas, found_in
-from fcmae.files import write_output
+from fcmae.evaluation.detections import found_in
+from fcmae.evaluation.features import check_image_size
+from fcmae.files import csv_text, write_output
 from fcmae.messages import say
 from fcmae.models.detector import Found
 
@@ -53,17 +51,14 @@ def predict_boxes(
     """Predicts whole images, the ranks sharing them, and writes them to ``out``. None on ranks other than the first."""
     expected = "a file whose name ends in .json or .csv"
     check("--out", out, out is None or Path(out).suffix in ENDINGS, expected)
-    check_canvas(data, network.model)
+    check_image_size(data, network.model, "objective=detect")
     done: list[tuple[int, Found, list[dict[str, Any]]]] = []
     for batch in found_in(network.model, source, data, cfg.loader, cfg.at_once(dense=True), cfg.precision, world):
         done += [
             (place, each._replace(masks=None), rows(each, (size[2], size[3])))
             for place, each, size in zip(batch.places.tolist(), batch.found, batch.sizes, strict=True)
         ]
-    if world.size > 1:
-        parts: list[Any] = [None] * world.size
-        dist.all_gather_object(parts, done)
-        done = [each for part in parts for each in part]
+    done = world.gather(done)
     if not world.is_main:
         return None
     done.sort(key=lambda each: each[0])
@@ -100,12 +95,10 @@ def _json(images: Images, network: BoxNetwork) -> str:
 
 
 def _csv(images: Images, network: BoxNetwork) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["path", "class", "score", "left", "top", "right", "bottom"])
+    rows: list[list[Any]] = [["path", "class", "score", "left", "top", "right", "bottom"]]
     for _, name, found in images:
         for row in found:
             left, top, width, height = row["bbox"]
             numbers = (row["score"], left, top, left + width, top + height)
-            writer.writerow([name, network.columns[row["category_id"]], *(f"{x:.6g}" for x in numbers)])
-    return text.getvalue()
+            rows.append([name, network.columns[row["category_id"]], *(f"{x:.6g}" for x in numbers)])
+    return csv_text(rows)

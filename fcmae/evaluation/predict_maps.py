@@ -16,8 +16,8 @@ from fcmae.data.sources import ImageFolder, Source
 from fcmae.data.sources.images import Joined
 from fcmae.distributed import World
 from fcmae.errors import UsageError, counted
-from fcmae.evaluation.features import batches
-from fcmae.evaluation.windows import Windows, check_image_size, network_of, over_windows
+from fcmae.evaluation.features import batches, check_image_size
+from fcmae.evaluation.windows import Windows, network_of, over_windows
 from fcmae.files import make_folder, output
 from fcmae.messages import say
 from fcmae.models.objective import DenseObjective
@@ -52,7 +52,7 @@ def predict_maps(
     Raises UsageError, before the work begins, if files would replace images or each other.
     """
     check("--out", out, out is not None or world.size == 1, "a folder on several ranks")
-    check_image_size(data, network.model)
+    check_image_size(data, network.model, "target maps")
     files = None if out is None else _files(source, Path(out), network.objective.ending)
     dataset = EvaluationImages(source, WholeImage(data, cfg.loader.max_pixels))
     stream = batches(source, data, cfg.loader, 1, world, dataset)

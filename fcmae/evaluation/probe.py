@@ -63,9 +63,6 @@ class Epochs:
 class Standardise(nn.Module):
     """Subtracts the mean of the training features and divides by their standard deviation: ``[N, D]``."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.mean: Tensor

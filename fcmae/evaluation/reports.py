@@ -3,14 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.evaluation import plots
-from fcmae.evaluation.class_metrics import MOST_SCORES, areas_of_classes, calibration_error, confidences
+from fcmae.evaluation.class_metrics import (
+    AREAS,
+    MOST_SCORES,
+    areas_of_classes,
+    binary_areas,
+    calibration_error,
+    confidences,
+)
 from fcmae.models.objective import Plots, Report
 
 Curves = Mapping[str, tuple[Tensor, Tensor]]
@@ -40,12 +46,12 @@ def of_classes(outputs: Tensor, labels: Tensor, classes: Sequence[str]) -> Repor
         drawings |= _curves(curves)
     if counted.any():
         how = dict(zip(("confidence", "right"), confidences(outputs[counted], labels[counted]), strict=True))
-        error = calibration_error(outputs[counted], labels[counted])
+        error = calibration_error(**how)
         drawings["reliability"] = partial(plots.reliability, error=error, **how)
     per_class = {
         name: {"images": float(images[k]), "predicted": float(counts[:, k].sum())}
         | _rates(counts[k, k], images[k], counts[:, k].sum())
-        | {kind: 100 * areas.get(k, {}).get(kind, math.nan) for kind in ("auroc", "average_precision")}
+        | {kind: 100 * areas.get(k, {}).get(kind, math.nan) for kind in AREAS}
         for k, name in enumerate(classes)
     }
     losses = F.cross_entropy(outputs.double(), labels.clamp(min=0), reduction="none")
@@ -81,8 +87,6 @@ def of_labels(outputs: Tensor, targets: Tensor, columns: Sequence[str]) -> Repor
         outputs: logits ``[n, K]``.
         targets: 0, 1, or NaN if missing.
     """
-    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-
     shares, valid = outputs.double().sigmoid(), ~targets.isnan() & outputs.isfinite()
     per_class: dict[str, dict[str, float]] = {}
     curves: dict[str, tuple[Tensor, Tensor]] = {}
@@ -91,19 +95,20 @@ def of_labels(outputs: Tensor, targets: Tensor, columns: Sequence[str]) -> Repor
         found = score > 0.5
         both = bool(truth.any()) and not bool(truth.all())
         curves |= {name: (score, truth)} if both else {}
-        areas: dict[str, Any] = {"auroc": binary_auroc, "average_precision": binary_average_precision}
+        areas = binary_areas(score, truth) if both else dict.fromkeys(AREAS, math.nan)
         per_class[name] = {
             "images": float(len(truth)),
             "positive": float(truth.sum()),
             **_rates((found & truth).sum(), truth.sum(), found.sum()),
-            **{kind: 100 * float(area(score, truth.long())) if both else math.nan for kind, area in areas.items()},
+            **{kind: 100 * area for kind, area in areas.items()},
         }
     drawings = _curves(curves)
     score, truth = shares[valid], targets[valid] > 0.5
     if len(score):
         sure = torch.where(score > 0.5, score, 1 - score)
         right = (score > 0.5) == truth
-        drawings["reliability"] = partial(plots.reliability, confidence=sure, right=right, error=_error(sure, right))
+        error = calibration_error(sure, right)
+        drawings["reliability"] = partial(plots.reliability, confidence=sure, right=right, error=error)
     losses = F.binary_cross_entropy_with_logits(outputs.double(), targets.double().nan_to_num(0), reduction="none")
     wrong = valid & ((shares > 0.5) != (targets > 0.5))
     errors = torch.where(wrong, losses, 0).sum(1)
@@ -115,12 +120,6 @@ def of_labels(outputs: Tensor, targets: Tensor, columns: Sequence[str]) -> Repor
         )
 
     return Report(per_class, drawings, torch.where(wrong.any(1), errors, math.nan), caption)
-
-
-def _error(sure: Tensor, right: Tensor) -> float:
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    return 100 * float(binary_calibration_error(sure, right.long(), plots.BINS))
 
 
 def of_numbers(predicted: Tensor, truth: Tensor, std: Tensor, rows: Mapping[str, Mapping[str, float]]) -> Report:

@@ -47,7 +47,7 @@ from fcmae.evaluation.features import Extractor, Features, first, labelled_sourc
 from fcmae.evaluation.knn import knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
-from fcmae.evaluation.summary import Recorder, finish, finish_images, folder_of
+from fcmae.evaluation.summary import Recorder, describe, finish_images, folder_of, named
 from fcmae.evaluation.whole_images import evaluate_boxes, evaluate_maps, write_tables
 from fcmae.interchange.foreign import is_foreign, read_foreign
 from fcmae.loggers.wandb import check_report, log_report
@@ -55,8 +55,17 @@ from fcmae.masks import create_mask, draw_scores
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.messages import say
 from fcmae.models import FCMAE
-from fcmae.models.build import config_of, encoder_of, known_of, model_of, objective_of, random_encoder, unsaid
-from fcmae.models.objective import BoxObjective, DenseObjective
+from fcmae.models.build import (
+    config_of,
+    encoder_of,
+    known_of,
+    model_of,
+    networks_of,
+    objective_of,
+    random_encoder,
+    unsaid,
+)
+from fcmae.models.objective import BoxObjective, DenseObjective, Report
 
 
 @contextlib.contextmanager
@@ -90,8 +99,8 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
     """What extracts features of a checkpoint's backbone, and the same with the cache that ``cfg`` asks for."""
     with opened(cfg) as (world, file, state):
         data = data_of(cfg, state, file)
-        if world.is_main and unsaid(state):
-            say(f"{file} does not say {', '.join(unsaid(state))}; the standard values are taken where none are given")
+        if unknown := ", ".join(unsaid(state)):
+            world.say(f"{file} does not say {unknown}; the standard values are taken where none are given")
         backbone = encoder_of(state, file)
         how: dict[str, Any] = {"layer": cfg.layer, "stages": cfg.stages, "loader": cfg.loader}
         extractor = Extractor(backbone.to(world.device), data, world, cfg.at_once(), cfg.precision, **how)
@@ -102,6 +111,16 @@ def _frozen(cfg: FeaturesConfig) -> Iterator[tuple[Extractor, Callable[[Source],
         folder = _features_folder(file) if cfg.cache == "run" else Path(cfg.cache)
         identity = json.dumps([state["config"], cfg.seed]) if random else checkpoint.checksum(file)
         yield extractor, CachedExtractor(extractor, folder, {"checkpoint": identity})
+
+
+def split_overrides(images: Sequence[str]) -> tuple[list[str], list[str], Any, LoaderConfig]:
+    """Arguments as paths, overrides ``data.KEY=VALUE``, and the configs that these and ``loader.KEY=VALUE`` give."""
+    groups: dict[str, list[str]] = {"data": [], "loader": [], "": []}
+    for image in images:
+        group = image.partition(".")[0] if "=" in image else ""
+        groups[group if group in groups else ""].append(image)
+    given: Any = from_dotlist(DataOverrides, groups["data"], "data")
+    return groups[""], groups["data"], given, from_dotlist(LoaderConfig, groups["loader"], "loader")
 
 
 def data_of(cfg: CheckpointConfig, state: State, file: Path) -> DataConfig:
@@ -117,8 +136,7 @@ def _random(cfg: FeaturesConfig, world: World) -> tuple[Path, State]:
     """Random weights, the same on every rank."""
     in_chans = cfg.merge_data({}).in_chans
     state = world.together(lambda: random_encoder(settled(BackboneConfig, cfg.model), in_chans, cfg.seed))
-    if world.is_main:
-        say(f"checkpoint random: random weights of {cfg.model.backbone}, drawn with seed={cfg.seed}")
+    world.say(f"checkpoint random: random weights of {cfg.model.backbone}, drawn with seed={cfg.seed}")
     return Path(RANDOM), state
 
 
@@ -132,8 +150,7 @@ def _read(path: str, world: World) -> tuple[Path, State]:
     states: list[State] = []
     world.together(lambda: states.append(read_foreign(path) if foreign else checkpoint.read(file, mmap=True)))
     (state,) = states
-    if world.is_main:
-        say(f"{path}: weights of {state['imported_from']}" if foreign else checkpoint.describe(file, state))
+    world.say(f"{path}: weights of {state['imported_from']}" if foreign else checkpoint.describe(file, state))
     return file, state
 
 
@@ -184,14 +201,12 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         source, notes = objective.validation(source, "data.val_path", str(file))
         if objective.num_classes is not None:
             notes = notes + one_class(classes)
-        for note in notes if world.is_main else ():
-            say(note)
+        world.say(*notes)
     if tables and accepted is not None and max(map(len, accepted)) > 1:
         raise UsageError(f"per_class and confusion need one class per image; labels={cfg.labels} has several")
     result: dict[str, float] = {}
     recorder = Recorder([], world)
-    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema, cfg.allow).to(world.device)
+    for prefix, model in networks_of(state, file, cfg.allow, world.device):
         confusion = None
         if tables:
             confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=world.device)
@@ -205,12 +220,12 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
             metrics = class_metrics(share, world, len(classes), confusion)
         else:
             metrics = objective.metrics(share, world)
-        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+        result |= named(prefix, metrics)
     if confusion is not None:
         total = world.sum(confusion).cpu()
         world.on_main(lambda: write_tables(cfg, classes, total))
     if accepted is not None:
-        finish(None, result, classes, world)
+        world.on_main(lambda: describe(result, Report(), classes))
     else:
         folder = world.from_main(lambda: folder_of(cfg.report, file))
         finish_images(folder, objective, result, recorder, source, data, classes)
@@ -242,11 +257,8 @@ def probe(cfg: ProbeConfig) -> dict[str, Any] | None:
     with _frozen(cfg) as (extractor, extract):
         data, world = extractor.data, extractor.world
         train, val, classes, notes = labelled_sources(data, cfg.loader, cfg.seed)
-        for note in notes if world.is_main else ():
-            say(note)
-
+        world.say(*notes)
         crop = pretrain_transform(data, cfg.loader.max_pixels)
-
         if cfg.random_crops:
             epochs: Iterable[Features] = linear.Epochs(
                 lambda epoch: extractor(train, CroppedImages(train, crop, cfg.seed, epoch))
@@ -285,11 +297,8 @@ def reconstruct(
         allow: classes that may be called although only the checkpoint names them.
     """
     check("--max-images", max_images, max_images > 0, "a positive integer")
-    how = [image for image in images if image.startswith("loader.") and "=" in image]
-    overrides = [image for image in images if image.startswith("data.") and "=" in image]
-    loader = from_dotlist(LoaderConfig, how, "loader")
-    given: Any = from_dotlist(DataOverrides, overrides, "data")
-    named = CheckpointConfig(path, data=given, loader=loader, allow=list(allow))
+    paths, overrides, given, loader = split_overrides(images)
+    asked = CheckpointConfig(path, data=given, loader=loader, allow=list(allow))
     file = checkpoint.resolve(path)
     state = checkpoint.read(file, mmap=True)
     say(checkpoint.describe(file, state))
@@ -297,7 +306,7 @@ def reconstruct(
     if not isinstance(model, FCMAE):
         task = f"{path} is of the task {state['task']!r} and has no decoder"
         raise CheckpointError(f"{task}; give a pretraining run or one of its checkpoints")
-    cfg, data = config_of(state, file, allow), data_of(named, state, file)
+    cfg, data = config_of(state, file, allow), data_of(asked, state, file)
     assert isinstance(cfg, PretrainConfig)
     strategy = create_mask(cfg.mask)
     if mask_ratio is not None:
@@ -305,7 +314,7 @@ def reconstruct(
         model.mask_ratio = mask_ratio
     check_channels("--channels", channels, data.in_chans)
     channels = channels or cfg.logger.channels
-    files = [file for image in images if image not in (*overrides, *how) for file in _files(image, max_images)]
+    files = [file for image in paths for file in _files(image, max_images)]
     samples: list[Tensor | Encoded | LazyImage] = [read_file(file) for file in files[:max_images]]
     if overrides:
         source = first(train_source(data, loader), max(0, max_images - len(samples)))

@@ -1,7 +1,5 @@
 """What ``fcmae evaluate`` prints and writes beside its metrics: a table, CSV files and plots."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -21,7 +19,7 @@ from fcmae.distributed import World
 from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
 from fcmae.evaluation.map_pictures import sheet, titled
-from fcmae.files import make_folder, output, write_output
+from fcmae.files import csv_text, make_folder, output, write_output
 from fcmae.messages import say
 from fcmae.models.objective import DenseObjective, Objective, Plots, Predictions, Report
 
@@ -32,6 +30,11 @@ WORST = 16
 PRINTED = 20
 """Classes up to which their numbers are printed."""
 DPI = 110
+
+
+def named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the network that ``prefix`` stands for; the number of images is the same for all."""
+    return {name if name == "images" else f"{prefix}{name}": value for name, value in metrics.items()}
 
 
 class Recorder:
@@ -144,9 +147,7 @@ def _plain(value: float) -> str:
 
 
 def _rows(file: Path, rows: Iterable[Iterable[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    write_output("report", file, text.getvalue())
+    write_output("report", file, csv_text(rows))
 
 
 def draw(folder: Path, drawings: Plots) -> None:
@@ -193,9 +194,6 @@ def _picture(raw: Tensor, data: DataConfig) -> Tensor:
     return rgb(choose(imgs, data), imgs, data=data)[0][0]
 
 
-Write = Callable[[], None]
-
-
 def folder_of(report: str | None, checkpoint: Path) -> Path | None:
     """Where ``report`` says that files go; None = nowhere, as of a checkpoint that is in no run."""
     if report != "run":
@@ -207,18 +205,6 @@ def folder_of(report: str | None, checkpoint: Path) -> Path | None:
         say(f"no report: {run} cannot be written; give report=FOLDER")
         return None
     return run / "evaluation"
-
-
-def finish(folder: Path | None, metrics: Mapping[str, float], classes: Iterable[str], world: World) -> None:
-    """Prints and writes the metrics alone."""
-
-    def on_main() -> None:
-        describe(metrics, Report(), classes)
-        if folder is not None:
-            write(folder, metrics, Report())
-            say(f"report: {folder}")
-
-    world.on_main(on_main)
 
 
 def finish_images(

@@ -1,7 +1,5 @@
 """Results of each class, written as JSON or CSV by the file's name."""
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fcmae.files import write_output
+from fcmae.files import csv_text, write_output
 
 
 def write_per_class(path: Path, classes: list[str], confusion: Tensor) -> None:
@@ -28,9 +26,4 @@ def write_confusion(path: Path, classes: list[str], confusion: Tensor) -> None:
 
 
 def _write(key: str, path: Path, as_json: Any, as_rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    if path.suffix == ".json":
-        json.dump(as_json, text)
-    else:
-        csv.writer(text).writerows(as_rows)
-    write_output(key, path, text.getvalue())
+    write_output(key, path, json.dumps(as_json) if path.suffix == ".json" else csv_text(as_rows))

@@ -15,13 +15,13 @@ from fcmae.data.sources.map_files import map_key, mapped_source
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.evaluation.box_pictures import BoxPictures, colour
-from fcmae.evaluation.detections import check_canvas, detections, found_in
+from fcmae.evaluation.detections import detections, found_in
+from fcmae.evaluation.features import check_image_size
 from fcmae.evaluation.map_pictures import MapPictures
-from fcmae.evaluation.summary import WORST, Errors, Worst, finish_whole, folder_of, worst_of
+from fcmae.evaluation.summary import WORST, Errors, Worst, finish_whole, folder_of, named, worst_of
 from fcmae.evaluation.tables import write_confusion, write_per_class
-from fcmae.evaluation.windows import check_image_size, whole_predictions
-from fcmae.messages import say
-from fcmae.models.build import model_of
+from fcmae.evaluation.windows import whole_predictions
+from fcmae.models.build import networks_of
 from fcmae.models.objective import BoxObjective, DenseObjective, Report
 
 
@@ -35,16 +35,14 @@ def evaluate_maps(
     maps = mapped_source(data, cfg.loader, train=False)
     notes = world.together(lambda: check_maps(maps, map_key(data, train=False), objective.target))
     source, more = objective.validation(maps, "data.val_path", str(file))
-    for note in [*notes, *more] if world.is_main else ():
-        say(note)
+    world.say(*notes, *more)
     result: dict[str, float] = {}
-    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema, cfg.allow).to(world.device)
-        check_image_size(data, model)
+    for prefix, model in networks_of(state, file, cfg.allow, world.device):
+        check_image_size(data, model, "target maps")
         how = (data, cfg.loader, cfg.at_once(dense=True), cfg.precision)
         errors = Errors(objective)
         metrics = objective.metrics(whole_predictions(model, objective, source, *how, world, look=errors), world)
-        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+        result |= named(prefix, metrics)
     counts = objective.confusion
     if cfg.confusion is not None:
         if counts is None:
@@ -72,15 +70,13 @@ def evaluate_boxes(
         check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts boxes")
     boxed = world.together(lambda: boxed_source(data, cfg.loader, train=False))
     source, notes = objective.validation(boxed, "data.val_annotations", str(file))
-    for note in [*boxed.notes, *notes] if world.is_main else ():
-        say(note)
+    world.say(*boxed.notes, *notes)
     result: dict[str, float] = {}
-    for prefix, ema in (("", False), ("ema_", True)) if state.get("ema") else (("", False),):
-        model = model_of(state, file, ema, cfg.allow).to(world.device)
-        check_canvas(data, model)
+    for prefix, model in networks_of(state, file, cfg.allow, world.device):
+        check_image_size(data, model, "objective=detect")
         how = (data, cfg.loader, cfg.at_once(dense=True), cfg.precision)
         metrics = objective.metrics(detections(model, source, *how, world), world)
-        result |= {f"{prefix}{name}" if name != "images" else name: value for name, value in metrics.items()}
+        result |= named(prefix, metrics)
 
     def draw(places: list[int], alone: World) -> tuple[Image.Image | None, dict[str, Tensor]]:
         pictures = BoxPictures(data, most=WORST)

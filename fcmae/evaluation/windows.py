@@ -14,10 +14,7 @@ from fcmae.data.pixels.pairs import WholePair
 from fcmae.data.samples import WholePairs
 from fcmae.data.sources import Source
 from fcmae.distributed import World
-from fcmae.errors import ConfigError
 from fcmae.evaluation.features import Images, batches, never
-from fcmae.models.backbone import stage_shapes
-from fcmae.models.headed import backbone_of
 from fcmae.models.objective import DenseObjective, Predictions
 from fcmae.precision import autocast
 
@@ -136,15 +133,6 @@ class _Canvas:
     def result(self) -> tuple[Images, Tensor]:
         assert self.total is not None
         return self.image, (self.total / self.count)[:, : self.height, : self.width]
-
-
-def check_image_size(cfg: DataConfig, model: nn.Module) -> None:
-    """Raises ConfigError unless the sides of a window are multiples of the network's total stride."""
-    stride = stage_shapes(backbone_of(model))[1][-1]
-    if any(side % stride for side in cfg.size):
-        raise ConfigError(
-            f"data.image_size must be a multiple of {stride}, the total stride, with target maps; got {list(cfg.size)}"
-        )
 
 
 def starts(side: int, window: int, overlap: float) -> list[int]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -300,6 +300,15 @@ def model_of(state: State, path: Path, ema: bool = True, allow: Collection[str] 
         model = build_network(cfg, objective)
     load_state(model, weights, path)
     return model.eval()
+
+
+def networks_of(
+    state: State, path: Path, allow: Collection[str], device: torch.device
+) -> Iterator[tuple[str, FCMAE | ConvNeXt | Headed]]:
+    """The model, and with the prefix ``ema_`` that with averaged weights where the run kept some, on a device."""
+    yield "", model_of(state, path, False, allow).to(device)
+    if state.get("ema"):
+        yield "ema_", model_of(state, path, True, allow).to(device)
 
 
 def encoder_of(state: State, path: Path, ema: bool = True) -> ConvNeXt:

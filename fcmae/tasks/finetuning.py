@@ -21,9 +21,10 @@ from fcmae.engines.dense import dense
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.box_pictures import BoxPictures
 from fcmae.evaluation.classify import predictions
-from fcmae.evaluation.detections import check_canvas, detections
+from fcmae.evaluation.detections import detections
+from fcmae.evaluation.features import check_image_size
 from fcmae.evaluation.map_pictures import MapPictures
-from fcmae.evaluation.windows import check_image_size, whole_predictions
+from fcmae.evaluation.windows import whole_predictions
 from fcmae.loggers.logger import RunLogger
 from fcmae.models.build import build_network
 from fcmae.models.detector import Detector, Targets
@@ -70,12 +71,11 @@ class Finetuning:
         if cfg.recipe is None:  # which would take a smaller batch
             _check_batch(len(self.source), cfg)
         self.model = build_network(cfg, self.objective)
-        if isinstance(self.objective, DenseObjective):
+        maps = isinstance(self.objective, DenseObjective)
+        if maps:
             torch.backends.cudnn.deterministic = True  # of heads: a resumed run ends with the same bits
-            check_image_size(cfg.data, self.model)
-            check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
-        if isinstance(self.objective, BoxObjective):
-            check_canvas(cfg.data, self.model)
+        if maps or isinstance(self.objective, BoxObjective):
+            check_image_size(cfg.data, self.model, "target maps" if maps else "objective=detect")
             check_channels("logger.channels", cfg.logger.channels, cfg.data.in_chans)
         freeze(self.model, cfg.freeze)
         self.keys = draw_paths_by_sample(self.model)

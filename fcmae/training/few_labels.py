@@ -97,8 +97,7 @@ class _Search:
         if found is not None and own:
             return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
         self.world.together(self._load)
-        for note in [*self.task.notes, *self._small_class()] if self.world.is_main else ():
-            say(note)
+        self.world.say(*self.task.notes, *self._small_class())
         probe = self._probe()
         self.world.together(lambda: self._check_metric(probe["metrics"][0]))
         if found is None:

@@ -13,7 +13,7 @@ from torchmetrics.functional import classification as of
 from fcmae.distributed import World
 from fcmae.evaluation import reports, summary
 from fcmae.evaluation.summary import Recorder, folder_of, worst_of
-from fcmae.models.objective import Objective, Predictions
+from fcmae.models.objective import Objective, Predictions, Report
 from fcmae.plugins import members
 from fcmae.tasks.objectives import Multilabel, Regress
 from tests.conftest import TINY_FINETUNE
@@ -89,8 +89,10 @@ def test_a_table_leaves_classes_out_and_has_the_averaged_weights():
 
 
 def test_metrics_alone(tmp_path, capfd):
-    """As of detection."""
-    summary.finish(tmp_path / "report", {"map": 41.5, "map_car": 3.0, "images": 7}, ["car"], CPU)
+    """As with accepted labels."""
+    metrics = {"map": 41.5, "map_car": 3.0, "images": 7}
+    summary.describe(metrics, Report(), ["car"])
+    summary.write(tmp_path / "report", metrics, Report())
     assert rows(tmp_path / "report" / "metrics.csv")[1] == {"metric": "map_car", "value": "3.0"}
     assert [line.split() for line in capfd.readouterr().err.splitlines()][1:3] == [["map", "41.5"], ["images", "7"]]
 
