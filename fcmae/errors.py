@@ -1,5 +1,8 @@
 """Errors that the user can fix, words for their messages, and how commands end."""
 
+from collections.abc import Sequence
+from typing import Any
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_RESUMABLE = 75
@@ -23,6 +26,12 @@ def printable(text: str) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_of(names: Sequence[Any], most: int = 3, separator: str = ", ") -> str:
+    """The first of several names, and how many more there are: ``a, b, c and 5 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(map(str, names[:most])) + more
 
 
 def counted(count: int, what: str) -> str:

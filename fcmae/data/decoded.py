@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import LazyImage
-from fcmae.data.sources.base import Sample, Source, Wrapper
+from fcmae.data.sources.base import Sample, Source, Wrapper, why_unlabelled
 from fcmae.errors import UsageError
 
 SHARE = 0.8
@@ -47,7 +47,7 @@ class DecodedImages(Wrapper):
     @property
     def unlabelled(self) -> str:
         """Why there are no classes."""
-        return getattr(self.source, "unlabelled", "its source gives none")
+        return why_unlabelled(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         if not self.is_readable(index):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.sources import Sample, Source
+from fcmae.data.sources.base import why_unlabelled
 from fcmae.errors import ConfigError, ImageError
 
 
@@ -23,8 +24,8 @@ class Labels:
         values = getattr(source, "values", None)
         first = values[0] if values is not None else _first(source)
         if first is None:
-            reason = getattr(source, "unlabelled", "its source gives none")
-            raise ConfigError(f"{key} needs labels, but the training images have none: {reason}")
+            why = why_unlabelled(source)
+            raise ConfigError(f"{key} needs labels, but the training images have none: {why}")
         like = torch.as_tensor(first)
         kind = torch.float32 if like.is_floating_point() else torch.int64
         self.missing = torch.full(like.shape, math.nan if kind == torch.float32 else -1, dtype=kind)

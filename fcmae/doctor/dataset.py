@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fcmae.config import LoaderConfig, from_dotlist
@@ -17,11 +16,11 @@ from fcmae.data.pixels.look import checksum, look, small
 from fcmae.data.prepare.statistics import left_out, white_of
 from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.array import stored_format
+from fcmae.data.sources.base import shuffled
 from fcmae.doctor.contact_sheet import SHOWN, draw
 from fcmae.doctor.suggest import suggest
 from fcmae.errors import ConfigError, ImageError, counted, shown
 from fcmae.files import output
-from fcmae.randomness import Stream, generator
 
 SAMPLED = 256
 """Rows and columns, evenly spread, that statistics of an image are of."""
@@ -77,7 +76,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     """
     data, loader = configs(overrides)
     source = train_source(data, loader)
-    order = torch.randperm(len(source), generator=generator(0, Stream.SUBSET))[:images].tolist()
+    order = shuffled(source)[:images]
     survey = examine(source, order, loader.max_pixels)
     odd = odd_ones(survey.seen)
     for line in report(data, source, survey, odd):

@@ -15,6 +15,7 @@ from fcmae.data.loading import Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import CanvasImages, CroppedImages, EvaluationImages, WholePairs
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
+from fcmae.data.sources.base import shuffled
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
@@ -23,7 +24,6 @@ from fcmae.models.backbone import stage_shapes
 from fcmae.models.headed import backbone_of
 from fcmae.models.pooled import pool_maps, row_width
 from fcmae.precision import autocast
-from fcmae.randomness import Stream, generator
 
 
 def never() -> bool:
@@ -100,7 +100,7 @@ def first_indices(source: Source, count: int | None) -> list[int]:
     """The first ``count`` indices of a fixed random order, or all of them in order."""
     if count is None or count >= len(source):
         return list(range(len(source)))
-    return torch.randperm(len(source), generator=generator(0, Stream.SUBSET))[:count].tolist()
+    return shuffled(source)[:count]
 
 
 def first(source: Source, count: int | None) -> Source:

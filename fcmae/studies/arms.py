@@ -20,7 +20,7 @@ from fcmae.config import (
 from fcmae.config.commands import RANDOM
 from fcmae.config.study import ALL, ARMS
 from fcmae.config.unset import UnsetBackboneConfig
-from fcmae.data.sources import Source
+from fcmae.data.sources import Source, require_labels
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Objective
 from fcmae.plugins import create
@@ -157,10 +157,9 @@ def choose_budgets(cfg: StudyConfig, source: Source, classifies: bool) -> tuple[
 
 def _counts(source: Source) -> dict[str, int]:
     """Images of each class. Raises UsageError without classes."""
-    if source.classes is None:
-        raise UsageError(f"data.path has no labels: {getattr(source, 'unlabelled', 'its source gives none')}")
+    classes = require_labels(source, "data.path")
     found = Counter(source.label(index) for index in range(len(source)))
-    return {name: found[number] for number, name in enumerate(source.classes)}
+    return {name: found[number] for number, name in enumerate(classes)}
 
 
 def choose_metric(cfg: StudyConfig, objective: Objective, source: Source, classifies: bool) -> tuple[str, str]:

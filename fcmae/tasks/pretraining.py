@@ -26,6 +26,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.resident import Resident, innermost
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Windows, train_source, val_source, with_classes
+from fcmae.data.sources.base import shuffled
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
@@ -36,7 +37,6 @@ from fcmae.masks.patches import grid_size, random_mask
 from fcmae.messages import say
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
-from fcmae.randomness import Stream, generator
 from fcmae.tasks.guards import Inputs, LossWatch, MeanPatch, mask_warnings
 from fcmae.tasks.held_out import NO_EPOCH, HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
@@ -206,7 +206,7 @@ class Pretraining:
         cfg, loader = self.cfg, self.cfg.loader
         images = MaskedImages(self.source, self._central(), self.grid, cfg.seed, mask=self.mask, labels=self.labels)
         samples = ErrorsAside(images)
-        order = torch.randperm(len(self.source), generator=generator(cfg.seed, Stream.SUBSET)).tolist()
+        order = shuffled(self.source, cfg.seed)
         batches = (collate([samples[NO_EPOCH, i]]) for i in order)
         singles = readable(batches, len(order), loader.on_error == "skip", loader.max_bad)
         columns = zip(*itertools.islice(singles, count), strict=True)

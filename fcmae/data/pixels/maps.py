@@ -11,6 +11,7 @@ from torch import Tensor
 from fcmae.data.pixels import scientific
 from fcmae.data.pixels.decode import Encoded, explained, stored
 from fcmae.data.pixels.formats import MAX_PIXELS, check_size, open_picture
+from fcmae.opening import open_regular
 
 IGNORED = -1
 """The class of pixels that are left out of the loss and of metrics."""
@@ -86,19 +87,20 @@ def has_values(target: Tensor) -> bool:
     return bool((target.isfinite() if target.is_floating_point() else target != IGNORED).any())
 
 
-def stored_size(file: IO[bytes]) -> tuple[int, int] | None:
+def stored_size(path: str) -> tuple[int, int] | None:
     """Height and width as the header of an image file says, turned as its EXIF says; None if it cannot be read here.
 
     Decodes nothing.
     """
-    head = file.read(len(scientific.NPY_MAGIC))
-    file.seek(0)
     try:
-        if head == scientific.NPY_MAGIC:
-            return _npy_size(file)
-        with open_picture(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
+        with open_regular(path) as file:
+            head = file.read(len(scientific.NPY_MAGIC))
+            file.seek(0)
+            if head == scientific.NPY_MAGIC:
+                return _npy_size(file)
+            with open_picture(file) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5
+                return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # libraries raise all kinds; reading the sample says what is wrong
         return None
 

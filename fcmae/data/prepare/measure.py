@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fcmae.config import PrepareConfig
@@ -26,8 +25,8 @@ from fcmae.data.prepare.statistics import (
 )
 from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source
+from fcmae.data.sources.base import shuffled
 from fcmae.errors import UsageError
-from fcmae.randomness import Stream, generator
 
 CHUNK = 100
 """Samples per task of a process."""
@@ -40,7 +39,7 @@ def statistics(cfg: PrepareConfig, source: Source) -> list[str]:
     """
     data, to = cfg.data, PixelFormat.of(cfg.data, cfg.loader.max_pixels)
     count = min(len(source), data.stats_samples or len(source))
-    chosen = torch.randperm(len(source), generator=generator(cfg.seed, Stream.SUBSET))[:count].tolist()
+    chosen = shuffled(source, cfg.seed)[:count]
     bounds: list[str] = []
     if data.normalize == "percentile":
         sums, values = _percentiles(cfg, source, chosen, to)

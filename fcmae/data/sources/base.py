@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import Encoded, LazyImage
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, first_of
 from fcmae.randomness import Stream, generator
 
 LIKELY_CLASSES = 2**16
@@ -97,7 +97,7 @@ class Windows(Wrapper):
     @property
     def unlabelled(self) -> str:
         """Why there are no classes; a source with classes may have no answer."""
-        return getattr(self.source, "unlabelled", "its source gives none")
+        return why_unlabelled(self.source)
 
     def __len__(self) -> int:
         return len(self.source) * self.count
@@ -112,12 +112,21 @@ class Windows(Wrapper):
         return self.source.describe(index // self.count)
 
 
+def why_unlabelled(source: Source) -> str:
+    """Why a source has no classes, for messages."""
+    return getattr(source, "unlabelled", "its source gives none")
+
+
+def shuffled(source: Source, seed: int = 0) -> list[int]:
+    """All indices of a source in a random order, a function of the seed."""
+    return torch.randperm(len(source), generator=generator(seed, Stream.SUBSET)).tolist()
+
+
 def few_labels(source: Source, per_class: int, seed: int) -> Subset:
     """``per_class`` samples of each class, drawn by ``seed``. Raises UsageError if a class has fewer."""
     assert source.classes is not None
-    order = torch.randperm(len(source), generator=generator(seed, Stream.SUBSET)).tolist()
     chosen: dict[int, list[int]] = {label: [] for label in range(len(source.classes))}
-    for index in order:
+    for index in shuffled(source, seed):
         label = source.label(index)
         assert label is not None
         if len(chosen[label]) < per_class:
@@ -134,8 +143,7 @@ def some_images(source: Source, count: int, seed: int) -> Subset:
     """``count`` samples, drawn by ``seed``; those of a smaller count are among them. Raises UsageError for too many."""
     if count > len(source):
         raise UsageError(f"data.num_images is {count}; data.path has {len(source)} images")
-    order = torch.randperm(len(source), generator=generator(seed, Stream.SUBSET))
-    return Subset(source, sorted(order[:count].tolist()))
+    return Subset(source, sorted(shuffled(source, seed)[:count]))
 
 
 def balanced_labels(source: Source) -> tuple[int, ...]:
@@ -163,7 +171,7 @@ def class_names(largest: int, images: int) -> list[str] | None:
 def require_labels(source: Source, key: str) -> list[str]:
     """The names of the classes. Raises UsageError if the source has none."""
     if source.classes is None:
-        raise UsageError(f"{key} has no labels: {getattr(source, 'unlabelled', 'its source gives none')}")
+        raise UsageError(f"{key} has no labels: {why_unlabelled(source)}")
     return source.classes
 
 
@@ -202,13 +210,8 @@ def with_classes(source: Source, key: str, expected: list[str], whose: str) -> t
     unknown = [name for name in classes if name not in known]
     if unknown:
         raise UsageError(
-            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: {_some(unknown)}"
+            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: {first_of(unknown, 10)}"
         )
     missing = [name for name in expected if name not in present]
-    note = f"{key} lacks {len(missing)} of the {len(expected)} classes of {whose}: {_some(missing)}"
+    note = f"{key} lacks {len(missing)} of the {len(expected)} classes of {whose}: {first_of(missing, 10)}"
     return Relabelled(source, expected), [note] if missing else []
-
-
-def _some(names: list[str]) -> str:
-    """The first ten names."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

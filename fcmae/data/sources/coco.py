@@ -3,7 +3,6 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +13,12 @@ from torch import Tensor
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.instances import problem_of
 from fcmae.data.pixels.maps import stored_size
-from fcmae.data.sources.base import Sample
+from fcmae.data.sources.base import Sample, shuffled
 from fcmae.data.sources.heads import head_of, unreadable
-from fcmae.errors import ConfigError, counted, shown
+from fcmae.data.sources.images import Files
+from fcmae.errors import ConfigError, counted, first_of, shown
 from fcmae.messages import print_once_rank0
-from fcmae.opening import open_regular, read_regular
-from fcmae.randomness import Stream, generator
+from fcmae.opening import read_regular
 
 MAX_BYTES = 2**31
 """Of a JSON file."""
@@ -27,8 +26,6 @@ SIZES = 20_000
 """Images, of a fixed random order, whose headers are compared with the file."""
 RUNS = 1_000
 """Masks whose compressed run lengths are checked before training, the first ones."""
-NAMED = 3
-"""Offenders that a message names."""
 OUTSIDE = 1.0
 """Pixels that a box may reach out of its image: coordinates are rounded. What lies outside is cut off."""
 
@@ -49,7 +46,7 @@ class Objects(NamedTuple):
     size: tuple[int, int]
 
 
-class CocoImages:
+class CocoImages(Files):
     """The images of a COCO JSON file, in its order, without labels. :class:`CocoObjects` has their objects.
 
     Args:
@@ -60,7 +57,6 @@ class CocoImages:
     Raises ConfigError with a line for each kind of mistake, naming the first offenders.
     """
 
-    classes: list[str] | None = None
     unlabelled = "a COCO file has classes of objects, not of images"
 
     def __init__(self, file: str | Path, folder: str | Path, key: str) -> None:
@@ -102,18 +98,6 @@ class CocoImages:
         self.sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
         if not images:
             mistakes.say("its list images is empty")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(read_file(self.paths[index]), None)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def describe(self, index: int) -> str:
-        return self.paths[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image, as the file says."""
@@ -239,9 +223,8 @@ class CocoObjects(CocoImages):
             self.notes.append(f"{self.key}: {without} of {len(self.paths)} images have no boxes")
 
     def _compare_sizes(self, mistakes: "Mistakes") -> None:
-        some = torch.randperm(len(self), generator=generator(0, Stream.SUBSET))[:SIZES].tolist()
-        for index in sorted(some):
-            found = _stored(self.paths[index])
+        for index in sorted(shuffled(self)[:SIZES]):
+            found = stored_size(self.paths[index])
             if found is not None and found != self.size(index):
                 height, width = self.size(index)
                 name = shown(os.path.basename(self.paths[index]))
@@ -277,12 +260,13 @@ class CocoObjects(CocoImages):
         numbers = {name: number for number, name in enumerate(expected)}
         unknown = [name for name in self.class_names if name not in numbers]
         if unknown:
-            raise ConfigError(f"{self.key}: {self.file}: {len(unknown)} classes are not in {whose}: {some(unknown)}")
+            named = first_of(unknown)
+            raise ConfigError(f"{self.key}: {self.file}: {len(unknown)} classes are not in {whose}: {named}")
         present = set(self.class_names)
         missing = [name for name in expected if name not in present]
         self.kinds = torch.tensor([numbers[name] for name in self.class_names])[self.kinds]
         self.class_names = expected
-        return [f"{self.key} lacks {len(missing)} of the classes of {whose}: {some(missing)}"] if missing else []
+        return [f"{self.key} lacks {len(missing)} of the classes of {whose}: {first_of(missing)}"] if missing else []
 
     @property
     def most(self) -> int:
@@ -326,7 +310,7 @@ class Mistakes:
             self.found[kind] += names
 
     def lines(self) -> list[str]:
-        found = (f"{len(names)} {kind}: {some(names)}" for kind, names in self.found.items())
+        found = (f"{len(names)} {kind}: {first_of(names)}" for kind, names in self.found.items())
         return [f"{self.where}: {line}" for line in (*self.said, *found)]
 
     def __bool__(self) -> bool:
@@ -336,12 +320,6 @@ class Mistakes:
         """Raises ConfigError if there are any."""
         if self:
             raise ConfigError("\n".join(self.lines()))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of many."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parsed(file: str, key: str) -> dict[str, Any]:
@@ -382,11 +360,3 @@ def _box(given: Any, size: tuple[int, int]) -> list[float] | None:
         return None
     (left, right), (top, bottom) = ((max(first, 0.0), min(last, float(side))) for first, last, side in ends)
     return [left, top, right, bottom] if left < right and top < bottom else None
-
-
-def _stored(path: str) -> tuple[int, int] | None:
-    try:
-        with open_regular(path) as file:
-            return stored_size(file)
-    except OSError:
-        return None

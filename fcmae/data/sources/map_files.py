@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fcmae.config import DataConfig, LoaderConfig
-from fcmae.data.pixels.decode import read_file
+from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.data.sources.create import train_source, val_source
 from fcmae.data.sources.imagefolder import ImageFolder
@@ -15,9 +16,6 @@ from fcmae.data.sources.listing import Listing, list_folder
 from fcmae.data.sources.own import Own
 from fcmae.data.sources.table import TableImages
 from fcmae.errors import ConfigError, ImageError, UsageError, shown
-
-NAMED = 3
-"""Images that a message names."""
 
 
 class Mapped(Wrapper):
@@ -83,6 +81,15 @@ class InFolders(Mapped):
             raise ImageError(self.describe(index), "it has no target map")
         folder, _ = self.source.relative(index)  # type: ignore[attr-defined]  # an ImageFolder
         return self.listings[folder % len(self.listings)].path(int(self.positions[index]))
+
+
+def map_of(sample: Sample, source: Source, index: int) -> tuple[Encoded | Tensor, str]:
+    """The target map of a sample, and its name for messages. Raises ImageError if the source gives none."""
+    given = sample.label
+    name = given.name if isinstance(given, Encoded) else source.describe(index)
+    if not isinstance(given, (Encoded, Tensor)):
+        raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
+    return given, name
 
 
 def _by_stem(listing: Listing, key: str) -> dict[bytes, int]:

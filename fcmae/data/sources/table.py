@@ -14,7 +14,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
 from fcmae.data.sources.heads import head_of, unreadable
-from fcmae.errors import ConfigError, UsageError, shown
+from fcmae.errors import ConfigError, UsageError, first_of, shown
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
 
@@ -23,8 +23,6 @@ IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
 SPLIT_COLUMN = "split"
 MAX_BYTES = 2**30
 """Of a table."""
-NAMED = 3
-"""Offending rows that a message names."""
 LENGTH = 80
 """Characters of a value that a message shows."""
 BATCH = 1024
@@ -143,7 +141,7 @@ def read_table(path: Path) -> Table:
     header, *lines = [line for _, line in numbered]
     wrong = [number for number, line in numbered if len(line) != len(header)]
     if wrong:
-        raise UsageError(f"{path} has {len(header)} columns, but not in line {_some(wrong)}")
+        raise UsageError(f"{path} has {len(header)} columns, but not in line {first_of(wrong)}")
     if len(set(header)) < len(header):
         raise UsageError(f"{path} has two columns of one name: {', '.join(header)}")
     return {name: [line[number] for line in lines] for number, name in enumerate(header)}
@@ -204,7 +202,8 @@ def _numbers(path: Path, table: Table, name: str, rows: list[int]) -> list[float
             wrong.append(f"{row + 1} ({value!r:.40})")
         values.append(number)
     if wrong:
-        raise UsageError(f"data.label_column: column {name} of {path} must have numbers, but not in row {_some(wrong)}")
+        named = first_of(wrong)
+        raise UsageError(f"data.label_column: column {name} of {path} must have numbers, but not in row {named}")
     return values
 
 
@@ -221,10 +220,5 @@ def _inside(path: Path, names: list[Any], rows: list[int], root: Path) -> list[s
             missing.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
     for those, what in ((outside, "outside of"), (missing, "that are not in")):
         if those:
-            raise UsageError(f"{path} names files {what} {root}: row {_some(those)}; data.root=FOLDER sets the root")
+            raise UsageError(f"{path} names files {what} {root}: row {first_of(those)}; data.root=FOLDER sets the root")
     return paths
-
-
-def _some(items: Sequence[Any]) -> str:
-    more = len(items) - NAMED
-    return ", ".join(map(str, items[:NAMED])) + (f" and {more} more" if more > 0 else "")

@@ -8,9 +8,9 @@ from fcmae.config import FinetuneConfig
 from fcmae.config.checks import check_one_of
 from fcmae.data.pixels.instances import coco_mask
 from fcmae.data.sources import Source, Subset
-from fcmae.data.sources.coco import CocoObjects, some
+from fcmae.data.sources.coco import CocoObjects
 from fcmae.distributed import World
-from fcmae.errors import ConfigError, UsageError
+from fcmae.errors import ConfigError, UsageError, first_of
 from fcmae.evaluation.coco_metrics import NAMES, coco_metrics
 from fcmae.models.detector import Detector
 from fcmae.models.objective import BoxObjective, Predictions, Report
@@ -63,7 +63,7 @@ class Detect(BoxObjective):
         without = source.without_mask()
         if self.model == "mask_rcnn" and without:
             raise ConfigError(
-                f"{source.key}: {source.file}: {len(without)} images have objects without a mask: {some(without)}; "
+                f"{source.key}: {source.file}: {len(without)} images have objects without a mask: {first_of(without)}; "
                 "objective.model=faster_rcnn takes boxes alone"
             )
         if not self.most:
@@ -88,7 +88,7 @@ class Detect(BoxObjective):
         if self.masks and without:
             raise ConfigError(
                 f"{source.key}: {source.file}: {len(without)} images have objects without a mask, which {whose} has: "
-                f"{some(without)}"
+                f"{first_of(without)}"
             )
         return source, source.take_classes(self.classes, whose)
 

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig
-from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.maps import IGNORED, MAX_CLASSES, class_map
 from fcmae.data.sources import Sample, Source
-from fcmae.data.sources.check_maps import some
+from fcmae.data.sources.base import shuffled
+from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import ImageError
 from fcmae.evaluation import reports
@@ -85,7 +85,7 @@ class Segment(PerPixel):
         if not self.auto:
             return
         counts = torch.zeros(self.channels, dtype=torch.int64)
-        for index in some(source, COUNTED):
+        for index in shuffled(source)[:COUNTED]:
             try:
                 target = self.target(source[index], source, index)
             except ImageError:
@@ -105,10 +105,7 @@ class Segment(PerPixel):
 
     def target(self, sample: Sample, source: Source, index: int) -> Tensor:
         """int16 ``[H, W]``: the class, or ``IGNORED``."""
-        given = sample.label
-        name = given.name if isinstance(given, Encoded) else source.describe(index)
-        if not isinstance(given, (Encoded, Tensor)):
-            raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
+        given, name = map_of(sample, source, index)
         found = class_map(given, name, self.max_pixels)
         order = self.values.argsort()
         places = torch.searchsorted(self.values[order], found).clamp_(max=self.channels - 1)

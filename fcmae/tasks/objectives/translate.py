@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig
-from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.maps import value_map
 from fcmae.data.sources import Sample, Source
-from fcmae.data.sources.check_maps import some
+from fcmae.data.sources.base import shuffled
+from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.models.objective import Predictions
@@ -73,7 +73,7 @@ class Translate(PerPixel):
             raise UsageError(f"data.image_size must be at least {KERNEL} with objective.loss=ms_ssim")
         count, total, squares = torch.zeros(3, self.channels, dtype=torch.float64)
         low, high = torch.full((self.channels,), math.inf), torch.full((self.channels,), -math.inf)
-        for index in some(source, MEASURED):
+        for index in shuffled(source)[:MEASURED]:
             try:
                 values = self.target(source[index], source, index).flatten(1)
             except ImageError:
@@ -102,10 +102,7 @@ class Translate(PerPixel):
 
     def target(self, sample: Sample, source: Source, index: int) -> Tensor:
         """float32 ``[channels, H, W]`` as the file has them, NaN where there is no value."""
-        given = sample.label
-        name = given.name if isinstance(given, Encoded) else source.describe(index)
-        if not isinstance(given, (Encoded, Tensor)):
-            raise ImageError(name, f"its source gives no target map; got {type(given).__name__}")
+        given, name = map_of(sample, source, index)
         return value_map(given, name, self.channels, self.max_pixels)
 
     def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
