@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import statistics
 import time
@@ -28,6 +29,8 @@ SHARE = 0.25
 RESERVE = 0.1
 """Share of the time for checkpoints, evaluations, and a machine that becomes slower."""
 FOLDER = "speed"
+FEW_STEPS = 200
+"""With fewer optimizer steps pretraining from random weights ends near the mean patch (docs/own_recipes.md)."""
 
 
 def scaled(schedule: ScheduleConfig, epochs: float) -> ScheduleConfig:
@@ -83,6 +86,19 @@ def fit_schedule(
         say(
             f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
             f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
+        )
+        _warn_of_few_steps(cfg, speed, left, spent)
+
+
+def _warn_of_few_steps(cfg: RunConfig, speed: float, left: float, spent: float) -> None:
+    """A line where ``left`` seconds of pretraining from random weights are too few, with the budget that suffices."""
+    batch = cfg.optim.global_batch_size
+    steps = int(left * speed / batch)
+    if isinstance(cfg, PretrainConfig) and cfg.init_from is None and steps < FEW_STEPS:
+        needed = spent + (STEPS + FEW_STEPS / (1 - RESERVE)) * batch / speed
+        say(
+            f"warning: {steps} steps of {batch} images fit, and fewer than {FEW_STEPS} teach a network little; give "
+            f"trainer.budget={math.ceil(needed / 60)}min or more, or a smaller optim.global_batch_size"
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fcmae import interrupt
 from fcmae.checkpoints import checkpoint
-from fcmae.config import ScheduleConfig
+from fcmae.config import OptimConfig, PretrainConfig, ScheduleConfig
 from fcmae.training import budget
 from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
@@ -32,6 +32,8 @@ def weights(run):
 def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, speed):
     whole = fcmae_here(*RUN, *QUIET, "hydra.run.dir=whole")
     assert "trainer.budget=100s: 1 images/s, so schedule.epochs=3.375 schedule.warmup_epochs=0.675" in whole.stderr
+    few = f"warning: 10 steps of 8 images fit, and fewer than {budget.FEW_STEPS} teach a network little; give trainer."
+    assert whole.stderr.index("trainer.budget=100s: 1 images/s") < whole.stderr.index(few)
     assert whole.stderr.count("from the start") == 2  # the steps that are measured, and the run
     assert not (tmp_path / "whole" / "speed").exists()
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -70,6 +72,13 @@ def test_a_slow_machine_measures_fewer_steps(fcmae_here, tmp_path, monkeypatch):
     assert "images/s, so schedule.epochs=" in done.stderr
     assert given == [pytest.approx(10 + 25)]
     assert budget.median_speed(tmp_path) == 0
+
+
+def test_enough_steps_and_pretrained_weights_have_no_warning(capsys):
+    for speed, init_from, expected in ((1.0, None, 1), (16.0, None, 0), (1.0, "runs/photos", 0)):
+        cfg = PretrainConfig(optim=OptimConfig(global_batch_size=8), init_from=init_from)
+        budget._warn_of_few_steps(cfg, speed, 100, 10)
+        assert capsys.readouterr().err.count("teach a network little") == expected
 
 
 def test_warm_up_keeps_its_share():

@@ -16,7 +16,7 @@ from fcmae.messages import print_once
     [
         # image size, crops, strides, mask ratio, batch, lr, epochs, warm-up
         (Facts(2000, 300, 300, True), "small", (224, 4, None, 0.6, 256, 1.5e-3, 1000, 50)),  # as the solar cells
-        (Facts(2000, 300, 300, False), "small", (224, 1, None, 0.6, 64, 7.5e-4, 100, 5)),
+        (Facts(2000, 300, 300, False), "small", (224, 1, None, 0.6, 16, 5e-4, 100, 5)),
         (Facts(60_000, 28, 28, True), "medium", (32, 1, [1, 2, 2, 2], 0.5, 1024, 2.4e-3, 333, 16.65)),
         (Facts(5300, 64, 64, True), "small", (64, 1, [1, 2, 2, 2], 0.6, 256, 1.5e-3, 377, 18.85)),
         (Facts(100_000, 120, 100, True), "medium", (96, 1, [2, 2, 2, 2], 0.6, 1024, 2.4e-3, 200, 10)),
@@ -42,14 +42,14 @@ def test_a_config_has_them_and_what_the_user_sets_counts(photos, capsys):
     print_once.cache_clear()
     cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "trainer.device=cpu"])
     assert (cfg.data.size, cfg.model.strides, cfg.model.mask_ratio) == ((96, 96), [2, 2, 2, 2], 0.6)
-    assert (cfg.optim.global_batch_size, cfg.optim.lr, cfg.schedule.epochs) == (32, 5.3e-4, 2000)
+    assert (cfg.optim.global_batch_size, cfg.optim.lr, cfg.schedule.epochs) == (16, 5e-4, 2000)
     assert (cfg.schedule.warmup_epochs, cfg.trainer.checkpoint_every_epochs) == (100, 200)
     said = capsys.readouterr().err
     assert said.count("own/small: 40 images, about 119 x 130 px, on a CPU: data.image_size=96") == 1
-    given = ["data.image_size=64", "optim.global_batch_size=16", "schedule.epochs=10"]
+    given = ["data.image_size=64", "optim.global_batch_size=32", "schedule.epochs=10"]
     cfg = compose("pretrain", ["experiment=own/medium", f"data.path={photos}", "trainer.device=cpu", *given])
     assert (cfg.model.strides, cfg.model.mask_ratio, cfg.model.backbone) == ([1, 2, 2, 2], 0.6, "convnextv2_tiny")
-    assert (cfg.optim.lr, cfg.schedule.warmup_epochs, cfg.trainer.eval_every_epochs) == (5e-4, 0.5, 1)
+    assert (cfg.optim.lr, cfg.schedule.warmup_epochs, cfg.trainer.eval_every_epochs) == (5.3e-4, 0.5, 1)
     assert "experiment=own/small is made for 40 images" in capsys.readouterr().err
     cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "model.strides=null"])
     assert (cfg.model.strides, cfg.model.mask_ratio) == (None, 0.5)  # 9 patches
