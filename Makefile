@@ -40,7 +40,7 @@ test-rest: $(VENV)/.dev demo-data
 	PYTHON=$(BIN)/python launch/install_minkowski.sh
 	$(BIN)/python -m pytest -m "slow or tf or clients or minkowski"
 
-# docs/reliability.md, the whole of it; test-faults is the short form.
+# docs/tests.md, the whole of it; test-faults is the short form.
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m faults tests/faults
 

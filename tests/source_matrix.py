@@ -1,6 +1,6 @@
 """Every source x type of pixels, and what is checked of each.
 
-``python -m tests.source_matrix`` prints the table of docs/data.md, which a test compares with it.
+``python -m tests.source_matrix`` prints the table of docs/tests.md, which a test compares with it.
 """
 
 import io
@@ -171,7 +171,7 @@ def data_config(dtype: str, **given: Any) -> DataConfig:
 
 
 def lines() -> list[str]:
-    """The table of docs/data.md: the number of tests of each source and type."""
+    """The table of docs/tests.md: the number of tests of each source and type."""
     found = [f"| source | type | {' | '.join(CHECKS)} |", f"|{'---|' * (2 + len(CHECKS))}"]
     counted = list(cells())
     for source, kind in SOURCES.items():

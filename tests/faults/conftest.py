@@ -1,4 +1,4 @@
-"""After every test of faults: no process, shared memory or temporary file is left (row 13 of docs/reliability.md)."""
+"""After every test of faults: no process, shared memory or temporary file is left (row 13 of docs/tests.md)."""
 
 import contextlib
 import functools

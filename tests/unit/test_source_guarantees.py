@@ -1,5 +1,5 @@
 """Every kind of file × way to normalise: the same batches from a folder, a table and prepared tar files, for any number
-of workers and ranks, and after a restart. docs/data.md has the table.
+of workers and ranks, and after a restart. docs/tests.md has the table.
 """
 
 import io

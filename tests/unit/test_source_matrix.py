@@ -1,4 +1,4 @@
-"""Every source x type of pixels: read, crop, resume, prepare, ranks. docs/data.md has the table."""
+"""Every source x type of pixels: read, crop, resume, prepare, ranks. docs/tests.md has the table."""
 
 import random
 import re
@@ -88,7 +88,7 @@ def test_a_source(cell, tmp_path):
 
 def test_the_table_counts_these_tests():
     """`python -m tests.source_matrix` writes it."""
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "tests.md").read_text()
     found = re.search(r"^\| source \| type \|.*?(?=\n\n)", page, re.MULTILINE | re.DOTALL)
     assert found is not None
     assert found[0].splitlines() == matrix.lines()
