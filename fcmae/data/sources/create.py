@@ -86,8 +86,8 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
     if cfg.name == "coco":
         return CocoImages(_annotations(cfg, train), path, annotations_key(train))
     if cfg.name == "table":
-        split = None if cfg.val_path is not None else cfg.split if train else cfg.val_split
-        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column)
+        split, alone = cfg.split if train else cfg.val_split, cfg.val_path not in (None, cfg.path)
+        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column, alone)
     if cfg.name == "array":
         from fcmae.data.sources.array import ArrayImages
 

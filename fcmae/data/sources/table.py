@@ -20,6 +20,8 @@ from fcmae.opening import open_regular
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
 """Names of the column of paths, if it is not given."""
+ENDINGS = (".txt", ".csv", ".tsv", ".parquet")
+"""Of tables."""
 SPLIT_COLUMN = "split"
 MAX_BYTES = 2**30
 """Of a table."""
@@ -39,7 +41,9 @@ class TableImages:
         root: the folder to which paths are relative and which they may not leave; None = the table's own.
         image_column: None = the first column called image, path, file or filename.
         label_column: a column of classes; a list of columns of numbers, of which any may be empty; None = no labels.
-        split: rows whose column ``split`` has this value; None = all rows.
+        split: rows whose column ``split`` has this value; None = all rows. A table without the column has one split,
+            which is taken whatever its name; so is that of a table ``alone`` if all rows have the same.
+        alone: whether the other rows of a data set are in another table.
         target_column: a column of files with target maps; None = ``targets`` is None.
 
     Raises UsageError naming the column, or the first rows that are wrong or whose image is missing.
@@ -53,15 +57,18 @@ class TableImages:
         label_column: str | Sequence[str] | None = None,
         split: str | None = None,
         target_column: str | None = None,
+        alone: bool = False,
     ) -> None:
         self.table = Path(path)
         table = read_table(self.table)
         column = _image_column(self.table, table, image_column)
         rows = list(range(len(table[column])))
         if split is not None and SPLIT_COLUMN in table:
-            rows = [row for row in rows if str(table[SPLIT_COLUMN][row]) == split]
+            found = sorted({str(value) for value in table[SPLIT_COLUMN]})
+            if not (alone and len(found) == 1):
+                rows = [row for row in rows if str(table[SPLIT_COLUMN][row]) == split]
             if not rows:
-                raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}")
+                raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}; it has {_some(found)}")
         if not rows:
             raise UsageError(f"{path} has no rows")
         self.rows = rows
