@@ -16,7 +16,7 @@ from fcmae.data.sources import ImageFolder, Source
 from fcmae.data.sources.images import Joined
 from fcmae.distributed import World
 from fcmae.errors import UsageError, counted
-from fcmae.evaluation.features import batches, check_image_size
+from fcmae.evaluation.features import batches, check_image_size, gather
 from fcmae.evaluation.windows import Windows, network_of, over_windows
 from fcmae.files import make_folder, output
 from fcmae.messages import say
@@ -68,12 +68,12 @@ def predict_maps(
         make_folder("--out", files[place].parent)
         with output("--out", files[place]) as file:
             network.objective.write(final, file)
-    left = len(source) - int(world.sum(torch.tensor(len(done), device=world.device)))
+    places = sorted(gather(torch.tensor(done, dtype=torch.int64, device=world.device), world).tolist())
+    left = len(source) - len(places)
     if not world.is_main:
         return None
     if left:
         say(f"{left} of {counted(len(source), 'image')} could not be read: no map")
-    places = done if files is None else [place for place, file in enumerate(files) if not left or file.exists()]
     return Maps([source.describe(place) for place in places], maps, network.columns)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample, Source, locate
 from fcmae.data.sources.imagefolder import ImageFolder
+from fcmae.data.sources.table import ENDINGS, TableImages
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import UsageError
 
@@ -57,7 +58,7 @@ class Joined:
 
 
 def images_at(paths: Sequence[str]) -> Joined:
-    """The images at ``paths``, in this order: files, folders of images at any depth, tar files and folders of them.
+    """The images at ``paths``, in this order: tables, files, tar files, and folders of tar files or of images.
 
     Raises UsageError naming what is missing or holds no image.
     """
@@ -68,6 +69,8 @@ def images_at(paths: Sequence[str]) -> Joined:
     for path in paths:
         if path.endswith(".tar") or (os.path.isdir(path) and any(name.endswith(".tar") for name in os.listdir(path))):
             sources.append(WebDataset(path))
+        elif path.lower().endswith(ENDINGS) and os.path.isfile(path):
+            sources.append(TableImages(path))
         else:
             sources.append(ImageFolder(path) if os.path.isdir(path) else Files([path]))
     return Joined(sources)
