@@ -41,6 +41,7 @@ class DecodedImages(Wrapper):
     ) -> None:
         super().__init__(source)
         self.values = getattr(source, "values", None)
+        self.columns = getattr(source, "columns", None)
         self.memory, self.sizes, self.channels, self.dtype = memory, sizes, channels, dtype
         self.offsets, self.bytes = places(sizes, channels * dtype.itemsize)
 

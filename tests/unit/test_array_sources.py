@@ -22,7 +22,7 @@ from fcmae.data.pixels.decode import PixelFormat, decode
 from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.command import prepare
 from fcmae.data.samples import MaskedImages
-from fcmae.data.sources import few_labels, train_source, val_source
+from fcmae.data.sources import Subset, few_labels, train_source, val_source
 from fcmae.data.sources.array import ArrayImages
 from fcmae.errors import ConfigError, ImageError, UsageError
 from fcmae.evaluation.cache import fingerprint
@@ -258,6 +258,14 @@ def test_labels_in_a_npy_file_are_beside_each_array(tmp_path):
     cfg = DataConfig(name="array", val_path=str(tmp_path / "1" / "images.npy"), planes_as="samples", dtype="float32",
                      in_chans=2, mean=[0.0] * 2, std=[1.0] * 2, label_column="labels.npy")  # fmt: skip
     assert val_source(cfg).label(0) == 0
+    for number in range(2):
+        np.save(tmp_path / str(number) / "mass.npy", np.arange(4 * number, 4 * number + 4, dtype=np.float32))
+    for cache in (None, "ram"):  # a number per image, which all of its planes have
+        paths = (str(tmp_path / "*" / "images.npy"), 2)
+        found = source(*paths, planes_as="samples", label_column="mass.npy", cache=cache)
+        for given, first in ((found, 0), (Subset(found, list(range(9, 24))), 9)):
+            assert [given[i].label.item() for i in range(len(given))] == [i // 3 for i in range(first, 24)]
+            assert given.values[:, 0].tolist() == [i // 3 for i in range(first, 24)]
 
 
 def refused(message, path, **given):

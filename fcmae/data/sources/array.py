@@ -97,7 +97,8 @@ class ArrayImages:
             if told := empty_classes([self.numbers], self.classes):
                 print_once_rank0(f"{self.arrays[0].path}: {counted(len(found), 'image')}{told}")
         else:
-            self.columns, self.values = [name], torch.from_numpy(found.astype(np.float32))[:, None]
+            rows = [self._row(index) for index in range(len(self))]  # planes of an image share its number
+            self.columns, self.values = [name], torch.from_numpy(found.astype(np.float32))[rows, None]
             self.unlabelled = f"data.label_column: {name} has numbers, not classes"
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ class ArrayImages:
         image = StoredImage(
             size, self.describe(index), lambda rows, cols: array.read(self._open, place, rows, cols), self.to
         )
-        return Sample(image, self.label(index) if self.values is None else self.values[self._row(index)])
+        return Sample(image, self.label(index) if self.values is None else self.values[index])
 
     def _row(self, index: int) -> int:
         """The place of a sample's label."""
