@@ -63,7 +63,7 @@ def predictions(
     """
     model.eval()
     forward = forward_of(model, world.device, len(source) // world.size, batch_size)
-    samples = EvaluationImages(source, eval_transform(cfg), target)
+    samples = EvaluationImages(source, eval_transform(cfg, loader.max_pixels), target)
     for imgs, targets, places in batches(source, cfg, loader, batch_size, world, samples, stop):
         with torch.inference_mode(), autocast(world.device, precision):
             outputs = tree_map_only(Tensor, Tensor.float, forward(imgs))

@@ -228,7 +228,7 @@ def _evaluate(cfg: EvaluateConfig, file: Path, state: State, world: World) -> di
         world.on_main(lambda: describe(result, Report(), classes))
     else:
         folder = world.from_main(lambda: folder_of(cfg.report, file))
-        finish_images(folder, objective, result, recorder, source, data, classes)
+        finish_images(folder, objective, result, recorder, source, data, cfg.loader.max_pixels, classes)
     return result if world.is_main else None
 
 

@@ -16,6 +16,7 @@ from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import EvaluationImages
 from fcmae.data.sources import Source
 from fcmae.distributed import World
+from fcmae.errors import shown
 from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
 from fcmae.evaluation.map_pictures import sheet, titled
@@ -116,6 +117,7 @@ def _short(value: float) -> str:
 def class_table(per_class: Mapping[str, Mapping[str, float]]) -> str:
     """Numbers of each class as text."""
     widths = {column: max(len(column), 7) + 2 for column in next(iter(per_class.values()))}
+    per_class = {shown(name): row for name, row in per_class.items()}
     first = max(len(name) for name in ("class", *per_class)) + 1
     lines = ["class".ljust(first) + "".join(f"{column:>{width}}" for column, width in widths.items())]
     for name, row in per_class.items():
@@ -166,13 +168,15 @@ def draw(folder: Path, drawings: Plots) -> None:
             figure.savefig(file, dpi=DPI, format="png")
 
 
-def write_worst(folder: Path, report: Report, source: Source, places: Tensor, data: DataConfig) -> None:
+def write_worst(
+    folder: Path, report: Report, source: Source, places: Tensor, data: DataConfig, max_pixels: int
+) -> None:
     """``worst.csv`` and a picture of the images that are most wrong."""
     if report.errors is None:
         return
     rows = worst_of(report.errors)
     say_worst(folder, [(int(places[row]), float(report.errors[row]), report.caption(row)) for row in rows], source)
-    images = EvaluationImages(source, eval_transform(data), lambda *_: 0)
+    images = EvaluationImages(source, eval_transform(data, max_pixels), lambda *_: 0)
     shown = [(_picture(images[int(places[row])][0], data), report.caption(row)) for row in rows]
     if shown:
         _save(folder, sheet(shown))
@@ -214,6 +218,7 @@ def finish_images(
     recorder: Recorder,
     source: Source,
     data: DataConfig,
+    max_pixels: int,
     classes: list[str],
 ) -> None:
     """Prints and writes what is known of images with labels; every rank calls it."""
@@ -226,7 +231,7 @@ def finish_images(
         if folder is not None:
             write(folder, metrics, report)
             if results is not None:
-                write_worst(folder, report, source, results.places, data)
+                write_worst(folder, report, source, results.places, data, max_pixels)
             say(f"report: {folder}")
 
     recorder.world.on_main(finish)

@@ -33,7 +33,8 @@ def evaluate_maps(
         check(name, getattr(cfg, name), getattr(cfg, name) is None, f"null: {file} predicts a map per image")
     objective.max_pixels = cfg.loader.max_pixels
     maps = mapped_source(data, cfg.loader, train=False)
-    notes = world.together(lambda: check_maps(maps, map_key(data, train=False), objective.target))
+    classes = state.get("classes") or []
+    notes = world.together(lambda: check_maps(maps, map_key(data, train=False), objective.target, classes))
     source, more = objective.validation(maps, "data.val_path", str(file))
     world.say(*notes, *more)
     result: dict[str, float] = {}
@@ -47,7 +48,7 @@ def evaluate_maps(
     if cfg.confusion is not None:
         if counts is None:
             raise UsageError(f"confusion must be null: the targets of {file} are no classes")
-        world.on_main(lambda: write_tables(cfg, state.get("classes") or [], counts))
+        world.on_main(lambda: write_tables(cfg, classes, counts))
 
     worst = [(place, error, f"error {error:.4g}") for place, error in errors.worst(world)]
 
@@ -57,7 +58,7 @@ def evaluate_maps(
             pass
         return pictures.draw(), objective.legend()
 
-    folder, classes = world.from_main(lambda: folder_of(cfg.report, file)), state.get("classes") or []
+    folder = world.from_main(lambda: folder_of(cfg.report, file))
     finish_whole(folder, objective.report_maps, result, lambda _: worst, source, draw, classes, world)
     return result if world.is_main else None
 

@@ -26,4 +26,4 @@ def sourced(cfg: FinetuneConfig, objective: Objective, train: bool) -> tuple[Sou
         return (train_source if train else val_source)(cfg.data, cfg.loader), []
     objective.max_pixels = cfg.loader.max_pixels
     source = mapped_source(cfg.data, cfg.loader, train)
-    return source, check_maps(source, map_key(cfg.data, train), objective.target)
+    return source, check_maps(source, map_key(cfg.data, train), objective.target, getattr(objective, "classes", ()))

@@ -324,6 +324,14 @@ def test_maps_without_labels_are_named(tmp_path):
     assert train(tmp_path).notes == [
         f"warning: data.target_path: 1 of 8 maps have no labelled pixel: {tmp_path}/masks/s/3.png"
     ]
+    mask = np.zeros((40, 56))
+    mask[:9] = 255  # the object, of a binary mask
+    for number in range(8):
+        spoil(tmp_path, number, mask)
+    assert train(tmp_path).notes == [
+        "warning: data.target_path: all labelled pixels of 8 maps are of class 0; the others are left out "
+        "(objective.ignore_index)"
+    ]
     for number in range(8):
         spoil(tmp_path, number, np.full((40, 56), 255))
     with pytest.raises(ConfigError, match=r"^data.target_path: 8 of 8 maps have no labelled pixel: .* and 5 more$"):

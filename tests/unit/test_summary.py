@@ -8,10 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchmetrics.functional import classification as of
 
+from fcmae.config import DataConfig, LoaderConfig
+from fcmae.data.sources import ImageFolder
 from fcmae.distributed import World
+from fcmae.errors import ImageError, UsageError
 from fcmae.evaluation import reports, summary
+from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.summary import Recorder, folder_of, worst_of
 from fcmae.models.objective import Objective, Predictions, Report
 from fcmae.plugins import members
@@ -110,7 +115,7 @@ def test_an_objective_needs_no_report():
     assert "report" not in members(Objective)[0]
     recorder = Recorder([Predictions(torch.randn(2, 1), torch.randn(2), torch.arange(2))], CPU)
     list(recorder)
-    summary.finish_images(None, SimpleNamespace(), {"error": 1.0}, recorder, None, None, [])
+    summary.finish_images(None, SimpleNamespace(), {"error": 1.0}, recorder, None, None, 1, [])
 
 
 def test_a_report_of_a_classifier(fcmae_here, tmp_path, monkeypatch):
@@ -162,3 +167,20 @@ def test_a_report_of_maps(fcmae_here, tmp_path):
         assert picture.height == 5 * (40 + 4) + 4 + 16
         assert (242, 85, 85) in {colour for _, colour in picture.getcolors(2**16)}  # of bg
     assert 100 * sum(worst) / 5 == pytest.approx(100 - metrics["accuracy"])  # all have as many labelled pixels
+
+
+def test_the_largest_image_is_that_of_loader_max_pixels_in_evaluation_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "a" / "x.png")
+    source, data, too_large = ImageFolder(tmp_path), DataConfig(image_size=16), "20x20 pixels; loader.max_pixels is 399"
+    loaders = [LoaderConfig(workers=0, max_pixels=most) for most in (399, 400)]
+    with pytest.raises(UsageError, match=too_large):
+        next(predictions(nn.Flatten(), source, data, loaders[0], 1, "float32", CPU))
+    assert next(predictions(nn.Flatten(), source, data, loaders[1], 1, "float32", CPU)).outputs.shape == (1, 768)
+    with pytest.raises(ImageError, match=too_large):
+        summary.write_worst(tmp_path, Report(errors=torch.ones(1)), source, torch.zeros(1), data, 399)
+
+
+def test_a_class_of_any_name_is_one_line():
+    rows = {name: {"recall": 50.0} for name in ("on", "c\nd")}
+    assert [line.split() for line in summary.class_table(rows).splitlines()[1:]] == [["on", "50"], ["'c\\nd'", "50"]]

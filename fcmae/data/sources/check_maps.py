@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from fcmae.data.pixels.maps import has_values, stored_size
+from fcmae.data.pixels.maps import IGNORED, has_values, stored_size
 from fcmae.data.samples import Target
 from fcmae.data.sources.base import Source, shuffled
 from fcmae.data.sources.map_files import Mapped
@@ -16,18 +16,21 @@ VALUES = 200
 """Maps that are decoded, of the same order."""
 
 
-def check_maps(source: Source, key: str, target: Target) -> list[str]:
+def check_maps(source: Source, key: str, target: Target, classes: Sequence[str] = ()) -> list[str]:
     """Notes for the user, a line each.
 
     Args:
         key: names the maps in messages.
         target: reads the map of a sample; raises ImageError.
+        classes: their names, if maps have classes.
 
     Raises ConfigError with a line for each kind of mistake, naming the first maps that have it.
     """
     missing = set(source.missing) if isinstance(source, Mapped) else set()
     sizes = list(_other_sizes(source)) if isinstance(source, Mapped) else []
     wrong, empty, seen = [], [], 0
+    found_classes: set[int] = set()
+    left_out = False
     for index in sorted({*shuffled(source)[:VALUES]} - missing):
         try:
             sample = source[index]
@@ -40,6 +43,10 @@ def check_maps(source: Source, key: str, target: Target) -> list[str]:
             sizes += _other_size(_named(source, index), sample.image.shape[-2:], found.shape[-2:])
         if not isinstance(found, Tensor) or not has_values(found):
             empty.append(_named(source, index))
+        elif not found.is_floating_point():
+            labelled = found[found != IGNORED]
+            found_classes |= {int(labelled.min()), int(labelled.max())}
+            left_out |= len(labelled) < found.numel()
     mistakes = []
     if missing:
         names = [shown(source.describe(index)) for index in sorted(missing)]
@@ -54,7 +61,12 @@ def check_maps(source: Source, key: str, target: Target) -> list[str]:
         mistakes.append(f"{key}: {said}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    return [f"warning: {key}: {said}"] if empty else []
+    notes = [f"warning: {key}: {said}"] if empty else []
+    if len(found_classes) == 1:
+        only = classes[found_classes.pop()] if classes else "one number"
+        others = "; the others are left out (objective.ignore_index)" if left_out else ""
+        notes.append(f"warning: {key}: all labelled pixels of {seen} maps are of class {only}{others}")
+    return notes
 
 
 def _other_sizes(source: Mapped) -> Iterator[str]:
