@@ -27,6 +27,7 @@ from fcmae.plugins import create
 from fcmae.studies.compare import Budget
 from fcmae.tasks.dense import sourced
 from fcmae.tasks.initial import find_start, settle
+from fcmae.tasks.objectives.per_image import signed
 
 EPOCHS, LEAST_STEPS, MOST_STEPS = 100, 200, 2000
 """Length of every training: passes over its images, within limits."""
@@ -165,7 +166,7 @@ def _counts(source: Source) -> dict[str, int]:
 def choose_metric(cfg: StudyConfig, objective: Objective, source: Source, classifies: bool) -> tuple[str, str]:
     """The metric and the reason for it; of classes that training images have in unequal numbers one that says so."""
     if cfg.metric is not None:
-        return cfg.metric, "metric"
+        return signed(cfg.metric), "metric"
     if not classifies or objective.best != "top1":
         return objective.best, "objective.best"
     counts = _counts(source).values()

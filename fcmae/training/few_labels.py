@@ -234,12 +234,13 @@ class _Search:
         return found
 
     def _check_metric(self, metrics: dict[str, float]) -> None:
-        if self.objective.best not in metrics:
+        if self.objective.best.removeprefix("-") not in metrics:
             known = ", ".join(metrics)
             raise UsageError(f"objective.best must be one of {known} with recipe=auto; got {self.objective.best}")
 
     def _score(self, metrics: dict[str, float]) -> float:
-        return metrics[self.objective.best]
+        value = metrics[self.objective.best.removeprefix("-")]
+        return -value if self.objective.best.startswith("-") else value
 
     def _fold(self, fold: int, lr: float, decay: float, probe: Result) -> dict[str, float]:
         """The metrics of the held-out images of a fold, after fine-tuning on the others."""
@@ -262,8 +263,8 @@ class _Search:
         gc.collect()  # cycles of the run hold a GPU's memory, which Python's collector does not count
         if self.world.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            best = self.objective.best
-            say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {best} {result[best]:.1f}")
+            of_fold = f"{self.objective.best} {self._score(result):.1f}"
+            say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold}")
         return result
 
     def _measure(self, task: Finetuning, images: list[int]) -> dict[str, float]:
@@ -360,6 +361,6 @@ def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
 
 
 def _mean(values: list[float]) -> float:
-    """Of those that are defined; -1 if none is."""
+    """Of those that are defined; less than any score if none is."""
     known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else -1.0
+    return sum(known) / len(known) if known else -101.0

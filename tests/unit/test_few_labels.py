@@ -19,6 +19,7 @@ from fcmae.models import FCMAE
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
+from fcmae.tasks.objectives import Classify
 from fcmae.training import few_labels
 from tests.conftest import TINY, TINY_PRETRAIN, run_python
 
@@ -158,6 +159,16 @@ def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):
     )
     assert result(here / "run")["metric"] == "auroc"
     assert result(here / "run")["layer"] == "stages"
+
+
+def test_the_search_keeps_the_least_error():
+    search = object.__new__(few_labels._Search)
+    search.objective = Classify(best="-ece")
+    search._check_metric({"ece": 5.0})
+    assert search._score({"ece": 5.0}) == -5
+    assert few_labels._mean([math.nan]) < search._score({"ece": 100.0})
+    search.objective = Classify(best="auroc")
+    assert search._score({"auroc": 5.0}) == 5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Fine-tuning for a class per pixel: loss, metrics, windows, and a run from pretraining to predictions."""
 
+import io
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from fcmae.config import FinetuneConfig, compose
 from fcmae.data.pixels.maps import IGNORED
 from fcmae.data.sources import Sample
 from fcmae.distributed import World
-from fcmae.errors import ConfigError, ImageError
+from fcmae.errors import ConfigError, ImageError, UsageError
 from fcmae.evaluation.features import Images
 from fcmae.evaluation.windows import Windows, over_windows, starts
 from fcmae.models.dense_head import DenseHead, enlarged
@@ -257,6 +258,13 @@ def check_predictions(fcmae_here, folder, squares, matrix):
     ):
         told = fcmae_here("predict", "whole@last", images, "--out", out, check=2).stderr
         assert re.search(message, told), told
+    (folder / "some").mkdir()
+    (folder / "maps" / "1.png").write_bytes(b"of an earlier run")
+    (folder / "some" / "0.png").write_bytes((squares / "images" / "s" / "0.png").read_bytes())
+    (folder / "some" / "1.png").write_bytes(b"damaged")
+    lenient = ("loader.workers=0", "loader.on_error=skip", "loader.max_bad=0.5")
+    maps = package.predict(f"{folder}/whole@last", [f"{folder}/some", *lenient], out=folder / "maps")
+    assert maps.paths == [f"{folder}/some/0.png"]
     twice = fcmae_here("predict", "whole@last", f"{images}/s", f"{images}/s", "--out", "twice", check=2).stderr
     assert "would be one file, twice/0.png" in twice
 
@@ -342,3 +350,25 @@ def test_the_best_metric_is_known_before_training(best):
     with pytest.raises(ValueError, match="best must be one of miou, dice, accuracy, iou_a, iou_b, dice_a, dice_b"):
         Segment(["a", "b"], best=best)
     assert Segment(["a", "b"], best="iou_b").best == "iou_b"
+
+
+def test_a_best_class_that_does_not_occur_ends_no_training():
+    objective = Segment(["a", "b", "c"], best="iou_c")
+    share = [
+        Predictions(torch.eye(3)[None, :, :2, None], torch.tensor([[[0], [1]]], dtype=torch.int16), torch.zeros(1))
+    ]
+    metrics = objective.metrics(share, CPU)
+    assert (metrics["iou_a"], metrics["miou"]) == (100, 100)
+    assert math.isnan(metrics["iou_c"])
+
+
+@pytest.mark.parametrize("classes", [["a", None], [True, False], [1.0, 2.0]])
+def test_a_class_that_yaml_reads_as_something_else_is_refused(classes):
+    with pytest.raises(ValueError, match="classes must be names; put .* in quotes if it is one"):
+        Segment(classes)
+
+
+@pytest.mark.parametrize("values", [[-1, 0], [0, 65536]])
+def test_a_number_that_a_png_cannot_hold_is_not_written_as_another(values):
+    with pytest.raises(UsageError, match=f"need objective.values of 0 to 65535; got {values[0]} to {values[1]}"):
+        Segment(2, values).write(torch.tensor([values]), io.BytesIO())

@@ -1,6 +1,7 @@
 """``data.name=table`` and the objectives that learn numbers of it: multilabel and regress."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -13,12 +14,13 @@ import fcmae
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import DataConfig
+from fcmae.config.compose import compose
 from fcmae.data.sources import train_source, val_source
 from fcmae.data.sources.table import TableImages
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Predictions
-from fcmae.tasks.objectives import Classify, Multilabel, Regress
+from fcmae.tasks.objectives import Classify, Multilabel, Regress, Translate
 from tests.conftest import TINY
 from tests.interchange import assert_same
 
@@ -59,7 +61,18 @@ def test_classes_and_splits(table):
     assert (len(train), len(val), train.classes) == (8, 4, ["a", "b"])
     assert [train.label(i) for i in range(4)] == [0, 1, 0, 1]
     assert train[0].image.name == train.describe(0) == str(table.parent / "images" / "0.png")
-    assert len(train_source(DataConfig(name="table", path=str(table), val_path=str(table)))) == 12
+
+
+def test_a_second_table_is_split_like_the_first(table, tmp_path):
+    """Otherwise ``data.val_path=`` would measure on the rows that were trained on."""
+    test = edited(table, tmp_path, lambda t: [t[0], *([*row[:-1], "test"] for row in t[1:])])
+    both = {"name": "table", "path": str(table), "root": str(table.parent)}
+    for val_path, rows in ((str(table), 4), (f"{table.parent}/./{table.name}", 4), (str(test), 12)):
+        cfg = DataConfig(**both, val_path=val_path)
+        assert (len(train_source(cfg)), len(val_source(cfg))) == (8, rows)
+    assert len(val_source(DataConfig(**both, val_path=str(table), val_split="train"))) == 8
+    with pytest.raises(UsageError, match="whose column split is 'test'; it has train, validation"):
+        val_source(DataConfig(**both, val_path=str(table), val_split="test"))
 
 
 def test_a_text_file_tsv_and_parquet_are_the_same(table, tmp_path):
@@ -167,6 +180,53 @@ def test_the_metric_of_the_best_checkpoint_is_checked_before_training(objective,
     assert Regress(best="-rmse_age").best == "-rmse_age"
 
 
+@pytest.mark.parametrize(
+    ("objective", "columns", "best"),
+    [(Multilabel, ["dark", "wide"], "map_dark"), (Regress, ["age"], "mae_age"), (Regress, ["age", "wide"], "-mae_dark"),
+     (Classify, "kind", "f1_a"), (Classify, "kind", "top5"), (Classify, "kind", "auroc_a")],
+)  # fmt: skip
+def test_a_metric_that_is_not_measured_is_refused_before_training(table, objective, columns, best):
+    cfg = compose("finetune", [*TINY[:3], "objective=regress"])
+    with pytest.raises((ConfigError, ValueError), match=r"best must (be one of|not be top5)"):
+        objective(best=best).fit(TableImages(table, label_column=columns), cfg)
+
+
+def test_the_least_error_is_the_best(table):
+    """Also without "-": a run that keeps its worst checkpoint helps nobody."""
+    assert [Regress(best=best).best for best in ("mae", "-mae", "rmse_age", "r2")] == [
+        "-mae",
+        "-mae",
+        "-rmse_age",
+        "r2",
+    ]
+    assert (Classify(best="ece").best, Translate(2, best="mae_1").best) == ("-ece", "-mae_1")
+    regress = Regress(best="rmse_age")
+    regress.fit(TableImages(table, label_column=["age", "wide"]), compose("finetune", [*TINY[:3], "objective=regress"]))
+
+
+@pytest.mark.parametrize("values", [[0.1] * 7, [1e9, 1e9 + 64, 1e9 + 128], [0.1, math.nan, 0.1]])
+def test_a_column_that_float32_cannot_tell_apart_is_refused(values):
+    """The mean of 0.1, 0.1, ... differs from 0.1 by a rounding, which must not become the unit of the targets."""
+    objective = Regress()
+    objective._set_columns(["age"])
+    with pytest.raises(UsageError, match="column age of data.path (has one value only|goes from .* to )"):
+        objective._fit(torch.tensor(values)[:, None])
+
+
+@pytest.mark.parametrize("objective", ["multilabel", "regress"])
+def test_the_commands_of_the_documentation_train_without_further_keys(objective):
+    cfg = compose("finetune", [f"objective={objective}", "data=table", "data.path=t.csv", "data.label_column=[a]"])
+    assert (cfg.augment.mixup, cfg.augment.cutmix, cfg.augment.label_smoothing) == (0, 0, 0)
+    assert cfg.augment.auto_augment is not None
+
+
+def test_a_cache_keeps_numbers_and_their_names(table):
+    cfg = DataConfig(name="table", path=str(table), label_column=["age", "dark"], cache="ram")
+    kept, read = train_source(cfg), train_source(dataclasses.replace(cfg, cache=None))
+    assert kept.columns == read.columns == ["age", "dark"]
+    torch.testing.assert_close(kept[3].label, read[3].label, equal_nan=True)
+
+
 def test_metrics_of_labels():
     outputs = torch.tensor([[2.0, -1], [1, 1], [-1, 1], [0.5, 0], [-2, 3], [-3, 2]])
     targets = torch.tensor([[1.0, 1], [0, 1], [0, 1], [1, 1], [0, math.nan], [math.nan, 1]])
@@ -260,6 +320,7 @@ def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column,
     assert ("the columns of data.val_path are age, dark, wide" in capsys.readouterr().err) == bool(expected)
     folder = ["data.name=imagefolder", f"data.path={table.parent}/images"]
     assert len(fcmae.predict(f"{tmp_path}/run", folder).paths) == 12
+    assert fcmae.predict(f"{tmp_path}/run", str(table)).paths == TableImages(table).paths
     images, predicted = str(table.parent / "images"), tmp_path / "predicted.csv"
     assert main(["predict", f"{tmp_path}/run", images, "--out", str(predicted)]) == 0
     names = ["class", "probability", "a", "b"] if objective == "classify" else column[1:-1].split(",")

@@ -15,17 +15,28 @@ from fcmae.data.sources import Sample, Source, require_labels, with_classes
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import class_metrics, logistic, reports
+from fcmae.evaluation.classify import TOP5_FROM
 from fcmae.evaluation.features import gather
 from fcmae.models.objective import Objective, Predictions, Report
 from fcmae.models.pooled import RowHead
 
+LEAST_SPREAD = 1e-5
+"""Of numbers to learn, as a share of the largest: float32 has steps of 1e-7."""
+LESS = ("mae", "rmse", "ece")
+"""Metrics of which less is better."""
 
-def metric(best: str, names: Sequence[str], of_columns: bool = True) -> str:
-    """``best`` if it is a metric, or a metric of a column, perhaps after "-". Raises ValueError."""
+
+def signed(best: str) -> str:
+    """``best`` after "-" if less of it is better, of a column too: the largest error is nobody's best."""
+    return f"-{best}" if best.split("_")[0] in LESS else best
+
+
+def metric(best: str, names: Sequence[str], of_columns: bool = False) -> str:
+    """``best`` if it is a metric, or a metric of a column, after "-" if less is better. Raises ValueError."""
     name = best.removeprefix("-") if isinstance(best, str) else ""
     if name not in names and not (of_columns and name.split("_")[0] in names):
         raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}")
-    return best
+    return signed(best)
 
 
 class Classify(Objective):
@@ -59,6 +70,10 @@ class Classify(Objective):
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         self._set_classes(require_labels(source, "data.path"))
         self.smoothing = cfg.augment.label_smoothing
+        if self.best == "top5" and self.num_classes < TOP5_FROM:
+            raise ConfigError(
+                f"objective.best must not be top5 with fewer than {TOP5_FROM} classes: all would be right"
+            )
         given = cfg.model.num_classes
         if given not in (None, self.num_classes):
             raise ConfigError(f"model.num_classes is {given}; the data has {self.num_classes} classes")
@@ -143,7 +158,9 @@ class _Columns(Objective):
 def _columns(source: Source, key: str) -> list[str]:
     columns = getattr(source, "columns", None)
     if not columns or getattr(source, "values", None) is None:
-        raise UsageError(f"{key} has no numbers; give data.name=table and data.label_column=[COLUMN,...]")
+        raise UsageError(
+            f"{key} has no numbers; give data.name=table and data.label_column=[COLUMN,...], or labels of type float"
+        )
     return columns
 
 
@@ -217,16 +234,27 @@ class Regress(_Columns):
         super().__init__()
         if loss not in self.LOSSES:
             raise ValueError(f"loss must be one of {', '.join(self.LOSSES)}; got {loss!r}")
-        self.best = metric(best, ("mae", "rmse", "r2"))
+        self.best = metric(best, ("mae", "rmse", "r2"), of_columns=True)
         self.kind = loss
         self.mean, self.std = torch.zeros(0), torch.ones(0)
 
     def _fit(self, values: Tensor) -> None:
         self.mean = values.nanmean(dim=0)
         self.std = (values - self.mean).square().nanmean(dim=0).sqrt()
-        constant = [name for name, std in zip(self.columns, self.std, strict=True) if std == 0]
+        least, most = values.nan_to_num(math.inf).amin(0), values.nan_to_num(-math.inf).amax(0)
+        constant = [name for name, same in zip(self.columns, least == most, strict=True) if same]
         if constant:
             raise UsageError(f"data.label_column: the column {', '.join(constant)} of data.path has one value only")
+        known = ["mae", "rmse", "r2"]
+        known += [f"{kind}_{name}" for kind in known for name in self.columns] if len(self.columns) > 1 else []
+        if self.best.removeprefix("-") not in known:
+            raise ConfigError(f"objective.best must be one of {', '.join(known)}; got {self.best!r}")
+        for name, low, high in zip(self.columns, least.tolist(), most.tolist(), strict=True):
+            if high - low < LEAST_SPREAD * max(abs(low), abs(high)):
+                raise UsageError(
+                    f"data.label_column: the column {name} of data.path goes from {low:.9g} to {high:.9g}, closer than "
+                    "float32 can tell apart; subtract its mean in the table"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "mean": self.mean, "std": self.std}

@@ -16,7 +16,7 @@ from fcmae.data.sources import Sample, Source
 from fcmae.data.sources.base import shuffled
 from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
-from fcmae.errors import ImageError
+from fcmae.errors import ImageError, UsageError
 from fcmae.evaluation import reports
 from fcmae.models.objective import Predictions, Report
 from fcmae.tasks.objectives.per_image import metric
@@ -79,7 +79,7 @@ class Segment(PerPixel):
         self.auto = class_weights == "auto"
         self.weights = None if self.auto or class_weights is None else _weights(class_weights, self.channels)
         of_classes = (f"{kind}_{name}" for kind in ("iou", "dice") for name in self.classes)
-        self.best = metric(best, ("miou", "dice", "accuracy", *of_classes), of_columns=False)
+        self.best = metric(best, ("miou", "dice", "accuracy", *of_classes))
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         if not self.auto:
@@ -150,7 +150,7 @@ class Segment(PerPixel):
         """
         counts, images = confusion(share, world, self.channels)
         self.confusion = counts[:, :-1]
-        return scores(counts, images, self.classes)
+        return {self.best: math.nan} | scores(counts, images, self.classes)  # of a class that does not occur
 
     def report_maps(self) -> Report:
         return Report() if self.confusion is None else reports.of_pixels(self.confusion, self.classes)
@@ -178,7 +178,10 @@ class Segment(PerPixel):
 
     def write(self, final: Tensor, file: IO[bytes]) -> None:
         """A grey PNG of 8 bits, or of 16 where a number does not fit."""
-        wide = int(self.values.max()) > 255
+        least, most = int(self.values.min()), int(self.values.max())
+        if least < 0 or most > 65535:
+            raise UsageError(f"predictions as PNG need objective.values of 0 to 65535; got {least} to {most}")
+        wide = most > 255
         Image.fromarray(final.numpy().astype("uint16" if wide else "uint8")).save(file, "PNG")
 
 
@@ -226,7 +229,11 @@ def _dice(output: Tensor, target: Tensor) -> Tensor:
 def _names(classes: Any) -> list[str]:
     if type(classes) is int and 1 < classes <= MAX_CLASSES:
         return [str(number) for number in range(classes)]
-    names = [str(name) for name in classes] if isinstance(classes, (list, tuple)) else []
+    given = classes if isinstance(classes, (list, tuple)) else []
+    names = [str(name) for name in given]
+    wrong = [name for name in given if type(name) not in (str, int)]  # YAML's null, yes, 1e3
+    if wrong:
+        raise ValueError(f"classes must be names; put {wrong[0]!r} in quotes if it is one")
     if not 1 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise ValueError(f"classes must be a list of two or more names, or their number; got {classes!r}")
     return names

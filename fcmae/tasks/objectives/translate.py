@@ -63,7 +63,8 @@ class Translate(PerPixel):
         super().__init__(channels, width, head)
         given = {name.replace("-", "_"): w for name, w in loss.items()} if isinstance(loss, dict) else loss
         self.terms = loss_terms(given.replace("-", "_") if isinstance(given, str) else given, ("l1", "mse", "ms_ssim"))
-        self.best = metric(best, ("ssim", "psnr", "pearson", "mae"))
+        each = [f"{kind}_{number}" for kind in ("mae", "pearson") for number in range(channels)] if channels > 1 else []
+        self.best = metric(best, ("ssim", "psnr", "pearson", "mae", *each))
         self.data_range = data_range
         self.mean, self.std = torch.zeros(channels), torch.ones(channels)
         self.low, self.span = torch.zeros(channels), torch.ones(channels)
