@@ -68,7 +68,8 @@ class TableImages:
             if not (alone and len(found) == 1):
                 rows = [row for row in rows if str(table[SPLIT_COLUMN][row]) == split]
             if not rows:
-                raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}; it has {first_of(found)}")
+                has = first_of(found)
+                raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}; it has {has}")
         if not rows:
             raise UsageError(f"{path} has no rows")
         self.rows = rows
