@@ -308,7 +308,7 @@ def _turned(pixels: Tensor, box: Box) -> Tensor:
     rows, cols = (0, 1) if channels_last else (1, 2)
     image = image.flip([cols] * box.flip + [rows] * box.vflip)
     if box.turns:
-        image = image.rot90(box.turns, (rows, cols)).contiguous()
+        image = torch.empty_like(image).copy_(image.rot90(box.turns, (rows, cols)))
     return image.permute(2, 0, 1) if channels_last else image
 
 

@@ -30,7 +30,8 @@ Block = tuple[int, int, int, int, Tensor]
 def resize_numbers(pixels: Tensor, size: tuple[int, int], vflip: bool = False, flip: bool = False) -> Tensor:
     """``[C, H, W]`` in host memory, of any type, to float32 ``[C, *size]``, as torch's ``interpolate`` does it.
 
-    The result's bits are a function of the arguments alone, whatever the threads and addresses.
+    In memory the rows come before the channels: whoever stacks a batch copies each image anyway. The result's bits are
+    a function of the arguments alone, whatever the threads and addresses.
 
     Args:
         vflip: whether the result is mirrored top to bottom.
@@ -44,7 +45,7 @@ def resize_numbers(pixels: Tensor, size: tuple[int, int], vflip: bool = False, f
             rows = _across(_down(rows, size[0], down), size[1], across)
         else:
             rows = _down(_across(_copied(rows), size[1], across), size[0], down)
-    return rows.view(1, *size) if len(pixels) == 1 else rows.permute(1, 0, 2).contiguous()
+    return rows.view(1, *size) if len(pixels) == 1 else rows.permute(1, 0, 2)
 
 
 def _down(rows: Tensor, size: int, blocks: list[Block]) -> Tensor:

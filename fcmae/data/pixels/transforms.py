@@ -149,9 +149,9 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float], dtype: 
     white = 1 if imgs.dtype.is_floating_point else torch.iinfo(imgs.dtype).max
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
     values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
-    if values is imgs:
-        return (values - white * shift) / (white * scale)
-    return values.sub_(white * shift).div_(white * scale)  # on a CPU new memory takes longer than the arithmetic
+    # In place, but not in the caller's tensor: on a CPU new memory takes longer than the arithmetic.
+    values = values - white * shift if values is imgs else values.sub_(white * shift)
+    return values.div_(white * scale)
 
 
 def normalize_channels(channels: Tensor, layout: Layout, bit_depth: int, dtype: str = "uint") -> Tensor:
