@@ -22,6 +22,7 @@ from tests.cpu_time import pytest_runtest_protocol, pytest_terminal_summary  # n
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
+_ended = 0
 torch.set_num_threads(1)  # the networks are tiny: a second thread waits, and waits at full load
 
 ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.minkowski))
@@ -31,6 +32,15 @@ ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.
 def pytest_collection_finish() -> None:
     """A run ends with a full collection, which need not go through all modules and tests."""
     gc.freeze()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Nor through what was imported since."""
+    global _ended
+    _ended += 1
+    if _ended % 100 == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
@@ -273,6 +274,8 @@ def main(control: socket.socket) -> None:
     for command, groups in (("pretrain", GROUPS), ("finetune", [*GROUPS, "augment=none"])):
         compose(command, groups)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        each.atexit = False  # of the imported libraries: they take their operators apart
     gc.freeze()
     control.send(READY)
     request = _serve(control)

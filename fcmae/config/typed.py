@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
@@ -94,9 +94,13 @@ def from_dict(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """
     check_plain(values, prefix)
     try:
-        return to_typed(OmegaConf.merge(_unset(schema), values), schema)  # type: ignore[arg-type]
+        return _merged(schema, values)
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error, prefix)) from error
+
+
+def _merged(schema: type[T], values: dict[str, Any]) -> T:
+    return to_typed(OmegaConf.merge(_unset(schema), values), schema)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -116,9 +120,15 @@ def from_dotlist(schema: type[T], overrides: list[str], group: str) -> T:
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A typed config as a nested dict of plain values, for config.yaml and checkpoints."""
-    values = OmegaConf.to_container(OmegaConf.structured(cfg))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return {field.name: _plain(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def describe(error: Exception, prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import faulthandler
 import itertools
+import math
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ class Watchdog:
         _keep_earlier(self.path)
         self._file = open_to_append(self.path)
         self._closed = threading.Event()
+        self._armed = -math.inf
         if DUMP is not None:
             faulthandler.register(DUMP, self._file)
         self.beat()
@@ -56,7 +58,9 @@ class Watchdog:
     def beat(self) -> None:
         """Call when something was finished: a step, a batch of an evaluation, a part of a save."""
         self._last = time.monotonic()
-        faulthandler.dump_traceback_later(self.timeout + 2 * self.GRACE, exit=True, file=self._file)
+        if self._last - self._armed > self.GRACE / 2:  # it starts a thread each time, and a save beats for each tensor
+            self._armed = self._last
+            faulthandler.dump_traceback_later(self.timeout + 2.5 * self.GRACE, exit=True, file=self._file)
 
     def close(self) -> None:
         """Stops watching; a file without stacks is deleted."""
