@@ -57,7 +57,7 @@ def check_places(cfg: Any, run_dir: Path) -> None:
 
 def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
     if isinstance(cfg, PrepareConfig):
-        yield "path" if cfg.split == "train" else "val_path"
+        yield "path" if cfg.split == "train" or _is_in_path(cfg.data) else "val_path"
         return
     yield "path"
     if isinstance(cfg, PretrainConfig):
@@ -66,8 +66,13 @@ def _needed(cfg: RunConfig | PrepareConfig) -> Iterator[str]:
     else:
         validates = cfg.trainer.eval_every_epochs is not None
     # Without it another message is more helpful, but a study would give it after its first measurement has begun.
-    if isinstance(cfg, StudyConfig) or (validates and cfg.data.val_path is not None):
+    if (isinstance(cfg, StudyConfig) and not _is_in_path(cfg.data)) or (validates and cfg.data.val_path is not None):
         yield "val_path"
+
+
+def _is_in_path(data: DataConfig) -> bool:
+    """Whether ``data.path`` has the validation images, too."""
+    return data.name in ("table", "coco") and data.val_path is None
 
 
 def _check_images(data: DataConfig, key: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from fcmae.config import (
 from fcmae.config.commands import RANDOM
 from fcmae.config.study import ALL, ARMS
 from fcmae.config.unset import UnsetBackboneConfig
-from fcmae.data.sources import Source, require_labels
+from fcmae.data.sources import Source, require_labels, some_images
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Objective
 from fcmae.plugins import create
@@ -125,6 +126,8 @@ def make_plan(given: StudyConfig) -> Plan:
             notes.append(f"{name}_probe is left out: {init_from} has {channels['in_chans']} channels")
     source, more = sourced(cfg, objective, train=True)
     budgets, skipped = choose_budgets(cfg, source, classifies)
+    if not classifies and getattr(source, "values", None) is not None:
+        _check_budgets(cfg, objective, source, budgets)
     metric, rule = choose_metric(cfg, objective, source, classifies)
     return Plan(cfg, arms, budgets, metric, rule, len(source), [*notes, *more, *skipped])
 
@@ -154,6 +157,16 @@ def choose_budgets(cfg: StudyConfig, source: Source, classifies: bool) -> tuple[
     if not budgets:
         raise UsageError(f"labels must have a number of images that there are, 2 or more per class, or all; {has}")
     return budgets, notes
+
+
+def _check_budgets(cfg: StudyConfig, objective: Objective, source: Source, budgets: Sequence[Budget]) -> None:
+    """Raises UsageError for drawn images that have no or equal numbers, before the measurements that come first."""
+    for seed, budget in itertools.product(cfg.seeds, budgets):
+        if budget.label != ALL:
+            try:
+                objective.fit(some_images(source, int(budget.label), seed), cfg)
+            except UsageError as error:
+                raise UsageError(f"labels={budget.label} is too small: with seed {seed}, {error}") from error
 
 
 def _counts(source: Source) -> dict[str, int]:

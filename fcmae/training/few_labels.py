@@ -42,6 +42,8 @@ from fcmae.training.watchdog import Watchdog
 FOLDER = "auto"
 BATCH_SIZE = 256
 """Images at once without gradients, at most."""
+NONE = -101.0
+"""The score where a metric is not defined: less than any."""
 Result = dict[str, Any]
 
 
@@ -340,12 +342,16 @@ def summary(found: Result) -> str:
     """The line that says what was kept, and why."""
     best = max(found["finetuned"], key=lambda each: each["score"])
     metric, folds = found["metric"], len(found["probe"]["folds"])
-    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {best['score']:.1f}"
-    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {found['probe']['score']:.1f}"
+    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {_shown(best['score'])}"
+    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {_shown(found['probe']['score'])}"
     first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
     close = found["kept"] == "finetuned" and found["probe"]["score"] > best["score"]
     doubt = ", not better by more than a standard error" if close else ""
     return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds} folds"
+
+
+def _shown(score: float) -> str:
+    return "not defined" if score == NONE else f"{score:.1f}"
 
 
 def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
@@ -363,4 +369,4 @@ def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
 def _mean(values: list[float]) -> float:
     """Of those that are defined; less than any score if none is."""
     known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else -101.0
+    return sum(known) / len(known) if known else NONE

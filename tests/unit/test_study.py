@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import fcmae
 from fcmae.config import compose
@@ -200,6 +201,18 @@ def test_what_arms_need():
         choose_arms(compose("study", ["data=synthetic", "init_from=x", "arms=[auto]"]), False)
     names = [arm.name for arm in choose_arms(compose("study", ["data=synthetic", "init_from=x"]), False)]
     assert names == ["random_probe", "pretrained_probe", "scratch", "finetuned"]
+
+
+def test_too_few_numbers_are_refused_before_anything_is_measured(fcmae_here, tmp_path):
+    """Of a table that has the validation images, too."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [f"a.png,{number},{'train' if number else 'validation'}" for number in range(5)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,age,split", *rows, ""]))
+    study = ("study", "data=table", "data.path=t.csv", "objective=regress", "data.label_column=[age]", "arms=[scratch]")
+    told = fcmae_here(*study, "labels=[1,2,all]", "seeds=2", "hydra.run.dir=study", check=2).stderr
+    assert (
+        "labels=1 is too small: with seed 0, data.label_column: the column age of data.path has one value only" in told
+    )
 
 
 @pytest.mark.slow
