@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fcmae.bench.feed import DISTINCT_BATCHES, STEPS_WITHOUT_END, SYNTHETIC, fed_speed
+from fcmae.bench.feed import STEPS_WITHOUT_END, SYNTHETIC, fed_speed
 from fcmae.bench.measure import synchronize
-from fcmae.bench.workloads import DENSE, LABELS, classifier, forward_of
+from fcmae.bench.workloads import DENSE, DISTINCT_BATCHES, LABELS, classifier, forward_of
 from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, OptimConfig, compose
 from fcmae.data.collate import Item, collate
 from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.pixels.resampling import one_thread
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import LabelledImages
@@ -85,11 +86,8 @@ def _alone(data: DataConfig, recipe: AugmentConfig, batch: int, seconds: float, 
         return change(crops[number % CROPS])
 
     if recipe.on == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        speed = _per_second(changed, seconds, torch.device("cpu"))
-        torch.set_num_threads(threads)
-        return speed
+        with one_thread():
+            return _per_second(changed, seconds, torch.device("cpu"))
     packed = [
         collate([Item((changed(number),), []) for number in range(first, first + batch)]).parts[0]
         for first in range(0, DISTINCT_BATCHES * batch, batch)

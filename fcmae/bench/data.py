@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from fcmae.bench import augment, feed, photos
 from fcmae.bench.feed import FeedResult
 from fcmae.bench.formats import NEEDS, format_table, measure_formats, plain_loader
-from fcmae.bench.measure import machine, parse, write_report
+from fcmae.bench.measure import check_positive, check_some_of, machine, parse, title, write_report
 from fcmae.bench.stages import Stages, measure_stages
 from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, check
 from fcmae.config.prepare import PreparedDataConfig
@@ -89,12 +89,9 @@ class DataBenchConfig:
     ``augment.on=cpu`` and ``gpu``; nothing else is measured then."""
 
     def __post_init__(self) -> None:
-        for variant in self.variants:
-            check("variants", variant, variant in VARIANTS, f"some of {', '.join(VARIANTS)}")
-        for name in self.formats:
-            check("formats", name, name in NEEDS, f"some of {', '.join(NEEDS)}")
-        for name in ("images", "batch_size", "repeats", "step_batch", "seconds"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
+        check_some_of("variants", self.variants, VARIANTS)
+        check_some_of("formats", self.formats, tuple(NEEDS))
+        check_positive(self, "images", "batch_size", "repeats", "step_batch", "seconds")
         check("workers", self.workers, self.workers is None or self.workers > 0, "a positive integer, or null")
         least = 4 * self.batch_size * (self.workers or 1)
         check("images", self.images, self.images >= least, f"{least} or more: some batches for each worker")
@@ -125,7 +122,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
             _measure_formats(cfg, folder, workers, device, json_file)
             return []
         origin = make_files(cfg, folder)
-        print(f"{where.get('gpu', where['cpu'])}, {where['cores']} cores, {workers} workers, torch {where['torch']}; "
+        print(f"{title(where)}, {where['cores']} cores, {workers} workers; "
               f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
         configs = variant_configs(cfg, folder)
         if cfg.finetune:

@@ -12,9 +12,8 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from fcmae import precision, toolchain
-from fcmae.bench.measure import check_models, machine, median_step_ms, parse, write_report
+from fcmae.bench.measure import check_models, check_positive, machine, median_step_ms, parse, title, write_report
 from fcmae.bench.workloads import DENSE, DISTINCT_BATCHES, SUPERVISED, classifier, forward_of
-from fcmae.config import check
 from fcmae.config.checks import check_one_of
 from fcmae.distributed import pick_device
 from fcmae.evaluation import classify
@@ -40,8 +39,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_one_of("precision", self.precision, precision.PRECISIONS)
-        for name in ("batch_size", "image_size", "rounds", "repeats", "warm_up"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        check_positive(self, "batch_size", "image_size", "rounds", "repeats", "warm_up")
 
 
 @dataclass
@@ -65,7 +63,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[Evaluat
     toolchain.check("compile", device.type == "cuda", device.type)
     cfg.precision = precision.settle("precision", cfg.precision, device)
     where = machine(device)
-    print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px")
+    print(f"{title(where)}, {cfg.precision}, {cfg.image_size} px")
     print(f"{'model':17} {'engine':7} {'batch':>5} {'ms':>8} {'img/s':>9} {'difference':>10}")
     results: list[EvaluateResult] = []
     for name in cfg.models:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fcmae.bench.measure import synchronize
+from fcmae.bench.workloads import DISTINCT_BATCHES
 from fcmae.config import DataConfig, LoaderConfig, OptimConfig
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalized, pretrain_transform
@@ -30,7 +31,6 @@ DECODED = ("raw", "own")
 NO_FILES = ("array", "fashion_mnist", "synthetic")
 """Sources whose images are not files that a GPU could decode."""
 SYNTHETIC = "synthetic"
-DISTINCT_BATCHES = 4
 STEPS_WITHOUT_END = 10**6
 
 

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from fcmae import precision
-from fcmae.bench.measure import check_models, copy_bandwidth, machine, median_ms, parse, write_report
-from fcmae.config import check
+from fcmae.bench.measure import (
+    check_models,
+    check_positive,
+    copy_bandwidth,
+    machine,
+    median_ms,
+    parse,
+    title,
+    write_report,
+)
 from fcmae.config.checks import check_one_of
 from fcmae.engines import convnext
 from fcmae.errors import UsageError
@@ -34,8 +42,7 @@ class KernelConfig:
     repeats: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "image_size", "repeats"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        check_positive(self, "batch_size", "image_size", "repeats")
         check_one_of("precision", self.precision, (precision.AUTO, *precision.BY_DEMAND))
 
 
@@ -66,7 +73,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[KernelR
     device = torch.device("cuda")
     cfg.precision = precision.settle("precision", cfg.precision, device)
     where, bandwidth = machine(device), copy_bandwidth(device)
-    print(f"{where['gpu']}, torch {where['torch']}, {cfg.precision}, batch {cfg.batch_size}, mask {cfg.mask_ratio}; "
+    print(f"{title(where)}, {cfg.precision}, batch {cfg.batch_size}, mask {cfg.mask_ratio}; "
           f"copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
     print(f"{'model':17} stage {'kernel':21} {'S':>2} {'C':>5} {'ms':>8} {'floor':>8} {'ratio':>6}")
     results = []

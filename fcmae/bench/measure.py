@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,24 @@ def check_models(names: Sequence[str], image_size: int, mask_ratio: float, **net
                 FCMAE(name, mask_ratio=mask_ratio, **network).len_keep(image_size, image_size)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def check_some_of(key: str, values: Iterable[str], allowed: Sequence[str]) -> None:
+    """Raises ConfigError naming the value that is not allowed."""
+    for value in values:
+        check(key, value, value in allowed, f"some of {', '.join(allowed)}")
+
+
+def check_positive(cfg: Any, *names: str) -> None:
+    """Raises ConfigError for a number of a benchmark's config that is not positive."""
+    for name in names:
+        value = getattr(cfg, name)
+        check(name, value, value > 0, f"a positive {'integer' if isinstance(value, int) else 'number'}")
+
+
+def title(where: Mapping[str, str | int]) -> str:
+    """What a table begins with: the processor that was measured, and torch's version."""
+    return f"{where.get('gpu', where['cpu'])}, torch {where['torch']}"
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -19,7 +19,16 @@ from torch import nn
 
 from fcmae import distributed, precision, toolchain
 from fcmae import ranks as launch
-from fcmae.bench.measure import check_models, machine, median_step_ms, parse, write_report
+from fcmae.bench.measure import (
+    check_models,
+    check_positive,
+    check_some_of,
+    machine,
+    median_step_ms,
+    parse,
+    title,
+    write_report,
+)
 from fcmae.bench.workloads import DENSE, FINETUNE, PRETRAIN, TASKS, Workload, classifier, finetuning, pretraining
 from fcmae.config import OptimConfig, check
 from fcmae.config.checks import check_one_of
@@ -60,15 +69,13 @@ class ScalingConfig:
     warm_up: int = 5
 
     def __post_init__(self) -> None:
-        for mode in self.modes:
-            check("modes", mode, mode in (WEAK, STRONG), f"some of {WEAK}, {STRONG}")
+        check_some_of("modes", self.modes, (WEAK, STRONG))
         check_one_of("task", self.task, TASKS)
         check_one_of("exchange", self.exchange, EXCHANGES)
         check_one_of("precision", self.precision, precision.PRECISIONS)
         ok = self.ranks is None or (len(self.ranks) > 0 and all(n > 0 for n in self.ranks))
         check("ranks", self.ranks, ok, "positive integers")
-        for name in ("batch_size", "image_size", "repeats"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        check_positive(self, "batch_size", "image_size", "repeats")
 
 
 @dataclass
@@ -172,7 +179,7 @@ def _measure_all(cfg: ScalingConfig, world: World) -> dict[str, Any] | None:
     counts = _counts(cfg, world.size)
     where = machine(world.device)
     say = print if world.is_main else _quiet
-    say(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
+    say(f"{title(where)}, {cfg.precision}, {cfg.image_size} px, "
         f"mask {cfg.mask_ratio}; {cfg.task}, {world.size} ranks, exchange {cfg.exchange}")  # fmt: skip
     say(f"{'model':17} {'mode':6} {'ranks':>5} {'batch':>5} {'graph':>5} {'ms':>8} {'img/s':>9} {'of linear':>9} "
         f"{'exposed ms':>10} {'grad MB':>8} {'all-reduce ms':>13} {'bus GB/s':>8}")  # fmt: skip

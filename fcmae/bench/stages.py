@@ -14,6 +14,7 @@ from fcmae.data.collate import Item, collate
 from fcmae.data.pixels.crops import cut
 from fcmae.data.pixels.decode import Encoded, explained
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
+from fcmae.data.pixels.resampling import one_thread
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
 
@@ -36,12 +37,8 @@ def measure_stages(
     Args:
         theirs: a transform of Pillow's images to time instead of this package's decoding and crop.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _measure(data, theirs, batch_size, device)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(data: DataConfig, theirs: Callable | None, batch_size: int, device: torch.device) -> tuple[Stages, float]:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fcmae.bench.measure import machine, parse, write_report
+from fcmae.bench.measure import check_positive, check_some_of, machine, parse, title, write_report
 from fcmae.bench.workloads import TASKS
-from fcmae.config import check
 from fcmae.distributed import pick_device
 from fcmae.errors import EXIT_RESUMABLE, UsageError
 from fcmae.kernels.caches import VARIABLE
@@ -34,10 +33,8 @@ class StartConfig:
     """Starts from filled caches, after the one from empty ones."""
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            check("tasks", task, task in TASKS, f"some of {', '.join(TASKS)}")
-        for name in ("batch_size", "image_size", "repeats"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        check_some_of("tasks", self.tasks, TASKS)
+        check_positive(self, "batch_size", "image_size", "repeats")
 
 
 @dataclass
@@ -57,7 +54,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StartRe
     """Measures, prints a table, and writes JSON if asked. Raises UsageError where a command fails."""
     cfg = parse(StartConfig, overrides)
     where = machine(pick_device("auto"))
-    print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.model}, batch {cfg.batch_size}; seconds")
+    print(f"{title(where)}, {cfg.model}, batch {cfg.batch_size}; seconds")
     print(f"{'command':9} {'caches':7} {'step 1':>7} {f'step {STEPS}':>7} {'end':>7}")
     results: list[StartResult] = []
     for task in cfg.tasks:

@@ -13,12 +13,15 @@ from fcmae import precision, toolchain
 from fcmae.bench.arithmetic import depthwise_traffic, visible_matmul_flops
 from fcmae.bench.measure import (
     check_models,
+    check_positive,
+    check_some_of,
     copy_bandwidth,
     machine,
     matmul_peak,
     median_step_ms,
     parse,
     synchronize,
+    title,
     write_report,
 )
 from fcmae.bench.profile import profile_step
@@ -34,7 +37,7 @@ from fcmae.bench.workloads import (
     finetuning,
     pretraining,
 )
-from fcmae.config import OptimConfig, check
+from fcmae.config import OptimConfig
 from fcmae.config.checks import check_one_of
 from fcmae.config.model import DECODER_WIDTH
 from fcmae.distributed import pick_device
@@ -89,15 +92,11 @@ class StepConfig:
     def __post_init__(self) -> None:
         check_one_of("task", self.task, TASKS)
         self.engines = YARDSTICKS[self.task] if self.engines is None else self.engines
-        for engine in self.engines:
-            allowed = (*ENGINES, SUPERVISED, DENSE)
-            check("engines", engine, engine in allowed, f"some of {', '.join(allowed)}")
+        check_some_of("engines", self.engines, (*ENGINES, SUPERVISED, DENSE))
         check_one_of("decoder", self.decoder, tuple(DECODER_WIDTH))
-        for target in self.targets:
-            check("targets", target, target in (*KINDS, TEACHER), f"some of {', '.join((*KINDS, TEACHER))}")
+        check_some_of("targets", self.targets, (*KINDS, TEACHER))
         check_one_of("precision", self.precision, precision.PRECISIONS)
-        for name in ("batch_size", "image_size", "repeats", "warm_up"):
-            check(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        check_positive(self, "batch_size", "image_size", "repeats", "warm_up")
 
 
 @dataclass
@@ -134,7 +133,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     where = machine(device)
     dtype = precision.dtype_of(cfg.precision)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
-    print(f"{where.get('gpu', where['cpu'])}, torch {where['torch']}, {cfg.precision}, {cfg.image_size} px, "
+    print(f"{title(where)}, {cfg.precision}, {cfg.image_size} px, "
           f"mask {cfg.mask_ratio}; matmul {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
     print(f"{'model':17} {'engine':9} {'how':15} {'batch':>5} {'img/s':>8} {'ms':>8} {'GiB':>6} {'TFLOP/s':>8} "
           f"{'of peak':>7} {'start s':>7}")  # fmt: skip

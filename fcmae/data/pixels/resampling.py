@@ -40,7 +40,7 @@ def resize_numbers(pixels: Tensor, size: tuple[int, int], vflip: bool = False, f
     height, width = pixels.shape[-2:]
     rows = pixels.permute(1, 0, 2)  # so that one product makes all channels
     down, across = _blocks(height, size[0], vflip), _blocks(width, size[1], flip)
-    with _one_thread():
+    with one_thread():
         if size[0] * width <= WIDE * height * size[1]:
             rows = _across(_down(rows, size[0], down), size[1], across)
         else:
@@ -114,8 +114,8 @@ def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A library may add in another order with more threads, and loader workers have one."""
+def one_thread() -> Iterator[None]:
+    """In this block torch has one thread, as in loader workers: with more, a library may add in another order."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
