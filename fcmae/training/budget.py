@@ -67,11 +67,10 @@ def fit_schedule(
         cfg.schedule = recorded
         return
     budget = seconds_of(cfg.trainer.budget or "")
-    if world.is_main:
-        say(
-            f"trainer.budget={cfg.trainer.budget}: measures the speed of {STEPS} steps first, or of fewer in "
-            f"{SHARE * budget:.0f} s"
-        )
+    world.say(
+        f"trainer.budget={cfg.trainer.budget}: measures the speed of {STEPS} steps first, or of fewer in "
+        f"{SHARE * budget:.0f} s"
+    )
     short = StopAgreement(world, (time.monotonic() - interrupt.STARTED + SHARE * budget) / 3600)
     speed, images = _measure(cfg, run_dir / FOLDER, create, world, watchdog, short)
     stop.before_training(run_dir)
@@ -82,11 +81,11 @@ def fit_schedule(
             f"trainer.budget={cfg.trainer.budget} leaves no time to train: starting and measuring took {spent:.0f} s"
         )
     cfg.schedule = scaled(cfg.schedule, left * speed / images)
+    world.say(
+        f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
+        f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
+    )
     if world.is_main:
-        say(
-            f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
-            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
-        )
         _warn_of_few_steps(cfg, speed, left, spent)
 
 

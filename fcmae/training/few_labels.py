@@ -153,16 +153,14 @@ class _Search:
 
     def _features(self, layer: str) -> Features:
         if layer not in self.features:
-            size = min(self.cfg.trainer.micro_batch_size or BATCH_SIZE, BATCH_SIZE) if self._sized() else BATCH_SIZE
+            micro = self.cfg.trainer.micro_batch_size
+            size = min(micro, BATCH_SIZE) if isinstance(micro, int) else BATCH_SIZE
             try:
                 self.features[layer] = frozen_features(self.task, layer, size, self.world, self._wish)
             except EvaluationStopped:
                 self.stop.before_training(self.run_dir)
                 raise
         return self.features[layer]
-
-    def _sized(self) -> bool:
-        return isinstance(self.cfg.trainer.micro_batch_size, int)
 
     def _probe(self) -> Result:
         """The layer and l2 with the least log loss of held-out images, and the metrics of each fold."""
@@ -172,7 +170,7 @@ class _Search:
         values = {layer: self._features(layer).values for layer in self.auto.layers}
 
         def choose() -> Result:
-            weights, classes = self._class_weights(), len(self.objective.classes)
+            weights, classes = self.objective.weights, len(self.objective.classes)
             found = {}
             for layer, rows in values.items():
                 found[layer] = cross_validate(
@@ -193,9 +191,6 @@ class _Search:
 
         return self._keep("probe", choose)
 
-    def _class_weights(self) -> Tensor | None:
-        return self.objective.weights
-
     def _head(self, probe: Result, images: Tensor) -> Callable[[], Linear]:
         """What gives the probe's classifier, learned from some images."""
         values, labels = self._features(probe["layer"]).values, self.labels
@@ -203,7 +198,7 @@ class _Search:
 
         def head() -> Linear:
             rows = values[images.to(values.device)]
-            return fit(rows, labels[images].to(rows.device), classes, [l2], self._class_weights())[l2]
+            return fit(rows, labels[images].to(rows.device), classes, [l2], self.objective.weights)[l2]
 
         return head
 
@@ -231,8 +226,7 @@ class _Search:
             }
 
         found = self._keep("chosen", made)
-        if self.world.is_main:
-            say(summary(found))
+        self.world.say(summary(found))
         return found
 
     def _check_metric(self, metrics: dict[str, float]) -> None:
@@ -265,8 +259,8 @@ class _Search:
         gc.collect()  # cycles of the run hold a GPU's memory, which Python's collector does not count
         if self.world.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            of_fold = f"{self.objective.best} {self._score(result):.1f}"
-            say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold}")
+        of_fold = f"{self.objective.best} {self._score(result):.1f}"
+        self.world.say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold}")
         return result
 
     def _measure(self, task: Finetuning, images: list[int]) -> dict[str, float]:

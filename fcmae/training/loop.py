@@ -114,8 +114,7 @@ class _Training:
         self.plan = micro_batch.find(task, lambda size: setup.create_plan(task, world, size), self.state, world)
         self.cfg.trainer.micro_batch_size = self.plan.micro_batch_size
         self.watchdog.beat()
-        if world.is_main:
-            say(f"trainer.micro_batch_size=auto takes {self.plan.micro_batch_size}")
+        world.say(f"trainer.micro_batch_size=auto takes {self.plan.micro_batch_size}")
 
     def _begin_folder(self) -> None:
         """Renames files that the run does not use, writes the config, and prints what begins."""
@@ -128,8 +127,7 @@ class _Training:
         write_config(self.run_dir, self.config)
         write_event(self.run_dir, setup.event(self.task, self.plan, self.state, self.world))
         begins = setup.summary(self.task, self.plan, self.state, self.schedule.total_steps, self.world)
-        for line in (*self.task.notes, begins):
-            say(line)
+        self.world.say(*self.task.notes, begins)
         with preserved(self.world.device):
             keep_sheet(self.task.source, self.run_dir, self.cfg.loader.max_pixels)
 
@@ -195,8 +193,8 @@ class _Training:
             raise SaveError(
                 f"stopped at step {state.step}: a checkpoint could not be saved (trainer.on_save_error=stop)"
             )
-        if over and self.world.is_main:
-            say(_why_over(state, self.schedule.total_steps))
+        if over:
+            self.world.say(_why_over(state, self.schedule.total_steps))
         if stopped:
             raise Interrupted(_why_stopped(state.step, stop_step, self.schedule.total_steps, self.stop, self.run_dir))
         return self.checkpoints.path(state.step)

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.checkpoints.encoder import ENCODER_FILE
 from fcmae.config import RunConfig
@@ -21,8 +19,9 @@ from fcmae.files import replacing, set_aside
 from fcmae.loggers.logger import EVENTS_FILE
 from fcmae.loggers.wandb import ID_FILE
 from fcmae.messages import say
-from fcmae.opening import open_regular, open_to_append, open_to_change, read_regular
+from fcmae.opening import open_regular, open_to_append, open_to_change
 from fcmae.processes import Process
+from fcmae.status import read_config
 from fcmae.training import profile
 
 try:
@@ -31,8 +30,6 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
     fcntl = None  # type: ignore[assignment]
 
 CONFIG_FILE = "config.yaml"
-MAX_CONFIG = 2**20
-"""Bytes of a config file."""
 RESULTS = (CONFIG_FILE, "metrics.jsonl", EVENTS_FILE, SHEET_FILE, ENCODER_FILE, "reconstructions", profile.FOLDER)
 """What a run that starts again would overwrite; checkpoints are numbered."""
 HELD = (errno.EACCES, errno.EAGAIN)
@@ -62,11 +59,7 @@ def _is_ours(run_dir: Path) -> bool:
     """Whether a run wrote the folder: it writes its config first, but the user may have deleted that."""
     if CheckpointDir(run_dir).paths():
         return True
-    try:
-        content = yaml.safe_load(read_regular(run_dir / CONFIG_FILE, MAX_CONFIG, links=False))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(content, dict) and {"data", "model", "schedule", "trainer"} <= content.keys()
+    return {"data", "model", "schedule", "trainer"} <= read_config(run_dir / CONFIG_FILE).keys()
 
 
 def set_results_aside(run_dir: Path) -> None:
