@@ -12,10 +12,11 @@ import torch
 from fcmae.config import DataConfig, FinetuneConfig, PretrainConfig, compose
 from fcmae.data.sources import train_source
 from fcmae.distributed import World, pick_device, start_time
-from fcmae.errors import Interrupted, UsageError
+from fcmae.errors import Interrupted
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
 from fcmae.files import output, write_output
+from fcmae.imports import needed
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae, load
 from fcmae.tasks.pretraining import Pretraining
@@ -68,7 +69,8 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
 
     Raises UsageError, before anything is trained, if the data or matplotlib (for loss.png) is missing.
     """
-    _need_matplotlib()
+    with needed("the demo plots its loss with matplotlib: pip install 'fcmae[demo]'"):
+        import matplotlib  # noqa: F401
     began = time.perf_counter()
     device = pick_device("auto")
     runs = out / "runs" / start_time()
@@ -186,24 +188,14 @@ def _top1(run_dir: Path) -> float:
     return top1
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError("the demo plots its loss with matplotlib: pip install 'fcmae[demo]'") from error
-
-
 def _plot_loss(metrics: Path, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = [line for line in _metrics(metrics) if "loss" in line]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="loss on masked patches", title="FCMAE pretraining on Fashion-MNIST")
     axes.grid(alpha=0.3)
     with output("--out", path) as file:
         figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)

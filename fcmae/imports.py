@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from fcmae.errors import UsageError
+
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
@@ -24,6 +26,15 @@ def quick_imports() -> Iterator[None]:
             gc.freeze()
         if collecting:
             gc.enable()
+
+
+@contextlib.contextmanager
+def needed(message: str) -> Iterator[None]:
+    """In this block of imports a missing package is a UsageError, which says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(message) from error
 
 
 def load(target: str) -> Any:

@@ -32,6 +32,7 @@ from fcmae.evaluation.predict_boxes import Boxes, BoxNetwork, predict_boxes
 from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
 from fcmae.evaluation.run import data_of, opened, split_overrides
 from fcmae.files import check_output, csv_text, output, write_output
+from fcmae.imports import needed
 from fcmae.messages import say
 from fcmae.models.build import config_of, encoder_of, model_of, objective_of
 from fcmae.models.objective import BoxObjective, DenseObjective
@@ -268,9 +269,7 @@ def _csv(rows: Rows) -> str:
 
 
 def _arrow() -> tuple[Any, Any]:
-    try:
+    with needed("--out FILE.parquet needs pyarrow: pip install pyarrow, or write an .npz file"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError("--out FILE.parquet needs pyarrow: pip install pyarrow, or write an .npz file") from error
     return pyarrow, pyarrow.parquet

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from fcmae.config import LoggerConfig
-from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.imports import needed
 from fcmae.loggers.progress import Progress
 from fcmae.loggers.report_page import ReportPage
 from fcmae.loggers.wandb import WandbLogger, wandb_mode
@@ -95,10 +95,8 @@ class TensorBoard:
     """TensorBoard event files in the run directory."""
 
     def __init__(self, run_dir: Path) -> None:
-        try:
+        with needed("logger.tensorboard needs the package tensorboard: pip install tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError("logger.tensorboard needs the package tensorboard: pip install tensorboard") from error
         self.writer = SummaryWriter(str(own_folder(run_dir / "tensorboard")))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

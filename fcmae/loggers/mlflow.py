@@ -5,17 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from fcmae.config import without_arguments
-from fcmae.errors import UsageError
 from fcmae.files import replacing
+from fcmae.imports import needed
 from fcmae.opening import read_regular
+from fcmae.status import read_config
 
 ID_FILE = "mlflow_id"
 """In a run directory: the id of its MLflow run."""
-MAX_CONFIG = 2**20
 PARAMS = 100
 """In a request."""
 LONGEST = 500
@@ -41,11 +40,9 @@ class MLflow:
         name: str | None = None,
         artifact: bool = False,
     ) -> None:
-        try:
+        with needed("logger.sinks: MLflow is not installed: pip install 'fcmae[mlflow]'"):
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
-        except ImportError as error:
-            raise UsageError("logger.sinks: MLflow is not installed: pip install 'fcmae[mlflow]'") from error
         self._client, self._metric, self._uploads = MlflowClient(uri), Metric, artifact
         found = self._client.get_experiment_by_name(experiment)
         number = self._client.create_experiment(experiment) if found is None else found.experiment_id
@@ -57,7 +54,7 @@ class MLflow:
         self._id = self._client.create_run(number, run_name=name or run_dir.resolve().name).info.run_id
         with replacing(file) as new:
             new.write(self._id.encode())
-        config = yaml.safe_load(read_regular(run_dir / "config.yaml", MAX_CONFIG, links=False))
+        config = read_config(run_dir / "config.yaml")
         params = [Param(key, value[:LONGEST]) for key, value in _flat(without_arguments(config))]
         for start in range(0, len(params), PARAMS):
             self._client.log_batch(self._id, params=params[start : start + PARAMS])

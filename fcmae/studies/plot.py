@@ -17,13 +17,11 @@ def draw(summary: dict[str, Any], file: Path) -> str | None:
     One colour per kind of weights, random, pretrained and each of ``others``; the line style is the method's.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return "no plot, which matplotlib would draw: pip install 'fcmae[demo]'"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
     images = {str(budget["label"]): budget["images"] for budget in summary["budgets"]}
     name = summary["metric"].removeprefix("-")
     for arm in summary["arms"]:
@@ -50,7 +48,6 @@ def draw(summary: dict[str, Any], file: Path) -> str | None:
     axes.legend(fontsize=8)
     with output("study.png", file) as out:
         figure.savefig(out, dpi=150, format="png")
-    plt.close(figure)
     return None
 
 

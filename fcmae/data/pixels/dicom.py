@@ -11,7 +11,7 @@ from fcmae.data.pixels import jpeg2000
 from fcmae.data.pixels.bands import segments
 from fcmae.data.pixels.formats import check_size, quiet
 from fcmae.data.pixels.jpeg import check_scans
-from fcmae.errors import UsageError
+from fcmae.imports import needed
 
 MAGIC, MAGIC_AT, META = b"DICM", 128, 2
 """Before the first elements, and the group of those that say how the others are written."""
@@ -79,10 +79,8 @@ def _read(data: bytes, in_chans: int, expected: str, max_pixels: int) -> np.ndar
 
 
 def _dataset(data: bytes) -> Any:
-    try:
+    with needed("DICOM needs pydicom and imagecodecs: pip install 'fcmae[science]'"):
         import pydicom
-    except ImportError:
-        raise UsageError("DICOM needs pydicom and imagecodecs: pip install 'fcmae[science]'") from None
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     file = io.BytesIO(data)
     file.seek(MAGIC_AT + len(MAGIC))
@@ -124,10 +122,8 @@ def _frames(found: Any, height: int, width: int, frames: int) -> Iterator[np.nda
 
 
 def _imagecodecs() -> Any:
-    try:
+    with needed("compressed DICOM needs imagecodecs: pip install 'fcmae[science]'"):
         import imagecodecs
-    except ImportError:
-        raise UsageError("compressed DICOM needs imagecodecs: pip install 'fcmae[science]'") from None
     return imagecodecs
 
 

@@ -22,6 +22,7 @@ from PIL import (  # noqa: F401  # plugins that would be imported with all the o
 
 from fcmae.config import LoaderConfig
 from fcmae.errors import UsageError
+from fcmae.imports import needed
 
 with contextlib.suppress(ImportError):  # Pillow before 11.3
     from PIL import AvifImagePlugin
@@ -101,10 +102,8 @@ def _formats(start: bytes) -> list[str]:
 def _register_heif() -> None:
     if "HEIF" in Image.OPEN:
         return
-    try:
+    with needed("HEIC needs pillow-heif: pip install 'fcmae[science]'"):
         import pillow_heif
-    except ImportError:
-        raise UsageError("HEIC needs pillow-heif: pip install 'fcmae[science]'") from None
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from fcmae.errors import UsageError
+from fcmae.imports import needed
 
 SIDE = 56
 """Cells per side of a mask inside its box: twice those of Mask R-CNN's prediction."""
@@ -21,10 +21,8 @@ MAX_LENGTH = 2.0**22
 
 def coco_mask() -> Any:
     """The module ``pycocotools.mask``. Raises UsageError where it is not installed."""
-    try:
+    with needed("objective=detect needs pycocotools: pip install 'fcmae[detect]'"):
         from pycocotools import mask
-    except ImportError as error:
-        raise UsageError("objective=detect needs pycocotools: pip install 'fcmae[detect]'") from error
     return mask
 
 

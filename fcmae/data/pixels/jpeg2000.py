@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fcmae.data.pixels.formats import check_size
-from fcmae.errors import UsageError
+from fcmae.imports import needed
 
 JP2_MAGIC = b"\0\0\0\x0cjP  \r\n\x87\n"
 CODESTREAM = b"\xff\x4f\xff\x51"
@@ -76,10 +76,8 @@ def read(data: bytes, max_pixels: int) -> np.ndarray:
     check_size(declared.height, declared.width, max_pixels)
     if max(map(abs, declared.bits)) > 16:
         raise ValueError(f"it has {max(map(abs, declared.bits))} bits per channel; at most 16 are read")
-    try:
+    with needed("JPEG 2000 of more than 8 bits needs imagecodecs: pip install 'fcmae[science]'"):
         import imagecodecs
-    except ImportError:
-        raise UsageError("JPEG 2000 of more than 8 bits needs imagecodecs: pip install 'fcmae[science]'") from None
     pixels = imagecodecs.jpeg2k_decode(data)
     if pixels.shape[:2] != (declared.height, declared.width):
         raise ValueError(f"its pixels are {list(pixels.shape)}; its header says {list(declared[:2])}")

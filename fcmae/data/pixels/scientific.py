@@ -15,7 +15,8 @@ import numpy as np
 from fcmae.data.pixels.bands import SOF0, segments
 from fcmae.data.pixels.formats import check_size
 from fcmae.data.pixels.jpeg import check_scans
-from fcmae.errors import UsageError, counted
+from fcmae.errors import counted
+from fcmae.imports import needed
 
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -89,10 +90,8 @@ def open_tiff_file(file: IO[bytes] | mmap.mmap, data: bytes | mmap.mmap) -> Any:
     Args:
         data: its bytes.
     """
-    try:
+    with needed("this kind of TIFF needs tifffile: pip install 'fcmae[tiff]'"):
         import tifffile
-    except ImportError:
-        raise UsageError("this kind of TIFF needs tifffile: pip install 'fcmae[tiff]'") from None
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # exceptions say the same
     _check_pages(data)
     closed: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}

@@ -15,6 +15,7 @@ from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
 from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.errors import ConfigError, UsageError, first_of, shown
+from fcmae.imports import needed
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
 
@@ -156,11 +157,9 @@ def read_table(path: Path) -> Table:
 
 
 def _parquet(path: Path) -> Table:
-    try:
+    with needed(f"{path} needs pyarrow: pip install pyarrow, or write the table as CSV"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or write the table as CSV") from error
     with open_regular(path) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)

@@ -16,6 +16,7 @@ from fcmae.data.sources.base import shuffled
 from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
+from fcmae.imports import needed
 from fcmae.models.objective import Predictions
 from fcmae.precision import no_autocast
 from fcmae.tasks.objectives.per_image import metric
@@ -189,10 +190,8 @@ class Translate(PerPixel):
 
     def write(self, final: Tensor, file: IO[bytes]) -> None:
         """A TIFF of float32, one plane per channel."""
-        try:
+        with needed("predictions as TIFF need tifffile: pip install 'fcmae[tiff]'"):
             import tifffile
-        except ImportError:
-            raise UsageError("predictions as TIFF need tifffile: pip install 'fcmae[tiff]'") from None
         planes = final.float().numpy()
         separate = "separate" if self.channels > 1 else None
         pixels = planes if self.channels > 1 else planes[0]
