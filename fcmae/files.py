@@ -208,6 +208,11 @@ def make_folder(key: str, folder: Path) -> None:
         raise UsageError(f"{key} {folder} cannot be made: {error.strerror}") from error
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def read_result(file: Path) -> dict[str, Any] | None:
     """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one."""
     try:

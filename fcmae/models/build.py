@@ -26,7 +26,7 @@ from fcmae.config import (
     from_dict,
 )
 from fcmae.engines import available_engines
-from fcmae.errors import CheckpointError, ConfigError, UsageError
+from fcmae.errors import CheckpointError, ConfigError, UsageError, first_of
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.fcmae import LOG_VAR, init_official
@@ -244,19 +244,13 @@ def mismatch(model: nn.Module, weights: dict[str, torch.Tensor], except_prefix: 
             if own[name].shape != weights[name].shape
         ],
     }
-    return "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
+    return "; ".join(f"{what}: {first_of(names)}" for what, names in wrong.items() if names)
 
 
 def with_loss_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Saved weights without targets' learned weights that are fixed in ``model``, and with its own that were fixed."""
     own = {name: value for name, value in model.state_dict().items() if name.startswith(LOG_VAR)}
     return own | {name: value for name, value in weights.items() if name in own or not name.startswith(LOG_VAR)}
-
-
-def _some(names: list[str]) -> str:
-    """The first of many."""
-    left = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {left} more" if left > 0 else "")
 
 
 def load(path: str | os.PathLike[str], ema: bool = True, allow: Collection[str] = ()) -> FCMAE | ConvNeXt | Headed:

@@ -16,6 +16,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError, counted
+from fcmae.files import nearest
 from fcmae.models.build import mismatch, with_loss_weights
 from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
@@ -99,7 +100,7 @@ def event(task: Task, plan: BatchPlan, state: TrainState, world: World) -> dict[
     return {
         "step": state.step,
         "images": len(task.source),
-        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "parameters": _trained(task),
         "batch": str(plan),
         "ranks": world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -109,12 +110,16 @@ def event(task: Task, plan: BatchPlan, state: TrainState, world: World) -> dict[
     }
 
 
+def _trained(task: Task) -> int:
+    """The parameters that are trained."""
+    return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+
+
 def check_space(run_dir: Path, state: TrainState) -> None:
     """Raises UsageError if the disk has no room for a checkpoint: weights, two moments of each and their average."""
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
     needed = weights * (3 + (state.ema is not None)) / 2**20
-    there = next(folder for folder in (run_dir, *run_dir.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(there).free / 2**20
+    free = shutil.disk_usage(nearest(run_dir)).free / 2**20
     if free < needed:
         raise UsageError(
             f"hydra.run.dir={run_dir} has {free:,.1f} MiB free, and a checkpoint needs {needed:,.1f}; remove files or "
@@ -124,10 +129,9 @@ def check_space(run_dir: Path, state: TrainState) -> None:
 
 def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, world: World) -> str:
     """The line that a run begins with."""
-    params = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
     images = counted(len(task.source), "image")
     start = f"resumed at step {state.step}" if state.step else "from the start"
     return (
-        f"{task.name}: {params:.1f} M parameters, {images}, {counted(total_steps, 'step')}, batch {plan} "
+        f"{task.name}: {_trained(task) / 1e6:.1f} M parameters, {images}, {counted(total_steps, 'step')}, batch {plan} "
         f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )

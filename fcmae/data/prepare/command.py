@@ -30,7 +30,7 @@ from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
 from fcmae.errors import FCMAEError, ImageError, UsageError, counted
-from fcmae.files import STRAY, delete_strays, one_at_a_time, write_output
+from fcmae.files import STRAY, delete_strays, nearest, one_at_a_time, write_output
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
 
@@ -111,7 +111,7 @@ def estimate(cfg: PrepareConfig, source: Source, how: Encoding, order: list[int]
     seconds = (time.perf_counter() - started) / len(tried) * len(order) / worker_count(cfg)
     size = sum(sizes) / len(tried) * len(order) + 1536 * len(order)  # two headers, and the label's block
     shards = -(-len(order) // cfg.samples_per_shard)
-    free = f", {_gb(shutil.disk_usage(_existing(Path(cfg.out))).free)} free there" if cfg.out else ""
+    free = f", {_gb(shutil.disk_usage(nearest(Path(cfg.out))).free)} free there" if cfg.out else ""
     bad = f"; {len(tried) - len(sizes)} of {len(tried)} tried cannot be read" if failure is not None else ""
     return (
         f"{len(order):,} images in {shards:,} tar files: about {_gb(size)}{free}, {seconds / 60:.1f} minutes with "
@@ -254,11 +254,6 @@ def _written(out: Path) -> Iterator[Shard]:
             file = out / shard.name
             if file.is_file() and file.stat().st_size == shard.bytes:
                 yield shard
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or its nearest ancestor that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _gb(count: float) -> str:

@@ -71,17 +71,15 @@ def encode(image: Encoded | Tensor | LazyImage, how: Encoding) -> tuple[str, byt
     """
     opened = open_image(image, how.to)
     pixels = opened.pixels(1)
+    if how.short_side is not None and min(opened.size) > how.short_side:
+        smaller = resize(pixels, [how.short_side])
+        return _npy(smaller, how.to) if how.encode == "npy" else _encode_pixels(smaller, how.to, how.quality)
     if how.encode == "npy":
-        larger = how.short_side is not None and min(opened.size) > how.short_side
-        return _npy(resize(pixels, [how.short_side]) if larger else pixels, how.to)  # type: ignore[list-item]  # not None then
-    if isinstance(image, Encoded) and (how.short_side is None or min(opened.size) <= how.short_side):
+        return _npy(pixels, how.to)
+    if isinstance(image, Encoded):
         return ending_of(image), image.data
     if isinstance(opened, StoredImage) and (pixels.dtype != torch.uint8 or len(pixels) not in PICTURES):
-        larger = how.short_side is not None and min(opened.size) > how.short_side
-        if not larger:
-            return "npy", _saved(opened.stored(0, 0, *opened.size))
-    if how.short_side is not None and min(opened.size) > how.short_side:
-        return _encode_pixels(resize(pixels, [how.short_side]), how.to, how.quality)
+        return "npy", _saved(opened.stored(0, 0, *opened.size))
     return _encode_pixels(pixels, how.to, None)
 
 

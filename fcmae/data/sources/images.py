@@ -9,7 +9,7 @@ from fcmae.data.sources.base import Sample, Source, locate
 from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.table import ENDINGS, TableImages
 from fcmae.data.sources.webdataset import WebDataset
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, first_of
 
 
 class Files:
@@ -64,7 +64,7 @@ def images_at(paths: Sequence[str]) -> Joined:
     """
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        raise UsageError(f"no file or folder {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
+        raise UsageError(f"no file or folder {first_of(missing)}")
     sources: list[Source] = []
     for path in paths:
         if path.endswith(".tar") or (os.path.isdir(path) and any(name.endswith(".tar") for name in os.listdir(path))):
