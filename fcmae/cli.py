@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anyt
 """
 
 import argparse
+import difflib
 import functools
 import json
 import sys
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupt.take_for_ctrl_c()
     try:
         if command not in COMMANDS:
-            raise ConfigError(f"unknown command {command!r}; it must be one of {', '.join(COMMANDS)}")
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]}? The" if near else "the"
+            raise ConfigError(f"unknown command {command!r}; {hint} commands are {', '.join(COMMANDS)}")
         if command in _TOOLS:
             return _TOOLS[command](rest)
         if any(rest == [flag] for flag in ("-h", "--help")):

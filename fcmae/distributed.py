@@ -200,7 +200,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError(f"trainer.device is {name!r}, but torch {torch.__version__} sees no CUDA device")
+        raise UsageError(
+            f"trainer.device is {name!r}, but torch {torch.__version__} sees no CUDA device; auto takes the CPU then"
+        )
     gpus = torch.cuda.device_count()
     if gpus == 1 and launch.detect().one_gpu_each:
         return torch.device("cuda", 0)

@@ -273,7 +273,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         checkpoints = CheckpointDir(run.parent)
     steps = {step_of(file): file for file in checkpoints.paths()}
     if not steps:
-        raise CheckpointError(f"{run} has no checkpoint; looked for checkpoints/step_*.pt")
+        raise CheckpointError(f"{run} has no checkpoint; looked for checkpoints/step_*.pt; fcmae ls FOLDER lists runs")
     if which in ("best", None):
         best = checkpoints.best()
         if best is None and which == "best":

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fcmae.errors import counted
 from fcmae.imports import load
 from fcmae.messages import print_once_rank0
 
@@ -25,6 +26,7 @@ LR, LR_BATCH, LEAST_LR, MOST_LR = 1.5e-3, 256, 5e-4, 2.4e-3
 WARMUP = 0.05
 """Share of the epochs."""
 MOST_EPOCHS = 2000.0
+FEW_IMAGES = 32
 CPU_SAMPLES, CPU_BATCH = 200_000, 16
 """On a CPU: about an hour with Atto at 224 px on 2 cores. There a small batch costs no more per image, and a short run
 has more steps."""
@@ -179,12 +181,17 @@ def _facts(data: str, device: str, size: str) -> Facts:
     values = " ".join(f"{key}={_text(value)}" for key, value in recommend(facts, size).items())
     where = "a GPU" if gpu else "a CPU"
     print_once_rank0(
-        f"own/{size}: {facts.images} images, about {facts.height} x {facts.width} px, on {where}: {values}; "
+        f"own/{size}: {counted(facts.images, 'image')}, about {facts.height} x {facts.width} px, on {where}: {values}; "
         "keys that the command sets count instead"
     )
     fits = [name for name, other in SIZES.items() if facts.images >= other.least][-1]
     if fits != size:
-        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {facts.images} images")
+        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {counted(facts.images, 'image')}")
+    if images < FEW_IMAGES:
+        print_once_rank0(
+            f"own/{size}: {counted(images, 'image')}: a network memorises so few; add images or start from "
+            "published weights, such as init_from=timm:convnextv2_atto.fcmae"
+        )
     return facts
 
 

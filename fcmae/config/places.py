@@ -107,8 +107,16 @@ def _check_folders(key: str, path: str | list[str] | None) -> None:
     given = path if isinstance(path, list) else [path]
     for one in given:
         if one is not None and not os.path.isdir(one):
-            name = KINDS.get(os.path.splitext(one)[1].lower()) if key in ("path", "val_path") else None
-            mistake(f"data.{key}: {one} is not a folder{f'; such files need data={name}' if name else ''}")
+            mistake(f"data.{key}: {one} is not a folder{_hint(key, one)}")
+
+
+def _hint(key: str, path: str) -> str:
+    name = KINDS.get(os.path.splitext(path)[1].lower()) if key in ("path", "val_path") else None
+    if name:
+        return f"; such files need data={name}"
+    if os.path.exists(path):
+        return "; it is a file: give its folder"
+    return "" if os.path.isabs(path) else f"; relative paths start in {os.getcwd()}"
 
 
 def _check_checkpoint(key: str, path: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, get_type_hints
@@ -29,6 +30,8 @@ OTHER_TYPE = re.compile(
     r"In '([^']+)': ValidationError raised while composing config:\s+Merge error: (\w+) is not a sub"
 )
 """Hydra's error for a file that holds a list or a number."""
+NO_NUMBER = re.compile(r"Value (.+) of type '\w+' could not be converted to (Float|Integer)$")
+"""OmegaConf's error for a value of another type."""
 LISTED = 8
 """A schema with at most so many keys is listed whole where a key is unknown."""
 RUN_FOLDER = "hydra.run.dir"
@@ -140,6 +143,9 @@ def describe(error: Exception, prefix: str = "") -> str:
         node = getattr(error, "parent_node", None)
         root = owner if node is None else OmegaConf.get_type(node._get_root())
         return _unknown(key, owner, root, prefix)
+    number = NO_NUMBER.match(reason)
+    if number:
+        return f"{key} must be {'an integer' if number[2] == 'Integer' else 'a number'}; got {number[1]}"
     return f"{key}: {reason}" if key else reason
 
 
@@ -211,6 +217,9 @@ def explain(error: Exception) -> str:
         return f"not YAML: {' '.join(str(error).split())}"
     override = getattr(error, "override", None)
     if override and "=" not in override:
+        if os.path.exists(override):
+            is_run = override.endswith(".pt") or os.path.isdir(os.path.join(override, "checkpoints"))
+            return f"{override}: not an override; write {'checkpoint' if is_run else 'data.path'}={override}"
         return f"{override}: not an override; write KEY=VALUE"
     if override:
         reason = str(error).split("\n")[0]

@@ -101,7 +101,7 @@ def configs(overrides: Sequence[str]) -> tuple[PreparedDataConfig, LoaderConfig]
     for override in overrides:
         group, dot, _ = override.partition(".")
         if group not in groups or not dot or "=" not in override:
-            raise ConfigError(f"must be data.KEY=VALUE or loader.KEY=VALUE; got {override!r}")
+            raise ConfigError(f"must be data.KEY=VALUE or loader.KEY=VALUE, such as data.path=photos; got {override!r}")
         groups[group].append(override)
     given = [override.partition("=")[0] for override in groups["data"]]
     data = from_dotlist(PreparedDataConfig, groups["data"], "data")

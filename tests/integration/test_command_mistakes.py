@@ -28,7 +28,7 @@ MISTAKES = {
     "output": (("knn", "checkpoint=.", "out=/dev/null/x"), "out /dev/null/x cannot be written: "),
     "picture": (("reconstruct", "x", "y", "--out", "a.foo"), "--out must be a file whose name says its"),
     "benchmark": (("bench", "step", "--json", "/dev/null/x"), "--json /dev/null/x cannot be written"),
-    "command": (("pretrian",), "unknown command 'pretrian'; it must be one of init, pretrain"),
+    "command": (("pretrian",), "unknown command 'pretrian'; did you mean pretrain? The commands are init, pretrain"),
     "key": (("pretrain", "data=synthetic", "optim.lrr=1"), "optim.lrr: unknown key"),
     "range": (
         ("pretrain", "data=synthetic", "model.mask_ratio=2"),

@@ -287,7 +287,7 @@ def test_what_cannot_be_read_is_counted_at_the_start(tmp_path, capsys):
     CocoImages(tmp_path / "coco.json", photos, "data.annotations")
     WebDataset(tmp_path / "t.tar")
     folder, table, coco, tar = (line.partition(" image")[2] for line in capsys.readouterr().err.splitlines())
-    found = f"; 2 images are empty files, such as {photos}/b.jpg; 1 images are of no format that is read, such as "
+    found = f"; 2 images without content, such as {photos}/b.jpg; 1 image of no format that is read, such as "
     assert folder.endswith(f"; not read: 1 .txt, such as list.txt{found}{photos}/a.jpg")
     assert table == (
         f"s; 1 rows name the file of an earlier row, such as {photos}/c.jpg{found.replace('b.jpg', 'c.jpg')}"
@@ -295,7 +295,7 @@ def test_what_cannot_be_read_is_counted_at_the_start(tmp_path, capsys):
     )
     assert coco == f"s{found}{photos}/a.jpg"
     assert tar == (
-        f"s; 2 images are empty files, such as {tmp_path}/t.tar/b.jpg; 1 images are of no format that is read, such as "
+        f"s; 2 images without content, such as {tmp_path}/t.tar/b.jpg; 1 image of no format that is read, such as "
         f"{tmp_path}/t.tar/a.jpg; 2 of 3 classes have no image, such as cat"
     )
 
@@ -314,7 +314,7 @@ def test_what_is_looked_at_when_a_command_starts(monkeypatch):
 
     told = heads.unreadable(10**9, closed, str)
     some = min(map(str, looked))
-    assert told == f"; of 3 looked at, 3 images cannot be opened, such as {some} (Permission denied)"
+    assert told == f"; of 3 looked at, 3 images that cannot be opened, such as {some} (Permission denied)"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert heads.unreadable(10, closed, str) == ""

@@ -121,7 +121,9 @@ def test_few_labels_are_balanced_and_chosen_by_the_seed():
     assert sorted(few.label(i) for i in range(len(few))) == sorted(list(range(10)) * 3)
     assert few.indices == few_labels(source, 3, seed=0).indices
     assert few.indices != few_labels(source, 3, seed=1).indices
-    with pytest.raises(UsageError, match="labels_per_class is 21; class 0 has 20"):
+    with pytest.raises(
+        UsageError, match="labels_per_class must be at most 20, the number of images of class 0; got 21"
+    ):
         few_labels(source, 21, seed=0)
 
 

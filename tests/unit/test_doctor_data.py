@@ -108,4 +108,5 @@ def test_nothing_that_can_be_read(tmp_path, capsys):
     assert code == 1
     assert words(said, "unreadable") == ["1"]
     assert cli.main(["doctor", "path=x"]) == 2
-    assert "must be data.KEY=VALUE or loader.KEY=VALUE; got 'path=x'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must be data.KEY=VALUE or loader.KEY=VALUE, such as data.path=photos; got 'path=x'" in said

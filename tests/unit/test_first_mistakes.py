@@ -16,6 +16,14 @@ TYPED = {
     "short option": ("pretrain -o runs/photos", "-o: unknown option; settings are written KEY=VALUE"),
     "spaces": ("pretrain data.path = photos", "=: not an override; write KEY=VALUE without spaces around ="),
     "no =": ("pretrain data=synthetic seed", "seed: not an override; write KEY=VALUE"),
+    "path alone": ("pretrain data=synthetic a.jpg", "a.jpg: not an override; write data.path=a.jpg"),
+    "run alone": ("pretrain data=synthetic run", "run: not an override; write checkpoint=run"),
+    "letters for a number": ("pretrain data=synthetic seed=a", "seed must be an integer; got 'a'"),
+    "relative path": ("pretrain data.path=nope", "data.path: nope is not a folder; relative paths start in /"),
+    "image for a folder": (
+        "pretrain data.path=a.jpg",
+        "data.path: a.jpg is not a folder; it is a file: give its folder",
+    ),
     "name of another library": (
         "pretrain data=synthetic optim.learning_rate=1",
         f"optim.learning_rate: unknown key; did you mean optim.lr? {KEYS}",
@@ -51,6 +59,7 @@ def told(tmp_path, monkeypatch, capfd, *args):
     monkeypatch.chdir(tmp_path)
     for name in ("t.csv", "a.tar", "a.jpg"):
         (tmp_path / name).write_bytes(b"\xff\xd8 not what it says")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with unchanged():
         assert main(list(args)) == 2
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"fcmae {args[0]}: ")]

@@ -61,8 +61,8 @@ def test_problems_are_counted_at_the_start(tmp_path, hf_rows, capsys):
     train_source(DataConfig(name="hf", path=str(tmp_path / "one")))
     told, name = capsys.readouterr().err, f"{tmp_path / 'one'}:train"
     assert (
-        f"4 images; 1 images are empty files, such as {name}[0]; 1 images are of no format that is read, such as "
-        f"{name}[1]; 1 images cannot be opened, such as {name}[3] (it has neither bytes nor a path)"
+        f"4 images; 1 image without content, such as {name}[0]; 1 image of no format that is read, such as "
+        f"{name}[1]; 1 image that cannot be opened, such as {name}[3] (it has neither bytes nor a path)"
     ) in told
     assert told.rstrip().endswith("; 1 of 3 classes have no image, such as cow")
 

@@ -39,7 +39,7 @@ TOGETHER = {
         "pretrain data=synthetic optim.lrr=1 optim.blr=fast model=resnet model.mask_ratio=1 optim(=1 +data.foo=1",
         [
             "optim.lrr: unknown key",
-            "optim.blr: Value 'fast' of type 'str' could not be converted to Float",
+            "optim.blr must be a number; got 'fast'",
             "model must be one of convnext",
             "optim(=1: not an override",
             "data.foo: unknown key",

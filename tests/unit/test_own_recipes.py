@@ -55,6 +55,14 @@ def test_a_config_has_them_and_what_the_user_sets_counts(photos, capsys):
     assert (cfg.model.strides, cfg.model.mask_ratio) == (None, 0.5)  # 9 patches
 
 
+def test_a_folder_of_one_image_has_a_line(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+    compose("pretrain", ["experiment=own/small", f"data.path={tmp_path}", "trainer.device=cpu"])
+    said = capsys.readouterr().err
+    assert "own/small: 1 image, about 64 x 64 px" in said
+    assert "own/small: 1 image: a network memorises so few; add images or start from published weights" in said
+
+
 def test_without_images_another_message_says_so():
     cfg = compose("pretrain", ["experiment=own/large", "data.path=/nowhere"])
     assert cfg.data.size == (224, 224)

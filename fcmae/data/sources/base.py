@@ -134,7 +134,8 @@ def few_labels(source: Source, per_class: int, seed: int) -> Subset:
     for label, indices in chosen.items():
         if len(indices) < per_class:
             raise UsageError(
-                f"data.labels_per_class is {per_class}; class {source.classes[label]} has {len(indices)} images"
+                f"data.labels_per_class must be at most {len(indices)}, the number of images of class "
+                f"{source.classes[label]}; got {per_class}"
             )
     return Subset(source, sorted(index for indices in chosen.values() for index in indices))
 
@@ -210,7 +211,8 @@ def with_classes(source: Source, key: str, expected: list[str], whose: str) -> t
     unknown = [name for name in classes if name not in known]
     if unknown:
         raise UsageError(
-            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: {first_of(unknown, 10)}"
+            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: "
+            f"{first_of(unknown, 10)}; {whose} has {first_of(expected, 10)}"
         )
     missing = [name for name in expected if name not in present]
     note = f"{key} lacks {len(missing)} of the {len(expected)} classes of {whose}: {first_of(missing, 10)}"

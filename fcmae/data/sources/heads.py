@@ -10,7 +10,7 @@ from PIL import Image
 from fcmae import ranks
 from fcmae.data.pixels import dicom, scientific
 from fcmae.data.pixels.formats import FORMATS
-from fcmae.errors import ImageError, shown
+from fcmae.errors import ImageError, counted, shown
 from fcmae.opening import open_regular
 
 LOOKED = 10_000
@@ -19,6 +19,7 @@ LEAST, SECONDS = 200, 1.0
 """So many are looked at however long it takes, others within this time."""
 LENGTH = dicom.MAGIC_AT + len(dicom.MAGIC)
 """First bytes of a file that say its format."""
+EMPTY, UNKNOWN, CLOSED = "without content", "of no format that is read", "that cannot be opened"
 
 
 def unreadable(count: int, head: Callable[[int], bytes | None], describe: Callable[[int], str]) -> str:
@@ -32,7 +33,7 @@ def unreadable(count: int, head: Callable[[int], bytes | None], describe: Callab
     """
     if ranks.detect().rank:
         return ""
-    found: dict[str, list[str]] = {"are empty files": [], "are of no format that is read": [], "cannot be opened": []}
+    found: dict[str, list[str]] = {EMPTY: [], UNKNOWN: [], CLOSED: []}
     looked, began = 0, time.monotonic()
     for index in random.Random(0).sample(range(count), min(count, LOOKED)):
         if looked >= LEAST and time.monotonic() - began > SECONDS:
@@ -45,11 +46,11 @@ def unreadable(count: int, head: Callable[[int], bytes | None], describe: Callab
             continue
         except (OSError, ImageError) as error:
             reason = error.reason if isinstance(error, ImageError) else error.strerror or str(error)
-            found["cannot be opened"].append(f"{name} ({reason})")
+            found[CLOSED].append(f"{name} ({reason})")
             continue
         if start is not None and not _is_known(start):
-            found["are of no format that is read" if start else "are empty files"].append(name)
-    parts = [f"{len(names):,} images {what}, such as {min(names)}" for what, names in found.items() if names]
+            found[UNKNOWN if start else EMPTY].append(name)
+    parts = [f"{counted(len(names), 'image')} {what}, such as {min(names)}" for what, names in found.items() if names]
     some = f"of {looked:,} looked at, " if looked < count else ""
     return f"; {some}{'; '.join(parts)}" if parts else ""
 

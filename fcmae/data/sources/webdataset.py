@@ -95,7 +95,7 @@ class WebDataset:
         if empty := sum(int((index.sizes == 0).sum()) for index in self.indices):
             number = next(i for i, index in enumerate(self.indices) if (index.sizes == 0).any())
             name = self.indices[number].name(int(self.indices[number].sizes.argmin()))
-            told.append(f"{empty:,} images are empty files, such as {shown(f'{self.shards[number]}/{name}')}")
+            told.append(f"{counted(empty, 'image')} without content, such as {shown(f'{self.shards[number]}/{name}')}")
         if any(note.at_last_dot for note in notes):
             told.append("samples' names end at the last dot, as the first dot would merge samples")
         told += filter(None, [unreadable(len(self), self._head, self.describe)[2:]])
