@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import LazyImage
-from fcmae.data.sources.base import Sample, Source, Wrapper, why_unlabelled
+from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.errors import UsageError
 
 SHARE = 0.8
@@ -40,15 +40,8 @@ class DecodedImages(Wrapper):
         self, source: Source, memory: np.ndarray, sizes: np.ndarray, channels: int, dtype: torch.dtype
     ) -> None:
         super().__init__(source)
-        self.values = getattr(source, "values", None)
-        self.columns = getattr(source, "columns", None)
         self.memory, self.sizes, self.channels, self.dtype = memory, sizes, channels, dtype
         self.offsets, self.bytes = places(sizes, channels * dtype.itemsize)
-
-    @property
-    def unlabelled(self) -> str:
-        """Why there are no classes."""
-        return why_unlabelled(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         if not self.is_readable(index):

@@ -16,9 +16,11 @@ import fcmae
 from fcmae.api import as_overrides
 from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
+from fcmae.data.sources import Subset, Windows
 from fcmae.data.sources.dataset import need_labels, registered
 from fcmae.data.sources.own import PixelFormat, create_own
 from fcmae.loggers.progress import NotebookProgress, notebook_display
+from fcmae.tasks.objectives import Regress, Segment
 from tests.conftest import TINY
 from tests.in_process import unchanged
 
@@ -178,6 +180,31 @@ def test_images_of_datasets(dataset, to, image):
     with registered(dataset, "data") as given:
         assert json.loads(json.dumps(given)) == given
         assert create_own(given, "data.source", to)[0].image.shape == image
+
+
+def opened(dataset):
+    with registered(dataset, "data") as given:
+        need_labels()
+        return create_own(given, "data.source", PixelFormat(3))
+
+
+def test_numbers_of_datasets_are_learned():
+    numbers = torch.rand(24, 2)
+    source = opened(TensorDataset(IMAGES, numbers))
+    objective = Regress()
+    objective.fit(source, compose("finetune", [*FINETUNE[:3], "objective=regress"]))
+    assert (objective.columns, objective.outputs) == (["label_0", "label_1"], 2)
+    assert Subset(source, [5, 3]).values.equal(numbers[[5, 3]])
+    assert Windows(source, 2).values.equal(torch.stack([Windows(source, 2)[index].label for index in range(48)]))
+    assert "are not integers" in opened([(IMAGES[0], "cat")]).unlabelled
+
+
+@pytest.mark.parametrize("wrap", [torch.Tensor.clone, torch.Tensor.numpy, lambda mask: Image.fromarray(mask.numpy())])
+def test_maps_of_datasets_are_learned(wrap):
+    mask = torch.arange(1600).view(40, 40).remainder(3).byte()
+    source = opened([(image, wrap(mask)) for image in IMAGES])
+    assert (source.classes, source.values) == (None, None)
+    assert Segment(3).target(source[1], source, 1).equal(mask.short())
 
 
 def test_labels_of_datasets():

@@ -49,6 +49,15 @@ class Wrapper:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.classes = source.classes
+        values = getattr(source, "values", None)
+        self.values: Tensor | None = values if isinstance(values, Tensor) else None
+        """The numbers of every sample ``[N, K]``, of sources that give numbers in ``columns``."""
+        self.columns: list[str] | None = getattr(source, "columns", None)
+
+    @property
+    def unlabelled(self) -> str:
+        """Why there are no classes; a source with classes may have no answer."""
+        return why_unlabelled(self.source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,9 +78,7 @@ class Subset(Wrapper):
     def __init__(self, source: Source, indices: list[int]) -> None:
         super().__init__(source)
         self.indices = indices
-        values = getattr(source, "values", None)
-        self.values = values[indices] if isinstance(values, Tensor) else None
-        self.columns = getattr(source, "columns", None)
+        self.values = None if self.values is None else self.values[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,12 +99,7 @@ class Windows(Wrapper):
     def __init__(self, source: Source, count: int) -> None:
         super().__init__(source)
         self.count = count
-        self.values = getattr(source, "values", None)
-
-    @property
-    def unlabelled(self) -> str:
-        """Why there are no classes; a source with classes may have no answer."""
-        return why_unlabelled(self.source)
+        self.values = None if self.values is None else self.values.repeat_interleave(count, dim=0)
 
     def __len__(self) -> int:
         return len(self.source) * self.count

@@ -34,7 +34,7 @@ class _Known:
 
     def labels(self) -> list[Any] | None:
         """The label of every sample, if they are known or needed: for these all samples are read."""
-        if self._labels is None and self.needs_labels:
+        if self._labels is None and self.needs_labels and not _is_map(split(self.dataset[0])[1]):
             labels = [_plain(split(self.dataset[index])[1]) for index in range(len(self.dataset))]
             self._labels = None if None in labels else labels
         return self._labels
@@ -119,6 +119,8 @@ class GivenDataset:
             pixels = self._pixels(image)
         if self.values is not None:
             return Sample(pixels, self.values[index])
+        if _is_map(label):
+            return Sample(pixels, torch.from_numpy(np.array(label)))
         return Sample(pixels, _plain(label) if self.classes is None else self.label(index))
 
     def _pixels(self, image: Any) -> Tensor:
@@ -149,6 +151,11 @@ def split(item: Any) -> tuple[Any, Any]:
     if isinstance(item, (tuple, list)):
         return (item[0], item[1]) if len(item) > 1 else (item[0], None)
     return item, None
+
+
+def _is_map(label: Any) -> bool:
+    """Whether it has a class or numbers per pixel."""
+    return isinstance(label, Image.Image) or getattr(label, "ndim", 0) > 1
 
 
 def _plain(label: Any) -> Any:
