@@ -60,7 +60,7 @@ def _srun(environment: Mapping[str, str], size: int) -> Launch:
     rank = int(environment["SLURM_PROCID"])
     on_nodes = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
     # Where SLURM binds tasks to cores, a task's cores are its own.
-    bound = _cores() <= int(environment.get("SLURM_CPUS_PER_TASK", "0"))
+    bound = cores() <= int(environment.get("SLURM_CPUS_PER_TASK", "0"))
     return Launch(
         rank,
         size,
@@ -100,7 +100,8 @@ def port_of(job: int, step: int) -> int:
     return 15_000 + (job + 7919 * step) % 15_000
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use by its affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -3,7 +3,6 @@
 import datetime
 import itertools
 import json
-import os
 import platform
 import statistics
 import time
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fcmae import ranks
 from fcmae.config import check, from_dict
 from fcmae.errors import ConfigError, UsageError
 from fcmae.files import write_output
@@ -80,7 +80,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": str(torch.__version__),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": ranks.cores(),
     }
     if device.type == "cuda":
         import triton

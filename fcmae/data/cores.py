@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fcmae import ranks
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MOST_WORKERS = 32
@@ -25,7 +27,7 @@ def cores_per_rank(local_world_size: int, environment: Mapping[str, str] = os.en
 
     The ranks of one torchrun share the cores of its SLURM task; a rank that is a task has them for itself.
     """
-    cores = min(_affinity(), _quota() or _affinity())
+    cores = min(ranks.cores(), _quota() or ranks.cores())
     per_task = environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE")
     is_task = "SLURM_PROCID" in environment and "TORCHELASTIC_RUN_ID" not in environment
     if is_task and "SLURM_CPUS_PER_TASK" in environment:
@@ -33,10 +35,6 @@ def cores_per_rank(local_world_size: int, environment: Mapping[str, str] = os.en
     if per_task is not None:
         cores = min(cores, int(per_task))
     return max(1, cores // local_world_size)
-
-
-def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quota() -> int | None:

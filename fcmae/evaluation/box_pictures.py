@@ -59,7 +59,7 @@ class BoxPictures(MapPictures):
 
 
 def colour(kind: int) -> tuple[float, float, float]:
-    """Red, green and blue in 0..1 of a class of objects."""
+    """Red, green and blue in 0..1 of a class."""
     return colorsys.hsv_to_rgb(GOLDEN * kind % 1, 0.65, 0.95)
 
 

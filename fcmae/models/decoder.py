@@ -7,14 +7,13 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae import kernels
 from fcmae.engines import convnext
 from fcmae.masks.patches import upsample_mask
-from fcmae.models.unet import UNet, finer
+from fcmae.models.unet import UNet, finer, init_weights
 
 
 class LightDecoder(nn.Module):
@@ -39,7 +38,7 @@ class LightDecoder(nn.Module):
         # The map is channels last, and so is the gradient of a convolution's weight that data parallelism exchanges.
         self.blocks.to(memory_format=torch.channels_last)
         self.heads = _add_heads(self, embed_dim, {name: split * split * dim for name, dim in out_dims.items()})
-        _init(self)
+        init_weights(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, visible: Sequence[Tensor], mask: Tensor, index: Tensor) -> dict[str, Tensor]:
@@ -84,7 +83,7 @@ class UNetDecoder(nn.Module):
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in dims)
         self.unet = UNet(dims, strides, width)
         self.heads = _add_heads(self, merge * merge * width, out_dims)
-        _init(self)
+        init_weights(self)
         for token in self.mask_tokens:
             nn.init.normal_(token, std=0.02)
 
@@ -119,12 +118,3 @@ def _with_mask_tokens(x: Tensor, mask: Tensor, index: Tensor, token: Tensor) -> 
     hidden = upsample_mask(mask, rows, cols, s).unsqueeze(1)
     x = kernels.scatter_patches(x, index, rows, cols)
     return torch.where(hidden, token.to(x.dtype).view(1, -1, 1, 1), x).permute(0, 2, 3, 1)
-
-
-def _init(decoder: nn.Module) -> None:
-    """Truncated normal of std 0.02 and zero biases, as timm initialises the encoder."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

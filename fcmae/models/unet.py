@@ -44,11 +44,7 @@ class UNet(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         # The maps are channels last, and so is the gradient of a convolution's weight that data parallelism exchanges.
         self.to(memory_format=torch.channels_last)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_weights(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """The map at the finest stride.
@@ -104,3 +100,12 @@ def finer(x: Tensor, ratio: int) -> Tensor:
     n, height, width, _ = x.shape
     x = x.view(n, height, width, ratio, ratio, -1).transpose(2, 3)
     return x.reshape(n, height * ratio, width * ratio, -1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal of std 0.02 and zero biases, as timm initialises the encoder."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

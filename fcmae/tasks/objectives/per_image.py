@@ -22,6 +22,8 @@ from fcmae.models.pooled import RowHead
 
 LEAST_SPREAD = 1e-5
 """Of numbers to learn, as a share of the largest: float32 has steps of 1e-7."""
+ERRORS = ("mae", "rmse", "r2")
+"""Metrics of numbers."""
 LESS = ("mae", "rmse", "ece")
 """Metrics of which less is better."""
 
@@ -234,7 +236,7 @@ class Regress(_Columns):
         super().__init__()
         if loss not in self.LOSSES:
             raise ValueError(f"loss must be one of {', '.join(self.LOSSES)}; got {loss!r}")
-        self.best = metric(best, ("mae", "rmse", "r2"), of_columns=True)
+        self.best = metric(best, ERRORS, of_columns=True)
         self.kind = loss
         self.mean, self.std = torch.zeros(0), torch.ones(0)
 
@@ -245,8 +247,8 @@ class Regress(_Columns):
         constant = [name for name, same in zip(self.columns, least == most, strict=True) if same]
         if constant:
             raise UsageError(f"data.label_column: the column {', '.join(constant)} of data.path has one value only")
-        known = ["mae", "rmse", "r2"]
-        known += [f"{kind}_{name}" for kind in known for name in self.columns] if len(self.columns) > 1 else []
+        known = list(ERRORS)
+        known += [f"{kind}_{name}" for kind in ERRORS for name in self.columns] if len(self.columns) > 1 else []
         if self.best.removeprefix("-") not in known:
             raise ConfigError(f"objective.best must be one of {', '.join(known)}; got {self.best!r}")
         for name, low, high in zip(self.columns, least.tolist(), most.tolist(), strict=True):
@@ -280,32 +282,31 @@ class Regress(_Columns):
         result: dict[str, float] = {}
         columns = zip(self.columns, self.predict(outputs).double().T, self.predict(targets).double().T, strict=True)
         for name, output, target in columns:
-            scores = zip(("mae", "rmse", "r2"), _errors(output, target), strict=True)
-            result |= {f"{kind}_{name}": value for kind, value in scores}
+            result |= {f"{kind}_{name}": value for kind, value in _errors(output, target).items()}
         means = {}
-        for kind in ("mae", "rmse", "r2"):
+        for kind in ERRORS:
             of_kind = [result[f"{kind}_{name}"] for name in self.columns]
             known = [value for value in of_kind if not math.isnan(value)]  # not of a column without values
             means[kind] = sum(known) / len(known) if known else math.nan
         return {**means, **(result if len(self.columns) > 1 else {}), "images": len(outputs)}
 
     def report(self, results: Predictions) -> Report:
-        names = ("mae", "rmse", "r2")
         found, truth = (self.predict(values.double()) for values in (results.outputs, results.targets))
         rows = {
-            name: dict(zip(names, _errors(*column), strict=True))
+            name: _errors(*column)
             for name, column in zip(self.columns, zip(found.T, truth.T, strict=True), strict=True)
         }
         return reports.of_numbers(found, truth, self.std, rows)
 
 
-def _errors(output: Tensor, target: Tensor) -> tuple[float, float, float]:
+def _errors(output: Tensor, target: Tensor) -> dict[str, float]:
     """Mean absolute error, root of the mean squared one, and R² of a column, of the images that have a value."""
     valid = ~target.isnan()
     error, target = (output - target)[valid], target[valid]
     spread = (target - target.mean()).square().sum()
     r2 = 1 - error.square().sum() / torch.where(spread > 0, spread, math.nan)
-    return float(error.abs().mean()), float(error.square().mean().sqrt()), float(r2)
+    values = error.abs().mean(), error.square().mean().sqrt(), r2
+    return dict(zip(ERRORS, map(float, values), strict=True))
 
 
 def _all(share: Iterable[Predictions], world: World, columns: int) -> tuple[Tensor, Tensor]:

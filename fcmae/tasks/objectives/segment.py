@@ -1,6 +1,5 @@
 """A class per pixel."""
 
-import colorsys
 import math
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
@@ -18,14 +17,13 @@ from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.evaluation import reports
+from fcmae.evaluation.box_pictures import colour
 from fcmae.models.objective import Predictions, Report
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
 COUNTED = 1000
 """Maps, of a fixed random order, in which ``class_weights=auto`` counts pixels."""
-GOLDEN = 0.618034
-"""Of a turn, between the hues of two classes."""
 SMOOTH = 1.0
 """Pixels added to both sides of the dice fraction."""
 
@@ -169,7 +167,7 @@ class Segment(PerPixel):
         return {**dict(zip(self.classes, self._colours(), strict=True)), "(not labelled)": torch.full((3,), 0.5)}
 
     def _colours(self) -> Tensor:
-        return torch.tensor([colorsys.hsv_to_rgb(GOLDEN * k % 1, 0.65, 0.95) for k in range(self.channels)])
+        return torch.tensor([colour(k) for k in range(self.channels)])
 
     def panels(self, target: Tensor, predicted: Tensor) -> list[Tensor]:
         """A colour for each class, the same in all pictures; grey where there is no label."""
