@@ -120,7 +120,7 @@ class GivenDataset:
         if self.values is not None:
             return Sample(pixels, self.values[index])
         if _is_map(label):
-            return Sample(pixels, torch.from_numpy(np.array(label)))
+            return Sample(pixels, label if isinstance(label, Tensor) else torch.from_numpy(np.array(label)))
         return Sample(pixels, _plain(label) if self.classes is None else self.label(index))
 
     def _pixels(self, image: Any) -> Tensor:
