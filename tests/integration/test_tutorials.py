@@ -48,7 +48,7 @@ def commands(page):
 def changed(words, more):
     command, *rest = words
     keys = {**CHANGED.get(command, {}), **more.get(command, {})}
-    if "model=demo" not in rest:  # weights or a checkpoint say what the network is
+    if not {"model=demo", "experiment=own/small"} & set(rest):  # weights or a checkpoint say what the network is
         keys = {key: value for key, value in keys.items() if not key.startswith("model.d")}
     if command == "probe":
         keys |= {key: TRAINING[key] for key in ("model.depths", "model.dims") if "checkpoint=random" in rest}
