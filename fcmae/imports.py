@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -42,3 +43,10 @@ def load(target: str) -> Any:
     module, _, name = target.partition(":")
     with quick_imports():
         return getattr(importlib.import_module(module), name)
+
+
+def call_pickled(content: bytes, *args: Any) -> None:
+    """Calls the pickled ``(function, *first_args)`` with further ``args``: a spawned process imports it quickly."""
+    with quick_imports():
+        function, *first = pickle.loads(content)  # noqa: S301 - from the process that started this one
+    function(*first, *args)

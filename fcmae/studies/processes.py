@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from fcmae import interrupt
 from fcmae.data.cores import default_workers
 from fcmae.distributed import pick_device
 from fcmae.errors import EXIT_ERROR, FCMAEError, Interrupted
+from fcmae.imports import call_pickled
 from fcmae.studies.arms import Cell, Plan
 from fcmae.studies.cells import Result, measure
 
@@ -62,8 +64,9 @@ class _Pool:
         for cell in [*cells, *[None] * len(found)]:
             self.todo.put(cell)
         self.processes = []
+        work = pickle.dumps((_work, plan, folder))
         for device in found:
-            process = context.Process(target=_work, args=(plan, folder, self.todo, self.results), daemon=False)
+            process = context.Process(target=call_pickled, args=(work, self.todo, self.results), daemon=False)
             with _visible(device):
                 process.start()
             self.processes.append(process)
