@@ -9,6 +9,7 @@ import pytest
 
 from fcmae import interrupt
 from fcmae.checkpoints import checkpoint
+from tests.conftest import TORCHRUN, start_python
 from tests.faults.runs import (
     COMMANDS,
     SHORT,
@@ -16,6 +17,7 @@ from tests.faults.runs import (
     children,
     finish,
     kill_group,
+    processes,
     side_by_side,
     start,
     steps,
@@ -106,11 +108,11 @@ def test_signals_in_a_save(tmp_path, undisturbed):
 
 @pytest.mark.timeout(900)
 def test_two_ranks_stop_after_the_same_step(tmp_path, undisturbed):
-    """Whether one of them is asked to, or torchrun."""
+    """Whether one of them is asked to, or torchrun, in the short form its stand-in: see test_torchrun_itself."""
     args = (*COMMANDS["pretrain"], "hydra.run.dir=run", "trainer.log_every=1")
     for target in ("one rank", "torchrun"):
         begun = in_a_step(tmp_path)
-        run = start(tmp_path, *args, ranks=2, fresh=target == "torchrun")
+        run = start(tmp_path, *args, ranks=2, fresh=target == "torchrun" and not SHORT)
         try:
             begun(run)
             os.kill(children(run.pid)[1] if target == "one rank" else run.pid, signal.SIGUSR1)
@@ -121,6 +123,42 @@ def test_two_ranks_stop_after_the_same_step(tmp_path, undisturbed):
         assert said.count("fcmae pretrain: stopped after step") == (1 if target == "one rank" else 2)
     finish(tmp_path, *args, ranks=2)
     assert weights_sha256(tmp_path / "run") == undisturbed("pretrain", 2)
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from fcmae import interrupt
+interrupt.install()
+Path(f"ready_{os.environ['RANK']}").touch()
+while not interrupt.received():
+    time.sleep(0.02)
+print(interrupt.received(), file=sys.stderr)
+sys.exit(75)
+"""
+
+
+def test_torchrun_itself(tmp_path):
+    """It passes a signal on to its ranks; after SIGKILL they end with it. What training makes of either is elsewhere.
+
+    Ranks that import no torch start at once.
+    """
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    for number, code in ((signal.SIGUSR1, 1), (signal.SIGKILL, -9)):
+        with (tmp_path / "stderr.txt").open("wb") as log:
+            run = start_python(tmp_path, *TORCHRUN, "--nproc_per_node=2", str(script), stderr=log)
+        try:
+            wait_until(lambda: len(list(tmp_path.glob("ready_*"))) == 2)
+            run.send_signal(number)
+            assert run.wait(limit(60)) == code
+            wait_until(lambda: not list(processes(tmp_path)), 20)
+        finally:
+            kill_group(run)
+        said = (tmp_path / "stderr.txt").read_text().splitlines()
+        assert said.count("SIGUSR1") == (2 if number == signal.SIGUSR1 else 0)
+        for file in tmp_path.glob("ready_*"):
+            file.unlink()
 
 
 STUCK = """
@@ -141,7 +179,7 @@ sys.meta_path.insert(0, Finder)
 """,
     "listing": "import fcmae.data.sources.listing as listing; listing._walk = stuck",
     "resume": "import fcmae.training.loop as loop; loop.newest_state = stuck",
-    "compilation": "import os; os.environ['CXX'] = os.path.abspath('compiler')",
+    "compilation": "import os, torch._inductor.config as c; c.cpp.cxx = (None, os.path.abspath('compiler'))",
     "step": "import fcmae.training.loop as loop; loop.set_lr = stuck",
     "evaluation": "import fcmae.evaluation.classify as classify; classify.batches = stuck",
     "save": """
@@ -173,7 +211,7 @@ def test_a_second_signal_ends_a_run_wherever_it_is(tmp_path):
         }
         variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         args = (*COMMANDS[command], "hydra.run.dir=run", *own.get(phase, ()))
-        run = start(folder, *args, script=script, variables=variables, fresh=phase in ("imports", "compilation"))
+        run = start(folder, *args, script=script, variables=variables, fresh=phase == "imports")
         try:
             wait_until((folder / "reached").exists)
             run.send_signal(signal.SIGINT)
