@@ -6,6 +6,7 @@ anything went wrong.
 
 import argparse
 import functools
+import gc
 import os
 import resource
 import shutil
@@ -37,6 +38,7 @@ def main() -> int:
         print(*chosen, sep="\n")
         return 0
     torch.set_num_threads(1)
+    gc.freeze()  # a collection in a forked process would copy all that is imported
     short = os.environ.get("FUZZ") == "short"
     began = _cpu()
     total = wrong = 0

@@ -8,9 +8,12 @@ import pytest
 from PIL import Image
 
 from fcmae import demo
+from fcmae.config import compose
 from fcmae.data.sources import FashionMNIST
 
-IMAGES = {"train": 6000, "t10k": 1000}
+IMAGES = {"train": 6000, "t10k": 500}
+NARROW = ("model.dims=[12,24,48,96]",)
+"""Half of the widths of model=demo."""
 
 
 @pytest.fixture
@@ -21,10 +24,11 @@ def small(tmp_path, monkeypatch):
             name = f"{split}-{kind}-ubyte.gz"
             with gzip.open(FashionMNIST.DEBIAN / name) as whole, gzip.open(tmp_path / name, "wb", 1) as part:
                 part.write(whole.read(header + images * size))
-    monkeypatch.setattr(demo, "GALLERY", 1000)
-    monkeypatch.setattr(demo, "QUERIES", 1000)
+    monkeypatch.setattr(demo, "GALLERY", 500)
+    monkeypatch.setattr(demo, "QUERIES", 500)
     monkeypatch.setattr(demo, "STEPS", 20)
     monkeypatch.setattr(demo.Plan, "RECIPE", (8.0, 12.0))
+    monkeypatch.setattr(demo, "compose", lambda command, overrides: compose(command, [*overrides, *NARROW]))
 
 
 @pytest.mark.slow

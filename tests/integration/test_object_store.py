@@ -24,7 +24,7 @@ from tests.unit.test_remote import write_tar
 pytestmark = pytest.mark.slow
 OUTAGE = 20.0
 """Seconds."""
-RUN = (*TINY_PRETRAIN, "data=webdataset", "schedule.epochs=20", "trainer.eval_every_epochs=20", "loader.workers=1")
+RUN = (*TINY_PRETRAIN, "data=webdataset", "schedule.epochs=10", "trainer.eval_every_epochs=10", "loader.workers=1")
 IN_PARTS = "loader.cache_size=0"
 
 
