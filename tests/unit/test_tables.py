@@ -110,6 +110,12 @@ def test_a_class_may_be_zero_or_false_in_parquet(tmp_path):
     assert "empty in row 2" in TableImages(tmp_path / "t.parquet", label_column="gap").unlabelled
 
 
+def test_classes_that_differ_in_spaces_only_are_refused(tmp_path):
+    assert written(tmp_path, "image,kind\na.png, a\nb.png,b \n", label_column="kind").classes == [" a", "b "]
+    with pytest.raises(UsageError, match="column kind of .* classes that differ in spaces only: 'a '; remove"):
+        written(tmp_path, "image,kind\na.png,a\nb.png,a \n", label_column="kind")
+
+
 def test_line_ends_within_a_field_belong_to_it(tmp_path):
     source = written(tmp_path, 'image\n"a\nb.png"\na\u2028b.png\n')
     assert [path.rpartition("/")[2] for path in source.paths] == ["a\nb.png", "a\u2028b.png"]

@@ -92,6 +92,12 @@ class TableImages:
                 self.unlabelled = f"the column {label_column} of {path} is empty in row {rows[values.index('')] + 1}"
                 return
             self.classes = sorted(set(values))
+            if len({name.strip() for name in self.classes}) < len(self.classes):
+                alike = [repr(name) for name in self.classes if name != name.strip()]
+                raise UsageError(
+                    f"data.label_column: column {label_column} of {path} has classes that differ in spaces only: "
+                    f"{first_of(alike)}; remove the spaces"
+                )
             number = {name: index for index, name in enumerate(self.classes)}
             self.numbers = [number[value] for value in values]
         elif label_column is not None:

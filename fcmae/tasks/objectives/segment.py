@@ -18,6 +18,7 @@ from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.evaluation import reports
 from fcmae.evaluation.box_pictures import colour
+from fcmae.messages import print_once_rank0
 from fcmae.models.objective import Predictions, Report
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
@@ -59,6 +60,9 @@ class Segment(PerPixel):
         reduce_zero_label: bool = False,
     ) -> None:
         self.classes = _names(classes)
+        listed = classes if isinstance(classes, (list, tuple)) else []
+        self.unquoted = [str(name) for name in listed if type(name) not in (str, int)]
+        """Names that YAML has read as something else: null, yes, 1e3."""
         super().__init__(len(self.classes), width, head)
         if type(reduce_zero_label) is not bool or (reduce_zero_label and values is not None):
             raise ValueError(f"reduce_zero_label must be true or false, false with values; got {reduce_zero_label!r}")
@@ -80,6 +84,11 @@ class Segment(PerPixel):
         self.best = metric(best, ("miou", "dice", "accuracy", *of_classes))
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
+        if self.unquoted:
+            print_once_rank0(
+                f"warning: objective.classes: YAML has read a name as {', '.join(self.unquoted)}, its name now; "
+                "write names such as null, yes and 1e3 in quotes"
+            )
         if not self.auto:
             return
         counts = torch.zeros(self.channels, dtype=torch.int64)
@@ -227,11 +236,7 @@ def _dice(output: Tensor, target: Tensor) -> Tensor:
 def _names(classes: Any) -> list[str]:
     if type(classes) is int and 1 < classes <= MAX_CLASSES:
         return [str(number) for number in range(classes)]
-    given = classes if isinstance(classes, (list, tuple)) else []
-    names = [str(name) for name in given]
-    wrong = [name for name in given if type(name) not in (str, int)]  # YAML's null, yes, 1e3
-    if wrong:
-        raise ValueError(f"classes must be names; put {wrong[0]!r} in quotes if it is one")
+    names = [str(name) for name in classes] if isinstance(classes, (list, tuple)) else []
     if not 1 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise ValueError(f"classes must be a list of two or more names, or their number; got {classes!r}")
     return names
