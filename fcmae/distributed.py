@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -227,7 +226,7 @@ def connect(device: str, timeout: float = 1800.0) -> World:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     elif device == "auto" and launched.rank == 0 and (other := unused_accelerator()):
-        print(f"device=auto takes the CPU: fcmae does not run on {other}", file=sys.stderr, flush=True)
+        say(f"device=auto takes the CPU: fcmae does not run on {other}")
     if launched.size == 1:
         return World(0, 1, 0, 1, picked)
     store, rank, size = _store()

@@ -6,11 +6,11 @@ Nothing here imports torch before it is needed, so that the config can name prec
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fcmae.errors import UsageError
+from fcmae.messages import say
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def settle(
         if recorded in PRECISIONS[1:]:
             chosen, why = recorded, "as in the run so far"
         if main:
-            print(f"{key}=auto takes {chosen} {why}", file=sys.stderr, flush=True)
+            say(f"{key}=auto takes {chosen} {why}")
     if chosen == "bf16" and device.type == "cuda" and best != "bf16":
         hint = f"{key}=auto takes {best}"
         if asked == AUTO:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted
 from fcmae.files import csv_text, write_output
 from fcmae.imports import load
+from fcmae.messages import say
 
 JOB_FILE = "sweep.json"
 """In the directory of a job: its number, overrides, status and metrics."""
@@ -111,8 +111,8 @@ def report(folder: Path) -> None:
     ]
     write_output("the sweep's table", folder / TABLE_FILE, csv_text([header, *rows]))
     shown = [i for i in range(len(header)) if not 2 + SHOWN <= i < 2 + len(names)]
-    print(_aligned([[_cell(row[i]) for i in shown] for row in [header, *rows]]), file=sys.stderr)
-    print(f"the same table: {folder / TABLE_FILE}", file=sys.stderr, flush=True)
+    say(_aligned([[_cell(row[i]) for i in shown] for row in [header, *rows]]))
+    say(f"the same table: {folder / TABLE_FILE}")
 
 
 def _is_in_all(override: str, jobs: list[dict[str, Any]]) -> bool:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import mmap
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError, UsageError
 from fcmae.files import one_at_a_time, replacing
 from fcmae.memory import available_memory
+from fcmae.messages import say
 from fcmae.opening import cache_folder, open_trusted
 from fcmae.processes import Process
 
@@ -121,7 +121,7 @@ def _decode(source: Source, to: PixelFormat, descriptor: int | None) -> tuple[De
     head = _begin(sizes.nbytes)
     total = head + places(sizes, channels * dtype.itemsize)[1]
     check_fits(total, available_memory(), len(source), "ram", "memory")
-    print(f"data.cache=ram: {len(source):,} images, {total / GIB:.2f} GiB", file=sys.stderr, flush=True)  # once
+    say(f"data.cache=ram: {len(source):,} images, {total / GIB:.2f} GiB")  # once
     if descriptor is not None:
         os.ftruncate(descriptor, total)
     shared = mmap.mmap(-1 if descriptor is None else descriptor, total)

@@ -4,7 +4,6 @@ import glob
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fcmae.config import DataConfig
 from fcmae.data.sources import Source
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.files import delete_remains, replacing
+from fcmae.messages import say
 from fcmae.opening import open_trusted, own_folder
 from fcmae.urls import expand_braces
 
@@ -92,7 +92,7 @@ class CachedExtractor:
         except FileNotFoundError:
             return None
         except OSError as error:
-            _say(f"features in {path} are not used: {error.strerror}; they are extracted again")
+            say(f"features in {path} are not used: {error.strerror}; they are extracted again")
             return None
         try:
             with safe_open(path, "pt", device=str(self.extract.world.device)) as file:
@@ -105,9 +105,9 @@ class CachedExtractor:
             if kept.get("sha256") != _digest(features):
                 raise SafetensorError("its checksum is missing or wrong")
         except (OSError, SafetensorError) as error:
-            _say(f"features in {path} cannot be read: {error}; they are extracted again")
+            say(f"features in {path} cannot be read: {error}; they are extracted again")
             return None
-        _say(f"{len(features.labels)} features read from {path}")
+        say(f"{len(features.labels)} features read from {path}")
         return features
 
     def _write(self, wanted: str, features: Features) -> None:
@@ -120,7 +120,7 @@ class CachedExtractor:
             with replacing(path, 0o644) as file:
                 file.write(save(tensors, {"wanted": wanted, "sha256": _digest(features)}))
         except (OSError, SafetensorError) as error:
-            _say(f"features are not kept in {path}: {error}")
+            say(f"features are not kept in {path}: {error}")
 
     def _share(self, found: Features | None) -> Features | None:
         """What the first rank found, on every rank."""
@@ -217,7 +217,3 @@ def _stamp(file: Path) -> str:
     except OSError:  # not a file: the source's own name for a sample
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from fcmae.interchange import model_card, official, onnx_format, timm_format, tr
 from fcmae.interchange.network import Check, Given, Network
 from fcmae.interchange.preprocessing import check_normalisation
 from fcmae.interchange.weights import explained
+from fcmae.messages import say
 
 IMPORTS: dict[str, ModuleType] = {
     "official": official,
@@ -57,7 +57,7 @@ def export(
         raise UsageError(f"--to must be one of {', '.join(EXPORTS)}; got {to!r}")
     with _new_folder(Path(folder)) as temporary:
         network = Network.read(os.fspath(checkpoint), ema)
-        print(describe(network.path, network.state), file=sys.stderr, flush=True)
+        say(describe(network.path, network.state))
         check_normalisation(network.cfg.data, to)
         if to == "onnx":
             result = _export_onnx(network, temporary, check, onnx_options or {})

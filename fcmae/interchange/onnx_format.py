@@ -9,7 +9,6 @@ be configured in the runtime.
 import copy
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fcmae.config import DataConfig
 from fcmae.errors import FCMAEError, UsageError
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import difference
+from fcmae.messages import say
 
 FILE_NAME = "model.onnx"
 INPUT = "pixel_values"
@@ -161,7 +161,7 @@ def _difference(reference: _Outputs, file: Path, data: DataConfig, dtype: torch.
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        print(f"{FILE_NAME} was not checked: onnxruntime is missing; pip install 'fcmae[onnx]'", file=sys.stderr)
+        say(f"{FILE_NAME} was not checked: onnxruntime is missing; pip install 'fcmae[onnx]'")
         return None
     # Another batch, and with a dynamic size another size, than it was traced with.
     imgs = torch.randn(3, data.in_chans, *data.size, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +161,7 @@ class RunLogger:
                 if reason not in self._told:
                     self._told.add(reason)
                     with contextlib.suppress(OSError):  # stderr may be gone as well
-                        print(reason, file=sys.stderr, flush=True)
+                        say(reason)
 
 
 def _line(error: Exception) -> str:

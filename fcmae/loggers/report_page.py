@@ -1,12 +1,12 @@
 """``logger.report``: the page of ``fcmae report`` in the run directory, kept up to date."""
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 
 from PIL import Image
 
+from fcmae.messages import say
 from fcmae.report import page
 
 REPORT_FILE = "report.html"
@@ -41,4 +41,4 @@ def write_report(run_dir: Path) -> None:
         page.write([str(run_dir)], run_dir / REPORT_FILE)
     except Exception as error:
         with contextlib.suppress(OSError):
-            print(f"{run_dir / REPORT_FILE} could not be written: {error}", file=sys.stderr, flush=True)
+            say(f"{run_dir / REPORT_FILE} could not be written: {error}")

@@ -1,7 +1,6 @@
 """Finds losses and gradients that are infinite or NaN before the optimizer steps, and reports their samples."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from fcmae.distributed import World
 from fcmae.errors import NonFiniteLossError, counted
 from fcmae.files import replacing
 from fcmae.loggers.logger import RunLogger
+from fcmae.messages import say
 from fcmae.tasks.task import Task
 
 
@@ -106,5 +106,5 @@ def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World)
             torch.save({"step": step, "samples": keys, "micro_batches": batches}, file)
     except (OSError, RuntimeError) as error:  # torch's own, e.g. on a full disk
         reason = str(error).splitlines()[0]
-        print(f"rank {world.rank}: the batch of step {step} was not saved: {reason}", file=sys.stderr, flush=True)
+        say(f"rank {world.rank}: the batch of step {step} was not saved: {reason}")
     return listed

@@ -1,6 +1,5 @@
 """Saving in the background: the state is copied to the host, and a thread writes it to the disk."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from torch import Tensor
 from fcmae.checkpoints import encoder
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
 from fcmae.errors import SaveError
+from fcmae.messages import say
 
 
 class HostCopy:
@@ -104,7 +104,7 @@ class Saver:
             path = self.checkpoints.path(state["step"])
             what_now = "the run stops" if self.failed else "training continues"
             what_now += f" (trainer.on_save_error={self.on_error})"
-            print(f"checkpoint {path} was not saved: {_reason(error)}; {what_now}", file=sys.stderr, flush=True)
+            say(f"checkpoint {path} was not saved: {_reason(error)}; {what_now}")
 
 
 def _reason(error: Exception) -> str:

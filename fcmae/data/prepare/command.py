@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
 from fcmae.errors import FCMAEError, ImageError, UsageError, counted
 from fcmae.files import STRAY, delete_strays, nearest, one_at_a_time, write_output
+from fcmae.messages import say
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
 
@@ -61,7 +61,7 @@ def prepare(cfg: PrepareConfig) -> str:
     names, now = shard_names(cfg, len(order)), settings(cfg, source)
     if cfg.out is not None:
         _check_folder(Path(cfg.out), names, now)
-    print(estimate(cfg, source, how, order), file=sys.stderr, flush=True)
+    say(estimate(cfg, source, how, order))
     if cfg.dry_run:
         return "nothing was written (dry_run=true)"
     assert cfg.out is not None

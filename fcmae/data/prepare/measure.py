@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import sys
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source
 from fcmae.data.sources.base import shuffled
 from fcmae.errors import UsageError
+from fcmae.messages import say
 
 CHUNK = 100
 """Samples per task of a process."""
@@ -105,7 +105,7 @@ def _read(
     sums = functools.reduce(operator.add, [parts[i] for i in range(len(chunks))])  # in the order of the chunks
     if upper is None:
         for line in left_out(sums.unreadable):
-            print(line, file=sys.stderr)
+            say(line)
     if len(sums.unreadable) == len(chosen):
         raise UsageError(f"none of {len(chosen)} images could be read, such as: {sums.unreadable[0]}")
     if not sums.pixels.all():

@@ -5,7 +5,6 @@ or renamed.
 """
 
 import os
-import sys
 import time
 from array import array
 from collections import Counter
@@ -21,7 +20,7 @@ from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.data.sources.kept import Arrays, Strings, StringsBuilder, find_kept, keep
 from fcmae.errors import UsageError, counted, shown
 from fcmae.files import one_at_a_time
-from fcmae.messages import print_once_rank0
+from fcmae.messages import print_once_rank0, say
 
 SUFFIX = ".fcmae-listing"
 KEEP_FROM = 10_000
@@ -86,7 +85,7 @@ def list_folder(root: Path, relist: bool = False, extensions: Sequence[str] = EX
                 arrays = keep(arrays, root, SUFFIX)
                 took = time.perf_counter() - started
                 where = f"kept in {arrays.path}" if arrays.path else "which cannot be kept in a file"
-                print(f"listed {count:,} images below {root} in {took:.1f} s, {where}", file=sys.stderr, flush=True)
+                say(f"listed {count:,} images below {root} in {took:.1f} s, {where}")
     others, looked_for = Others(**arrays.meta["others"]), " ".join(ending or '""' for ending in extensions)
     if not len(arrays["labels"]):
         raise UsageError(f"{root} has no images; looked for {looked_for} (data.extensions){others.message()}")
