@@ -18,7 +18,7 @@ from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.array import stored_format
 from fcmae.data.sources.base import shuffled
 from fcmae.doctor.contact_sheet import SHOWN, draw
-from fcmae.doctor.suggest import suggest
+from fcmae.doctor.suggest import of_all, suggest
 from fcmae.errors import ConfigError, ImageError, counted, shown
 from fcmae.files import output
 
@@ -242,8 +242,7 @@ def _channels(seen: Sequence[Seen]) -> Iterable[str]:
     for (channels, dtype), alike in groups.items():
         white = white_of(np.dtype(dtype))
         columns = {name: np.stack([getattr(one, name) for one in alike]) for name in ("least", "most", "mean", "std")}
-        mean = columns["mean"].mean(0)
-        std = np.sqrt((columns["std"] ** 2 + (columns["mean"] - mean) ** 2).mean(0))
+        mean, std = of_all(columns["mean"], columns["std"])
         for channel in range(channels):
             low, high = columns["least"][:, channel].min() * white, columns["most"][:, channel].max() * white
             numbers = f"{low:.6g} to {high:.6g}, mean {mean[channel] * white:.5g}, std {std[channel] * white:.5g}"

@@ -64,11 +64,10 @@ def _size(seen: Sequence[Seen]) -> list[tuple[str, str]]:
 def _scale(alike: Sequence[Seen], channels: int, dtype: str) -> list[tuple[str, str]]:
     """How to normalise."""
     means, stds = np.stack([one.mean for one in alike]), np.stack([one.std for one in alike])
-    mean = means.mean(0)
-    std = np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
+    mean, std = of_all(means, stds)
     low, high = np.median([one.low for one in alike], axis=0), np.median([one.high for one in alike], axis=0)
     least, most = min(one.least.min() for one in alike), max(one.most.max() for one in alike)
-    keys = [(f"data.nodata={'nan'}", "some values are NaN")] if any(one.missing for one in alike) else []
+    keys = [("data.nodata=nan", "some values are NaN")] if any(one.missing for one in alike) else []
     if len(alike) > 2 and (means.std(0) > VARYING * np.median(stds, axis=0)).any():
         return [*keys, ("data.normalize=image", "brightness differs more from image to image than within one")]
     if dtype != "uint8" and (most - least) > TAIL * max(float((high - low).max()), 1e-12):
@@ -79,6 +78,12 @@ def _scale(alike: Sequence[Seen], channels: int, dtype: str) -> list[tuple[str, 
         return keys
     why = "of what was looked at; fcmae prepare data.stats=true computes them"
     return [*keys, (f"data.mean={_numbers(mean)} data.std={_numbers(std.clip(min=1e-6))}", why)]
+
+
+def of_all(means: np.ndarray, stds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of images together, of those of each image, ``[N, C]``."""
+    mean = means.mean(0)
+    return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
 
 
 def _numbers(values: np.ndarray) -> str:

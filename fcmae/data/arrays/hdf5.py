@@ -84,14 +84,13 @@ def _find(file: h5py.File, path: str, name: str | None) -> h5py.Dataset:
     names = [key for key in names if isinstance(file[key], h5py.Dataset)]
     if name is None and len(names) == 1:
         name = names[0]
+    has = f"{path} has {', '.join(map(shown, names[:10])) or 'only groups'}"
     if name is None:
-        raise UsageError(f"data.dataset is not set; {path} has {', '.join(map(shown, names[:10])) or 'only groups'}")
+        raise UsageError(f"data.dataset is not set; {has}")
     found = file
     for part in filter(None, name.split("/")):
         if not isinstance(found, h5py.Group) or part not in found:
-            raise UsageError(
-                f"data.dataset is {name!r}; {path} has {', '.join(map(shown, names[:10])) or 'only groups'}"
-            )
+            raise UsageError(f"data.dataset is {name!r}; {has}")
         if not isinstance(found.get(part, getlink=True), h5py.HardLink):
             raise ValueError(f"{shown(name)} is a link, perhaps to another file; give the name of the dataset itself")
         found = found[part]

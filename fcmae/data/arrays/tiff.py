@@ -70,13 +70,8 @@ class TiffArray:
         """A strip or tile; None if it is not stored."""
         outer, inner = place[: len(self._outer)], dict(zip(self._inner, place[len(self._outer) :], strict=True))
         page = self._pages[int(np.ravel_multi_index(outer, self._outer))] if outer else self._pages[0]
-        across, down = (
-            -(-side // chunk)
-            for side, chunk in (
-                (self._key.imagewidth, self._side("X")),
-                (self._key.imagelength, self._side("Y")),
-            )
-        )
+        across = -(-self._key.imagewidth // self._side("X"))
+        down = -(-self._key.imagelength // self._side("Y"))
         plane = inner.get("S", 0) if int(self._key.planarconfig) == 2 else 0
         number = (plane * down + inner["Y"]) * across + inner["X"]
         offset, count = page.dataoffsets[number], page.databytecounts[number]

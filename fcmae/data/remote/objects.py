@@ -110,13 +110,14 @@ def _options(scheme: str) -> dict[str, Any]:
 
 def stat(url: str, limit: float) -> RemoteFile:
     """The file at a URL. Raises UsageError if there is none, RemoteError if the server does not answer."""
-    return _described(url, retried(lambda: _info(url), url, limit), limit)
+    return _described(url, retried(lambda: _asked(url).info(url), url, limit), limit)
 
 
-def _info(url: str) -> dict[str, Any]:
+def _asked(url: str) -> Any:
+    """fsspec's object for a URL, which asks the server again."""
     system = filesystem(url)
     system.invalidate_cache()
-    return system.info(url)
+    return system
 
 
 def _described(url: str, info: dict[str, Any], limit: float) -> RemoteFile:
@@ -156,9 +157,8 @@ def find_folders(url: str, limit: float) -> list[str]:
 
 
 def _glob(pattern: str) -> dict[str, dict[str, Any]]:
-    system = filesystem(pattern)
-    system.invalidate_cache()
-    return {name: info for name, info in system.glob(pattern, detail=True).items() if info.get("type") != "directory"}
+    found = _asked(pattern).glob(pattern, detail=True)
+    return {name: info for name, info in found.items() if info.get("type") != "directory"}
 
 
 def read_beside(file: RemoteFile, name: str, most: int) -> bytes:
