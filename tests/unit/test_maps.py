@@ -330,7 +330,7 @@ def test_maps_without_labels_are_named(tmp_path):
         spoil(tmp_path, number, mask)
     assert train(tmp_path).notes == [
         "warning: data.target_path: all labelled pixels of 8 maps are of class 0; the others are left out "
-        "(objective.ignore_index)"
+        "(objective.ignore_index); for masks of 0 and 255 set objective.values=[0,255] objective.ignore_index=null"
     ]
     for number in range(8):
         spoil(tmp_path, number, np.full((40, 56), 255))

@@ -64,7 +64,8 @@ def check_maps(source: Source, key: str, target: Target, classes: Sequence[str] 
     notes = [f"warning: {key}: {said}"] if empty else []
     if len(found_classes) == 1:
         only = classes[found_classes.pop()] if classes else "one number"
-        others = "; the others are left out (objective.ignore_index)" if left_out else ""
+        binary = "for masks of 0 and 255 set objective.values=[0,255] objective.ignore_index=null"
+        others = f"; the others are left out (objective.ignore_index); {binary}" if left_out else ""
         notes.append(f"warning: {key}: all labelled pixels of {seen} maps are of class {only}{others}")
     return notes
 
