@@ -11,6 +11,7 @@ shared memory. Every end that was not a SIGKILL is told in a line, without a tra
 cut. Exit code 1: something did not hold.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -20,11 +21,12 @@ from pathlib import Path
 
 INSIDE = "FCMAE_CHAOS"
 ROOT = Path(__file__).parents[2]
+CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 
 
 def main(arguments: list[str]) -> int:
     if INSIDE not in os.environ:
-        _enter(arguments)
+        _enter()
     given = {"minutes": "20", "seed": "0", "events": "", "only": "", "ranks": "", "keep": "", "jobs": "3"}
     given |= dict(argument.split("=", 1) for argument in arguments)
     with tempfile.TemporaryDirectory(prefix="fcmae_chaos_") as temporary:
@@ -39,15 +41,15 @@ def main(arguments: list[str]) -> int:
         return Play(folder, given).run()
 
 
-def _enter(arguments: list[str]) -> None:
-    """Starts this program again with a network and a /dev/shm of its own, where that is possible."""
+def _enter() -> None:
+    """Gives this process a network and a /dev/shm of its own, where that is possible."""
     os.environ[INSIDE] = "alone"
-    again = [sys.executable, "-m", "tests.chaos", *arguments]
-    if os.geteuid() == 0 and all(map(shutil.which, ("unshare", "ip"))):
+    if os.geteuid() == 0 and shutil.which("ip"):
         os.environ[INSIDE] = "namespaces"
-        own = 'ip link set lo up && mount -t tmpfs none /dev/shm && exec "$@"'
-        again = ["unshare", "--net", "--mount", "sh", "-c", own, "sh", *again]
-    os.execvp(again[0], again)
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "cannot unshare network and mounts")
+        for command in ("mount --make-rprivate /", "ip link set lo up", "mount -t tmpfs none /dev/shm"):
+            subprocess.run(command.split(), check=True)
 
 
 if __name__ == "__main__":

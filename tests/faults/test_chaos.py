@@ -10,6 +10,6 @@ from tests.faults.runs import SHORT
 def test_random_faults(tmp_path):
     """What is checked is in tests/chaos: equal results, nothing left behind, each end told in a line."""
     some = ("events=8", "only=pretrain,prepare,embed", "ranks=2") if SHORT else ("events=40", "minutes=5")
-    done = run_python(tmp_path, "-m", "tests.chaos", *some, "jobs=2", fresh=True, check=None)
+    done = run_python(tmp_path, "-m", "tests.chaos", *some, "jobs=2", check=None)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

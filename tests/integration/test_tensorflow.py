@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,17 +41,18 @@ def python(tmp_path_factory):
     return python
 
 
-def outputs(python: str, networks: Mapping[Path, Network]) -> list[dict[str, dict[str, float]]]:
+def outputs(python: str, networks: Mapping[Path, Network], *official: Path) -> list[Any]:
     """By folder, for each class of Transformers 4, the largest difference of each output from ours.
 
-    One process reads all folders: importing TensorFlow takes longest.
+    One process reads all folders, and says how many tensors each ``official`` file has: importing TensorFlow and torch
+    takes longest.
     """
     for folder, network in networks.items():
         imgs = network.fixed_input()
         tensors = {"imgs": imgs, **network.outputs(imgs)}
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "ours.safetensors")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, str(SCRIPT), *map(str, networks)]
+    command = [python, str(SCRIPT), *map(str, (*networks, *official))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,7 +66,11 @@ EXPECTED = {
 
 @pytest.mark.tf
 @pytest.mark.timeout(900)
-def test_transformers_4(python, tmp_path):
+def test_transformers_4_and_torch_2_13(python, tmp_path):
+    """The official scripts read their files by ``torch.load(...)["model"]``, here in torch 2.13."""
+    weights = made.pretrained(tmp_path / "pre.pt")
+    export(tmp_path / "pre.pt", "official", tmp_path / "out", check=False)
+    official = tmp_path / "out" / "checkpoint-7.pth"
     networks = {}
     for in_chans, stride in ((3, 4), (4, 1)):
         data = made.data_config(in_chans)
@@ -73,19 +79,9 @@ def test_transformers_4(python, tmp_path):
             make(tmp_path / f"{folder.name}.pt", data, stem_stride=stride)
             export(tmp_path / f"{folder.name}.pt", "transformers", folder, check=False)
             networks[folder] = Network.read(tmp_path / f"{folder.name}.pt")
-    for folder, found in zip(networks, outputs(python, networks), strict=True):
+    *differences, tensors = outputs(python, networks, official)
+    assert tensors == len(torch.load(official, weights_only=True)["model"]) == len(weights) - 2
+    for folder, found in zip(networks, differences, strict=True):
         print(found)
-        assert {name: set(differences) for name, differences in found.items()} == EXPECTED[folder.name.split("-")[0]]
-        assert max(max(differences.values()) for differences in found.values()) < TOLERANCE
-
-
-@pytest.mark.tf
-@pytest.mark.timeout(900)
-def test_torch_2_13_reads_the_official_files(python, tmp_path):
-    """The official scripts read their files by ``torch.load(...)["model"]``."""
-    weights = made.pretrained(tmp_path / "pre.pt")
-    export(tmp_path / "pre.pt", "official", tmp_path / "out", check=False)
-    code = "import sys, torch; print(len(torch.load(sys.argv[1], weights_only=True)['model']))"
-    file = tmp_path / "out" / "checkpoint-7.pth"
-    done = subprocess.run([python, "-c", code, str(file)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == len(torch.load(file, weights_only=True)["model"]) == len(weights) - 2
+        assert {name: set(each) for name, each in found.items()} == EXPECTED[folder.name.split("-")[0]]
+        assert max(max(each.values()) for each in found.values()) < TOLERANCE
