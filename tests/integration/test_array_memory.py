@@ -22,12 +22,12 @@ MOST = 300
 
 @pytest.mark.slow
 def test_two_gigabytes_of_zarr_in_300_mb_per_worker(tmp_path):
-    """Every image of an epoch, each two megabytes, is cropped by two workers."""
-    shape = (1024, 2, 512, 1024)
+    """Every image of an epoch, each four megabytes, is cropped by two workers."""
+    shape = (512, 2, 1024, 1024)
     array = zarr.create_array(
-        str(tmp_path / "a.zarr"), shape=shape, chunks=(1, 2, 256, 512), dtype="uint16", compressors=None
+        str(tmp_path / "a.zarr"), shape=shape, chunks=(1, 2, 512, 512), dtype="uint16", compressors=None
     )
-    part = np.random.default_rng(0).integers(0, 4096, (64, *shape[1:]), np.uint16)
+    part = np.random.default_rng(0).integers(0, 4096, (32, *shape[1:]), np.uint16)
     for first in range(0, shape[0], len(part)):
         array[first : first + len(part)] = part
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
