@@ -253,8 +253,13 @@ def write(rows: Rows, out: str, name: str) -> None:
             return
         arrow, parquet = _arrow()
         paths = [os.fsencode(path).decode(errors="backslashreplace") for path in rows.paths]  # Parquet has UTF-8 only
-        table = {"path": paths, name: list(rows.values.flatten(1).numpy())}
-        parquet.write_table(arrow.table(table), file)
+        values = arrow.array(list(rows.values.flatten(1).numpy()), arrow.list_(arrow.float32()))
+        said = {"shape": json.dumps(list(rows.values.shape[1:]))}
+        if rows.columns:
+            said["classes" if rows.exclusive else "columns"] = json.dumps(rows.columns)
+        parquet.write_table(
+            arrow.table({"path": arrow.array(paths, arrow.string()), name: values}, metadata=said), file
+        )
 
 
 def _csv(rows: Rows) -> str:

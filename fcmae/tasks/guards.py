@@ -52,7 +52,7 @@ def mask_warnings(cfg: PretrainConfig, grid: tuple[int, int], keep: int) -> list
 
 
 class LossWatch:
-    """Looks at the lines of metrics for a loss that rises, or that stalls in the first half of the schedule.
+    """Looks at the lines of metrics for a loss that rises, is 0, or stalls in the first half of the schedule.
 
     Each is reported once. A process sees its own lines only.
     """
@@ -74,6 +74,12 @@ class LossWatch:
         if len(self.window) < (self.window.maxlen or 0):
             return None
         mean = sum(value for _, value, _ in self.window) / len(self.window)
+        if not any(value for _, value, _ in self.window) and "zero" not in self.told:
+            self.told.add("zero")
+            return (
+                f"warning: the loss is 0 up to step {step}: no hidden patch has a pixel with a value; take a smaller "
+                "data.image_size or a larger model.mask_ratio (data.nodata, data.fit=pad)"
+            )
         before, self.lowest = self.lowest, min(self.lowest, mean)
         lr = f"lr {metrics['lr']:.3g}"
         if 0 < RISE * before < mean and "rise" not in self.told:

@@ -113,6 +113,8 @@ def test_files_must_have_the_channels_that_are_named():
         (2, {"input": [0, 1], "target": [2]}, "data.channels.nodata"),
         (3, {"input": [0, 1], "target": [2], "classes": [3], "nodata": ["nan", None]}, None),
         (3, {"input": [0, 1], "classes": [3], "of": 5}, "data.channels.nodata"),
+        (4, {"input": [0, 1], "classes": [3], "of": 5}, None),  # which nobody reads
+        (1, [0, 2], None),
     ],
 )
 def test_of_nan_the_key_is_named_that_takes_it(at, given, key):

@@ -1,6 +1,7 @@
 """``fcmae embed`` and ``fcmae predict``: a row per image, whatever names the images, on any number of ranks."""
 
 import csv
+import json
 import os
 import tarfile
 
@@ -117,6 +118,21 @@ def test_names_that_are_not_utf_8(tmp_path):
     rows = Rows(["a\n.png", os.fsdecode(b"b\xff.png")], torch.zeros(2, 3), [])
     write(rows, str(tmp_path / "rows.parquet"), "features")
     assert parquet.read_table(tmp_path / "rows.parquet").to_pydict()["path"] == ["a\n.png", "b\\xff.png"]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 2, 3), (0, 3)])
+def test_a_parquet_file_says_what_its_numbers_are(tmp_path, shape):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values, names = torch.rand(shape), ["a", "b\n", "ü"]
+    for exclusive, key in ((True, b"classes"), (False, b"columns")):
+        rows = Rows([f"{number}.png" for number in range(shape[0])], values, names, exclusive)
+        write(rows, str(tmp_path / "rows.parquet"), "predictions")
+        table = parquet.read_table(tmp_path / "rows.parquet")
+        assert json.loads(table.schema.metadata[key]) == names
+        row = json.loads(table.schema.metadata[b"shape"])
+        back = torch.tensor(table.column("predictions").to_pylist()).view(-1, *row)
+        assert back.equal(values)
+        assert (str(table.schema.types[0]), str(table.schema.types[1].value_type)) == ("string", "float")
 
 
 def test_predictions(runs, photos, tmp_path):

@@ -60,6 +60,8 @@ def test_a_loss_that_rises_or_stalls_is_told_once():
     assert line.startswith("warning: the loss stalls: 1 at step 200, 1 at step 500 (lr 0.001)")
     assert watch([-1.0] * 50) == []  # learned weights make it negative
     assert watch([1.0, float("nan")] * 2) == []
+    (line,) = watch([0.0] * 50)  # small images on a large canvas: what has a value is visible
+    assert line.startswith("warning: the loss is 0 up to step 100: no hidden patch has a pixel with a value")
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,9 @@ class PixelFormat(NamedTuple):
 
     @classmethod
     def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
-        read, may_be_nan = cfg.layout, frozenset(cfg.may_be_nan)
+        read = cfg.layout
+        unread = set() if read.input is None else {*range(read.of)} - {*read.input, *read.extra}
+        may_be_nan = frozenset(cfg.may_be_nan | unread)
         exact = cfg.channels is not None
         return cls(read.of, cfg.bit_depth, max_pixels, cfg.dtype, may_be_nan, exact, frozenset(read.extra))
 
