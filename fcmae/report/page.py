@@ -66,7 +66,9 @@ def render(runs: Sequence[RunContent], studies: Sequence[StudyContent] = ()) -> 
 
 def _study(study: StudyContent) -> str:
     header, *rows = [[text(cell) for cell in row] for row in study.rows] or [[]]
-    body = f'<p class="lead">{text(study.sentence)}</p>{table(header, rows, numbers=1)}'
+    body = (
+        f'<p class="lead">{text(study.sentence[:1].upper() + study.sentence[1:])}</p>{table(header, rows, numbers=1)}'
+    )
     lines = [line for line in study.lines or () if line.points]
     if not lines or not study.ticks:
         return body

@@ -30,6 +30,7 @@ footer{margin-top:40px;border-top:1px solid var(--line);padding-top:12px}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:5px 22px 5px 0;border-bottom:1px solid var(--line);white-space:nowrap}
 td.n,th.n{text-align:right}
+@media(max-width:500px){td:first-child{white-space:normal}td,th{padding-right:14px}}
 .long{white-space:normal;min-width:16em;overflow-wrap:anywhere}
 th{color:var(--soft);font-weight:500}
 code{font:.92em ui-monospace,"SF Mono",Menlo,monospace}

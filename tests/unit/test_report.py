@@ -260,6 +260,15 @@ def test_a_browser_shows_it_without_errors(run, tmp_path):
     narrow.write_text(text + "<script>throw Error('broken')</script>")
     with pytest.raises(RuntimeError, match="broken"):
         screenshots.screenshot(narrow, tmp_path / "narrow.png", 400, 900)
+    table = [
+        "| top1 | 2 per class | 10 per class |",
+        "| finetuned minus the best of random weights | +5 ± 15.9 | -20 ± 38.1 |",
+    ]
+    (tmp_path / "study.json").write_text(json.dumps({"sentence": "no gain", "table": table}))
+    assert main(["report", str(tmp_path), "--out", str(page)]) == 0
+    hidden = "const w=document.querySelector('.wide');if(w.scrollWidth>w.clientWidth)throw Error('hidden numbers')"
+    narrow.write_text(f"{page.read_text()}<script>{hidden}</script>")
+    screenshots.screenshot(narrow, tmp_path / "narrow.png", 400, 900)
 
 
 def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
@@ -275,7 +284,7 @@ def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
     assert main(["report", str(study), str(run), "--out", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     assert "\nStudy\n" in page.text
-    assert "worth <b>4</b> times" in page.text
+    assert "Worth <b>4</b> times" in page.text
     assert "<script>x</script>" in page.text
     assert len(page.all("script")) == 1
     assert "top1 by the number of labelled images" in page.text
