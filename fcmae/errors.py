@@ -34,6 +34,11 @@ def first_of(names: Sequence[Any], most: int = 3, separator: str = ", ") -> str:
     return separator.join(map(str, names[:most])) + more
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong in one line: the system's words, else the first line of the message, else the error's class."""
+    return str(getattr(error, "strerror", None) or error).split("\n")[0] or type(error).__name__
+
+
 def counted(count: int, what: str) -> str:
     """A number of things: ``1 image``, ``1,000 images``."""
     return f"{count:,} {what}{'s' * (count != 1)}"

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from fcmae.errors import DiskError, UsageError
+from fcmae.errors import DiskError, UsageError, reason_of
 from fcmae.opening import cache_folder, check_link, create, open_regular, random_token
 from fcmae.processes import Process
 
@@ -177,7 +177,7 @@ def check_output(key: str, path: str | Path, kept: Iterable[str | Path] = (), js
         with tempfile.TemporaryFile(dir=real.parent):
             pass
     except OSError as error:
-        raise UsageError(f"{key} {path} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{key} {path} cannot be written: {reason_of(error)}") from error
 
 
 def _begins_like_json(path: Path) -> bool:
@@ -197,7 +197,7 @@ def output(key: str, path: str | Path) -> Iterator[IO[bytes]]:
         with open(path, "wb") if _is_special(path) else replacing(target) as file:
             yield file
     except OSError as error:
-        raise DiskError(f"{key} {path} cannot be written: {error.strerror or error}") from error
+        raise DiskError(f"{key} {path} cannot be written: {reason_of(error)}") from error
 
 
 def make_folder(key: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae import ranks as launch
-from fcmae.errors import FCMAEError, Interrupted
+from fcmae.errors import FCMAEError, Interrupted, reason_of
 from fcmae.files import csv_text, write_output
 from fcmae.imports import load
 from fcmae.messages import say
@@ -56,7 +56,7 @@ def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[s
         status = "stopped"
         raise
     except FCMAEError as error:
-        status = f"failed: {str(error).splitlines()[0]}"
+        status = f"failed: {reason_of(error)}"
         raise
     except BaseException as error:
         status = f"failed: {type(error).__name__}"

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from fcmae.config import DataConfig
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, reason_of
 from fcmae.targets import Hog, Labels, Laplacian, Pixels, Target, Teacher
 from fcmae.tasks.teachers import Features, create_network
 
@@ -38,7 +38,7 @@ def _teacher(name: str, image_size: int) -> Callable[..., Target]:
         with torch.no_grad():
             dim = features(torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        raise UsageError(f"teacher={name} gives no feature map: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"teacher={name} gives no feature map: {reason_of(error)}") from error
 
     def create(patch_size: int, in_chans: int) -> Teacher:
         target = Teacher(patch_size, in_chans, dim=dim)

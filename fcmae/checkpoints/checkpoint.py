@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fcmae.checkpoints import encoder, torch_file
 from fcmae.config import check_plain, upgraded
-from fcmae.errors import CheckpointError, ConfigError
+from fcmae.errors import CheckpointError, ConfigError, reason_of
 from fcmae.files import HashingWriter, delete_strays, replacing, set_aside, sync_folder
 from fcmae.opening import open_regular, own_folder
 from fcmae.version import versions
@@ -102,8 +102,7 @@ def _checked(path: Path, load: Callable[[], State]) -> State:
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of fcmae (format {FORMAT})")
     known = {name: state[name] for name in ENTRIES if state.get(name) is not None}

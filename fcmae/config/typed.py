@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fcmae.config.checks import collected, mistake
 from fcmae.config.plain import check_plain
 from fcmae.config.renamed import renamed
-from fcmae.errors import ConfigError
+from fcmae.errors import ConfigError, reason_of
 
 T = TypeVar("T")
 UNFIT = re.compile(r"In '([^']+)': ConfigKeyError raised while composing config:.*full_key: (\S+)", re.DOTALL)
@@ -137,7 +137,7 @@ def _plain(value: Any) -> Any:
 def describe(error: Exception, prefix: str = "") -> str:
     """One line for an error of OmegaConf, with the full key."""
     key = ".".join(part for part in (prefix, getattr(error, "full_key", None) or "") if part)
-    reason = str(error).split("\n")[0]
+    reason = reason_of(error)
     owner = getattr(error, "object_type", None)
     if "not in" in reason and owner is not None and dataclasses.is_dataclass(owner):
         node = getattr(error, "parent_node", None)
@@ -222,7 +222,7 @@ def explain(error: Exception) -> str:
             return f"{override}: not an override; write {'checkpoint' if is_run else 'data.path'}={override}"
         return f"{override}: not an override; write KEY=VALUE"
     if override:
-        reason = str(error).split("\n")[0]
+        reason = reason_of(error)
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"
     missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing.startswith("experiment/"):

@@ -17,7 +17,7 @@ from fcmae.config import LoaderConfig, LoggerConfig
 from fcmae.data.cores import default_workers
 from fcmae.doctor import checks
 from fcmae.doctor.checks import Finding
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, reason_of
 from fcmae.loggers.wandb import wandb_mode
 from fcmae.models import FCMAE
 from fcmae.precision import autocast
@@ -89,7 +89,7 @@ def why_not_open(port: int) -> str | None:
         try:
             tried.bind(("", port))
         except (OSError, OverflowError) as error:
-            return getattr(error, "strerror", None) or str(error)
+            return reason_of(error)
     return None
 
 

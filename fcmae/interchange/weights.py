@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fcmae.checkpoints import torch_file
-from fcmae.errors import FCMAEError, WeightsError
+from fcmae.errors import FCMAEError, WeightsError, reason_of
 from fcmae.opening import open_regular, read_regular
 
 StateDict = dict[str, Tensor]
@@ -38,8 +38,7 @@ def read(path: Path) -> dict:
         raise WeightsError(f"{path} cannot be read: it is no file of torch, or holds more than weights") from error
     except Exception as error:  # of what is no such file the libraries raise all sorts
         known = isinstance(error, (OSError, RuntimeError, ValueError))
-        reason = str(error).split("\n")[0] if known else "it is no file of weights"
-        reason = getattr(error, "strerror", None) or reason
+        reason = reason_of(error) if known else "it is no file of weights"
         raise WeightsError(f"{path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a dict; got a {type(content).__name__}")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fcmae.config import LoggerConfig
+from fcmae.errors import reason_of
 from fcmae.files import replacing
 from fcmae.imports import needed
 from fcmae.loggers.progress import Progress
@@ -157,12 +158,8 @@ class RunLogger:
             try:
                 write(sink)
             except Exception as error:
-                reason = f"{type(sink).__name__} could not write: {_line(error)}"
+                reason = f"{type(sink).__name__} could not write: {reason_of(error)}"
                 if reason not in self._told:
                     self._told.add(reason)
                     with contextlib.suppress(OSError):  # stderr may be gone as well
                         say(reason)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

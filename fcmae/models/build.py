@@ -26,7 +26,7 @@ from fcmae.config import (
     from_dict,
 )
 from fcmae.engines import available_engines
-from fcmae.errors import CheckpointError, ConfigError, UsageError, first_of
+from fcmae.errors import CheckpointError, ConfigError, UsageError, first_of, reason_of
 from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.fcmae import LOG_VAR, init_official
@@ -181,7 +181,7 @@ def on_meta(build: Callable[[], Network], cfg: BackboneConfig, path: Path) -> Ne
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{path} has a config of no network: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} has a config of no network: {reason_of(error)}") from error
 
 
 def check_size(

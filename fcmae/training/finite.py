@@ -10,7 +10,7 @@ from fcmae.data.collate import collate
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import errors_aside
 from fcmae.distributed import World
-from fcmae.errors import NonFiniteLossError, counted
+from fcmae.errors import NonFiniteLossError, counted, reason_of
 from fcmae.files import replacing
 from fcmae.loggers.logger import RunLogger
 from fcmae.messages import say
@@ -105,6 +105,5 @@ def _report(step: int, task: Task, plan: BatchPlan, run_dir: Path, world: World)
         with replacing(run_dir / f"nonfinite_step_{step:08d}_rank_{world.rank}.pt") as file:
             torch.save({"step": step, "samples": keys, "micro_batches": batches}, file)
     except (OSError, RuntimeError) as error:  # torch's own, e.g. on a full disk
-        reason = str(error).splitlines()[0]
-        say(f"rank {world.rank}: the batch of step {step} was not saved: {reason}")
+        say(f"rank {world.rank}: the batch of step {step} was not saved: {reason_of(error)}")
     return listed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcmae.checkpoints import encoder
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
-from fcmae.errors import SaveError
+from fcmae.errors import SaveError, reason_of
 from fcmae.messages import say
 
 
@@ -80,7 +80,7 @@ class Saver:
         """Waits until the last checkpoint is on the disk. Raises SaveError if it is not."""
         self.close()
         if self._error is not None:
-            raise SaveError(f"the last checkpoint was not saved: {_reason(self._error)}")
+            raise SaveError(f"the last checkpoint was not saved: {reason_of(self._error)}")
 
     def close(self) -> None:
         """Waits for the current write."""
@@ -104,8 +104,4 @@ class Saver:
             path = self.checkpoints.path(state["step"])
             what_now = "the run stops" if self.failed else "training continues"
             what_now += f" (trainer.on_save_error={self.on_error})"
-            say(f"checkpoint {path} was not saved: {_reason(error)}; {what_now}")
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+            say(f"checkpoint {path} was not saved: {reason_of(error)}; {what_now}")

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from fcmae.data.arrays.shared_chunks import Place, SharedChunks
-from fcmae.errors import RemoteError, UsageError
+from fcmae.errors import RemoteError, UsageError, reason_of
 from fcmae.opening import open_regular
 from fcmae.urls import is_url
 
@@ -62,8 +62,7 @@ def open_stored(path: str, dataset: str | None = None, limit: float = 0) -> Stor
     except ImportError as error:
         raise UsageError(f"{path} needs {error.name}: pip install 'fcmae[science]'") from error
     except Exception as error:  # libraries raise all kinds for damaged files
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        raise UsageError(f"{path} cannot be read: {reason}") from error
+        raise UsageError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def _open(path: str, dataset: str | None, limit: float) -> Stored:

@@ -23,7 +23,7 @@ from fcmae.data.pixels.files import LargeTiff
 from fcmae.data.pixels.files import read_file as read_file
 from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
-from fcmae.errors import ImageError, RemoteError, UsageError, counted, shown
+from fcmae.errors import ImageError, RemoteError, UsageError, counted, reason_of, shown
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
 """Pillow's modes whose conversion keeps the scale of brightness; it clips others."""
@@ -208,11 +208,9 @@ def explained(name: str) -> Iterator[None]:
         raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error
     except OSError as error:
         where = f" ({shown(str(error.filename))})" if error.filename else ""
-        raise ImageError(
-            name, f"{error.strerror or str(error).splitlines()[0]}{where}" if str(error) else "OSError"
-        ) from error
+        raise ImageError(name, f"{reason_of(error)}{where}") from error
     except Exception as error:
-        raise ImageError(name, str(error).split("\n")[0] or type(error).__name__) from error
+        raise ImageError(name, reason_of(error)) from error
 
 
 def _upright(pixels: Tensor, turn: int) -> Tensor:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from fcmae.errors import ImageError
+from fcmae.errors import ImageError, reason_of
 from fcmae.opening import open_regular
 
 MAX_BYTES = 2**32
@@ -37,7 +37,7 @@ def read_file(path: str | Path) -> Encoded:
             if LARGE <= os.stat(name).st_size <= MAX_BYTES:
                 return LargeTiff(b"", name)
         except OSError as error:
-            raise ImageError(name, error.strerror or str(error)) from error
+            raise ImageError(name, reason_of(error)) from error
     return Encoded(_read(name), name)
 
 
@@ -50,4 +50,4 @@ def _read(path: str) -> bytes:
                 raise ImageError(path, f"it has {size} bytes; at most {MAX_BYTES} are read{hint}")
             return file.read()
     except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+        raise ImageError(path, reason_of(error)) from error

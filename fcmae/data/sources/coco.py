@@ -16,7 +16,7 @@ from fcmae.data.pixels.maps import stored_size
 from fcmae.data.sources.base import Sample, shuffled
 from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.data.sources.images import Files
-from fcmae.errors import ConfigError, counted, first_of, shown
+from fcmae.errors import ConfigError, counted, first_of, reason_of, shown
 from fcmae.messages import print_once_rank0
 from fcmae.opening import read_regular
 
@@ -327,9 +327,9 @@ def _parsed(file: str, key: str) -> dict[str, Any]:
     try:
         content = json.loads(read_regular(file, MAX_BYTES))
     except OSError as error:
-        raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{key}: {file} cannot be read: {reason_of(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{key}: {file} is not JSON: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}: {file} is not JSON: {reason_of(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         kind = f"a {type(content).__name__}" if not isinstance(content, dict) else "no list `images`"
         raise ConfigError(

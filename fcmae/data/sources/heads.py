@@ -10,7 +10,7 @@ from PIL import Image
 from fcmae import ranks
 from fcmae.data.pixels import dicom, scientific
 from fcmae.data.pixels.formats import FORMATS
-from fcmae.errors import ImageError, counted, shown
+from fcmae.errors import ImageError, counted, reason_of, shown
 from fcmae.opening import open_regular
 
 LOOKED = 10_000
@@ -45,7 +45,7 @@ def unreadable(count: int, head: Callable[[int], bytes | None], describe: Callab
         except FileNotFoundError:  # sources count these by themselves
             continue
         except (OSError, ImageError) as error:
-            reason = error.reason if isinstance(error, ImageError) else error.strerror or str(error)
+            reason = error.reason if isinstance(error, ImageError) else reason_of(error)
             found[CLOSED].append(f"{name} ({reason})")
             continue
         if start is not None and not _is_known(start):

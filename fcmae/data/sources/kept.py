@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from fcmae.errors import reason_of
 from fcmae.files import delete_remains, replacing
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_trusted
@@ -145,8 +146,7 @@ def find_kept(target: Path, suffix: str, is_current: Callable[[Arrays], bool]) -
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            problems.append(f"{path} is not used: {reason}; {target} is read again")
+            problems.append(f"{path} is not used: {reason_of(error)}; {target} is read again")
     if problems:
         print_once_rank0(problems[0])
     return None

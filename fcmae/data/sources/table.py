@@ -14,7 +14,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.sources.base import Sample
 from fcmae.data.sources.heads import head_of, unreadable
-from fcmae.errors import ConfigError, UsageError, first_of, shown
+from fcmae.errors import ConfigError, UsageError, first_of, reason_of, shown
 from fcmae.imports import needed
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular
@@ -141,7 +141,7 @@ def read_table(path: Path) -> Table:
                 raise UsageError(f"{path} has more than {MAX_BYTES} bytes; write it as Parquet")
             text = file.read().decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
     if ending == ".txt":
@@ -182,7 +182,7 @@ def _parquet(path: Path) -> Table:
                     values += column.to_pylist()
             return table
         except (pyarrow.ArrowException, OSError) as error:
-            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def _image_column(path: Path, table: Table, name: str | None) -> str:

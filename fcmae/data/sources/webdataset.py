@@ -25,7 +25,7 @@ from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.data.sources.heads import LENGTH, empty_classes, unreadable
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
 from fcmae.data.sources.tar_names import Rule
-from fcmae.errors import ImageError, UsageError, counted, shown
+from fcmae.errors import ImageError, UsageError, counted, reason_of, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
@@ -147,7 +147,7 @@ class WebDataset:
         except FileNotFoundError:
             return class_names(self._largest, len(self))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise UsageError(f"{file} cannot be read: {reason_of(error)}") from error
         if len(names) < count:
             raise UsageError(f"{file} names {len(names)} classes; the tar files have labels up to {count - 1}")
         return names
@@ -170,7 +170,7 @@ class WebDataset:
         try:
             data, left = self._open.read(self.shards[shard], offset, size)
         except OSError as error:
-            raise ImageError(name, error.strerror or str(error)) from error
+            raise ImageError(name, reason_of(error)) from error
         if left < size:
             raise ImageError(name, f"the tar file ends after {max(0, left)} of its {size} bytes")
         if size > MAX_BYTES:
