@@ -6,6 +6,7 @@ reported together; the code after a check must therefore cope with the value tha
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -104,10 +105,15 @@ def check_stages(key: str, stages: Sequence[int] | None, layer: str) -> None:
     )
 
 
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 def check_positives(key: str, value: Any) -> Any:
     """One positive number or several, as a list; ``value`` itself if it is neither."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    ok = bool(numbers) and all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
+    ok = bool(numbers) and all(map(is_positive, numbers))
     return [float(n) for n in numbers] if check(key, value, ok, "a positive number, or a list of them") else value
 
 
@@ -115,6 +121,5 @@ def check_class_weights(key: str, value: Any) -> Any:
     """Factors on the loss of each class: None, ``auto`` or a list of positive numbers."""
     if value is None or value == "auto":
         return value
-    ok = isinstance(value, (list, tuple)) and len(value) > 0
-    ok = ok and all(type(number) in (int, float) and 0 < number < math.inf for number in value)
+    ok = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_positive, value))
     return [float(n) for n in value] if check(key, value, ok, "auto, null, or a positive number per class") else value

@@ -1,7 +1,6 @@
 """The config of each Hydra command, made of the groups."""
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from fcmae.config.checks import (
     check_positives,
     check_seed,
     check_stages,
+    is_positive,
 )
 from fcmae.config.conflicts import check_auto, check_finetuning, check_pretraining
 from fcmae.config.data import AugmentConfig, DataConfig
@@ -123,7 +123,7 @@ def _targets(given: Any) -> dict[str, dict[str, Any]]:
         ok = str(name).isidentifier() and is_named(value)
         if check(f"target.{name}", value, ok, "a name and _target_: PACKAGE.CLASS and its arguments"):
             weight = value.get("weight", 1.0)
-            ok = weight == "learned" or (type(weight) in (int, float) and 0 < weight < math.inf)
+            ok = weight == "learned" or is_positive(weight)
             check(f"target.{name}.weight", weight, ok, "a positive number or learned")
             targets[name] = {**value, "weight": weight}
     return targets

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fcmae.config.checks import check, mistake
+from fcmae.config.checks import check, is_positive, mistake
 
 _SITES = "the engines run over visible patches, so nothing but the depthwise convolutions may look beyond a site"
 _HEAD = "it belongs to timm's classifier, which pretraining does not have"
@@ -35,10 +35,6 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
 def _are_kernels(value: Any, stages: int) -> bool:
     sizes = list(value) if isinstance(value, (list, tuple)) else [value] * stages
     return len(sizes) == stages and all(type(size) is int and size > 0 and size % 2 for size in sizes)
@@ -50,8 +46,8 @@ TIMM_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "conv_mlp": (_is_bool, "true or false"),
     "head_norm_first": (_is_bool, "true or false"),
     "kernel_sizes": (lambda value: True, ""),  # depends on the number of stages
-    "ls_init_value": (lambda value: value is None or _is_positive(value), "a positive number or null"),
-    "norm_eps": (_is_positive, "a positive number"),
+    "ls_init_value": (lambda value: value is None or is_positive(value), "a positive number or null"),
+    "norm_eps": (is_positive, "a positive number"),
     "use_grn": (_is_bool, "true or false"),
 }
 """Arguments of timm that a config may set, with a check of each and what it expects."""

@@ -1,13 +1,12 @@
 """What the objectives with target maps share."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fcmae.config.checks import check_one_of
+from fcmae.config.checks import check_one_of, is_positive
 from fcmae.models.dense_head import DenseHead
 from fcmae.models.objective import DenseObjective
 from fcmae.models.upernet import UPerNet
@@ -68,7 +67,7 @@ def loss_terms(given: Any, known: Iterable[str]) -> dict[str, float]:
     """The weight of each term of a loss, given as ``A``, ``A+B`` or ``{A: weight, B: weight}``. Raises ValueError."""
     terms = dict.fromkeys(given.split("+"), 1.0) if isinstance(given, str) else given
     ok = isinstance(terms, dict) and bool(terms) and set(terms) <= set(known)
-    if not ok or not all(type(weight) in (int, float) and 0 < weight < math.inf for weight in terms.values()):
+    if not ok or not all(map(is_positive, terms.values())):
         raise ValueError(
             f"loss must be one or several of {', '.join(known)}, as A+B or with positive weights as {{A: 1, B: 0.5}}; "
             f"got {given!r}"
