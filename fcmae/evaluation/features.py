@@ -19,7 +19,7 @@ from fcmae.data.sources.base import shuffled
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
-from fcmae.errors import ConfigError, EvaluationStopped
+from fcmae.errors import ConfigError, EvaluationStopped, UsageError, counted
 from fcmae.models.backbone import stage_shapes
 from fcmae.models.headed import backbone_of
 from fcmae.models.pooled import pool_maps, row_width
@@ -59,7 +59,7 @@ def share_of(
     """This rank's samples of a dataset, in order, as batches on the device.
 
     Ranks share no sample; each must read its share to the end. What cannot be read is left out with
-    ``loader.on_error=skip``.
+    ``loader.on_error=skip``. Raises UsageError if that is all.
 
     Args:
         stop: asked before every batch. Raises EvaluationStopped on all ranks if it was true on one of them.
@@ -67,14 +67,18 @@ def share_of(
     count = len(dataset)  # type: ignore[arg-type]
     workers = Workers.of(loader, world)
     loaded = eval_loader(dataset, batch_size, rank=world.rank, world_size=world.size, workers=workers)
-    stopped = torch.tensor(0)
+    said = torch.zeros(2, dtype=torch.int64)  # whether to stop, and the batches that could be read
     for parts in readable(loaded, count, loader.on_error == "skip", loader.max_bad):
         if stop():
-            stopped.fill_(1)
+            said[0] = 1
             break
+        said[1] += 1
         yield [part.to(world.device, non_blocking=True) for part in parts]
-    if world.max(stopped):
+    stopped, read = world.max(said).tolist()
+    if stopped:
         raise EvaluationStopped
+    if count and not read:
+        raise UsageError(f"none of the {counted(count, 'image')} could be read")
 
 
 def batches(

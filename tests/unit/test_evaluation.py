@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from fcmae.config import DataConfig, LoaderConfig, compose
 from fcmae.data.pixels.transforms import normalize
-from fcmae.data.sources import Sample, few_labels, train_source, val_source
+from fcmae.data.sources import ImageFolder, Sample, few_labels, train_source, val_source
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import classify, run
@@ -382,3 +383,16 @@ def test_true_is_no_class(tmp_path):
     (tmp_path / "l.json").write_text('{"1.png": true, "2.png": 0, "3.png": 0}')
     with pytest.raises(UsageError, match="got True"):
         read_accepted(tmp_path / "l.json", Named(), ["cat", "dog"])
+
+
+def test_an_evaluation_of_nothing_is_an_error(tmp_path):
+    """With ``loader.on_error=skip`` and any ``loader.max_bad``."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"damaged")
+    source, lenient = ImageFolder(tmp_path), LoaderConfig(workers=0, on_error="skip", max_bad=1.0)
+    share = predictions(nn.Flatten(), source, DATA, lenient, 1, "float32", CPU)
+    with pytest.raises(UsageError, match="none of the 2 images could be read"):
+        accuracy(share, CPU)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "x.png")
+    assert len(list(predictions(nn.Flatten(), source, DATA, lenient, 1, "float32", CPU))) == 1
