@@ -3,12 +3,11 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from fcmae.checkpoints import checkpoint
+from tests.conftest import run_python
 from tests.faults.runs import (
     COMMANDS,
     SHORT,
@@ -94,36 +93,34 @@ Path.replace = deadly(Path.replace)
 Path.unlink = deadly(Path.unlink)
 fatal, calls = 0, 0
 save_four_times("0")  # imports everything, for the processes that are forked
-print(calls, flush=True)
+codes, points = [], calls
 gc.freeze()
-for line in sys.stdin:
-    fatal, calls = int(line), 0
+for fatal in range(1, points + 1):
+    calls = 0
     child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    save_four_times(line.strip())
-    os._exit(0)
+    if not child:
+        save_four_times(str(fatal))
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*codes)
 """
 
 
 @pytest.mark.timeout(1800)
 def test_killed_at_each_operation_of_a_save(tmp_path):
     """Four saves, of which the last two also delete; one SIGKILL before each operation in turn."""
-    command = [sys.executable, "-c", SAVE_AND_DIE, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saves:
-        calls = int(saves.stdout.readline())
-        assert calls >= 50
-        for fatal in range(1, calls + 1):
-            print(fatal, file=saves.stdin, flush=True)
-            assert int(saves.stdout.readline()) == -signal.SIGKILL
-            checkpoints = checkpoint.CheckpointDir(tmp_path / str(fatal))
-            checkpoints.sweep()
-            state = checkpoints.load_latest(pytest.fail)  # none is damaged, so none is reported
-            if fatal > calls // 4:
-                assert state is not None
-            if state is not None:
-                assert all(value.eq(state["step"]).all() for value in state["model"].values())
+    codes = run_python(tmp_path, "-c", SAVE_AND_DIE, str(tmp_path)).stdout.split()
+    calls = len(codes)
+    assert calls >= 50
+    assert set(map(int, codes)) == {-signal.SIGKILL}
+    for fatal in range(1, calls + 1):
+        checkpoints = checkpoint.CheckpointDir(tmp_path / str(fatal))
+        checkpoints.sweep()
+        state = checkpoints.load_latest(pytest.fail)  # none is damaged, so none is reported
+        if fatal > calls // 4:
+            assert state is not None
+        if state is not None:
+            assert all(value.eq(state["step"]).all() for value in state["model"].values())
 
 
 DIE_IN_A_SAVE = """

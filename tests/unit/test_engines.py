@@ -35,9 +35,9 @@ CASES = {
 }
 
 
-def small_backbone(name: str, in_chans: int = 3, **kwargs) -> nn.Module:
+def small_backbone(name: str, in_chans: int = 3, depths: tuple[int, ...] = (1, 1, 2, 1), **kwargs) -> nn.Module:
     """A backbone of few channels whose every parameter matters (GRN and layer scale start at 0 otherwise)."""
-    backbone = create_backbone(name, in_chans=in_chans, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), **kwargs)
+    backbone = create_backbone(name, in_chans=in_chans, depths=depths, dims=(8, 12, 16, 24), **kwargs)
     for param in backbone.parameters():
         nn.init.normal_(param, std=0.3)
     return backbone
