@@ -31,7 +31,7 @@ MICRO_BATCH = "samples of a micro-batch, whose statistics model.grn_scope=batch 
 def check_recipe(
     old: dict[str, Any],
     new: dict[str, Any],
-    numbers: Mapping[str, tuple[int | None, int | None]] | None = None,
+    numbers: Mapping[str, tuple[Any, Any]] | None = None,
     offer: str = ALLOW,
 ) -> None:
     """Compares a checkpoint's config with the one to resume with, and ``numbers`` that are in neither, where known.

@@ -116,6 +116,7 @@ class _Search:
         now: Result = {
             "config": to_dict(cfg),
             "images": len(self.labels),
+            "classes": self.objective.classes,
             "weights": checkpoint.identity(path),
             "init_from": path,
         }
@@ -123,7 +124,9 @@ class _Search:
         if old is None:
             write_result(file, now)
         elif not cfg.trainer.allow_changed_recipe:
-            check_recipe(old["config"], now["config"], {"training images": (old["images"], now["images"])})
+            numbers = {"training images": (old["images"], now["images"])}
+            numbers |= setup.changed_classes(old.get("classes"), now["classes"])
+            check_recipe(old["config"], now["config"], numbers)
             if path is not None and old["weights"] != now["weights"]:
                 raise UsageError(
                     f"init_from was {old['init_from']} when this run began; now it is {path}, which holds other weights"

@@ -1,6 +1,7 @@
 """What a run is set up from: its batches, schedule and checkpoints, and whether it may resume."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
 from fcmae.data.sources.base import balanced_labels
 from fcmae.distributed import World
-from fcmae.errors import CheckpointError, UsageError, counted
+from fcmae.errors import CheckpointError, UsageError, counted, shown
 from fcmae.files import nearest
 from fcmae.models.build import mismatch, with_loss_weights
 from fcmae.optim.schedule import Schedule
@@ -75,7 +76,8 @@ def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: B
         held = f"{run_dir} holds a run of fcmae {resumed['task']}"
         raise CheckpointError(f"{held}; give fcmae {task.name} another hydra.run.dir")
     if not task.cfg.trainer.allow_changed_recipe:
-        numbers = {"training images": (resumed.get("num_samples"), plan.num_samples)}
+        numbers: dict[str, tuple[Any, Any]] = {"training images": (resumed.get("num_samples"), plan.num_samples)}
+        numbers |= changed_classes(resumed.get("classes"), task.extra_state().get("classes"))
         if task.mixes_micro_batch:
             numbers[MICRO_BATCH] = resumed.get("micro_batch_size"), plan.micro_batch_size
         misfit = mismatch(task.model, with_loss_weights(resumed["model"], task.model))
@@ -84,6 +86,14 @@ def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: B
     if resumed["step"] > total_steps:
         epochs = f"schedule.epochs={task.cfg.schedule.epochs:g} ends at step {total_steps}"
         raise UsageError(f"{epochs}; the run in {run_dir} is at step {resumed['step']}")
+
+
+def changed_classes(old: Sequence[str] | None, new: Sequence[str] | None) -> dict[str, tuple[str, str]]:
+    """For check_recipe, names of classes if they differ: the weights of one would be taken for another."""
+    if not old or not new or list(old) == list(new):
+        return {}
+    place = next((index for index, (before, now) in enumerate(zip(old, new, strict=False)) if before != now), -1)
+    return {"classes": (f"{len(old)}, such as {shown(old[place])}", f"{len(new)}, such as {shown(new[place])}")}
 
 
 def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> TrainBatches:

@@ -311,3 +311,18 @@ def test_evaluation_gives_the_official_logits(tmp_path, batch_size):
     logits, _, places = zip(*parts, strict=True)
     assert torch.equal(torch.cat(places), torch.arange(len(imgs)))
     assert relative_error(torch.cat(logits), golden["output.logits"]) < 1e-5
+
+
+def test_a_run_does_not_resume_with_other_classes(tmp_path, capsys):
+    """Of as many images: the weights of one class would be taken for those of another."""
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (32, 32)).save(tmp_path / "images" / name / f"{number}.png")
+    given = [o for o in TINY_FINETUNE if not o.startswith(("data=", "data.length", "trainer.eval", "optim.global"))]
+    run = [*given, "data=imagefolder", f"data.path={tmp_path}/images", f"hydra.run.dir={tmp_path}/run"]
+    run += ["trainer.eval_every_epochs=null", "optim.global_batch_size=2", "trainer.max_steps=1"]
+    assert main(run) == 75
+    (tmp_path / "images" / "ant").rename(tmp_path / "images" / "cat")
+    assert main(run) == 2
+    assert "classes: 2, such as ant -> 2, such as bee" in capsys.readouterr().err
