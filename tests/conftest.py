@@ -149,5 +149,8 @@ TINY = (
     "logger.progress=false",
 )
 """Overrides for a run of a second."""
-TINY_PRETRAIN = ("pretrain", *TINY, "model.decoder_embed_dim=16", "schedule.epochs=3", "schedule.warmup_epochs=1")
+TINY_PRETRAIN = (
+    *("pretrain", *TINY, "model.decoder_embed_dim=16", "schedule.epochs=3", "schedule.warmup_epochs=1"),
+    "trainer.eval_every_epochs=3",  # pictures take long
+)
 TINY_FINETUNE = ("finetune", *TINY, "augment=none", "schedule.epochs=2")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList
 from hydra._internal.hydra import Hydra
+from hydra.core import utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
@@ -117,3 +119,4 @@ CachingConfigRepository.__init__ = _keep
 ConfigLoaderImpl._process_config_searchpath = _searchpath
 OverridesParser.parse_rule = _parse
 typed._merged = _typed
+vars(utils)["copy"] = types.SimpleNamespace(deepcopy=lambda config: _copier(config)())
