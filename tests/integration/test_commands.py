@@ -33,7 +33,7 @@ def assert_same_weights(a, b):
 def pretrained(tmp_path_factory):
     """A finished pretraining run of 9 steps."""
     folder = tmp_path_factory.mktemp("pretrained")
-    run_python(folder, "-m", "fcmae.cli", *TINY_PRETRAIN, "hydra.run.dir=run")
+    run_python(folder, "-m", "fcmae.cli", *TINY_PRETRAIN, "trainer.eval_every_epochs=1", "hydra.run.dir=run")
     return folder / "run"
 
 

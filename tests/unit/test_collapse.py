@@ -123,8 +123,9 @@ def test_the_probe_is_the_same_at_every_look_and_leaves_the_generators_alone():
 
 def test_all_looks_together_change_no_bit(fcmae_here, tmp_path):
     looks = ("monitor=probe", "monitor.probe_every_epochs=1", "monitor.knn_every_epochs=1", "monitor.val_loss=true")
+    run = (*TINY_PRETRAIN, "schedule.epochs=2", "trainer.eval_every_epochs=1")
     for name, given in (("alone", ()), ("watched", looks)):
-        fcmae_here(*TINY_PRETRAIN, "schedule.epochs=2", *given, f"hydra.run.dir={name}")
+        fcmae_here(*run, *given, f"hydra.run.dir={name}")
     files = [(tmp_path / name / "encoder.safetensors").read_bytes()[-4096:] for name in ("alone", "watched")]
     assert files[0] == files[1]
     lines = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
