@@ -88,8 +88,8 @@ def test_equals_plain_torch(s, k, c, index):
 @pytest.mark.parametrize(
     ("s", "k", "c", "index"),
     [
-        slow(8, 7, 5, CORNER), slow(6, 7, 2, CORNER), slow(6, 5, 5, CORNER), (5, 3, 5, CORNER), (4, 7, 5, L_SHAPE),
-        (4, 5, 5, ALONE), slow(3, 7, 5, L_SHAPE), (2, 7, 5, L_SHAPE),
+        slow(8, 7, 5, CORNER), slow(6, 7, 2, CORNER), slow(6, 5, 5, CORNER), slow(5, 3, 5, CORNER),
+        slow(4, 7, 5, L_SHAPE), (4, 5, 5, ALONE), slow(3, 7, 5, L_SHAPE), (2, 7, 5, L_SHAPE),
     ],
 )  # fmt: skip
 def test_convolution_equals_plain_torch(s, k, c, index, monkeypatch):

@@ -185,8 +185,6 @@ def graphs(monkeypatch, backend):
     ("engine", "decoder", "backend"),
     [
         ("packed", "light", "eager"),
-        ("masked", "light", "eager"),
-        ("packed", "unet", "eager"),
         pytest.param("packed", "unet", "aot_eager", marks=pytest.mark.slow),
         pytest.param("masked", "light", "aot_eager", marks=pytest.mark.slow),
     ],

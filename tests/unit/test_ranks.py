@@ -65,7 +65,10 @@ def alone(request):
     return task, *gradient(task, 1, None)
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 10), (2, None), (3, None), (3, 8), (7, 6), (40, None)])
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, None), (3, None), (7, 6))]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 10), (3, 8), (40, None), *MORE])
 def test_any_number_of_ranks_takes_the_same_step(alone, ranks, micro):
     task, loss, grads = alone
     ours = gradient(task, ranks, micro)
