@@ -258,7 +258,9 @@ class _Training:
         try:
             for monitor in _due_monitors(self.task, state.step, self.stop_step, self.plan):
                 score = monitor.look(state.average, state.step, self.logger, self.world, self._wish)
-                scores.append((score, _due(state.step, monitor.every_epochs, self.plan)))
+                due = _due(state.step, monitor.every_epochs, self.plan)
+                if due or state.step == self.schedule.total_steps:  # where a run is only stopped, it does not count
+                    scores.append((score, due))
                 self.meter.restart()
                 self.watchdog.beat()
         except EvaluationStopped:  # the next process looks again, and a score counts once

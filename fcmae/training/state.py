@@ -116,7 +116,7 @@ class TrainState:
         """Whether ``score`` is the highest so far; then the step is remembered. NaN never is.
 
         Args:
-            counts: as an evaluation since the best; not where a run was only stopped.
+            counts: as an evaluation since the best.
         """
         if score is None:
             return False

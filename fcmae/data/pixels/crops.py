@@ -308,7 +308,8 @@ def _turned(pixels: Tensor, box: Box) -> Tensor:
     rows, cols = (0, 1) if channels_last else (1, 2)
     image = image.flip([cols] * box.flip + [rows] * box.vflip)
     if box.turns:
-        order = sorted(range(3), key=lambda axis: -image.stride(axis))  # the outermost in memory first
+        strides = image.stride()
+        order = sorted(range(3), key=lambda axis: -strides[axis])  # the outermost in memory first
         turned = image.rot90(box.turns, (rows, cols)).permute(order).contiguous()
         image = turned.permute([order.index(axis) for axis in range(3)])
     return image.permute(2, 0, 1) if channels_last else image
