@@ -1,5 +1,6 @@
 """Objectives of fine-tuning from a file outside the package."""
 
+import contextlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import fcmae as package
 from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.errors import ConfigError
+from fcmae.evaluation import class_metrics
 from fcmae.models.build import encoder_of, model_of
 from fcmae.models.headed import Headed
 from fcmae.tasks.finetuning import Finetuning
@@ -166,6 +168,14 @@ def test_the_best_metric_is_one_that_is_measured():
     task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], "+objective.best=top5"]))
     with pytest.raises(ConfigError, match="best must be one of top1; got 'top5'$"):
         task._score({"top1": 1.0, "ema_top1": 2.0})
+
+
+def test_areas_of_too_many_scores_are_refused_before_training(monkeypatch):
+    monkeypatch.setattr(class_metrics, "MOST_SCORES", 239)  # 24 images of 10 classes have 240
+    for best, refused in (("auroc", True), ("-average_precision", True), ("balanced_accuracy", False)):
+        expected = pytest.raises(ConfigError, match=f"best={best} is computed for at most 239 scores; .* has 24 images")
+        with expected if refused else contextlib.nullcontext():
+            Finetuning(compose("finetune", [*TINY_FINETUNE[1:], f"objective.best={best}"]))
 
 
 def test_a_checkpoint_calls_no_other_class_of_the_package(fcmae_here, tmp_path):

@@ -96,6 +96,12 @@ class Classify(Objective):
         self._set_classes(state.get("classes") or [])
 
     def validation(self, source: Source, key: str, whose: str) -> tuple[Source, list[str]]:
+        most = class_metrics.MOST_SCORES
+        if self.best.removeprefix("-") in class_metrics.AREAS and len(source) * self.num_classes > most:
+            raise ConfigError(
+                f"objective.best={self.best} is computed for at most {most:,} scores; {key} has {len(source):,} images "
+                f"of {self.num_classes:,} classes. Set objective.best=balanced_accuracy, or give fewer images"
+            )
         return with_classes(source, key, self.classes, whose)
 
     def target(self, sample: Sample, source: Source, index: int) -> int:
