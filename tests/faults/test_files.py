@@ -146,6 +146,7 @@ WRITES = [
 def test_disk_full_at_any_write(tmp_path, begun):
     """The disk is full from the given moment on. What is on it stays, and the run continues later."""
     args = (*TINY_PRETRAIN, "hydra.run.dir=disk", "trainer.keep_checkpoints=1", "trainer.on_save_error=continue")
+    args += ("trainer.eval_every_epochs=1",)
     writes = {name: what for name, *what in WRITES}
 
     def fill_up(folder, name):

@@ -39,6 +39,7 @@ def test_a_signal_to_torchrun_stops_its_ranks_and_75_comes_back(tmp_path):
     assert not list((tmp_path / "tmp").glob("torchelastic_*"))
 
 
+@pytest.mark.slow
 def test_a_mistake_is_2(tmp_path):
     launcher = ("-m", "fcmae.torchrun", "--nnodes=1", "--nproc-per-node=2", "--standalone")
     done = run_python(tmp_path, *launcher, "-m", "fcmae.cli", *TINY_PRETRAIN, "optim.lrr=1", check=2)

@@ -245,6 +245,7 @@ def test_tiff_files_of_any_number_of_channels(dtype, planar, channels):
     assert np.array_equal(decode(image, channels, depth).numpy(), values)
 
 
+@pytest.mark.slow
 def test_the_first_image_of_a_process_is_read(tmp_path):
     """Pillow registers most formats only when it opens an image."""
     (tmp_path / "a.png").write_bytes(encoded(smooth(), "PNG").data)

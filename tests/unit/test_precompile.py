@@ -97,6 +97,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     assert sorted(tmp_path.rglob("*.cubin")) == ahead
 
 
+@pytest.mark.slow
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
     """Each shape is tried once."""
     monkeypatch.setattr(precompile, "_gpu", lambda: {**H100, "target": ["cuda", "no number", 32]})
