@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
 _ended = 0
+gc.set_threshold(10_000, 20, 20)  # the default looks for cycles after 700 new objects
 torch.set_num_threads(1)  # the networks are tiny: a second thread waits, and waits at full load
 
 ENGINE_NAMES = ("packed", "masked", pytest.param("minkowski", marks=pytest.mark.minkowski))
@@ -38,7 +39,7 @@ def pytest_runtest_logfinish() -> None:
     """Nor through what was imported since."""
     global _ended
     _ended += 1
-    if _ended % 100 == 0:
+    if _ended % 400 == 0:
         gc.collect()
         gc.freeze()
 

@@ -193,7 +193,9 @@ def virtual(file: h5py.File, folder: Path) -> None:
 def bomb_h5(file: h5py.File, _: Path, size: int = 1600 * MIB) -> None:
     made = file.create_dataset("a", (1, SIDE, SIDE), np.uint8, chunks=(1, SIDE, SIDE), compression="gzip")
     packer = zlib.compressobj(9)
-    data = b"".join(packer.compress(bytes(16 * MIB)) for _ in range(size // (16 * MIB))) + packer.flush()
+    first, again = (packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    adler = (size % 65521 << 16 | 1).to_bytes(4, "big")  # of zeros
+    data = first + again * (size // MIB - 1) + packer.flush()[:-4] + adler
     made.id.write_direct_chunk((0, 0, 0), data)
 
 
