@@ -4,8 +4,8 @@
 
 Trains small networks on Fashion-MNIST, about 4 CPU-minutes, and continues what the folder holds; the study is the
 measured one of docs/learning.md. Needs a Chromium or Chrome; the site's first page is taken if ``make docs`` has built
-it. Each page is looked at in light and dark, 1400 and 400 px wide, and an error of its script ends the command; all
-pictures are in the folder, those of the docs are copied.
+it. Each page is looked at in light and dark, 1400 and 400 px wide, and an error of its script ends the command. All
+pictures are in the folder; the docs get copies of theirs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ARMS, FROM_RANDOM = ["random_probe", "scratch", "pretrained_probe", "finetuned"]
 
 
 def make_runs(work: Path) -> None:
-    """Two pretraining runs, one of which stops and resumes, fine-tuning with its evaluation, and a study's result."""
+    """Two pretraining runs (the first stops and resumes), fine-tuning with its evaluation, and a study's result."""
     if not (work / "random" / "encoder.safetensors").exists():
         fcmae(*PRETRAIN, f"hydra.run.dir={work}/random", "trainer.max_steps=60", check=False)
     for name, mask in (("random", "random"), ("block", "block")):

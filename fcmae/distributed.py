@@ -61,7 +61,7 @@ class World:
         return value
 
     def gather(self, values: list[T]) -> list[T]:
-        """The values of all ranks, which can be pickled, those of the first rank first."""
+        """The values of all ranks, in the order of the ranks. They must be picklable."""
         if self.size == 1:
             return values
         parts: list[list[T]] = [[]] * self.size

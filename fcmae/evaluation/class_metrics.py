@@ -90,7 +90,7 @@ def areas_of_classes(outputs: Tensor, labels: Tensor) -> dict[int, dict[str, flo
 
 
 def binary_areas(score: Tensor, truth: Tensor) -> dict[str, float]:
-    """:data:`AREAS`, of which 1 is the best, of scores ``[n]`` for a truth of 0 and 1 ``[n]``."""
+    """:data:`AREAS`, at best 1, from scores ``[n]`` and a truth of 0 and 1 ``[n]``."""
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
     areas: Any = zip(AREAS, (binary_auroc, binary_average_precision), strict=True)

@@ -42,8 +42,8 @@ class TableImages:
         root: the folder to which paths are relative and which they may not leave; None = the table's own.
         image_column: None = the first column called image, path, file or filename.
         label_column: a column of classes; a list of columns of numbers, of which any may be empty; None = no labels.
-        split: rows whose column ``split`` has this value; None = all rows. A table without the column has one split,
-            which is taken whatever its name; so is that of a table ``alone`` if all rows have the same.
+        split: rows whose column ``split`` has this value; None = all rows. All rows, too, of a table without the
+            column, and of a table ``alone`` whose rows all have the same value.
         alone: whether the other rows of a data set are in another table.
         target_column: a column of files with target maps; None = ``targets`` is None.
 

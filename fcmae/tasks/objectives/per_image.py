@@ -25,7 +25,7 @@ LEAST_SPREAD = 1e-5
 ERRORS = ("mae", "rmse", "r2")
 """Metrics of numbers."""
 LESS = ("mae", "rmse", "ece")
-"""Metrics of which less is better."""
+"""Metrics where less is better."""
 
 
 def signed(best: str) -> str:
