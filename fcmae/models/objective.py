@@ -1,7 +1,7 @@
 """What fine-tuning trains for: the seam between a network and a kind of target."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +38,17 @@ class Report(NamedTuple):
     """How wrong each image is, float ``[n]``; NaN = it does not count."""
     caption: Callable[[int], str] = str
     """What is said of the picture of image 0..n-1."""
+
+
+def sign_and_name(best: str) -> tuple[float, str]:
+    """The metric that :attr:`Objective.best` names: -1.0 where less is better, else 1.0; and its name."""
+    return (-1.0 if best.startswith("-") else 1.0), best.removeprefix("-")
+
+
+def score(best: str, metrics: Mapping[str, float]) -> float:
+    """The value of the metric that :attr:`Objective.best` names, so signed that more is better."""
+    sign, name = sign_and_name(best)
+    return sign * metrics[name]
 
 
 class Objective(Protocol):

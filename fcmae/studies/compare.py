@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fcmae.models.objective import sign_and_name
+
 T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -178,7 +180,7 @@ def _listed(budgets: Sequence[Budget], gains: Mapping[str, Difference]) -> str:
 
 def markdown(table: Table, budgets: Sequence[Budget], arms: Sequence[str], metric: str) -> list[str]:
     """The table of means and standard deviations, in the metric's own sign."""
-    sign, name = (-1 if metric.startswith("-") else 1), metric.removeprefix("-")
+    sign, name = sign_and_name(metric)
     lines = [f"| {name} | " + " | ".join(budget.text for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
     for arm in arms:
         cells = []

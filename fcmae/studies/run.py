@@ -10,6 +10,7 @@ from fcmae import ranks
 from fcmae.config import StudyConfig
 from fcmae.errors import DiskError, Interrupted, UsageError, counted
 from fcmae.files import is_full, write_output
+from fcmae.models.objective import score
 from fcmae.studies import compare
 from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
 from fcmae.studies.cells import Result, begin, result_of
@@ -93,13 +94,11 @@ class _Study:
 
     def _scores(self) -> dict[str, dict[str, dict[int, float]]]:
         """By budget, arm and seed; more is better."""
-        sign = -1.0 if self.plan.metric.startswith("-") else 1.0
-        name = self.plan.metric.removeprefix("-")
         scores: dict[str, dict[str, dict[int, float]]] = {}
         for cell, result in self.results.items():
             if result is not None:
                 of_budget = scores.setdefault(str(cell.budget.label), {})
-                of_budget.setdefault(cell.arm.name, {})[cell.seed] = sign * result["metrics"][name]
+                of_budget.setdefault(cell.arm.name, {})[cell.seed] = score(self.plan.metric, result["metrics"])
         return scores
 
     def _table(self) -> list[str]:

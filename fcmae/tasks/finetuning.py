@@ -30,7 +30,7 @@ from fcmae.models.build import build_network
 from fcmae.models.detector import Detector, Targets
 from fcmae.models.drop_path import draw_paths_by_sample
 from fcmae.models.headed import Headed, dense_outputs, freeze
-from fcmae.models.objective import BoxObjective, DenseObjective, Objective
+from fcmae.models.objective import BoxObjective, DenseObjective, Objective, score, sign_and_name
 from fcmae.plugins import create
 from fcmae.randomness import sample_keys, step_generator
 from fcmae.tasks.dense import sourced
@@ -203,12 +203,11 @@ class Finetuning:
 
     def _score(self, metrics: dict[str, float]) -> float:
         """What the best checkpoint is chosen by, of the averaged weights where the run keeps some."""
-        name = self.objective.best.removeprefix("-")
+        _, name = sign_and_name(self.objective.best)
         if name not in metrics:
             known = ", ".join(name for name in metrics if not name.startswith("ema_"))
             raise ConfigError(f"{self._named()}: best must be one of {known}; got {name!r}")
-        value = metrics.get(f"ema_{name}", metrics[name])
-        return -value if self.objective.best.startswith("-") else value
+        return score(self.objective.best, {name: metrics.get(f"ema_{name}", metrics[name])})
 
     def extra_metrics(self) -> dict[str, float]:
         return {}

@@ -29,6 +29,7 @@ from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
 from fcmae.files import read_result, set_aside, write_result
 from fcmae.messages import say
+from fcmae.models.objective import score
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
@@ -238,8 +239,7 @@ class _Search:
             raise UsageError(f"objective.best must be one of {known} with recipe=auto; got {self.objective.best}")
 
     def _score(self, metrics: dict[str, float]) -> float:
-        value = metrics[self.objective.best.removeprefix("-")]
-        return -value if self.objective.best.startswith("-") else value
+        return score(self.objective.best, metrics)
 
     def _fold(self, fold: int, lr: float, decay: float, probe: Result) -> dict[str, float]:
         """The metrics of the held-out images of a fold, after fine-tuning on the others."""

@@ -14,6 +14,7 @@ from fcmae.errors import ConfigError
 from fcmae.evaluation import class_metrics
 from fcmae.models.build import encoder_of, model_of
 from fcmae.models.headed import Headed
+from fcmae.models.objective import score, sign_and_name
 from fcmae.tasks.finetuning import Finetuning
 from tests.conftest import TINY_FINETUNE
 
@@ -168,6 +169,12 @@ def test_the_best_metric_is_one_that_is_measured():
     task = Finetuning(compose("finetune", [*TINY_FINETUNE[1:], "+objective.best=top5"]))
     with pytest.raises(ConfigError, match="best must be one of top1; got 'top5'$"):
         task._score({"top1": 1.0, "ema_top1": 2.0})
+
+
+def test_the_sign_of_a_metric_is_part_of_its_name():
+    assert sign_and_name("-mae") == (-1, "mae")
+    assert sign_and_name("top1") == (1, "top1")
+    assert score("-mae", {"mae": 2.0, "top1": 3.0}) == -2
 
 
 def test_areas_of_too_many_scores_are_refused_before_training(monkeypatch):
