@@ -34,7 +34,7 @@ from torch import Tensor
 from fcmae.config import compose
 from fcmae.engines import ENGINES
 from fcmae.engines.dense import dense
-from fcmae.files import read_result, write_result
+from fcmae.files import defined, read_result, write_result
 from fcmae.kernels import gather_patches
 from fcmae.masks.patches import grid_size, upsample_mask, visible_indices
 from fcmae.studies.compare import paired, spread
@@ -159,7 +159,7 @@ class Benchmark:
             how = _of_pretraining(folder / "pretrain", time.perf_counter() - began)
             given = [f"init_from={folder}/pretrain", *self.data, *SCORE, *self.score, f"seeds=[{seed}]"]
         found = json.loads(study(compose("study", last(given)), folder / "study").read_text())
-        scores = {each["arm"]: each["metrics"][found["metric"]] for each in found["results"]}
+        scores = {each["arm"]: defined(each["metrics"])[found["metric"]] for each in found["results"]}
         result = {"variant": variant.name, "seed": seed, **scores, **how}
         self.file(variant, seed).parent.mkdir(parents=True, exist_ok=True)
         write_result(self.file(variant, seed), result)
@@ -168,7 +168,9 @@ class Benchmark:
     def table(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Markdown: mean and deviation over seeds, and the paired difference to the first variant of the kind."""
         expected, variants = ABLATIONS[name]
-        results = {v: {s: r for s in seeds if (r := read_result(self.file(v, s))) is not None} for v in variants}
+        results = {
+            v: {s: defined(r) for s in seeds if (r := read_result(self.file(v, s))) is not None} for v in variants
+        }
         columns = [c for c in COLUMNS if any(c in r for of in results.values() for r in of.values())]
         yield f"{name}: the paper says: {expected}"
         yield "| variant | seeds | " + " | ".join(columns) + " |"
@@ -177,9 +179,9 @@ class Benchmark:
             first = next(v for v in variants if v.supervised == variant.supervised)
             cells = []
             for column in columns:
-                values = {seed: result[column] for seed, result in found.items() if column in result}
+                values = {seed: defined(result)[column] for seed, result in found.items() if column in result}
                 mean, deviation = spread(values)
-                theirs = {seed: result[column] for seed, result in results[first].items() if column in result}
+                theirs = {seed: defined(result)[column] for seed, result in results[first].items() if column in result}
                 gain = None if variant is first else paired(values, theirs)
                 shown = f"{mean:.4g} ± {deviation:.2g}" if values else ""
                 cells.append(shown + (f" ({gain})" if gain is not None and column in SCORES else ""))

@@ -32,7 +32,7 @@ from PIL import Image, ImageFilter
 
 from fcmae.config import compose
 from fcmae.evaluation import run as evaluation
-from fcmae.files import write_output
+from fcmae.files import defined, json_text, write_output
 from fcmae.training.run import finetune
 
 KINDS = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -189,7 +189,7 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
     """The metric of a run on the canvases for validation and for the test."""
     file = given.out / f"{run.name}.json"
     if file.exists():
-        return json.loads(file.read_text())
+        return defined(json.loads(file.read_text()))
     task = TASKS[run.task]
     random = ["model=convnextv2_atto", "model.stem_stride=1", "data.in_chans=1", "data.mean=[0.23]", "data.std=[0.23]"]
     carried = given.unet if run.start.startswith("unet") else given.pretrained
@@ -221,7 +221,7 @@ def measure(given: argparse.Namespace, overrides: list[str], run: Run) -> dict[s
         found = evaluation.evaluate(compose("evaluate", [f"checkpoint={run_dir}@last", *images, *loader]))
         assert found is not None
         metrics[part] = found[task.metric]
-    write_output("out", file, json.dumps(metrics) + "\n")
+    write_output("out", file, json_text(metrics) + "\n")
     return metrics
 
 
@@ -275,7 +275,7 @@ def run_all(given: argparse.Namespace, overrides: list[str]) -> None:
     lines = list(table(given, results))
     print("\n".join(lines))
     every = [{**dataclasses.asdict(run), **found} for run, found in results.items()]
-    write_output("out", given.out / "table.json", json.dumps({"results": every, "table": lines}, indent=1) + "\n")
+    write_output("out", given.out / "table.json", json_text({"results": every, "table": lines}, indent=1) + "\n")
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

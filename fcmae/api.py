@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae import interrupt, ranks
 from fcmae.errors import ConfigError, UsageError
+from fcmae.files import read_metrics
 from fcmae.imports import load as load_function
 from fcmae.messages import print_rank0
 from fcmae.sweep import logged
@@ -49,7 +50,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """The lines of ``metrics.jsonl``, each with its ``step``."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return list(read_metrics(self.path / "metrics.jsonl"))
 
     def load(self, **options: Any) -> "FCMAE | ConvNeXt | Headed":
         """The network of the best checkpoint, else of the last one; options are those of :func:`fcmae.load`."""

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped early and resumable, 1 anyt
 import argparse
 import difflib
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from fcmae import interrupt, ranks
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, LostRankError, PeerError, UsageError, counted
-from fcmae.files import check_checkpoint, check_output, output, write_output
+from fcmae.files import check_checkpoint, check_output, json_text, output, write_output
 from fcmae.imports import load
 from fcmae.messages import print_rank0
 
@@ -156,7 +155,7 @@ def _without_folder(target: str) -> Callable[[Any, Path], dict[str, Any] | None]
 
 def _report(result: dict[str, Any], out: str | None) -> dict[str, Any]:
     """Prints metrics, and writes them to ``out`` if given."""
-    line = json.dumps(result)
+    line = json_text(result)
     print(line)
     if out is not None:
         write_output("out", out, line + "\n")

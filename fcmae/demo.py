@@ -1,7 +1,6 @@
 """``fcmae demo``: pretrains, evaluates and fine-tunes on Fashion-MNIST in a few minutes, on any hardware."""
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from fcmae.distributed import World, pick_device, start_time
 from fcmae.errors import Interrupted
 from fcmae.evaluation.features import Extractor
 from fcmae.evaluation.knn import knn_of
-from fcmae.files import output, write_output
+from fcmae.files import json_text, output, read_metrics, write_output
 from fcmae.imports import needed
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae, load
@@ -131,7 +130,7 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
         "finetune_epochs": plan.finetune_epochs,
     }
     summary = {name: round(value, 2) for name, value in summary.items()}
-    write_output("--out", out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_output("--out", out / "summary.json", json_text(summary, indent=1) + "\n")
     print(_table(summary, labels, out))
     return summary
 
@@ -164,10 +163,6 @@ def _knn(model: FCMAE, data: DataConfig, device: torch.device) -> float:
     return accuracy
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _speed(overrides: list[str], runs: Path) -> float:
     """Images per second of a few steps of pretraining."""
     cfg: PretrainConfig = compose("pretrain", [*overrides, f"trainer.max_steps={STEPS}", "trainer.log_every=20"])
@@ -183,7 +178,7 @@ def _schedule(cfg: PretrainConfig | FinetuneConfig, epochs: float) -> list[str]:
 
 
 def _top1(run_dir: Path) -> float:
-    top1 = [line["top1"] for line in _metrics(run_dir / "metrics.jsonl") if "top1" in line][-1]
+    top1 = [line["top1"] for line in read_metrics(run_dir / "metrics.jsonl") if "top1" in line][-1]
     print(f"{top1:.1f}%", flush=True)
     return top1
 
@@ -191,7 +186,7 @@ def _top1(run_dir: Path) -> float:
 def _plot_loss(metrics: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    lines = [line for line in _metrics(metrics) if "loss" in line]
+    lines = [line for line in read_metrics(metrics) if "loss" in line]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])

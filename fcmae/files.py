@@ -8,12 +8,13 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -213,6 +214,29 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
+def json_text(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON that every reader takes. A number that is NaN or infinite, which JSON does not have, becomes null.
+
+    Args:
+        default: makes what JSON can hold of an object that it cannot.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, indent=indent, default=default)
+    except ValueError:
+        finite = json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
+        return json.dumps(finite, indent=indent)
+
+
+def defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics from JSON by :func:`json_text`: NaN for null, which means that a metric is not defined."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, float]]:
+    """The lines of a run's metrics.jsonl. Raises OSError, and ValueError at a damaged line."""
+    return (defined(json.loads(line)) for line in file.read_text().splitlines())
+
+
 def read_result(file: Path) -> dict[str, Any] | None:
     """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one."""
     try:
@@ -224,11 +248,16 @@ def read_result(file: Path) -> dict[str, Any] | None:
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Writes a JSON file for :func:`read_result`, and the folder for it."""
+    """Writes a JSON file for :func:`read_result`, by :func:`json_text`, and the folder for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     delete_remains(file)
     with replacing(file) as out:
-        out.write(json.dumps(result, indent=1).encode())
+        out.write(json_text(result, indent=1).encode())
+
+
+def as_read(value: Any) -> Any:
+    """What :func:`read_result` gives of a value that :func:`write_result` has written."""
+    return json.loads(json_text(value))
 
 
 def write_output(key: str, path: str | Path, text: str) -> None:

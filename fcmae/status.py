@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -70,6 +71,7 @@ def read_status(folder: str | Path) -> RunStatus:
     lines, written = _metrics(folder / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     last: dict[str, float] = training[-1] if training else {}
+    known = [line for line in training if not math.isnan(line["loss"])]
     looks = [line for line in lines if "loss" not in line]
     config = read_config(folder / "config.yaml")
     left, speed, batch = last.get("seconds_left"), last.get("images_per_second"), _batch_size(config)
@@ -87,8 +89,8 @@ def read_status(folder: str | Path) -> RunStatus:
         step=step,
         total=total,
         epoch=last.get("epoch"),
-        loss=last.get("loss"),
-        earlier=(int(training[0]["step"]), training[0]["loss"]) if len(training) > 1 else None,
+        loss=last["loss"] if known and known[-1] is last else None,
+        earlier=(int(known[0]["step"]), known[0]["loss"]) if len(known) > 1 else None,
         images_per_second=speed,
         memory_gib=last.get("memory_gib") or None,
         seconds_left=left if state == "running" else None,
@@ -182,7 +184,7 @@ def _ago(moment: float | None, now: float | None) -> str:
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
-    """The numbers of the last lines, and when they were written."""
+    """The numbers of the last lines, of which only a loss may be NaN, and when they were written."""
     try:
         with open_regular(path, links=False) as file:
             status = os.fstat(file.fileno())
@@ -197,7 +199,8 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
         with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(text)
             if isinstance(given, dict) and is_number(given.get("step")):
-                lines.append({name: value for name, value in given.items() if is_number(value)})
+                numbers = {name: value for name, value in given.items() if is_number(value)}
+                lines.append({"loss": math.nan, **numbers} if "loss" in given else numbers)
     return lines, status.st_mtime
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted, reason_of
-from fcmae.files import csv_text, write_output
+from fcmae.files import csv_text, json_text, read_metrics, write_output
 from fcmae.imports import load
 from fcmae.messages import say
 
@@ -65,7 +65,7 @@ def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[s
         if launch.detect().rank == 0:
             entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or logged(folder)}
             with contextlib.suppress(OSError):
-                (folder / JOB_FILE).write_text(json.dumps(entry) + "\n")
+                (folder / JOB_FILE).write_text(json_text(entry) + "\n")
 
 
 def score(folder: Path, metrics: dict[str, Any]) -> float | None:
@@ -90,8 +90,8 @@ def logged(folder: Path) -> dict[str, float]:
     """The last value of each metric in a run directory."""
     metrics: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            metrics |= json.loads(line)
+        for line in read_metrics(folder / "metrics.jsonl"):
+            metrics |= line
     return metrics
 
 

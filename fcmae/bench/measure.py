@@ -2,7 +2,6 @@
 
 import datetime
 import itertools
-import json
 import platform
 import statistics
 import time
@@ -19,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fcmae import ranks
 from fcmae.config import check, from_dict
 from fcmae.errors import ConfigError, UsageError
-from fcmae.files import write_output
+from fcmae.files import json_text, write_output
 from fcmae.models import FCMAE
 
 CACHE_BYTES = 2**28
@@ -150,7 +149,7 @@ def synchronize(device: torch.device) -> None:
 def write_report(json_file: Path | None, **report: Any) -> None:
     """Writes a benchmark's JSON if asked; dataclasses in it become objects."""
     if json_file is not None:
-        write_output("--json", json_file, json.dumps(report, indent=1, default=asdict) + "\n")
+        write_output("--json", json_file, json_text(report, indent=1, default=asdict) + "\n")
 
 
 def copy_bandwidth(device: torch.device) -> float:

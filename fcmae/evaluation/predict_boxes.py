@@ -1,6 +1,5 @@
 """``fcmae predict`` with boxes: COCO's results, or a table."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from fcmae.distributed import World
 from fcmae.evaluation.coco_metrics import rows
 from fcmae.evaluation.detections import found_in
 from fcmae.evaluation.features import check_image_size
-from fcmae.files import csv_text, write_output
+from fcmae.files import csv_text, json_text, write_output
 from fcmae.messages import say
 from fcmae.models.detector import Found
 
@@ -91,7 +90,7 @@ def _json(images: Images, network: BoxNetwork) -> str:
         for identity, name, found in images
         for row in found
     ]
-    return json.dumps(results)
+    return json_text(results)
 
 
 def _csv(images: Images, network: BoxNetwork) -> str:

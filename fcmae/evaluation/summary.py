@@ -1,6 +1,5 @@
 """What ``fcmae evaluate`` prints and writes beside its metrics: a table, CSV files and plots."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from fcmae.errors import shown
 from fcmae.evaluation.display import choose, rgb
 from fcmae.evaluation.features import Images, gather
 from fcmae.evaluation.map_pictures import sheet, titled
-from fcmae.files import csv_text, make_folder, output, write_output
+from fcmae.files import csv_text, json_text, make_folder, output, write_output
 from fcmae.messages import say
 from fcmae.models.objective import DenseObjective, Objective, Plots, Predictions, Report
 
@@ -135,7 +134,7 @@ def describe(metrics: Mapping[str, float], report: Report, classes: Iterable[str
 def write(folder: Path, metrics: Mapping[str, float], report: Report) -> None:
     """``metrics.json`` and ``.csv``, ``per_class.csv`` and a picture for each plot."""
     make_folder("report", folder)
-    write_output("report", folder / "metrics.json", json.dumps(dict(metrics)) + "\n")
+    write_output("report", folder / "metrics.json", json_text(dict(metrics)) + "\n")
     _rows(folder / "metrics.csv", [["metric", "value"], *([name, value] for name, value in metrics.items())])
     if report.per_class:
         columns = list(next(iter(report.per_class.values())))

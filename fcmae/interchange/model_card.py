@@ -9,6 +9,7 @@ from typing import Any
 
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from fcmae.data.pixels.transforms import WARP_FROM
+from fcmae.files import defined
 from fcmae.interchange import preprocessing
 from fcmae.interchange.network import Check, Network
 from fcmae.models.build import is_classifier
@@ -184,6 +185,7 @@ def _metrics(checkpoint: Path, step: int) -> str:
 def _numbers(values: Any, last_step: int) -> dict[str, str]:
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] > last_step:
         return {}
+    values = defined(values)
     known = {name: values[name] for name in CURVES if type(values.get(name)) in (int, float)}
     return {name: f"{value:.4g} (step {values['step']})" for name, value in known.items()}
 

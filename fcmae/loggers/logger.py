@@ -13,7 +13,7 @@ from PIL import Image
 
 from fcmae.config import LoggerConfig
 from fcmae.errors import reason_of
-from fcmae.files import replacing
+from fcmae.files import json_text, replacing
 from fcmae.imports import needed
 from fcmae.loggers.progress import Progress
 from fcmae.loggers.report_page import ReportPage
@@ -63,7 +63,7 @@ class MetricsFile:
         self.file = open_to_append(path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.write(json_text({"step": step, **metrics}) + "\n")
         self.file.flush()
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from fcmae.config import LoggerConfig, without_arguments
 from fcmae.data.pixels.formats import open_picture
 from fcmae.errors import UsageError
-from fcmae.files import replacing
+from fcmae.files import defined, replacing
 from fcmae.messages import print_once, say
 from fcmae.opening import read_regular
 from fcmae.status import read_config, read_status
@@ -139,7 +139,7 @@ class WandbLogger:
 
     def report(self, step: int, folder: Path) -> None:
         """Logs what ``fcmae evaluate`` wrote into a folder, all under the folder's name."""
-        logged: dict[str, Any] = json.loads(read_regular(folder / "metrics.json", MAX_RESULTS))
+        logged = defined(json.loads(read_regular(folder / "metrics.json", MAX_RESULTS)))
         table = folder / "per_class.csv"
         if table.is_file():
             header, *rows = csv.reader(read_regular(table, MAX_RESULTS).decode().splitlines())

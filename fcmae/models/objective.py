@@ -45,10 +45,14 @@ def sign_and_name(best: str) -> tuple[float, str]:
     return (-1.0 if best.startswith("-") else 1.0), best.removeprefix("-")
 
 
-def score(best: str, metrics: Mapping[str, float]) -> float:
-    """The value of the metric that :attr:`Objective.best` names, so signed that more is better."""
+def score(best: str, metrics: Mapping[str, float | None]) -> float:
+    """The value of the metric that :attr:`Objective.best` names, so signed that more is better.
+
+    NaN for None, as JSON files have a metric that is not defined.
+    """
     sign, name = sign_and_name(best)
-    return sign * metrics[name]
+    value = metrics[name]
+    return math.nan if value is None else sign * value
 
 
 class Objective(Protocol):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from PIL import Image
@@ -83,10 +84,10 @@ def read_evaluations(folder: Path, picture_bytes: int) -> list[Evaluation]:
 
 
 def _metrics(path: Path) -> dict[str, float] | None:
-    """None of a file that holds anything else than numbers; those that are not finite are left out."""
+    """None of a file that holds anything else than numbers and null; those that are not finite are left out."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         given = json.loads(read_regular(path, MAX_BYTES, links=False))
-        if isinstance(given, dict) and given and all(type(value) in (int, float) for value in given.values()):
+        if isinstance(given, dict) and given and all(type(value) in (int, float, NoneType) for value in given.values()):
             return {str(name): value for name, value in given.items() if is_number(value)}
     return None
 

@@ -12,7 +12,7 @@ from fcmae.config import to_dict
 from fcmae.config.recipe import changes
 from fcmae.errors import FCMAEError, UsageError
 from fcmae.evaluation import run as evaluation
-from fcmae.files import read_result, write_result
+from fcmae.files import as_read, defined, read_result, write_result
 from fcmae.opening import own_folder
 from fcmae.studies.arms import Cell, Plan, evaluating, probing, training
 from fcmae.training.run import finetune
@@ -28,7 +28,7 @@ def begin(plan: Plan, folder: Path) -> None:
 
     Raises UsageError naming the keys that changed.
     """
-    cfg = to_dict(plan.cfg)
+    cfg = as_read(to_dict(plan.cfg))
     others = {name: checkpoint.identity(path) for name, path in plan.cfg.others.items()}
     weights = {"pretrained": checkpoint.identity(_resolved(plan.cfg.init_from)), **others}
     config = {key: value for key, value in cfg.items() if key not in MAY_CHANGE}
@@ -60,12 +60,15 @@ def _resolved(path: str | None) -> str | None:
 
 
 def result_of(folder: Path, cell: Cell) -> Result | None:
-    """What a cell's file says; None if it is not measured yet."""
-    return read_result(folder / CELLS / f"{cell.name}.json")
+    """What a cell's file says, NaN for metrics that are not defined; None if it is not measured yet."""
+    result = read_result(folder / CELLS / f"{cell.name}.json")
+    return None if result is None else {**result, "metrics": defined(result["metrics"])}
 
 
 def measure(plan: Plan, cell: Cell, folder: Path) -> Result:
-    """Measures a cell and keeps the result. What it prints goes into a log. Raises what training raises.
+    """Measures a cell, keeps the result and returns :func:`result_of` it. What it prints goes into a log.
+
+    Raises what training raises.
 
     Interrupted: the same call continues.
     """
@@ -92,7 +95,9 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> Result:
     }
     write_result(folder / CELLS / f"{cell.name}.json", result)
     shutil.rmtree(folder / RUNS / cell.name / "checkpoints", ignore_errors=True)
-    return result
+    kept = result_of(folder, cell)
+    assert kept is not None
+    return kept
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The command ``study`` as a function: measures what is not measured yet, then compares."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from fcmae import ranks
 from fcmae.config import StudyConfig
 from fcmae.errors import DiskError, Interrupted, UsageError, counted
-from fcmae.files import is_full, write_output
+from fcmae.files import is_full, json_text, write_output
 from fcmae.models.objective import score
 from fcmae.studies import compare
 from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
@@ -59,7 +58,7 @@ class _Study:
             again = f"the same command with hydra.run.dir={self.folder} continues"
             raise Interrupted(f"{done} of {len(self.cells)} measured; {error}; {again}") from error
         summary = self.summary()
-        write_output("study.json", self.folder / STUDY_FILE, json.dumps(summary, indent=1) + "\n")
+        write_output("study.json", self.folder / STUDY_FILE, json_text(summary, indent=1) + "\n")
         missing = draw(summary, self.folder / PLOT_FILE)
         print("\n".join([*summary["table"], "", summary["sentence"]]), flush=True)
         if missing is not None:

@@ -1,7 +1,6 @@
 """``trainer.budget``: as many epochs as fit into a time, by the speed of a few steps on this machine."""
 
 import contextlib
-import json
 import math
 import shutil
 import statistics
@@ -16,6 +15,7 @@ from fcmae.config import MonitorConfig, PretrainConfig, RunConfig, ScheduleConfi
 from fcmae.config.training import seconds_of
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, Interrupted, UsageError
+from fcmae.files import read_metrics
 from fcmae.messages import say
 from fcmae.tasks.task import Task
 from fcmae.training.agree_to_stop import StopAgreement
@@ -44,7 +44,7 @@ def scaled(schedule: ScheduleConfig, epochs: float) -> ScheduleConfig:
 def median_speed(run_dir: Path) -> float:
     """Images per second: the median of the lines in the second half of a run's metrics; 0 before the first step."""
     file = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = read_metrics(file) if file.exists() else ()
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return statistics.median_low(speeds[len(speeds) // 2 :]) if speeds else 0.0
 

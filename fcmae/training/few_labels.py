@@ -27,7 +27,7 @@ from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
-from fcmae.files import read_result, set_aside, write_result
+from fcmae.files import as_read, read_result, set_aside, write_result
 from fcmae.messages import say
 from fcmae.models.objective import score
 from fcmae.tasks.few_labels import FromHead, frozen_features
@@ -115,7 +115,7 @@ class _Search:
             set_aside(self.folder, say)
         path = self.task.start.path
         now: Result = {
-            "config": to_dict(cfg),
+            "config": as_read(to_dict(cfg)),
             "images": len(self.labels),
             "classes": self.objective.classes,
             "weights": checkpoint.identity(path),

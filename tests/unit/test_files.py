@@ -1,14 +1,19 @@
 """Files that the user names: refused before the work if they cannot be written, whole or not at all after it."""
 
 import contextlib
+import json
+import math
 import os
 
 import pytest
 
-from fcmae import files
+from fcmae import files, sweep
+from fcmae.api import Run
 from fcmae.errors import DiskError, UsageError
 from fcmae.files import check_output, is_full, output, write_output
+from fcmae.loggers.logger import MetricsFile
 from fcmae.processes import Process
+from fcmae.status import read_status
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -99,3 +104,22 @@ def test_a_result_does_not_replace_what_is_no_result(tmp_path):
         (tmp_path / "out").write_bytes(content)
         with contextlib.nullcontext() if allowed else pytest.raises(UsageError, match="must be a new file or JSON"):
             check_output("out", tmp_path / "out", json=True)
+
+
+def test_json_of_numbers_that_are_not_finite_is_read_by_all(tmp_path):
+    """A result, and a run's metrics with those who read them."""
+    files.write_result(tmp_path / "a.json", {"top1": math.nan, "mae": [math.inf, 1.5], "name": "NaN"})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "top1": None, "mae": [None, 1.5], "name": "NaN"}  # fmt: skip
+    assert files.as_read({"a": (1, -math.inf)}) == {"a": [1, None]}
+    written = MetricsFile(tmp_path, 0)
+    written.log(2, {"loss": 0.5, "lr": 0.1})
+    written.log(2, {"val_loss": math.nan, "knn10": 3.0})
+    written.log(4, {"loss": math.nan})
+    written.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines][1:] == [
+        {"step": 2, "val_loss": None, "knn10": 3.0}, {"step": 4, "loss": None}]  # fmt: skip
+    assert math.isnan(Run(tmp_path, tmp_path).history[1]["val_loss"])
+    assert math.isnan(sweep.score(tmp_path, {}))
+    assert read_status(tmp_path).scores == {"knn10": 3.0}

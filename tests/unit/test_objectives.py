@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
@@ -175,6 +176,7 @@ def test_the_sign_of_a_metric_is_part_of_its_name():
     assert sign_and_name("-mae") == (-1, "mae")
     assert sign_and_name("top1") == (1, "top1")
     assert score("-mae", {"mae": 2.0, "top1": 3.0}) == -2
+    assert math.isnan(score("-mae", {"mae": None}))  # as a file of results has what is not defined
 
 
 def test_areas_of_too_many_scores_are_refused_before_training(monkeypatch):

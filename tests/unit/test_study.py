@@ -112,6 +112,30 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
     assert measured == ["random_probe_2_1", "pretrained_probe_2_1"]
 
 
+def test_scores_that_are_not_defined(fcmae_here, here, monkeypatch):
+    """As of an area under the curve of one class: other JSON readers take the files, and a second look is as the
+    first."""
+    scores = {"scratch_2_0": math.nan, "finetuned_2_0": 3.0, "scratch_2_1": math.inf}
+
+    def fake(plan, cell, folder):
+        return {"top1": scores.get(cell.name, 50.0 + cell.seed), "images": 40}, {}
+
+    monkeypatch.setattr(cells, "_measured", fake)
+    study = (*STUDY, "seeds=3", "labels=[2]", "arms=[scratch,finetuned]", "objective.best=top1")
+    fcmae_here(*study)
+    first = (here / "study" / "study.json").read_text()
+    scratch = [each["metrics"]["top1"] for each in strict(first)["results"] if each["arm"] == "scratch"]
+    assert scratch == [None, None, 52]
+    assert strict((here / "study" / "cells" / "scratch_2_0.json").read_text())["metrics"]["top1"] is None
+    assert "(+0)" in strict(first)["sentence"]
+    fcmae_here(*study)
+    assert (here / "study" / "study.json").read_text() == first
+
+
+def strict(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 def test_in_python(here, monkeypatch):
     monkeypatch.setattr("fcmae.studies.run.draw", lambda *a: None)
     monkeypatch.setattr(cells, "_measured", lambda plan, cell, _: ({"top1": 50.0, "images": 40}, {}))
