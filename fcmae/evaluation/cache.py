@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import Source
+from fcmae.data.sources.base import innermost
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.files import delete_remains, replacing
 from fcmae.messages import say
@@ -160,7 +161,7 @@ def fingerprint(source: Source, data: DataConfig) -> str:
         stamp = _stamp(Path(name))
         are_files = are_files and bool(stamp)
         digest.update(f"{name} {source.label(index)} {stamp}\n".encode(errors="surrogateescape"))
-    for stamp in getattr(_innermost(source), "stamps", []):  # of files at URLs
+    for stamp in getattr(innermost(source), "stamps", []):  # of files at URLs
         digest.update(f"{stamp}\n".encode(errors="surrogateescape"))
     for file in [] if are_files else _files(source, data):
         digest.update(f"{file} {_stamp(file)}\n".encode(errors="surrogateescape"))
@@ -169,7 +170,7 @@ def fingerprint(source: Source, data: DataConfig) -> str:
 
 def _files(source: Source, data: DataConfig) -> Iterator[Path]:
     """What a source may read: shards, tables, what the arguments of a source of the user's name."""
-    source = _innermost(source)
+    source = innermost(source)
     if hasattr(source, "metadata_files"):  # an array may have a million files of chunks
         yield from map(Path, source.metadata_files)
         return
@@ -179,13 +180,6 @@ def _files(source: Source, data: DataConfig) -> Iterator[Path]:
             for name in [path] if os.path.exists(path) else expand_braces(path):
                 for found in [name] if os.path.exists(name) else sorted(glob.glob(name)):
                     yield from _below(Path(found))
-
-
-def _innermost(source: Any) -> Any:
-    """The source itself, which others may wrap."""
-    while hasattr(source, "source"):
-        source = source.source
-    return source
 
 
 def _texts(value: Any) -> Iterator[str]:

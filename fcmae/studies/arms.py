@@ -22,6 +22,7 @@ from fcmae.config.commands import RANDOM
 from fcmae.config.study import ALL, ARMS
 from fcmae.config.unset import UnsetBackboneConfig
 from fcmae.data.sources import Source, require_labels, some_images
+from fcmae.data.sources.base import listing_digest
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Objective
 from fcmae.plugins import create
@@ -98,6 +99,8 @@ class Plan:
     """Why this metric."""
     images: int
     """In all of ``data.path``."""
+    listing: str | None
+    """What :func:`~fcmae.data.sources.base.listing_digest` says of them."""
     notes: list[str]
 
     @property
@@ -129,7 +132,7 @@ def make_plan(given: StudyConfig) -> Plan:
     if not classifies and getattr(source, "values", None) is not None:
         _check_budgets(cfg, objective, source, budgets)
     metric, rule = choose_metric(cfg, objective, source, classifies)
-    return Plan(cfg, arms, budgets, metric, rule, len(source), [*notes, *more, *skipped])
+    return Plan(cfg, arms, budgets, metric, rule, len(source), listing_digest(source), [*notes, *more, *skipped])
 
 
 def choose_budgets(cfg: StudyConfig, source: Source, classifies: bool) -> tuple[list[Budget], list[str]]:

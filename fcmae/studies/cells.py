@@ -10,6 +10,7 @@ from typing import Any
 from fcmae.checkpoints import checkpoint
 from fcmae.config import to_dict
 from fcmae.config.recipe import changes
+from fcmae.data.sources.base import LISTING
 from fcmae.errors import FCMAEError, UsageError
 from fcmae.evaluation import run as evaluation
 from fcmae.files import as_read, defined, read_result, write_result
@@ -32,7 +33,7 @@ def begin(plan: Plan, folder: Path) -> None:
     others = {name: checkpoint.identity(path) for name, path in plan.cfg.others.items()}
     weights = {"pretrained": checkpoint.identity(_resolved(plan.cfg.init_from)), **others}
     config = {key: value for key, value in cfg.items() if key not in MAY_CHANGE}
-    now = {"config": config, "weights": weights, "images": plan.images, "metric": plan.metric}
+    now = {"config": config, "weights": weights, "images": plan.images, "metric": plan.metric, LISTING: plan.listing}
     old = read_result(folder / RECIPE)
     if old is not None:
         changed = changes(old["config"], config)
@@ -40,8 +41,9 @@ def begin(plan: Plan, folder: Path) -> None:
         changed += [
             f"  weights of {name}: others" for name in weights if known.get(name, weights[name]) != weights[name]
         ]
-        for name in ("images", "metric"):
-            changed += [] if old[name] == now[name] else [f"  {name}: {old[name]} -> {now[name]}"]
+        for name in ("images", "metric", LISTING):
+            before = old.get(name, now[name])  # of an earlier version
+            changed += [] if before == now[name] else [f"  {name}: {before} -> {now[name]}"]
         if changed:
             raise UsageError(
                 "the recipe differs from that of the study so far; give its values again, or another hydra.run.dir:\n"

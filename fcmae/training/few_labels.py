@@ -21,6 +21,7 @@ from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.sources import Subset
+from fcmae.data.sources.base import listing_digest
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted, shown
 from fcmae.evaluation.class_metrics import metrics_of
@@ -117,6 +118,7 @@ class _Search:
         now: Result = {
             "config": as_read(to_dict(cfg)),
             "images": len(self.labels),
+            "listing": listing_digest(self.task.source),
             "classes": self.objective.classes,
             "weights": checkpoint.identity(path),
             "init_from": path,
@@ -127,6 +129,7 @@ class _Search:
         elif not cfg.trainer.allow_changed_recipe:
             numbers = {"training images": (old["images"], now["images"])}
             numbers |= setup.changed_classes(old.get("classes"), now["classes"])
+            numbers |= setup.changed_listing(old.get("images"), old.get("listing"), self.task.source)
             check_recipe(old["config"], now["config"], numbers)
             if path is not None and old["weights"] != now["weights"]:
                 raise UsageError(

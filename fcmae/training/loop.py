@@ -13,6 +13,7 @@ from fcmae.config import to_dict
 from fcmae.data.loading import TrainBatches
 from fcmae.data.plan import BatchPlan, Padding
 from fcmae.data.sheet import keep_sheet
+from fcmae.data.sources.base import listing_digest
 from fcmae.data.unreadable import count_bad_samples
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, SaveError
@@ -72,6 +73,7 @@ class _Training:
         if asked == micro_batch.AUTO:
             self._fit()
         self.config = to_dict(cfg)
+        self.listing = listing_digest(task.source) if world.is_main else None
         if brings_code(self.config):
             world.together(lambda: micro_batch.rehearse(task, self.plan, self.state, world))
         total_steps = self.schedule.total_steps
@@ -282,7 +284,7 @@ class _Training:
     def _save(self) -> None:
         self._act_on_non_finite()
         sizes = {"num_samples": self.plan.num_samples, "micro_batch_size": self.plan.micro_batch_size}
-        run = {"task": self.task.name, "config": self.config, **sizes}
+        run = {"task": self.task.name, "config": self.config, "listing": self.listing, **sizes}
         self.saver.save(lambda: {**run, **self.task.extra_state(), **self.state.state_dict()})
         self.watchdog.beat()
 

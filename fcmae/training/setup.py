@@ -14,7 +14,7 @@ from fcmae.config import RunConfig
 from fcmae.config.recipe import ALLOW, MICRO_BATCH, check_recipe
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
-from fcmae.data.sources.base import balanced_labels
+from fcmae.data.sources.base import LISTING, Source, balanced_labels, listing_digest
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError, counted, shown
 from fcmae.files import nearest
@@ -78,6 +78,7 @@ def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: B
     if not task.cfg.trainer.allow_changed_recipe:
         numbers: dict[str, tuple[Any, Any]] = {"training images": (resumed.get("num_samples"), plan.num_samples)}
         numbers |= changed_classes(resumed.get("classes"), task.extra_state().get("classes"))
+        numbers |= changed_listing(resumed.get("num_samples"), resumed.get("listing"), task.source)
         if task.mixes_micro_batch:
             numbers[MICRO_BATCH] = resumed.get("micro_batch_size"), plan.micro_batch_size
         misfit = mismatch(task.model, with_loss_weights(resumed["model"], task.model))
@@ -94,6 +95,11 @@ def changed_classes(old: Sequence[str] | None, new: Sequence[str] | None) -> dic
         return {}
     place = next((index for index, (before, now) in enumerate(zip(old, new, strict=False)) if before != now), -1)
     return {"classes": (f"{len(old)}, such as {shown(old[place])}", f"{len(new)}, such as {shown(new[place])}")}
+
+
+def changed_listing(images: int | None, listing: str | None, source: Source) -> dict[str, tuple[Any, Any]]:
+    """For check_recipe, the digest of as many samples: others, or in another order, a run would silently mix up."""
+    return {LISTING: (listing, listing_digest(source))} if images == len(source) else {}
 
 
 def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> TrainBatches:

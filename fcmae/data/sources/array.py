@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,15 @@ class ArrayImages:
             size, self.describe(index), lambda rows, cols: array.read(self._open, place, rows, cols), self.to
         )
         return Sample(image, self.label(index) if self.values is None else self.values[index])
+
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        named = [os.path.basename(array.path.rstrip("/")) for array in self.arrays]
+        yield "\0".join(named if len(named) > 1 else []).encode(errors="surrogateescape")
+        yield np.asarray(self.ends)
+        if self.classes is not None:
+            yield self.numbers
+        elif self.values is not None:
+            yield self.values.numpy()
 
     def _row(self, index: int) -> int:
         """The place of a sample's label."""

@@ -1,8 +1,11 @@
 """The interface of sources, and functions that suit every source."""
 
 import bisect
+import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +28,10 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """Samples by index. Reading sample i gives the same sample in any process, at any time."""
+    """Samples by index. Reading sample i gives the same sample in any process, at any time.
+
+    ``listing_parts()``, which a source need not have, gives what :func:`listing_digest` is made of: bytes and arrays.
+    """
 
     classes: list[str] | None
     """The names of the classes; None without labels."""
@@ -41,6 +47,39 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """The name of sample ``index`` in messages: its path."""
         ...
+
+
+LISTING = "names, order and labels of the training images"
+"""What :func:`listing_digest` is of, for messages."""
+
+
+def innermost(source: Any) -> Any:
+    """The source itself, which others may wrap."""
+    while hasattr(source, "source"):
+        source = source.source
+    return source
+
+
+def listing_digest(source: Source) -> str | None:
+    """Differs between sources that list other samples, in another order or with other labels.
+
+    None of a source that cannot say. The samples may lie elsewhere, and the content of images is not read.
+    """
+    parts = getattr(innermost(source), "listing_parts", None)
+    if parts is None:
+        return None
+    digest = hashlib.sha256()
+    for part in parts():
+        values = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else np.ascontiguousarray(part)
+        digest.update(f"{values.dtype} {values.nbytes} ".encode())
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def relative_names(paths: Iterable[str], folder: str) -> bytes:
+    """Paths below a folder, for :func:`listing_digest`."""
+    start = folder.rstrip("/") + "/"
+    return "\0".join(path.removeprefix(start) for path in paths).encode(errors="surrogatepass")
 
 
 class Wrapper:

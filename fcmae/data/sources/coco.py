@@ -3,6 +3,7 @@
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.instances import problem_of
 from fcmae.data.pixels.maps import stored_size
-from fcmae.data.sources.base import Sample, shuffled
+from fcmae.data.sources.base import Sample, relative_names, shuffled
 from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.data.sources.images import Files
 from fcmae.errors import ConfigError, counted, first_of, reason_of, shown
@@ -76,6 +77,7 @@ class CocoImages(Files):
         self.ids: list[int] = []
         sizes: list[tuple[int, int]] = []
         top, seen = os.path.realpath(folder), set()
+        self.folder = top
         for number, image in enumerate(images):
             given = image if isinstance(image, dict) else {}
             name, identity, size = given.get("file_name"), given.get("id"), (given.get("height"), given.get("width"))
@@ -98,6 +100,9 @@ class CocoImages(Files):
         self.sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
         if not images:
             mistakes.say("its list images is empty")
+
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        yield relative_names(self.paths, self.folder)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image, as the file says."""
@@ -234,6 +239,12 @@ class CocoObjects(CocoImages):
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(read_file(self.paths[index]), self.objects(index))
+
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        yield from super().listing_parts()
+        yield "\0".join(self.class_names).encode(errors="surrogatepass")
+        yield from (self.ends, self.text_ends, self.text)
+        yield from (each.numpy() for each in (self.kinds, self.boxes, self.crowd, self.areas))
 
     def objects(self, index: int) -> Objects:
         """The objects of an image, without reading it."""

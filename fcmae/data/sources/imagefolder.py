@@ -1,8 +1,10 @@
 """Image files in one or several folders and their subfolders."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.formats import EXTENSIONS
@@ -60,6 +62,10 @@ class ImageFolder:
     def describe(self, index: int) -> str:
         folder, position = locate(self.ends, index)
         return self.listings[folder].path(position)
+
+    def listing_parts(self) -> Iterator[np.ndarray]:
+        for listing in self.listings:
+            yield from (listing.names.data, listing.names.offsets)
 
     def relative(self, index: int) -> tuple[int, bytes]:
         """The number of the folder that has the image, and the image's path in it."""

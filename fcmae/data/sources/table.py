@@ -4,15 +4,16 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import read_file
-from fcmae.data.sources.base import Sample
+from fcmae.data.sources.base import Sample, relative_names
 from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.errors import ConfigError, UsageError, first_of, reason_of, shown
 from fcmae.imports import needed
@@ -75,6 +76,7 @@ class TableImages:
             raise UsageError(f"{path} has no rows")
         self.rows = rows
         folder = Path(root or self.table.parent)
+        self.folder = os.path.realpath(folder)
         self.paths = _inside(self.table, [table[column][row] for row in rows], rows, folder)
         _tell_problems(self.table, self.paths)
         self.targets: list[str] | None = None
@@ -118,6 +120,15 @@ class TableImages:
 
     def describe(self, index: int) -> str:
         return self.paths[index]
+
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        yield relative_names(self.paths, self.folder)
+        if self.targets is not None:
+            yield relative_names(self.targets, self.folder)
+        if self.classes is not None:
+            yield np.asarray(self.numbers)
+        elif self.values is not None:
+            yield self.values.numpy()
 
 
 def _tell_problems(table: Path, paths: Sequence[str]) -> None:

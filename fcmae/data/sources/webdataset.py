@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TypeAlias
 
+import numpy as np
 from tqdm import tqdm
 
 from fcmae.config import LoaderConfig
@@ -184,6 +185,10 @@ class WebDataset:
             return None
         shard, position = locate(self.ends, index)
         return int(self.indices[shard].labels[position])
+
+    def listing_parts(self) -> Iterator[np.ndarray]:
+        for index in self.indices:
+            yield from (index.names.data, index.names.offsets, index.sizes, index.labels)
 
     def describe(self, index: int) -> str:
         shard, position = locate(self.ends, index)

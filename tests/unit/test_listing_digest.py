@@ -1,0 +1,157 @@
+"""Which samples a source lists: a run, a search and a study do not continue with others of the same number."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcmae.checkpoints import checkpoint
+from fcmae.config import compose
+from fcmae.data.pixels.decode import PixelFormat
+from fcmae.data.sources import ImageFolder, Subset, Synthetic, WebDataset
+from fcmae.data.sources.array import ArrayImages
+from fcmae.data.sources.base import LISTING, listing_digest
+from fcmae.data.sources.coco import CocoImages, CocoObjects
+from fcmae.data.sources.table import TableImages
+from fcmae.errors import UsageError
+from fcmae.studies import cells
+from fcmae.studies.arms import make_plan
+from tests.coco_files import write_coco, write_json
+from tests.conftest import TINY
+
+TABLE = "image,kind,age,map\nb/1.png,x,1.5,b/2.png\nb/2.png,y,,b/3.png\nb/3.png,x,4,b/1.png\n"
+
+
+def png(seed=0):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, names):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(png())
+            tar.addfile(info, io.BytesIO(png()))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder of three images with a table, tar files, arrays and a COCO file of them."""
+    folder = tmp_path / "here"
+    (folder / "b").mkdir(parents=True)
+    for number in (1, 2, 3):
+        (folder / "b" / f"{number}.png").write_bytes(png(number))
+    (folder / "t.csv").write_text(TABLE)
+    write_tar(folder / "a.tar", ["1.png", "2.png"])
+    np.save(folder / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    np.save(folder / "labels.npy", np.array([0, 1, 1]))
+    write_coco(folder / "coco", 3)
+    return folder
+
+
+def table(**how):
+    return lambda folder: TableImages(folder / "t.csv", image_column="image", **how)
+
+
+def array(folder):
+    return ArrayImages(str(folder / "a.npy"), PixelFormat(1), labels="labels.npy")
+
+
+def coco(kind):
+    return lambda folder: kind(folder / "coco" / "objects.json", folder / "coco" / "images", "data.annotations")
+
+
+def reordered(folder):
+    first, *lines = TABLE.splitlines(keepends=True)
+    (folder / "t.csv").write_text("".join([first, *lines[::-1]]))
+
+
+def replaced(old, new):
+    return lambda folder: (folder / "t.csv").write_text(TABLE.replace(old, new))
+
+
+def moved_box(folder):
+    content = json.loads((folder / "coco" / "objects.json").read_text())
+    content["annotations"][0]["bbox"][0] -= 0.5
+    write_json(folder / "coco", content)
+
+
+def images_turned(folder):
+    content = json.loads((folder / "coco" / "objects.json").read_text())
+    content["images"].reverse()
+    write_json(folder / "coco", content)
+
+
+@pytest.mark.parametrize(
+    ("read", "change"),
+    [
+        (table(), reordered),
+        (table(), replaced("b/1.png,x", "b/2.png,x")),
+        (table(label_column="kind"), replaced("1.png,x", "1.png,y")),
+        (table(label_column=["age"]), replaced("1.5", "1.75")),
+        (table(label_column=["age"]), replaced("y,,", "y,0,")),
+        (table(target_column="map"), replaced("4,b/1.png", "4,b/2.png")),
+        (lambda folder: ImageFolder(folder), lambda folder: (folder / "b" / "1.png").rename(folder / "b" / "4.png")),
+        (lambda folder: WebDataset(folder / "a.tar"), lambda folder: write_tar(folder / "a.tar", ["2.png", "1.png"])),
+        (array, lambda folder: np.save(folder / "labels.npy", np.array([1, 0, 1]))),
+        (coco(CocoImages), images_turned),
+        (coco(CocoObjects), moved_box),
+    ],
+)
+def test_other_samples_in_other_order_with_other_labels(files, read, change):
+    first = listing_digest(read(files))
+    assert first is not None
+    assert listing_digest(Subset(read(files), [0])) == first  # chosen by a seed, from the same samples
+    shutil.copytree(files, files.parent / "there")
+    assert listing_digest(read(files.parent / "there")) == first
+    change(files)
+    assert listing_digest(read(files)) != first
+
+
+def test_a_column_that_is_not_read_may_change(files):
+    first = listing_digest(table(label_column="kind")(files))
+    replaced("1.5", "2.5")(files)
+    assert listing_digest(table(label_column="kind")(files)) == first
+
+
+def test_a_source_that_cannot_say():
+    assert listing_digest(Synthetic(3, 3, (8, 8))) is None
+
+
+def test_a_run_does_not_resume_with_an_edited_table(fcmae_here, files):
+    tiny = [each for each in TINY if not each.startswith(("data=", "data.length", "optim.global"))]
+    run = ("finetune", *tiny, "data=table", f"data.path={files}/t.csv", "data.label_column=[age]", "objective=regress")
+    run += ("schedule.epochs=3", "optim.global_batch_size=2", "trainer.eval_every_epochs=null", "hydra.run.dir=run")
+    fcmae_here(*run, "trainer.max_steps=1", check=75)
+    whole = (files / "t.csv").read_text()
+    replaced("1.5", "2.5")(files)
+    told = fcmae_here(*run, check=2).stderr
+    assert f"\n  {LISTING}: " in told
+    assert "trainer.allow_changed_recipe=true to continue with these" in told
+    (files / "t.csv").write_text(whole)
+    fcmae_here(*run, "trainer.max_steps=2", check=75)
+    replaced("1.5", "2.5")(files)
+    fcmae_here(*run, "trainer.allow_changed_recipe=true")
+    state = checkpoint.read(checkpoint.resolve(f"{files.parent}/run@last"))
+    assert state["listing"] == listing_digest(table(label_column=["age"])(files))
+
+
+def test_a_study_does_not_continue_with_an_edited_table(files, monkeypatch):
+    monkeypatch.chdir(files)
+    overrides = ["data=table", "data.path=t.csv", "data.label_column=kind", "data.val_path=t.csv", "arms=[scratch]"]
+    overrides += ["labels=[all]", "model=demo", "data.image_size=32"]
+    cells.begin(make_plan(compose("study", overrides)), files / "study")
+    recipe = json.loads((files / "study" / cells.RECIPE).read_text())
+    cells.begin(make_plan(compose("study", overrides)), files / "study")
+    reordered(files)
+    with pytest.raises(UsageError, match=f"\n  {LISTING}: "):
+        cells.begin(make_plan(compose("study", overrides)), files / "study")
+    del recipe[LISTING]  # of an earlier version
+    (files / "study" / cells.RECIPE).write_text(json.dumps(recipe))
+    cells.begin(make_plan(compose("study", overrides)), files / "study")
