@@ -128,6 +128,20 @@ def test_of_nan_the_key_is_named_that_takes_it(at, given, key):
             read()
 
 
+@pytest.mark.parametrize(("at", "refused"), [(0, True), (2, True), (3, False)])
+def test_infinity_in_a_channel_that_is_not_read_is_nobodys(at, refused):
+    pixels = np.random.default_rng(0).random((4, 40, 40), dtype=np.float32)
+    cfg = config({"input": [0, 1], "target": [2], "of": 4}, 2, dtype="float32")
+    source = Bands(torch.float32)
+    source.image = torch.from_numpy(pixels)
+    expected = eval_transform(cfg)(npy(pixels))
+    pixels[at, 3, 3] = -np.inf
+    own = Own(source, PixelFormat.of(cfg))
+    for read in (lambda: eval_transform(cfg)(npy(pixels)), lambda: eval_transform(cfg)(own[0].image)):
+        with pytest.raises(ImageError, match="infinite values") if refused else nullcontext():
+            assert torch.equal(read(), expected)
+
+
 def target(pixels, **arguments):
     return Channels(8, 3, **arguments)(Seen(torch.zeros(2, 3, 16, 16), channels=pixels))
 

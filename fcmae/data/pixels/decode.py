@@ -6,7 +6,7 @@ rules as a table.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,8 @@ class PixelFormat(NamedTuple):
 
     With a ``dtype`` of float32 instead of uint: float32 in the units of the files, finite but for NaN in the channels
     ``may_be_nan``. Images of more than ``max_pixels`` are refused, and with ``exact``, as with data.channels, files of
-    another number of channels, which are converted otherwise. ``extra`` are channels that only targets get.
+    another number of channels, which are converted otherwise. ``extra`` are channels that only targets get, ``unread``
+    those that nobody gets, which may hold anything.
     """
 
     in_chans: int
@@ -47,14 +48,22 @@ class PixelFormat(NamedTuple):
     may_be_nan: frozenset[int] = frozenset()
     exact: bool = False
     extra: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, cfg: DataConfig, max_pixels: int = MAX_PIXELS) -> "PixelFormat":
         read = cfg.layout
         unread = set() if read.input is None else {*range(read.of)} - {*read.input, *read.extra}
-        may_be_nan = frozenset(cfg.may_be_nan | unread)
-        exact = cfg.channels is not None
-        return cls(read.of, cfg.bit_depth, max_pixels, cfg.dtype, may_be_nan, exact, frozenset(read.extra))
+        return cls(
+            read.of,
+            cfg.bit_depth,
+            max_pixels,
+            cfg.dtype,
+            frozenset(cfg.may_be_nan),
+            exact=cfg.channels is not None,
+            extra=frozenset(read.extra),
+            unread=frozenset(unread),
+        )
 
     @property
     def expected(self) -> str:
@@ -63,9 +72,9 @@ class PixelFormat(NamedTuple):
             return f"data.channels needs files of {self.in_chans} (its largest number plus 1, or of)"
         return f"data.in_chans is {self.in_chans}"
 
-    def problem(self, holding: set[int], infinite: bool) -> str:
-        """What is wrong with values that are not finite, of which NaN is in the channels ``holding``; or nothing."""
-        wrong = holding - self.may_be_nan
+    def problem(self, holding: Iterable[int], infinity: Iterable[int]) -> str:
+        """What is wrong with values that are not finite, by the channels with NaN and with infinity; or nothing."""
+        wrong, infinite = set(holding) - self.may_be_nan - self.unread, set(infinity) - self.unread
         if not (infinite or wrong):
             return ""
         key = "data.channels.nodata" if wrong and wrong <= self.extra else "data.nodata"
@@ -368,8 +377,7 @@ def to_tensor(pixels: np.ndarray, to: PixelFormat) -> Tensor:
 def _check_finite(pixels: np.ndarray, to: PixelFormat) -> None:
     if np.isfinite(pixels).all():
         return
-    holding = set(np.isnan(pixels).any(axis=(1, 2)).nonzero()[0].tolist())
-    problem = to.problem(holding, bool(np.isinf(pixels).any()))
+    problem = to.problem(*(kind(pixels).any(axis=(1, 2)).nonzero()[0].tolist() for kind in (np.isnan, np.isinf)))
     if problem:
         raise ValueError(problem)
 

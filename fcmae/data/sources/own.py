@@ -47,8 +47,10 @@ class Own(Wrapper):
         if image.ndim != 3 or len(image) != self.to.in_chans or not image.numel():
             return f"its shape must be [C, H, W] ({self.to.expected}); got {list(image.shape)}"
         if image.is_floating_point() and not image.isfinite().all():
-            holding = image.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
-            return self.to.problem(set(holding), bool(image.isinf().any()))
+            found = (
+                where.flatten(1).any(dim=1).nonzero().flatten().tolist() for where in (image.isnan(), image.isinf())
+            )
+            return self.to.problem(*found)
         return ""
 
     def _expected(self, image: Tensor) -> str:
