@@ -31,8 +31,8 @@ COMMANDS = {
     "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet|FOLDER",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|viscy|onnx --out DIR",
     "import": "another library's weights as a checkpoint: PATH --from official|timm|transformers|viscy --out FILE",
-    "status": "what runs do: step, loss, speed, time left, last evaluation: RUN...",
-    "ls": "a table of the runs in a folder: FOLDER (default: runs)",
+    "status": "what runs and studies do: step, loss, speed, time left, last evaluation: RUN...",
+    "ls": "a table of the runs and studies in a folder: FOLDER (default: runs)",
     "report": "a page that shows runs, side by side: RUN... --out FILE.html",
     "doctor": "check the installation and the engines; with data.path=FOLDER look at a data set",
     "bench": "measure speed: step | evaluate | start | scaling | kernels | data [overrides] [--json FILE]",
@@ -302,21 +302,21 @@ def _init(args: list[str]) -> int:
 
 
 def _status(args: list[str]) -> int:
-    from fcmae.status import describe, read_status
+    from fcmae.status import describe, read_any
 
     parser = _Parser("status")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    print("\n".join([describe(read_status(run)) for run in parser.parse_args(args).runs]))
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs and studies")
+    print("\n".join([describe(read_any(run)) for run in parser.parse_args(args).runs]))
     return 0
 
 
 def _ls(args: list[str]) -> int:
-    from fcmae.status import find_runs, read_status, table
+    from fcmae.status import find_runs, read_any, table
 
     parser = _Parser("ls")
     parser.add_argument("folder", nargs="?", default="runs", help="searched four levels deep (default: %(default)s)")
     folder = parser.parse_args(args).folder
-    print(table([read_status(run) for run in find_runs(folder)], folder))
+    print(table([read_any(run) for run in find_runs(folder)], folder))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``fcmae status`` and ``fcmae ls``: what runs do, read from their folders, without torch and from any machine."""
+"""``fcmae status`` and ``fcmae ls``: what runs and studies do, read from their folders, without torch, anywhere."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import yaml
 from fcmae.errors import UsageError, shown
 from fcmae.opening import open_regular, read_regular
 from fcmae.processes import Process
+from fcmae.study_status import StudyStatus, describe_study, is_study, read_study_status
 
 try:
     import fcntl
@@ -63,6 +64,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() or any((folder / name).is_dir() for name in ("checkpoints", "auto"))
 
 
+def read_any(folder: str | Path) -> RunStatus | StudyStatus:
+    """Reads the folder of a run or a study. Raises UsageError if it holds neither."""
+    folder = Path(folder)
+    return read_study_status(folder, _state(folder / "run.lock")) if is_study(folder) else read_status(folder)
+
+
 def read_status(folder: str | Path) -> RunStatus:
     """Reads a run's folder. Raises UsageError if it holds no run."""
     folder = Path(folder)
@@ -103,21 +110,21 @@ def read_status(folder: str | Path) -> RunStatus:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """The runs at or below a folder, at most :data:`MAX_DEPTH` deep, in the order of their names.
+    """The runs and studies at or below a folder, at most :data:`MAX_DEPTH` deep, in the order of their names.
 
-    Raises UsageError if there is none.
+    The runs of a study are left out. Raises UsageError if there is none.
     """
     top = Path(folder)
     if not top.is_dir():
         raise UsageError(f"no folder {shown(str(top))}")
     found = sorted(_runs_below(top, MAX_DEPTH))
     if not found:
-        raise UsageError(f"{shown(str(top))} holds no runs")
+        raise UsageError(f"{shown(str(top))} holds no runs and no studies")
     return found
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    if is_run(folder):
+    if is_run(folder) or is_study(folder):
         yield folder
     elif depth:
         with contextlib.suppress(OSError):
@@ -126,8 +133,10 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
                     yield from _runs_below(entry, depth - 1)
 
 
-def describe(run: RunStatus, now: float | None = None) -> str:
-    """A run in a few lines of at most 80 columns, file names aside."""
+def describe(run: RunStatus | StudyStatus, now: float | None = None) -> str:
+    """A run or a study in a few lines of at most 80 columns, file names aside."""
+    if isinstance(run, StudyStatus):
+        return describe_study(run, _ago(run.written, now))
     where = f" ({run.holder})" if run.holder else ""
     lines = [f"{shown(str(run.folder))}: {shown(run.task)}, {run.state}{where}"]
     if run.step is not None:
@@ -146,19 +155,22 @@ def describe(run: RunStatus, now: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def table(runs: Sequence[RunStatus], top: str | Path, now: float | None = None) -> str:
-    """A line per run, under a header."""
-    rows = [HEADER]
+def table(runs: Sequence[RunStatus | StudyStatus], top: str | Path, now: float | None = None) -> str:
+    """A line per run or study, under a header."""
+    rows: list[tuple[str, ...]] = [HEADER]
     for run in runs:
-        name = os.path.relpath(run.folder, top)
-        step = "" if run.step is None else f"{run.step}/{run.total}" if run.total else str(run.step)
-        loss = "" if run.loss is None else f"{run.loss:.4g}"
-        speed = "" if run.images_per_second is None else f"{run.images_per_second:.0f}"
-        cells = shown(name), shown(run.task), run.state, step, loss, _scores(run.scores, most=2), speed
-        rows.append((*cells, _ago(run.written, now)))
+        cells = ("study", run.state, run.progress, "", "", "") if isinstance(run, StudyStatus) else _cells(run)
+        rows.append((shown(os.path.relpath(run.folder, top)), *cells, _ago(run.written, now)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     padded = ([f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _cells(run: RunStatus) -> tuple[str, ...]:
+    step = "" if run.step is None else f"{run.step}/{run.total}" if run.total else str(run.step)
+    loss = "" if run.loss is None else f"{run.loss:.4g}"
+    speed = "" if run.images_per_second is None else f"{run.images_per_second:.0f}"
+    return shown(run.task), run.state, step, loss, _scores(run.scores, most=2), speed
 
 
 def _scores(scores: dict[str, float], most: int) -> str:

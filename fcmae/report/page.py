@@ -9,9 +9,10 @@ from fcmae.report.charts import COLOURS, Line, Mark, chart, number
 from fcmae.report.parts import duration, swatch, table, text, tiles, title_of, when
 from fcmae.report.read import RunContent, read_runs
 from fcmae.report.results import data_sheets, evaluations
-from fcmae.report.study import StudyContent, is_study, read_study
+from fcmae.report.study import StudyContent, read_study
 from fcmae.report.style import SCRIPT, STYLE
 from fcmae.status import SIGNS, is_number
+from fcmae.study_status import is_study
 from fcmae.version import __version__
 
 MOST_PROCESSES = 50

@@ -12,10 +12,10 @@ from fcmae.errors import UsageError, shown
 from fcmae.opening import read_regular
 from fcmae.report.charts import Line
 from fcmae.status import is_number
+from fcmae.study_status import MAX_BYTES, MAX_TEXT, STUDY_FILE, read_study_status
 
-STUDY_FILE = "study.json"
-MAX_BYTES, MAX_ROWS, MAX_TEXT = 2**24, 200, 4000
-"""Of the file, of its table, and of a cell or the sentence."""
+MAX_ROWS = 200
+"""Of the table."""
 MOST_ARMS = 40
 GREY, FIRST_OTHER = 7, 1
 """Colours of random weights, and of the first weights that the pretrained ones are compared with."""
@@ -36,14 +36,14 @@ class StudyContent:
     lines: list[Line] | None = None
 
 
-def is_study(folder: str | Path) -> bool:
-    """Whether a folder holds a study that has ended."""
-    return (Path(folder) / STUDY_FILE).is_file()
-
-
 def read_study(folder: str | Path) -> StudyContent:
     """Raises UsageError if study.json cannot be read."""
     path = Path(folder) / STUDY_FILE
+    if not path.exists():
+        status = read_study_status(Path(folder))
+        raise UsageError(
+            f"{shown(str(folder))} is a study without a result yet: {status.progress} measured; continue it first"
+        )
     try:
         given = json.loads(read_regular(path, MAX_BYTES, links=False))
         sentence, table = given["sentence"], given["table"]

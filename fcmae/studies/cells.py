@@ -16,9 +16,10 @@ from fcmae.evaluation import run as evaluation
 from fcmae.files import as_read, defined, read_result, write_result
 from fcmae.opening import own_folder
 from fcmae.studies.arms import Cell, Plan, evaluating, probing, training
+from fcmae.study_status import CELLS, RECIPE
 from fcmae.training.run import finetune
 
-CELLS, RUNS, LOGS, RECIPE = "cells", "runs", "logs", "recipe.json"
+RUNS, LOGS = "runs", "logs"
 MAY_CHANGE = ("labels", "seeds", "arms", "others", "processes")
 """Keys that say how much is measured."""
 Result = dict[str, Any]
@@ -52,7 +53,7 @@ def begin(plan: Plan, folder: Path) -> None:
         now["weights"] = {**known, **weights}
     for name in (CELLS, RUNS, LOGS):
         own_folder(folder / name)
-    write_result(folder / RECIPE, now)
+    write_result(folder / RECIPE, {**now, "cells": [cell.name for cell in plan.cells()]})
 
 
 def _resolved(path: str | None) -> str | None:

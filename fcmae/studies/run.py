@@ -1,5 +1,6 @@
 """The command ``study`` as a function: measures what is not measured yet, then compares."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,10 @@ from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
 from fcmae.studies.cells import Result, begin, result_of
 from fcmae.studies.plot import draw
 from fcmae.studies.processes import measure_all
+from fcmae.study_status import STUDY_FILE
+from fcmae.training.run_dir import RunLock
 
-STUDY_FILE, PLOT_FILE = "study.json", "study.png"
+PLOT_FILE = "study.png"
 
 
 def study(cfg: StudyConfig, folder: Path) -> Path:
@@ -31,8 +34,10 @@ def study(cfg: StudyConfig, folder: Path) -> Path:
         raise UsageError("fcmae study starts a process per GPU itself; run it without torchrun or srun")
     plan = make_plan(cfg)
     try:
-        begin(plan, folder)
-        return _Study(plan, folder).run()
+        with contextlib.closing(RunLock(folder)) as lock:
+            lock.acquire()
+            begin(plan, folder)
+            return _Study(plan, folder).run()
     except OSError as error:  # of any file, also of the log into which measurements print
         if not is_full(folder, error):
             raise

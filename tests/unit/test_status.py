@@ -8,7 +8,7 @@ import pytest
 
 from fcmae.cli import main
 from fcmae.errors import UsageError
-from fcmae.status import describe, find_runs, read_status, table
+from fcmae.status import describe, find_runs, read_any, read_status, table
 from fcmae.training.run_dir import RunLock
 from tests.unit.holder import held
 
@@ -143,3 +143,56 @@ def test_runs_are_found_and_links_are_not_followed(tmp_path, capsys):
         with pytest.raises(UsageError):
             find_runs(wrong)
         assert main(["status", str(wrong)]) == 2
+
+
+def study(folder, planned, measured, **result):
+    (folder / "cells").mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps({"config": {}, **({"cells": planned} if planned else {})}))
+    for name in measured:
+        (folder / "cells" / f"{name}.json").write_text("{}")
+    if result:
+        (folder / "study.json").write_text(json.dumps(result))
+    write(folder / "runs" / "scratch_2_0", [training(3, 1)])
+    return folder
+
+
+def test_studies_among_runs(tmp_path, capsys):
+    """How much of what is planned is measured, whatever was measured before; then the result."""
+    planned = [f"scratch_{label}_0" for label in (2, 4)]
+    begun = study(tmp_path / "begun", planned, [planned[0], "scratch_99_0"])
+    ended = study(tmp_path / "ended", planned, planned, sentence="worth\x1b[31m " + "4 times " * 20)
+    more = study(tmp_path / "more", [*planned, "scratch_8_0"], planned, sentence="worth 4 times")
+    older = study(tmp_path / "older", None, planned)
+    write(tmp_path / "run", [training(3, 1)])
+    assert main(["ls", str(tmp_path)]) == 0
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
+        ["begun", "study", "stopped", "1/2"],
+        ["ended", "study", "done", "2/2"],
+        ["more", "study", "stopped", "2/3"],
+        ["older", "study", "stopped", "2"],
+        ["run", "pretrain", "stopped", "3/200"],
+    ]
+    assert [path.name for path in find_runs(begun / "runs")] == ["scratch_2_0"]
+    status = read_any(ended)
+    assert max(map(len, describe(status).splitlines()[1:])) <= 80
+    assert "\x1b" not in describe(status)
+    assert describe(read_any(more), now=read_any(more).written + 61).splitlines() == [
+        f"{more}: study, stopped",
+        "  2/3 measured, the last 1 min ago",
+        "  before that: worth 4 times",
+    ]
+    assert describe(read_any(older)).startswith(f"{older}: study, stopped\n  2 measured, the last ")
+    with held(begun):
+        assert read_any(begun).state == "running"
+    assert main(["report", str(begun), "--out", str(tmp_path / "page.html")]) == 2
+    assert f"{begun} is a study without a result yet: 1/2 measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"cells": 3, "sentence": [1]}', b"\xff", b"[" * 10**5])
+def test_a_damaged_study_does_no_harm(tmp_path, content):
+    study(tmp_path / "a", ["x"], ["x"])
+    for name in ("recipe.json", "study.json"):
+        (tmp_path / "a" / name).write_bytes(content)
+    assert describe(read_any(tmp_path / "a"))
+    assert table([read_any(tmp_path / "a")], tmp_path)

@@ -14,6 +14,7 @@ from PIL import Image
 import fcmae
 from fcmae.config import compose
 from fcmae.errors import ConfigError, Interrupted, UsageError
+from fcmae.status import read_any
 from fcmae.studies import cells, compare, processes
 from fcmae.studies.arms import choose_arms, choose_budgets, choose_metric, make_plan, steps_of, training
 from fcmae.studies.compare import Budget, Difference, Worth, paired, verdict, worth
@@ -21,6 +22,7 @@ from fcmae.tasks.objectives import Classify
 from tests.conftest import TINY_PRETRAIN
 from tests.dense_files import write_squares
 from tests.in_process import unchanged
+from tests.unit.holder import held
 
 STUDY = (
     "study",
@@ -102,11 +104,15 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
     stopped = fcmae_here(*STUDY, "seeds=1", check=75).stderr
     assert "4 of 10 measured; auto_all_0: stopped by SIGTERM; the same command with hydra.run.dir=" in stopped
     assert not (here / "study" / "study.json").exists()
+    assert read_any(here / "study").progress == "4/10"
+    with held(here / "study"):
+        assert "study is in use by another run" in fcmae_here(*STUDY, "seeds=1", check=2).stderr
     monkeypatch.setattr(cells, "_measured", lambda *a: fake(*a, most=99))
     fcmae_here(*STUDY, "seeds=1")
     assert measured == [f"{arm}_{label}_0" for label in ("all", 2) for arm in ARMS]
     changed = fcmae_here(*STUDY, "seeds=1", "steps=3", check=2).stderr
     assert "give its values again, or another hydra.run.dir:\n  steps: 2 -> 3" in changed
+    assert read_any(here / "study").state == "done"
     measured.clear()
     fcmae_here(*STUDY, "seeds=2", "labels=[2]", "arms=[random_probe,pretrained_probe]")  # more of the same study
     assert measured == ["random_probe_2_1", "pretrained_probe_2_1"]
