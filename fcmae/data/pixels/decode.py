@@ -158,9 +158,11 @@ def decode(
     may_be_nan: frozenset[int] = frozenset(),
     exact: bool = False,
     extra: frozenset[int] = frozenset(),
+    unread: frozenset[int] = frozenset(),
 ) -> Tensor:
     """An image ``[in_chans, H, W]`` as :class:`PixelFormat` says. Raises ImageError naming the file, for any damage."""
-    return open_image(image, PixelFormat(in_chans, bit_depth, max_pixels, dtype, may_be_nan, exact, extra)).pixels(1)
+    to = PixelFormat(in_chans, bit_depth, max_pixels, dtype, may_be_nan, exact, extra, unread)
+    return open_image(image, to).pixels(1)
 
 
 def open_image(image: Encoded | Tensor | LazyImage, to: PixelFormat) -> LazyImage:
