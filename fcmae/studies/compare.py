@@ -139,8 +139,13 @@ def verdict(table: Table, budgets: Sequence[Budget], ours: str, rivals: Sequence
             gains[str(budget.label)], best[str(budget.label)] = difference, rival
     measured = [budget for budget in budgets if str(budget.label) in gains]
     if not measured:
-        lacks = f"{ours} is not measured" if rivals and ours else "no arm has " + ("random" if ours else "pretrained")
-        return Verdict(f"nothing to compare: {lacks}" + " weights" * (not rivals or not ours), None, gains, best)
+        if not rivals or not ours:
+            lacks = f"no arm has {'random' if ours else 'pretrained'} weights"
+        elif any(of_budget.get(ours) for of_budget in table.values()):
+            lacks = f"{sign_and_name(metric)[1]} is not defined for {ours} and an arm without pretraining"
+        else:
+            lacks = f"{ours} is not measured"
+        return Verdict(f"nothing to compare: {lacks}", None, gains, best)
     sure = [budget for budget in measured if gains[str(budget.label)].sure > 0]
     below = [budget for budget in sure if budget.images < curve[-1][0]]
     times = None
@@ -187,8 +192,8 @@ def markdown(table: Table, budgets: Sequence[Budget], arms: Sequence[str], metri
         for budget in budgets:
             scores = table.get(str(budget.label), {}).get(arm, {})
             mean, deviation = spread(scores)
-            text = "" if math.isnan(mean) else f"{_number(sign * mean)} ± {_number(deviation)}"
-            cells.append(text if len(scores) != 1 else _number(sign * mean))
+            text = _number(sign * mean) + f" ± {_number(deviation)}" * (len(scores) > 1)
+            cells.append("" if math.isnan(mean) else text)
         if any(cells):
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines

@@ -45,7 +45,8 @@ def draw(summary: dict[str, Any], file: Path) -> str | None:
     axes.minorticks_off()
     axes.set(xlabel="labelled training images", ylabel=name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.lines:  # no score may be defined
+        axes.legend(fontsize=8)
     with output("study.png", file) as out:
         figure.savefig(out, dpi=150, format="png")
     return None

@@ -138,6 +138,17 @@ def test_scores_that_are_not_defined(fcmae_here, here, monkeypatch):
     assert (here / "study" / "study.json").read_text() == first
 
 
+def test_a_metric_that_is_never_defined(fcmae_here, here, monkeypatch):
+    monkeypatch.setattr(cells, "_measured", lambda *given: ({"top1": math.nan, "images": 40}, {}))
+    for seeds in (1, 2):
+        fcmae_here(*STUDY, f"seeds={seeds}", "labels=[2]", "arms=[scratch,finetuned]", "objective.best=top1")
+        found = strict((here / "study" / "study.json").read_text())
+        expected = "nothing to compare: top1 is not defined for finetuned and an arm without pretraining"
+        assert (found["sentence"], len(found["table"])) == (expected, 2)
+    fcmae_here("report", "study", "--out", "page.html")
+    assert "top1 is not defined" in (here / "page.html").read_text()
+
+
 def strict(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
