@@ -201,10 +201,17 @@ def studied(folder: Path) -> None:
     (folder / "study").mkdir()
     table = ["| labels | pretrained |", "|---|---|", "| 10 | 50.0 |"]
     (folder / "study" / "study.json").write_text(json.dumps({"sentence": "It helps.", "table": table, "cells": []}))
+    (folder / "study" / "recipe.json").write_text(json.dumps({"config": {}, "cells": ["scratch_10_0", "auto_10_0"]}))
+    (folder / "study" / "cells").mkdir()
+    (folder / "study" / "cells" / "scratch_10_0.json").write_text("{}")
     Image.new("RGB", (16, 16)).save(folder / "study" / "study.png")
 
 
 def read_study(folder: Path) -> str:
+    """What ``status``, ``ls`` and ``report`` do."""
+    found = status.read_any(folder / "study")
+    text = "\n".join([status.describe(found), status.table([found], folder)])
+    assert text.replace("\n", "").isprintable()
     write_page([str(folder / "study")], str(folder / "page.html"))
     assert SCRIPT not in (folder / "page.html").read_text()
     return "shown"
