@@ -20,6 +20,7 @@ from fcmae.data.sources.table import TableImages
 from fcmae.errors import UsageError
 from fcmae.studies import cells
 from fcmae.studies.arms import make_plan
+from fcmae.training import setup
 from tests.coco_files import write_coco, write_json
 from tests.conftest import TINY
 
@@ -122,6 +123,15 @@ def test_a_column_that_is_not_read_may_change(files):
 
 def test_a_source_that_cannot_say():
     assert listing_digest(Synthetic(3, 3, (8, 8))) is None
+
+
+def test_a_checkpoints_text_is_only_text(files):
+    assert setup.changed_listing(3, None, table()(files))[LISTING][0] is None
+    ((old, new),) = setup.changed_listing(3, "\x1b[31m" + "x" * 99, table()(files)).values()
+    assert old.isprintable()
+    assert len(old) < 60
+    assert old != new
+    assert setup.changed_listing(4, "other", table()(files)) == {}  # their number is said instead
 
 
 def test_a_run_does_not_resume_with_an_edited_table(fcmae_here, files):
