@@ -3,9 +3,9 @@
 # Several GPUs: docker run ... --entrypoint torchrun fcmae --nproc_per_node=8 -m fcmae.cli pretrain ...
 #
 # torch's wheels bring CUDA's libraries, so the base image has to bring Python or apt-get only. Without a GPU:
-#   docker build -t fcmae --build-arg BASE_IMAGE=python:3.12-slim \
+#   docker build -t fcmae --build-arg BASE_IMAGE=docker.io/library/python:3.12-slim \
 #       --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
-ARG BASE_IMAGE=nvidia/cuda:12.8.1-runtime-ubuntu24.04
+ARG BASE_IMAGE=docker.io/nvidia/cuda:12.8.1-runtime-ubuntu24.04
 FROM ${BASE_IMAGE}
 
 # A C compiler and Python's headers are for torch.compile and Triton. python:*-slim has its own Python with headers.
