@@ -5,12 +5,14 @@ OUT ?= demo
 DATA ?=
 MINUTES ?= 20
 STEPS ?= 20000
+BUILDERS ?= docker podman buildah
+IMAGE ?= fcmae
 BIN := $(VENV)/bin
 # constraints.txt holds the versions the tests last passed with; pyproject.toml declares what is allowed.
 # Without --no-compile pip compiles all of torch; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm fuzz golden golden-update audit lint format reference docs release image demo-data clean
+.PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm fuzz golden golden-update audit lint format reference docs release image test-image demo-data clean
 
 demo: $(VENV)/.demo demo-data
 	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -95,11 +97,15 @@ docs: $(VENV)/.docs
 release: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.release
 
-# The container image, by whichever of Docker, Podman and Buildah is installed; BUILD_ARGS are passed on.
+# The container image, by the first of BUILDERS that works; BUILD_ARGS are passed on.
 image:
-	@for builder in docker podman buildah; do \
-	    $$builder info >/dev/null 2>&1 && exec $$builder build $(BUILD_ARGS) -t fcmae .; \
-	done; echo "no docker, podman or buildah works here"; exit 1
+	@for builder in $(BUILDERS); do \
+	    $$builder info >/dev/null 2>&1 && exec $$builder build $(BUILD_ARGS) -t $(IMAGE) .; \
+	done; echo "no builder works here; install or start one of: $(BUILDERS)"; exit 1
+
+# Builds the image and runs it, or checks what can be checked without a builder.
+test-image: $(VENV)/.dev
+	$(BIN)/python .ci/image
 
 # Debian packages the data set; elsewhere `fcmae demo` downloads it or says how to get it.
 demo-data:
