@@ -15,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 .PHONY: demo test test-slow test-gpu test-tf test-clients test-minkowski test-rest faults test-faults chaos soak test-slurm fuzz golden golden-update audit lint format reference docs release image test-image demo-data clean
 
 demo: $(VENV)/.demo demo-data
-	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA))
+	$(BIN)/fcmae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -28,6 +28,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "QUERIES", 500)
     monkeypatch.setattr(demo, "STEPS", 20)
     monkeypatch.setattr(demo.Plan, "RECIPE", (8.0, 12.0))
+    monkeypatch.setattr(demo.Plan, "ENOUGH", demo.Plan.LEAST)
     monkeypatch.setattr(demo, "compose", lambda command, overrides: compose(command, [*overrides, *NARROW]))
 
 
