@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fcmae.checkpoints import checkpoint
@@ -17,10 +18,13 @@ from fcmae.data.sources.array import ArrayImages
 from fcmae.data.sources.base import LISTING, listing_digest
 from fcmae.data.sources.coco import CocoImages, CocoObjects
 from fcmae.data.sources.table import TableImages
+from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.studies import cells
 from fcmae.studies.arms import make_plan
+from fcmae.tasks.finetuning import Finetuning
 from fcmae.training import setup
+from fcmae.training.few_labels import _Search
 from tests.coco_files import write_coco, write_json
 from tests.conftest import TINY
 
@@ -150,6 +154,22 @@ def test_a_run_does_not_resume_with_an_edited_table(fcmae_here, files):
     fcmae_here(*run, "trainer.allow_changed_recipe=true")
     state = checkpoint.read(checkpoint.resolve(f"{files.parent}/run@last"))
     assert state["listing"] == listing_digest(table(label_column=["age"])(files))
+
+
+def test_a_search_does_not_continue_with_an_edited_table(files, monkeypatch):
+    monkeypatch.chdir(files)
+    overrides = ["recipe=auto", "data=table", "data.path=t.csv", "data.label_column=kind", "model=demo"]
+    overrides += ["data.image_size=32", "trainer.eval_every_epochs=null"]
+
+    def begin():
+        task = Finetuning(compose("finetune", overrides))
+        _Search(task, files / "run", World(0, 1, 0, 1, torch.device("cpu")), None, None)._begin()
+
+    begin()
+    begin()
+    replaced("1.png,x", "1.png,y")(files)
+    with pytest.raises(UsageError, match=f"\n  {LISTING}: "):
+        begin()
 
 
 def test_a_study_does_not_continue_with_an_edited_table(files, monkeypatch):
