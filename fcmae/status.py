@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ except ImportError:  # not a POSIX system: whether a run goes on is not known
 TAIL = 2**18
 """Bytes from the end of metrics.jsonl that are read."""
 MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
+LARGEST = 1e300
 SIGNS = ("effective_rank", "feature_cosine", "dead_channels")
 HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
 
@@ -234,8 +234,8 @@ def _is_final(folder: Path, steps: list[int]) -> bool:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a file is a finite number, that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """Whether a value from a file is a finite number, with room for sums and rounding."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def read_config(path: Path) -> dict[str, Any]:

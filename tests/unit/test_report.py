@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fcmae.report.charts import Line, chart, number, thinned, ticks
 from fcmae.report.page import render
 from fcmae.report.read import PICTURE_BYTES, read_run, read_runs
 from fcmae.report.study import read_study
+from fcmae.status import describe, read_status
 from tests.conftest import TINY_PRETRAIN
 from tests.unit.test_status import training, write
 
@@ -216,6 +218,16 @@ def test_damaged_files_are_left_out(run):
     assert [picture.step for picture in content.pictures] == [50]
     assert content.series["loss"][-1][0] == 100
     assert render([content])
+
+
+def test_numbers_that_are_almost_infinite(run):
+    """Whose sums and roundings are: JSON in the page would not be read."""
+    largest = sys.float_info.max
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": largest - n}) + "\n" for n in (1, 2)))
+    (run / "result.json").write_text(json.dumps({"top1": largest}))
+    text = render([read_run(run, "a")])
+    assert "Infinity" not in text
+    assert describe(read_status(run))
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, run, capsys):
