@@ -50,8 +50,9 @@ class Plan:
 
     With the demo's 100 labels pretraining gained -1.7 points of top-1 after a quarter of it, +0.6 after half and +1.8
     after all (`fcmae demo` and its experiments, seed 0, 2 CPU cores, November 2026; with other labels, seed 1, +1.7
-    after a quarter and +3.9 after half). Over the logarithm of the epochs that is about +1.3 after three quarters. On 10,000 test images less than 1
-    may be chance: two standard errors of the difference of networks that disagree on a quarter of the images.
+    after a quarter and +3.9 after half). Over the logarithm of the epochs that is about +1.3 after three quarters. On
+    10,000 test images less than 1 may be chance: two standard errors of the difference of networks that disagree on a
+    quarter of the images.
     """
     RESERVE = 0.15
     """Share of the time that is kept for a machine that becomes slower."""
