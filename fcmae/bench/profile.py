@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "depthwise": r"^(forward_kernel|weight_grad_kernel|taps_kernel|add_partial_kernel)$",
-    "GELU + GRN": r"^(_forward|_backward)$",
+    "depthwise": r"^(forward|weight_grad|taps|add_partial)_kernel$",
+    "GELU + GRN": r"^(_forward|_backward|forward_held|backward_held)$",
     "optimizer": r"multi_tensor_apply|Fused(Adam|Optimizer)",
     "dense convolution": r"cudnn|conv|[dw]grad|fprop|nchwToNhwc",
     "matrix products": r"nvjet|gemm|cutlass|cublas",

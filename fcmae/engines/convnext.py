@@ -124,7 +124,7 @@ def pointwise(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
         x: ``[N, ..., C]``, the sites of N images.
         grn_scope: GRN's norm over the sites of an ``image`` or of the whole ``batch``.
     """
-    h = _activate(block, layer_norm(x, block.norm), grn_scope)
+    h = _activate(block, kernels.layer_norm(x, block.norm.weight, block.norm.bias, block.norm.eps), grn_scope)
     h = linear(h, block.mlp.fc2)
     return h if block.gamma is None else h * block.gamma
 
@@ -139,7 +139,7 @@ def _activate(block: ConvNeXtBlock, x: Tensor, grn_scope: str) -> Tensor:
         return kernels.grn(_images(h, grn_scope), grn_layer.weight, grn_layer.bias, grn_layer.eps).view_as(h)
     # A GPU's kernel adds fc1's bias, see gelu_grn; on a CPU the product does.
     bias = fc1.bias if is_fused(block, x) else None
-    h = linear(x, fc1) if bias is None else F.linear(x, fc1.weight.flatten(1))
+    h = linear(x, fc1) if bias is None else kernels.linear_mixed(x, fc1.weight.flatten(1))
     sites = _images(h, grn_scope)
     return kernels.gelu_grn(sites, grn_layer.weight, grn_layer.bias, grn_layer.eps, input_bias=bias).view_as(h)
 

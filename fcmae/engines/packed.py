@@ -60,6 +60,7 @@ def _shapes(
         block = next(convnext.blocks(stage))
         channels, _, kernel, _ = block.conv_dw.weight.shape
         yield precompile.DepthwiseShape((where.rows, where.cols), keep, side, channels, kernel, dtype)
+        yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs) and grn_scope == "image":
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
 
@@ -67,7 +68,9 @@ def _shapes(
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:
     """The visible pixels of ``[N, C, H, W]``, and no others, to the first stage's sites ``[N, V, S, S, D]``."""
     patches = gather_patches(imgs, where.index, where.rows, where.cols)
-    return convnext.layer_norm(convnext.patchwise_conv(patches, conv), norm)
+    x = convnext.patchwise_conv(patches, conv)
+    # Autocast's norms are float32; the sums of the first stage's blocks have the type of the other stages'.
+    return convnext.layer_norm(x, norm).to(x.dtype)
 
 
 def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 An image couples its channels by one number only: the mean norm, and in the backward pass the sum in its derivative.
 So a program owns some channels of one image: it reduces them over all sites, exchanges that number with the other
 programs of the image, and writes the result in the same launch. In between it holds its channels in registers
-(forward, up to 320 sites) or reads them again microseconds after the first time.
+(:mod:`fcmae.kernels.grn_held`, up to 320 sites: bfloat16, in the forward pass float16 too) or reads them again
+microseconds after the first time.
 
 The exchange needs the programs of an image to run at the same time. They are neighbours in the launch order, which is
 the order that devices start programs in, and never more than the device has multiprocessors; so the programs that wait
@@ -27,39 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fcmae.kernels import precompile
+from fcmae.kernels.gelu import ALPHA, scaled_gelu, scaled_gelu_and_slope, sum_over_image
+from fcmae.kernels.grn_held import backward_held, forward_held
 from fcmae.kernels.target import target
-
-ALPHA = tl.constexpr(0.8493218002880191)
-"""sqrt(log2(e) / 2)"""
-
-
-@triton.jit
-def _erf_magnitude(u, gauss, EXACT: tl.constexpr):
-    """erf(|x| / sqrt(2)) at u = ALPHA x, with gauss = exp(-x^2 / 2)."""
-    if EXACT:
-        return tl.erf(tl.abs(u) * 0.8325546111576977)
-    r = tl.rsqrt(tl.abs(u) * 0.6475755124 + 1.0)
-    # tails * r = 2 m(|x|) / sqrt(2 pi)
-    tails = -1.682142756 * r + 4.614482
-    tails = tails * r - 3.45367596
-    tails = tails * r + 1.692081608
-    tails = tails * r - 0.170706725
-    return 1.0 - gauss * (tails * r)
-
-
-@triton.jit
-def _scaled_gelu(u, EXACT: tl.constexpr):
-    """2 ALPHA GELU(x) at u = ALPHA x."""
-    return u + tl.abs(u) * _erf_magnitude(u, tl.exp2(-(u * u)), EXACT)
-
-
-@triton.jit
-def _scaled_gelu_and_slope(u, EXACT: tl.constexpr):
-    """2 ALPHA GELU(x) and 2 GELU'(x) at u = ALPHA x."""
-    gauss = tl.exp2(-(u * u))
-    erf = _erf_magnitude(u, gauss, EXACT)
-    slope = 1.0 + tl.where(u >= 0, erf, -erf) + (0.9394372786996513 * u) * gauss
-    return u + tl.abs(u) * erf, slope
 
 
 @triton.jit
@@ -84,29 +55,9 @@ def _shift(input_bias, c, in_width, HAS_INPUT_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_image(value, mail, image, part, parts, PARTS: tl.constexpr):
-    """Adds up one float32 of every program of an image.
-
-    ``mail`` is int64 ``[N, parts]``, zero at first. A word carries a number in its low half and 1 in its high half, so
-    that a number and the sign that it has arrived are one access, which needs no memory fence.
-    """
-    if PARTS == 1:
-        return value
-    mail += image * parts
-    word = (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
-    tl.atomic_xchg(mail + part, word, sem="relaxed")
-    k = tl.arange(0, PARTS)
-    # volatile: past the multiprocessor's own cache, which would not see what the others write.
-    words = tl.load(mail + k, mask=k < parts, other=1 << 32, volatile=True)
-    while tl.min(words >> 32, 0) == 0:
-        words = tl.load(mail + k, mask=k < parts, other=1 << 32, volatile=True)
-    return tl.sum(words.to(tl.int32).to(tl.float32, bitcast=True), 0)
-
-
-@triton.jit
 def _forward(
     x, input_bias, weight, bias, y, norms, means, mail, R, D, parts, eps,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
@@ -121,47 +72,31 @@ def _forward(
     shift = _shift(input_bias, c, in_width, HAS_INPUT_BIAS)
 
     squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    tiles = ()
-    for i in tl.static_range(HELD):
-        inside = (i * ROWS + row < R)[:, None] & in_width[None, :]
-        tiles += (_load(x + i * ROWS * D + tile, inside, WHOLE),)  # type: ignore[assignment]
-    held = ()
-    for i in tl.static_range(HELD):
-        h = _scaled_gelu(tiles[i] * ALPHA + shift, EXACT)
+    for start in tl.range(0, R, ROWS, num_stages=STAGES):
+        inside = (start + row < R)[:, None] & in_width[None, :]
+        v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
+        h = scaled_gelu(v * ALPHA + shift, EXACT)
         if not WHOLE:
-            h = tl.where((i * ROWS + row < R)[:, None], h, 0.0)
+            h = tl.where(inside, h, 0.0)
         squares += h * h
-        held += (h,)  # type: ignore[assignment]
-    if HELD == 0:
-        for start in tl.range(0, R, ROWS, num_stages=STAGES):
-            inside = (start + row < R)[:, None] & in_width[None, :]
-            v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
-            h = _scaled_gelu(v * ALPHA + shift, EXACT)
-            if not WHOLE:
-                h = tl.where(inside, h, 0.0)
-            squares += h * h
 
     norm = tl.sqrt(tl.sum(squares, 0)) * (0.5 / ALPHA)
     norm = tl.where(in_width, norm, 0.0)
     tl.store(norms + image * D + c, norm, mask=in_width)
-    mean = _sum_over_image(tl.sum(norm, 0), mail, image, part, parts, PARTS) / D
+    mean = sum_over_image(tl.sum(norm, 0), mail, image, part, parts, PARTS) / D
     if part == 0:
         tl.store(means + image, mean)
     w = tl.load(weight + c, mask=in_width, other=0.0).to(tl.float32)
     scale = ((1.0 + w * (norm / (mean + eps))) * (0.5 / ALPHA))[None, :]
     b = tl.load(bias + c, mask=in_width, other=0.0).to(tl.float32)[None, :]
 
-    for i in tl.static_range(HELD):
-        inside = (i * ROWS + row < R)[:, None] & in_width[None, :]
-        _store(y + i * ROWS * D + tile, held[i] * scale + b, inside, WHOLE)
-    if HELD == 0:
-        steps = tl.cdiv(R, ROWS)
-        for i in tl.range(0, steps, num_stages=STAGES):
-            start = (steps - 1 - i) * ROWS  # last read first: the likeliest to be in the cache still
-            inside = (start + row < R)[:, None] & in_width[None, :]
-            v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
-            h = _scaled_gelu(v * ALPHA + shift, EXACT)
-            _store(y + tl.cast(start, tl.int64) * D + tile, h * scale + b, inside, WHOLE)
+    steps = tl.cdiv(R, ROWS)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        start = (steps - 1 - i) * ROWS  # last read first: the likeliest to be in the cache still
+        inside = (start + row < R)[:, None] & in_width[None, :]
+        v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
+        h = scaled_gelu(v * ALPHA + shift, EXACT)
+        _store(y + tl.cast(start, tl.int64) * D + tile, h * scale + b, inside, WHOLE)
 
 
 @triton.jit
@@ -190,7 +125,7 @@ def _backward(
         offset = tl.cast(start, tl.int64) * D
         v = _load(x + offset + tile, inside, WHOLE)
         d = _load(dy + offset + tile, inside, WHOLE)
-        dot += d * _scaled_gelu(v * ALPHA + shift, EXACT)
+        dot += d * scaled_gelu(v * ALPHA + shift, EXACT)
         total += d
 
     # dL/dn_c = w_c dot_c with dot_c = sum_r dy_rc g_rc, and n_c = G_c / m with m = mean G + eps, so
@@ -201,7 +136,7 @@ def _backward(
     dot_c = tl.sum(dot, 0) * (0.5 / ALPHA)
     tl.store(sums + c, dot_c * norm * inverse, mask=in_width)
     tl.store(sums + D + c, tl.sum(total, 0), mask=in_width)
-    coupled = _sum_over_image(tl.sum(w * dot_c * norm * inverse, 0), mail, image, part, parts, PARTS)
+    coupled = sum_over_image(tl.sum(w * dot_c * norm * inverse, 0), mail, image, part, parts, PARTS)
     pull = (w * dot_c - coupled / D) * inverse / tl.where(norm > 0, norm, 1.0)
     pull = (tl.where(norm > 0, pull, 0.0) * (0.25 / ALPHA))[None, :]
     scale = (0.5 + 0.5 * w * norm * inverse)[None, :]
@@ -214,7 +149,7 @@ def _backward(
         offset = tl.cast(start, tl.int64) * D
         v = _load(x + offset + tile, inside, WHOLE)
         d = _load(dy + offset + tile, inside, WHOLE)
-        h, slope = _scaled_gelu_and_slope(v * ALPHA + shift, EXACT)
+        h, slope = scaled_gelu_and_slope(v * ALPHA + shift, EXACT)
         z = (d * scale + h * pull) * slope
         _store(dx + offset + tile, z, inside, WHOLE)
         if not WHOLE:
@@ -231,25 +166,25 @@ class Tiling(NamedTuple):
     warps: int
 
 
-# Chosen from about twenty measured for each of 19, 76, 304 and 1216 sites (rows 1, 4, 16 and streamed) on an H200.
+# The fastest of about twenty measured for each of 19, 76, 304 and 1216 sites (rows 1, 4, 16 and streamed) on an H200.
 HELD_TILES = 20
-"""Tiles that the forward pass holds in registers at most: with 4 elements per thread and tile, 80 registers."""
+"""Tiles that a program holds in registers at most."""
 FORWARD_HELD = {
     1: Tiling(1, 256, 2),
     2: Tiling(2, 128, 2),
     4: Tiling(4, 64, 2),
-    8: Tiling(8, 32, 2),
-    16: Tiling(16, 32, 4),
+    8: Tiling(8, 64, 4),
+    16: Tiling(16, 64, 8),
+}
+BACKWARD_HELD = {
+    1: Tiling(1, 256, 4),
+    2: Tiling(2, 128, 4),
+    4: Tiling(4, 64, 4),
+    8: Tiling(8, 32, 4),
+    16: Tiling(16, 32, 8),
 }
 FORWARD_STREAMED, FORWARD_STAGES = Tiling(32, 64, 4), 3
-BACKWARD = {
-    1: Tiling(1, 512, 2),
-    2: Tiling(2, 256, 2),
-    4: Tiling(4, 128, 2),
-    8: Tiling(8, 64, 2),
-    16: Tiling(16, 64, 4),
-}
-BACKWARD_STAGES = 4
+BACKWARD_STREAMED, BACKWARD_STAGES = Tiling(16, 64, 4), 4
 
 
 def _rows(sites: int) -> int:
@@ -270,15 +205,26 @@ def _fit(tiling: Tiling, x: Tensor) -> tuple[Tiling, int]:
     return Tiling(rows, channels, warps), triton.cdiv(width, channels)
 
 
-def _shape_constants(tiling: Tiling, parts: int, x: Tensor, input_bias: Tensor | None) -> dict:
-    return {
+def _plan(
+    held: dict[int, Tiling], streamed: Tiling, x: Tensor, input_bias: Tensor | None, types: tuple[torch.dtype, ...]
+) -> tuple[int, bool, dict]:
+    """Programs per image, whether they hold their sites in registers, and the constants of the kernels."""
+    _, sites, width = x.shape
+    tiling, parts = _fit(held.get(_rows(sites), streamed), x)
+    hold = x.dtype in types and _rows(sites) in held and width % tiling.channels == 0
+    constants = {
         "ROWS": tiling.rows,
-        "CHANNELS": tiling.channels,
         "PARTS": triton.next_power_of_2(parts),
-        "WHOLE": x.shape[1] % tiling.rows == 0 and x.shape[2] % tiling.channels == 0,
         "HAS_INPUT_BIAS": input_bias is not None,
         "num_warps": tiling.warps,
     }
+    if hold:
+        constants |= {"PAIRS": tiling.channels // 2, "HELD": triton.cdiv(sites, tiling.rows)}
+        constants |= {"TAIL": sites % tiling.rows != 0, "NVIDIA": target(x).converts_pairs}
+    else:
+        whole = sites % tiling.rows == 0 and width % tiling.channels == 0
+        constants |= {"CHANNELS": tiling.channels, "WHOLE": whole}
+    return parts, hold, constants
 
 
 @torch.library.custom_op("fcmae::gelu_grn", mutates_args=())
@@ -293,13 +239,15 @@ def gelu_grn_forward(
     y = torch.empty_like(x)
     norms = torch.empty(n, d, dtype=torch.float32, device=x.device)
     means = torch.empty(n, dtype=torch.float32, device=x.device)
-    tiling, parts = _fit(FORWARD_HELD.get(_rows(r), FORWARD_STREAMED), x)
-    held = triton.cdiv(r, tiling.rows) if _rows(r) in FORWARD_HELD else 0
+    parts, hold, constants = _plan(FORWARD_HELD, FORWARD_STREAMED, x, input_bias, (torch.bfloat16, torch.float16))
     mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
-    _forward[(n * parts,)](
-        x, input_bias, weight, bias, y, norms, means, mail, r, d, parts, eps,
-        HELD=held, STAGES=FORWARD_STAGES, **_shape_constants(tiling, parts, x, input_bias),
-    )  # fmt: skip
+    others = input_bias, weight, bias
+    rest = norms, means, mail, r, d, parts, eps
+    if hold:
+        bf16 = x.dtype == torch.bfloat16
+        forward_held[(n * parts,)](x.view(torch.int32), *others, y.view(torch.int32), *rest, BF16=bf16, **constants)
+    else:
+        _forward[(n * parts,)](x, *others, y, *rest, STAGES=FORWARD_STAGES, **constants)
     return y, norms, means
 
 
@@ -320,12 +268,16 @@ def gelu_grn_backward(
     input_bias = None if input_bias is None else input_bias.contiguous()
     dx = torch.empty_like(x)
     sums = torch.empty(n, 3, d, dtype=torch.float32, device=x.device)
-    tiling, parts = _fit(BACKWARD[min(_rows(r), max(BACKWARD))], x)
+    # What the backward pass holds is rounded to fewer bits than float16 has.
+    parts, hold, constants = _plan(BACKWARD_HELD, BACKWARD_STREAMED, x, input_bias, (torch.bfloat16,))
     mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
-    _backward[(n * parts,)](
-        dy, x, input_bias, weight, norms, means, dx, sums, mail, r, d, parts, eps,
-        STAGES=BACKWARD_STAGES, **_shape_constants(tiling, parts, x, input_bias),
-    )  # fmt: skip
+    others = input_bias, weight, norms, means
+    rest = sums, mail, r, d, parts, eps
+    if hold:
+        words = (t.view(torch.int32) for t in (dy, x))
+        backward_held[(n * parts,)](*words, *others, dx.view(torch.int32), *rest, **constants)
+    else:
+        _backward[(n * parts,)](dy, x, *others, dx, *rest, STAGES=BACKWARD_STAGES, **constants)
     return dx, sums
 
 

@@ -45,3 +45,60 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def linear_mixed(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``; for 16-bit ``x`` on a GPU the float32 gradient of ``weight`` is written by the product itself.
+
+    Autocast's product writes 16 bits, which another pass reads, converts and writes.
+
+    Args:
+        x: ``[..., C]``.
+        weight: ``[D, C]``.
+
+    Returns:
+        ``[..., D]`` in the dtype of ``x``.
+    """
+    if x.is_cuda and x.element_size() == 2 and weight.dtype == torch.float32:
+        return _linear_mixed(x, weight)[0]
+    return F.linear(x, weight)
+
+
+@torch.library.custom_op("fcmae::linear_mixed", mutates_args=())
+def _linear_mixed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The product, and the weight in the dtype of ``x``."""
+    cast = weight.to(x.dtype)
+    return F.linear(x, cast), cast
+
+
+@_linear_mixed.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), weight.new_empty(weight.shape, dtype=x.dtype)
+
+
+@torch.library.custom_op("fcmae::product_float32", mutates_args=())
+def _product_float32(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad.T @ x`` of 16-bit matrices, in float32."""
+    if x.is_cuda:
+        return torch.mm(grad.t(), x, out_dtype=torch.float32)
+    return grad.t().float() @ x.float()
+
+
+@_product_float32.register_fake
+def _(grad, x):
+    return x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    x, cast = ctx.saved_tensors
+    grad = grad.reshape(-1, cast.shape[0])
+    of_weight = _product_float32(grad, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+    return (grad @ cast).view(x.shape), of_weight
+
+
+_linear_mixed.register_autograd(_gradients, setup_context=_save)

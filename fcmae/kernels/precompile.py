@@ -50,7 +50,14 @@ class GeluGrnShape(NamedTuple):
     dtype: str
 
 
-Shape = DepthwiseShape | GeluGrnShape
+class NormShape(NamedTuple):
+    """What the kernels of a layer normalisation are specialised for."""
+
+    channels: int
+    dtype: str
+
+
+Shape = DepthwiseShape | GeluGrnShape | NormShape
 
 _started: set[tuple[Shape, int]] = set()
 """Shapes and devices."""

@@ -11,6 +11,8 @@ class Target(NamedTuple):
     processors: int
     """Multiprocessors; 0 without a GPU, where Triton's interpreter runs programs one after another."""
     nvidia: bool
+    converts_pairs: bool
+    """One instruction makes a word of two 16-bit numbers: NVIDIA's GPUs from compute capability 8.0."""
 
 
 _instead: Target | None = None
@@ -21,8 +23,9 @@ def target(x: Tensor) -> Target:
     if _instead is not None:
         return _instead
     if not x.is_cuda:
-        return Target(0, False)
-    return Target(cuda.get_device_properties(x.device).multi_processor_count, version.hip is None)
+        return Target(0, False, False)
+    properties, nvidia = cuda.get_device_properties(x.device), version.hip is None
+    return Target(properties.multi_processor_count, nvidia, nvidia and properties.major >= 8)
 
 
 def pretend(gpu: Target) -> None:

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from fcmae.kernels import depthwise_launch
 from fcmae.kernels.depthwise import neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
+from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.target import Target, pretend
 
 
@@ -109,9 +110,16 @@ def _gelu_grn_backward(sites: int, channels: int, dtype: str) -> None:
     gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
 
 
+def _norm(channels: int, dtype: str) -> None:
+    x, parameter = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    layer_norm_forward(x, parameter, parameter, 1e-6)
+    layer_norm_backward(x, x, parameter, torch.zeros(16), torch.zeros(16))
+
+
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
+    "NormShape": {"both": _norm},
 }
 """By the kind of shape. Each function is called with the shape's fields."""
 

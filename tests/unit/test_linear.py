@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fcmae.kernels import linear
+from fcmae.kernels.linear import _linear_mixed
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,3 +48,14 @@ def test_compiles_into_one_graph():
     x, weight, bias = torch.randn(2, 5, 8, requires_grad=True), torch.randn(4, 8), torch.randn(4)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_a_mixed_product_has_a_float32_gradient_of_the_weight():
+    x, dy = (torch.randn(2, 5, d, dtype=torch.bfloat16) for d in (8, 6))
+    x.requires_grad_()
+    weight = torch.randn(6, 8, requires_grad=True)
+    y, _ = _linear_mixed(x, weight)
+    grads = torch.autograd.grad(y, (x, weight), dy)
+    assert torch.equal(y, F.linear(x, weight.bfloat16()))
+    assert torch.equal(grads[0], dy @ weight.bfloat16())
+    torch.testing.assert_close(grads[1], (dy.flatten(0, 1).double().t() @ x.flatten(0, 1).double()).float())

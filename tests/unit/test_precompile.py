@@ -17,7 +17,7 @@ from fcmae.kernels import caches, precompile
 from fcmae.kernels.target import Target
 from tests.conftest import run_python
 
-H100 = {"target": ["cuda", 90, 32], "gpu": Target(132, True)}
+H100 = {"target": ["cuda", 90, 32], "gpu": Target(132, True, True)}
 LAST = iter(range(99, 0, -1))
 
 
@@ -52,7 +52,7 @@ from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.target import Target, pretend
 
 compile_only(GPUTarget("cuda", 90, 32))
-pretend(Target(132, True))
+pretend(Target(132, True, True))
 where = neighbors(torch.stack([torch.randperm(4)[:2].sort().values for _ in range(7)]), 2, 2)
 x, weight, bias = torch.randn(7, 2, 2, 2, 8).bfloat16(), torch.randn(8, 1, 3, 3), torch.randn(8)
 depthwise_launch.forward(x, weight, bias, where.slots, where.cells)

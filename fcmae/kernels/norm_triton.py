@@ -1,0 +1,141 @@
+"""Layer normalisation over the last dimension by Triton, whose backward pass reads everything once.
+
+The gradients of weight and bias are sums over all rows. Every program adds up its own rows while it computes the
+gradient of the input, and writes partial sums, added afterwards in a fixed order: the same input gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fcmae.kernels import precompile
+from fcmae.kernels.target import target
+
+TILE = 4096
+"""Elements of a tile, 32 per thread."""
+PROGRAMS = 3
+"""Per multiprocessor in the backward pass."""
+
+
+@triton.jit
+def _load(x, row, c, rows, C: tl.constexpr):
+    inside = (row < rows)[:, None] & (c < C)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(y, value, row, c, rows, C: tl.constexpr):
+    inside = (row < rows)[:, None] & (c < C)[None, :]
+    tl.store(y + row.to(tl.int64)[:, None] * C + c[None, :], value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def layer_norm_kernel(
+    x, weight, bias, y, means, scales, rows, eps, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """x, y: ``[rows, C]``. means, scales: float32 ``[rows]``, the mean and the inverse standard deviation."""
+    c = tl.arange(0, WIDTH)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value = _load(x, row, c, rows, C)
+    mean = tl.sum(value, 1) / C
+    value = tl.where((c < C)[None, :], value - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / C + eps)
+    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    _store(y, value * scale[:, None] * w + b, row, c, rows, C)
+    tl.store(means + row, mean, mask=row < rows)
+    tl.store(scales + row, scale, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles_per_program"])
+def layer_norm_backward_kernel(
+    dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, C: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dy, x, dx: ``[rows, C]``. partial: float32 ``[programs, 2, C]``, sums for weight and bias."""
+    c = tl.arange(0, WIDTH)
+    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros((ROWS, WIDTH), tl.float32)
+    of_bias = tl.zeros((ROWS, WIDTH), tl.float32)
+    for i in tl.range(0, tiles_per_program, num_stages=STAGES):
+        row = (tl.program_id(0) * tiles_per_program + i) * ROWS + tl.arange(0, ROWS)
+        mean = tl.load(means + row, mask=row < rows, other=0.0)
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)
+        unit = tl.where((c < C)[None, :], (_load(x, row, c, rows, C) - mean[:, None]) * scale[:, None], 0.0)
+        d = _load(dy, row, c, rows, C)
+        of_weight += d * unit
+        of_bias += d
+        d *= w
+        pull = tl.sum(d * unit, 1) / C
+        d = (d - tl.sum(d, 1)[:, None] / C - unit * pull[:, None]) * scale[:, None]
+        _store(dx, d, row, c, rows, C)
+    partial += tl.program_id(0) * (2 * C)
+    tl.store(partial + c, tl.sum(of_weight, 0), mask=c < C)
+    tl.store(partial + C + c, tl.sum(of_bias, 0), mask=c < C)
+
+
+def _shape(x: Tensor) -> dict[str, int]:
+    width = triton.next_power_of_2(x.shape[-1])
+    return {"C": x.shape[-1], "WIDTH": width, "ROWS": max(1, TILE // width), "num_warps": 4}
+
+
+def _programs(x: Tensor, rows: int, rows_per_tile: int) -> tuple[int, int]:
+    """Programs of the backward pass, and tiles per program."""
+    tiles = -(-rows // rows_per_tile)
+    tiles_per_program = -(-tiles // max(2, PROGRAMS * target(x).processors))
+    return -(-tiles // tiles_per_program), tiles_per_program
+
+
+@torch.library.custom_op("fcmae::layer_norm", mutates_args=())
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, means and inverse standard deviations of the rows."""
+    precompile.wait()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    rows, shape = x.numel() // x.shape[-1], _shape(x)
+    y, means, scales = torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    layer_norm_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, weight, bias, y, means, scales, rows, eps, **shape)
+    return y, means, scales
+
+
+@layer_norm_forward.register_fake
+def _(x, weight, bias, eps):
+    means = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), means, torch.empty_like(means)
+
+
+@torch.library.custom_op("fcmae::layer_norm_backward", mutates_args=())
+def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and partial sums ``[programs, 2, C]`` of the gradients of weight and bias."""
+    precompile.wait()
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    rows, shape = len(means), _shape(x)
+    programs, tiles_per_program = _programs(x, rows, shape["ROWS"])
+    dx, partial = torch.empty_like(x), x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
+    layer_norm_backward_kernel[(programs,)](
+        dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, STAGES=2, **shape
+    )
+    return dx, partial
+
+
+@layer_norm_backward.register_fake
+def _(dy, x, weight, means, scales):
+    programs, _ = _programs(x, len(means), _shape(x)["ROWS"])
+    partial = x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), partial
+
+
+def _save(ctx, inputs, output):
+    x, weight, ctx.bias_dtype = inputs[0], inputs[1], inputs[2].dtype
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _means, _scales):
+    x, weight, means, scales = ctx.saved_tensors
+    dx, partial = layer_norm_backward(dy, x, weight, means, scales)
+    of_weight, of_bias = partial.sum(0).unbind(0)
+    return dx, of_weight.to(weight.dtype), of_bias.to(ctx.bias_dtype), None
+
+
+layer_norm_forward.register_autograd(_gradients, setup_context=_save)
