@@ -33,7 +33,6 @@ class Stream(IntEnum):
     STEP_SAMPLES = 7
     TRANSFORM = 8
     FOLDS = 9
-    NETWORK = 10
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:

@@ -24,9 +24,6 @@ class AutoConfig:
     """Values of ``optim.layer_decay``, each with every learning rate."""
     held_out: int = 200
     """Fine-tuning is measured on the first folds that hold so many images together, at most on all of them."""
-    networks: int = 1
-    """Networks that are fine-tuned on all training images, if fine-tuning is kept: from the same weights, with other
-    orders, crops and drop path. The mean of their weights is the run's averaged network."""
 
     def __post_init__(self) -> None:
         check("auto.folds", self.folds, self.folds > 1, "2 or more")
@@ -37,4 +34,3 @@ class AutoConfig:
         ok = not isinstance(self.layer_decays, list) or max(self.layer_decays) <= 1
         check("auto.layer_decays", self.layer_decays, ok, "numbers in (0, 1]")
         check_positive("auto.held_out", self.held_out)
-        check_positive("auto.networks", self.networks)

@@ -5,7 +5,9 @@ known, so that a search that was stopped continues, and ends as if it had not be
 """
 
 import gc
+import math
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.checkpoints import averaging, checkpoint
+from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
@@ -22,7 +24,6 @@ from fcmae.data.sources import Subset
 from fcmae.data.sources.base import listing_digest
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted, shown
-from fcmae.evaluation.choice import clearly_better, mean, summary
 from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
@@ -30,7 +31,6 @@ from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_fo
 from fcmae.files import as_read, read_result, set_aside, write_result
 from fcmae.messages import say
 from fcmae.models.objective import score
-from fcmae.randomness import Stream, derive
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
@@ -44,6 +44,8 @@ from fcmae.training.watchdog import Watchdog
 FOLDER = "auto"
 BATCH_SIZE = 256
 """Images at once without gradients, at most."""
+NONE = -101.0
+"""The score where a metric is not defined: less than any."""
 Result = dict[str, Any]
 
 
@@ -97,10 +99,7 @@ class _Search:
         found = self._kept("chosen")
         own = self.world.from_main(CheckpointDir(self.run_dir).paths) if self.cfg.trainer.resume else []
         if found is not None and own:
-            if found["kept"] == "probe":
-                return own[-1]
-            if self._begun(found):
-                return self._train(found, _no_head)
+            return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
         self.world.together(self._load)
         self.world.say(*self.task.notes, *self._small_class())
         probe = self._probe()
@@ -216,10 +215,10 @@ class _Search:
         tried = []
         for lr, decay in grid:
             folds = [self._score(self._fold(fold, lr, decay, probe)) for fold in self.measured]
-            tried.append({"lr": lr, "layer_decay": decay, "score": mean(folds), "folds": folds})
+            tried.append({"lr": lr, "layer_decay": decay, "score": _mean(folds), "folds": folds})
         scores = [self._score(metrics) for metrics in probe["metrics"]]
         best = max(tried, key=lambda each: each["score"])
-        kept = "probe" if clearly_better(scores, best["folds"]) else "finetuned"
+        kept = "probe" if _clearly_better(scores, best["folds"]) else "finetuned"
 
         def made() -> Result:
             return {
@@ -229,7 +228,7 @@ class _Search:
                 "l2": probe["l2"],
                 "lr": best["lr"],
                 "layer_decay": best["layer_decay"],
-                "probe": {"score": mean(scores), "folds": scores},
+                "probe": {"score": _mean(scores), "folds": scores},
                 "finetuned": tried,
             }
 
@@ -252,11 +251,14 @@ class _Search:
         if kept is not None:
             return kept
         folder, others = self.folder / name, self.folds != fold
-        cfg = self._inner(self._config(probe["layer"], lr, decay, int(others.sum())))
+        cfg = self._of_fold(self._config(probe["layer"], lr, decay, int(others.sum())))
         start = self.world.from_main(lambda: find_start(cfg, folder))
         head, images = self._head(probe, others), others.nonzero()[:, 0].tolist()
         task = self.world.together(lambda: FromHead(cfg, start, head, self.task.model, images))
-        self._train_in(folder, task)
+        try:
+            train(task, folder, self.world, self.watchdog, self.stop)
+        except Interrupted as error:
+            raise Interrupted(str(error).replace(str(folder), str(self.run_dir))) from error
         metrics = self._measure(task, (~others).nonzero()[:, 0].tolist())
         result = self._keep(f"{name}/result", lambda: metrics)
         del task
@@ -266,13 +268,6 @@ class _Search:
         of_fold = f"{self.objective.best} {self._score(result):.1f}"
         self.world.say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold}")
         return result
-
-    def _train_in(self, folder: Path, task: FromHead) -> None:
-        """Trains in a folder of the search."""
-        try:
-            train(task, folder, self.world, self.watchdog, self.stop)
-        except Interrupted as error:
-            raise Interrupted(str(error).replace(str(folder), str(self.run_dir))) from error
 
     def _measure(self, task: Finetuning, images: list[int]) -> dict[str, float]:
         cfg = task.cfg
@@ -303,11 +298,8 @@ class _Search:
         return replace(cfg, objective=objective, optim=optim, trainer=replace(cfg.trainer))
 
     @staticmethod
-    def _inner(cfg: FinetuneConfig) -> FinetuneConfig:
-        """For a folder of the search: without what only a final result needs, and without compilation.
-
-        That takes longer than it saves.
-        """
+    def _of_fold(cfg: FinetuneConfig) -> FinetuneConfig:
+        """Without compilation, which takes longer than it saves, and without what only a final result needs."""
         trainer = replace(
             cfg.trainer,
             compile=cfg.trainer.compile or False,
@@ -318,51 +310,18 @@ class _Search:
         logger = replace(cfg.logger, wandb="disabled", tensorboard=False, progress=False, sinks={})
         return replace(cfg, trainer=trainer, logger=logger)
 
-    def _of_all(self, found: Result) -> FinetuneConfig:
-        """The config of a run on all training images."""
-        return self._config(found["layer"], found["lr"], found["layer_decay"], len(self.labels))
-
-    def _on_all(self, cfg: FinetuneConfig, folder: Path, head: Callable[[], Linear]) -> FromHead:
+    def _final(self, found: Result, head: Callable[[], Linear]) -> FromHead:
         """The task on all training images."""
-        start = self.world.from_main(lambda: find_start(cfg, folder))
+        cfg = self._config(found["layer"], found["lr"], found["layer_decay"], len(self.labels))
+        start = self.world.from_main(lambda: find_start(cfg, self.run_dir))
         return self.world.together(lambda: FromHead(cfg, start, head, self.task.model))
 
     def _train(self, found: Result, head: Callable[[], Linear]) -> Path:
-        """The networks on all training images, last that of ``run_dir``, whose checkpoint gets the mean of all."""
-        further = self.world.from_main(lambda: self._further(found))
-        for number, folder in enumerate(further, 2):
-            self.world.say(f"recipe=auto: network {number} of {self.auto.networks}")
-            task = self._on_all(self._inner(self._of_all(found)), folder, head)
-            task.cfg.seed = derive(self.cfg.seed, Stream.NETWORK, number)  # its images and first weights are drawn
-            self._train_in(folder, task)
-            del task
-            gc.collect()
-        task = self._on_all(self._of_all(found), self.run_dir, head)
-        last = train(task, self.run_dir, self.world, self.watchdog, self.stop)
-
-        def average() -> None:
-            if further:
-                averaging.add_mean(last, further, self.watchdog.beat)
-                say(f"recipe=auto: {last} has the mean weights of {self.auto.networks} networks")
-            for folder in self.folder.glob("network*"):  # also those that a stop has left
-                shutil.rmtree(folder, ignore_errors=True)
-
-        self.world.on_main(average)
-        return last
-
-    def _begun(self, found: Result) -> bool:
-        """Whether all further networks have a checkpoint to continue from."""
-        return self.world.from_main(lambda: all(CheckpointDir(folder).paths() for folder in self._further(found)))
-
-    def _further(self, found: Result) -> list[Path]:
-        """The folders of the networks to be averaged with that of ``run_dir``; none if its checkpoint has the mean."""
-        if self.cfg.trainer.resume and averaging.is_done(self.run_dir, to_dict(self._of_all(found))):
-            return []
-        return [self.folder / f"network{number}" for number in range(2, self.auto.networks + 1)]
+        return train(self._final(found, head), self.run_dir, self.world, self.watchdog, self.stop)
 
     def _save(self, found: Result, head: Callable[[], Linear]) -> Path:
         """A checkpoint of the frozen network with the probe's classifier."""
-        task = self._on_all(self._of_all(found), self.run_dir, head)
+        task = self._final(found, head)
 
         def save() -> Path:
             task.initialise()
@@ -377,3 +336,37 @@ class _Search:
 
 def _no_head() -> Linear:
     raise AssertionError("a run that resumes has its own classifier")
+
+
+def summary(found: Result) -> str:
+    """The line that says what was kept, and why."""
+    best = max(found["finetuned"], key=lambda each: each["score"])
+    metric, folds = found["metric"], len(found["probe"]["folds"])
+    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {_shown(best['score'])}"
+    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {_shown(found['probe']['score'])}"
+    first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
+    close = found["kept"] == "finetuned" and found["probe"]["score"] > best["score"]
+    doubt = ", not better by more than a standard error" if close else ""
+    return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds} folds"
+
+
+def _shown(score: float) -> str:
+    return "not defined" if score == NONE else f"{score:.1f}"
+
+
+def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
+    """Whether the probe's mean over the folds is higher by more than the standard error of the folds' differences.
+
+    Fine-tuning has the doubt: it gains more than the probe from the images that a fold holds out.
+    """
+    differences = [a - b for a, b in zip(probe, finetuned, strict=True) if not math.isnan(a - b)]
+    if not differences:
+        return _mean(probe) > _mean(finetuned)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return statistics.mean(differences) > error
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are defined; less than any score if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else NONE
