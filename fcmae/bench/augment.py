@@ -17,7 +17,6 @@ from fcmae.bench.workloads import DENSE, DISTINCT_BATCHES, LABELS, classifier, f
 from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, OptimConfig, compose
 from fcmae.data.collate import Item, collate
 from fcmae.data.loading import TrainBatches, Workers
-from fcmae.data.pixels.resampling import one_thread
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import LabelledImages
@@ -27,6 +26,7 @@ from fcmae.precision import fastest
 from fcmae.randomness import Stream, seed_globals, step_generator
 from fcmae.tasks.mixup import Mixup
 from fcmae.tasks.task import Losses
+from fcmae.threads import one_thread
 from fcmae.training.step import TrainingStep
 
 PLACES = ("cpu", "gpu")

@@ -14,9 +14,9 @@ from fcmae.data.collate import Item, collate
 from fcmae.data.pixels.crops import cut
 from fcmae.data.pixels.decode import Encoded, explained
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
-from fcmae.data.pixels.resampling import one_thread
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
+from fcmae.threads import one_thread
 
 Stages = dict[str, float]
 """Seconds per image."""

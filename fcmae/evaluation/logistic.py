@@ -4,6 +4,7 @@ The loss is the mean cross entropy plus ``l2 / 2`` times the sum of squared weig
 standardised by the training images. The result is folded: it is a linear layer on the features themselves.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from fcmae.config.checks import L2, check
 from fcmae.errors import UsageError
 from fcmae.randomness import Stream, generator
+from fcmae.threads import one_thread
 
 MAX_ITERATIONS = 300
 """Of L-BFGS, which mostly converges in fewer than 100."""
@@ -70,9 +72,23 @@ def fit(
         class_weights: ``[K]``, a factor on the loss of each image by its class.
     """
     device = values.device
-    if values.numel() * classes <= SMALL:
+    small = values.numel() * classes <= SMALL
+    if small:
         values, labels = values.cpu(), labels.cpu()
-    values = values.double()
+    # Of as many threads as cores in each process, those of a study's processes would wait for each other.
+    with one_thread() if small else contextlib.nullcontext():
+        return _fit(values.double(), labels, classes, l2s, class_weights, device)
+
+
+def _fit(
+    values: Tensor,
+    labels: Tensor,
+    classes: int,
+    l2s: Sequence[float],
+    class_weights: Tensor | None,
+    device: torch.device,
+) -> dict[float, Linear]:
+    """:func:`fit` where ``values`` are, with results on ``device``."""
     mean, std = values.mean(0), values.std(0, correction=0)
     std = torch.where(std > 1e-9 * (1 + mean.abs()), std, 1)
     values = (values - mean) / std

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fcmae.config import ProbeConfig
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
+from fcmae.evaluation import logistic
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import class_shares, cross_validate, fit, stratified_folds
 from fcmae.evaluation.probe import probe_by_lbfgs, table
@@ -121,3 +122,18 @@ def test_class_weights_of_the_probe():
     assert weighted["balanced_accuracy"] > plain["balanced_accuracy"]
     with pytest.raises(ConfigError, match=r"class_weights must be 3 numbers, one per class; got \[1.0, 2.0\]"):
         probe_by_lbfgs(train, val, 3, config(l2=1.0, class_weights=[1.0, 2.0]), CPU)
+
+
+def test_few_images_take_one_thread(monkeypatch):
+    """Several processes of a study with a thread per core each took twenty times as long."""
+    seen = []
+    minimum = logistic._minimum
+    monkeypatch.setattr(logistic, "_minimum", lambda *args: (seen.append(torch.get_num_threads()), minimum(*args))[1])
+    values, labels = clusters(60)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        fit(values, labels, 3, [0.1, 1])
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+    finally:
+        torch.set_num_threads(threads)

@@ -3,14 +3,14 @@
 torch's own loops over floating-point pixels have no vector code: the products take half of the time or less.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fcmae.threads import one_thread
 
 SUPPORT = 2
 """Pixels to each side that the filter reads, of the coarser of the two images."""
@@ -111,17 +111,3 @@ def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """In this block torch has one thread, as in loader workers: with more, a library may add in another order."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
