@@ -113,7 +113,8 @@ def _restated(archive: bytes, rng: np.random.Generator) -> bytes:
             rng,
         )
     else:
-        part = pick(("config", "config", "config", "classes", "versions", "step", "task", "ema", "format"), rng)
+        parts = ("config", "config", "config", "classes", "versions", "step", "task", "ema", "format")
+        part = pick([part for part in parts if part in state], rng)  # pretraining has no classes
         state[part] = changed({"": state[part]}, rng).get("")
     buffer = io.BytesIO()
     torch.save(state, buffer)
