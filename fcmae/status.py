@@ -65,7 +65,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_any(folder: str | Path) -> RunStatus | StudyStatus:
-    """Reads the folder of a run or a study. Raises UsageError if it holds neither."""
+    """Reads the folder of a run or a study. Raises UsageError if it holds neither, or cannot be read."""
     folder = Path(folder)
     return read_study_status(folder, _state(folder / "run.lock")) if is_study(folder) else read_status(folder)
 
@@ -124,10 +124,10 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    if is_run(folder) or is_study(folder):
-        yield folder
-    elif depth:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UsageError):  # it may be another user's
+        if is_study(folder) or is_run(folder):
+            yield folder
+        elif depth:
             for entry in folder.iterdir():
                 if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
                     yield from _runs_below(entry, depth - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcmae.errors import shown
+from fcmae.errors import UsageError, reason_of, shown
 from fcmae.opening import read_regular
 
 STUDY_FILE, RECIPE, CELLS = "study.json", "recipe.json", "cells"
@@ -39,9 +39,12 @@ class StudyStatus:
 
 
 def is_study(folder: str | Path) -> bool:
-    """Whether a folder holds a study, ended or not."""
+    """Whether a folder holds a study, ended or not. Raises UsageError if this user may not look."""
     folder = Path(folder)
-    return (folder / STUDY_FILE).is_file() or ((folder / CELLS).is_dir() and (folder / RECIPE).is_file())
+    try:
+        return (folder / STUDY_FILE).is_file() or ((folder / CELLS).is_dir() and (folder / RECIPE).is_file())
+    except OSError as error:
+        raise UsageError(f"{shown(str(folder))} cannot be read: {reason_of(error)}") from error
 
 
 def read_study_status(folder: Path, lock: tuple[str, str] = ("stopped", "")) -> StudyStatus:

@@ -1,8 +1,10 @@
 """`fcmae status` and `fcmae ls` say what a run's folder says, whoever wrote it."""
 
+import errno
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +156,22 @@ def study(folder, planned, measured, **result):
         (folder / "study.json").write_text(json.dumps(result))
     write(folder / "runs" / "scratch_2_0", [training(3, 1)])
     return folder
+
+
+def test_a_folder_that_this_user_may_not_read(tmp_path, capsys, monkeypatch):
+    for name in "abc":
+        write(tmp_path / name, [])
+    is_file = Path.is_file
+
+    def denied(path):
+        if path.parent.name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert [path.name for path in find_runs(tmp_path)] == ["a", "c"]
+    assert main(["status", str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err == f"fcmae status: {tmp_path}/b cannot be read: Permission denied\n"
 
 
 def test_studies_among_runs(tmp_path, capsys):
