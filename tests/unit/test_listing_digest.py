@@ -119,6 +119,19 @@ def test_other_samples_in_other_order_with_other_labels(files, read, change):
     assert listing_digest(read(files)) != first
 
 
+def test_places_of_the_same_names_in_another_order(tmp_path):
+    names = ["here/day1/a", "here/day2/a", "there/day1/a", "there/day2/a"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").write_bytes(png())
+        np.save(tmp_path / name / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    folders = [tmp_path / name for name in names]
+    arrays = [str(folder / "a.npy") for folder in folders]
+    for read, places in ((ImageFolder, folders), (lambda given: ArrayImages(given, PixelFormat(1)), arrays)):
+        first, turned, moved = (listing_digest(read([places[i] for i in order])) for order in ((0, 1), (1, 0), (2, 3)))
+        assert first == moved != turned
+
+
 def test_a_column_that_is_not_read_may_change(files):
     first = listing_digest(table(label_column="kind")(files))
     replaced("1.5", "2.5")(files)

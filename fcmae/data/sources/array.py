@@ -17,7 +17,7 @@ from fcmae.data.arrays.stored import MAX_SAMPLES, Stored, open_stored
 from fcmae.data.pixels.decode import PixelFormat, StoredImage
 from fcmae.data.pixels.scientific import check_type, native
 from fcmae.data.remote.objects import find_folders, stat
-from fcmae.data.sources.base import Sample, class_names, locate
+from fcmae.data.sources.base import Sample, class_names, distinct_names, locate
 from fcmae.data.sources.heads import empty_classes
 from fcmae.errors import ConfigError, UsageError, counted, shown
 from fcmae.messages import print_once_rank0
@@ -114,8 +114,7 @@ class ArrayImages:
         return Sample(image, self.label(index) if self.values is None else self.values[index])
 
     def listing_parts(self) -> Iterator[bytes | np.ndarray]:
-        named = [os.path.basename(array.path.rstrip("/")) for array in self.arrays]
-        yield "\0".join(named if len(named) > 1 else []).encode(errors="surrogateescape")
+        yield distinct_names([array.path for array in self.arrays]) if len(self.arrays) > 1 else b""
         yield np.asarray(self.ends)
         if self.classes is not None:
             yield self.numbers

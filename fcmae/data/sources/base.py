@@ -2,7 +2,7 @@
 
 import bisect
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -80,6 +80,17 @@ def relative_names(paths: Iterable[str], folder: str) -> bytes:
     """Paths below a folder, for :func:`listing_digest`."""
     start = folder.rstrip("/") + "/"
     return "\0".join(path.removeprefix(start) for path in paths).encode(errors="surrogatepass")
+
+
+def distinct_names(places: Sequence[str]) -> bytes:
+    """The last parts of several paths or URLs, as many as tell them apart, for :func:`listing_digest`."""
+    parts = [place.rstrip("/").split("/") for place in places]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return "\0".join(names).encode(errors="surrogatepass")
 
 
 class Wrapper:

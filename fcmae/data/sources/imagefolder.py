@@ -1,6 +1,7 @@
 """Image files in one or several folders and their subfolders."""
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from fcmae.data.pixels.decode import read_file
 from fcmae.data.pixels.formats import EXTENSIONS
-from fcmae.data.sources.base import Sample, locate
+from fcmae.data.sources.base import Sample, distinct_names, locate
 from fcmae.data.sources.listing import list_folder
 from fcmae.messages import print_once_rank0
 
@@ -63,9 +64,11 @@ class ImageFolder:
         folder, position = locate(self.ends, index)
         return self.listings[folder].path(position)
 
-    def listing_parts(self) -> Iterator[np.ndarray]:
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
         for listing in self.listings:
             yield from (listing.names.data, listing.names.offsets)
+        if len({listing.names.data.tobytes() for listing in self.listings}) < len(self.listings):
+            yield distinct_names([os.fsdecode(listing.root) for listing in self.listings])
 
     def relative(self, index: int) -> tuple[int, bytes]:
         """The number of the folder that has the image, and the image's path in it."""
