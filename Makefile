@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
 DATA ?=
-MINUTES ?= 20
+MINUTES ?=
 STEPS ?= 20000
 BUILDERS ?= docker podman buildah
 IMAGE ?= fcmae
@@ -51,7 +51,7 @@ test-faults: $(VENV)/.dev
 
 # Random faults in all commands for MINUTES; test-faults has a short form.
 chaos: $(VENV)/.dev
-	$(BIN)/python -m tests.chaos minutes=$(MINUTES)
+	$(BIN)/python -m tests.chaos minutes=$(or $(MINUTES),20)
 
 # Whether memory, handles, threads, disk and the time of a step stay the same over STEPS; test-slow has a short form.
 soak: $(VENV)/.dev

@@ -1,5 +1,8 @@
 """The demo fits its training to the machine."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,3 +65,20 @@ def test_fine_tuning_is_left_out_where_it_would_say_nothing(monkeypatch, tmp_pat
     assert Plan.for_cpu(speed, 60 * minutes).pretrain_epochs == 2
     line = f"too few to compare fine-tuning with 100 labels; the whole demo: fcmae demo --minutes {minutes} ("
     assert (line in said) != finetunes
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["demo"], "fcmae demo --out demo"),  # its own limit
+        (["demo", "DATA=x", "MINUTES=12"], "fcmae demo --out demo --data x --minutes 12"),
+        (["chaos"], "tests.chaos minutes=20"),
+    ],
+)
+def test_minutes_of_make_are_for_the_target_that_is_made(given, told):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        ["make", "-n", *given], cwd=root, text=True, capture_output=True, check=True, env={"PATH": os.environ["PATH"]}
+    )
+    assert " ".join(done.stdout.splitlines()[-1].split()).endswith(told)
