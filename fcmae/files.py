@@ -238,9 +238,12 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one."""
+    """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one.
+
+    NaN and infinity, which earlier versions wrote, are None as :func:`json_text` writes them now.
+    """
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(), parse_constant=lambda _: None)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -112,6 +112,8 @@ def test_json_of_numbers_that_are_not_finite_is_read_by_all(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
         "top1": None, "mae": [None, 1.5], "name": "NaN"}  # fmt: skip
     assert files.as_read({"a": (1, -math.inf)}) == {"a": [1, None]}
+    (tmp_path / "earlier.json").write_text('{"top1": Infinity, "mae": [NaN, -Infinity]}')
+    assert files.read_result(tmp_path / "earlier.json") == {"top1": None, "mae": [None, None]}
     written = MetricsFile(tmp_path, 0)
     written.log(2, {"loss": 0.5, "lr": 0.1})
     written.log(2, {"val_loss": math.nan, "knn10": 3.0})
