@@ -101,6 +101,8 @@ class Plan:
     """In all of ``data.path``."""
     listing: str | None
     """What :func:`~fcmae.data.sources.base.listing_digest` says of them."""
+    val_images: int
+    val_listing: str | None
     notes: list[str]
 
     @property
@@ -132,7 +134,10 @@ def make_plan(given: StudyConfig) -> Plan:
     if not classifies and getattr(source, "values", None) is not None:
         _check_budgets(cfg, objective, source, budgets)
     metric, rule = choose_metric(cfg, objective, source, classifies)
-    return Plan(cfg, arms, budgets, metric, rule, len(source), listing_digest(source), [*notes, *more, *skipped])
+    uncached = replace(cfg, data=replace(cfg.data, cache=None))
+    val, _ = sourced(uncached, objective, train=False)
+    listings = len(source), listing_digest(source), len(val), listing_digest(val)
+    return Plan(cfg, arms, budgets, metric, rule, *listings, [*notes, *more, *skipped])
 
 
 def choose_budgets(cfg: StudyConfig, source: Source, classifies: bool) -> tuple[list[Budget], list[str]]:

@@ -20,6 +20,7 @@ from fcmae.study_status import CELLS, RECIPE
 from fcmae.training.run import finetune
 
 RUNS, LOGS = "runs", "logs"
+VAL_LISTING = LISTING.replace("training", "validation")
 MAY_CHANGE = ("labels", "seeds", "arms", "others", "processes")
 """Keys that say how much is measured."""
 Result = dict[str, Any]
@@ -34,7 +35,9 @@ def begin(plan: Plan, folder: Path) -> None:
     others = {name: checkpoint.identity(path) for name, path in plan.cfg.others.items()}
     weights = {"pretrained": checkpoint.identity(_resolved(plan.cfg.init_from)), **others}
     config = {key: value for key, value in cfg.items() if key not in MAY_CHANGE}
-    now = {"config": config, "weights": weights, "images": plan.images, "metric": plan.metric, LISTING: plan.listing}
+    numbers = {"images": plan.images, "metric": plan.metric, LISTING: plan.listing}
+    numbers |= {"validation images": plan.val_images, VAL_LISTING: plan.val_listing}
+    now = {"config": config, "weights": weights, **numbers}
     old = read_result(folder / RECIPE)
     if old is not None:
         changed = changes(old["config"], config)
@@ -42,9 +45,9 @@ def begin(plan: Plan, folder: Path) -> None:
         changed += [
             f"  weights of {name}: others" for name in weights if known.get(name, weights[name]) != weights[name]
         ]
-        for name in ("images", "metric", LISTING):
-            before = old.get(name, now[name])  # of an earlier version
-            changed += [] if before == now[name] else [f"  {name}: {before} -> {now[name]}"]
+        for name, value in numbers.items():
+            before = old.get(name, value)  # of an earlier version
+            changed += [] if before == value else [f"  {name}: {before} -> {value}"]
         if changed:
             raise UsageError(
                 "the recipe differs from that of the study so far; give its values again, or another hydra.run.dir:\n"

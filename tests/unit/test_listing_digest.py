@@ -187,11 +187,16 @@ def test_a_search_does_not_continue_with_an_edited_table(files, monkeypatch):
 
 def test_a_study_does_not_continue_with_an_edited_table(files, monkeypatch):
     monkeypatch.chdir(files)
-    overrides = ["data=table", "data.path=t.csv", "data.label_column=kind", "data.val_path=t.csv", "arms=[scratch]"]
+    shutil.copy("t.csv", "val.csv")
+    overrides = ["data=table", "data.path=t.csv", "data.label_column=kind", "data.val_path=val.csv", "arms=[scratch]"]
     overrides += ["labels=[all]", "model=demo", "data.image_size=32"]
     cells.begin(make_plan(compose("study", overrides)), files / "study")
     recipe = json.loads((files / "study" / cells.RECIPE).read_text())
     cells.begin(make_plan(compose("study", overrides)), files / "study")
+    (files / "val.csv").write_text(TABLE.replace("1.png,x", "1.png,y"))
+    with pytest.raises(UsageError, match=f"\n  {cells.VAL_LISTING}: "):
+        cells.begin(make_plan(compose("study", overrides)), files / "study")
+    (files / "val.csv").write_text(TABLE)
     reordered(files)
     with pytest.raises(UsageError, match=f"\n  {LISTING}: "):
         cells.begin(make_plan(compose("study", overrides)), files / "study")
