@@ -232,9 +232,18 @@ def defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
+def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines that are JSON objects, and the objects. Others were cut off when the run was killed, or are damaged."""
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line.decode())
+            if isinstance(value, dict):
+                yield line, value
+
+
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:
-    """The lines of a run's metrics.jsonl. Raises OSError, and ValueError at a damaged line."""
-    return (defined(json.loads(line)) for line in file.read_text().splitlines())
+    """The lines of a run's metrics.jsonl, by :func:`json_lines`. Raises OSError."""
+    return (defined(value) for _, value in json_lines(file.read_bytes()))
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
@@ -243,10 +252,13 @@ def read_result(file: Path) -> dict[str, Any] | None:
     NaN and infinity, which earlier versions wrote, are None as :func:`json_text` writes them now.
     """
     try:
-        return json.loads(file.read_text(), parse_constant=lambda _: None)
+        result = json.loads(file.read_text(), parse_constant=lambda _: None)
+        if not isinstance(result, dict):
+            raise ValueError("no JSON object")
+        return result
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({error}); delete it, and the same command makes it again") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from fcmae.errors import UsageError, shown
+from fcmae.files import json_lines
 from fcmae.opening import open_regular, read_regular
 from fcmae.processes import Process
 from fcmae.study_status import StudyStatus, describe_study, is_study, read_study_status
@@ -205,14 +206,11 @@ def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
             content = file.read(TAIL)
     except OSError:
         return [], None
-    texts = content.split(b"\n")[bool(start) :]
     lines = []
-    for text in texts:
-        with contextlib.suppress(ValueError, RecursionError):
-            given = json.loads(text)
-            if isinstance(given, dict) and is_number(given.get("step")):
-                numbers = {name: value for name, value in given.items() if is_number(value)}
-                lines.append({"loss": math.nan, **numbers} if "loss" in given else numbers)
+    for _, given in json_lines(content.partition(b"\n")[2] if start else content):
+        if is_number(given.get("step")):
+            numbers = {name: value for name, value in given.items() if is_number(value)}
+            lines.append({"loss": math.nan, **numbers} if "loss" in given else numbers)
     return lines, status.st_mtime
 
 

@@ -89,7 +89,7 @@ def score(folder: Path, metrics: dict[str, Any]) -> float | None:
 def logged(folder: Path) -> dict[str, float]:
     """The last value of each metric in a run directory."""
     metrics: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         for line in read_metrics(folder / "metrics.jsonl"):
             metrics |= line
     return metrics

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fcmae.config import LoggerConfig
 from fcmae.errors import reason_of
-from fcmae.files import json_text, replacing
+from fcmae.files import json_lines, json_text, replacing
 from fcmae.imports import needed
 from fcmae.loggers.progress import Progress
 from fcmae.loggers.report_page import ReportPage
@@ -50,16 +50,15 @@ class MetricsFile:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self.run_dir = run_dir
         path = run_dir / "metrics.jsonl"
-        lines: list[str] = []
-        names = 1
+        content, names = b"", 1
         if os.path.lexists(path):
             with open_regular(path, links=False) as file:
-                lines = file.read().decode().splitlines(keepends=True)
+                content = file.read()
                 names = os.fstat(file.fileno()).st_nlink
-        kept = _up_to(lines, start_step)
-        if kept != lines or names > 1:  # a backup made of hard links stays as it is
+        kept = _up_to(content, start_step)
+        if kept != content or names > 1:  # a backup made of hard links stays as it is
             with replacing(path) as new:
-                new.write("".join(kept).encode())
+                new.write(kept)
         self.file = open_to_append(path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -79,16 +78,10 @@ class MetricsFile:
         self.file.close()
 
 
-def _up_to(lines: list[str], step: int) -> list[str]:
+def _up_to(content: bytes, step: int) -> bytes:
     """The lines of a metrics file that a run resumed at ``step`` will not write again."""
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # cut off when the run was killed
-    return kept
+    lines = ((line, value.get("step")) for line, value in json_lines(content))
+    return b"".join(line + b"\n" for line, at in lines if type(at) is int and at <= step)
 
 
 class TensorBoard:

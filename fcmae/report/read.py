@@ -11,6 +11,7 @@ from typing import Any
 
 from fcmae.config import FinetuneConfig, PretrainConfig, compose, to_dict
 from fcmae.errors import UsageError
+from fcmae.files import json_lines
 from fcmae.opening import open_regular, read_regular
 from fcmae.report.charts import POINTS, thinned
 from fcmae.report.kept import MAX_PICTURE, Evaluation, Sheet, encoded, read_evaluations, read_sheet
@@ -113,13 +114,10 @@ def _lines(path: Path) -> Any:
 
 def _events(path: Path) -> list[dict[str, Any]]:
     """The lines that have a step; a warning that a run repeated after it resumed counts once."""
-    found = []
+    found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
-        for text in read_regular(path, MAX_EVENTS, links=False).splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                given = json.loads(text)
-                if isinstance(given, dict) and is_number(given.get("step")):
-                    found.append(given)
+        lines = json_lines(read_regular(path, MAX_EVENTS, links=False))
+        found = [given for _, given in lines if is_number(given.get("step"))]
     said = {(event["step"], event["warning"]): event for event in found if isinstance(event.get("warning"), str)}
     return [event for event in found if "warning" not in event] + list(said.values())
 

@@ -125,3 +125,24 @@ def test_json_of_numbers_that_are_not_finite_is_read_by_all(tmp_path):
     assert math.isnan(Run(tmp_path, tmp_path).history[1]["val_loss"])
     assert math.isnan(sweep.score(tmp_path, {}))
     assert read_status(tmp_path).scores == {"knn10": 3.0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 2, "l\xffss": 1}', b'{"step": "2"}', b'{"step": []}', b"[2]", b'{"loss": 1}', b'{"st', b"[" * 10**5],
+)
+def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
+    """It may have been cut off when the run was killed."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + line + b'\n{"step": 3}\n{"step": 4}')
+    assert Run(tmp_path, tmp_path).history[0] == {"step": 1, "loss": 0.5}
+    MetricsFile(tmp_path, 4).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 0.5}\n{"step": 3}\n{"step": 4}\n'
+    MetricsFile(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"[" * 10**5])
+def test_a_damaged_result_is_named(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"^.*a\.json is damaged \([^\n]+\); delete it, and the same command"):
+        files.read_result(tmp_path / "a.json")

@@ -238,12 +238,40 @@ def test_a_tar_file_too_many_is_refused(folder, tmp_path):
         run(folder, f"out={tmp_path / 'out'}")
 
 
-def test_a_damaged_manifest_is_written_anew(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", b"{"),
+        ("manifest.json", b'{"shards": false}'),
+        ("progress.jsonl", b'{"name": "train-0\xff'),
+        (
+            "progress.jsonl",
+            b'{"name": "train-000000.tar", "samples": "a\\nb", "bytes": %d, "sha256": "%s", "unreadable": []}',
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_written_anew(name, content, folder, tmp_path):
+    """Also of a run that was stopped."""
     run(folder, f"out={tmp_path / 'out'}")
     before = contents(tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").write_text("{")
+    if b"%s" in content:
+        content %= ((tmp_path / "out" / "train-000000.tar").stat().st_size, before["train-000000.tar"].encode())
+    (tmp_path / "out" / name).write_bytes(content)
     run(folder, f"out={tmp_path / 'out'}")
     assert contents(tmp_path / "out") == before
+
+
+def test_what_is_quoted_of_a_folder_does_not_end_the_line(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a\nb").touch()
+    with pytest.raises(UsageError, match=r"not of fcmae prepare, such as 'a\\nb'; it must"):
+        run(folder, f"out={out}")
+    (out / "a\nb").unlink()
+    run(folder, f"out={out}")
+    (out / "settings.json").write_text((out / "settings.json").read_text().replace('"jpeg"', '"a\\nb"'))
+    with pytest.raises(UsageError, match=r"other settings \(encode: 'a\\nb' -> jpeg\); it must"):
+        run(folder, f"out={out}")
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):

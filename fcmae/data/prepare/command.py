@@ -28,8 +28,8 @@ from fcmae.data.prepare.workers import in_processes
 from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
-from fcmae.errors import FCMAEError, ImageError, UsageError, counted
-from fcmae.files import STRAY, delete_strays, nearest, one_at_a_time, write_output
+from fcmae.errors import FCMAEError, ImageError, UsageError, counted, shown
+from fcmae.files import STRAY, delete_strays, json_lines, nearest, one_at_a_time, write_output
 from fcmae.messages import say
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
@@ -215,13 +215,13 @@ def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
         return
     before = _read_json(out / SETTINGS_FILE) if SETTINGS_FILE in found else {}
     if not now.keys() <= before.keys():
-        raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {found[0]}; {EXPECTED}")
-    changed = [f"{key}: {before[key]} -> {value}" for key, value in now.items() if before[key] != value]
+        raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {shown(found[0])}; {EXPECTED}")
+    changed = [f"{key}: {shown(str(before[key]))} -> {value}" for key, value in now.items() if before[key] != value]
     if changed:
         raise UsageError(f"out={out} was begun with other settings ({', '.join(changed)}); {EXPECTED}")
     foreign = [name for name in found if name.endswith(".tar") and name not in names]
     if foreign:
-        raise UsageError(f"out={out} has {foreign[0]}, which is not of fcmae prepare; {EXPECTED}")
+        raise UsageError(f"out={out} has {shown(foreign[0])}, which is not of fcmae prepare; {EXPECTED}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -233,20 +233,21 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read(file: Path) -> str:
-    return read_regular(file, MAX_JSON, links=False).decode()
+def _read(file: Path) -> bytes:
+    return read_regular(file, MAX_JSON, links=False)
 
 
 def _written(out: Path) -> Iterator[Shard]:
     """The tar files that an earlier run finished and whose size is unchanged."""
-    entries = list(_read_json(out / MANIFEST_FILE).get("shards", []))
+    shards = _read_json(out / MANIFEST_FILE).get("shards")
+    entries = shards if isinstance(shards, list) else []
     if os.path.lexists(out / PROGRESS_FILE):
-        for line in _read(out / PROGRESS_FILE).splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # cut off when the run was killed
-                entries.append(json.loads(line))
+        entries += [entry for _, entry in json_lines(_read(out / PROGRESS_FILE))]
     for entry in entries:
         with contextlib.suppress(TypeError):  # changed since it was written
             shard = Shard(**entry)
+            if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str, list]:
+                raise TypeError("not of this program")
             if os.path.basename(shard.name) != shard.name or not all(
                 isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in shard.unreadable
             ):
