@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal import utils as hydra_utils
@@ -60,6 +61,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
         except FCMAEError as error:
             failures.append(error)  # raised here, Hydra would print a line of its own
             with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
+                os.chdir(HydraConfig.get().runtime.cwd)  # from where hydra.job.chdir went
                 if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():  # Hydra has created it
                     run_dir.rmdir()
                     for above in run_dir.parents:
@@ -72,10 +74,16 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     first = ["--multirun"] * _is_sweep(overrides)  # Hydra takes no option between overrides
     rest = [override for override in overrides if override not in MULTIRUN]
     sys.argv = [f"fcmae {command}", *first, *config.quoted(rest)]
+    told = io.StringIO()
     try:
-        job()
+        with contextlib.redirect_stderr(told) if _prints_package(overrides) else contextlib.nullcontext():
+            job()
     except FCMAEError:
         raise
+    except SystemExit as ended:
+        if not ended.code or not told.getvalue():
+            raise
+        raise ConfigError(f"--package: {' '.join(told.getvalue().split())}") from ended
     except HydraException as error:
         raise ConfigError(_mistakes(command, overrides, error)) from error
     except OSError as error:
@@ -169,6 +177,8 @@ def _check_overrides(command: str, overrides: list[str]) -> None:
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     if given and given[-1] in ("", "null", "''", '""'):
         raise ConfigError(f"hydra.run.dir must be a folder; got {given[-1]!r}")
+    if any(override.startswith("hydra.mode=") for override in overrides):
+        raise ConfigError("hydra.mode cannot be set; -m starts a sweep")
     if given and sweep:
         raise ConfigError("hydra.run.dir cannot be used with -m; set hydra.sweep.dir, the folder of all its runs")
     if mistakes := [*_unknown_options(overrides), *config.misread(command, overrides)]:
@@ -181,12 +191,22 @@ def options() -> argparse.ArgumentParser:
     container: Any = argparse._ActionsContainer
     check = getattr(container, "_check_help", None)
     if check is None:
-        return hydra_utils.get_args_parser()
+        return _refusing(hydra_utils.get_args_parser())
     container._check_help = lambda *_: None
     try:
-        return hydra_utils.get_args_parser()
+        return _refusing(hydra_utils.get_args_parser())
     finally:
         container._check_help = check
+
+
+def _refusing(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser, whose errors are ours: they are shown with escapes for what a terminal would act on."""
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 def _unknown_options(overrides: list[str]) -> list[str]:
@@ -200,6 +220,12 @@ def _unknown_options(overrides: list[str]) -> list[str]:
         elif re.match(r"--?[a-zA-Z]", option) and not any(name.startswith(option) for name in known):
             lines.append(f"{option}: unknown option; settings are written KEY=VALUE, such as data.path=photos")
     return lines
+
+
+def _prints_package(overrides: list[str]) -> bool:
+    """Whether Hydra prints a part of the config, or in a line of its own that there is no such part."""
+    options = {override.partition("=")[0] for override in overrides}
+    return bool(options & {"-p", "--package"}) and bool(options & {"-c", "--cfg"})
 
 
 MULTIRUN = ("-m", "--multirun")

@@ -122,7 +122,8 @@ def _mistakes() -> tuple[type[Exception], ...]:
     """The errors that Hydra raises for overrides and files."""
     from hydra.errors import HydraException
 
-    return HydraException, OmegaConfBaseException, YAMLError, ValueError
+    # Hydra asserts, or uses a value of another type, where an override is no name or gives a key to a value.
+    return HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError, TypeError
 
 
 def _composed(command: str, overrides: list[str]) -> DictConfig:
@@ -150,15 +151,19 @@ def every_mistake(
         also: see :func:`to_typed`.
     """
     mistakes, left = [explain(error)], list(overrides)
+    unclear = isinstance(error, (AssertionError, TypeError))
     dropped: list[str] = []
     while True:
         blamed, error_without = _blame(command, left, mistakes[-1])
         if blamed is None:
             break
+        if unclear:
+            mistakes[-1] = f"{blamed}: no such key or value; docs/config.md lists all keys"
         left = [other for other in left if other != blamed]  # it may be given twice
         dropped.append(_key(blamed))
         if error_without is not None:
             mistakes.append(explain(error_without))
+            unclear = isinstance(error_without, (AssertionError, TypeError))
             continue
         try:
             to_typed(_composed(command, left), COMMANDS[command], also)

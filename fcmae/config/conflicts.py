@@ -46,6 +46,7 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     """Patches against image, batch against crops, CUDA graph."""
     check("data.sampling", cfg.data.sampling, cfg.data.sampling == "uniform", "uniform in pretraining")
     check("data.scale_jitter", cfg.data.scale_jitter, cfg.data.scale_jitter is None, "null in pretraining")
+    check("optim.layer_decay", cfg.optim.layer_decay, cfg.optim.layer_decay is None, "null in pretraining")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
     batch, crops = cfg.optim.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0

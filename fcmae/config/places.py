@@ -14,6 +14,7 @@ from fcmae.files import check_checkpoint, check_output
 from fcmae.urls import check_url, is_remote, is_url
 
 WHAT = {
+    "array": "the array of {} images, data.{}=FILE.npy, or a Zarr or HDF5 store",
     "imagefolder": "the folder of {} images, data.{}=FOLDER",
     "webdataset": "the tar files of {} images, data.{}=FOLDER, or a pattern",
     "table": "the table of {} images, data.{}=FILE.csv",
