@@ -1,14 +1,13 @@
 """The results of a sweep (``--multirun``): a file per job, and a table of all jobs at the end."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fcmae import ranks as launch
 from fcmae.errors import FCMAEError, Interrupted, reason_of
-from fcmae.files import csv_text, json_text, read_metrics, write_output
+from fcmae.files import csv_text, read_metrics, read_result, write_output, write_result
 from fcmae.imports import load
 from fcmae.messages import say
 
@@ -65,7 +64,7 @@ def recorded(folder: Path, number: int, overrides: list[str]) -> Iterator[dict[s
         if launch.detect().rank == 0:
             entry = {"job": number, "overrides": overrides, "status": status, "metrics": metrics or logged(folder)}
             with contextlib.suppress(OSError):
-                (folder / JOB_FILE).write_text(json_text(entry) + "\n")
+                write_result(folder / JOB_FILE, entry)
 
 
 def score(folder: Path, metrics: dict[str, Any]) -> float | None:
@@ -97,7 +96,8 @@ def logged(folder: Path) -> dict[str, float]:
 
 def report(folder: Path) -> None:
     """Prints a table of the jobs in a sweep's folder, and writes it to ``results.csv``."""
-    jobs = [json.loads(file.read_text()) | {"run": str(file.parent)} for file in folder.glob(f"*/{JOB_FILE}")]
+    found = [(file.parent, read_result(file)) for file in folder.glob(f"*/{JOB_FILE}")]
+    jobs = [job | {"run": str(run)} for run, job in found if job is not None]
     jobs.sort(key=lambda job: job["job"])
     if launch.detect().rank != 0 or not jobs:
         return
