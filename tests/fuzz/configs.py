@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -189,7 +188,12 @@ class Lines(Target):
 
 
 def with_base(command: str, given: list[str]) -> list[str]:
-    """The overrides after those of :data:`BASE` whose keys they do not have."""
+    """The overrides after those of :data:`BASE` whose keys they do not have.
+
+    Where data is read there are no loader workers: cases run in daemonic processes, which may have none.
+    """
+    if BASE[command][: len(EVALUATED)] == EVALUATED:
+        given = [one for one in given if not one.startswith("loader.workers=")]
     named = {override.partition("=")[0].lstrip("+~") for override in given}
     base = [one for one in BASE[command] if one.partition("=")[0] not in named]
     return [command, *base, *given]
@@ -208,8 +212,6 @@ def dry() -> Iterator[None]:
         mock.patch.object(training, "train", stop),
         mock.patch.object(training, "fit_schedule"),
         mock.patch("fcmae.studies.run.study", return_value=None),
-        # Cases are measured in daemonic processes, which may have no workers.
-        mock.patch.dict(multiprocessing.current_process()._config, daemon=False),
     ):
         yield
 
