@@ -155,7 +155,7 @@ sys.exit(main())
 def test_a_signal_while_another_command_ends_changes_nothing(tmp_path):
     (tmp_path / "ending.py").write_text(ENDING)
     done = run_python(tmp_path, "ending.py", "ls", ".", check=2)
-    assert done.stderr == "fcmae ls: . holds no runs\n"
+    assert done.stderr == "fcmae ls: . holds no runs and no studies\n"
 
 
 FULL = """
