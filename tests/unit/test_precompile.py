@@ -49,6 +49,7 @@ from triton.backends.compiler import GPUTarget
 from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
+from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.target import Target, pretend
 
 compile_only(GPUTarget("cuda", 90, 32))
@@ -61,6 +62,8 @@ depthwise_launch.weight_grad(x, x, 3, where.slots, where.cells)
 h, parameter = torch.randn(7, 8, 32).bfloat16(), torch.randn(32)
 gelu_grn_forward(h, parameter, parameter, parameter, 1e-6)
 gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6)
+layer_norm_forward(h, parameter, parameter, 1e-6)
+layer_norm_backward(h, h, parameter, torch.rand(56), torch.rand(56))
 """
 """What a step launches on 7 images, on a GPU that only compiles."""
 
@@ -80,7 +83,8 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.chdir(hostile)
     monkeypatch.setenv("PYTHONPATH", str(hostile))
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
-    precompile.start([shape(2), shape(1), precompile.GeluGrnShape(8, 32, "bfloat16"), shape(2)])
+    others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
+    precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
     assert compiled(tmp_path) == {
@@ -88,8 +92,10 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "weight_grad_kernel": 2,
         "add_partial_kernel": 1,
         "taps_kernel": 2,  # with a bias and, for the input gradient, without
-        "_forward": 1,
-        "_backward": 1,
+        "forward_held": 1,
+        "backward_held": 1,
+        "layer_norm_kernel": 1,
+        "layer_norm_backward_kernel": 1,
     }
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))
