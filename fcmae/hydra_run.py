@@ -60,13 +60,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
             action(typed, run_dir)
         except FCMAEError as error:
             failures.append(error)  # raised here, Hydra would print a line of its own
-            with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
-                os.chdir(HydraConfig.get().runtime.cwd)  # from where hydra.job.chdir went
-                if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():  # Hydra has created it
-                    run_dir.rmdir()
-                    for above in run_dir.parents:
-                        if above in Folders.missing:
-                            above.rmdir()
+            _remove_created(run_dir, started)
         return None
 
     vars(sys.modules["hydra.main"])["get_args_parser"] = options
@@ -106,6 +100,17 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     if failures:
         raise failures.pop()  # a frame of its traceback may be frozen (see quick_imports) and would keep it
     return 0
+
+
+def _remove_created(run_dir: Path, started: float) -> None:
+    """Removes the run directory, and the folders above it, that Hydra has created for a command that is refused."""
+    with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
+        os.chdir(HydraConfig.get().runtime.cwd)  # from where hydra.job.chdir went
+        if run_dir.stat().st_mtime >= started and run_dir != Path.cwd():
+            run_dir.rmdir()
+            for above in run_dir.parents:
+                if above in Folders.missing:
+                    above.rmdir()
 
 
 def _run_job_of_sweep(command: str, composed: DictConfig, overrides: list[str], action: Action) -> float | None:
