@@ -197,7 +197,7 @@ def _ago(moment: float | None, now: float | None) -> str:
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:
-    """The numbers of the last lines, of which only a loss may be NaN, and when they were written."""
+    """The numbers of the last lines and when they were written; a loss may be NaN."""
     try:
         with open_regular(path, links=False) as file:
             status = os.fstat(file.fileno())

@@ -75,7 +75,7 @@ def fit(
     small = values.numel() * classes <= SMALL
     if small:
         values, labels = values.cpu(), labels.cpu()
-    # Of as many threads as cores in each process, those of a study's processes would wait for each other.
+    # Several processes of a study, each with a thread per core, would mostly wait for each other.
     with one_thread() if small else contextlib.nullcontext():
         return _fit(values.double(), labels, classes, l2s, class_weights, device)
 
