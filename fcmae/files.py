@@ -281,10 +281,20 @@ def write_output(key: str, path: str | Path, text: str) -> None:
         file.write(text.encode(errors="surrogateescape"))
 
 
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows of cells as CSV."""
+def csv_text(rows: Iterable[Iterable[Any]], digits: int | None = None) -> str:
+    """Rows of cells as CSV. A number that is NaN or infinite becomes an empty cell, which readers take as missing.
+
+    Args:
+        digits: significant digits of a float; None = all.
+    """
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return "" if not math.isfinite(value) else value if digits is None else f"{value:.{digits}g}"
+
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows(map(cell, row) for row in rows)
     return text.getvalue()
 
 

@@ -268,9 +268,9 @@ def _csv(rows: Rows) -> str:
     lines = [["path", *best, *columns]]
     for path, values in zip(rows.paths, rows.values, strict=True):
         top = int(values.argmax())
-        first = [columns[top], f"{values[top]:.6g}"] if best else []
-        lines.append([path, *first, *(f"{value:.6g}" for value in values.tolist())])
-    return csv_text(lines)
+        first = [columns[top] if values[top].isfinite() else "", float(values[top])] if best else []
+        lines.append([path, *first, *values.tolist()])
+    return csv_text(lines, digits=6)
 
 
 def _arrow() -> tuple[Any, Any]:

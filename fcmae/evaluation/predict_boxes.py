@@ -99,5 +99,5 @@ def _csv(images: Images, network: BoxNetwork) -> str:
         for row in found:
             left, top, width, height = row["bbox"]
             numbers = (row["score"], left, top, left + width, top + height)
-            rows.append([name, network.columns[row["category_id"]], *(f"{x:.6g}" for x in numbers)])
-    return csv_text(rows)
+            rows.append([name, network.columns[row["category_id"]], *numbers])
+    return csv_text(rows, digits=6)

@@ -138,17 +138,13 @@ def write(folder: Path, metrics: Mapping[str, float], report: Report) -> None:
     _rows(folder / "metrics.csv", [["metric", "value"], *([name, value] for name, value in metrics.items())])
     if report.per_class:
         columns = list(next(iter(report.per_class.values())))
-        rows = [[name, *(_plain(row[column]) for column in columns)] for name, row in report.per_class.items()]
-        _rows(folder / "per_class.csv", [["class", *columns], *rows])
+        rows = [[name, *(row[column] for column in columns)] for name, row in report.per_class.items()]
+        _rows(folder / "per_class.csv", [["class", *columns], *rows], digits=7)
     draw(folder, report.plots)
 
 
-def _plain(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.7g}"
-
-
-def _rows(file: Path, rows: Iterable[Iterable[Any]]) -> None:
-    write_output("report", file, csv_text(rows))
+def _rows(file: Path, rows: Iterable[Iterable[Any]], digits: int | None = None) -> None:
+    write_output("report", file, csv_text(rows, digits))
 
 
 def draw(folder: Path, drawings: Plots) -> None:

@@ -151,6 +151,13 @@ def test_predictions(runs, photos, tmp_path):
     assert not torch.allclose(rows.values, expected, rtol=0, atol=1e-7)  # the weights, not their average
 
 
+def test_predictions_that_are_not_numbers_are_empty_cells(tmp_path):
+    values = torch.tensor([[0.25, 0.75], [float("nan"), 0.5], [float("inf"), 0.5]])
+    write(Rows(["a", "b", "c"], values, ["cat", "dog"], True), str(tmp_path / "p.csv"), "predictions")
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert lines[1:] == ["a,dog,0.75,0.25,0.75", "b,,,,0.5", "c,,,,0.5"]
+
+
 def test_the_images_of_a_config(runs, photos):
     """data.path and loader keys as everywhere; an image that cannot be read is skipped if asked, else named."""
     rows = fcmae.embed(str(runs / "pre"), ["data.name=imagefolder", f"data.path={photos}/many"])
