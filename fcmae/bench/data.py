@@ -72,8 +72,8 @@ class DataBenchConfig:
     """Pretraining steps of these models are fed from each variant but the baseline: what of their speed remains?"""
     crops: list[int] = field(default_factory=lambda: [1, 2, 4])
     """``data.crops_per_image`` of the feeds."""
-    stem_stride: int = 4
-    """Of these models; smaller for small images."""
+    strides: list[int] | None = None
+    """Of these models, as ``model.strides``; smaller for small images."""
     step_batch: int = 512
     """Images per step."""
     seconds: float = 5.0
@@ -324,7 +324,7 @@ def feed_models(
             f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"
         )
     data = feed.feeds(ours, cfg.crops, device)
-    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device, cfg.stem_stride):
+    for result in feed.measure(cfg.models, data, cfg.step_batch, workers, cfg.seconds, device, cfg.strides):
         print(f"{result.model:17} {result.feed:30} {result.images_per_second:7.0f} {result.share:6.2f}", flush=True)
         yield result
 

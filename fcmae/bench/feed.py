@@ -67,12 +67,12 @@ def measure(
     workers: int,
     seconds: float,
     device: torch.device,
-    stem_stride: int = 4,
+    strides: Sequence[int] | None = None,
 ) -> Iterator[FeedResult]:
     """Each model with each feed, after one with images on the device. Raises UsageError."""
     for name in models:
         first = next(iter(data.values()))
-        step, grid = training_step(name, first, device, stem_stride)
+        step, grid = training_step(name, first, device, strides)
         generator = torch.Generator().manual_seed(0)
         lying = []
         for _ in range(DISTINCT_BATCHES):
@@ -92,12 +92,12 @@ def measure(
 
 
 def training_step(
-    name: str, data: DataConfig, device: torch.device, stem_stride: int = 4
+    name: str, data: DataConfig, device: torch.device, strides: Sequence[int] | None = None
 ) -> tuple[Callable[[Sequence[Tensor]], None], tuple[int, int]]:
     """A pretraining step as the loop runs it, of (raw images, mask noise ``[N, L]``) on the device; and the grid."""
     torch.manual_seed(0)
     try:
-        model = FCMAE(name, in_chans=data.in_chans, patch_size=stem_stride).to(device)
+        model = FCMAE(name, in_chans=data.in_chans, strides=strides).to(device)
         keep = model.len_keep(*data.size)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -3,7 +3,7 @@
 A training sample is a function of (seed, epoch, index), whichever process reads it and when.
 """
 
-import random
+import _random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +25,7 @@ from fcmae.data.sources.base import Sample, Source
 from fcmae.data.sources.coco import CocoImages
 from fcmae.errors import ImageError
 from fcmae.masks import Mask, RandomMask, draw_scores
-from fcmae.randomness import Stream, derive, generator, preserved, seed_globals
+from fcmae.randomness import Stream, derive, preserved, seed_globals
 
 
 class MaskedImages(Dataset[tuple[Any, ...]]):
@@ -65,6 +65,7 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         self.mask = RandomMask() if mask is None else mask
         self.extra = extra
         self.labels = labels
+        self._rng = torch.Generator()
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, ...]:
         draws = [key, *((*key, crop) for crop in range(1, self.crops_per_image))]
@@ -93,7 +94,7 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         if not images.is_readable(index):
             open_image(images[index].image, self.crop.format).pixels(1)  # raises why
             raise ImageError(images.describe(index), "it could not be read when data.cache was filled, and now it can")
-        noise = torch.stack([self._noise(counters, None) for counters in draws])
+        noise = [self._noise(counters, None) for counters in draws]
         boxes = [self.crop.box(resident.size_of(index), self._uniform(counters)) for counters in draws]
         if self.labels is None:
             return Window(resident.number, index, boxes), noise
@@ -114,10 +115,12 @@ class MaskedImages(Dataset[tuple[Any, ...]]):
         return [crop, noise, *more]
 
     def _uniform(self, counters: tuple[int, ...]) -> Uniform:
-        return random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
+        # The numbers of random.Random, whose own constructor takes twice the time.
+        return _random.Random(derive(self.seed, Stream.AUGMENT, *counters)).random
 
     def _noise(self, counters: tuple[int, ...], crop: Tensor | None) -> Tensor:
-        return draw_scores(self.mask, generator(self.seed, Stream.MASK, *counters), self.grid, crop)
+        rng = self._rng.manual_seed(derive(self.seed, Stream.MASK, *counters))
+        return draw_scores(self.mask, rng, self.grid, crop)
 
 
 def hidden_without_data(scores: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fcmae.errors import ConfigError, UsageError
+from fcmae.masks.random import RandomMask
 from fcmae.plugins import class_name, create
 
 
@@ -51,6 +52,8 @@ def draw_scores(mask: Mask, rng: torch.Generator, grid: tuple[int, int], crop: T
         grid: rows and columns of patches.
     """
     rows, cols = grid
+    if type(mask) is RandomMask:  # needs no check, which would take most of the time
+        return mask.scores(rng, rows, cols, crop)
     try:
         scores = mask.scores(rng, rows, cols, crop)
     except ValueError as error:
