@@ -20,7 +20,8 @@ from fcmae.study_status import CELLS, RECIPE
 from fcmae.training.run import finetune
 
 RUNS, LOGS = "runs", "logs"
-VAL_LISTING = LISTING.replace("training", "validation")
+SHOWN = {"listing": LISTING, "val_listing": LISTING.replace("training", "validation")}
+"""Names of digests in messages."""
 MAY_CHANGE = ("labels", "seeds", "arms", "others", "processes")
 """Keys that say how much is measured."""
 Result = dict[str, Any]
@@ -35,8 +36,8 @@ def begin(plan: Plan, folder: Path) -> None:
     others = {name: checkpoint.identity(path) for name, path in plan.cfg.others.items()}
     weights = {"pretrained": checkpoint.identity(_resolved(plan.cfg.init_from)), **others}
     config = {key: value for key, value in cfg.items() if key not in MAY_CHANGE}
-    numbers = {"images": plan.images, "metric": plan.metric, LISTING: plan.listing}
-    numbers |= {"validation images": plan.val_images, VAL_LISTING: plan.val_listing}
+    numbers = {"images": plan.images, "metric": plan.metric, "listing": plan.listing}
+    numbers |= {"validation images": plan.val_images, "val_listing": plan.val_listing}
     now = {"config": config, "weights": weights, **numbers}
     old = read_result(folder / RECIPE)
     if old is not None:
@@ -47,7 +48,7 @@ def begin(plan: Plan, folder: Path) -> None:
         ]
         for name, value in numbers.items():
             before = old.get(name, value)  # of an earlier version
-            changed += [] if before == value else [f"  {name}: {before} -> {value}"]
+            changed += [] if before == value else [f"  {SHOWN.get(name, name)}: {before} -> {value}"]
         if changed:
             raise UsageError(
                 "the recipe differs from that of the study so far; give its values again, or another hydra.run.dir:\n"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
+from fcmae.config.recipe import check_recipe
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.sources import ImageFolder, Subset, Synthetic, WebDataset
 from fcmae.data.sources.array import ArrayImages
@@ -37,12 +39,12 @@ def png(seed=0):
     return file.getvalue()
 
 
-def write_tar(path, names):
+def write_tar(path, names, padding=b""):
     with tarfile.open(path, "w") as tar:
         for name in names:
             info = tarfile.TarInfo(name)
-            info.size = len(png())
-            tar.addfile(info, io.BytesIO(png()))
+            info.size = len(png() + padding)
+            tar.addfile(info, io.BytesIO(png() + padding))
 
 
 @pytest.fixture
@@ -138,6 +140,14 @@ def test_a_column_that_is_not_read_may_change(files):
     assert listing_digest(table(label_column="kind")(files)) == first
 
 
+def test_other_sizes_in_tar_files_are_not_called_other_names_alone(files):
+    before = listing_digest(WebDataset(files / "a.tar"))
+    write_tar(files / "a.tar", ["1.png", "2.png"], padding=b"\0")
+    numbers = setup.changed_listing(2, before, WebDataset(files / "a.tar"))
+    with pytest.raises(UsageError, match=r"\n  names, .* \(of data=webdataset their sizes in bytes, too\): "):
+        check_recipe({}, {}, numbers)
+
+
 def test_a_source_that_cannot_say():
     assert listing_digest(Synthetic(3, 3, (8, 8))) is None
 
@@ -181,7 +191,7 @@ def test_a_search_does_not_continue_with_an_edited_table(files, monkeypatch):
     begin()
     begin()
     replaced("1.png,x", "1.png,y")(files)
-    with pytest.raises(UsageError, match=f"\n  {LISTING}: "):
+    with pytest.raises(UsageError, match=re.escape(f"\n  {LISTING}: ")):
         begin()
 
 
@@ -194,12 +204,12 @@ def test_a_study_does_not_continue_with_an_edited_table(files, monkeypatch):
     recipe = json.loads((files / "study" / cells.RECIPE).read_text())
     cells.begin(make_plan(compose("study", overrides)), files / "study")
     (files / "val.csv").write_text(TABLE.replace("1.png,x", "1.png,y"))
-    with pytest.raises(UsageError, match=f"\n  {cells.VAL_LISTING}: "):
+    with pytest.raises(UsageError, match=re.escape(f"\n  {cells.SHOWN['val_listing']}: ")):
         cells.begin(make_plan(compose("study", overrides)), files / "study")
     (files / "val.csv").write_text(TABLE)
     reordered(files)
-    with pytest.raises(UsageError, match=f"\n  {LISTING}: "):
+    with pytest.raises(UsageError, match=re.escape(f"\n  {LISTING}: ")):
         cells.begin(make_plan(compose("study", overrides)), files / "study")
-    del recipe[LISTING]  # of an earlier version
+    del recipe["listing"]  # of an earlier version
     (files / "study" / cells.RECIPE).write_text(json.dumps(recipe))
     cells.begin(make_plan(compose("study", overrides)), files / "study")
