@@ -27,7 +27,7 @@ from fcmae.engines.compiled import recomputed
 from fcmae.kernels import gather_patches
 from fcmae.masks.patches import grid_size, visible_indices
 
-INSTALLER = "launch/install_minkowski.sh"
+INSTALLER = "install_minkowski.sh"
 
 
 def load(device: str = "cpu") -> ModuleType:
@@ -51,10 +51,10 @@ def _import() -> ModuleType:
 
 
 def _installer() -> Path:
-    """The script that installs it, at the top of a checkout or inside an installed wheel."""
+    """The script that installs it: launch/ at the top of a checkout, fcmae/launchers in an installed wheel."""
     package = Path(__file__).resolve().parents[1]
-    inside = package / INSTALLER
-    return inside if inside.is_file() else package.parent / INSTALLER
+    inside = package / "launchers" / INSTALLER
+    return inside if inside.is_file() else package.parent / "launch" / INSTALLER
 
 
 class Sites(NamedTuple):

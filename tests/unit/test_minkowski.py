@@ -1,6 +1,7 @@
 """The engine on MinkowskiEngine. What compares it with the others is in test_engines and test_golden, same marker."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def absent(monkeypatch):
     """Python without MinkowskiEngine, installed or not."""
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
     sys.modules["fcmae.engines.minkowski"]._import.cache_clear()
+
+
+def test_an_installed_wheel_names_its_own_installer(absent, tmp_path, monkeypatch):
+    script = tmp_path / "fcmae" / "launchers" / "install_minkowski.sh"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    module = sys.modules["fcmae.engines.minkowski"]
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "fcmae" / "engines" / "minkowski.py"))
+    with pytest.raises(ImportError, match=re.escape(f"({script} builds and installs MinkowskiEngine)")):
+        module.load()
 
 
 def test_absent_it_is_one_line_that_says_how_to_get_it(absent):
