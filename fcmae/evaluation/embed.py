@@ -265,7 +265,7 @@ def write(rows: Rows, out: str, name: str) -> None:
 def _csv(rows: Rows) -> str:
     columns = rows.columns or [f"output_{number}" for number in range(rows.values.shape[1])]
     best = ["class", "probability"] if rows.exclusive and rows.columns else []
-    lines = [["path", *best, *columns]]
+    lines: list[list[Any]] = [["path", *best, *columns]]
     for path, values in zip(rows.paths, rows.values, strict=True):
         top = int(values.argmax())
         first = [columns[top] if values[top].isfinite() else "", float(values[top])] if best else []
