@@ -14,6 +14,7 @@ from fcmae.data.sources import (
     train_source,
     val_source,
 )
+from fcmae.data.sources.base import listing_digest
 from fcmae.errors import ConfigError, UsageError
 
 
@@ -93,6 +94,39 @@ def test_a_saved_data_set(tmp_path, hf_rows):
         ConfigError, match="data.label_column is 'picture', .*it must be a column of integers or strings"
     ):
         train_source(cfg)
+
+
+def digest(path, **how):
+    return listing_digest(train_source(DataConfig(name="hf", path=str(path), **how)))
+
+
+def test_a_run_does_not_resume_with_other_rows(tmp_path, hf_rows, monkeypatch):
+    """Wherever the files lie, and however the library chooses the rows; pixels are not read."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert len({len(png(i)) for i in (0, 1, 2)}) > 1  # so that their order shows without labels
+    without = hf_rows.select_columns(["picture"])
+    for name, rows in (("one", without), ("moved", without), ("turned", without.select(range(5, -1, -1)))):
+        rows.save_to_disk(tmp_path / name)
+    first = digest(tmp_path / "one")
+    assert first is not None
+    assert first == digest(tmp_path / "moved")
+    assert first != digest(tmp_path / "turned")
+    for name, rows in (("files", hf_rows), ("files2", hf_rows), ("labelled", hf_rows.select([0, 2, 1, 3, 4, 5]))):
+        rows.to_parquet(tmp_path / name / "train-00000.parquet")
+    first = digest(tmp_path / "files")
+    assert first == digest(tmp_path / "files2")
+    assert first != digest(tmp_path / "labelled")
+    assert digest(tmp_path / "files", split="train[:3]") != digest(tmp_path / "files", split="train[3:]")
+
+
+def test_names_of_rows_count_below_the_folder_that_they_share(tmp_path, hf_rows):
+    datasets = pytest.importorskip("datasets")
+    digests = []
+    for place, names in (("here", "ab"), ("there", "ab"), ("there", "ba")):
+        pictures = [{"bytes": png(), "path": f"/{place}/{name}/1.png"} for name in names]
+        datasets.Dataset.from_list([{"p": each} for each in pictures]).save_to_disk(tmp_path / f"{place}_{names}")
+        digests.append(digest(tmp_path / f"{place}_{names}", image_column="p"))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from fcmae.data.sources import ImageFolder, Subset, Synthetic, WebDataset
 from fcmae.data.sources.array import ArrayImages
 from fcmae.data.sources.base import LISTING, listing_digest
 from fcmae.data.sources.coco import CocoImages, CocoObjects
+from fcmae.data.sources.dataset import GivenDataset, need_labels, registered
+from fcmae.data.sources.own import Own
 from fcmae.data.sources.table import TableImages
 from fcmae.distributed import World
 from fcmae.errors import UsageError
@@ -144,12 +146,29 @@ def test_other_sizes_in_tar_files_are_not_called_other_names_alone(files):
     before = listing_digest(WebDataset(files / "a.tar"))
     write_tar(files / "a.tar", ["1.png", "2.png"], padding=b"\0")
     numbers = setup.changed_listing(2, before, WebDataset(files / "a.tar"))
-    with pytest.raises(UsageError, match=r"\n  names, .* \(of data=webdataset their sizes in bytes, too\): "):
+    with pytest.raises(UsageError, match=r"\n  names, .* \(of data=webdataset and hf their sizes in bytes, too\): "):
         check_recipe({}, {}, numbers)
 
 
 def test_a_source_that_cannot_say():
     assert listing_digest(Synthetic(3, 3, (8, 8))) is None
+
+
+def test_own_sources_and_datasets(monkeypatch):
+    own = Own(Synthetic(3, 3, (8, 8)), PixelFormat(3))
+    assert listing_digest(own) is None
+    monkeypatch.setattr(Synthetic, "listing_parts", lambda self: [b"names"], raising=False)
+    assert listing_digest(own) is not None
+    digests = [
+        given([(np.zeros((3, 8, 8), np.uint8), label) for label in labels]) for labels in ((0, 1), (0, 1), (1, 0))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def given(dataset):
+    with registered(dataset, "data") as named:
+        need_labels()
+        return listing_digest(GivenDataset(*list(named.values())[1:]))
 
 
 def test_a_checkpoints_text_is_only_text(files):

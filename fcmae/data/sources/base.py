@@ -49,7 +49,7 @@ class Source(Protocol):
         ...
 
 
-LISTING = "names, order and labels of the training images (of data=webdataset their sizes in bytes, too)"
+LISTING = "names, order and labels of the training images (of data=webdataset and hf their sizes in bytes, too)"
 """What :func:`listing_digest` is of, for messages."""
 
 

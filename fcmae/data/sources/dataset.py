@@ -140,6 +140,12 @@ class GivenDataset:
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def listing_parts(self) -> Iterator[np.ndarray]:
+        if self.classes is not None:
+            yield np.asarray(self.labels)
+        elif self.values is not None:
+            yield self.values.numpy()
+
 
 def split(item: Any) -> tuple[Any, Any]:
     """The image of a dataset's item, and its label or None. Raises ImageError."""

@@ -12,7 +12,7 @@ import numpy as np
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.remote.access import Access
 from fcmae.data.remote.objects import RemoteFile
-from fcmae.data.sources.base import Sample, class_names
+from fcmae.data.sources.base import Sample, class_names, relative_names
 from fcmae.data.sources.heads import LENGTH, empty_classes, head_of, unreadable
 from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError, counted, shown
 from fcmae.messages import print_once_rank0
@@ -164,6 +164,20 @@ class HuggingFace:
 
     def describe(self, index: int) -> str:
         return f"{self.path}:{self.split}[{index}]"
+
+    def listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        """The library's own fingerprint also changes with the place and the age of the files."""
+        from pyarrow import compute
+
+        images, order = self.rows.data.column(self.image_column), self.rows._indices
+        chosen = slice(None) if order is None else order.column(0).to_numpy()
+        sizes = compute.binary_length(compute.struct_field(images, "bytes"))  # reads offsets only
+        yield sizes.fill_null(-1).to_numpy()[chosen].astype(np.int64)
+        paths = compute.struct_field(images, "path").fill_null("").to_numpy()[chosen].tolist()
+        shared = os.path.commonprefix(list(filter(None, paths)))  # noqa: RUF071  # of characters, up to a "/"
+        yield relative_names(paths, shared.rpartition("/")[0])
+        if self.classes is not None:
+            yield self.labels
 
 
 @contextlib.contextmanager
