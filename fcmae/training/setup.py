@@ -99,8 +99,9 @@ def changed_classes(old: Sequence[str] | None, new: Sequence[str] | None) -> dic
 
 def changed_listing(images: int | None, listing: str | None, source: Source) -> dict[str, tuple[Any, Any]]:
     """For check_recipe, the digest of as many samples: others, or in another order, a run would silently mix up."""
-    old = None if listing is None else shown(str(listing)[:40])  # of a file that may be anybody's
-    return {LISTING: (old, listing_digest(source))} if images == len(source) else {}
+    if images != len(source) or listing in (None, listing_digest(source, earlier=True)):
+        return {}
+    return {LISTING: (shown(str(listing)[:40]), listing_digest(source))}  # of a file that may be anybody's
 
 
 def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> TrainBatches:

@@ -30,7 +30,8 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """Samples by index. Reading sample i gives the same sample in any process, at any time.
 
-    ``listing_parts()``, which a source need not have, gives what :func:`listing_digest` is made of: bytes and arrays.
+    ``listing_parts()``, which a source need not have, gives what :func:`listing_digest` is made of: bytes and arrays;
+    ``earlier_listing_parts()`` what earlier versions made it of.
     """
 
     classes: list[str] | None
@@ -60,12 +61,15 @@ def innermost(source: Any) -> Any:
     return source
 
 
-def listing_digest(source: Source) -> str | None:
+def listing_digest(source: Source, earlier: bool = False) -> str | None:
     """Differs between sources that list other samples, in another order or with other labels.
 
     None of a source that cannot say. The samples may lie elsewhere, and the content of images is not read.
+
+    Args:
+        earlier: as earlier versions made it, if they made another one; otherwise None.
     """
-    parts = getattr(innermost(source), "listing_parts", None)
+    parts = getattr(innermost(source), "earlier_listing_parts" if earlier else "listing_parts", None)
     if parts is None:
         return None
     digest = hashlib.sha256()

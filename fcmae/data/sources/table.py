@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,27 @@ class TableImages:
         return self.paths[index]
 
     def listing_parts(self) -> Iterator[bytes | np.ndarray]:
-        yield relative_names(self.paths, self.folder)
+        return self._parts(_plain)
+
+    def earlier_listing_parts(self) -> Iterator[bytes | np.ndarray]:
+        """Of runs of earlier versions, which took ``./a.png`` for another file than ``a.png``."""
+        return self._parts(str)
+
+    def _parts(self, named: Callable[[str], str]) -> Iterator[bytes | np.ndarray]:
+        yield relative_names(map(named, self.paths), self.folder)
         if self.targets is not None:
-            yield relative_names(self.targets, self.folder)
+            yield relative_names(map(named, self.targets), self.folder)
         if self.classes is not None:
             yield np.asarray(self.numbers)
         elif self.values is not None:
             yield self.values.numpy()
+
+
+def _plain(path: str) -> str:
+    """A full path without the parts that name no folder: ``/a//./b`` is ``/a/b``. ``..`` may lead out of a link."""
+    if "//" not in path and "/./" not in path:
+        return path
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _tell_problems(table: Path, paths: Sequence[str]) -> None:
