@@ -1,6 +1,7 @@
 """``fcmae status`` and ``fcmae ls``: what runs and studies do, read from their folders, without torch, anywhere."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -8,11 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import yaml
 
-from fcmae.errors import UsageError, shown
+from fcmae.errors import UsageError, reason_of, shown
 from fcmae.files import json_lines
 from fcmae.opening import open_regular, read_regular
 from fcmae.processes import Process
@@ -26,6 +27,8 @@ except ImportError:  # not a POSIX system: whether a run goes on is not known
 TAIL = 2**18
 """Bytes from the end of metrics.jsonl that are read."""
 MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
+HELD = (errno.EACCES, errno.EAGAIN)
+"""Errors of locking where another process has the lock. Any other error: this file system has no locks."""
 LARGEST = 1e300
 SIGNS = ("effective_rank", "feature_cosine", "dead_channels")
 HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
@@ -39,9 +42,9 @@ class RunStatus:
     task: str
     """The run's name in its config."""
     state: str
-    """``running``, ``stopped``, ``done``, or ``killed``: it left its lock behind."""
+    """``running``, ``stopped``, ``done``, ``killed``: it left its lock behind; or ``unknown``: it is damaged."""
     holder: str
-    """Host and process of a run that is running or was killed."""
+    """Host and process of a run that is running or was killed, or what is wrong with the lock."""
     step: int | None
     total: int | None
     epoch: float | None
@@ -266,22 +269,27 @@ def _state(lock: Path) -> tuple[str, str]:
     """Whether a run is running, and who runs it. Its lock is held until it ends, and then deleted."""
     try:
         with open_regular(lock, links=False) as file:
-            given = json.loads(file.read(MAX_LOCK))
-            process = Process.parse(given)
-            goes_on = process.is_alive() if process.is_here() else _is_held(file)
+            held = _is_held(file)
+            try:
+                given = json.loads(file.read(MAX_LOCK))
+                process = Process.parse(given)
+            except (ValueError, RecursionError):
+                return ("running" if held else "unknown"), f"{lock.name} is damaged"
+            goes_on = process.is_alive() if process.is_here() else held is not False
     except FileNotFoundError:
         return "stopped", ""
-    except (OSError, ValueError, RecursionError):
-        return "killed", ""
+    except OSError as error:
+        return "unknown", f"{lock.name} cannot be read: {reason_of(error)}"
     holder = f"host {shown(str(given.get('host'))[:80])}, process {process.pid}"
     return ("running" if goes_on else "killed"), holder
 
 
-def _is_held(file: Any) -> bool:
+def _is_held(file: IO[bytes]) -> bool | None:
+    """Whether another process has a lock on a file; None if the file system has no locks."""
     if fcntl is None:
         return False
     try:
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+    except OSError as error:
+        return True if error.errno in HELD else None
     return False

@@ -24,9 +24,9 @@ class StudyStatus:
 
     folder: Path
     state: str
-    """``running``, ``stopped``, ``killed`` or ``done``."""
+    """``running``, ``stopped``, ``killed``, ``done`` or ``unknown``."""
     holder: str
-    """Host and process of a study that is running or was killed."""
+    """Host and process of a study that is running or was killed, or what is wrong with its lock."""
     done: int
     total: int | None
     sentence: str

@@ -1,6 +1,5 @@
 """A run's directory: what it may hold already, its config, and the lock that keeps a second run out."""
 
-import errno
 import json
 import os
 import socket
@@ -21,7 +20,7 @@ from fcmae.loggers.wandb import ID_FILE
 from fcmae.messages import say
 from fcmae.opening import open_regular, open_to_append, open_to_change
 from fcmae.processes import Process
-from fcmae.status import read_config
+from fcmae.status import HELD, read_config
 from fcmae.training import profile
 
 try:
@@ -32,8 +31,6 @@ except ImportError:  # not a POSIX system: a run directory is not guarded
 CONFIG_FILE = "config.yaml"
 RESULTS = (CONFIG_FILE, "metrics.jsonl", EVENTS_FILE, SHEET_FILE, ENCODER_FILE, "reconstructions", profile.FOLDER)
 """What a run that starts again would overwrite; checkpoints are numbered."""
-HELD = (errno.EACCES, errno.EAGAIN)
-"""Errors of locking where another process has the lock. Any other error: this file system has no locks."""
 MAX_LOCK = 4096
 """Bytes of a lock file."""
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -95,6 +95,19 @@ def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_kill
     assert read_status(run).state == "stopped"
 
 
+def test_a_lock_that_names_nobody_does_not_say_that_a_run_was_killed(tmp_path):
+    run = write(tmp_path / "a", [training(1, 10)])
+    with held(run):
+        (run / "run.lock").write_bytes(b"")
+        assert describe(read_status(run)).splitlines()[0].endswith("running (run.lock is damaged)")
+    assert describe(read_status(run)).splitlines()[0].endswith("unknown (run.lock is damaged)")
+    (run / "run.lock").unlink()
+    (run / "run.lock").symlink_to("elsewhere")
+    status = read_status(run)
+    assert describe(status).splitlines()[0].endswith("unknown (run.lock cannot be read: it is a link)")
+    assert "unknown" in table([status], tmp_path)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.lock"])
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"step": "x"}\n{"step": 1e999}\n{"step"', b"a: *b"]
