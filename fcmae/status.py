@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ TAIL = 2**18
 MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
 HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of locking where another process has the lock. Any other error: this file system has no locks."""
+own_locks: set[tuple[int, int]] = set()
+"""Device and inode of each ``run.lock`` that this process holds: if it closed such a file, its lock would be gone."""
 LARGEST = 1e300
 SIGNS = ("effective_rank", "feature_cosine", "dead_channels")
 HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
@@ -268,6 +271,9 @@ def _batch_size(config: dict[str, Any]) -> int | None:
 def _state(lock: Path) -> tuple[str, str]:
     """Whether a run is running, and who runs it. Its lock is held until it ends, and then deleted."""
     try:
+        status = os.lstat(lock)
+        if (status.st_dev, status.st_ino) in own_locks:
+            return "running", f"host {socket.gethostname()}, process {os.getpid()}"
         with open_regular(lock, links=False) as file:
             held = _is_held(file)
             try:

@@ -20,7 +20,7 @@ from fcmae.loggers.wandb import ID_FILE
 from fcmae.messages import say
 from fcmae.opening import open_regular, open_to_append, open_to_change
 from fcmae.processes import Process
-from fcmae.status import HELD, read_config
+from fcmae.status import HELD, own_locks, read_config
 from fcmae.training import profile
 
 try:
@@ -121,11 +121,13 @@ class RunLock:
             else:  # its holder ended, and deleted it, after we opened it
                 file.close()
         _write(self._file, _this())
+        own_locks.add(_identity(self._file))
 
     def close(self) -> None:
         """Deletes the file and releases the lock, if this process has it."""
         self._closed.set()
         if self._file is not None:
+            own_locks.discard(_identity(self._file))
             self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
@@ -193,6 +195,11 @@ def _read(file: IO[bytes]) -> dict[str, Any] | None:
         return told if named and (told["host"] + told["started"]).isprintable() else None
     except (ValueError, RecursionError):
         return None
+
+
+def _identity(file: IO[bytes]) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

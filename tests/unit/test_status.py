@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_a_lock_that_is_held_is_a_run_that_goes_on_and_one_that_is_left_was_kill
     assert read_status(run).state == "killed"
     lock = RunLock(run)  # the next run takes it over
     lock.acquire()
+    lock.close()
+    assert read_status(run).state == "stopped"
+
+
+def test_a_run_that_reads_its_own_status_keeps_its_lock(tmp_path):
+    """As with ``logger.report``: a POSIX lock ends when its process closes any descriptor of the file."""
+    run = write(tmp_path / "a", [training(1, 10)])
+    lock = RunLock(run)
+    lock.acquire()
+    status = read_status(run)
+    assert (status.state, status.holder.endswith(f"process {os.getpid()}")) == ("running", True)
+    other = multiprocessing.get_context("fork").Process(target=RunLock(run).acquire)
+    other.start()
+    other.join()
+    assert other.exitcode == 1  # refused
     lock.close()
     assert read_status(run).state == "stopped"
 
