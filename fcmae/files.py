@@ -246,15 +246,21 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
     return (defined(value) for _, value in json_lines(file.read_bytes()))
 
 
-def read_result(file: Path) -> dict[str, Any] | None:
+def read_result(file: Path, **needed: type) -> dict[str, Any] | None:
     """A JSON file that this program wrote; None if there is none. Raises UsageError for a damaged one.
 
     NaN and infinity, which earlier versions wrote, are None as :func:`json_text` writes them now.
+
+    Args:
+        needed: keys that it must have, and the types of their values.
     """
     try:
         result = json.loads(file.read_text(), parse_constant=lambda _: None)
         if not isinstance(result, dict):
             raise ValueError("no JSON object")
+        wrong = [key for key, kind in needed.items() if key not in result or not isinstance(result[key], kind)]
+        if wrong:
+            raise ValueError(f"without {', '.join(wrong)}")
         return result
     except FileNotFoundError:
         return None

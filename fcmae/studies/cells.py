@@ -39,7 +39,7 @@ def begin(plan: Plan, folder: Path) -> None:
     numbers = {"images": plan.images, "metric": plan.metric, "listing": plan.listing}
     numbers |= {"validation images": plan.val_images, "val_listing": plan.val_listing}
     now = {"config": config, "weights": weights, **numbers}
-    old = read_result(folder / RECIPE)
+    old = read_result(folder / RECIPE, config=dict, weights=dict)
     if old is not None:
         changed = changes(old["config"], config)
         known = old["weights"]
@@ -68,7 +68,7 @@ def _resolved(path: str | None) -> str | None:
 
 def result_of(folder: Path, cell: Cell) -> Result | None:
     """What a cell's file says, NaN for metrics that are not defined; None if it is not measured yet."""
-    result = read_result(folder / CELLS / f"{cell.name}.json")
+    result = read_result(folder / CELLS / f"{cell.name}.json", metrics=dict)
     return None if result is None else {**result, "metrics": defined(result["metrics"])}
 
 

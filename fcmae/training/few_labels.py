@@ -123,7 +123,7 @@ class _Search:
             "weights": checkpoint.identity(path),
             "init_from": path,
         }
-        old = read_result(file)
+        old = read_result(file, config=dict, images=int, weights=object, init_from=object)
         if old is None:
             write_result(file, now)
         elif not cfg.trainer.allow_changed_recipe:

@@ -227,6 +227,12 @@ def test_a_search_does_not_continue_with_an_edited_table(files, monkeypatch):
 
     begin()
     begin()
+    whole = (files / "run" / "auto" / "recipe.json").read_text()
+    for damaged in ({}, {"config": 1, "images": 3, "weights": None, "init_from": None}):
+        (files / "run" / "auto" / "recipe.json").write_text(json.dumps(damaged))
+        with pytest.raises(UsageError, match=r"auto/recipe.json is damaged \(without config.*\); delete it"):
+            begin()
+    (files / "run" / "auto" / "recipe.json").write_text(whole)
     replaced("1.png,x", "1.png,y")(files)
     with pytest.raises(UsageError, match=re.escape(f"\n  {LISTING}: ")):
         begin()
@@ -240,6 +246,10 @@ def test_a_study_does_not_continue_with_an_edited_table(files, monkeypatch):
     cells.begin(make_plan(compose("study", overrides)), files / "study")
     recipe = json.loads((files / "study" / cells.RECIPE).read_text())
     cells.begin(make_plan(compose("study", overrides)), files / "study")
+    (files / "study" / cells.RECIPE).write_text(json.dumps({**recipe, "weights": None}))
+    with pytest.raises(UsageError, match=r"study/recipe.json is damaged \(without weights\); delete it"):
+        cells.begin(make_plan(compose("study", overrides)), files / "study")
+    (files / "study" / cells.RECIPE).write_text(json.dumps(recipe))
     (files / "val.csv").write_text(TABLE.replace("1.png,x", "1.png,y"))
     with pytest.raises(UsageError, match=re.escape(f"\n  {cells.SHOWN['val_listing']}: ")):
         cells.begin(make_plan(compose("study", overrides)), files / "study")
