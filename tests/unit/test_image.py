@@ -106,6 +106,12 @@ def test_each_failure_is_a_line(script, tool, tmp_path, monkeypatch):
             (said,) = script.check_pip(steps, tmp_path, tmp_path / "temporary")
         assert said == f"Dockerfile:9: pip install -c constraints.txt '.[nothing]': {expected}"
     assert (tmp_path / "temporary/image/src/there").is_file()
+    done = subprocess.CompletedProcess([], 1, "error: externally-managed-environment\n\nhint: See PEP 668")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "call", lambda *_, **__: done)
+        (said,) = script.check_pip(steps, tmp_path, tmp_path / "temporary")
+    assert said.startswith(f"pip's commands cannot be checked: {sys.executable} is externally managed ")
+    assert said.endswith("(PEP 668), so pip refuses; use `make test-image`, or a virtual environment")
 
     failures = script.try_entry(steps[-1], lambda *words: script.call(["missing", *words], 60))
     said = "ended with 127, not {}: [Errno 2] No such file or directory: 'missing'"
