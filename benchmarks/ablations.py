@@ -44,7 +44,8 @@ from fcmae.training.run import pretrain
 DATA = ("data=fashion_mnist", "data.image_size=64")
 NETWORK = ("model=convnextv2_atto", "model.strides=[1,2,2,2]")
 PRETRAINING = (
-    *("optim.global_batch_size=512", "optim.lr=1.5e-3", "schedule.epochs=20", "schedule.warmup_epochs=2"),
+    *("data.cache=gpu", "optim.global_batch_size=512", "optim.lr=1.5e-3"),
+    *("schedule.epochs=20", "schedule.warmup_epochs=2"),
     *("trainer.eval_every_epochs=null", "trainer.checkpoint_every_epochs=20", "trainer.keep_checkpoints=1"),
     *("trainer.log_every=117", "logger=quiet", "logger.progress=false"),
 )
