@@ -166,10 +166,30 @@ def test_a_builder_builds_and_runs_or_its_failure_is_said(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_is_ended(tool, tmp_path, number):
-    builds = "trap 'echo ended >> \"$0.log\"; exit 1' TERM; echo building; while :; do sleep 0.02; done"
+    builds = "trap 'echo ended > \"$0.log\"; exit 1' TERM; echo building; while :; do sleep 0.02; done"
     tool("docker", f"case $1 in build) {builds};; esac")
     with subprocess.Popen([sys.executable, SCRIPT], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert any("building" in line for line in process.stdout)
         process.send_signal(number)
         assert process.wait() == 128 + number
     assert (tmp_path / "bin" / "docker.log").read_text() == "ended\n"
+
+
+def test_a_signal_while_a_process_starts_ends_it(script, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit):
+            script.call(["sleep", "60"], 60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        started[0].kill()
+    assert started[0].wait() == -signal.SIGTERM
