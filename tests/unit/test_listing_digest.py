@@ -177,6 +177,7 @@ def test_own_sources_and_datasets(monkeypatch):
     own = Own(Synthetic(3, 3, (8, 8)), PixelFormat(3))
     assert listing_digest(own) is None
     monkeypatch.setattr(Synthetic, "listing_parts", lambda self: [b"names"], raising=False)
+    monkeypatch.setattr(Synthetic, "source", "a name that an own source may have", raising=False)
     assert listing_digest(own) is not None
     digests = [
         given([(np.zeros((3, 8, 8), np.uint8), label) for label in labels]) for labels in ((0, 1), (0, 1), (1, 0))

@@ -54,9 +54,13 @@ LISTING = "names, order and labels of the training images (of data=webdataset an
 """What :func:`listing_digest` is of, for messages."""
 
 
-def innermost(source: Any) -> Any:
-    """The source itself, which others may wrap."""
-    while hasattr(source, "source"):
+def innermost(source: Any, having: str = "") -> Any:
+    """The source itself, which others may wrap.
+
+    Args:
+        having: the first that has this attribute instead, if one does.
+    """
+    while hasattr(source, "source") and not (having and hasattr(source, having)):
         source = source.source
     return source
 
@@ -69,7 +73,8 @@ def listing_digest(source: Source, earlier: bool = False) -> str | None:
     Args:
         earlier: as earlier versions made it, if they made another one; otherwise None.
     """
-    parts = getattr(innermost(source), "earlier_listing_parts" if earlier else "listing_parts", None)
+    name = "earlier_listing_parts" if earlier else "listing_parts"
+    parts = getattr(innermost(source, name), name, None)
     if parts is None:
         return None
     digest = hashlib.sha256()
