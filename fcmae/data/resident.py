@@ -80,10 +80,9 @@ class Resident:
                 parts.append(_resized(window, box, self.size))
         crops = torch.cat(parts) if len(parts) > 1 else parts[0]
         plain = crops.view(torch.int16) if crops.dtype == torch.uint16 else crops  # which torch cannot index everywhere
-        for turns in range(1, 4):
+        for turns in filter(None, boxes[:, 6].unique().tolist()):
             chosen = (boxes[:, 6] == turns).nonzero()[:, 0].to(device, non_blocking=True)
-            if len(chosen):
-                plain[chosen] = plain[chosen].rot90(turns, (2, 3))
+            plain[chosen] = plain[chosen].rot90(turns, (2, 3))
         return crops
 
     def size_of(self, index: int) -> tuple[int, int]:
@@ -155,18 +154,24 @@ def pack_windows(windows: Sequence[Window]) -> PackedWindows:
 
 def _resized(window: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     """Windows ``[N, C, rows, cols]`` resized to ``size`` and mirrored as their boxes say."""
-    kind, count = window.dtype, len(window)
+    kind, count, rows, cols = window.dtype, len(window), window.shape[2], window.shape[3]
     as_cpu = kind == torch.uint8
-    across = filter_weights(box[:, 3], size[1], window.shape[3], box[:, 4], as_cpu)
-    down = filter_weights(box[:, 2], size[0], window.shape[2], box[:, 5], as_cpu)
+    if size[0] == size[1]:  # both at once: the time is that of launching kernels
+        sides, mirrored = torch.cat([box[:, 3], box[:, 2]]), torch.cat([box[:, 4], box[:, 5]])
+        across, down = filter_weights(sides, size[0], max(rows, cols), mirrored, as_cpu).split(count)
+        across, down = across[:, :, :cols], down[:, :, :rows]
+    else:
+        across = filter_weights(box[:, 3], size[1], cols, box[:, 4], as_cpu)
+        down = filter_weights(box[:, 2], size[0], rows, box[:, 5], as_cpu)
     wide = torch.bmm(window.float().flatten(1, 2), across.transpose(1, 2)).unflatten(1, window.shape[1:3])
     if as_cpu:
-        wide = (wide + 0.5).floor_().clamp_(0, 255)
-    out = torch.bmm(down, wide.transpose(1, 2).reshape(count, window.shape[2], -1))
-    out = out.unflatten(2, (window.shape[1], size[1])).transpose(1, 2).contiguous()
-    if kind.is_floating_point:
-        return out
-    return (out.add_(0.5).floor_() if as_cpu else out.round_()).clamp_(0, torch.iinfo(kind).max).to(kind)
+        wide = wide.add_(0.5).floor_().clamp_(0, 255)
+    out = torch.bmm(down, wide.transpose(1, 2).reshape(count, rows, -1))
+    if as_cpu:
+        out = out.add_(0.5).clamp_(0, 255).to(kind)  # which rounds down
+    elif not kind.is_floating_point:
+        out = out.round_().clamp_(0, torch.iinfo(kind).max).to(kind)
+    return out.unflatten(2, (window.shape[1], size[1])).transpose(1, 2).contiguous()
 
 
 def filter_weights(sides: Tensor, size: int, most: int, mirrored: Tensor, rounded: bool = False) -> Tensor:
