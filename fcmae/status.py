@@ -68,7 +68,9 @@ class RunStatus:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or any((folder / name).is_dir() for name in ("checkpoints", "auto"))
+    """Whether it holds a run: its files, or at the start only its lock."""
+    files, folders = ("metrics.jsonl", "run.lock"), ("checkpoints", "auto")
+    return any((folder / name).is_file() for name in files) or any((folder / name).is_dir() for name in folders)
 
 
 def read_any(folder: str | Path) -> RunStatus | StudyStatus:
@@ -157,6 +159,8 @@ def describe(run: RunStatus | StudyStatus, now: float | None = None) -> str:
         lines.append(f"  loss {run.loss:.4g}{before}{speed}{memory}")
     if run.scores:
         lines.append(f"  at step {run.scored_at}: {_scores(run.scores, most=6)}")
+    if run.written is None and run.state == "running":
+        return "\n".join([*lines, "  starting; the first metrics follow"])
     kept = ", ".join(map(str, run.checkpoints[-4:])) or "none"
     lines.append(f"  checkpoints of steps {kept}; metrics written {_ago(run.written, now)}")
     return "\n".join(lines)

@@ -124,6 +124,17 @@ def test_a_lock_that_names_nobody_does_not_say_that_a_run_was_killed(tmp_path):
     assert "unknown" in table([status], tmp_path)
 
 
+def test_a_run_that_only_starts_is_a_run(tmp_path):
+    """trainer.budget first measures the speed in a folder of the run, which is no run of its own."""
+    (tmp_path / "a" / "speed").mkdir(parents=True)
+    (tmp_path / "a" / "speed" / "metrics.jsonl").touch()
+    with held(tmp_path / "a"):
+        assert find_runs(tmp_path) == [tmp_path / "a"]
+        text = describe(read_status(tmp_path / "a")).splitlines()
+    assert text[0].startswith(f"{tmp_path}/a: ?, running (host ")
+    assert text[1:] == ["  starting; the first metrics follow"]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.lock"])
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"step": "x"}\n{"step": 1e999}\n{"step"', b"a: *b"]
