@@ -33,11 +33,11 @@ def collected() -> Iterator[list[str]]:
 
 
 def mistake(line: str) -> None:
-    """Raises ConfigError, or collects the line."""
+    """Raises ConfigError, or collects the line; of several lines each."""
     mistakes = _collected.get()
     if mistakes is None:
         raise ConfigError(line)
-    mistakes.append(line)
+    mistakes += line.split("\n")
 
 
 def mistaken() -> bool:

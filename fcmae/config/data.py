@@ -7,6 +7,7 @@ from typing import Any
 from fcmae.config.channels import Layout, layout, no_data
 from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
 from fcmae.config.normalize import CLIPPING, NORMALIZE, bounds, fixed_scale
+from fcmae.errors import counted
 from fcmae.plugins import is_named
 
 MAX_SIDE = 2**14
@@ -272,11 +273,11 @@ class DataConfig:
             self.mean, self.std = [], []
         if own and not self.mean and not self.std:
             return
-        for name, least, what in (("mean", -math.inf, "numbers"), ("std", 0, "positive numbers")):
+        for name, least, what in (("mean", -math.inf, "number"), ("std", 0, "positive number")):
             value = getattr(self, name)
             ok = len(value) == self.in_chans and all(least < x < math.inf for x in value)
             hint = f"data.in_chans={self.in_chans}; fcmae prepare data.stats=true prints them"
-            check(f"data.{name}", value, ok, f"{self.in_chans} {what}, one per channel ({hint})")
+            check(f"data.{name}", value, ok, f"{counted(self.in_chans, what)}, one per channel ({hint})")
 
     @property
     def clips(self) -> bool:

@@ -225,7 +225,7 @@ def test_without_init_from_unset_keys_have_their_standard_values():
     assert (cfg.model.backbone, cfg.model.stem_stride, cfg.data.size) == ("convnextv2_atto", 4, (224, 224))
     assert (cfg.data.in_chans, cfg.data.mean) == (3, DataConfig().mean)
     assert type(cfg.data) is DataConfig
-    with pytest.raises(ConfigError, match=r"data.mean must be 1 numbers, one per channel.*; got .*"):
+    with pytest.raises(ConfigError, match=r"data.mean must be 1 number, one per channel.*; got .*"):
         Finetuning(compose("finetune", [*UNTOLD, "data.in_chans=1"]))
     for wrong in ("data.mean=[0.5,nan]", "data.image_size=0", "data.bit_depth=99", "model.stem_stride=3"):
         with pytest.raises(ConfigError, match=wrong.partition("=")[0]):

@@ -63,6 +63,15 @@ def test_a_folder_of_one_image_has_a_line(tmp_path, capsys):
     assert "own/small: 1 image: a network memorises so few; add images or start from published weights" in said
 
 
+def test_mistakes_that_the_recipe_meets_too_are_said_once(photos):
+    with pytest.raises(ConfigError) as raised:
+        compose("pretrain", ["experiment=own/small", f"data.path={photos}", "data.in_chans=1", "trainer.device=cpu"])
+    assert [line.split(" (")[0] for line in raised.value.mistakes] == [
+        "data.mean must be 1 number, one per channel",
+        "data.std must be 1 positive number, one per channel",
+    ]
+
+
 def test_without_images_another_message_says_so():
     cfg = compose("pretrain", ["experiment=own/large", "data.path=/nowhere"])
     assert cfg.data.size == (224, 224)
