@@ -16,6 +16,8 @@ STUDY_FILE, RECIPE, CELLS = "study.json", "recipe.json", "cells"
 MAX_BYTES, MAX_TEXT = 2**24, 4000
 """Of a file, and of the sentence."""
 COLUMNS = 80
+SPREAD = "After ± is one standard deviation over the seeds; in rows of differences, half the 95 % interval."
+"""What the numbers of a study's table mean."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fcmae.report.results import data_sheets, evaluations
 from fcmae.report.study import StudyContent, read_study
 from fcmae.report.style import SCRIPT, STYLE
 from fcmae.status import SIGNS, is_number
-from fcmae.study_status import is_study
+from fcmae.study_status import SPREAD, is_study
 from fcmae.version import __version__
 
 MOST_PROCESSES = 50
@@ -67,9 +67,9 @@ def render(runs: Sequence[RunContent], studies: Sequence[StudyContent] = ()) -> 
 
 def _study(study: StudyContent) -> str:
     header, *rows = [[text(cell) for cell in row] for row in study.rows] or [[]]
-    body = (
-        f'<p class="lead">{text(study.sentence[:1].upper() + study.sentence[1:])}</p>{table(header, rows, numbers=1)}'
-    )
+    lead = f'<p class="lead">{text(study.sentence[:1].upper() + study.sentence[1:])}</p>'
+    spread = f"<p>{SPREAD}</p>" if any("±" in cell for row in rows for cell in row) else ""
+    body = f"{lead}{table(header, rows, numbers=1)}{spread}"
     lines = [line for line in study.lines or () if line.points]
     if not lines or not study.ticks:
         return body

@@ -16,7 +16,7 @@ from fcmae.studies.arms import Cell, Plan, make_plan, rivals, steps_of
 from fcmae.studies.cells import Result, begin, result_of
 from fcmae.studies.plot import draw
 from fcmae.studies.processes import measure_all
-from fcmae.study_status import STUDY_FILE
+from fcmae.study_status import SPREAD, STUDY_FILE
 from fcmae.training.run_dir import RunLock
 
 PLOT_FILE = "study.png"
@@ -65,7 +65,8 @@ class _Study:
         summary = self.summary()
         write_output("study.json", self.folder / STUDY_FILE, json_text(summary, indent=1) + "\n")
         missing = draw(summary, self.folder / PLOT_FILE)
-        print("\n".join([*summary["table"], "", summary["sentence"]]), flush=True)
+        legend = ["", SPREAD] if any("±" in row for row in summary["table"]) else []
+        print("\n".join([*summary["table"], *legend, "", summary["sentence"]]), flush=True)
         if missing is not None:
             self._say(missing)
         return self.folder / STUDY_FILE

@@ -300,6 +300,7 @@ def test_a_study_is_shown_beside_runs_and_cannot_bring_code(run, tmp_path):
     assert "<script>x</script>" in page.text
     assert len(page.all("script")) == 1
     assert "top1 by the number of labelled images" in page.text
+    assert page.text.count("After ± is one standard deviation over the seeds") == 1
     scratch, auto = read_study(study).lines[:2]
     assert scratch.points == [(1, 51), (3, 51)]
     assert auto.band[0] == (1, 61 - 2**0.5, 61 + 2**0.5)

@@ -114,7 +114,8 @@ def test_a_study_that_is_cut_continues_and_measures_every_cell_once(fcmae_here, 
     assert "give its values again, or another hydra.run.dir:\n  steps: 2 -> 3" in changed
     assert read_any(here / "study").state == "done"
     measured.clear()
-    fcmae_here(*STUDY, "seeds=2", "labels=[2]", "arms=[random_probe,pretrained_probe]")  # more of the same study
+    more = fcmae_here(*STUDY, "seeds=2", "labels=[2]", "arms=[random_probe,pretrained_probe]")  # of the same study
+    assert "After ± is one standard deviation over the seeds" in more.stdout
     assert measured == ["random_probe_2_1", "pretrained_probe_2_1"]
 
 
