@@ -62,10 +62,11 @@ fcmae evaluate checkpoint=runs/finetune data.val_path=LABELLED/val
 `fcmae status runs/pretrain`, in another terminal, prints step, loss, speed and time left. Ctrl-C stops a run with a
 checkpoint; the same command continues it. `LABELLED` is a folder with a subfolder per class in `train` and in `val`;
 with thousands of labelled images leave out `recipe=auto`. Several GPUs: type
-`torchrun --nproc_per_node=GPUS -m fcmae.cli` instead of `fcmae`. On SLURM:
+`torchrun --nproc_per_node=GPUS -m fcmae.cli` instead of `fcmae`. On SLURM, with one GPU:
 
 ```
-sbatch --nodes=1 job.sbatch pretrain --config-dir conf experiment=project hydra.run.dir=runs/pretrain
+sbatch --ntasks-per-node=1 --gpus-per-node=1 job.sbatch pretrain \\
+    --config-dir conf experiment=project hydra.run.dir=runs/pretrain
 ```
 """
 
