@@ -182,7 +182,7 @@ def _facts(data: str, device: str, size: str) -> Facts:
     where = "a GPU" if gpu else "a CPU"
     print_once_rank0(
         f"own/{size}: {counted(facts.images, 'image')}, about {facts.height} x {facts.width} px, on {where}: {values}; "
-        "keys that the command sets count instead"
+        "keys in the command override these"
     )
     fits = [name for name, other in SIZES.items() if facts.images >= other.least][-1]
     if fits != size:
