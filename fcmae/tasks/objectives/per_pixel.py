@@ -1,18 +1,24 @@
 """What the objectives with target maps share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fcmae.config import FinetuneConfig
 from fcmae.config.checks import check_one_of, is_positive
+from fcmae.data.sources import Source
+from fcmae.data.sources.base import shuffled
+from fcmae.errors import ImageError
 from fcmae.models.dense_head import DenseHead
 from fcmae.models.objective import DenseObjective
 from fcmae.models.upernet import UPerNet
 
 HEADS = {"unet": (DenseHead, 128), "upernet": (UPerNet, 512)}
 """The class of each head, and its width if it is not given."""
+MEASURED = 1000
+"""Target maps, of a fixed random order, from which an objective learns what classes and numbers are like."""
 AUXILIARY_WEIGHT = 0.4
 """Of the auxiliary prediction's loss, as in MMSegmentation."""
 
@@ -51,6 +57,15 @@ class PerPixel(DenseObjective):
     def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each sample ``[N]`` for a prediction ``[N, channels, H, W]``, and its parts."""
         raise NotImplementedError
+
+    def some_targets(self, source: Source, cfg: FinetuneConfig) -> Iterator[Tensor]:
+        """At most :data:`MEASURED` training targets. One that cannot be read is an ImageError, or left out."""
+        for index in shuffled(source)[:MEASURED]:
+            try:
+                yield self.target(source[index], source, index)  # type: ignore[misc]  # a tensor, of maps
+            except ImageError:
+                if cfg.loader.on_error == "raise":
+                    raise
 
     def on_device(self, name: str, device: torch.device) -> Tensor:
         """An attribute on a device, copied once: a CUDA graph cannot record a copy from the host."""

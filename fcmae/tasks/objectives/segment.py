@@ -12,7 +12,6 @@ from torch import Tensor
 from fcmae.config import FinetuneConfig
 from fcmae.data.pixels.maps import IGNORED, MAX_CLASSES, class_map
 from fcmae.data.sources import Sample, Source
-from fcmae.data.sources.base import shuffled
 from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
@@ -23,8 +22,6 @@ from fcmae.models.objective import Predictions, Report
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
-COUNTED = 1000
-"""Maps, of a fixed random order, in which ``class_weights=auto`` counts pixels."""
 SMOOTH = 1.0
 """Pixels added to both sides of the dice fraction."""
 
@@ -92,13 +89,7 @@ class Segment(PerPixel):
         if not self.auto:
             return
         counts = torch.zeros(self.channels, dtype=torch.int64)
-        for index in shuffled(source)[:COUNTED]:
-            try:
-                target = self.target(source[index], source, index)
-            except ImageError:
-                if cfg.loader.on_error == "raise":
-                    raise
-                continue
+        for target in self.some_targets(source, cfg):
             counts += target[target != IGNORED].long().bincount(minlength=self.channels)
         present = counts > 0
         weights = counts.sum() / (present.sum() * counts.clamp(min=1).double())

@@ -12,18 +12,15 @@ from torch import Tensor
 from fcmae.config import FinetuneConfig
 from fcmae.data.pixels.maps import value_map
 from fcmae.data.sources import Sample, Source
-from fcmae.data.sources.base import shuffled
 from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
-from fcmae.errors import ImageError, UsageError
+from fcmae.errors import UsageError
 from fcmae.imports import needed
 from fcmae.models.objective import Predictions
 from fcmae.precision import no_autocast
 from fcmae.tasks.objectives.per_image import metric
 from fcmae.tasks.objectives.per_pixel import PerPixel, loss_terms
 
-MEASURED = 1000
-"""Maps, of a fixed random order, of which mean, deviation and range are taken."""
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the scales of MS-SSIM (Wang et al. 2003), the finest first."""
 KERNEL = 11
@@ -75,13 +72,8 @@ class Translate(PerPixel):
             raise UsageError(f"data.image_size must be at least {KERNEL} with objective.loss=ms_ssim")
         count, total, squares = torch.zeros(3, self.channels, dtype=torch.float64)
         low, high = torch.full((self.channels,), math.inf), torch.full((self.channels,), -math.inf)
-        for index in shuffled(source)[:MEASURED]:
-            try:
-                values = self.target(source[index], source, index).flatten(1)
-            except ImageError:
-                if cfg.loader.on_error == "raise":
-                    raise
-                continue
+        for target in self.some_targets(source, cfg):
+            values = target.flatten(1)
             valid = values.isfinite()
             known = torch.where(valid, values, 0).double()
             count, total, squares = count + valid.sum(1), total + known.sum(1), squares + known.square().sum(1)
