@@ -73,9 +73,8 @@ def warn_of_copies(result: dict[str, float], queries: int, world: World) -> None
         )
 
 
-def check_neighbours(key: str, ks: Sequence[int], gallery: Source) -> None:
-    """Raises ConfigError if there are fewer images than neighbours."""
-    most = len(gallery)
+def check_neighbours(key: str, ks: Sequence[int], most: int) -> None:
+    """Raises ConfigError if there are fewer images, ``most``, than neighbours."""
     check(key, list(ks), max(ks) <= most, f"at most {most}, the number of images to compare with")
 
 
@@ -98,7 +97,7 @@ def knn_of(
     """
     train, val, classes, notes = labelled_sources(data, loader, seed)
     train, val = first(train, gallery), first(val, queries)
-    check_neighbours("k", ks, train)
+    check_neighbours("k", ks, len(train))
     world.say(*notes)
     known, asked = extract(train), extract(val)
     result = knn_accuracy(known, asked, len(classes), world, ks=ks, temperature=temperature)

@@ -44,7 +44,7 @@ from fcmae.evaluation.cache import CachedExtractor
 from fcmae.evaluation.class_metrics import class_metrics
 from fcmae.evaluation.classify import accuracy, predictions
 from fcmae.evaluation.features import Extractor, Features, first, labelled_sources, one_class
-from fcmae.evaluation.knn import knn_of
+from fcmae.evaluation.knn import check_neighbours, knn_of
 from fcmae.evaluation.labels import read_accepted
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.evaluation.summary import Recorder, describe, finish_images, folder_of, named
@@ -247,8 +247,7 @@ def knn(cfg: KnnConfig) -> dict[str, float] | None:
             queries=cfg.queries,
             seed=cfg.seed,
         )
-        most = int(result["gallery"])
-        check("k", cfg.k, max(cfg.k) <= most, f"at most {most}, the number of images to compare with")
+        check_neighbours("k", cfg.k, int(result["gallery"]))
         return result if world.is_main else None
 
 

@@ -147,7 +147,7 @@ class OnlineKnn(Labelled):
     def __init__(self, backbone: ConvNeXt, cfg: PretrainConfig) -> None:
         super().__init__(backbone, cfg)
         self.warned = False
-        check_neighbours("monitor.knn_k", cfg.monitor.knn_k, self.gallery)
+        check_neighbours("monitor.knn_k", cfg.monitor.knn_k, len(self.gallery))
 
     def __call__(self, ema: nn.Module | None, step: int, logger: RunLogger, world: World, stop: Wish) -> None:
         extract = self.extractor(ema, world, stop)
