@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fcmae.distributed import World
 from fcmae.evaluation.classify import TOP5_FROM, accuracy
-from fcmae.evaluation.features import gather
+from fcmae.evaluation.features import gather_in_order
 from fcmae.models.objective import Predictions
 
 NAMES = ("top1", "top5", "balanced_accuracy", "precision", "recall", "f1", "auroc", "average_precision", "ece")
@@ -148,10 +148,8 @@ def class_metrics(
     images = result.pop("images")
     result |= of_counts(world.sum(kept.counts))
     if int(world.sum(torch.tensor(kept.scores))) <= MOST_SCORES:
-        outputs, labels, places = (gather(torch.cat(part), world) for part in zip(*kept.parts, strict=True))
-        order = places.argsort()
-        result |= areas(outputs[order], labels[order])
-    confidence, right, places = (gather(torch.cat(part), world) for part in zip(*kept.calibration, strict=True))
-    order = places.argsort()
-    result["ece"] = calibration_error(confidence[order], right[order])
+        outputs, labels, _ = gather_in_order(kept.parts, world)
+        result |= areas(outputs, labels)
+    confidence, right, _ = gather_in_order(kept.calibration, world)
+    result["ece"] = calibration_error(confidence, right)
     return {**result, "images": images}

@@ -27,7 +27,7 @@ from fcmae.data.sources.images import Joined, images_at
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
 from fcmae.errors import CheckpointError, UsageError
-from fcmae.evaluation.features import batches, gather
+from fcmae.evaluation.features import batches, gather_in_order
 from fcmae.evaluation.predict_boxes import Boxes, BoxNetwork, predict_boxes
 from fcmae.evaluation.predict_maps import MapNetwork, Maps, predict_maps
 from fcmae.evaluation.run import data_of, opened, split_overrides
@@ -201,13 +201,11 @@ def _of_paths(
             return predict_boxes(made, source, cfg, data, world, out)
         check("--out", out, table and Path(out or "").suffix != ".json", expected)
         network, columns, exclusive = made
-        shares = list(zip(*_share(network, source, cfg, data, world), strict=True))
-        values, places = (gather(torch.cat(parts), world).cpu() for parts in shares)
+        values, places = gather_in_order(_share(network, source, cfg, data, world), world)
         if not world.is_main:
             return None
-        order = places.argsort()
-        named = [source.describe(int(place)) for place in places[order]]
-        rows = Rows(named, values[order], columns, exclusive)
+        named = [source.describe(place) for place in places.tolist()]
+        rows = Rows(named, values.cpu(), columns, exclusive)
         if len(named) < len(source):
             say(f"{len(source) - len(named)} of {len(source)} images could not be read and have no row")
         if out is not None:

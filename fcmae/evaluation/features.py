@@ -1,6 +1,6 @@
 """Running a model over every sample of a source, on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -181,10 +181,9 @@ class Extractor:
         was_training = self.backbone.training
         self.backbone.eval()
         try:
-            shares = self._share(self._read(source, dataset))
+            values, labels, _ = gather_in_order(self._share(source, dataset), self.world)
         finally:
             self.backbone.train(was_training)
-        values, labels, places = (gather(share, self.world) for share in shares)
         broken = ~values.isfinite().all(dim=1)
         if broken.any():
             values = values.masked_fill(broken[:, None], 0)  # NaN would be nearest to every image
@@ -192,23 +191,18 @@ class Extractor:
             self.world.say(
                 f"warning: the features of {count} images are not finite, and count as zero; try precision=float32"
             )
-        order = places.argsort()
-        return Features(values[order], labels[order])
+        return Features(values, labels)
 
-    def _read(self, source: Source, dataset: CroppedImages | None) -> Iterator[Images]:
-        return batches(source, self.data, self.loader, self.batch_size, self.world, dataset, self.stop)
-
-    def _share(self, stream: Iterator[Images]) -> list[Tensor]:
-        """Features, labels and places of this rank's images."""
+    def _share(self, source: Source, dataset: CroppedImages | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features, labels and places of this rank's images. Begins with a batch of none, for a rank without images."""
         device = self.world.device
-        parts = [[torch.empty(0, self.width, device=device)]]
-        parts += [[torch.empty(0, dtype=torch.int64, device=device)] for _ in range(2)]
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        yield torch.empty(0, self.width, device=device), none, none
+        stream = batches(source, self.data, self.loader, self.batch_size, self.world, dataset, self.stop)
         for imgs, labels, places in stream:
             with autocast(device, self.precision):
                 values = self._pool(imgs).float()
-            for part, new in zip(parts, (values, labels, places), strict=True):
-                part.append(new)
-        return [torch.cat(part) for part in parts]
+            yield values, labels, places
 
     def _pool(self, imgs: Tensor) -> Tensor:
         if self.layer == "pooled":
@@ -236,3 +230,13 @@ def gather(share: Tensor, world: World) -> Tensor:
     everyone = [torch.empty_like(padded) for _ in range(world.size)]
     dist.all_gather(everyone, padded)
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts.tolist(), strict=True)])
+
+
+def gather_in_order(share: Iterable[Sequence[Tensor]], world: World) -> list[Tensor]:
+    """The rows of the batches of all ranks, in the order of their places ``[N]``, which each batch ends with.
+
+    A rank without rows brings a batch of none.
+    """
+    columns = [gather(torch.cat(column), world) for column in zip(*share, strict=True)]
+    order = columns[-1].argsort()
+    return [column[order] for column in columns]

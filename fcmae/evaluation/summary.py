@@ -17,7 +17,7 @@ from fcmae.data.sources import Source
 from fcmae.distributed import World
 from fcmae.errors import shown
 from fcmae.evaluation.display import choose, rgb
-from fcmae.evaluation.features import Images, gather
+from fcmae.evaluation.features import Images, gather_in_order
 from fcmae.evaluation.map_pictures import sheet, titled
 from fcmae.files import csv_text, json_text, make_folder, output, write_output
 from fcmae.messages import say
@@ -63,14 +63,11 @@ class Recorder:
         most = world.max(torch.cat([shape.flatten(), torch.tensor([self.numbers])]))
         if not 0 < int(most[-1]) * world.size <= MOST or int(most[0]) > 2 or int(most[3]) > 2:
             return None
-        tensors = []
-        for row, name in enumerate(("outputs", "targets", "places")):
-            ndim, columns, floating = (1, 0, 0) if row == 2 else most[3 * row : 3 * row + 3].tolist()
+        blanks = []
+        for ndim, columns, floating in (most[:3].tolist(), most[3:6].tolist(), (1, 0, 0)):
             kind = torch.float32 if floating else torch.int64
-            blank = torch.zeros(0, *([columns] if ndim > 1 else []), dtype=kind, device=world.device)
-            tensors.append(gather(torch.cat([blank, *(getattr(part, name) for part in self.parts)]), world).cpu())
-        order = tensors[2].argsort()
-        return Predictions(*(tensor[order] for tensor in tensors))
+            blanks.append(torch.zeros(0, *([columns] if ndim > 1 else []), dtype=kind, device=world.device))
+        return Predictions(*(column.cpu() for column in gather_in_order([blanks, *self.parts], world)))
 
 
 class Errors:
@@ -86,9 +83,8 @@ class Errors:
     def worst(self, world: World) -> list[tuple[int, float]]:
         """The places and errors of the worst images of all ranks, the worst first."""
         rows = torch.tensor(self.found, dtype=torch.float64, device=world.device).view(-1, 2)
-        errors, places = gather(rows, world).cpu().unbind(1)
-        order = places.argsort()
-        return [(int(places[order][i]), float(errors[order][i])) for i in worst_of(errors[order])]
+        errors, places = (column.cpu() for column in gather_in_order([rows.unbind(1)], world))
+        return [(int(places[i]), float(errors[i])) for i in worst_of(errors)]
 
 
 def worst_of(errors: Tensor) -> list[int]:

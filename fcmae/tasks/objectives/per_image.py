@@ -16,7 +16,7 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation import class_metrics, logistic, reports
 from fcmae.evaluation.classify import TOP5_FROM
-from fcmae.evaluation.features import gather
+from fcmae.evaluation.features import gather_in_order
 from fcmae.models.objective import Objective, Predictions, Report
 from fcmae.models.pooled import RowHead
 
@@ -318,8 +318,6 @@ def _errors(output: Tensor, target: Tensor) -> dict[str, float]:
 def _all(share: Iterable[Predictions], world: World, columns: int) -> tuple[Tensor, Tensor]:
     """Outputs and targets of the images of all ranks ``[n, K]``, in the source's order, so that sums have one order."""
     blank = torch.empty(0, columns, device=world.device)
-    parts = [(blank, blank, torch.empty(0, dtype=torch.int64, device=world.device))]
-    parts += [(outputs, targets, places) for outputs, targets, places in share]
-    outputs, targets, places = (gather(torch.cat(column), world) for column in zip(*parts, strict=True))
-    order = places.argsort()
-    return outputs[order], targets[order]
+    none = (blank, blank, torch.empty(0, dtype=torch.int64, device=world.device))
+    outputs, targets, _ = gather_in_order([none, *share], world)
+    return outputs, targets
