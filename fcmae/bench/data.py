@@ -115,6 +115,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
     cfg = parse(DataBenchConfig, overrides)
     device = pick_device(cfg.device)
     workers = cfg.workers or cores_per_rank(1)
+    beside_training = cfg.workers or max(1, workers - 1)  # which takes a core
     with contextlib.ExitStack() as stack:
         folder = Path(cfg.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="fcmae-bench-")))
         where = machine(device)
@@ -126,7 +127,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
               f"{cfg.images} JPEGs of {origin}, batches of {cfg.batch_size}, median of {cfg.repeats}")  # fmt: skip
         configs = variant_configs(cfg, folder)
         if cfg.finetune:
-            _measure_augmentation(cfg, configs, workers, device, json_file)
+            _measure_augmentation(cfg, configs, beside_training, device, json_file)
             return []
         results = measure(cfg, configs, workers, device)
         for line in table(results, cfg.step_speed):
@@ -140,7 +141,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[DataRes
             "feeds": [],
         }
         write_report(json_file, **report)
-        for result in feed_models(cfg, configs, workers, device):
+        for result in feed_models(cfg, configs, beside_training, device):
             report["feeds"].append(result)
             write_report(json_file, **report)  # after every row, so that it stays if a later one fails
     return results
@@ -170,7 +171,6 @@ def _measure_formats(
 def _measure_augmentation(
     cfg: DataBenchConfig, configs: dict[str, DataConfig], workers: int, device: torch.device, json_file: Path | None
 ) -> None:
-    workers = cfg.workers or max(1, workers - 1)  # the training process takes a core
     found: dict[str, list[augment.AugmentResult]] = {}
     for variant, data in configs.items():
         if variant == BASELINE:
@@ -317,8 +317,6 @@ def feed_models(
 ) -> Iterator[FeedResult]:
     """Measures and prints how fast each model trains from each variant."""
     ours = {variant: data for variant, data in configs.items() if variant != BASELINE}
-    # the training process takes a core
-    workers = cfg.workers or max(1, workers - 1)
     if cfg.models:
         print(
             f"\n{'model':17} {'fed from':30} {'img/s':>7} {'share':>6}   {workers} workers, batches of {cfg.step_batch}"

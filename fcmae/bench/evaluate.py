@@ -1,6 +1,7 @@
 """``fcmae bench evaluate``: images per second of `fcmae evaluate` against timm's forward, in one run."""
 
 import copy
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def _measure(cfg: EvaluateConfig, name: str, device: torch.device) -> list[Evalu
                 for i in range(cfg.warm_up):
                     turn(i)
                 ms[engine].append(median_step_ms(turn, cfg.repeats, device))
-    best = {engine: sorted(values)[len(values) // 2] for engine, values in ms.items()}
+    best = {engine: statistics.median_high(values) for engine, values in ms.items()}
     return [
         EvaluateResult(name, engine, cfg.batch_size, best[engine], cfg.batch_size / best[engine] * 1e3, apart[engine])
         for engine in engines

@@ -126,7 +126,7 @@ def _depthwise(
     x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight, bias = torch.randn(c, 1, k, k, device=device), torch.zeros(c, device=device)
     tables = where.slots, where.cells
-    traffic = 2 * _bytes(x) + _bytes(weight)
+    traffic = 2 * x.nbytes + weight.nbytes
     return {
         "depthwise": (lambda: depthwise_launch.forward(x, weight, bias, *tables), traffic),
         "depthwise input grad": (lambda: depthwise_launch.input_grad(dy, weight, *tables), traffic),
@@ -146,10 +146,6 @@ def _gelu_grn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         return torch.autograd.grad(y, (x, *parameters), dy, retain_graph=True)
 
     return {
-        "GELU + GRN": (lambda: gelu_grn(x, weight, bias, input_bias=input_bias), 2 * _bytes(x)),
-        "GELU + GRN backward": (backward, 3 * _bytes(x)),
+        "GELU + GRN": (lambda: gelu_grn(x, weight, bias, input_bias=input_bias), 2 * x.nbytes),
+        "GELU + GRN backward": (backward, 3 * x.nbytes),
     }
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -261,7 +261,7 @@ def _workload(cfg: ScalingConfig, name: str, batch_size: int, device: torch.devi
 
 
 def _gradient_bytes(model: nn.Module) -> float:
-    return float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    return float(sum(p.nbytes for p in model.parameters() if p.requires_grad))
 
 
 def _all_reduce_ms(model: nn.Module, group: Any, repeats: int, device: torch.device) -> float:

@@ -135,7 +135,7 @@ def _check_content(content: Any, size: int) -> None:
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized:
                 raise ValueError(f"it holds a tensor of layout {value.layout} on {value.device}")
-            total += value.numel() * value.element_size()
+            total += value.nbytes
             if total > 2 * size:
                 raise ValueError("its tensors have more elements than it has bytes for")
         elif type(value) not in (*PLAIN, Namespace):

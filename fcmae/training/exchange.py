@@ -224,14 +224,10 @@ def _as(part: Tensor, param: Tensor) -> Tensor:
 
 def _split(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
     """Runs of at most ``limit`` bytes; the last parameters are a separate run, of at most ``LAST_SHARE``."""
-    sizes = list(itertools.accumulate(_nbytes(param) for param in reversed(params)))
+    sizes = list(itertools.accumulate(param.nbytes for param in reversed(params)))
     last = sum(size <= LAST_SHARE * sizes[-1] for size in sizes)
     yield from _runs(params[: len(params) - last], limit)
     yield from _runs(params[len(params) - last :], limit)
-
-
-def _nbytes(param: nn.Parameter) -> int:
-    return param.numel() * param.element_size()
 
 
 def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
@@ -239,13 +235,12 @@ def _runs(params: list[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]
     part: list[nn.Parameter] = []
     size = 0
     for param in params:
-        nbytes = _nbytes(param)
         other = bool(part) and (param.dtype, param.device) != (part[0].dtype, part[0].device)
-        if part and (size + nbytes > limit or other):
+        if part and (size + param.nbytes > limit or other):
             yield part
             part, size = [], 0
         part.append(param)
-        size += nbytes
+        size += param.nbytes
     if part:
         yield part
 

@@ -103,7 +103,7 @@ class Trial:
             item = errors_aside(task.dataset(), plan.num_samples, plan.seed, skip)[0, 0]
             self.sample: list[Tensor] = BadSamples(skip).take(collate([item]), 0, replaced=True)
             self.sample += task.draw(0, range(1))
-        weights = sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
+        weights = sum(p.nbytes for p in task.model.parameters() if p.requires_grad)
         self.step = TrainingStep(
             task.model, lambda batch: task.loss(task.model, batch), self.device, task.cfg.precision
         )

@@ -135,7 +135,7 @@ def _trained(task: Task) -> int:
 
 def check_space(run_dir: Path, state: TrainState) -> None:
     """Raises UsageError if the disk has no room for a checkpoint: weights, two moments of each and their average."""
-    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    weights = sum(p.nbytes for p in state.model.parameters())
     needed = weights * (3 + (state.ema is not None)) / 2**20
     free = shutil.disk_usage(nearest(run_dir)).free / 2**20
     if free < needed:
