@@ -103,7 +103,7 @@ def distinct_names(places: Sequence[str]) -> bytes:
 
 
 class Wrapper:
-    """Another source, whose samples subclasses change or choose."""
+    """Another source, whose samples subclasses change, or choose by ``place``."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -118,17 +118,21 @@ class Wrapper:
         """Why there are no classes; a source with classes may have no answer."""
         return why_unlabelled(self.source)
 
+    def place(self, index: int) -> int:
+        """The index of a sample in the other source."""
+        return index
+
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.source[index]
+        return self.source[self.place(index)]
 
     def label(self, index: int) -> int | None:
-        return self.source.label(index)
+        return self.source.label(self.place(index))
 
     def describe(self, index: int) -> str:
-        return self.source.describe(index)
+        return self.source.describe(self.place(index))
 
 
 class Subset(Wrapper):
@@ -142,14 +146,8 @@ class Subset(Wrapper):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[self.indices[index]]
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(self.indices[index])
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(self.indices[index])
+    def place(self, index: int) -> int:
+        return self.indices[index]
 
 
 class Windows(Wrapper):
@@ -163,14 +161,8 @@ class Windows(Wrapper):
     def __len__(self) -> int:
         return len(self.source) * self.count
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[index // self.count]
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(index // self.count)
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index // self.count)
+    def place(self, index: int) -> int:
+        return index // self.count
 
 
 def why_unlabelled(source: Source) -> str:
