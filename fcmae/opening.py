@@ -44,6 +44,11 @@ def read_regular(path: str | os.PathLike, most: int, links: bool = True) -> byte
     return content
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path is in a folder, or the folder; both without links, as ``os.path.realpath`` gives them."""
+    return os.path.commonpath([path, folder]) == folder
+
+
 def open_trusted(path: str | os.PathLike, owners: Collection[int] = ()) -> IO[bytes]:
     """A file to read whose content is trusted, such as a cache: regular, not a link, and not writable by others.
 

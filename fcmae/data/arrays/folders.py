@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fcmae.data.remote.objects import THREADS, filesystem
 from fcmae.data.remote.retries import MissingFile, retried
 from fcmae.errors import shown
-from fcmae.opening import open_regular, read_regular
+from fcmae.opening import is_inside, open_regular, read_regular
 from fcmae.urls import check_url
 
 
@@ -60,7 +60,7 @@ class LocalFolder:
 
     def below(self, name: str) -> "LocalFolder":
         path = Path(os.path.normpath(self.path / name))
-        if os.path.isabs(name) or os.path.commonpath([os.path.realpath(path), self.top]) != self.top:
+        if os.path.isabs(name) or not is_inside(os.path.realpath(path), self.top):
             raise ValueError(f"{shown(name)} is outside of it")
         return LocalFolder(path, self.top)
 
@@ -72,7 +72,7 @@ class LocalFolder:
         path = os.path.join(self.path, key)
         parent = os.path.dirname(path)
         if parent not in self._checked:
-            if os.path.commonpath([os.path.realpath(parent), self.top]) != self.top:
+            if not is_inside(os.path.realpath(parent), self.top):
                 raise ValueError(f"{parent} is outside of {self.top}")
             self._checked.add(parent)
         return path

@@ -19,7 +19,7 @@ from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.data.sources.images import Files
 from fcmae.errors import ConfigError, counted, first_of, reason_of, shown
 from fcmae.messages import print_once_rank0
-from fcmae.opening import read_regular
+from fcmae.opening import is_inside, read_regular
 
 MAX_BYTES = 2**31
 """Of a JSON file."""
@@ -89,7 +89,7 @@ class CocoImages(Files):
             real = os.path.realpath(path) if _is_path(path) else top
             if identity in seen:
                 mistakes.add("images have the id of another", f"{shown(name)} ({identity})")
-            elif os.path.commonpath([real, top]) != top:
+            elif not is_inside(real, top):
                 mistakes.add(f"images lie outside of {folder}", shown(name))
             elif not os.path.isfile(real):
                 mistakes.add(f"images are not in {folder}", shown(name))

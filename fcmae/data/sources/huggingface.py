@@ -16,6 +16,7 @@ from fcmae.data.sources.base import Sample, class_names, relative_names
 from fcmae.data.sources.heads import LENGTH, empty_classes, head_of, unreadable
 from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError, counted, shown
 from fcmae.messages import print_once_rank0
+from fcmae.opening import is_inside
 
 
 class HuggingFace:
@@ -155,7 +156,7 @@ class HuggingFace:
         """The path of an image, which must lie in the folder of the data set. Raises ImageError."""
         for start in (self.folders[0], os.curdir):  # the library itself writes paths from the current folder
             real = os.path.realpath(os.path.join(start, path))
-            if any(os.path.commonpath([real, folder]) == folder for folder in self.folders) and os.path.exists(real):
+            if any(is_inside(real, folder) for folder in self.folders) and os.path.exists(real):
                 return real
         raise ImageError(name, f"its path {shown(path)} is missing, or outside of the folder of the data set")
 
@@ -220,7 +221,7 @@ def _check_files(folder: Path, files: dict[str, list[str]]) -> None:
     """Raises UsageError if a local data set names files outside of its folder."""
     real = os.path.realpath(folder)
     for file in (str(file) for some in files.values() for file in some):
-        if "://" in file or os.path.commonpath([os.path.realpath(file), real]) != real:
+        if "://" in file or not is_inside(os.path.realpath(file), real):
             raise UsageError(f"{folder} names the file {shown(file)}, which is outside of it")
 
 

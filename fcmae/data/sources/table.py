@@ -18,7 +18,7 @@ from fcmae.data.sources.heads import head_of, unreadable
 from fcmae.errors import ConfigError, UsageError, first_of, reason_of, shown
 from fcmae.imports import needed
 from fcmae.messages import print_once_rank0
-from fcmae.opening import open_regular
+from fcmae.opening import is_inside, open_regular
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path")
 """Names of the column of paths, if it is not given."""
@@ -252,7 +252,7 @@ def _inside(path: Path, names: list[Any], rows: list[int], root: Path) -> list[s
     outside, missing = [], []
     for row, name, full in zip(rows, names, paths, strict=True):
         real = top if "\0" in full else os.path.realpath(full)
-        if os.path.commonpath([real, top]) != top:
+        if not is_inside(real, top):
             outside.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
         elif not os.path.isfile(real):
             missing.append(f"{row + 1} ({shown(str(name)[:LENGTH])})")
