@@ -177,13 +177,11 @@ class Balance:
         return by_class[order, torch.arange(self.rounds)[:, None]].flatten(0, 1)[: self.count]
 
 
+_balance = functools.lru_cache(maxsize=2)(Balance)
+
+
 def _tuples(keys: Tensor) -> list[SampleKey]:
     return [(number, index) for number, index in keys.tolist()]
-
-
-@functools.lru_cache(maxsize=2)
-def _balance(labels: tuple[int, ...]) -> Balance:
-    return Balance(labels)
 
 
 class MicroBatches(Sampler[list[SampleKey]]):

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from fcmae.data.arrays.shared_chunks import Place, SharedChunks
+from fcmae.data.pixels.scientific import NPY_MAGIC, TIFF_MAGICS
 from fcmae.errors import RemoteError, UsageError, reason_of
 from fcmae.opening import open_regular
 from fcmae.urls import is_url
@@ -20,8 +21,7 @@ MAX_CHUNK = 2**28
 """Bytes that a chunk may have when it is decoded: a small file can expand to fill the memory."""
 MAX_SAMPLES = 2**27
 """Images of one array; the order of an epoch takes 8 bytes for each."""
-TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NPY_MAGIC, HDF5_MAGIC = b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 EXPANDED = 2**16
 """Bytes by which compression may make a chunk longer, beside an eighth."""
 Index = tuple[int | slice, ...]
@@ -78,11 +78,11 @@ def _open(path: str, dataset: str | None, limit: float) -> Stored:
         from fcmae.data.arrays.hdf5 import HDF5Array
 
         return HDF5Array(path, dataset)
-    if start[:6] == NPY_MAGIC:
+    if start.startswith(NPY_MAGIC):
         if dataset is not None:
             raise UsageError(f"data.dataset must be null for a .npy file, which has one array; got {dataset!r}")
         return NpyFile(path)
-    if start[:4] in TIFF_MAGICS:
+    if start.startswith(TIFF_MAGICS):
         from fcmae.data.arrays.tiff import TiffArray
 
         return TiffArray(path, dataset)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLESPERPIXEL, TiffImageFile
 from torch import Tensor
 
 from fcmae.config import DataConfig
@@ -21,7 +21,7 @@ from fcmae.data.pixels.bands import cut_band, segments
 from fcmae.data.pixels.files import Encoded as Encoded
 from fcmae.data.pixels.files import LargeTiff
 from fcmae.data.pixels.files import read_file as read_file
-from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, open_picture
+from fcmae.data.pixels.formats import FORMATS, MAX_PIXELS, check_size, check_tiles, open_picture
 from fcmae.data.pixels.jpeg import IMAGE_MODES
 from fcmae.errors import ImageError, RemoteError, UsageError, counted, reason_of, shown
 
@@ -295,8 +295,7 @@ def _decode_by_pillow(
             or _lacks_samples(image, channels, exact)
         ):
             return None
-        if isinstance(image, TiffImageFile):
-            check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
+        check_tiles(image, max_pixels)
         return picture_pixels(image, channels, expected, floats, exact)
 
 

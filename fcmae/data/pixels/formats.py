@@ -115,5 +115,13 @@ def check_size(height: int, width: int, max_pixels: float = MAX_PIXELS, what: st
         raise ValueError(_too_large(f"{what}{width}x{height}", height * width, max_pixels))
 
 
+def check_tiles(image: Image.Image, max_pixels: float) -> None:
+    """Raises ValueError if an image is a TIFF whose tiles have more than ``max_pixels``."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        sides = tags.get(TiffImagePlugin.TILELENGTH, 1), tags.get(TiffImagePlugin.TILEWIDTH, 1)
+        check_size(*sides, max_pixels, "tiles of ")
+
+
 def _too_large(size: str, pixels: str | int, max_pixels: float) -> str:
     return f"it has {size} pixels; loader.max_pixels is {max_pixels}; set loader.max_pixels={pixels} to read it"

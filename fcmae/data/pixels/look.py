@@ -11,6 +11,7 @@ from fcmae.data.pixels import dicom, jpeg2000, scientific
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, explained, open_image, stored
 from fcmae.data.pixels.formats import MAX_PIXELS, open_picture
 from fcmae.data.pixels.jpeg import REDUCTIONS
+from fcmae.data.pixels.nodata import middle_of
 
 CHANNELS = {"RGB": 3, "RGBA": 4, "P": 3, "CMYK": 3, "YCbCr": 3, "LAB": 3, "HSV": 3}
 """Channels that Pillow's modes have here; others have 1."""
@@ -34,9 +35,7 @@ class Look(NamedTuple):
 def look(image: Encoded | Tensor | LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Look:
     """Reads an image. Raises ImageError naming it."""
     if isinstance(image, StoredImage):
-        height, width = image.size
-        rows, cols = min(height, WINDOW), min(width, WINDOW)
-        return Look("array", image.size, image.stored((height - rows) // 2, (width - cols) // 2, rows, cols))
+        return Look("array", image.size, image.stored(*middle_of(image.size, (WINDOW, WINDOW))))
     if isinstance(image, LazyImage):
         return Look("image", image.size, image.pixels(1).numpy())
     if isinstance(image, Tensor):

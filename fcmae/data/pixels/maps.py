@@ -5,12 +5,11 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
 from fcmae.data.pixels import scientific
 from fcmae.data.pixels.decode import Encoded, explained, stored
-from fcmae.data.pixels.formats import MAX_PIXELS, check_size, open_picture
+from fcmae.data.pixels.formats import MAX_PIXELS, check_tiles, open_picture
 from fcmae.opening import open_regular
 
 IGNORED = -1
@@ -50,8 +49,7 @@ def _stored_classes(data: bytes, max_pixels: int) -> np.ndarray:
                 raise ValueError(f"it is a {image.format}, whose compression changes classes; convert it to PNG")
             if len(image.getbands()) > 1:
                 raise ValueError(f"it has {len(image.getbands())} channels; {ONE_CHANNEL} 1")
-            if isinstance(image, TiffImageFile):
-                check_size(image.tag_v2.get(TILELENGTH, 1), image.tag_v2.get(TILEWIDTH, 1), max_pixels, "tiles of ")
+            check_tiles(image, max_pixels)
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"it has {getattr(image, 'n_frames', 1)} pages; {ONE_CHANNEL} 1")
             return np.array(ImageOps.exif_transpose(image))

@@ -13,25 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fcmae.data.pixels import jpeg
 from fcmae.data.pixels.crops import resize
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, StoredImage, explained, open_image, to_stored
 from fcmae.data.pixels.dicom import is_dicom
 from fcmae.data.pixels.formats import EXTENSIONS, FORMATS, open_picture
 from fcmae.data.pixels.jpeg2000 import CODESTREAM, JP2_MAGIC
+from fcmae.data.pixels.scientific import NPY_MAGIC, TIFF_MAGICS
 from fcmae.data.sources.base import Source
 from fcmae.errors import ImageError
 from fcmae.files import HashingWriter, replacing
 
 MAGICS = {
-    b"\xff\xd8\xff": "jpg",
+    jpeg.MAGIC: "jpg",
     b"\x89PNG": "png",
     b"RIFF": "webp",
     b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"MM\0+": "tif",
-    b"II+\0": "tif",
-    b"\x93NUMPY": "npy",
+    **dict.fromkeys(TIFF_MAGICS, "tif"),
+    NPY_MAGIC: "npy",
     JP2_MAGIC: "jp2",
     CODESTREAM: "j2k",
 }

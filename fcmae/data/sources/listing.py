@@ -139,9 +139,8 @@ def _is_current(root: Path, kept: Arrays, extensions: Sequence[str]) -> bool:
     if not _meta(root, extensions).items() <= kept.meta.items():
         return False
     names, folders, classes = (Strings(kept, kind) for kind in ("names", "folders", "classes"))
-    names.check(paths=True)
-    folders.check(paths=True)
-    classes.check(paths=True)
+    for strings in (names, folders, classes):
+        strings.check(paths=True)
     labels, times = kept["labels"], kept["folder_times"]
     if (labels.shape, times.shape) != ((len(names),), (len(folders),)) or labels.dtype != np.int32:
         raise ValueError("its arrays have other sizes")
