@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from fcmae.config.checks import check
+from fcmae.config.checks import as_list, check
 
 LISTS = ("input", "target", "classes")
 KEYS = (*LISTS, "mean", "std", "nodata", "of")
@@ -70,8 +70,7 @@ def no_data(key: str, given: Any, channels: int) -> list[Any] | None:
     """
     if given is None:
         return None
-    several = isinstance(given, (list, tuple))
-    values = list(given) if several else [given] * channels
+    values: list[Any] = as_list(given, channels)
     values = ["nan" if isinstance(value, float) and value != value else value for value in values]
     ok = len(values) == channels and all(
         value in ("nan", None) or (type(value) in (int, float) and abs(value) < math.inf) for value in values
@@ -81,6 +80,4 @@ def no_data(key: str, given: Any, channels: int) -> list[Any] | None:
 
 
 def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return [] if value is None else as_list(value)

@@ -52,6 +52,11 @@ def check(key: str, value: Any, ok: bool, expected: str) -> bool:
     return ok
 
 
+def as_list(value: Any, count: int = 1) -> list[Any]:
+    """What is in a list or a tuple; any other value ``count`` times."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+
 def check_one_of(key: str, value: Any, options: Iterable[str]) -> None:
     check(key, value, value in options, "one of " + ", ".join(options))
 
@@ -83,7 +88,7 @@ def check_seed(value: int) -> None:
 
 def check_neighbours(key: str, value: Any, gallery_key: str, gallery: int | None) -> list[int]:
     """The numbers of neighbours in a number or a list of numbers, each at most the number of gallery images."""
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    numbers = as_list(value)
     ok = len(numbers) > 0 and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in numbers)
     if check(key, value, ok, "a positive integer, or a list of them") and gallery is not None and gallery > 0:
         check(key, value, max(numbers) <= gallery, f"at most {gallery_key} ({gallery})")
@@ -112,7 +117,7 @@ def is_positive(value: Any) -> bool:
 
 def check_positives(key: str, value: Any) -> Any:
     """One positive number or several, as a list; ``value`` itself if it is neither."""
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    numbers = as_list(value)
     ok = bool(numbers) and all(map(is_positive, numbers))
     return [float(n) for n in numbers] if check(key, value, ok, "a positive number, or a list of them") else value
 

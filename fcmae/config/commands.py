@@ -8,6 +8,7 @@ from typing import Any
 from fcmae.config.checks import (
     L2,
     LAYERS,
+    as_list,
     check,
     check_channels,
     check_class,
@@ -248,9 +249,7 @@ class CheckpointConfig:
                 values[path] = None
         values["cache"] = None  # pays off over many epochs
         for path in ("path", "val_path"):
-            named: Any = values.get(path)
-            named = named if isinstance(named, (list, tuple)) else [named]
-            if path not in given and any(is_command(str(one)) for one in named):
+            if path not in given and any(is_command(str(one)) for one in as_list(values.get(path))):
                 values[path] = None
                 print_once_rank0(
                     f"data.{path} of the checkpoint is a command ({PIPE}), which is not run; give it yourself"

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fcmae.config.channels import Layout, layout, no_data
-from fcmae.config.checks import check, check_class, check_not_negative, check_one_of, check_positive, check_ratio
+from fcmae.config.checks import (
+    as_list,
+    check,
+    check_class,
+    check_not_negative,
+    check_one_of,
+    check_positive,
+    check_ratio,
+)
 from fcmae.config.normalize import CLIPPING, NORMALIZE, bounds, fixed_scale
 from fcmae.errors import counted
 from fcmae.plugins import is_named
@@ -185,7 +193,7 @@ class DataConfig:
         check("data.planes", self.planes, ok, "a list of different planes, counted from 0, or null")
         for name in ("source", "val_source"):
             check_class(f"data.{name}", getattr(self, name))
-        sides = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
+        sides = as_list(self.image_size, 2)
         ok = len(sides) == 2 and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
         ok = check("data.image_size", self.image_size, ok, f"an integer from 1 to {MAX_SIDE}, or [height, width]")
         self.image_size = (sides[0], sides[1]) if ok else (224, 224)
@@ -199,14 +207,10 @@ class DataConfig:
         self._check_normalisation()
         ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         check("data.crop_scale", self.crop_scale, ok, "[least, most] with 0 < least <= most <= 1")
-        ok = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf
-        check("data.crop_ratio", self.crop_ratio, ok, "[least, most] with 0 < least <= most")
-        zoom = self.crop_zoom
-        ok = zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1] < math.inf)
-        check("data.crop_zoom", zoom, ok, "[least, most] with 0 < least <= most, or null")
-        jitter = self.scale_jitter
-        ok = jitter is None or (len(jitter) == 2 and 0 < jitter[0] <= jitter[1] < math.inf)
-        check("data.scale_jitter", jitter, ok, "[least, most] with 0 < least <= most, or null")
+        for name, null in (("crop_ratio", ""), ("crop_zoom", ", or null"), ("scale_jitter", ", or null")):
+            value = getattr(self, name)
+            ok = value is None or (len(value) == 2 and 0 < value[0] <= value[1] < math.inf)
+            check(f"data.{name}", value, ok, f"[least, most] with 0 < least <= most{null}")
         ok = self.foreground is None or _is_foreground(self.foreground)
         expected = "{above: VALUE, share: SHARE}, or below or both, perhaps with tries from 1 to 100"
         check("data.foreground", self.foreground, ok, expected)
@@ -339,7 +343,7 @@ def _columns(name: str, value: Any) -> str | list[str] | None:
 
 def _paths(key: str, value: Any) -> str | list[str] | None:
     """A path or several as text, numbers too, which YAML makes of names such as 2024."""
-    parts = value if isinstance(value, (list, tuple)) else [value]
+    parts = as_list(value)
     ok = bool(parts) and all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts)
     ok = ok and all(str(part) for part in parts)
     check(key, value, value is None or ok, "a path, or a list of paths")

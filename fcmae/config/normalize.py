@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fcmae.config.checks import check, mistake
+from fcmae.config.checks import as_list, check, mistake
 
 CLIPPING = ("window", "percentile")
 """Those that clip to ``data.low`` and ``data.high``."""
@@ -34,7 +34,7 @@ def fixed_scale(normalize: str, given: list[tuple[float, float]], in_chans: int)
 
 def _per_channel(value: Any, channels: int) -> list[float]:
     """A finite number per channel; empty where it is nothing of that kind."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * channels
+    values = as_list(value, channels)
     ok = len(values) == channels and all(type(x) in (int, float) and math.isfinite(x) for x in values)
     return [float(x) for x in values] if ok else []
 

@@ -132,7 +132,7 @@ def resolve(key: str, size: str, *, _root_: Any) -> Any:
     facts = facts_of(_root_, size)
     rules: Mapping[str, Callable[[], Any]] = {
         "image_size": lambda: image_size(facts),
-        "strides": lambda: strides(_shorter_side(_root_)),
+        "strides": lambda: strides(min(_sides(_root_))),
         "mask_ratio": lambda: mask_ratio(_patches(_root_)),
         "batch": lambda: batch(facts, size),
         "crops": lambda: crops_per_image(facts, _root_.optim.global_batch_size),
@@ -147,10 +147,6 @@ def resolve(key: str, size: str, *, _root_: Any) -> Any:
 def _sides(root: Any) -> tuple[int, int]:
     side = root.data.image_size
     return (side, side) if isinstance(side, int) else (side[0], side[1])
-
-
-def _shorter_side(root: Any) -> int:
-    return min(_sides(root))
 
 
 def _patches(root: Any) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fcmae.config.checks import mistake
+from fcmae.config.checks import as_list, mistake
 from fcmae.config.commands import RANDOM, CheckpointConfig, FeaturesConfig, PretrainConfig, RunConfig, StudyConfig
 from fcmae.config.data import DataConfig
 from fcmae.config.prepare import PrepareConfig
@@ -87,7 +87,7 @@ def _check_images(data: DataConfig, key: str) -> None:
     if data.name in ("imagefolder", "coco"):
         _check_folders(key, path)
         return
-    for one in path if isinstance(path, list) else [path]:
+    for one in as_list(path):
         if data.name == "webdataset" and is_remote(one):
             _check_url(key, one)
         elif data.name == "table" and not os.path.isfile(one):
@@ -105,8 +105,7 @@ def _check_url(key: str, url: str) -> None:
 
 
 def _check_folders(key: str, path: str | list[str] | None) -> None:
-    given = path if isinstance(path, list) else [path]
-    for one in given:
+    for one in as_list(path):
         if one is not None and not os.path.isdir(one):
             mistake(f"data.{key}: {one} is not a folder{_hint(key, one)}")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fcmae.config.checks import LAYERS, check, check_one_of, check_positive, check_seed
+from fcmae.config.checks import LAYERS, as_list, check, check_one_of, check_positive, check_seed
 
 ALL = "all"
 ARMS = ("random_probe", "pretrained_probe", "scratch", "finetuned", "auto", "auto_scratch")
@@ -36,7 +36,7 @@ class StudyKeys:
 
     def check_study(self) -> None:
         """Notes mistakes in these keys, and makes ``labels`` and ``seeds`` lists."""
-        given = self.labels if isinstance(self.labels, (list, tuple)) else [self.labels]
+        given = as_list(self.labels)
         numbers = [label for label in given if label != ALL]
         ok = all(type(number) is int and number > 0 for number in numbers) and len(set(given)) == len(given) > 0
         if check("labels", self.labels, ok, "different positive integers, or all"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fcmae.config.checks import check, is_positive, mistake
+from fcmae.config.checks import as_list, check, is_positive, mistake
 
 _SITES = "the engines run over visible patches, so nothing but the depthwise convolutions may look beyond a site"
 _HEAD = "it belongs to timm's classifier, which pretraining does not have"
@@ -36,7 +36,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _are_kernels(value: Any, stages: int) -> bool:
-    sizes = list(value) if isinstance(value, (list, tuple)) else [value] * stages
+    sizes = as_list(value, stages)
     return len(sizes) == stages and all(type(size) is int and size > 0 and size % 2 for size in sizes)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fcmae.config.checks import as_list
 from fcmae.data.sources import Source
 from fcmae.errors import UsageError
 
@@ -38,7 +39,7 @@ def read_accepted(path: Path, source: Source, classes: list[str]) -> list[list[i
     else:
         of_image = {index: given[entry] for index, entry in enumerate(_entries(given, names, path))}
     numbers = {name: number for number, name in enumerate(classes)}
-    accepted = [[_number(value, numbers, path) for value in _listed(of_image[index])] for index in range(len(names))]
+    accepted = [[_number(value, numbers, path) for value in as_list(of_image[index])] for index in range(len(names))]
     if not any(accepted):
         raise UsageError(f"labels {path} has no class for any image")
     return accepted
@@ -85,10 +86,6 @@ def _entries(given: dict[str, Any], names: list[str], path: Path) -> list[str]:
         owner[entry] = name
         entries.append(entry)
     return entries
-
-
-def _listed(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _number(value: Any, numbers: dict[str, int], path: Path) -> int:

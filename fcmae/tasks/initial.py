@@ -13,6 +13,7 @@ from torch import Tensor
 from fcmae.checkpoints import checkpoint, encoder
 from fcmae.checkpoints.checkpoint import State
 from fcmae.config import CLASSIFY, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.checks import as_list
 from fcmae.config.commands import INIT_CHANNELS
 from fcmae.config.unset import UNSET
 from fcmae.engines.convnext import stem
@@ -164,7 +165,7 @@ def check_network(cfg: PretrainConfig, start: Start) -> None:
             f"model.{name}" not in STRIDES
             and theirs is not None
             and ours is not None
-            and list(_flat(ours)) != list(_flat(theirs))
+            and as_list(ours) != as_list(theirs)
         ):
             wrong.append(f"model.{name} is {_plain(ours)}; {start.path} has {_plain(theirs)}")
     if wrong:
@@ -186,10 +187,6 @@ def _strides(stem_stride: int, strides: Sequence[int] | None) -> str:
     if strides is not None and list(strides) in ([1, 2, 2, 2], [4, 2, 2, 2]):
         stem_stride, strides = strides[0], None
     return f"model.stem_stride={stem_stride}" if strides is None else f"model.strides={list(strides)}"
-
-
-def _flat(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def load_initial(

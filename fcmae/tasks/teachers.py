@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.config import DataConfig, PretrainConfig
+from fcmae.config.checks import as_list
 from fcmae.errors import ConfigError, FCMAEError
 from fcmae.interchange.foreign import downloading, reason
 from fcmae.interchange.weights import read
@@ -164,7 +165,7 @@ def _load(network: nn.Module, path: Path, classifier: str | Sequence[str] | None
     """Loads a file's weights strictly, but for those of the classifier. Raises WeightsError, CheckpointError."""
     content = read(path)
     weights = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier or []))
+    heads = tuple(f"{head}." for head in as_list(classifier or []))
     kept = {name: value for name, value in weights.items() if isinstance(value, Tensor) and not name.startswith(heads)}
     load_state(network, kept, path)
 

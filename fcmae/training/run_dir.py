@@ -12,6 +12,7 @@ from typing import IO, Any
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.checkpoints.encoder import ENCODER_FILE
 from fcmae.config import RunConfig
+from fcmae.config.checks import as_list
 from fcmae.data.sheet import SHEET_FILE
 from fcmae.errors import UsageError
 from fcmae.files import replacing, set_aside
@@ -45,8 +46,7 @@ def check_folder(cfg: RunConfig, run_dir: Path) -> None:
     if cfg.data.name != "imagefolder" or cfg.data.source is not None:
         return
     for key in ("path", "val_path"):
-        paths = getattr(cfg.data, key) or []
-        for path in [paths] if isinstance(paths, str) else paths:
+        for path in as_list(getattr(cfg.data, key) or []):
             if run_dir.resolve().is_relative_to(Path(path).resolve()):
                 why = "where its pictures would count as images"
                 raise UsageError(f"hydra.run.dir={run_dir} must not be in data.{key}={path}, {why}")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fcmae.config import DataConfig, LoaderConfig, not_set
+from fcmae.config.checks import as_list
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.remote.access import Access
@@ -101,8 +102,7 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
 
 
 def _access(path: Any, loader: LoaderConfig) -> Access | None:
-    given = path if isinstance(path, (list, tuple)) else [path]
-    return Access.of(loader) if any(is_remote(str(one)) for one in given) else None
+    return Access.of(loader) if any(is_remote(str(one)) for one in as_list(path)) else None
 
 
 def _one(path: Any, key: str, name: str) -> Any:

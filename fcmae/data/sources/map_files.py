@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fcmae.config import DataConfig, LoaderConfig
+from fcmae.config.checks import as_list
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.data.sources.create import train_source, val_source
@@ -132,4 +133,4 @@ def mapped_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
         raise UsageError(f"data.name is {cfg.name}; target maps are read with data.name=imagefolder or table")
     if given is None:
         raise UsageError(f"{key} is not set; give the folder of target maps, {key}=FOLDER")
-    return InFolders(source, given if isinstance(given, list) else [given], key, loader.relist)
+    return InFolders(source, as_list(given), key, loader.relist)
