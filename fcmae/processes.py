@@ -50,16 +50,16 @@ class Process:
 
 def is_stopped(pid: int | None) -> bool:
     """Whether a process is suspended (SIGSTOP); known on Linux only."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return bool(fields) and fields[0] == "T"
 
 
 def _born(pid: int) -> str:
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return fields[19] if fields and fields[0] not in "ZX" else ""
 
 
-def _stat(pid: int | None) -> list[str]:
+def stat_fields(pid: int | None) -> list[str]:
     """The fields of /proc/PID/stat from the state on; the name before it may contain anything."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

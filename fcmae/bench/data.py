@@ -39,6 +39,7 @@ from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import Windows, train_source
 from fcmae.distributed import pick_device
 from fcmae.grid import grid_size
+from fcmae.processes import stat_fields
 
 BASELINE = "baseline"
 OWN = "own"
@@ -305,11 +306,8 @@ def _cpu_seconds() -> float:
 
 def _cpu_seconds_of(pid: int | None) -> float:
     """CPU time of another process; 0 where that is not to be had."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = stat_fields(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def feed_models(
