@@ -95,7 +95,7 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
         )
     size = next((name for limit, name in SIZES if count < limit), "large")
     name = re.sub(r"[^\w.-]+", "_", target.resolve().name)  # it goes into YAML and Markdown
-    lines, chosen = _data(data, suggested(seen))
+    lines, chosen = _data(data, overrides, suggested(seen, data.bit_depth))
     experiment = target / "conf" / "experiment" / "project.yaml"
     experiment.parent.mkdir(parents=True)
     experiment.write_text(CONFIG.format(count=count, size=size, name=name, data=lines))
@@ -108,10 +108,13 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _data(data: PreparedDataConfig, keys: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
+def _data(data: PreparedDataConfig, overrides: Sequence[str], keys: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
     """Lines of group ``data``: what was given, then what is suggested, with the reasons; and the suggestions."""
     default = to_dict(PreparedDataConfig())
-    given: dict[str, Any] = {key: value for key, value in to_dict(data).items() if value != default[key]}
+    named = {"name", *(re.split("[.=]", override)[1] for override in overrides if override.startswith("data."))}
+    given: dict[str, Any] = {
+        key: value for key, value in to_dict(data).items() if key in named and value != default[key]
+    }
     for key in ("path", "val_path"):
         if isinstance(given.get(key), str) and os.path.exists(given[key]):
             given[key] = os.path.abspath(given[key])

@@ -90,7 +90,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     with output("--contact-sheet", sheet) as file:
         picture.save(file, "PNG")
     print(f"contact sheet {sheet}: {len(chosen[0])} images drawn at random, then with a red edge the odd ones")
-    for line in suggest(survey.seen):
+    for line in suggest(survey.seen, data.bit_depth):
         print(line)
     return 0
 
@@ -110,6 +110,8 @@ def configs(overrides: Sequence[str]) -> tuple[PreparedDataConfig, LoaderConfig]
         groups["data"].append(f"data.name={_kind(path)}")
     if groups["data"][-1] == "data.name=array" or data.name == "array":
         known = stored_format(data.path, data.dataset, data.axes, data.planes, data.planes_as)
+        if "data.bit_depth" in given:  # of integers
+            del known["dtype"]
         groups["data"] += [f"data.{name}={value}" for name, value in known.items() if f"data.{name}" not in given]
     return from_dotlist(PreparedDataConfig, groups["data"], "data"), from_dotlist(
         LoaderConfig, groups["loader"], "loader"

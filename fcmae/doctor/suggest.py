@@ -21,33 +21,42 @@ TAIL = 4.0
 """How much longer than between the percentiles 0.5 and 99.5 the range is where some pixels should be clipped."""
 
 
-def suggest(seen: Sequence[Seen]) -> list[str]:
+def suggest(seen: Sequence[Seen], bit_depth: int) -> list[str]:
     """Lines that begin with ``suggested``: keys of a data config, and why."""
-    keys = suggested(seen)
+    keys = suggested(seen, bit_depth)
     if not keys:
         return [f"suggested     convert the files: pixels of {seen[0].dtype} are not read"]
     width = max(len(key) for key, _ in keys)
     return [f"{'suggested':13} {key:{width}}  {why}" for key, why in keys]
 
 
-def suggested(seen: Sequence[Seen]) -> list[tuple[str, str]]:
-    """Overrides, one or several in a text, and why; none for files of a type that is not read."""
+def suggested(seen: Sequence[Seen], bit_depth: int) -> list[tuple[str, str]]:
+    """Overrides, one or several in a text, and why; none for files of a type that is not read.
+
+    Args:
+        bit_depth: ``data.bit_depth``, which is kept for 16-bit pixels where all values fit into it.
+    """
     channels, dtype = Counter((one.channels, one.dtype) for one in seen).most_common(1)[0][0]
     alike = [one for one in seen if (one.channels, one.dtype) == (channels, dtype)]
     if dtype not in TYPES["float32"]:
         return []
     keys = [(f"data.in_chans={channels}", f"{len(alike)} of {len(seen)} images have it")]
-    return keys + _type(alike, dtype) + _size(seen) + _scale(alike, channels, dtype)
+    if dtype == "uint16":
+        largest = round(max(one.most.max() for one in alike) * 65535)
+        bits = bit_depth if bit_depth > 8 and largest < 2**bit_depth else min(16, max(9, int(largest).bit_length()))
+        if bits != bit_depth:
+            why = f"the largest value is {largest}; if others may be larger, run it again with data.bit_depth=16"
+            keys.append((f"data.bit_depth={bits}", why))
+        alike = [_of_bits(one, bits) for one in alike]
+    elif dtype != "uint8":
+        keys.append(("data.dtype=float32", f"pixels are {dtype}"))
+    return keys + _size(seen) + _scale(alike, channels, dtype)
 
 
-def _type(alike: Sequence[Seen], dtype: str) -> list[tuple[str, str]]:
-    if dtype == "uint8":
-        return []
-    if dtype != "uint16":
-        return [("data.dtype=float32", f"pixels are {dtype}")]
-    largest = round(max(one.most.max() for one in alike) * 65535)
-    bits = min(16, max(9, int(largest).bit_length()))
-    return [(f"data.bit_depth={bits}", f"the largest value is {largest}; 16 if other images may have larger ones")]
+def _of_bits(one: Seen, bits: int) -> Seen:
+    """With the scale of ``data.mean``: the largest value of so many bits is 1, no longer that of 16 bits."""
+    names = ("least", "most", "mean", "std", "low", "high")
+    return one._replace(**{name: getattr(one, name) * (65535 / (2**bits - 1)) for name in names})
 
 
 def _size(seen: Sequence[Seen]) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """``fcmae doctor data.path=...``: what it says of folders, tables, arrays and tar files, and what it suggests."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,6 +102,19 @@ def test_what_it_suggests_for_arrays_can_be_set(array, expected, tmp_path, capsy
     assert all(any(line.startswith(start) for line in given) for start in expected)
     overrides = [part for line in given for part in line.split() if part.startswith("data.")]
     from_dotlist(DataConfig, overrides, "data")
+
+
+@pytest.mark.parametrize("given", [None, 14, 16])
+def test_mean_and_deviation_are_on_the_scale_of_the_bit_depth(given, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 3000, (6, 40, 40)).astype("uint16"))
+    depth = [] if given is None else [f"data.bit_depth={given}"]
+    said = words(look(capsys, f"data.path={tmp_path}/a.npy", *depth)[1], "suggested")
+    assert any("data.bit_depth=12" in line for line in said) == (given is None)
+    mean = next(re.search(r"data.mean=\[([\d.]+)\]", line)[1] for line in said if "data.mean" in line)
+    stats = ["data.name=array", f"data.path={tmp_path}/a.npy", "data.in_chans=1", f"data.bit_depth={given or 12}"]
+    assert cli.main(["prepare", *stats, "data.stats=true"]) == 0
+    measured = re.search(r"mean: \[([\d.]+)\]", capsys.readouterr().out)[1]
+    assert float(mean) == pytest.approx(float(measured), rel=1e-3)
 
 
 def test_nothing_that_can_be_read(tmp_path, capsys):

@@ -1,15 +1,17 @@
 """``fcmae init``: a folder whose commands run, with settings that suit the images; what to type first."""
 
+import json
 import re
 import shlex
 import sys
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from fcmae.cli import main
-from fcmae.config import compose
+from fcmae.config import DataConfig, compose, from_dotlist
 from tests.in_process import unchanged
 
 
@@ -44,6 +46,24 @@ def test_the_folder_has_settings_for_the_images(cells, tmp_path, capsys, monkeyp
     assert "srun" in (tmp_path / "my project" / "job.sbatch").read_text()
     assert main(["init", ".", "data.path=../cells"]) == 2
     assert "exists; name a folder that is new or empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen"),
+    [
+        ("uint16", "data.in_chans=2, data.bit_depth=10, data.mean=[0.4"),
+        ("float32", "data.in_chans=2, data.dtype=float32"),
+    ],
+)
+def test_an_array_has_the_suggested_type_and_scale(dtype, chosen, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.random.default_rng(0).integers(0, 1000, (6, 2, 64, 64)).astype(dtype))
+    assert main(["init", "own", "data.path=a.npy"]) == 0
+    assert f"6 images: experiment=own/small, {chosen}" in capsys.readouterr().out
+    data = yaml.safe_load((tmp_path / "own" / "conf" / "experiment" / "project.yaml").read_text())["data"]
+    keys = [f"{key}={json.dumps(value)}" for key, value in data.items()]
+    cfg = from_dotlist(DataConfig, [f"data.{key}" for key in keys], "data")
+    assert cfg.mean == pytest.approx([500 / 1023 if dtype == "uint16" else 500] * 2, rel=0.02)
 
 
 def test_photographs_need_no_settings(tmp_path, capsys, monkeypatch):
