@@ -266,9 +266,10 @@ def _csv(rows: Rows) -> str:
     lines: list[list[Any]] = [["path", *best, *columns]]
     for path, values in zip(rows.paths, rows.values, strict=True):
         top = int(values.argmax())
-        first = [columns[top] if values[top].isfinite() else "", float(values[top])] if best else []
-        lines.append([path, *first, *values.tolist()])
-    return csv_text(lines, digits=6)
+        cells = [float(str(value)) for value in values.numpy()]  # the fewest digits that give the same float32
+        first = [columns[top] if values[top].isfinite() else "", cells[top]] if best else []
+        lines.append([path, *first, *cells])
+    return csv_text(lines)
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -158,6 +158,14 @@ def test_predictions_that_are_not_numbers_are_empty_cells(tmp_path):
     assert lines[1:] == ["a,dog,0.75,0.25,0.75", "b,,,,0.5", "c,,,,0.5"]
 
 
+def test_numbers_in_csv_are_the_same_float32(tmp_path):
+    values = torch.tensor([[501003.97, -0.1], [16777215.0, 1e-30]])
+    write(Rows(["a", "b"], values, ["x", "y"]), str(tmp_path / "p.csv"), "predictions")
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert lines == ["path,x,y", "a,501003.97,-0.1", "b,16777215.0,1e-30"]
+    assert torch.equal(torch.tensor([[float(cell) for cell in line.split(",")[1:]] for line in lines[1:]]), values)
+
+
 def test_the_images_of_a_config(runs, photos):
     """data.path and loader keys as everywhere; an image that cannot be read is skipped if asked, else named."""
     rows = fcmae.embed(str(runs / "pre"), ["data.name=imagefolder", f"data.path={photos}/many"])

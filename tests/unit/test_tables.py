@@ -75,6 +75,29 @@ def test_a_second_table_is_split_like_the_first(table, tmp_path):
         val_source(DataConfig(**both, val_path=str(table), val_split="test"))
 
 
+def test_validation_rows_are_never_the_training_rows_unasked(table, tmp_path):
+    both = {"name": "table", "root": str(table.parent)}
+    named = edited(table, tmp_path, lambda t: [[*t[0][:-1], "Split "], *t[1:]])
+    cfg = DataConfig(**both, path=str(named))
+    assert (len(train_source(cfg)), len(val_source(cfg))) == (8, 4)
+    without = edited(table, tmp_path, lambda t: [row[:-1] for row in t])
+    cfg = DataConfig(**both, path=str(without))
+    assert len(train_source(cfg)) == 12
+    with pytest.raises(UsageError, match=r"table\.csv has no column split, .*; give data\.val_path=TABLE"):
+        val_source(cfg)
+    assert len(val_source(dataclasses.replace(cfg, val_path=str(without)))) == 12
+    with pytest.raises(UsageError, match=r"table\.csv has no rows"):
+        train_source(DataConfig(**both, path=str(edited(table, tmp_path, lambda t: t[:1]))))
+
+
+def test_a_classifier_needs_two_classes(table, tmp_path):
+    of_one = edited(table, tmp_path, lambda t: [t[0], *([row[0], "good", *row[2:]] for row in t[1:])])
+    data = [f"data.path={of_one}", f"data.root={table.parent}", "data.label_column=kind"]
+    cfg = compose("finetune", ["data=table", *data])
+    with pytest.raises(UsageError, match=r"data\.path has one class only, 'good'"):
+        Classify().fit(train_source(cfg.data), cfg)
+
+
 def test_a_text_file_tsv_and_parquet_are_the_same(table, tmp_path):
     with table.open() as file:
         lines = list(csv.reader(file))

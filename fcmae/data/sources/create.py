@@ -88,7 +88,12 @@ def _open(cfg: DataConfig, loader: LoaderConfig, path: Any, train: bool) -> Sour
         return CocoImages(_annotations(cfg, train), path, annotations_key(train))
     if cfg.name == "table":
         split, alone = cfg.split if train else cfg.val_split, cfg.val_path not in (None, cfg.path)
-        return TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column, alone)
+        table = TableImages(path, cfg.root, cfg.image_column, cfg.label_column, split, cfg.target_column, alone)
+        if not train and cfg.val_path is None and not table.is_split:  # training images would be measured
+            raise UsageError(
+                f"{path} has no column split, which would say what rows are for validation; give data.val_path=TABLE"
+            )
+        return table
     if cfg.name == "array":
         from fcmae.data.sources.array import ArrayImages
 

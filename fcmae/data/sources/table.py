@@ -43,8 +43,8 @@ class TableImages:
         root: the folder to which paths are relative and which they may not leave; None = the table's own.
         image_column: None = the first column called image, path, file or filename.
         label_column: a column of classes; a list of columns of numbers, of which any may be empty; None = no labels.
-        split: rows whose column ``split`` has this value; None = all rows. All rows, too, of a table without the
-            column, and of a table ``alone`` whose rows all have the same value.
+        split: rows whose column ``split`` (in any case) has this value; None = all rows. All rows, too, of a table
+            without the column (``is_split`` is False), and of a table ``alone`` whose rows all have the same value.
         alone: whether the other rows of a data set are in another table.
         target_column: a column of files with target maps; None = ``targets`` is None.
 
@@ -65,15 +65,17 @@ class TableImages:
         table = read_table(self.table)
         column = _image_column(self.table, table, image_column)
         rows = list(range(len(table[column])))
-        if split is not None and SPLIT_COLUMN in table:
-            found = sorted({str(value) for value in table[SPLIT_COLUMN]})
+        if not rows:
+            raise UsageError(f"{path} has no rows")
+        splits = next((table[name] for name in table if name.strip().lower() == SPLIT_COLUMN), None)
+        self.is_split = splits is not None
+        if split is not None and splits is not None:
+            found = sorted({str(value) for value in splits})
             if not (alone and len(found) == 1):
-                rows = [row for row in rows if str(table[SPLIT_COLUMN][row]) == split]
+                rows = [row for row in rows if str(splits[row]) == split]
             if not rows:
                 has = first_of(found)
                 raise UsageError(f"{path} has no row whose column {SPLIT_COLUMN} is {split!r}; it has {has}")
-        if not rows:
-            raise UsageError(f"{path} has no rows")
         self.rows = rows
         folder = Path(root or self.table.parent)
         self.folder = os.path.realpath(folder)

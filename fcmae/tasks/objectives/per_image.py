@@ -71,6 +71,11 @@ class Classify(Objective):
 
     def fit(self, source: Source, cfg: FinetuneConfig) -> None:
         self._set_classes(require_labels(source, "data.path"))
+        if self.num_classes < 2:
+            raise UsageError(
+                f"data.path has one class only, {self.classes[0]!r}, so there is nothing to learn; give a folder (or, "
+                "with data.label_column, a name) for each of two or more classes"
+            )
         self.smoothing = cfg.augment.label_smoothing
         if self.best == "top5" and self.num_classes < TOP5_FROM:
             raise ConfigError(
