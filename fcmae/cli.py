@@ -187,14 +187,6 @@ def _reconstruct(args: list[str]) -> int:
     return 0
 
 
-def _embed(args: list[str]) -> int:
-    return _rows("embed", args)
-
-
-def _predict(args: list[str]) -> int:
-    return _rows("predict", args)
-
-
 def _rows(command: str, args: list[str]) -> int:
     """``embed`` and ``predict``, whose flags are the same but for one."""
     parser = _Parser(command)
@@ -382,8 +374,8 @@ _TRAINING = ("pretrain", "finetune", "study")
 _TOOLS: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
     "reconstruct": _reconstruct,
-    "embed": _embed,
-    "predict": _predict,
+    "embed": functools.partial(_rows, "embed"),
+    "predict": functools.partial(_rows, "predict"),
     "export": _export,
     "import": _import,
     "status": _status,

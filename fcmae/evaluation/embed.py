@@ -1,5 +1,6 @@
 """``fcmae embed`` and ``fcmae predict``: a row of features or predictions per image, labels or not."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -157,60 +158,55 @@ def _rows(
     out: str | os.PathLike[str] | None,
     command: str,
     name: str,
-    **how: Any,
-) -> Rows | Maps | Boxes | None:
-    """Runs a network over images, the ranks sharing them, and writes the rows."""
-    checkpoint, out = os.fspath(checkpoint), None if out is None else os.fspath(out)
-    one, several = isinstance(images, (str, os.PathLike)), isinstance(images, (list, tuple))
-    if one or (several and all(isinstance(image, (str, os.PathLike)) for image in images)):
-        return _of_paths(
-            checkpoint, [os.fspath(image) for image in ([images] if one else images)], create, out, command, name, **how
-        )
-    with registered(images, "images") as source:
-        return _of_paths(checkpoint, [f"data.source={json.dumps(source)}"], create, out, command, name, **how)
-
-
-def _of_paths(
-    checkpoint: str,
-    images: Sequence[str],
-    create: Callable[[State, Path, World, bool, Sequence[str]], _Network | MapNetwork | BoxNetwork],
-    out: str | None,
-    command: str,
-    name: str,
     ema: bool = True,
     allow: Sequence[str] = (),
     **how: Any,
 ) -> Rows | Maps | Boxes | None:
-    table = out is None or Path(out).suffix in TABLES[command]
-    expected = f"a file whose name ends in {' or '.join(TABLES[command][:3])}"
-    check("--out", out, table or command == "predict", expected)
-    if out is not None and table:
-        check_output("--out", out, [checkpoint, *images], json=out.endswith(".json"))
-        if out.endswith(".parquet"):
-            _arrow()
-    paths, overrides, given, loader = split_overrides(images)
-    cfg = CheckpointConfig(checkpoint, data=given, loader=loader, allow=list(allow), **how)
-    with opened(cfg) as (world, file, state):
-        data = data_of(cfg, state, file)
-        source = world.together(lambda: _source(paths, overrides, data, loader))
-        made = create(state, file, world, ema, allow)
-        if isinstance(made, MapNetwork):
-            check("--out", out, out is None or not table, f"a folder, because {file} predicts a map per image")
-            return predict_maps(made, source, cfg, data, world, out)
-        if isinstance(made, BoxNetwork):
-            return predict_boxes(made, source, cfg, data, world, out)
-        check("--out", out, table and Path(out or "").suffix != ".json", expected)
-        network, columns, exclusive = made
-        values, places = gather_in_order(_share(network, source, cfg, data, world), world)
-        if not world.is_main:
-            return None
-        named = [source.describe(place) for place in places.tolist()]
-        rows = Rows(named, values.cpu(), columns, exclusive)
-        if len(named) < len(source):
-            say(f"{len(source) - len(named)} of {len(source)} images could not be read and have no row")
-        if out is not None:
-            write(rows, out, name)
-        return rows
+    """Runs a network over images, the ranks sharing them, and writes the rows."""
+    checkpoint, out = os.fspath(checkpoint), None if out is None else os.fspath(out)
+    with _texts(images) as texts:
+        table = out is None or Path(out).suffix in TABLES[command]
+        expected = f"a file whose name ends in {' or '.join(TABLES[command][:3])}"
+        check("--out", out, table or command == "predict", expected)
+        if out is not None and table:
+            check_output("--out", out, [checkpoint, *texts], json=out.endswith(".json"))
+            if out.endswith(".parquet"):
+                _arrow()
+        paths, overrides, given, loader = split_overrides(texts)
+        cfg = CheckpointConfig(checkpoint, data=given, loader=loader, allow=list(allow), **how)
+        with opened(cfg) as (world, file, state):
+            data = data_of(cfg, state, file)
+            source = world.together(lambda: _source(paths, overrides, data, loader))
+            made = create(state, file, world, ema, allow)
+            if isinstance(made, MapNetwork):
+                check("--out", out, out is None or not table, f"a folder, because {file} predicts a map per image")
+                return predict_maps(made, source, cfg, data, world, out)
+            if isinstance(made, BoxNetwork):
+                return predict_boxes(made, source, cfg, data, world, out)
+            check("--out", out, table and Path(out or "").suffix != ".json", expected)
+            network, columns, exclusive = made
+            values, places = gather_in_order(_share(network, source, cfg, data, world), world)
+            if not world.is_main:
+                return None
+            named = [source.describe(place) for place in places.tolist()]
+            rows = Rows(named, values.cpu(), columns, exclusive)
+            if len(named) < len(source):
+                say(f"{len(source) - len(named)} of {len(source)} images could not be read and have no row")
+            if out is not None:
+                write(rows, out, name)
+            return rows
+
+
+@contextlib.contextmanager
+def _texts(images: Any) -> Iterator[list[str]]:
+    """Paths and overrides; for a dataset the override that names it in this block."""
+    if isinstance(images, (str, os.PathLike)):
+        images = [images]
+    if isinstance(images, (list, tuple)) and all(isinstance(image, (str, os.PathLike)) for image in images):
+        yield [os.fspath(image) for image in images]
+    else:
+        with registered(images, "images") as source:
+            yield [f"data.source={json.dumps(source)}"]
 
 
 def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Joined:
