@@ -21,7 +21,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from fcmae.errors import DiskError, UsageError, reason_of
-from fcmae.opening import cache_folder, check_link, create, open_regular, random_token
+from fcmae.opening import cache_folder, check_link, create, open_regular, random_token, read_regular
 from fcmae.processes import Process
 
 STRAY = re.compile(r"\.(\d+(?:-[0-9a-f]{8})?)(?:-[0-9a-f]{16})?\.tmp$")
@@ -230,6 +230,14 @@ def json_text(value: Any, indent: int | None = None, default: Callable[[Any], An
 def defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics from JSON by :func:`json_text`: NaN for null, which means that a metric is not defined."""
     return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def json_object(path: Path, most: int) -> dict[str, Any]:
+    """The object in a JSON file of at most ``most`` bytes; empty if the file is missing, damaged, a link or larger."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(path, most, links=False))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -1,15 +1,13 @@
 """What a study's folder says of it (``fcmae study``): how much is measured, and the result; without torch."""
 
 import contextlib
-import json
 import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fcmae.errors import UsageError, reason_of, shown
-from fcmae.opening import read_regular
+from fcmae.files import json_object
 
 STUDY_FILE, RECIPE, CELLS = "study.json", "recipe.json", "cells"
 """The result; what is compared when a study is continued, and the names of all measurements; a file for each."""
@@ -56,9 +54,9 @@ def read_study_status(folder: Path, lock: tuple[str, str] = ("stopped", "")) -> 
         lock: the state that its lock says, and who holds it.
     """
     files = {path.stem: path for path in (folder / CELLS).glob("*.json")}
-    names = _read(folder / RECIPE).get("cells")
+    names = json_object(folder / RECIPE, MAX_BYTES).get("cells")
     planned = {name for name in names if isinstance(name, str)} if isinstance(names, list) else None
-    result = _read(folder / STUDY_FILE)
+    result = json_object(folder / STUDY_FILE, MAX_BYTES)
     sentence = result.get("sentence")
     done = len(files if planned is None else planned & set(files))
     total = None if planned is None else len(planned)
@@ -87,14 +85,6 @@ def describe_study(study: StudyStatus, ago: str) -> str:
         earlier = "" if study.state == "done" else "before that: "
         lines += [f"  {line}" for line in textwrap.wrap(shown(earlier + study.sentence), COLUMNS - 2)]
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Empty if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        given = json.loads(read_regular(path, MAX_BYTES, links=False))
-        return given if isinstance(given, dict) else {}
-    return {}
 
 
 def _changed(path: Path) -> float | None:

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fcmae.data.pixels.formats import open_picture
 from fcmae.data.sheet import EXAMPLES, SHEET_FILE
+from fcmae.files import json_object
 from fcmae.opening import read_regular
 from fcmae.status import is_number
 
@@ -85,10 +85,9 @@ def read_evaluations(folder: Path, picture_bytes: int) -> list[Evaluation]:
 
 def _metrics(path: Path) -> dict[str, float] | None:
     """None of a file that holds anything else than numbers and null; those that are not finite are left out."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        given = json.loads(read_regular(path, MAX_BYTES, links=False))
-        if isinstance(given, dict) and given and all(type(value) in (int, float, NoneType) for value in given.values()):
-            return {str(name): value for name, value in given.items() if is_number(value)}
+    given = json_object(path, MAX_BYTES)
+    if given and all(type(value) in (int, float, NoneType) for value in given.values()):
+        return {name: value for name, value in given.items() if is_number(value)}
     return None
 
 
@@ -137,11 +136,12 @@ def encoded(data: bytes, plot: bool = False) -> str:
 
 def read_sheet(folder: Path) -> Sheet | None:
     """What a run kept of its images (:mod:`fcmae.data.sheet`); None if nothing is readable."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        given = json.loads(read_regular(folder / SHEET_FILE, MAX_BYTES, links=False))
-        if isinstance(given, dict) and isinstance(given.get("examples"), list):
-            examples = list(_examples(given["examples"][:EXAMPLES]))
-            return Sheet(_facts(given, examples), [(e["name"], e["what"], e["picture"]) for e in examples])
+    given = json_object(folder / SHEET_FILE, MAX_BYTES)
+    if not isinstance(given.get("examples"), list):
+        return None
+    examples = list(_examples(given["examples"][:EXAMPLES]))
+    with contextlib.suppress(ValueError):  # of a number of thousands of digits
+        return Sheet(_facts(given, examples), [(e["name"], e["what"], e["picture"]) for e in examples])
     return None
 
 

@@ -29,7 +29,7 @@ from fcmae.data.sources import Source, train_source, val_source
 from fcmae.data.sources.tar_index import index_shard
 from fcmae.data.sources.webdataset import CLASSES_FILE, WebDataset
 from fcmae.errors import FCMAEError, ImageError, UsageError, counted, shown
-from fcmae.files import STRAY, delete_strays, json_lines, nearest, one_at_a_time, write_output
+from fcmae.files import STRAY, delete_strays, json_lines, json_object, nearest, one_at_a_time, write_output
 from fcmae.messages import say
 from fcmae.opening import open_to_append, read_regular
 from fcmae.randomness import Stream, generator
@@ -213,7 +213,7 @@ def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
         raise UsageError(f"out={out} cannot be read: {error.strerror}") from error
     if not found:
         return
-    before = _read_json(out / SETTINGS_FILE) if SETTINGS_FILE in found else {}
+    before = json_object(out / SETTINGS_FILE, MAX_JSON) if SETTINGS_FILE in found else {}
     if not now.keys() <= before.keys():
         raise UsageError(f"out={out} has files that are not of fcmae prepare, such as {shown(found[0])}; {EXPECTED}")
     changed = [f"{key}: {shown(str(before[key]))} -> {value}" for key, value in now.items() if before[key] != value]
@@ -224,25 +224,12 @@ def _check_folder(out: Path, names: list[str], now: dict[str, Any]) -> None:
         raise UsageError(f"out={out} has {shown(foreign[0])}, which is not of fcmae prepare; {EXPECTED}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty if the file is damaged."""
-    try:
-        content = json.loads(_read(file))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read(file: Path) -> bytes:
-    return read_regular(file, MAX_JSON, links=False)
-
-
 def _written(out: Path) -> Iterator[Shard]:
     """The tar files that an earlier run finished and whose size is unchanged."""
-    shards = _read_json(out / MANIFEST_FILE).get("shards")
+    shards = json_object(out / MANIFEST_FILE, MAX_JSON).get("shards")
     entries = shards if isinstance(shards, list) else []
     if os.path.lexists(out / PROGRESS_FILE):
-        entries += [entry for _, entry in json_lines(_read(out / PROGRESS_FILE))]
+        entries += [entry for _, entry in json_lines(read_regular(out / PROGRESS_FILE, MAX_JSON, links=False))]
     for entry in entries:
         with contextlib.suppress(TypeError):  # changed since it was written
             shard = Shard(**entry)
