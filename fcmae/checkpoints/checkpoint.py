@@ -285,6 +285,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return steps[step]
 
 
+def run_of(file: Path) -> Path | None:
+    """The run that a checkpoint is of, by its folder; None if it is in none."""
+    return file.parent.parent if file.parent.name == "checkpoints" else None
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file is a checkpoint or an encoder file of fcmae, intact or not, rather than of another library."""
     if PATTERN.fullmatch(path.name):

@@ -156,7 +156,7 @@ def _read(path: str, world: World) -> tuple[Path, State]:
 
 def _features_folder(file: Path) -> Path:
     """The folder ``features`` of a checkpoint's run; beside a checkpoint that is in none."""
-    return (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "features"
+    return (checkpoint.run_of(file) or file.parent) / "features"
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, float] | None:

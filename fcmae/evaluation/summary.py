@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fcmae.checkpoints.checkpoint import run_of
 from fcmae.config import DataConfig
 from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import EvaluationImages
@@ -193,8 +194,8 @@ def folder_of(report: str | None, checkpoint: Path) -> Path | None:
     """Where ``report`` says that files go; None = nowhere, as of a checkpoint that is in no run."""
     if report != "run":
         return None if report is None else Path(report)
-    run = checkpoint.parent.parent
-    if checkpoint.parent.name != "checkpoints":
+    run = run_of(checkpoint)
+    if run is None:
         return None
     if not os.access(run, os.W_OK):
         say(f"no report: {run} cannot be written; give report=FOLDER")

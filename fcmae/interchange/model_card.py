@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fcmae.checkpoints.checkpoint import run_of
 from fcmae.config import DataConfig, FinetuneConfig, OptimConfig, PretrainConfig, RunConfig
 from fcmae.data.pixels.transforms import WARP_FROM
 from fcmae.files import defined
@@ -171,11 +172,11 @@ def _task_recipe(cfg: RunConfig) -> dict[str, Any]:
 
 def _metrics(checkpoint: Path, step: int) -> str:
     """The last value of each metric up to the checkpoint's step in the run's metrics.jsonl, if that lies beside it."""
-    file = checkpoint.parent.parent / "metrics.jsonl"
-    last: dict[str, str] = {}
-    if checkpoint.parent.name != "checkpoints":
+    run = run_of(checkpoint)
+    if run is None:
         return ""
-    with contextlib.suppress(OSError), open_regular(file, links=False) as lines:
+    last: dict[str, str] = {}
+    with contextlib.suppress(OSError), open_regular(run / "metrics.jsonl", links=False) as lines:
         while (line := lines.readline(LONGEST_LINE)) and lines.tell() <= MAX_METRICS:
             with contextlib.suppress(ValueError, RecursionError):  # cut off, or not of a run
                 last |= _numbers(json.loads(line), step)
