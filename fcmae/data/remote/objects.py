@@ -35,6 +35,11 @@ class RemoteFile:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def stamp(self) -> str:
+        """Changes with the content."""
+        return f"{self.url} {self.size} {self.etag}"
+
     def read(self, start: int, length: int) -> bytes:
         """Some bytes. Raises RemoteError, and UsageError if they are not there."""
         length = max(0, min(length, self.size - start))

@@ -74,8 +74,7 @@ class ArrayImages:
                 array.shared = chunks
         self.metadata_files = [file for array in self.arrays for file in array.files]
         """What changes when an array is written again."""
-        found = [stat(file, limit) for file in self.metadata_files if is_url(file)]
-        self.stamps = [f"{file} {file.size} {file.etag}" for file in found]
+        self.stamps = [stat(file, limit).stamp for file in self.metadata_files if is_url(file)]
         self.classes: list[str] | None = None
         self.unlabelled = "data.label_column is not set, the name of a 1-d array or .npy file"
         self.columns: list[str] = []

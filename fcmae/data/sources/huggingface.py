@@ -87,7 +87,7 @@ class HuggingFace:
             files = [file for file in files if name in words[file]]
         if not files:
             raise UsageError(f"{self.path} has no file that is named after the split {name}")
-        self.stamps = [f"{file} {file.size} {file.etag}" for file in files]
+        self.stamps = [file.stamp for file in files]
         copies = list(access.copy([*files], access.copied))
         if None in copies:
             size = sum(file.size for file in files)

@@ -79,7 +79,7 @@ class WebDataset:
         self._open = OpenFiles(access)
         self._tell_problems()
         self._open = OpenFiles(access)  # each process opens those that it reads
-        self.stamps = [f"{shard} {shard.size} {shard.etag}" for shard in self.shards if isinstance(shard, RemoteFile)]
+        self.stamps = [shard.stamp for shard in self.shards if isinstance(shard, RemoteFile)]
         """What changes with tar files at URLs."""
 
     def _tell_problems(self) -> None:
