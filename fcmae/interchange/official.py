@@ -27,7 +27,16 @@ from fcmae.config import (
 )
 from fcmae.errors import WeightsError
 from fcmae.interchange.network import Check, Given, Imported, Network, Structure, empty_classifier, empty_fcmae, instead
-from fcmae.interchange.weights import HEAD_NORM, StateDict, as_float32, read, same_values, translate, without_head_norm
+from fcmae.interchange.weights import (
+    HEAD_NORM,
+    StateDict,
+    as_float32,
+    read,
+    renamed,
+    same_values,
+    translate,
+    without_head_norm,
+)
 from fcmae.models import FCMAE
 from fcmae.models.decoder import LightDecoder
 
@@ -51,11 +60,7 @@ _NAMES = (
 
 def dense_name(name: str) -> str:
     """The official dense name of a backbone parameter, ``stem.0.weight`` to ``downsample_layers.0.0.weight``."""
-    for ours, official in _NAMES:
-        renamed, matched = re.subn(f"^{ours}", official, name)
-        if matched:
-            return renamed
-    raise ValueError(f"{name!r} is not a parameter of a ConvNeXt backbone")
+    return renamed(name, _NAMES, "of a ConvNeXt backbone")
 
 
 def sparse_name(name: str) -> str:

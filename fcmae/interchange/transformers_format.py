@@ -27,7 +27,7 @@ from fcmae.interchange.network import (
     empty_classifier,
     instead,
 )
-from fcmae.interchange.weights import StateDict, read_folder, read_json, translate, write_folder
+from fcmae.interchange.weights import StateDict, read_folder, read_json, renamed, translate, write_folder
 
 MODEL_TYPES = {1: "convnext", 2: "convnextv2"}
 DINOV3 = "dinov3_convnext"
@@ -60,11 +60,7 @@ def names(ours: StateDict, version: int) -> dict[str, str]:
 def _name(name: str, prefix: str) -> str:
     if name.startswith("head.fc."):
         return name.replace("head.fc.", "classifier.")
-    for ours, theirs in _NAMES:
-        renamed, matched = re.subn(f"^{ours}", theirs, name)
-        if matched:
-            return prefix + renamed
-    raise WeightsError(f"{name!r} is not a parameter that Transformers has")
+    return prefix + renamed(name, _NAMES, "that Transformers has")
 
 
 def to_transformers(ours: StateDict, version: int) -> StateDict:

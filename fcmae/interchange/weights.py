@@ -3,7 +3,8 @@
 import contextlib
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def same_values(value: Tensor, like: Tensor) -> Tensor:
     if [side for side in value.shape if side != 1] == [side for side in like.shape if side != 1]:
         return value.reshape(like.shape)
     return value
+
+
+def renamed(name: str, table: Sequence[tuple[str, str]], of: str) -> str:
+    """``name`` by the first pattern of ``table`` that it begins with. Raises WeightsError if there is none."""
+    for ours, theirs in table:
+        new, matched = re.subn(f"^{ours}", theirs, name)
+        if matched:
+            return new
+    raise WeightsError(f"{name!r} is not a parameter {of}")
 
 
 def translate(
