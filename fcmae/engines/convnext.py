@@ -4,6 +4,7 @@ A patch may be processed apart from its neighbours only if nothing but the depth
 border: the stem and the downsampling layers must be convolutions whose kernel equals their stride.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch.nn.functional as F
@@ -80,10 +81,7 @@ def downsampling(backbone: ConvNeXt) -> Iterator[nn.Conv2d]:
 
 def total_stride(backbone: ConvNeXt) -> int:
     """Pixels per side that one site of the last stage stands for: 32 for the published models."""
-    stride = 1
-    for conv in downsampling(backbone):
-        stride *= conv.stride[0]
-    return stride
+    return math.prod(conv.stride[0] for conv in downsampling(backbone))
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fcmae import kernels
 from fcmae.engines import convnext
 from fcmae.masks.patches import upsample_mask
-from fcmae.models.unet import UNet, finer, init_weights
+from fcmae.models.unet import UNet, finer, init_weights, run_block
 
 
 class LightDecoder(nn.Module):
@@ -54,14 +54,10 @@ class LightDecoder(nn.Module):
         """
         x = _with_mask_tokens(convnext.linear(visible[-1], self.proj), mask, index, self.mask_token)
         for block in self.blocks:
-            assert isinstance(block, ConvNeXtBlock)
-            h = block.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            x = x + convnext.pointwise(block, h, grn_scope="image")
+            x = run_block(block, x)
         if self.split == 1:
-            x = x.flatten(1, 2)
-            return {name: convnext.linear(x, getattr(self, head)) for name, head in self.heads.items()}
-        maps = {name: convnext.linear(x, getattr(self, head)) for name, head in self.heads.items()}
-        return {name: finer(pred, self.split).flatten(1, 2) for name, pred in maps.items()}
+            return _predict(self, x.flatten(1, 2))
+        return {name: finer(pred, self.split).flatten(1, 2) for name, pred in _predict(self, x).items()}
 
 
 class UNetDecoder(nn.Module):
@@ -96,8 +92,7 @@ class UNetDecoder(nn.Module):
         x = self.unet.join(maps)
         x = x.unflatten(2, (-1, self.merge)).unflatten(1, (-1, self.merge)).transpose(2, 3)
         # The mean over the sites of what each predicts, so that a head of many inputs starts and learns as one of few.
-        x = x.flatten(3).flatten(1, 2) / self.merge**2
-        return {name: convnext.linear(x, getattr(self, head)) for name, head in self.heads.items()}
+        return _predict(self, x.flatten(3).flatten(1, 2) / self.merge**2)
 
 
 Decoder = LightDecoder | UNetDecoder
@@ -109,6 +104,11 @@ def _add_heads(decoder: nn.Module, width: int, out_dims: Mapping[str, int]) -> d
     for name, dim in out_dims.items():
         decoder.add_module(heads[name], nn.Linear(width, dim))
     return heads
+
+
+def _predict(decoder: Decoder, x: Tensor) -> dict[str, Tensor]:
+    """What each target's linear layer gives of ``x``."""
+    return {name: convnext.linear(x, getattr(decoder, head)) for name, head in decoder.heads.items()}
 
 
 def _with_mask_tokens(x: Tensor, mask: Tensor, index: Tensor, token: Tensor) -> Tensor:

@@ -40,11 +40,10 @@ def enlarged(x: Tensor, factor: int) -> Tensor:
     By two matrix products, since torch's own backward pass on a GPU adds in no fixed order.
     """
     with no_autocast(x.device):
-        rows, cols = (_weights(side, factor, x.device) for side in x.shape[-2:])
+        rows, cols = (shares(side, side * factor, x.device) for side in x.shape[-2:])
         return rows @ x.float() @ cols.T
 
 
-def _weights(side: int, factor: int, device: torch.device) -> Tensor:
-    """``[side * factor, side]``: the share of each site in each pixel of a line."""
-    sites = torch.eye(side, device=device)[None]
-    return F.interpolate(sites, scale_factor=factor, mode="linear")[0].T
+def shares(side: int, new: int, device: torch.device) -> Tensor:
+    """``[new, side]``: the share of each old site of a line in each new one."""
+    return F.interpolate(torch.eye(side, device=device)[None], size=new, mode="linear")[0].T

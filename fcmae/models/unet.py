@@ -57,9 +57,8 @@ class UNet(nn.Module):
             ``[N, width, H / strides[0], W / strides[0]]``, normalised over the channels, channels last in memory.
         """
         self._check(features)
-        return self.join([self.lateral(level, f.permute(0, 2, 3, 1)) for level, f in enumerate(features)]).permute(
-            0, 3, 1, 2
-        )
+        x = self.join([self.lateral(level, f.permute(0, 2, 3, 1)) for level, f in enumerate(features)])
+        return x.permute(0, 3, 1, 2)
 
     def lateral(self, level: int, x: Tensor) -> Tensor:
         """The features of one stage ``[..., dims[level]]``, site by site, to ``[..., width]``."""
@@ -70,19 +69,13 @@ class UNet(nn.Module):
 
     def join(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of :meth:`lateral`, ``[N, h, w, width]`` of every stage, to one at the finest stride."""
-        x = self._block(-1, maps[-1])
+        x = run_block(self.blocks[-1], maps[-1])
         for level in range(len(maps) - 2, -1, -1):
             up = self.ups[level]
             if isinstance(up, nn.Linear):
                 x = finer(convnext.linear(x, up), self.strides[level + 1] // self.strides[level])
-            x = self._block(level, x + maps[level])
+            x = run_block(self.blocks[level], x + maps[level])
         return convnext.layer_norm(x, self.norm)
-
-    def _block(self, level: int, x: Tensor) -> Tensor:
-        block = self.blocks[level]
-        assert isinstance(block, ConvNeXtBlock)
-        h = block.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + convnext.pointwise(block, h, grn_scope="image")
 
     def _check(self, features: Sequence[Tensor]) -> None:
         if [f.shape[1] for f in features] != self.dims:
@@ -93,6 +86,13 @@ class UNet(nn.Module):
                 f"UNet expects images whose sides are divisible by {self.strides[-1]} px, the coarsest stride; "
                 f"got features of {[list(f.shape[2:]) for f in features]} sites at strides {self.strides}"
             )
+
+
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A ConvNeXt V2 block on a whole map ``[N, h, w, C]``."""
+    assert isinstance(block, ConvNeXtBlock)
+    h = block.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x + convnext.pointwise(block, h, grn_scope="image")
 
 
 def finer(x: Tensor, ratio: int) -> Tensor:

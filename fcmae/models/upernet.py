@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.models.dense_head import enlarged
+from fcmae.models.dense_head import enlarged, shares
 from fcmae.precision import no_autocast
 
 POOLED = (1, 2, 3, 6)
@@ -115,18 +115,13 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """``[N, C, h, w]`` to ``[N, C, *size]``, channels last, bilinear, as ``align_corners=False``."""
     if tuple(size) == tuple(x.shape[-2:]):
         return x
-    return _products(x, *(_linear(side, new, x.device) for side, new in zip(x.shape[-2:], size, strict=True)))
+    return _products(x, *(shares(side, new, x.device) for side, new in zip(x.shape[-2:], size, strict=True)))
 
 
 def pooled(x: Tensor, side: int) -> Tensor:
     """``[N, C, h, w]`` to the means of ``side`` x ``side`` parts, as ``adaptive_avg_pool2d``; at least float32."""
     means = (F.adaptive_avg_pool1d(torch.eye(old, device=x.device)[None], side)[0].T for old in x.shape[-2:])
     return _products(x.to(torch.promote_types(x.dtype, torch.float32)), *means)
-
-
-def _linear(side: int, new: int, device: torch.device) -> Tensor:
-    """``[new, side]``: the share of each old site of a line in each new one."""
-    return F.interpolate(torch.eye(side, device=device)[None], size=new, mode="linear")[0].T
 
 
 def _products(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
