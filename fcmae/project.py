@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fcmae.config import conf_dir, to_dict
+from fcmae.config.own import size_of
 from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.sources import train_source
 from fcmae.doctor.dataset import configs, examine
@@ -19,8 +20,6 @@ from fcmae.errors import UsageError
 
 LOOKED_AT = 200
 """Images that the settings are suggested by, evenly spread."""
-SIZES = ((20_000, "small"), (300_000, "medium"))
-"""Below so many images which recipe of ``experiment=own/`` is taken; else ``large``."""
 BY_RECIPE = ("data.image_size", "model.")
 """Suggested keys that the recipe sets itself."""
 
@@ -93,7 +92,7 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
         raise UsageError(
             f"data.path={data.path}: none of {len(looked)} images can be read; see fcmae doctor data.path="
         )
-    size = next((name for limit, name in SIZES if count < limit), "large")
+    size = size_of(count)
     name = re.sub(r"[^\w.-]+", "_", target.resolve().name)  # it goes into YAML and Markdown
     lines, chosen = _data(data, overrides, suggested(seen, data.bit_depth))
     experiment = target / "conf" / "experiment" / "project.yaml"

@@ -59,10 +59,19 @@ class Facts(NamedTuple):
     """Pixels, the median over some images."""
     gpu: bool
 
+    @property
+    def shorter(self) -> int:
+        return min(self.height, self.width)
 
-def image_size(facts: Facts) -> int:
+
+def size_of(images: int) -> str:
+    """The class of a data set of so many images."""
+    return [name for name, size in SIZES.items() if images >= size.least][-1]
+
+
+def image_size(shorter: int) -> int:
     """The median of the shorter sides, rounded down to a multiple of 32 px: from 32 to 224."""
-    return min(SIDE, max(MULTIPLE, min(facts.height, facts.width) // MULTIPLE * MULTIPLE))
+    return min(SIDE, max(MULTIPLE, shorter // MULTIPLE * MULTIPLE))
 
 
 def strides(side: int) -> list[int] | None:
@@ -88,7 +97,7 @@ def _power_of_two(number: int) -> int:
 
 def crops_per_image(facts: Facts, batch_size: int) -> int:
     """4 on a GPU for images whose shorter side has 160 px or more, in batches of at least 64; else 1."""
-    slow = facts.gpu and min(facts.height, facts.width) >= 160
+    slow = facts.gpu and facts.shorter >= 160
     return CROPS if slow and batch_size >= 64 and batch_size % CROPS == 0 else 1
 
 
@@ -110,8 +119,8 @@ def warmup(length: float) -> float:
 
 def recommend(facts: Facts, size: str) -> dict[str, Any]:
     """Every key that a size sets by the facts, and its value."""
-    side = image_size(facts)
-    stride = 32 if strides(side) is None else math.prod(strides(side) or [])
+    side = image_size(facts.shorter)
+    stride = math.prod(strides(side) or [4, 2, 2, 2])
     size_of_batch, length = batch(facts, size), epochs(facts, size)
     return {
         "data.image_size": side,
@@ -131,7 +140,7 @@ def resolve(key: str, size: str, *, _root_: Any) -> Any:
         return None
     facts = facts_of(_root_, size)
     rules: Mapping[str, Callable[[], Any]] = {
-        "image_size": lambda: image_size(facts),
+        "image_size": lambda: image_size(facts.shorter),
         "strides": lambda: strides(min(_sides(_root_))),
         "mask_ratio": lambda: mask_ratio(_patches(_root_)),
         "batch": lambda: batch(facts, size),
@@ -180,7 +189,7 @@ def _facts(data: str, device: str, size: str) -> Facts:
         f"own/{size}: {counted(facts.images, 'image')}, about {facts.height} x {facts.width} px, on {where}: {values}; "
         "keys in the command override these"
     )
-    fits = [name for name, other in SIZES.items() if facts.images >= other.least][-1]
+    fits = size_of(images)
     if fits != size:
         print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {counted(facts.images, 'image')}")
     if images < FEW_IMAGES:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fcmae.config.own import MULTIPLE, SIDE, strides
+from fcmae.config.own import image_size, strides
 from fcmae.data.pixels.scientific import TYPES
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _of_bits(one: Seen, bits: int) -> Seen:
 
 def _size(seen: Sequence[Seen]) -> list[tuple[str, str]]:
     side = int(np.median([min(one.size) for one in seen]))
-    size = min(SIDE, max(MULTIPLE, side // MULTIPLE * MULTIPLE))
+    size = image_size(side)
     keys = [(f"data.image_size={size}", f"the median of the shorter sides is {side} px")]
     steps = strides(size)
     if steps is not None:
