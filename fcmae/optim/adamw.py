@@ -97,20 +97,15 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> Non
 
     The groups stay as they are: their weight decay, betas and scales follow from the config, which may have changed.
     """
-    moments = {
-        name: saved["state"][index]
-        for group in saved["param_groups"]
-        for name, index in zip(group["names"], group["params"], strict=True)
-        if index in saved["state"]
-    }
+    moments = {name: saved["state"][index] for index, name in _names(saved) if index in saved["state"]}
     own = optimizer.state_dict()
-    names = {
-        index: name
-        for group in own["param_groups"]
-        for name, index in zip(group["names"], group["params"], strict=True)
-    }
-    own["state"] = {index: moments[name] for index, name in names.items() if name in moments}
+    own["state"] = {index: moments[name] for index, name in _names(own) if name in moments}
     optimizer.load_state_dict(own)
+
+
+def _names(state: dict[str, Any]) -> list[tuple[int, str]]:
+    """The number that each parameter has in an optimizer's state dict, and its name."""
+    return [pair for group in state["param_groups"] for pair in zip(group["params"], group["names"], strict=True)]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -73,9 +73,8 @@ class Labels:
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
         assert valid is not None
         counted = valid.any(dim=2, keepdim=True)
-        of_image = torch.where(counted, pred, 0.0).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(
-            min=1
-        )
+        count = counted.sum(dim=1, keepdim=True).clamp(min=1)
+        of_image = torch.where(counted, pred, 0.0).sum(dim=1, keepdim=True) / count
         errors = self._error(of_image, target[:, :1], valid.any(dim=1, keepdim=True))
         return errors.expand(-1, pred.shape[1])
 
