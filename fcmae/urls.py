@@ -1,6 +1,7 @@
 """URLs in the place of paths: which kinds can be read. Nothing here opens one."""
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fcmae.errors import UsageError, shown
@@ -45,6 +46,17 @@ def check_url(url: str) -> str:
 def join(url: str, name: str) -> str:
     """The URL of a file beside ``url``."""
     return f"{url.partition('?')[0].rpartition('/')[0]}/{name}"
+
+
+def tell_apart(places: Sequence[str]) -> list[str]:
+    """The last parts of several different paths or URLs, as many as tell them apart."""
+    parts = [place.rstrip("/").split("/") for place in places]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -16,6 +16,7 @@ from fcmae.opening import open_regular, read_regular
 from fcmae.report.charts import POINTS, thinned
 from fcmae.report.kept import MAX_PICTURE, Evaluation, Sheet, encoded, read_evaluations, read_sheet
 from fcmae.status import RunStatus, is_number, read_config, read_status
+from fcmae.urls import tell_apart
 
 MAX_METRICS = 2**30
 """Bytes of a metrics file."""
@@ -186,14 +187,5 @@ def read_runs(folders: list[str]) -> list[RunContent]:
     for number, path in enumerate(paths):
         if path in paths[:number]:
             raise UsageError(f"{folders[number]} is given twice")
-    names = _names(paths)
+    names = tell_apart([str(path) for path in paths])
     return [read_run(folder, name, PICTURE_BYTES // len(paths)) for folder, name in zip(folders, names, strict=True)]
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
-    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fcmae.data.pixels.decode import Encoded, LazyImage
 from fcmae.errors import UsageError, first_of
 from fcmae.randomness import Stream, generator
+from fcmae.urls import tell_apart
 
 LIKELY_CLASSES = 2**16
 """Numbered classes may be this many, or as many as there are images."""
@@ -92,14 +93,8 @@ def relative_names(paths: Iterable[str], folder: str) -> bytes:
 
 
 def distinct_names(places: Sequence[str]) -> bytes:
-    """The last parts of several paths or URLs, as many as tell them apart, for :func:`listing_digest`."""
-    parts = [place.rstrip("/").split("/") for place in places]
-    names: list[str] = []
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return "\0".join(names).encode(errors="surrogatepass")
+    """What tells several paths or URLs apart, for :func:`listing_digest`."""
+    return "\0".join(tell_apart(places)).encode(errors="surrogatepass")
 
 
 class Wrapper:
