@@ -42,26 +42,8 @@ FINETUNING: dict[str, tuple[Any, ...]] = {
     "large": (6.25e-4, 0.05, 0.6, "group", 100, 20, 0.8, 1.0, 0.1, 0.2),
     "huge": (1.25e-3, 0.05, 0.75, "group", 50, 10, 0.8, 1.0, 0.1, 0.3),
 }
-FINETUNING_STEPS = {
-    "atto": 750_600,
-    "femto": 750_600,
-    "pico": 750_600,
-    "nano": 750_600,
-    "tiny": 375_300,
-    "base": 125_100,
-    "large": 125_100,
-    "huge": 62_550,
-}
-FINETUNING_LR = {
-    "atto": 8e-4,
-    "femto": 8e-4,
-    "pico": 8e-4,
-    "nano": 8e-4,
-    "tiny": 3.2e-3,
-    "base": 2.5e-3,
-    "large": 2.5e-3,
-    "huge": 5e-3,
-}
+FINETUNING_STEPS = dict(zip(SIZES, (*[750_600] * 4, 375_300, 125_100, 125_100, 62_550), strict=True))
+FINETUNING_LR = dict(zip(SIZES, (*[8e-4] * 4, 3.2e-3, 2.5e-3, 2.5e-3, 5e-3), strict=True))
 FINETUNED = dict(zip(SIZES, (76.7, 78.5, 80.3, 81.9, 83.0, 84.9, 85.8, 86.3), strict=True))
 
 # ImageNet-22K, and from there to 1K; the same source. Layer decay: as on ImageNet-1K, single below Base.
