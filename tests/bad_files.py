@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import io
 import os
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,26 @@ def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     content = io.BytesIO()
     image.save(content, kind, **options)
     return content.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def tiff(array: np.ndarray, **options: Any) -> bytes:
+    import tifffile
+
+    content = io.BytesIO()
+    tifffile.imwrite(content, array, **options)
+    return content.getvalue()
+
+
+def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def bomb() -> bytes:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fcmae import opening
 from tests import in_process, preloaded, quick_hydra  # noqa: F401
 from tests.cpu_time import pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401
 
@@ -47,6 +48,13 @@ def pytest_runtest_logfinish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def other_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is another user than the one that the files of the test belong to."""
+    monkeypatch.setattr(opening, "_user", lambda: os.geteuid() + 1)
+    monkeypatch.setattr(opening, "ROOT", -1)
 
 
 def read_golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

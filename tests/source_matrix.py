@@ -3,7 +3,6 @@
 ``python -m tests.source_matrix`` prints the table of docs/tests.md, which a test compares with it.
 """
 
-import io
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,7 +13,13 @@ import numpy as np
 import torch
 
 from fcmae.config import DataConfig
+from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.pixels.transforms import pretrain_transform
+from fcmae.data.plan import BatchPlan
+from fcmae.data.samples import MaskedImages
+from fcmae.data.sources import train_source
 from fcmae.data.sources.base import Sample
+from tests import bad_files
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 6, 2, 24, 32
 TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32")
@@ -34,23 +39,25 @@ def values(dtype: str) -> np.ndarray:
     return (found / 12).clip(0, 255).astype(dtype) if dtype == "uint8" else found.astype(dtype)
 
 
+def batches(cfg: DataConfig, start: int = 0, ranks: int = 1, rank: int = 0, workers: int = 0) -> list[list[Any]]:
+    """Batches of two images, two epochs of them."""
+    dataset = MaskedImages(train_source(cfg), pretrain_transform(cfg), (1, 1), seed=0)
+    plan = BatchPlan.create(COUNT, 2, 2 // ranks, ranks, seed=0)
+    read = TrainBatches(dataset, plan, rank, range(start, 6), Workers(workers))
+    return [[part.clone() for part in batch] for batch in read]
+
+
 def config(dtype: str, **more: Any) -> dict[str, Any]:
     """Keys of ``data`` that read such pixels."""
     kind = {"uint8": {}, "uint16": {"bit_depth": 16}}.get(dtype, {"dtype": "float32"})
     return {"in_chans": CHANNELS, **kind, **more}
 
 
-def _npy(array: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    np.save(content, array)
-    return content.getvalue()
-
-
 def _files(folder: Path, dtype: str) -> list[str]:
     folder.mkdir()
     names = [f"{i}.npy" for i in range(COUNT)]
     for name, array in zip(names, values(dtype), strict=True):
-        (folder / name).write_bytes(_npy(array))
+        (folder / name).write_bytes(bad_files.npy(array))
     return names
 
 
@@ -76,7 +83,7 @@ def webdataset(folder: Path, dtype: str) -> dict[str, Any]:
 def hf(folder: Path, dtype: str) -> dict[str, Any]:
     import datasets
 
-    rows = [{"image": {"bytes": _npy(array), "path": None}} for array in values(dtype)]
+    rows = [{"image": {"bytes": bad_files.npy(array), "path": None}} for array in values(dtype)]
     features = datasets.Features({"image": datasets.Image()})
     (folder / "hf").mkdir()
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "hf" / "a.parquet")

@@ -50,13 +50,6 @@ def run_dir(tmp_path):
     return folder
 
 
-@pytest.fixture
-def other_user(monkeypatch):
-    """This process is another user than the one that the files of the test belong to."""
-    monkeypatch.setattr(opening, "_user", lambda: os.geteuid() + 1)
-    monkeypatch.setattr(opening, "ROOT", -1)
-
-
 IN_PLACE = {
     "run.lock": lambda folder: RunLock(folder).acquire(),
     "stacks_rank0.txt": lambda folder: Watchdog(60.0, folder, 0).close(),

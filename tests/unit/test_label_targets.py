@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from fcmae.config import compose
-from fcmae.data.sources import Sample
 from fcmae.errors import ConfigError
 from fcmae.models import FCMAE
 from fcmae.targets import Labels, Seen, part
 from fcmae.tasks.label_targets import settle_labels
 from tests.conftest import TINY_PRETRAIN
+from tests.unit.test_seen import Numbered
 
 IMGS = torch.zeros(4, 3, 64, 64)
 MASK = torch.tensor([[True, False, True, True]] * 4)
@@ -82,27 +82,6 @@ def test_a_model_asks_for_labels_and_learns_from_them():
     assert model.decoder.pred_labels.weight.grad.abs().sum() > 0
 
 
-class Given:
-    """A source with these labels."""
-
-    classes = None
-
-    def __init__(self, labels, classes=None):
-        self.labels, self.classes = labels, classes
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), self.labels[index])
-
-    def label(self, index):
-        return self.labels[index]
-
-    def describe(self, index):
-        return f"sample {index}"
-
-
 def settled(source, loss):
     cfg = compose("pretrain", [*TINY_PRETRAIN[1:], "target=labels", f"target.labels.loss={loss}"])
     assert settle_labels(cfg, lambda: source) is source
@@ -110,13 +89,13 @@ def settled(source, loss):
 
 
 def test_the_number_of_outputs_and_the_scale_come_from_the_images():
-    assert settled(Given([0, 1, 1], ["a", "b", "c"]), "ce") == {"dim": 3}
-    assert settled(Given([4, None, -1, 0]), "bce") == {"dim": 5}
-    assert settled(Given([1.5, None, 2.5]), "mse") == {"dim": 1, "mean": [2.0], "std": [0.5]}
-    assert settled(Given([5, 7, -1]), "mse") == {"dim": 1, "mean": [6.0], "std": [1.0]}
-    columns = Given([[1.0, 0.0], None, [NAN, 1.0]])
+    assert settled(Numbered([0, 1, 1], ["a", "b", "c"]), "ce") == {"dim": 3}
+    assert settled(Numbered([4, None, -1, 0]), "bce") == {"dim": 5}
+    assert settled(Numbered([1.5, None, 2.5]), "mse") == {"dim": 1, "mean": [2.0], "std": [0.5]}
+    assert settled(Numbered([5, 7, -1]), "mse") == {"dim": 1, "mean": [6.0], "std": [1.0]}
+    columns = Numbered([[1.0, 0.0], None, [NAN, 1.0]])
     assert settled(columns, "bce") == {"dim": 2}
-    assert settled(Given([[1.0, 4.0], [3.0, NAN], [NAN, 8.0]]), "l1") == {
+    assert settled(Numbered([[1.0, 4.0], [3.0, NAN], [NAN, 8.0]]), "l1") == {
         "dim": 2, "mean": [2.0, 6.0], "std": [1.0, 2.0],
     }  # fmt: skip
 
@@ -124,22 +103,26 @@ def test_the_number_of_outputs_and_the_scale_come_from_the_images():
 @pytest.mark.parametrize(
     ("source", "loss", "message"),
     [
-        (Given([None, None]), "ce", "target.labels needs labels, but the training images have none"),
+        (Numbered([None, None]), "ce", "target.labels needs labels, but the training images have none"),
         (
-            Given([0.5, 1.5]),
+            Numbered([0.5, 1.5]),
             "ce",
             "target.labels.loss=ce needs classes; the training images have a number each. Give mse",
         ),
         (
-            Given([[0.5, 1.5]]),
+            Numbered([[0.5, 1.5]]),
             "ce",
             "needs classes; the training images have 2 numbers each. Give mse, l1 or smooth_l1",
         ),
-        (Given([0, 1], ["a", "b"]), "mse", "target.labels.loss=mse needs numbers; the training images have 2 classes"),
-        (Given([[0.0, 2.0]]), "bce", "column 1 of the labels must be from 0 to 1 for target.labels.loss=bce"),
-        (Given([[0.0, NAN], [1.0, NAN]]), "mse", "target.labels: column 1 of the labels is empty"),
-        (Given([2.0, 2.0]), "smooth_l1", "target.labels: column 0 of the labels has one value only"),
-        (Given([-3, 2]), "ce", "target.labels: classes must be integers from 0, or -1 if missing; got -3"),
+        (
+            Numbered([0, 1], ["a", "b"]),
+            "mse",
+            "target.labels.loss=mse needs numbers; the training images have 2 classes",
+        ),
+        (Numbered([[0.0, 2.0]]), "bce", "column 1 of the labels must be from 0 to 1 for target.labels.loss=bce"),
+        (Numbered([[0.0, NAN], [1.0, NAN]]), "mse", "target.labels: column 1 of the labels is empty"),
+        (Numbered([2.0, 2.0]), "smooth_l1", "target.labels: column 0 of the labels has one value only"),
+        (Numbered([-3, 2]), "ce", "target.labels: classes must be integers from 0, or -1 if missing; got -3"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(source, loss, message):

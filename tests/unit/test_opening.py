@@ -93,13 +93,6 @@ def test_what_others_may_write_is_not_trusted(mode, trusted, tmp_path):
             opening.open_trusted(file)
 
 
-@pytest.fixture
-def other_user(monkeypatch):
-    """This process is another user than the one that the files of the test belong to."""
-    monkeypatch.setattr(opening, "_user", lambda: os.geteuid() + 1)
-    monkeypatch.setattr(opening, "ROOT", -1)
-
-
 def test_what_another_user_made_is_not_trusted(tmp_path, other_user):
     (tmp_path / "file").touch(0o600)
     (tmp_path / "folder").mkdir(0o700)

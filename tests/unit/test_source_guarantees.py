@@ -2,7 +2,6 @@
 of workers and ranks, and after a restart. docs/tests.md has the table.
 """
 
-import io
 import json
 import shutil
 import zlib
@@ -14,23 +13,23 @@ import torch
 from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig, LoaderConfig, PrepareConfig, compose
 from fcmae.config.prepare import PreparedDataConfig
-from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.transforms import normalized, pretrain_transform
-from fcmae.data.plan import BatchPlan
 from fcmae.data.prepare.command import prepare
-from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from fcmae.training.run import pretrain
+from tests import bad_files
 from tests import more_files as made
-from tests.bad_files import encoded, picture
+from tests.bad_files import encoded, npy, picture
 from tests.conftest import TINY_PRETRAIN
 from tests.hostile import Case, measure
 from tests.interchange import assert_same
+from tests.results import metrics_of
+from tests.source_matrix import COUNT, batches
 
 tifffile = pytest.importorskip("tifffile")
 for package in ("imagecodecs", "pydicom", "pillow_heif"):
     pytest.importorskip(package)
-COUNT, HEIGHT, WIDTH = 6, 24, 32
+HEIGHT, WIDTH = 24, 32
 
 
 def values(index, dtype, channels=1):
@@ -39,16 +38,8 @@ def values(index, dtype, channels=1):
     return found.astype(dtype) if dtype != "uint8" else (found / 12).clip(0, 255).astype(dtype)
 
 
-def npy(array):
-    content = io.BytesIO()
-    np.save(content, array)
-    return content.getvalue()
-
-
 def tiff(array, **options):
-    content = io.BytesIO()
-    tifffile.imwrite(content, array, photometric="minisblack", **options)
-    return content.getvalue()
+    return bad_files.tiff(array, photometric="minisblack", **options)
 
 
 def wide(index):
@@ -83,13 +74,6 @@ def config(kind, mode, **where):
     clip = {"low": 0.01 * unit, "high": 0.9 * unit}
     given = {**scale, "window": clip, "percentile": clip}.get(mode, {})
     return DataConfig(in_chans=channels, image_size=16, normalize=mode, **keys, **given, **where)
-
-
-def batches(cfg, start=0, workers=0, ranks=1, rank=0):
-    dataset = MaskedImages(train_source(cfg), pretrain_transform(cfg), (1, 1), seed=0)
-    plan = BatchPlan.create(COUNT, 2, 2 // ranks, ranks, seed=0)
-    read = TrainBatches(dataset, plan, rank, range(start, 6), Workers(workers))
-    return [[part.clone() for part in batch] for batch in read]
 
 
 def equal(ours, theirs):
@@ -173,10 +157,7 @@ def test_two_ranks_train_as_one(tmp_path, fcmae):
     args = ["pretrain", *overrides(tmp_path / "ct"), "trainer.eval_every_epochs=null"]
     fcmae(*args, f"hydra.run.dir={tmp_path}/one")
     fcmae(*args, f"hydra.run.dir={tmp_path}/two", ranks=2)
-    one, two = (
-        [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("one", "two")
-    )
+    one, two = ([line.get("loss") for line in metrics_of(tmp_path / run)] for run in ("one", "two"))
     np.testing.assert_allclose([x for x in two if x is not None], [x for x in one if x is not None], rtol=1e-4)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from fcmae.config import LoaderConfig, PrepareConfig
 from fcmae.config.prepare import PreparedDataConfig
-from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.pixels.decode import PixelFormat, open_image, to_tensor
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.plan import BatchPlan
@@ -30,13 +29,6 @@ def is_default(source, dtype, check, way):
         return False
     ways = [(c, w) for c, ways in matrix.CHECKS.items() for w in ways]
     return dtype == matrix.TYPES[(KINDS.index(source) + ways.index((check, way))) % len(matrix.TYPES)]
-
-
-def batches(cfg, start=0, ranks=1, rank=0, workers=0):
-    dataset = MaskedImages(train_source(cfg), pretrain_transform(cfg), (1, 1), seed=0)
-    plan = BatchPlan.create(matrix.COUNT, 2, 2 // ranks, ranks, seed=0)
-    read = TrainBatches(dataset, plan, rank, range(start, 6), Workers(workers))
-    return [[part.clone() for part in batch] for batch in read]
 
 
 def check_equal(found, expected):
@@ -62,15 +54,15 @@ def check(source, dtype, what, way, folder):
                 assert torch.equal(ours, theirs)
     elif what == "resume":
         start = 1 if way == "in the first epoch" else 4
-        check_equal(batches(cfg, start, workers=int(way == "with a worker")), batches(cfg)[start:])
+        check_equal(matrix.batches(cfg, start, workers=int(way == "with a worker")), matrix.batches(cfg)[start:])
     elif what == "prepare":
         data = PreparedDataConfig(**{**matrix.config(dtype), **made})
         prepare(PrepareConfig(data=data, out=str(folder / "out"), shuffle=False, loader=LoaderConfig(workers=0)))
         prepared = matrix.data_config(dtype, name="webdataset", path=str(folder / "out"))
-        check_equal(batches(prepared), batches(cfg))
+        check_equal(matrix.batches(prepared), matrix.batches(cfg))
     else:
         ranks = int(way)
-        shares = [batches(cfg, ranks=ranks, rank=rank) for rank in range(ranks)]
+        shares = [matrix.batches(cfg, ranks=ranks, rank=rank) for rank in range(ranks)]
         joined = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*shares, strict=True)]
         dataset = MaskedImages(train_source(cfg), pretrain_transform(cfg), (1, 1), seed=0)
         plan = BatchPlan.create(matrix.COUNT, 2, 2, 1, seed=0)
