@@ -16,6 +16,7 @@ import numpy as np
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.pixels.transforms import pretrain_transform
 from fcmae.data.sources import train_source
+from tests.bad_files import add_file, npy
 from tests.hostile import Case, Read, measure
 from tests.more_files import every_format
 
@@ -86,15 +87,12 @@ def sources() -> dict[str, tuple[bytes, str, Callable[[Path], str]]]:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for name, data in (("0.png", files["png"]), ("0.cls", b"1"), ("1.jpg", files["jpg"]), ("1.cls", b"0")):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    stack = io.BytesIO()
-    np.save(stack, np.arange(2 * 3 * 24 * 32, dtype=np.uint16).reshape(2, 3, 24, 32))
+            add_file(tar, name, data)
+    stack = npy(np.arange(2 * 3 * 24 * 32, dtype=np.uint16).reshape(2, 3, 24, 32))
     return {
         "tar": (content.getvalue(), "a.tar", read_tar),
         "csv": (b"image,label\nb.png,x\nc.png,y\n", "a.csv", read_table),
-        "array.npy": (stack.getvalue(), "stack.npy", read_array),
+        "array.npy": (stack, "stack.npy", read_array),
         "array.tif": (files["tiles.tif"], "stack.tif", read_array),
         "array-deflate.tif": (files["deflate.tif"], "stack.tif", read_array),
     }

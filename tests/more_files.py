@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from tests.bad_files import encoded, picture
+from tests.bad_files import encoded, npy, picture, tiff
 
 EXPLICIT, IMPLICIT, BIG, RLE = (f"1.2.840.10008.1.2{end}" for end in (".1", "", ".2", ".5"))
 JPEG, LOSSLESS, JPEG_LS, JPEG_2000 = (f"1.2.840.10008.1.2.4.{number}" for number in (50, 70, 80, 90))
@@ -83,7 +83,6 @@ def heic(image: Image.Image, quality: int = 90) -> bytes:
 
 def every_format() -> dict[str, bytes]:
     """A small file of each format, by its ending."""
-    import tifffile
 
     colour, grey = picture(24, 32), picture(24, 32, "L")
     kinds = {"jpg": "JPEG", "png": "PNG", "ppm": "PPM", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "webp": "WEBP"}
@@ -99,10 +98,6 @@ def every_format() -> dict[str, bytes]:
         "tiles": {"tile": (16, 16)},
         "big": {"bigtiff": True},
     }.items():
-        content = io.BytesIO()
-        tifffile.imwrite(content, np.repeat(sixteen, 3, axis=0), photometric="minisblack", **options)
-        files[f"{name}.tif"] = content.getvalue()
-    content = io.BytesIO()
-    np.save(content, np.asarray(colour))
-    files["npy"] = content.getvalue()
+        files[f"{name}.tif"] = tiff(np.repeat(sixteen, 3, axis=0), photometric="minisblack", **options)
+    files["npy"] = npy(np.asarray(colour))
     return files

@@ -1,7 +1,6 @@
 """Images that cannot be read: one clear line, or another in their place, the same whatever reads them."""
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -25,7 +24,7 @@ from fcmae.data.sources.table import TableImages
 from fcmae.data.unreadable import TRIES, readable
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
-from tests.bad_files import READABLE, UNREADABLE, encoded, permissions_count, picture
+from tests.bad_files import READABLE, UNREADABLE, add_file, encoded, permissions_count, picture
 from tests.more_files import every_format
 
 CFG = DataConfig(image_size=32)
@@ -279,9 +278,7 @@ def test_what_cannot_be_read_is_counted_at_the_start(tmp_path, capsys):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for name in files:
             tar.add(photos / name, name)
-            label = tarfile.TarInfo(f"{name[0]}.cls")
-            label.size = 1
-            tar.addfile(label, io.BytesIO(b"2"))
+            add_file(tar, f"{name[0]}.cls", b"2")
     ImageFolder(photos)
     TableImages(photos / "list.txt")
     CocoImages(tmp_path / "coco.json", photos, "data.annotations")

@@ -1,12 +1,9 @@
 """Data sets of the library `datasets`."""
 
-import io
 import pickle
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fcmae.config import DataConfig
 from fcmae.data.sources import (
@@ -16,12 +13,7 @@ from fcmae.data.sources import (
 )
 from fcmae.data.sources.base import listing_digest
 from fcmae.errors import ConfigError, UsageError
-
-
-def png(value=0):
-    content = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(content, "PNG")
-    return content.getvalue()
+from tests.unit.test_image_folders import png
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Image folders, and the listings of them that are kept in files."""
 
-import io
 import mmap
 import os
 import pickle
@@ -19,12 +18,11 @@ from fcmae.data.sources import (
 from fcmae.data.sources import kept as arrays
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
+from tests.bad_files import encoded
 
 
 def png(value=0):
-    content = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(content, "PNG")
-    return content.getvalue()
+    return encoded(Image.new("RGB", (8, 8), (value,) * 3), "PNG")
 
 
 def touch(folder, *names):

@@ -22,19 +22,11 @@ from fcmae.models.build import model_of
 from fcmae.plugins import named_by
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
-from tests.bad_files import bomb, encoded
+from tests.bad_files import bomb, encoded, npy
 from tests.conftest import TINY_FINETUNE
 from tests.dense_files import write_squares
 
 CLASSES = np.arange(12, dtype=np.uint8).reshape(3, 4) % 5
-
-
-def npy(array):
-    import io
-
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def palette():

@@ -1,12 +1,9 @@
 """Mask strategies: exact counts, what each of them does, the user's own, and what is said of a wrong one."""
 
 import dataclasses
-import io
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fcmae.config import DataConfig, compose, portable, to_dict, upgraded, without_arguments
 from fcmae.config.recipe import check_recipe
@@ -19,6 +16,7 @@ from fcmae.data.sources.base import Sample
 from fcmae.errors import ConfigError, UsageError
 from fcmae.masks import BlockMask, GridMask, RandomMask, WeightedMask, create_mask, draw_scores
 from fcmae.masks.patches import random_mask
+from tests.bad_files import encoded, picture
 from tests.conftest import TINY_PRETRAIN
 
 STRATEGIES = {
@@ -92,9 +90,7 @@ class Files:
         return 24
 
     def __getitem__(self, index):
-        file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)).save(file, "JPEG")
-        return Sample(Encoded(file.getvalue(), f"{index}.jpg"), None)
+        return Sample(Encoded(encoded(picture(seed=index), "JPEG"), f"{index}.jpg"), None)
 
     def label(self, index):
         return None

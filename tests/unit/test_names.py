@@ -1,6 +1,5 @@
 """Which files are images, and what the summary at the start says of the others (``data.extensions``, ``data.keys``)."""
 
-import io
 import tarfile
 
 import pytest
@@ -11,7 +10,7 @@ from fcmae.data.prepare.command import prepare
 from fcmae.data.sources import train_source
 from fcmae.errors import ConfigError, UsageError
 from fcmae.messages import print_once
-from tests.bad_files import encoded, picture
+from tests.bad_files import add_file, encoded, picture
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +76,7 @@ def tar(path, *members):
     with tarfile.open(path, "w") as file:
         for i, name in enumerate(members):
             data = b"1" if name.endswith("cls") else encoded(picture(8, 8, seed=i), "PNG")
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
+            add_file(file, name, data)
     return str(path)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from fcmae.data.pixels import jpeg, png
 from fcmae.data.pixels.decode import Encoded, PixelFormat, decode, open_image, read_file
 from fcmae.errors import ImageError, UsageError
+from tests import bad_files
 
 WIDTH, HEIGHT = 50, 30
 
@@ -27,22 +28,17 @@ def smooth(height=HEIGHT, width=WIDTH):
 
 
 def encoded(image, kind, **options):
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
-    return Encoded(file.getvalue(), f"a.{kind.lower()}")
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return Encoded(bad_files.encoded(image, kind, **options), f"a.{kind.lower()}")
 
 
 def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return Encoded(file.getvalue(), "a.npy")
+    return Encoded(bad_files.npy(array), "a.npy")
 
 
 def tiff(array, **options):
-    tifffile = pytest.importorskip("tifffile")
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, **options)
-    return Encoded(file.getvalue(), "a.tiff")
+    pytest.importorskip("tifffile")
+    return Encoded(bad_files.tiff(array, **options), "a.tiff")
 
 
 def chw(array):

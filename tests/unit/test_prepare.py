@@ -19,7 +19,7 @@ from fcmae.data.prepare.command import prepare
 from fcmae.data.prepare.shards import Encoding, encode
 from fcmae.data.sources import ImageFolder, WebDataset
 from fcmae.errors import ConfigError, FCMAEError, ImageError, UsageError
-from tests.bad_files import encoded, picture
+from tests.bad_files import encoded, npy, picture
 
 
 @pytest.fixture
@@ -130,9 +130,7 @@ def test_resized_images_of_12_bits_are_read_as_those_that_are_kept(encode_as, tm
 @pytest.mark.parametrize("bit_depth", range(9, 17))
 def test_what_is_stored_is_decoded_to_what_it_was(bit_depth):
     stored = np.arange(2**bit_depth, dtype=np.uint16)[None]
-    content = io.BytesIO()
-    np.save(content, stored)
-    decoded = decode(Encoded(content.getvalue(), "x.npy"), 1, bit_depth)
+    decoded = decode(Encoded(npy(stored), "x.npy"), 1, bit_depth)
     assert torch.equal(to_stored(decoded, bit_depth), torch.from_numpy(stored)[None])
 
 

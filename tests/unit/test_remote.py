@@ -1,7 +1,6 @@
 """Tar and Parquet files at URLs: the same samples as from local files, whatever the server does."""
 
 import concurrent.futures
-import io
 import os
 import pickle
 import tarfile
@@ -25,6 +24,7 @@ from fcmae.data.sources import WebDataset, train_source
 from fcmae.errors import RemoteError, UsageError
 from fcmae.evaluation.cache import fingerprint
 from fcmae.messages import print_once
+from tests.bad_files import add_file, encoded
 from tests.remote_server import RangeServer
 
 pytest.importorskip("aiohttp")
@@ -33,19 +33,15 @@ URL = "/t-{000..001}.tar"
 
 
 def jpeg(seed):
-    content = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), np.uint8)
-    Image.fromarray(pixels).resize((40, 48)).save(content, "JPEG")
-    return content.getvalue()
+    return encoded(Image.fromarray(pixels).resize((40, 48)), "JPEG")
 
 
 def write_tar(path, numbers):
     with tarfile.open(path, "w") as tar:
         for i in numbers:
             for name, content in ((f"{i:04}.jpg", jpeg(i)), (f"{i:04}.cls", b"%d" % (i % 3))):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                add_file(tar, name, content)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What may run code or reach outside: rules for the source, classes that files name, markup, names in archives."""
 
 import ast
-import io
 import json
 import os
 import stat
@@ -27,7 +26,7 @@ from fcmae.project import create
 from fcmae.report.page import write as write_page
 from fcmae.tasks.initial import find_start
 from tests import interchange
-from tests.bad_files import encoded, picture
+from tests.bad_files import add_file, encoded, picture
 from tests.interchange import classifier
 
 ROOT = Path(__file__).parents[2]
@@ -180,10 +179,7 @@ def test_names_in_archives_and_tables_stay_inside_on_prepare(tmp_path, capsys):
     """Names of an archive's files name nothing outside, whatever they are; those of a table are refused."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, name in enumerate(OUTSIDE):
-            member = tarfile.TarInfo(name.replace("evil", f"evil{number}"))
-            content = encoded(picture(8, 8), "PNG")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            add_file(tar, name.replace("evil", f"evil{number}"), encoded(picture(8, 8), "PNG"))
     (tmp_path / "secret.png").write_bytes(encoded(picture(8, 8), "PNG"))
     before = {file for file in tmp_path.rglob("*") if not file.name.startswith(".")}
     out = tmp_path / "below" / "out"

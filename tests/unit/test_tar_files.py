@@ -1,6 +1,5 @@
 """Tar files in WebDataset's format, read at random through an index of their own."""
 
-import io
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from fcmae.data.sources.webdataset import OpenFiles
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 from fcmae.urls import expand_braces
+from tests.bad_files import add_file
 from tests.unit.test_image_folders import png
 
 
@@ -87,9 +87,7 @@ def test_long_names_and_other_kinds_of_members(tmp_path):
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
             for name in (f"{folder.name}/._1.png", f"{folder.name}/1.png"):
-                member = tarfile.TarInfo(name)
-                member.size = len(png())
-                tar.addfile(member, io.BytesIO(png()))
+                add_file(tar, name, png())
             link = tarfile.TarInfo("2.png")
             link.type, link.linkname = tarfile.SYMTYPE, "1.png"
             tar.addfile(link)
@@ -121,10 +119,8 @@ def test_an_index_is_kept_until_the_tar_file_changes(tmp_path, monkeypatch):
 def test_a_tar_file_cut_off(tmp_path, size, images, reason):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(3):
-            member = tarfile.TarInfo(f"{i}.png")
-            member.size = len(png(i))
-            assert 0 < member.size <= 512  # one block for the header, one for the image
-            tar.addfile(member, io.BytesIO(png(i)))
+            assert 0 < len(png(i)) <= 512  # one block for the header, one for the image
+            add_file(tar, f"{i}.png", png(i))
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[:size])
     with pytest.raises(UsageError, match=rf"a.tar is cut off or damaged after {images} images \({reason}\).*on_error"):
@@ -185,9 +181,7 @@ def tar_of(path, names):
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
             content = png(images.index(name)) if name in images else b'{"label": 1}' if "json" in name else b"1"
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            add_file(tar, name, content)
     return images
 
 
