@@ -21,11 +21,11 @@ import timm
 import torch
 from PIL import Image
 
-from fcmae.checkpoints import checkpoint
 from tests import in_process
 from tests.coco_files import write_coco
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 from tests.dense_files import write_squares
+from tests.results import metrics_of, newest
 
 FILE = Path(__file__).parent / "golden" / "runs.json"
 CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
@@ -128,9 +128,9 @@ def run(name: str, folder: Path) -> tuple[list[float], str]:
     """The loss of every step, and the SHA-256 of the final weights."""
     out = folder / name
     in_process.run(folder, *RUNS[name], f"hydra.run.dir='{out}'")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(out)
     losses = [line["loss"] for line in lines if "loss" in line]
-    state = checkpoint.read(checkpoint.resolve(f"{out}@last"))
+    state = newest(out)
     digest = hashlib.sha256()
     for kind in ("model", "ema"):
         for key, value in (state[kind] or {}).items():

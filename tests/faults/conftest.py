@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import COMMANDS, TINY, finish, processes, wait_until, weights_sha256
+from tests.faults.runs import COMMANDS, TINY, finish, processes, wait_until
+from tests.results import weights_sha256
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 """Real runs in processes of their own, to be disturbed; and what must be true of them afterwards."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import preloaded
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, start_python
@@ -103,16 +101,6 @@ def steps(run_dir: Path) -> list[int]:
         except ValueError:
             continue
     return found
-
-
-def weights_sha256(run_dir: Path) -> str:
-    """Of the weights in the newest checkpoint, name by name."""
-    state = torch.load(sorted((run_dir / "checkpoints").iterdir())[-1], weights_only=True)
-    digest = hashlib.sha256()
-    for name, value in sorted(state["model"].items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def kill_group(run: Run) -> None:

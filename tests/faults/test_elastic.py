@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import start_python
 from tests.faults.runs import COMMANDS, FULL_FORM, finish, kill_group, steps, wait_until
 from tests.pace import limit
+from tests.results import metrics_of
 
 ELASTIC = ("--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=10", "--rdzv-backend=c10d", "--rdzv-id=run")
 QUICK = "--rdzv-conf=last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -67,7 +68,7 @@ def test_an_agent_is_killed_and_another_joins(tmp_path, reference):
     finish(tmp_path, *args)
     losses = [{}, {}]
     for found, run_dir in zip(losses, (tmp_path / "run", reference("pretrain", 1)), strict=True):
-        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        for line in metrics_of(run_dir):
             if "loss" in line:
                 found[line["step"]] = line["loss"]
     assert len(losses[0]) == 120

@@ -25,9 +25,9 @@ from tests.faults.runs import (
     start,
     steps,
     wait_until,
-    weights_sha256,
 )
 from tests.pace import limit
+from tests.results import weights_sha256
 
 TINY_STEPS = {"pretrain": 9, "finetune": 6}
 """Of the tiny runs."""

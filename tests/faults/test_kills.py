@@ -21,8 +21,8 @@ from tests.faults.runs import (
     steps,
     wait_until,
 )
-from tests.faults.runs import weights_sha256 as sha256
 from tests.pace import limit
+from tests.results import weights_sha256 as sha256
 
 
 def kill_one(folder, args, rng, what, aim):

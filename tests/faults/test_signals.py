@@ -22,9 +22,9 @@ from tests.faults.runs import (
     start,
     steps,
     wait_until,
-    weights_sha256,
 )
 from tests.pace import limit
+from tests.results import weights_sha256
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -1,16 +1,14 @@
 """Row 5: the number of ranks, workers and micro-batches changes, the samples of a step do not."""
 
-import json
-
 import pytest
 
 from tests.faults.runs import COMMANDS, SHORT, finish
+from tests.results import metrics_of
 
 
 def losses(run_dir):
     """By step; lines of evaluation have none."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in metrics_of(run_dir) if "loss" in line}
 
 
 @pytest.mark.timeout(900)

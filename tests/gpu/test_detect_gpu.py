@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.tasks.finetuning import Finetuning
 from tests.coco_files import write_coco
+from tests.results import metrics_of, newest, same
 
 pytestmark = pytest.mark.gpu
 
@@ -27,14 +27,10 @@ def detecting(folder, *overrides):
     return ("finetune", "model=convnextv2_atto", "objective=detect", "objective.width=64", *files, *how, *overrides)
 
 
-def metrics(folder, run):
-    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains_and_evaluates(fcmae_here, tmp_path, squares, precision):
     fcmae_here(*detecting(squares, f"precision={precision}"), "hydra.run.dir=run")
-    lines = metrics(tmp_path, "run")
+    lines = metrics_of(tmp_path / "run")
     assert all(line["loss"] == line["loss"] for line in lines if "loss" in line)
     assert any("ema_mask_map" in line for line in lines)
     fcmae_here("evaluate", "checkpoint=run@last", "out=gpu.json", "precision=float32")
@@ -49,8 +45,8 @@ def test_a_stopped_run_has_the_same_bits_if_asked_for(fcmae_here, tmp_path, squa
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
-    whole, cut = (checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut"))
-    assert all(value.equal(cut["model"][name]) for name, value in whole["model"].items())
+    whole, cut = (newest(tmp_path / run) for run in ("whole", "cut"))
+    assert same(whole["model"], cut["model"])
 
 
 def test_the_loss_and_its_draws_are_the_cpus(squares):

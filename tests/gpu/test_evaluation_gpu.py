@@ -17,6 +17,7 @@ from fcmae.evaluation.probe import probe
 from fcmae.models import create_backbone
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error, run_python
 from tests.integration.test_evaluation_ranks import SCRIPT
+from tests.results import metrics_of
 
 pytestmark = pytest.mark.gpu
 
@@ -45,10 +46,7 @@ def test_watching_changes_no_bit(tmp_path):
     looks = ["monitor=knn", "monitor.knn_every_epochs=1", "monitor.probe_every_epochs=1", "monitor.val_loss=true"]
     for name, monitor in (("watched", [*looks, "trainer.profile_steps=2"]), ("alone", [])):
         assert main([*args, *monitor, f"hydra.run.dir={tmp_path}/{name}"]) == 0
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("watched", "alone")
-    ]
+    lines = [metrics_of(tmp_path / name) for name in ("watched", "alone")]
     watched, alone = ([line["loss"] for line in run if "loss" in line] for run in lines)
     assert watched == alone
     for name in ("knn10", "probe_top1", "val_loss", "effective_rank"):

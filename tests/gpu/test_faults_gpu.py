@@ -15,9 +15,9 @@ from tests.faults.runs import (
     start,
     steps,
     wait_until,
-    weights_sha256,
 )
 from tests.faults.test_hangs import poisoned
+from tests.results import weights_sha256
 
 pytestmark = [
     pytest.mark.gpu,

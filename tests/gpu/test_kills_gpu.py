@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.faults.runs import finish, kill_group, start, steps, wait_until, weights_sha256
+from tests.faults.runs import finish, kill_group, start, steps, wait_until
+from tests.results import weights_sha256
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae.checkpoints import checkpoint
 from tests.dense_files import write_squares
+from tests.results import metrics_of, newest
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def test_a_stopped_run_ends_with_the_same_bits(fcmae, tmp_path, squares, objecti
     fcmae(*args, "hydra.run.dir=whole")
     fcmae(*args, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
     fcmae(*args, "hydra.run.dir=cut")
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut")]
+    states = [newest(tmp_path / run) for run in ("whole", "cut")]
     for kind in ("model", "ema"):
         for name, value in states[0][kind].items():
             assert value.equal(states[1][kind][name]), name
@@ -68,7 +68,7 @@ def test_ms_ssim_is_recorded_in_a_graph(fcmae, tmp_path, squares):
     curves = []
     for graph in ("true", "false"):
         fcmae(*args, "precision=float32", f"trainer.cuda_graph={graph}", f"hydra.run.dir=graph_{graph}")
-        lines = map(json.loads, (tmp_path / f"graph_{graph}" / "metrics.jsonl").read_text().splitlines())
+        lines = metrics_of(tmp_path / f"graph_{graph}")
         curves.append([line["loss_ms_ssim"] for line in lines if "loss_ms_ssim" in line])
     assert len(set(curves[0])) > 3
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)

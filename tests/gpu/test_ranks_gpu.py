@@ -1,13 +1,12 @@
 """On a GPU: padding in CUDA graphs, and draws that belong to the sample in compiled fine-tuning."""
 
-import json
-
 import pytest
 import torch
 
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.randomness import sample_keys, uniform
+from tests.results import metrics_of
 
 pytestmark = pytest.mark.gpu
 
@@ -31,8 +30,7 @@ FINETUNE = ("finetune", "model=convnextv2_atto", "precision=float32", *MIXING, *
 
 
 def losses(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in metrics_of(run) if "loss" in line]
 
 
 def test_draws_are_those_of_the_cpu():

@@ -1,11 +1,10 @@
 """Several GPUs compute what one does: the real command under torchrun, over NCCL."""
 
-import json
-
 import pytest
 import torch
 
 from tests.integration.test_commands import assert_same_weights, last_checkpoint
+from tests.results import metrics_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +18,7 @@ RUN += ("trainer.eval_every_epochs=10", "trainer.log_every=1", "logger=quiet", "
 
 
 def losses(run_dir):
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = metrics_of(run_dir)
     return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
 
 

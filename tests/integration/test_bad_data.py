@@ -1,11 +1,10 @@
 """Images that cannot be read, in real runs."""
 
-import json
-
 import pytest
 
 from tests.bad_files import encoded, picture
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of
 
 DATA = ("data=imagefolder", "data.path=images", "loader.workers=1")
 
@@ -20,8 +19,7 @@ def images(tmp_path):
 
 def metrics(folder):
     keys = ("step", "loss", "grad_norm", "bad_samples")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: line[key] for key in keys} for line in lines if "loss" in line]
+    return [{key: line[key] for key in keys} for line in metrics_of(folder) if "loss" in line]
 
 
 def test_the_first_ends_a_run_with_one_line(fcmae, images):

@@ -13,14 +13,11 @@ import fcmae as package
 from fcmae.checkpoints import checkpoint
 from fcmae.evaluation.class_metrics import NAMES
 from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
+from tests.results import metrics_of
 
 
 def last_checkpoint(run_dir):
     return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(a, b):
@@ -38,8 +35,8 @@ def pretrained(tmp_path_factory):
 
 
 def test_a_run_directory_has_everything(pretrained):
-    assert [line["step"] for line in metrics(pretrained)] == list(range(1, 10))
-    assert metrics(pretrained)[-1]["loss"] < metrics(pretrained)[0]["loss"]
+    assert [line["step"] for line in metrics_of(pretrained)] == list(range(1, 10))
+    assert metrics_of(pretrained)[-1]["loss"] < metrics_of(pretrained)[0]["loss"]
     assert (pretrained / "config.yaml").read_text().startswith("name: pretrain\n")
     assert len(list((pretrained / "checkpoints").iterdir())) == 2
     pictures = sorted((pretrained / "reconstructions").iterdir())
@@ -47,7 +44,7 @@ def test_a_run_directory_has_everything(pretrained):
     files = {"checkpoints", "config.yaml", "encoder.safetensors", "metrics.jsonl", "reconstructions"}
     files |= {"data_sheet.json", "events.jsonl"}
     assert {p.name for p in pretrained.iterdir()} == files
-    assert any("checkpoint_stall_seconds" in line for line in metrics(pretrained))
+    assert any("checkpoint_stall_seconds" in line for line in metrics_of(pretrained))
 
 
 def test_the_encoder_alone_is_a_timm_model(pretrained):
@@ -78,8 +75,8 @@ def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
     torn.unlink(missing_ok=True)
     resumed, undisturbed = last_checkpoint(tmp_path / "run"), last_checkpoint(pretrained)
     assert_same_weights(resumed["model"], undisturbed["model"])
-    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
-    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(pretrained)]
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, 10))
+    assert [m["loss"] for m in metrics_of(tmp_path / "run")] == [m["loss"] for m in metrics_of(pretrained)]
 
 
 def test_begun_anew_nothing_of_the_first_run_is_lost(fcmae, pretrained, tmp_path):
@@ -93,7 +90,7 @@ def test_begun_anew_nothing_of_the_first_run_is_lost(fcmae, pretrained, tmp_path
         assert (tmp_path / "run" / f"{name}.unused").read_bytes() == (pretrained / name).read_bytes()
     pictures = (folder.iterdir() for folder in (tmp_path / "run" / "reconstructions.unused", pretrained / names[3]))
     assert len({tuple(sorted((path.name, path.read_bytes()) for path in paths)) for paths in pictures}) == 1
-    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 10))
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "encoder.safetensors"])
@@ -133,8 +130,8 @@ def test_what_is_not_the_recipe_does_not_change_the_result(fcmae, pretrained, tm
 def test_two_processes_equal_one(fcmae, pretrained, tmp_path):
     done = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", ranks=2)
     assert "Warning" not in done.stderr
-    losses = [m["loss"] for m in metrics(tmp_path / "run")]
-    assert losses == pytest.approx([m["loss"] for m in metrics(pretrained)], rel=1e-5)
+    losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
+    assert losses == pytest.approx([m["loss"] for m in metrics_of(pretrained)], rel=1e-5)
 
 
 def test_ranks_share_one_run_directory(fcmae, tmp_path):
@@ -148,7 +145,7 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     run_dir = tmp_path / "fine"
     state = last_checkpoint(run_dir)
     assert state["classes"] == [str(i) for i in range(10)]
-    logged = [m for m in metrics(run_dir) if "top1" in m][-1]
+    logged = [m for m in metrics_of(run_dir) if "top1" in m][-1]
     assert logged.keys() == {"step", *NAMES, *(f"ema_{name}" for name in NAMES)}
     result = json.loads(fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5").stdout)
     assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
@@ -228,7 +225,7 @@ def test_the_first_rank_alone_reads_what_fine_tuning_starts_from(fcmae, pretrain
     (tmp_path / "one_reader.py").write_text(ONE_READER)
     run_python(tmp_path, "one_reader.py", *args, "hydra.run.dir=ranks", ranks=2)
     fcmae(*args, "hydra.run.dir=alone")
-    losses = [[m["loss"] for m in metrics(tmp_path / name) if "loss" in m] for name in ("ranks", "alone")]
+    losses = [[m["loss"] for m in metrics_of(tmp_path / name) if "loss" in m] for name in ("ranks", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -287,7 +284,7 @@ def test_loggers_write_where_they_should(fcmae, tmp_path):
 def test_precisions(fcmae, tmp_path):
     for precision in ("bf16", "fp16"):
         fcmae(*TINY_PRETRAIN, f"precision={precision}", f"hydra.run.dir={precision}", "schedule.epochs=1.0")
-        assert metrics(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
+        assert metrics_of(tmp_path / precision)[-1]["loss"] == pytest.approx(1.0, abs=0.2)
 
 
 def test_a_run_of_the_other_kind_is_left_alone(fcmae, pretrained, tmp_path):

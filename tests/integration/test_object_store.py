@@ -1,6 +1,5 @@
 """Runs from an S3 server on loopback (moto): the samples are those of local files, whatever happens to either."""
 
-import json
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
 from tests.conftest import TINY_PRETRAIN, run_python, start_python
 from tests.faults.runs import steps, wait_until
+from tests.results import metrics_of
 from tests.unit.test_remote import write_tar
 
 pytestmark = pytest.mark.slow
@@ -65,8 +65,7 @@ def store(tmp_path_factory):
 
 
 def metrics(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [(line["step"], line["loss"]) for line in metrics_of(folder) if "loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import fcmae
 from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from tests.conftest import TESTS
+from tests.results import metrics_of
 
 OLD = TESTS / "old"
 COMMON = (
@@ -47,7 +48,7 @@ def test_an_old_run_resumes(capsys, old_runs, command):
     assert main([command, *COMMANDS[command], f"hydra.run.dir={command}"]) == 0
     assert "resumed at step " in capsys.readouterr().err
     assert newest_state(old_runs / command)["step"] == 9
-    logged = [json.loads(line) for line in (old_runs / command / "metrics.jsonl").read_text().splitlines()]
+    logged = metrics_of(old_runs / command)
     losses = {str(line["step"]): line["loss"] for line in logged if "loss" in line}
     assert losses == pytest.approx(json.loads((OLD / "losses.json").read_text())[command], rel=1e-4)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fcmae as package
-from fcmae.checkpoints import checkpoint
 from tests.conftest import TESTS, TINY_FINETUNE, TINY_PRETRAIN
+from tests.results import metrics_of, same, weights
 
 PAGE = TESTS.parent / "docs" / "plugins.md"
 SOURCE = 'data.source={_target_: "cells.py:Cells", images: images.npy, numbers: numbers.npy}'
@@ -42,19 +42,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def weights(run):
-    return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
-
-
 @pytest.mark.slow
 def test_the_examples_train_resume_evaluate_and_export(fcmae_here, here):
     for command, name in ((PRETRAIN, "pre"), ((*FINETUNE, "init_from=pre"), "fine")):
         fcmae_here(*command, f"hydra.run.dir={name}")
         fcmae_here(*command, f"hydra.run.dir={name}_cut", "trainer.max_steps=2", "loader.workers=1", check=75)
         fcmae_here(*command, f"hydra.run.dir={name}_cut")
-        whole, cut = weights(name), weights(f"{name}_cut")
-        assert whole.keys() == cut.keys()
-        assert all(value.equal(cut[key]) for key, value in whole.items())
+        assert same(weights(name), weights(f"{name}_cut"))
         steps = [line.split(",")[0] for line in (here / f"{name}_cut" / "loss.csv").read_text().splitlines()]
         assert steps == [str(step) for step in range(1, len(steps) + 1)]
         assert len(steps) > 4
@@ -63,7 +57,7 @@ def test_the_examples_train_resume_evaluate_and_export(fcmae_here, here):
     assert "names the class" in fcmae_here("evaluate", "checkpoint=fine", check=2).stderr
     allowed = "allow=[number.py:Number, cells.py:Cells]"
     fcmae_here("evaluate", "checkpoint=fine", allowed, "out=result.json")
-    metrics = [json.loads(line) for line in (here / "fine" / "metrics.jsonl").read_text().splitlines()]
+    metrics = metrics_of(here / "fine")
     measured = [line["error"] for line in metrics if "error" in line]
     assert json.loads((here / "result.json").read_text())["error"] == pytest.approx(min(measured), rel=1e-4)
     network = package.load("fine", allow=["number.py:Number"])

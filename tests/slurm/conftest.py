@@ -1,6 +1,5 @@
 """A SLURM for the session, and what the tests ask of a job."""
 
-import hashlib
 import json
 import sys
 import time
@@ -8,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import TINY_PRETRAIN
 from tests.pace import limit
+from tests.results import weights_sha256
 from tests.slurm.lab import NODES, Lab, install
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,16 +142,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
         if time.monotonic() - begin > seconds and time.monotonic() - begin > limit(seconds):
             raise TimeoutError(f"waited {limit(seconds)} s in vain")
         time.sleep(0.1)
-
-
-def weights_sha256(run_dir: Path) -> str:
-    """Of the weights in the newest checkpoint, name by name."""
-    state = torch.load(max((run_dir / "checkpoints").iterdir()), weights_only=True)
-    digest = hashlib.sha256()
-    for name, value in sorted(state["model"].items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def last_step(run_dir: Path) -> int:

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from tests.conftest import start_python
-from tests.slurm.conftest import REPOSITORY, RUN, Job, last_step, wait_until, weights_sha256
+from tests.results import weights_sha256
+from tests.slurm.conftest import REPOSITORY, RUN, Job, last_step, wait_until
 from tests.slurm.lab import NODES
 
 STEPS = 180

@@ -1,10 +1,10 @@
 """The ADE20K recipe on made-up files of its format, with a tiny network."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.results import metrics_of
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_few_steps_of_the_recipe(fcmae_here, ade):
            "trainer.eval_every_epochs=2", "loader.workers=0", "logger=quiet", "trainer.log_every=1",
            "schedule.warmup_epochs=1", "precision=float32", "hydra.run.dir=run")  # fmt: skip
     fcmae_here("finetune", "experiment=ade20k/upernet_base", *paths, *tiny, *how)
-    lines = [json.loads(line) for line in (ade / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(ade / "run")
     losses = [line["loss_ce"] for line in lines if "loss_ce" in line]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(np.log(150), rel=0.05)

@@ -8,7 +8,6 @@ import timm
 import torch
 from torch import nn
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.errors import ConfigError
 from fcmae.masks.patches import random_mask
@@ -16,6 +15,7 @@ from fcmae.models import FCMAE
 from fcmae.targets import Hog, Labels, Laplacian, Pixels, Seen, Teacher, part
 from fcmae.tasks import pretraining
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of, newest, same
 
 NAMES = ("pixels", "laplacian", "hog", "teacher", "labels")
 ALL = (
@@ -99,10 +99,6 @@ def test_targets_compile_without_a_break(holes):
     torch.compiler.reset()
 
 
-def newest(run):
-    return checkpoint.read(checkpoint.resolve(f"{run}@last"))
-
-
 def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch, fcmae_here):
     monkeypatch.chdir(tmp_path)
     torch.save(timm.create_model("test_convnext").state_dict(), "teacher.pt")
@@ -111,8 +107,8 @@ def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch
     fcmae_here(*RUN, "hydra.run.dir=cut")
     whole, cut = newest("whole"), newest("cut")
     for state in ("model", "ema"):
-        assert all(value.equal(cut[state][name]) for name, value in whole[state].items())
-    steps = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert same(whole[state], cut[state])
+    steps = metrics_of(tmp_path / "whole")
     parts = [line for line in steps if "loss_hog" in line]
     assert len(parts) == 9
     for line in parts:
@@ -121,7 +117,7 @@ def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch
     fixed = first["loss_pixels"] + first["loss_teacher"] + 0.3 * first["loss_laplacian"]
     assert first["loss"] == pytest.approx(fixed + first["loss_hog"] + first["loss_labels"], rel=1e-5)
     fcmae_here(*RUN, "hydra.run.dir=parts", "trainer.micro_batch_size=3", "trainer.max_steps=3", check=75)
-    again = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    again = metrics_of(tmp_path / "parts")
     for line, expected in zip([line for line in again if "loss_hog" in line], parts[:3], strict=True):
         for name in ("loss", "weight_hog", "weight_labels", *(f"loss_{name}" for name in NAMES)):
             assert line[name] == pytest.approx(expected[name], rel=1e-4), name

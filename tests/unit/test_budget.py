@@ -1,15 +1,13 @@
 """``trainer.budget``: the speed of some steps gives the epochs, which a run that resumes keeps."""
 
-import json
-
 import pytest
 
 from fcmae import interrupt
-from fcmae.checkpoints import checkpoint
 from fcmae.config import OptimConfig, PretrainConfig, ScheduleConfig
 from fcmae.training import budget
 from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+from tests.results import metrics_of, same, weights
 
 RUN = (*TINY_PRETRAIN, "trainer.budget=100s", "schedule.epochs=30", "schedule.warmup_epochs=6", "seed=3")
 QUIET = ("trainer.checkpoint_every_epochs=99", "trainer.eval_every_epochs=99")
@@ -25,10 +23,6 @@ def speed(monkeypatch):
     return speeds
 
 
-def weights(run):
-    return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
-
-
 def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, speed):
     whole = fcmae_here(*RUN, *QUIET, "hydra.run.dir=whole")
     assert "trainer.budget=100s: 1 images/s, so schedule.epochs=3.375 schedule.warmup_epochs=0.675" in whole.stderr
@@ -36,15 +30,14 @@ def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, 
     assert whole.stderr.index("trainer.budget=100s: 1 images/s") < whole.stderr.index(few)
     assert whole.stderr.count("from the start") == 2  # the steps that are measured, and the run
     assert not (tmp_path / "whole" / "speed").exists()
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "whole")
     assert lines[-1]["step"] == 10  # 3.375 epochs of 3 steps
     fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
     speed.append(1000.0)
     resumed = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut")
     assert "resumed at step 4" in resumed.stderr
     assert "so schedule.epochs" not in resumed.stderr
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(value.equal(other[name]) for name, value in one.items())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 def test_a_budget_that_is_over_is_refused(fcmae_here, speed):

@@ -1,6 +1,5 @@
 """Channels of files that the encoder sees, and those that only targets see."""
 
-import json
 import re
 from contextlib import nullcontext
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig, compose
 from fcmae.data.pixels.decode import PixelFormat, open_image, to_tensor
 from fcmae.data.pixels.transforms import eval_transform, normalize_channels, pretrain_transform
@@ -22,6 +20,7 @@ from fcmae.masks.patches import patchify
 from fcmae.targets import Channels, Seen, part
 from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of, same, weights
 from tests.unit.test_pixels import encoded, npy
 
 LAYOUT = {"input": [3, 0, 1], "target": [0, 4], "classes": [2]}
@@ -266,10 +265,10 @@ def test_a_run_with_channels_of_targets_resumes(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=whole", "data.crops_per_image=2")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=2", "data.crops_per_image=2", check=75)
     fcmae_here(*RUN, "hydra.run.dir=cut", "data.crops_per_image=2", "loader.workers=1")
-    whole, cut = (checkpoint.read(checkpoint.resolve(tmp_path / name))["model"] for name in ("whole", "cut"))
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
     assert whole["backbone.stem.0.weight"].shape[1] == 3
-    assert all(value.equal(cut[key]) for key, value in whole.items())
-    logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert same(whole, cut)
+    logged = metrics_of(tmp_path / "whole")
     assert {"loss_pixels", "loss_depth", "loss_map"} <= logged[0].keys()
     other = "data.channels={input: [4, 1, 0], target: [5], classes: [3], of: 6}"
     refused = fcmae_here(*RUN, other, "hydra.run.dir=whole", "data.crops_per_image=2", check=2)

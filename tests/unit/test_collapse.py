@@ -1,6 +1,5 @@
 """Signs of feature collapse, in constructed networks and in a healthy one; the probe during pretraining."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from fcmae.models import create_backbone
 from fcmae.models.build import build_fcmae
 from fcmae.tasks.monitors import Collapse, OnlineProbe
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -128,6 +128,6 @@ def test_all_looks_together_change_no_bit(fcmae_here, tmp_path):
         fcmae_here(*run, *given, f"hydra.run.dir={name}")
     files = [(tmp_path / name / "encoder.safetensors").read_bytes()[-4096:] for name in ("alone", "watched")]
     assert files[0] == files[1]
-    lines = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "watched")
     for name in ("val_loss", "effective_rank", "feature_cosine", "dead_channels", "knn10", "probe_top1"):
         assert [line["step"] for line in lines if name in line] == [3, 6]

@@ -1,7 +1,6 @@
 """Images that stay decoded in memory or on the device (data.cache): the samples are those of the files."""
 
 import io
-import json
 import multiprocessing
 
 import numpy as np
@@ -25,6 +24,7 @@ from fcmae.data.sources.base import Sample
 from fcmae.data.sources.map_files import mapped_source
 from fcmae.errors import ConfigError, ImageError, UsageError
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of
 
 COUNT = 12
 CPU = torch.device("cpu")
@@ -218,8 +218,5 @@ def test_two_ranks_share_the_images_of_a_run(fcmae, tmp_path):
     for name, cache in (("files", "null"), ("kept", "ram"), ("device", "gpu")):
         done = fcmae(*TINY_PRETRAIN, f"data.cache={cache}", f"hydra.run.dir={name}", "loader.workers=1", ranks=2)
         assert done.stderr.count("data.cache=ram: 24 images") == (cache != "null")
-    lines = {
-        name: [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("files", "kept", "device")
-    }
+    lines = {name: [line.get("loss") for line in metrics_of(tmp_path / name)] for name in ("files", "kept", "device")}
     assert lines["files"] == lines["kept"] == lines["device"]

@@ -20,6 +20,7 @@ from fcmae.precision import autocast
 from fcmae.tasks.finetuning import Finetuning
 from tests.coco_files import write_coco, write_json
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
+from tests.results import metrics_of, newest, same
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -51,10 +52,10 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut")]
+    states = [newest(tmp_path / run) for run in ("whole", "cut")]
     for kind in ("model", "ema"):
-        assert all(value.equal(states[1][kind][name]) for name, value in states[0][kind].items())
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert same(states[0][kind], states[1][kind])
+    lines = metrics_of(tmp_path / "whole")
     assert {"loss_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes", "loss_masks"} <= lines[0].keys()
     last = [line for line in lines if "map" in line][-1]
     assert states[0]["best"]["score"] == max(line["ema_map"] for line in lines if "ema_map" in line)
@@ -202,10 +203,9 @@ def test_masks_must_be_there_if_asked_for(squares):
 
 
 def test_an_image_of_another_size_is_named_in_training(squares, tmp_path):
-    content = write_coco(tmp_path, 6)
+    write_coco(tmp_path, 6)
     task = task_of(tmp_path)
     Image.new("RGB", (20, 20)).save(tmp_path / "images" / "2.png")
-    assert content
     with pytest.raises(Exception, match=r"2.png: it has 20x20 pixels; its annotations say 56x40"):
         task.dataset()[0, 2]
 
@@ -216,8 +216,7 @@ def test_two_ranks_are_one(squares, tmp_path):
     for ranks in (1, 2):
         args = detecting(squares, "optim.ema_decay=null", "schedule.epochs=1", f"hydra.run.dir=run{ranks}")
         run_python(tmp_path, "-m", "fcmae.cli", *args, ranks=ranks)
-        lines = (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines()
-        results.append([json.loads(line) for line in lines])
+        results.append(metrics_of(tmp_path / f"run{ranks}"))
     for name in ("loss", "loss_masks", "map", "mask_map", "map_red"):
         one, two = ([line[name] for line in lines if name in line] for lines in results)
         assert one
@@ -233,7 +232,7 @@ def test_a_detector_learns(fcmae_here, tmp_path, squares, monkeypatch):
                           "data.image_size=64", "schedule.epochs=32", "optim.layer_decay=null", "optim.lr=1e-2",
                           "model.drop_path_rate=0", "data.scale_jitter=[0.8,1.2]", "trainer.eval_every_epochs=32",
                           "objective.anchors=[8,16,24,32,64]", "hydra.run.dir=run"))  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "run")
     last = [line for line in lines if "map50" in line][-1]
     assert last["map50"] > 40
     assert last["mask_map50"] > 40

@@ -1,6 +1,5 @@
 """The experiments of conf/experiment/examples run to their end, on small made-up data and a small network."""
 
-import json
 import math
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of
 
 SMALL = (
     *(word for word in TINY_PRETRAIN[1:] if word.startswith(("model.d", "loader.", "precision", "trainer.", "logger"))),
@@ -17,10 +17,6 @@ SMALL = (
     "schedule.warmup_epochs=0",
     "hydra.run.dir=run",
 )
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def tiles(tmp_path):
 
 def test_multimodal(tiles, fcmae_here):
     fcmae_here("pretrain", "experiment=examples/multimodal", "data.path=tiles.csv", *SMALL)
-    steps = [line for line in log_of(tiles) if "loss_map" in line]
+    steps = [line for line in metrics_of(tiles / "run") if "loss_map" in line]
     assert len(steps) == 6
     for line in steps:
         for name in ("pixels", "elevation", "map", "labels"):
@@ -58,7 +54,7 @@ def test_microscopy(tmp_path, fcmae_here):
     np.save(tmp_path / "stack.npy", rng.normal(0, 1, (6, 1, 5, 80, 72)).astype(np.float32))  # N, C, Z, Y, X
     small = (*SMALL, "data.image_size=64", "trainer.eval_every_epochs=null")
     fcmae_here("pretrain", "experiment=examples/microscopy", "data.path=stack.npy", *small)
-    steps = [line for line in log_of(tmp_path) if "loss" in line]
+    steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2]
     assert all(0.5 < line["loss"] < 2 for line in steps)
     weights = load_file(tmp_path / "run" / "encoder.safetensors")

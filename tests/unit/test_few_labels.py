@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.distributed import World
@@ -22,6 +21,7 @@ from fcmae.tasks.initial import Start
 from fcmae.tasks.objectives import Classify
 from fcmae.training import few_labels
 from tests.conftest import TINY, TINY_PRETRAIN, run_python
+from tests.results import same, weights
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 AUTO = (
@@ -68,14 +68,6 @@ def here(pretrained, tmp_path, monkeypatch):
 
 def result(run):
     return json.loads((run / "auto" / "chosen.json").read_text())
-
-
-def weights(run):
-    return checkpoint.read(checkpoint.resolve(f"{run}@last"))["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(value.equal(b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize("layer", ["pooled", "stages", "stages_std"])

@@ -22,6 +22,7 @@ from fcmae.tasks import initial
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.training.run import finetune
 from tests.conftest import TINY_FINETUNE, read_golden, relative_error
+from tests.results import newest
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -245,7 +246,7 @@ def test_a_run_with_a_checkpoint_of_its_own_does_not_look_at_init_from(tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(initial, "load_initial", pytest.fail)
             finetune(compose("finetune", overrides), tmp_path / "run")
-    states = [checkpoint.read(checkpoint.resolve(tmp_path / name)) for name in ("whole@last", "run@last")]
+    states = [newest(tmp_path / name) for name in ("whole", "run")]
     for name, value in states[0]["ema"].items():
         assert torch.equal(value, states[1]["ema"][name]), name
     assert {**states[1]["config"], "init_from": None} == {**states[0]["config"], "init_from": None}

@@ -1,7 +1,6 @@
 """The loss on held-out images: the same at every look, exact over ranks, no trace in training; its best; the end."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fcmae.tasks.held_out import HeldOut, HeldOutLoss
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.state import TrainState
 from tests.conftest import TINY_PRETRAIN, Command
+from tests.results import metrics_of
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 WATCHED = (*TINY_PRETRAIN, "monitor.val_loss=true", "trainer.eval_every_epochs=1")
@@ -87,10 +87,6 @@ def test_the_averaged_weights_are_measured():
     assert look.model.grn_scope == "image"
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_looking_changes_no_bit_and_the_best_is_kept(fcmae_here: Command, tmp_path: Path):
     """With an average, and a stop between the looks."""
     common = ("optim.ema_decay=0.5", "trainer.keep_checkpoints=1")
@@ -103,9 +99,9 @@ def test_looking_changes_no_bit_and_the_best_is_kept(fcmae_here: Command, tmp_pa
     for kind in ("model", "ema"):
         for key, value in states["alone"][kind].items():
             assert torch.equal(value, states["watched"][kind][key]), key
-    measured = {line["step"]: line["val_loss"] for line in metrics(tmp_path / "watched") if "val_loss" in line}
+    measured = {line["step"]: line["val_loss"] for line in metrics_of(tmp_path / "watched") if "val_loss" in line}
     assert list(measured) == [3, 4, 6, 9]  # 4: where it was stopped
-    assert not any("val_loss" in line for line in metrics(tmp_path / "alone"))
+    assert not any("val_loss" in line for line in metrics_of(tmp_path / "alone"))
     best = min((3, 6, 9), key=measured.__getitem__)
     assert states["watched"]["best"] == {"step": best, "score": -measured[best]}
     assert checkpoint.resolve(f"{tmp_path}/watched@best").name == f"step_{best:08d}.pt"
@@ -194,7 +190,7 @@ def test_two_processes_measure_what_one_does(fcmae: Command, fcmae_here: Command
     looks = ("trainer.micro_batch_size=2", "monitor.val_images=13", "schedule.epochs=1", "schedule.warmup_epochs=0")
     fcmae_here(*WATCHED, *looks, "hydra.run.dir=one")
     fcmae(*WATCHED, *looks, "hydra.run.dir=two", ranks=2)
-    one, two = ([line for line in metrics(tmp_path / name) if "loss" not in line] for name in ("one", "two"))
+    one, two = ([line for line in metrics_of(tmp_path / name) if "loss" not in line] for name in ("one", "two"))
     assert [set(line) for line in one] == [
         {"step", "effective_rank", "feature_cosine", "dead_channels"},
         {"step", "val_loss"},

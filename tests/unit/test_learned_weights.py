@@ -1,6 +1,5 @@
 """Weights of targets that are learned: the loss, what is logged and saved, and a resumed run."""
 
-import json
 import math
 import shutil
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.interchange.official import to_pretraining
 from fcmae.models import FCMAE
@@ -16,6 +14,7 @@ from fcmae.models.build import build_fcmae, load, mismatch, with_loss_weights
 from fcmae.optim.adamw import param_groups
 from fcmae.targets import Pixels
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of, newest, same
 
 LEARNED = ("target=[pixels,laplacian]", "target.pixels.weight=learned", "target.laplacian.weight=learned")
 RUN = (*TINY_PRETRAIN, *LEARNED, "optim.lr=0.1", "optim.weight_decay=0.5", "optim.ema_decay=0.9")
@@ -64,10 +63,6 @@ def test_a_learned_weight_is_not_decayed_nor_in_the_official_layout():
     assert not [name for name in official if "log_var" in name or name == "pixels"]
 
 
-def newest(folder):
-    return checkpoint.read(checkpoint.resolve(folder))
-
-
 @pytest.mark.slow
 def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=whole")
@@ -77,12 +72,12 @@ def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_h
     whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
     names = ["log_var_pixels", "log_var_laplacian"]
     for state in ("model", "ema"):
-        assert all(value.equal(cut[state][name]) for name, value in whole[state].items())
+        assert same(whole[state], cut[state])
         assert all(whole[state][name] != 0 for name in names)
     assert not whole["model"][names[0]].equal(whole["ema"][names[0]])
     before, after = whole["optimizer"]["state"], cut["optimizer"]["state"]
     assert all(value.equal(after[i][name]) for i, entry in before.items() for name, value in entry.items())
-    logged = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    logged = metrics_of(tmp_path / "cut")
     steps = [line for line in logged if "weight_pixels" in line]
     assert [line["step"] for line in steps] == list(range(1, 10))
     weight = math.exp(-whole["model"][names[1]].item())

@@ -1,6 +1,5 @@
 """Which samples a source lists: a run, a search and a study do not continue with others of the same number."""
 
-import io
 import json
 import re
 import shutil
@@ -9,9 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.config.recipe import check_recipe
 from fcmae.data.pixels.decode import PixelFormat
@@ -29,24 +26,22 @@ from fcmae.studies.arms import make_plan
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.training import setup
 from fcmae.training.few_labels import _Search
+from tests.bad_files import add_file, encoded, picture
 from tests.coco_files import write_coco, write_json
 from tests.conftest import TINY
+from tests.results import newest
 
 TABLE = "image,kind,age,map\nb/1.png,x,1.5,b/2.png\nb/2.png,y,,b/3.png\nb/3.png,x,4,b/1.png\n"
 
 
 def png(seed=0):
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(picture(32, 32, seed=seed), "PNG")
 
 
 def write_tar(path, names, padding=b""):
     with tarfile.open(path, "w") as tar:
         for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(png() + padding)
-            tar.addfile(info, io.BytesIO(png() + padding))
+            add_file(tar, name, png() + padding)
 
 
 @pytest.fixture
@@ -213,7 +208,7 @@ def test_a_run_does_not_resume_with_an_edited_table(fcmae_here, files):
     fcmae_here(*run, "trainer.max_steps=2", check=75)
     replaced("1.5", "2.5")(files)
     fcmae_here(*run, "trainer.allow_changed_recipe=true")
-    state = checkpoint.read(checkpoint.resolve(f"{files.parent}/run@last"))
+    state = newest(files.parent / "run")
     assert state["listing"] == listing_digest(table(label_column=["age"])(files))
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 
-from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
 from fcmae.data.plan import BatchPlan
@@ -20,6 +19,7 @@ from fcmae.training.fit_micro_batch import candidates, find, largest
 from fcmae.training.setup import create_plan
 from fcmae.training.state import TrainState
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
+from tests.results import newest, same
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 AUTO = "trainer.micro_batch_size=auto"
@@ -140,11 +140,11 @@ def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, caps
     assert main([*args, AUTO, f"hydra.run.dir={tmp_path}/auto"]) == 75
     assert "trainer.micro_batch_size=auto takes 4\n" in capsys.readouterr().err
     assert main([*args, "trainer.micro_batch_size=4", f"hydra.run.dir={tmp_path}/given"]) == 75
-    found, given = (checkpoint.read(checkpoint.resolve(tmp_path / run)) for run in ("auto", "given"))
+    found, given = (newest(tmp_path / run) for run in ("auto", "given"))
     assert found["config"] == given["config"]
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["trainer"]["micro_batch_size"] == 4
     for name in ("model", "ema"):
-        assert all(torch.equal(value, given[name][key]) for key, value in found[name].items())
+        assert same(found[name], given[name])
     if command is not TINY_PRETRAIN:
         return
     limit(2)

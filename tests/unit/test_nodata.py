@@ -1,6 +1,5 @@
 """Pixels without a value change nothing: no sample, no loss, no gradient."""
 
-import json
 import math
 import random
 from functools import partial
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig, PretrainConfig, from_dict, to_dict
 from fcmae.data.pixels.crops import Box, cut
 from fcmae.data.pixels.decode import PixelFormat
@@ -23,6 +21,7 @@ from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.targets import Channels, Hog, Laplacian, Pixels, Seen, part
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of, same, weights
 
 TYPES = (torch.uint8, torch.uint16, torch.float32)
 
@@ -347,7 +346,7 @@ RUN = (
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder)
     return torch.tensor([[line["loss_map"], line["loss_pixels"]] for line in lines if "loss" in line])
 
 
@@ -356,8 +355,7 @@ def test_a_run_with_no_data_resumes_and_fits_any_layout(tmp_path, fcmae_here, fc
     fcmae_here(*RUN, "hydra.run.dir=whole")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)
     fcmae_here(*RUN, "hydra.run.dir=cut", "loader.workers=1")
-    whole, cut = (checkpoint.read(checkpoint.resolve(tmp_path / name))["model"] for name in ("whole", "cut"))
-    assert all(value.equal(cut[key]) for key, value in whole.items())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     fcmae(*RUN, "hydra.run.dir=ranks", "trainer.micro_batch_size=3", ranks=2)  # with padding
     torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)
     fcmae_here("knn", "checkpoint=whole", "k=1", "cache=null")

@@ -18,6 +18,7 @@ from fcmae.models.headed import Headed
 from fcmae.models.objective import score, sign_and_name
 from fcmae.tasks.finetuning import Finetuning
 from tests.conftest import TINY_FINETUNE
+from tests.results import metrics_of, same
 
 OBJECTIVES = '''
 import torch
@@ -102,10 +103,6 @@ def finetune(name):
     return (*TINY_FINETUNE, f"objective._target_=mine.py:{name}", "optim.layer_decay=0.8", "optim.ema_decay=0.5")
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_an_objective_may_take_the_head_of_timm(fcmae_here, here):
     fcmae_here(*finetune("Brightness"), "schedule.epochs=1", "hydra.run.dir=run")
     model = package.load("run@last", allow=["mine.py:Brightness"])
@@ -121,8 +118,8 @@ def test_an_objective_from_a_file_trains_resumes_evaluates_and_exports(fcmae_her
     fcmae_here(*args, "hydra.run.dir=cut")
     file, other = (checkpoint.resolve(f"{run}@last") for run in ("whole", "cut"))
     state, resumed = checkpoint.read(file), checkpoint.read(other)
-    assert all(value.equal(resumed["model"][key]) for key, value in state["model"].items())
-    lines = metrics(here / "whole")
+    assert same(state["model"], resumed["model"])
+    lines = metrics_of(here / "whole")
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss_l1"] + lines[0]["loss_l2"])
     measured = [line for line in lines if "mae" in line]
     assert state["best"]["score"] == -min(line["ema_mae"] for line in measured)

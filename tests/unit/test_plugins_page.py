@@ -1,6 +1,5 @@
 """docs/plugins.md: the mask and the target of the page run as they stand there."""
 
-import json
 import re
 import shlex
 
@@ -10,6 +9,7 @@ import fcmae
 from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from tests.conftest import TESTS, TINY_PRETRAIN
+from tests.results import metrics_of
 
 PAGE = (TESTS.parent / "docs" / "plugins.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
@@ -35,7 +35,7 @@ def newest(folder, run):
 def test_parts_are_logged_and_classes_of_a_checkpoint_need_to_be_allowed(files, fcmae_here):
     args = (*TINY_PRETRAIN, "schedule.epochs=1", "schedule.warmup_epochs=0", *overrides(MASK), *overrides(WITH_PIXELS))
     fcmae_here(*args, "hydra.run.dir=run")
-    logged = [json.loads(line) for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = metrics_of(files / "run")
     losses = [line for line in logged if "loss" in line]
     assert len(losses) == 3
     for line in losses:

@@ -7,6 +7,7 @@ import pytest
 
 from fcmae.training import profile
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +32,7 @@ def test_the_steps_after_the_warm_up_are_recorded(fcmae_here, tmp_path, steps, r
     assert any("convolution" in event["name"] for event in events)
     assert [file.name for file in (tmp_path / "run" / "profiles").iterdir()] == ["step_00000003.json.gz"]
     fcmae_here(*run, "hydra.run.dir=alone")
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("run", "alone")
-    ]
+    losses = [[line["loss"] for line in metrics_of(tmp_path / name)] for name in ("run", "alone")]
     assert losses[0] == losses[1]
 
 

@@ -1,8 +1,5 @@
 """An optimizer step is the same on any number of ranks and for any micro-batch, to 1e-6 in float32."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.task import Task
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
+from tests.results import metrics_of
 
 CPU = torch.device("cpu")
 STEP = 3
@@ -104,16 +102,12 @@ def test_another_micro_batch_is_refused_on_resuming_where_it_changes_the_result(
     run("batch", "batch", 2, 2, "trainer.allow_changed_recipe=true")
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_three_processes_train_as_one(fcmae, fcmae_here, tmp_path, name):
     args = (name, *OVERRIDES[name], "trainer.eval_every_epochs=null")
     fcmae(*args, "hydra.run.dir=three", ranks=3)
     fcmae_here(*args, "hydra.run.dir=one")
-    three, one = (metrics(tmp_path / run) for run in ("three", "one"))
+    three, one = (metrics_of(tmp_path / run) for run in ("three", "one"))
     assert len(one) == 3
     for ours, expected in zip(three, one, strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6 if ours["step"] == 1 else 1e-5)
@@ -131,7 +125,7 @@ def test_parts_of_a_loss_are_logged_as_the_loss_is(fcmae_here, tmp_path, monkeyp
 
     monkeypatch.setattr(Pretraining, "loss", in_parts)
     fcmae_here(*TINY_PRETRAIN, "trainer.micro_batch_size=3", "schedule.epochs=1", "hydra.run.dir=run")
-    for line in metrics(tmp_path / "run"):
+    for line in metrics_of(tmp_path / "run"):
         parts = {name: value for name, value in line.items() if name.startswith("loss_")}
         expected = {f"loss_{name}": share * line["loss"] for name, share in shares.items() if len(shares) > 1}
         assert parts == pytest.approx(expected, rel=1e-6)

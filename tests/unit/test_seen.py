@@ -1,12 +1,10 @@
 """What targets see beyond the images: labels, from the source into the batch."""
 
-import json
 import math
 
 import pytest
 import torch
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import DataConfig
 from fcmae.data.collate import Item, collate
 from fcmae.data.labels import Labels
@@ -17,6 +15,7 @@ from fcmae.errors import ConfigError, ImageError
 from fcmae.models import FCMAE
 from fcmae.targets import Pixels
 from tests.conftest import TINY_PRETRAIN
+from tests.results import metrics_of, same, weights
 
 CFG = DataConfig(image_size=32)
 
@@ -108,7 +107,7 @@ class Guess:
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder)
     return torch.tensor([[line["loss_guess"], line["loss_pixels"]] for line in lines if "loss" in line])
 
 
@@ -118,7 +117,6 @@ def test_a_run_whose_target_needs_labels_resumes_and_fits_any_layout(tmp_path, f
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)
     fcmae_here(*args, "hydra.run.dir=cut", "loader.workers=1")
-    whole, cut = (checkpoint.read(checkpoint.resolve(tmp_path / name))["model"] for name in ("whole", "cut"))
-    assert all(value.equal(cut[key]) for key, value in whole.items())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     fcmae(*args, "hydra.run.dir=ranks", "trainer.micro_batch_size=3", ranks=2)  # with padding
     torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)

@@ -30,6 +30,7 @@ from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
 from tests.dense_files import write_squares
+from tests.results import metrics_of, newest, same
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -216,11 +217,11 @@ def test_a_run_from_pretraining_to_an_evaluation(fcmae_here, tmp_path, squares):
                "trainer.max_steps=2", check=75)  # fmt: skip
     fcmae_here(*args, "hydra.run.dir=again", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=again")
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "again")]
+    states = [newest(tmp_path / run) for run in ("whole", "again")]
     for kind in ("model", "ema"):
-        assert all(value.equal(states[1][kind][name]) for name, value in states[0][kind].items())
+        assert same(states[0][kind], states[1][kind])
     assert states[0]["classes"] == ["bg", "red", "green"]
-    measured = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    measured = metrics_of(tmp_path / "whole")
     last = [line for line in measured if "miou" in line][-1]
     assert {"loss_ce", "loss_dice"} <= measured[0].keys()
     assert states[0]["best"]["score"] == max(line["ema_miou"] for line in measured if "ema_miou" in line)

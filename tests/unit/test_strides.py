@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import fcmae
-from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import BackboneConfig, from_dict
 from fcmae.engines import ENGINES, total_stride
@@ -18,6 +17,7 @@ from fcmae.models.backbone import strides_of
 from fcmae.optim.adamw import layer_index
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
 from tests.interchange import assert_same
+from tests.results import newest
 
 DEPTHS, DIMS = [1, 2, 1, 1, 1], [8, 12, 16, 16, 24]
 STRIDES = (
@@ -138,7 +138,7 @@ def test_from_pretraining_to_features(strides, sizes, tmp_path, capsys):
     assert main([*args, f"hydra.run.dir={tmp_path}/whole"]) == 0
     assert main([*args, f"hydra.run.dir={tmp_path}/run", "trainer.max_steps=1"]) == 75
     assert main([*args, f"hydra.run.dir={tmp_path}/run"]) == 0
-    states = [checkpoint.read(checkpoint.resolve(tmp_path / name)) for name in ("whole", "run")]
+    states = [newest(tmp_path / name) for name in ("whole", "run")]
     assert_same(states[0]["model"], states[1]["model"])
     encoder = fcmae.load(tmp_path / "run" / "encoder.safetensors")
     assert strides_of(encoder) == strides

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import fcmae
-from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import DataConfig
 from fcmae.config.compose import compose
@@ -23,6 +22,7 @@ from fcmae.models.objective import Predictions
 from fcmae.tasks.objectives import Classify, Multilabel, Regress, Translate
 from tests.conftest import TINY
 from tests.interchange import assert_same
+from tests.results import newest
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 HEADER = ["image", "kind", "dark", "wide", "age", "split"]
@@ -333,7 +333,7 @@ def test_from_a_table_to_predictions(table, tmp_path, capsys, objective, column,
     assert main([*args, f"hydra.run.dir={tmp_path}/whole"]) == 0
     assert main([*args, f"hydra.run.dir={tmp_path}/run", "trainer.max_steps=1"]) == 75
     assert main([*args, f"hydra.run.dir={tmp_path}/run"]) == 0
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{name}@last")) for name in ("whole", "run")]
+    states = [newest(tmp_path / name) for name in ("whole", "run")]
     assert_same(states[0]["model"], states[1]["model"])
     assert states[0]["best"] == states[1]["best"]
     capsys.readouterr()

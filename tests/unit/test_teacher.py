@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose, portable
 from fcmae.errors import ConfigError
 from fcmae.models import FCMAE
@@ -17,6 +16,7 @@ from fcmae.targets import Seen, Teacher
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.teachers import load_teachers
 from tests.conftest import TINY_PRETRAIN
+from tests.results import newest, same
 
 RESNET = ("target=teacher", "target.teacher.name=test_resnet", "target.teacher.checkpoint=teacher.pt")
 VIT = ("target=teacher", "target.teacher.name=test_vit", "target.teacher.checkpoint=vit.safetensors")
@@ -126,10 +126,6 @@ def test_only_masked_patches_learn_and_the_teacher_does_not():
     assert not [m for m in target.network.modules() if m.training]
 
 
-def newest(run):
-    return checkpoint.read(checkpoint.resolve(run))
-
-
 def test_a_run_saves_nothing_of_the_teacher_and_resumes_with_the_same_one_only(weights, fcmae_here):
     said = fcmae_here(*RUN, "hydra.run.dir=whole").stderr
     assert "target.teacher: test_resnet of teacher.pt" in said
@@ -142,7 +138,7 @@ def test_a_run_saves_nothing_of_the_teacher_and_resumes_with_the_same_one_only(w
     head = {"decoder.pred_teacher.weight", "decoder.pred_teacher.bias"}
     for state in ("model", "ema"):
         assert whole[state].keys() == without | head
-        assert all(value.equal(cut[state][name]) for name, value in whole[state].items())
+        assert same(whole[state], cut[state])
     names = {name for group in whole["optimizer"]["param_groups"] for name in group["names"]}
     assert names == {name for name in without if not name.startswith("backbone.head.")} | head
     recorded = whole["config"]["target"]["teacher"]

@@ -11,7 +11,6 @@ from torchmetrics import PearsonCorrCoef
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import FinetuneConfig, LoaderConfig
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.maps import value_map
@@ -21,6 +20,7 @@ from fcmae.tasks.objectives import Translate
 from fcmae.tasks.objectives.translate import ms_ssim
 from tests.conftest import TINY_FINETUNE, run_python
 from tests.dense_files import write_squares
+from tests.results import metrics_of, newest, same
 from tests.unit.test_segment import CPU, Listed
 
 
@@ -151,9 +151,9 @@ def test_a_run_to_predictions(fcmae_here, tmp_path, blurred):
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut")]
-    assert all(value.equal(states[1]["model"][name]) for name, value in states[0]["model"].items())
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    states = [newest(tmp_path / run) for run in ("whole", "cut")]
+    assert same(states[0]["model"], states[1]["model"])
+    lines = metrics_of(tmp_path / "whole")
     assert {"loss_l1", "loss_ms_ssim"} <= lines[0].keys()
     last = [line for line in lines if "ssim" in line][-1]
     (picture, *_) = sorted((tmp_path / "whole" / "reconstructions").glob("predictions_*.png"))
@@ -178,8 +178,7 @@ def test_two_ranks_are_one(blurred, tmp_path):
     for ranks in (1, 2):
         run = ("-m", "fcmae.cli", *translating(blurred), f"hydra.run.dir=run{ranks}", "schedule.epochs=1")
         run_python(tmp_path, *run, "optim.global_batch_size=4", ranks=ranks)
-        lines = (tmp_path / f"run{ranks}" / "metrics.jsonl").read_text().splitlines()
-        results.append([json.loads(line) for line in lines])
+        results.append(metrics_of(tmp_path / f"run{ranks}"))
     for name in ("loss", "mae", "pearson", "ssim", "psnr"):
         one, two = ([line[name] for line in lines if name in line] for lines in results)
         assert one

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.engines.dense import dense
 from fcmae.models import create_backbone
@@ -24,6 +22,7 @@ from fcmae.tasks.initial import load_initial
 from fcmae.tasks.objectives import Segment, Translate
 from tests.conftest import TINY_FINETUNE, relative_error
 from tests.dense_files import write_squares
+from tests.results import metrics_of, newest, same
 
 DIMS, STRIDES = [8, 12, 16, 24], [4, 8, 16, 32]
 
@@ -163,10 +162,10 @@ def test_a_stopped_run_ends_with_the_same_bits(fcmae_here, tmp_path, squares):
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
-    states = [checkpoint.read(checkpoint.resolve(f"{tmp_path}/{run}@last")) for run in ("whole", "cut")]
+    states = [newest(tmp_path / run) for run in ("whole", "cut")]
     for kind in ("model", "ema"):
-        assert all(value.equal(states[1][kind][name]) for name, value in states[0][kind].items())
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert same(states[0][kind], states[1][kind])
+    lines = metrics_of(tmp_path / "whole")
     assert {"loss_ce", "loss_auxiliary"} <= lines[0].keys()
     task = Finetuning(compose("finetune", list(upernet(squares)[1:])).settled({}))
     assert load_initial(task.model, f"{tmp_path}/whole", "strict").endswith("; the head is new")
