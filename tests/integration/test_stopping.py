@@ -6,7 +6,8 @@ import pytest
 
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python, start_python
 from tests.faults.runs import catches, steps, wait_until
-from tests.integration.test_commands import assert_same_weights, last_checkpoint, metrics
+from tests.integration.test_commands import assert_same_weights, last_checkpoint
+from tests.results import metrics_of
 
 
 def stopped(folder, args, numbers, when, **kwargs):
@@ -38,7 +39,7 @@ def test_signals_stop_a_run_that_resumes_bit_exactly(fcmae, tmp_path):
     fcmae(*args, "hydra.run.dir=parts")
     whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert_same_weights(whole["model"], parts["model"])
-    assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 28))
+    assert [m["step"] for m in metrics_of(tmp_path / "parts")] == list(range(1, 28))
 
 
 @pytest.mark.slow
@@ -94,12 +95,12 @@ def test_a_stop_does_not_wait_for_an_evaluation_which_the_next_process_begins_wi
         run_python(tmp_path, str(script), *args, "hydra.run.dir=parts", check=75)
         stopped = last_checkpoint(tmp_path / "parts")
         assert (stopped["step"], stopped["evaluation_due"]) == (3, True)
-        assert not any("top1" in line for line in metrics(tmp_path / "parts")), epoch
+        assert not any("top1" in line for line in metrics_of(tmp_path / "parts")), epoch
     fcmae(*args, "hydra.run.dir=parts")
     whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert_same_weights(whole["model"], parts["model"])
     assert whole["best"] == parts["best"]
-    evaluated = [[(m["step"], m["top1"]) for m in metrics(tmp_path / d) if "top1" in m] for d in ("whole", "parts")]
+    evaluated = [[(m["step"], m["top1"]) for m in metrics_of(tmp_path / d) if "top1" in m] for d in ("whole", "parts")]
     assert evaluated[0] == evaluated[1]
 
 
@@ -111,7 +112,7 @@ def test_a_checkpoint_that_cannot_be_written(fcmae, tmp_path, policy):
     done = fcmae(*args, check=1)
     assert "step_00000003.pt was not saved: File exists" in done.stderr
     assert "Traceback" not in done.stderr
-    steps = [m["step"] for m in metrics(tmp_path / "run")]
+    steps = [m["step"] for m in metrics_of(tmp_path / "run")]
     assert steps[-1] == 9 if policy == "continue" else steps[-1] < 9
 
 

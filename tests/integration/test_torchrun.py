@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import TINY_PRETRAIN, run_python
 from tests.faults.runs import wait_until
-from tests.integration.test_commands import metrics
+from tests.results import metrics_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_a_signal_to_torchrun_stops_its_ranks_and_75_comes_back(tmp_path):
     _, said = run.communicate()
     assert run.returncode == 75, said
     assert "(SIGTERM); the same command with hydra.run.dir=" in said
-    steps = len(metrics(tmp_path / "run"))
+    steps = len(metrics_of(tmp_path / "run"))
     assert 0 < steps < 1200
     assert list((tmp_path / "run" / "checkpoints").glob("step_*.pt"))
     assert not list((tmp_path / "tmp").glob("torchelastic_*"))
