@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fcmae.checkpoints.torch_file import check_safetensors
+from fcmae.checkpoints.torch_file import open_safetensors
 from fcmae.config import BackboneConfig, DataConfig, check_plain, from_dict
 from fcmae.config.unset import UNSET
 from fcmae.errors import CheckpointError
 from fcmae.files import replacing
-from fcmae.opening import open_regular
 from fcmae.version import versions
 
 ENCODER_FILE = "encoder.safetensors"
@@ -66,9 +65,7 @@ def read(path: Path, weights: bool = True) -> State:
     Raises CheckpointError naming the file.
     """
     try:
-        with open_regular(path) as opened:
-            check_safetensors(opened)
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names}
@@ -104,9 +101,7 @@ def read(path: Path, weights: bool = True) -> State:
 def is_encoder(path: Path) -> bool:
     """Whether a .safetensors file has the metadata of an encoder file."""
     try:
-        with open_regular(path) as opened:
-            check_safetensors(opened)
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             return "backbone" in (file.metadata() or {})
     except (OSError, SafetensorError, ValueError):
         return True  # reading it says why

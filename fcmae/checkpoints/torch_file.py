@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fcmae.opening import open_regular
@@ -82,6 +83,14 @@ def check_safetensors(file: IO[bytes]) -> None:
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_PICKLE:
         raise ValueError(f"its header has {length} bytes; at most {MAX_PICKLE} are read")
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """A safetensors file whose tensors are read when asked for. Raises OSError, SafetensorError, or ValueError as
+    :func:`check_safetensors`."""
+    with open_regular(path) as file:
+        check_safetensors(file)
+    return safe_open(path, "pt")
 
 
 def _check_archive(file: IO[bytes], namespaces: bool) -> int:

@@ -6,15 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fcmae.checkpoints.torch_file import check_safetensors
+from fcmae.checkpoints.torch_file import open_safetensors
 from fcmae.engines import ENGINES, available_engines, get_engine
 from fcmae.errors import UsageError
 from fcmae.interchange import official
 from fcmae.models import FCMAE, create_backbone
-from fcmae.opening import open_regular
 from fcmae.precision import set_tf32
 from fcmae.targets import Pixels
 
@@ -96,9 +95,7 @@ def _engines_agree(device: str) -> Iterator[tuple[str, float]]:
 def _golden_errors(file: Path, device: str) -> Iterator[tuple[str, float]]:
     """The relative error of each result in a golden file for each engine; for gradients the largest."""
     try:
-        with open_regular(file) as opened:
-            check_safetensors(opened)
-        with safe_open(file, "pt") as tensors:
+        with open_safetensors(file) as tensors:
             meta = json.loads((tensors.metadata() or {})["meta"])
             golden = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118  # no mapping
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
