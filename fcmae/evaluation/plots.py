@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.errors import shown
 from fcmae.evaluation.class_metrics import BINS
 
 NAMED = 40
@@ -17,6 +18,15 @@ CURVES = 10
 """Curves in one plot."""
 POINTS = 1000
 """Of a curve."""
+LETTERS = 24
+"""Of a name."""
+
+
+def _text(name: str) -> str:
+    """A name as matplotlib draws it: not as a formula ($) and not left out of a legend (_)."""
+    name = shown(name)
+    name = name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
 def confusion(figure: Any, counts: Tensor, classes: Sequence[str]) -> None:
@@ -29,8 +39,9 @@ def confusion(figure: Any, counts: Tensor, classes: Sequence[str]) -> None:
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= NAMED:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = list(map(_text, classes))
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
     if len(classes) <= NUMBERED:
         for row, of_row in enumerate(shares.tolist()):
             for column, share in enumerate(of_row):
@@ -48,7 +59,7 @@ def roc(figure: Any, truths: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for name, (score, truth) in chosen.items():
         wrong, right, _ = binary_roc(score, truth.long())
-        axes.plot(*_thinned(wrong, right), label=f"{name}: {areas[name]:.3f}")
+        axes.plot(*_thinned(wrong, right), label=f"{_text(name)}: {areas[name]:.3f}")
     axes.set(
         xlabel="false positive rate",
         ylabel="true positive rate",
@@ -65,7 +76,7 @@ def precision_recall(figure: Any, truths: Mapping[str, tuple[Tensor, Tensor]]) -
     axes = figure.subplots()
     for name, (score, truth) in chosen.items():
         precision, recall, _ = binary_precision_recall_curve(score, truth.long())
-        axes.plot(*_thinned(recall, precision), label=f"{name}: {areas[name]:.3f}")
+        axes.plot(*_thinned(recall, precision), label=f"{_text(name)}: {areas[name]:.3f}")
     axes.set(
         xlabel="recall",
         ylabel="precision",
@@ -82,7 +93,7 @@ def box_precision_recall(figure: Any, recall: Any, curves: Mapping[str, Any], io
     axes = figure.subplots()
     for name in curves:
         if name in chosen:
-            axes.plot(recall, curves[name], label=f"{name}: {areas[name]:.3f}")
+            axes.plot(recall, curves[name], label=f"{_text(name)}: {areas[name]:.3f}")
     title = _title(f"average precision, IoU {iou:.2f}", chosen, curves)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     axes.legend(loc="lower left", fontsize=8)
@@ -135,4 +146,4 @@ def scatter(figure: Any, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         ends = [float(both.min()), float(both.max())]
         axes.plot(ends, ends, color="grey", linestyle=":")
         axes.scatter(truth.numpy(), predicted.numpy(), s=8, alpha=0.5, linewidths=0)
-        axes.set(xlabel="true", ylabel="predicted", title=name)
+        axes.set(xlabel="true", ylabel="predicted", title=_text(name))

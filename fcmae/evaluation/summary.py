@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def draw(folder: Path, drawings: Plots) -> None:
     for name, into in drawings.items():
         figure = Figure(figsize=(6, 5), layout="constrained")
         into(figure)
-        with output("report", folder / f"{name}.png") as file:
+        with output("report", folder / f"{name}.png") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a line per letter that its font does not have
             figure.savefig(file, dpi=DPI, format="png")
 
 

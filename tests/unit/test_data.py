@@ -66,6 +66,15 @@ def test_a_flat_folder_has_no_labels(tmp_path):
         require_labels(source, "data.path")
 
 
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "Val/cat/1.png", "Val/dog/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_image(tmp_path / name, "L")
+    with pytest.raises(UsageError, match="data.path has the classes Val, train, which are parts .*data.path=FOLDER/"):
+        require_labels(ImageFolder(tmp_path), "data.path")
+    assert require_labels(ImageFolder(tmp_path / "train"), "data.path") == ["cat", "dog"]
+
+
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UsageError, match="is not a folder"):
         ImageFolder(tmp_path / "nowhere")

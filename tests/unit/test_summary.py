@@ -15,6 +15,7 @@ from fcmae.config import DataConfig, LoaderConfig
 from fcmae.data.sources import ImageFolder
 from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
+from fcmae.evaluation import plots as plots_of
 from fcmae.evaluation import reports, summary
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.summary import Recorder, folder_of, worst_of
@@ -187,3 +188,21 @@ def test_the_largest_image_is_that_of_loader_max_pixels_in_evaluation_too(tmp_pa
 def test_a_class_of_any_name_is_one_line():
     rows = {name: {"recall": 50.0} for name in ("on", "c\nd")}
     assert [line.split() for line in summary.class_table(rows).splitlines()[1:]] == [["on", "50"], ["'c\\nd'", "50"]]
+
+
+def test_plots_of_classes_of_any_name(tmp_path):
+    """matplotlib takes $ for formulas, leaves names that begin with _ out of legends, and refuses what is no UTF-8."""
+    pytest.importorskip("matplotlib")
+    names = ["$\\frac{$x", "_under", "\udcff\t", "\N{CJK UNIFIED IDEOGRAPH-65E5}", "n" * 200]
+    right = torch.arange(5).repeat(2)
+    drawings = dict(reports.of_classes(torch.eye(5)[right] + 0.1, right, names).plots)
+
+    def with_legend(figure):
+        drawings["roc"](figure)
+        assert len(figure.axes[0].get_legend().get_texts()) == len(names)
+
+    truth = torch.arange(3.0)
+    plots = {"confusion": drawings["confusion"], "with_legend": with_legend}
+    plots["scatter"] = lambda figure: plots_of.scatter(figure, {"$a_{$": (truth, truth)})
+    summary.draw(tmp_path, plots)
+    assert {file.stem for file in tmp_path.iterdir()} == set(plots)

@@ -14,6 +14,8 @@ from fcmae.errors import UsageError, first_of
 from fcmae.randomness import Stream, generator
 from fcmae.urls import tell_apart
 
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+"""Names that folders of classes hardly have, but the folder above them does."""
 LIKELY_CLASSES = 2**16
 """Numbered classes may be this many, or as many as there are images."""
 
@@ -218,9 +220,14 @@ def class_names(largest: int, images: int) -> list[str] | None:
 
 
 def require_labels(source: Source, key: str) -> list[str]:
-    """The names of the classes. Raises UsageError if the source has none."""
+    """The names of the classes. Raises UsageError if the source has none, or if they are parts of a data set."""
     if source.classes is None:
         raise UsageError(f"{key} has no labels: {why_unlabelled(source)}")
+    if len(source.classes) > 1 and {name.lower() for name in source.classes} <= PARTS:
+        raise UsageError(
+            f"{key} has the classes {first_of(source.classes)}, which are parts of a data set; give one part, such as "
+            f"{key}=FOLDER/{source.classes[0]}"
+        )
     return source.classes
 
 
