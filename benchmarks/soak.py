@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-GROWS = ("metrics.jsonl", "reconstructions")
-"""Results of a run directory, which become more with every step."""
+GROWS = ("metrics.jsonl", "reconstructions", "cuda.jsonl")
+"""What becomes more with every step: results of a run directory, and what :class:`CudaMemory` writes."""
 WARM_UP = 0.25
 """Share of the run that is left out of the fits: caches fill, the allocator settles."""
 WINDOWS = 40
