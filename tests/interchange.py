@@ -71,14 +71,6 @@ def backbone_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
 
 
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """The same names with the same bits."""
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert value.dtype == b[name].dtype, name
-        assert torch.equal(value, b[name]), name
-
-
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint."""
     return checkpoint.read(path)["model"]

@@ -38,6 +38,9 @@ def weights_sha256(run: Path) -> str:
     return digest.hexdigest()
 
 
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two state dicts have the same names and the same bits."""
-    return a.keys() == b.keys() and all(value.equal(b[name]) for name, value in a.items())
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """The same names with the same bits."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype, name
+        assert torch.equal(value, b[name]), name

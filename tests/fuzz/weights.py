@@ -22,7 +22,7 @@ from tests import interchange
 from tests.fuzz.files import made
 from tests.fuzz.mutate import Files, changed, mutated, pick
 from tests.fuzz.target import Target
-from tests.interchange import assert_same
+from tests.results import assert_same
 
 CASES = 2000
 LIBRARIES = ("timm", "transformers", "official")

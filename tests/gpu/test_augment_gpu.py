@@ -12,7 +12,7 @@ from fcmae.data.sources import Synthetic
 from fcmae.errors import Interrupted
 from fcmae.training.run import finetune
 from tests.conftest import TINY_FINETUNE
-from tests.integration.test_commands import assert_same_weights, last_checkpoint
+from tests.results import assert_same, newest
 
 pytestmark = pytest.mark.gpu
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -72,6 +72,6 @@ def test_a_graphed_run_resumes_bit_exactly(tmp_path):
     with pytest.raises(Interrupted):
         finetune(compose("finetune", [*overrides, "trainer.max_steps=3"]), tmp_path / "parts")
     finetune(compose("finetune", overrides), tmp_path / "parts")
-    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert_same_weights(whole["model"], parts["model"])
-    assert_same_weights(whole["ema"], parts["ema"])
+    whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
+    assert_same(whole["ema"], parts["ema"])

@@ -6,7 +6,7 @@ import torch
 
 from fcmae.engines.dense import dense
 from tests.conftest import relative_error
-from tests.integration.test_commands import assert_same_weights, last_checkpoint
+from tests.results import assert_same, newest
 
 pytestmark = pytest.mark.gpu
 
@@ -49,15 +49,15 @@ def test_a_cuda_graph_changes_no_bit_of_fine_tuning(fcmae, tmp_path, micro_batch
     args = (*RUN, "precision=bf16", f"trainer.micro_batch_size={micro_batch_size}")
     for name, graph in (("graph", "true"), ("eager", "false")):
         fcmae(*args, f"trainer.cuda_graph={graph}", f"hydra.run.dir={name}", threads=4, timeout=280)
-    with_graph, without = (last_checkpoint(tmp_path / name) for name in ("graph", "eager"))
-    assert_same_weights(with_graph["model"], without["model"])
-    assert_same_weights(with_graph["ema"], without["ema"])
+    with_graph, without = (newest(tmp_path / name) for name in ("graph", "eager"))
+    assert_same(with_graph["model"], without["model"])
+    assert_same(with_graph["ema"], without["ema"])
 
 
 @pytest.mark.timeout(600)
 def test_fine_tuning_follows_timms_curve(fcmae, tmp_path):
     for engine in ("dense", "timm"):
         fcmae(*RUN, "precision=float32", f"engine={engine}", f"hydra.run.dir={engine}", threads=4, timeout=280)
-    dense_run, timm_run = (last_checkpoint(tmp_path / name)["model"] for name in ("dense", "timm"))
+    dense_run, timm_run = (newest(tmp_path / name)["model"] for name in ("dense", "timm"))
     norms = [torch.cat([w.flatten().double() for w in run.values()]) for run in (dense_run, timm_run)]
     assert relative_error(*norms) < 1e-3  # 20 steps of AdamW, whose first ones amplify rounding

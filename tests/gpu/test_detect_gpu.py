@@ -8,7 +8,7 @@ import torch
 from fcmae.config import compose
 from fcmae.tasks.finetuning import Finetuning
 from tests.coco_files import write_coco
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,7 @@ def test_a_stopped_run_has_the_same_bits_if_asked_for(fcmae_here, tmp_path, squa
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=4", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
     whole, cut = (newest(tmp_path / run) for run in ("whole", "cut"))
-    assert same(whole["model"], cut["model"])
+    assert_same(whole["model"], cut["model"])
 
 
 def test_the_loss_and_its_draws_are_the_cpus(squares):

@@ -13,17 +13,7 @@ import fcmae as package
 from fcmae.checkpoints import checkpoint
 from fcmae.evaluation.class_metrics import NAMES
 from tests.conftest import GOLDEN, TINY_FINETUNE, TINY_PRETRAIN, run_python
-from tests.results import metrics_of
-
-
-def last_checkpoint(run_dir):
-    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
-
-
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+from tests.results import assert_same, metrics_of, newest
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +39,13 @@ def test_a_run_directory_has_everything(pretrained):
 
 def test_the_encoder_alone_is_a_timm_model(pretrained):
     encoder = load_file(pretrained / "encoder.safetensors")
-    assert_same_weights(encoder, package.load(pretrained).backbone.state_dict())
+    assert_same(encoder, package.load(pretrained).backbone.state_dict())
 
 
 def test_load_rebuilds_the_model_from_the_checkpoint_alone(pretrained):
     model = package.load(pretrained)
     assert isinstance(model, package.FCMAE)
-    assert_same_weights(model.state_dict(), last_checkpoint(pretrained)["model"])
+    assert_same(model.state_dict(), newest(pretrained)["model"])
 
 
 def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
@@ -73,8 +63,8 @@ def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
     assert "trying the one before" in done.stderr
     assert "resumed at step 8" in done.stderr
     torn.unlink(missing_ok=True)
-    resumed, undisturbed = last_checkpoint(tmp_path / "run"), last_checkpoint(pretrained)
-    assert_same_weights(resumed["model"], undisturbed["model"])
+    resumed, undisturbed = newest(tmp_path / "run"), newest(pretrained)
+    assert_same(resumed["model"], undisturbed["model"])
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, 10))
     assert [m["loss"] for m in metrics_of(tmp_path / "run")] == [m["loss"] for m in metrics_of(pretrained)]
 
@@ -122,7 +112,7 @@ def test_other_images_and_a_shorter_schedule_are_no_way_to_go_on(fcmae, tmp_path
 @pytest.mark.parametrize("overrides", [("loader.workers=2",), ("trainer.micro_batch_size=2",), ("engine=masked",)])
 def test_what_is_not_the_recipe_does_not_change_the_result(fcmae, pretrained, tmp_path, overrides):
     fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", *overrides)
-    ours, expected = (last_checkpoint(run)["model"] for run in (tmp_path / "run", pretrained))
+    ours, expected = (newest(run)["model"] for run in (tmp_path / "run", pretrained))
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -143,7 +133,7 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     mixing = ("augment.mixup=0.8", "augment.cutmix=1.0", "augment.label_smoothing=0.1", "model.drop_path_rate=0.2")
     fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "hydra.run.dir=fine", "optim.ema_decay=0.5", *mixing)
     run_dir = tmp_path / "fine"
-    state = last_checkpoint(run_dir)
+    state = newest(run_dir)
     assert state["classes"] == [str(i) for i in range(10)]
     logged = [m for m in metrics_of(run_dir) if "top1" in m][-1]
     assert logged.keys() == {"step", *NAMES, *(f"ema_{name}" for name in NAMES)}
@@ -202,9 +192,9 @@ def test_finetune_resumes_bit_exactly(fcmae, tmp_path):
     assert "augment.on=gpu: without a GPU the training process augments" in said
     fcmae(*common, "hydra.run.dir=parts", "trainer.max_steps=4", check=75)
     fcmae(*common, "hydra.run.dir=parts")
-    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert_same_weights(whole["model"], parts["model"])
-    assert_same_weights(whole["ema"], parts["ema"])
+    whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
+    assert_same(whole["ema"], parts["ema"])
 
 
 ONE_READER = """
@@ -233,10 +223,10 @@ def test_finetuning_starts_from_the_pretrained_encoder(fcmae, pretrained, tmp_pa
     fcmae(*TINY_FINETUNE, f"init_from={pretrained}", "optim.lr=1e-12", "schedule.min_lr=0", "hydra.run.dir=fine")
     encoder = {
         name.removeprefix("backbone."): value
-        for name, value in last_checkpoint(pretrained)["model"].items()
+        for name, value in newest(pretrained)["model"].items()
         if name.startswith("backbone.stages")
     }
-    tuned = last_checkpoint(tmp_path / "fine")["model"]
+    tuned = newest(tmp_path / "fine")["model"]
     for name, value in encoder.items():
         torch.testing.assert_close(tuned[name], value, rtol=0, atol=1e-9)
 
@@ -267,7 +257,7 @@ def test_finetuning_without_validation_images(fcmae, tmp_path):
     assert "data.val_path is not set" in missing
     assert "trainer.eval_every_epochs=null" in missing
     fcmae(*args, "trainer.eval_every_epochs=null", "hydra.run.dir=run")
-    assert last_checkpoint(tmp_path / "run")["step"] == 2 * 2
+    assert newest(tmp_path / "run")["step"] == 2 * 2
     assert not any("top1" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
 
 
@@ -298,9 +288,9 @@ def test_a_changed_recipe_is_gone_on_with(fcmae, tmp_path):
     args = (*TINY_FINETUNE, "hydra.run.dir=run", "trainer.allow_changed_recipe=true")
     fcmae(*args, "trainer.max_steps=2", check=75)
     fcmae(*args, "trainer.max_steps=4", "optim.weight_decay=0", "precision=fp16", check=75)
-    assert last_checkpoint(tmp_path / "run")["scaler"]
+    assert newest(tmp_path / "run")["scaler"]
     fcmae(*args, "optim.weight_decay=0.3", "optim.betas=[0.8,0.9]", "optim.layer_decay=0.7")
-    state = last_checkpoint(tmp_path / "run")
+    state = newest(tmp_path / "run")
     assert state["step"] == 6
     groups = state["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}

@@ -15,7 +15,8 @@ from fcmae.interchange.convert import EXPORTS, IMPORTS, export, import_weights
 from fcmae.interchange.network import Network
 from tests.conftest import run_python
 from tests.integration.test_tensorflow import outputs
-from tests.interchange import assert_same, weights_in
+from tests.interchange import weights_in
+from tests.results import assert_same
 
 SHORT = (
     "model=convnextv2_atto",

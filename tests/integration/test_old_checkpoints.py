@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import fcmae
-from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from tests.conftest import TESTS
-from tests.results import metrics_of
+from tests.results import metrics_of, newest
 
 OLD = TESTS / "old"
 COMMON = (
@@ -37,17 +36,13 @@ def old_runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def newest_state(run_dir):
-    return checkpoint.read(checkpoint.CheckpointDir(run_dir).paths()[-1])
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_old_run_resumes(capsys, old_runs, command):
     if command == "finetune":
         shutil.rmtree("pretrain")  # init_from, which a run with a checkpoint of its own does without
     assert main([command, *COMMANDS[command], f"hydra.run.dir={command}"]) == 0
     assert "resumed at step " in capsys.readouterr().err
-    assert newest_state(old_runs / command)["step"] == 9
+    assert newest(old_runs / command)["step"] == 9
     logged = metrics_of(old_runs / command)
     losses = {str(line["step"]): line["loss"] for line in logged if "loss" in line}
     assert losses == pytest.approx(json.loads((OLD / "losses.json").read_text())[command], rel=1e-4)
@@ -55,7 +50,7 @@ def test_an_old_run_resumes(capsys, old_runs, command):
 
 def test_an_old_pretraining_run_fine_tunes(old_runs):
     assert main(["finetune", *COMMANDS["finetune"], "hydra.run.dir=new", "optim.lr=1e-12", "schedule.min_lr=0"]) == 0
-    before, after = newest_state(old_runs / "pretrain")["ema"], newest_state(old_runs / "new")["model"]
+    before, after = newest(old_runs / "pretrain")["ema"], newest(old_runs / "new")["model"]
     for name in after:
         if name.startswith("stages."):
             torch.testing.assert_close(after[name], before[f"backbone.{name}"], rtol=0, atol=1e-8)
@@ -85,5 +80,5 @@ def test_old_runs_are_exported(capsys, old_runs, run):
 def test_old_runs_are_loaded(old_runs):
     model = fcmae.load("pretrain")
     assert isinstance(model, fcmae.FCMAE)
-    for name, value in newest_state(old_runs / "pretrain")["ema"].items():
+    for name, value in newest(old_runs / "pretrain")["ema"].items():
         assert torch.equal(model.state_dict()[name], value)

@@ -9,7 +9,7 @@ import torch
 
 import fcmae as package
 from tests.conftest import TESTS, TINY_FINETUNE, TINY_PRETRAIN
-from tests.results import metrics_of, same, weights
+from tests.results import assert_same, metrics_of, weights
 
 PAGE = TESTS.parent / "docs" / "plugins.md"
 SOURCE = 'data.source={_target_: "cells.py:Cells", images: images.npy, numbers: numbers.npy}'
@@ -48,7 +48,7 @@ def test_the_examples_train_resume_evaluate_and_export(fcmae_here, here):
         fcmae_here(*command, f"hydra.run.dir={name}")
         fcmae_here(*command, f"hydra.run.dir={name}_cut", "trainer.max_steps=2", "loader.workers=1", check=75)
         fcmae_here(*command, f"hydra.run.dir={name}_cut")
-        assert same(weights(name), weights(f"{name}_cut"))
+        assert_same(weights(name), weights(f"{name}_cut"))
         steps = [line.split(",")[0] for line in (here / f"{name}_cut" / "loss.csv").read_text().splitlines()]
         assert steps == [str(step) for step in range(1, len(steps) + 1)]
         assert len(steps) > 4

@@ -6,8 +6,7 @@ import pytest
 
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python, start_python
 from tests.faults.runs import catches, steps, wait_until
-from tests.integration.test_commands import assert_same_weights, last_checkpoint
-from tests.results import metrics_of
+from tests.results import assert_same, metrics_of, newest
 
 
 def stopped(folder, args, numbers, when, **kwargs):
@@ -37,8 +36,8 @@ def test_signals_stop_a_run_that_resumes_bit_exactly(fcmae, tmp_path):
         done = last_step()
         assert 0 < done < 27
     fcmae(*args, "hydra.run.dir=parts")
-    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert_same_weights(whole["model"], parts["model"])
+    whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
     assert [m["step"] for m in metrics_of(tmp_path / "parts")] == list(range(1, 28))
 
 
@@ -93,12 +92,12 @@ def test_a_stop_does_not_wait_for_an_evaluation_which_the_next_process_begins_wi
     script.write_text(SIGNAL_IN_EVALUATION)
     for epoch in (1, 2):
         run_python(tmp_path, str(script), *args, "hydra.run.dir=parts", check=75)
-        stopped = last_checkpoint(tmp_path / "parts")
+        stopped = newest(tmp_path / "parts")
         assert (stopped["step"], stopped["evaluation_due"]) == (3, True)
         assert not any("top1" in line for line in metrics_of(tmp_path / "parts")), epoch
     fcmae(*args, "hydra.run.dir=parts")
-    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert_same_weights(whole["model"], parts["model"])
+    whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
     assert whole["best"] == parts["best"]
     evaluated = [[(m["step"], m["top1"]) for m in metrics_of(tmp_path / d) if "top1" in m] for d in ("whole", "parts")]
     assert evaluated[0] == evaluated[1]

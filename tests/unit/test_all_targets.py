@@ -15,7 +15,7 @@ from fcmae.models import FCMAE
 from fcmae.targets import Hog, Labels, Laplacian, Pixels, Seen, Teacher, part
 from fcmae.tasks import pretraining
 from tests.conftest import TINY_PRETRAIN
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 NAMES = ("pixels", "laplacian", "hog", "teacher", "labels")
 ALL = (
@@ -107,7 +107,7 @@ def test_a_run_resumes_to_the_bit_and_micro_batches_add_up(tmp_path, monkeypatch
     fcmae_here(*RUN, "hydra.run.dir=cut")
     whole, cut = newest("whole"), newest("cut")
     for state in ("model", "ema"):
-        assert same(whole[state], cut[state])
+        assert_same(whole[state], cut[state])
     steps = metrics_of(tmp_path / "whole")
     parts = [line for line in steps if "loss_hog" in line]
     assert len(parts) == 9

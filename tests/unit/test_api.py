@@ -22,7 +22,7 @@ from fcmae.loggers.progress import NotebookProgress, notebook_display
 from fcmae.tasks.objectives import Regress, Segment
 from tests.conftest import TINY
 from tests.in_process import unchanged
-from tests.results import same, weights
+from tests.results import assert_same, weights
 
 PRETRAIN = [*TINY, "model.decoder_embed_dim=16", "schedule.epochs=2", "schedule.warmup_epochs=1"]
 FINETUNE = [*TINY, "augment=none", "schedule.epochs=1", "schedule.warmup_epochs=0"]
@@ -66,13 +66,13 @@ def test_datasets_and_a_module_train_stop_and_resume(tmp_path):
         go("cut", trainer={"max_steps": 2})
     other = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 24), num_classes=0)
     cut = go("cut", other)  # a run with a checkpoint does not begin again
-    assert same(weights(whole.path), weights(cut.path))
+    assert_same(weights(whole.path), weights(cut.path))
     assert whole.checkpoint.is_file()
     assert whole.metrics["step"] == whole.history[-1]["step"] == 6
     assert {"loss", "val_loss", "knn10"} <= whole.metrics.keys()
     assert "<iframe" in whole._repr_html_()
     begun = fcmae.load(whole.path / "initial.safetensors").state_dict()
-    assert same(network.state_dict(), begun)
+    assert_same(network.state_dict(), begun)
     rows = fcmae.embed(whole, Pairs(5))
     assert rows.values.shape == (5, 24)
     assert rows.values.equal(fcmae.embed(whole, IMAGES[:5]).values)

@@ -7,7 +7,7 @@ from fcmae.config import OptimConfig, PretrainConfig, ScheduleConfig
 from fcmae.training import budget
 from fcmae.training.agree_to_stop import StopAgreement, Verdict
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
-from tests.results import metrics_of, same, weights
+from tests.results import assert_same, metrics_of, weights
 
 RUN = (*TINY_PRETRAIN, "trainer.budget=100s", "schedule.epochs=30", "schedule.warmup_epochs=6", "seed=3")
 QUIET = ("trainer.checkpoint_every_epochs=99", "trainer.eval_every_epochs=99")
@@ -37,7 +37,7 @@ def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, 
     resumed = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut")
     assert "resumed at step 4" in resumed.stderr
     assert "so schedule.epochs" not in resumed.stderr
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 def test_a_budget_that_is_over_is_refused(fcmae_here, speed):

@@ -20,7 +20,7 @@ from fcmae.masks.patches import patchify
 from fcmae.targets import Channels, Seen, part
 from fcmae.tasks.pretraining import Pretraining
 from tests.conftest import TINY_PRETRAIN
-from tests.results import metrics_of, same, weights
+from tests.results import assert_same, metrics_of, weights
 from tests.unit.test_pixels import encoded, npy
 
 LAYOUT = {"input": [3, 0, 1], "target": [0, 4], "classes": [2]}
@@ -267,7 +267,7 @@ def test_a_run_with_channels_of_targets_resumes(tmp_path, fcmae_here):
     fcmae_here(*RUN, "hydra.run.dir=cut", "data.crops_per_image=2", "loader.workers=1")
     whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
     assert whole["backbone.stem.0.weight"].shape[1] == 3
-    assert same(whole, cut)
+    assert_same(whole, cut)
     logged = metrics_of(tmp_path / "whole")
     assert {"loss_pixels", "loss_depth", "loss_map"} <= logged[0].keys()
     other = "data.channels={input: [4, 1, 0], target: [5], classes: [3], of: 6}"

@@ -18,7 +18,7 @@ from fcmae.engines import ENGINES
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
-from tests.interchange import assert_same
+from tests.results import assert_same
 
 FACTORS = {
     "strides": ([1, 2, 2, 2], [2, 2, 2, 2], [4, 2, 2, 2], [8, 2, 2, 2], [4, 2, 2], [2, 2, 2, 2, 2]),

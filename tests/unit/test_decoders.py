@@ -22,7 +22,7 @@ from fcmae.tasks import initial
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.training.run import pretrain
 from tests.conftest import TINY_PRETRAIN
-from tests.interchange import assert_same
+from tests.results import assert_same
 
 TINY = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "decoder_embed_dim": 16}
 

@@ -20,7 +20,7 @@ from fcmae.precision import autocast
 from fcmae.tasks.finetuning import Finetuning
 from tests.coco_files import write_coco, write_json
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -54,7 +54,7 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
     fcmae_here(*args, "hydra.run.dir=cut")
     states = [newest(tmp_path / run) for run in ("whole", "cut")]
     for kind in ("model", "ema"):
-        assert same(states[0][kind], states[1][kind])
+        assert_same(states[0][kind], states[1][kind])
     lines = metrics_of(tmp_path / "whole")
     assert {"loss_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes", "loss_masks"} <= lines[0].keys()
     last = [line for line in lines if "map" in line][-1]

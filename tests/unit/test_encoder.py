@@ -17,7 +17,7 @@ from fcmae.interchange.convert import import_weights
 from fcmae.interchange.official import to_pretraining
 from fcmae.models.build import build_fcmae, load, model_of, random_encoder
 from tests.conftest import TESTS, TINY_FINETUNE, TINY_PRETRAIN
-from tests.interchange import assert_same
+from tests.results import assert_same
 
 DATA = ("data.in_chans=2", "data.bit_depth=12", "data.mean=[0.3,0.4]", "data.std=[0.1,0.2]")
 UNTOLD = [o for o in TINY_FINETUNE if not o.startswith(("model", "data.image_size"))]

@@ -21,7 +21,7 @@ from fcmae.tasks.initial import Start
 from fcmae.tasks.objectives import Classify
 from fcmae.training import few_labels
 from tests.conftest import TINY, TINY_PRETRAIN, run_python
-from tests.results import same, weights
+from tests.results import assert_same, weights
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 AUTO = (
@@ -120,7 +120,7 @@ def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
     fcmae_here(*AUTO, "hydra.run.dir=cut")
     assert folders == [trained[0], *(name.replace("whole", "cut") for name in (*trained, *trained[2:]))]
     assert result(here / "cut") == found
-    assert same(weights(here / "cut"), weights(here / "whole"))
+    assert_same(weights(here / "cut"), weights(here / "whole"))
     assert not list((here / "cut" / "auto").glob("*/checkpoints"))
     folders.clear()
     assert fcmae_here(*AUTO, "hydra.run.dir=whole").stdout.startswith(f"{here}/whole/checkpoints/step_")

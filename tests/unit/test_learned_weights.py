@@ -14,7 +14,7 @@ from fcmae.models.build import build_fcmae, load, mismatch, with_loss_weights
 from fcmae.optim.adamw import param_groups
 from fcmae.targets import Pixels
 from tests.conftest import TINY_PRETRAIN
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 LEARNED = ("target=[pixels,laplacian]", "target.pixels.weight=learned", "target.laplacian.weight=learned")
 RUN = (*TINY_PRETRAIN, *LEARNED, "optim.lr=0.1", "optim.weight_decay=0.5", "optim.ema_decay=0.9")
@@ -72,7 +72,7 @@ def test_learned_weights_are_logged_saved_averaged_and_resumed(tmp_path, fcmae_h
     whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
     names = ["log_var_pixels", "log_var_laplacian"]
     for state in ("model", "ema"):
-        assert same(whole[state], cut[state])
+        assert_same(whole[state], cut[state])
         assert all(whole[state][name] != 0 for name in names)
     assert not whole["model"][names[0]].equal(whole["ema"][names[0]])
     before, after = whole["optimizer"]["state"], cut["optimizer"]["state"]

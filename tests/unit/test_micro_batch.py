@@ -19,7 +19,7 @@ from fcmae.training.fit_micro_batch import candidates, find, largest
 from fcmae.training.setup import create_plan
 from fcmae.training.state import TrainState
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
-from tests.results import newest, same
+from tests.results import assert_same, newest
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 AUTO = "trainer.micro_batch_size=auto"
@@ -144,7 +144,7 @@ def test_a_run_is_the_same_as_with_the_size_given(command, tmp_path, limit, caps
     assert found["config"] == given["config"]
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["trainer"]["micro_batch_size"] == 4
     for name in ("model", "ema"):
-        assert same(found[name], given[name])
+        assert_same(found[name], given[name])
     if command is not TINY_PRETRAIN:
         return
     limit(2)

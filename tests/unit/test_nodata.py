@@ -21,7 +21,7 @@ from fcmae.masks.patches import random_mask
 from fcmae.models import FCMAE
 from fcmae.targets import Channels, Hog, Laplacian, Pixels, Seen, part
 from tests.conftest import TINY_PRETRAIN
-from tests.results import metrics_of, same, weights
+from tests.results import assert_same, metrics_of, weights
 
 TYPES = (torch.uint8, torch.uint16, torch.float32)
 
@@ -355,7 +355,7 @@ def test_a_run_with_no_data_resumes_and_fits_any_layout(tmp_path, fcmae_here, fc
     fcmae_here(*RUN, "hydra.run.dir=whole")
     fcmae_here(*RUN, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)
     fcmae_here(*RUN, "hydra.run.dir=cut", "loader.workers=1")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     fcmae(*RUN, "hydra.run.dir=ranks", "trainer.micro_batch_size=3", ranks=2)  # with padding
     torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)
     fcmae_here("knn", "checkpoint=whole", "k=1", "cache=null")

@@ -18,7 +18,7 @@ from fcmae.models.headed import Headed
 from fcmae.models.objective import score, sign_and_name
 from fcmae.tasks.finetuning import Finetuning
 from tests.conftest import TINY_FINETUNE
-from tests.results import metrics_of, same
+from tests.results import assert_same, metrics_of
 
 OBJECTIVES = '''
 import torch
@@ -118,7 +118,7 @@ def test_an_objective_from_a_file_trains_resumes_evaluates_and_exports(fcmae_her
     fcmae_here(*args, "hydra.run.dir=cut")
     file, other = (checkpoint.resolve(f"{run}@last") for run in ("whole", "cut"))
     state, resumed = checkpoint.read(file), checkpoint.read(other)
-    assert same(state["model"], resumed["model"])
+    assert_same(state["model"], resumed["model"])
     lines = metrics_of(here / "whole")
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss_l1"] + lines[0]["loss_l2"])
     measured = [line for line in lines if "mae" in line]

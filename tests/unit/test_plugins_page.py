@@ -6,10 +6,8 @@ import shlex
 import pytest
 
 import fcmae
-from fcmae.checkpoints import checkpoint
-from fcmae.checkpoints.checkpoint import CheckpointDir
 from tests.conftest import TESTS, TINY_PRETRAIN
-from tests.results import metrics_of
+from tests.results import metrics_of, newest
 
 PAGE = (TESTS.parent / "docs" / "plugins.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
@@ -25,10 +23,6 @@ def files(tmp_path):
 
 def overrides(command):
     return [word for word in shlex.split(command)[1:] if not word.startswith("data.path=")]
-
-
-def newest(folder, run):
-    return checkpoint.read(CheckpointDir(folder / run).paths()[-1])
 
 
 @pytest.mark.slow
@@ -56,7 +50,7 @@ def test_a_target_alone_has_no_pictures(files, fcmae_here, monkeypatch):
     args = (*TINY_PRETRAIN, "schedule.epochs=1", "schedule.warmup_epochs=0", *overrides(ALONE))
     fcmae_here(*args, "hydra.run.dir=run")
     assert not list((files / "run").rglob("*.png"))
-    state = newest(files, "run")
+    state = newest(files / "run")
     assert list(state["config"]["target"]) == ["edges"]
     assert "decoder.pred.weight" not in state["model"]
     monkeypatch.chdir(files)

@@ -13,7 +13,8 @@ from fcmae.engines import ENGINES
 from fcmae.errors import UsageError, WeightsError
 from fcmae.targets import Pixels
 from tests.conftest import TINY_FINETUNE
-from tests.interchange import assert_same, pretrained
+from tests.interchange import pretrained
+from tests.results import assert_same
 
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
 

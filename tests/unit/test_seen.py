@@ -15,7 +15,7 @@ from fcmae.errors import ConfigError, ImageError
 from fcmae.models import FCMAE
 from fcmae.targets import Pixels
 from tests.conftest import TINY_PRETRAIN
-from tests.results import metrics_of, same, weights
+from tests.results import assert_same, metrics_of, weights
 
 CFG = DataConfig(image_size=32)
 
@@ -117,6 +117,6 @@ def test_a_run_whose_target_needs_labels_resumes_and_fits_any_layout(tmp_path, f
     fcmae_here(*args, "hydra.run.dir=whole")
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)
     fcmae_here(*args, "hydra.run.dir=cut", "loader.workers=1")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     fcmae(*args, "hydra.run.dir=ranks", "trainer.micro_batch_size=3", ranks=2)  # with padding
     torch.testing.assert_close(losses(tmp_path / "ranks"), losses(tmp_path / "whole"), rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.objectives import Segment
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
 from tests.dense_files import write_squares
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 CPU = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -219,7 +219,7 @@ def test_a_run_from_pretraining_to_an_evaluation(fcmae_here, tmp_path, squares):
     fcmae_here(*args, "hydra.run.dir=again")
     states = [newest(tmp_path / run) for run in ("whole", "again")]
     for kind in ("model", "ema"):
-        assert same(states[0][kind], states[1][kind])
+        assert_same(states[0][kind], states[1][kind])
     assert states[0]["classes"] == ["bg", "red", "green"]
     measured = metrics_of(tmp_path / "whole")
     last = [line for line in measured if "miou" in line][-1]

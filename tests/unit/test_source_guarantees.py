@@ -22,8 +22,7 @@ from tests import more_files as made
 from tests.bad_files import encoded, npy, picture
 from tests.conftest import TINY_PRETRAIN
 from tests.hostile import Case, measure
-from tests.interchange import assert_same
-from tests.results import metrics_of
+from tests.results import assert_same, metrics_of
 from tests.source_matrix import COUNT, batches
 
 tifffile = pytest.importorskip("tifffile")

@@ -16,8 +16,7 @@ from fcmae.models import FCMAE, create_backbone
 from fcmae.models.backbone import strides_of
 from fcmae.optim.adamw import layer_index
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, relative_error
-from tests.interchange import assert_same
-from tests.results import newest
+from tests.results import assert_same, newest
 
 DEPTHS, DIMS = [1, 2, 1, 1, 1], [8, 12, 16, 16, 24]
 STRIDES = (

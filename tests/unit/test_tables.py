@@ -21,8 +21,7 @@ from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Predictions
 from fcmae.tasks.objectives import Classify, Multilabel, Regress, Translate
 from tests.conftest import TINY
-from tests.interchange import assert_same
-from tests.results import newest
+from tests.results import assert_same, newest
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 HEADER = ["image", "kind", "dark", "wide", "age", "split"]

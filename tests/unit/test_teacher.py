@@ -16,7 +16,7 @@ from fcmae.targets import Seen, Teacher
 from fcmae.tasks.pretraining import Pretraining
 from fcmae.tasks.teachers import load_teachers
 from tests.conftest import TINY_PRETRAIN
-from tests.results import newest, same
+from tests.results import assert_same, newest
 
 RESNET = ("target=teacher", "target.teacher.name=test_resnet", "target.teacher.checkpoint=teacher.pt")
 VIT = ("target=teacher", "target.teacher.name=test_vit", "target.teacher.checkpoint=vit.safetensors")
@@ -138,7 +138,7 @@ def test_a_run_saves_nothing_of_the_teacher_and_resumes_with_the_same_one_only(w
     head = {"decoder.pred_teacher.weight", "decoder.pred_teacher.bias"}
     for state in ("model", "ema"):
         assert whole[state].keys() == without | head
-        assert same(whole[state], cut[state])
+        assert_same(whole[state], cut[state])
     names = {name for group in whole["optimizer"]["param_groups"] for name in group["names"]}
     assert names == {name for name in without if not name.startswith("backbone.head.")} | head
     recorded = whole["config"]["target"]["teacher"]

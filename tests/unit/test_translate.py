@@ -20,7 +20,7 @@ from fcmae.tasks.objectives import Translate
 from fcmae.tasks.objectives.translate import ms_ssim
 from tests.conftest import TINY_FINETUNE, run_python
 from tests.dense_files import write_squares
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 from tests.unit.test_segment import CPU, Listed
 
 
@@ -152,7 +152,7 @@ def test_a_run_to_predictions(fcmae_here, tmp_path, blurred):
     fcmae_here(*args, "hydra.run.dir=cut", "trainer.max_steps=1", check=75)
     fcmae_here(*args, "hydra.run.dir=cut")
     states = [newest(tmp_path / run) for run in ("whole", "cut")]
-    assert same(states[0]["model"], states[1]["model"])
+    assert_same(states[0]["model"], states[1]["model"])
     lines = metrics_of(tmp_path / "whole")
     assert {"loss_l1", "loss_ms_ssim"} <= lines[0].keys()
     last = [line for line in lines if "ssim" in line][-1]

@@ -20,7 +20,7 @@ from fcmae.models.pooled import pool_maps
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.training.setup import create_plan
 from tests.conftest import TINY_FINETUNE
-from tests.results import same, weights
+from tests.results import assert_same, weights
 
 LABELS = (0,) * 13 + (1,) * 3 + (4,) * 7
 
@@ -118,7 +118,7 @@ def test_a_balanced_run_resumes_bit_for_bit(fcmae_here, images, tmp_path):
     fcmae_here(*run, "hydra.run.dir=whole")
     fcmae_here(*run, "hydra.run.dir=cut", "trainer.max_steps=2", check=75)
     fcmae_here(*run, "hydra.run.dir=cut")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("layer", ["stages", "stages_std"])

@@ -22,7 +22,7 @@ from fcmae.tasks.initial import load_initial
 from fcmae.tasks.objectives import Segment, Translate
 from tests.conftest import TINY_FINETUNE, relative_error
 from tests.dense_files import write_squares
-from tests.results import metrics_of, newest, same
+from tests.results import assert_same, metrics_of, newest
 
 DIMS, STRIDES = [8, 12, 16, 24], [4, 8, 16, 32]
 
@@ -164,7 +164,7 @@ def test_a_stopped_run_ends_with_the_same_bits(fcmae_here, tmp_path, squares):
     fcmae_here(*args, "hydra.run.dir=cut")
     states = [newest(tmp_path / run) for run in ("whole", "cut")]
     for kind in ("model", "ema"):
-        assert same(states[0][kind], states[1][kind])
+        assert_same(states[0][kind], states[1][kind])
     lines = metrics_of(tmp_path / "whole")
     assert {"loss_ce", "loss_auxiliary"} <= lines[0].keys()
     task = Finetuning(compose("finetune", list(upernet(squares)[1:])).settled({}))

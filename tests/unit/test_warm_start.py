@@ -18,7 +18,7 @@ from fcmae.interchange.network import Network
 from fcmae.models.build import build_fcmae
 from fcmae.tasks.initial import Start, adapt_stem, check_network, find_start, load_initial, settle
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
-from tests.interchange import assert_same
+from tests.results import assert_same
 
 PRETRAIN = (*TINY_PRETRAIN, "model.stem_stride=4", "data.image_size=64")  # as the official code needs
 SHORT = ("schedule.epochs=1", "trainer.eval_every_epochs=null")
