@@ -176,7 +176,7 @@ def _rows(
         cfg = CheckpointConfig(checkpoint, data=given, loader=loader, allow=list(allow), **how)
         with opened(cfg) as (world, file, state):
             data = data_of(cfg, state, file)
-            source = world.together(lambda: _source(paths, overrides, data, loader))
+            source = world.together(lambda: _source(paths, overrides, data, given, loader))
             made = create(state, file, world, ema, allow)
             if isinstance(made, MapNetwork):
                 check("--out", out, out is None or not table, f"a folder, because {file} predicts a map per image")
@@ -209,8 +209,10 @@ def _texts(images: Any) -> Iterator[list[str]]:
             yield [f"data.source={json.dumps(source)}"]
 
 
-def _source(paths: Sequence[str], overrides: Sequence[str], data: DataConfig, loader: LoaderConfig) -> Joined:
-    sources: list[Source] = list(images_at(paths).sources) if paths else []
+def _source(
+    paths: Sequence[str], overrides: Sequence[str], data: DataConfig, given: Any, loader: LoaderConfig
+) -> Joined:
+    sources: list[Source] = list(images_at(paths, given, loader).sources) if paths else []
     if any(override.startswith(("data.path=", "data.source", "data.name=")) for override in overrides):
         sources.append(train_source(data, loader))
     source = Joined(sources)

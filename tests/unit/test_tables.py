@@ -12,9 +12,11 @@ from PIL import Image
 
 import fcmae
 from fcmae.cli import main
-from fcmae.config import DataConfig
+from fcmae.config import DataConfig, LoaderConfig
+from fcmae.config.commands import DataOverrides
 from fcmae.config.compose import compose
 from fcmae.data.sources import train_source, val_source
+from fcmae.data.sources.images import images_at
 from fcmae.data.sources.table import TableImages
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
@@ -87,6 +89,20 @@ def test_validation_rows_are_never_the_training_rows_unasked(table, tmp_path):
     assert len(val_source(dataclasses.replace(cfg, val_path=str(without)))) == 12
     with pytest.raises(UsageError, match=r"table\.csv has no rows"):
         train_source(DataConfig(**both, path=str(edited(table, tmp_path, lambda t: t[:1]))))
+
+
+def test_keys_of_the_command_are_those_of_its_paths(table, tmp_path):
+    """``fcmae predict RUN TABLE data.root=FOLDER``: the message that names the key helped nobody."""
+    named = edited(table, tmp_path, lambda t: [["img", *t[0][1:]], *t[1:]])
+    given = DataOverrides(image_column="img", root=str(table.parent))
+    assert len(images_at([str(named)], given, LoaderConfig())) == 12
+    given.split = "validation"
+    given.extensions = [".png"]
+    both = [str(named), str(table.parent / "images")]
+    assert [len(source) for source in images_at(both, given, LoaderConfig()).sources] == [4, 12]
+    given.extensions = [".scan"]
+    with pytest.raises(UsageError, match=r"no images; looked for \.scan"):
+        images_at(both, given, LoaderConfig())
 
 
 def test_a_classifier_needs_two_classes(table, tmp_path):

@@ -3,11 +3,15 @@
 import itertools
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from fcmae.config import LoaderConfig
 from fcmae.data.pixels.decode import read_file
+from fcmae.data.pixels.formats import EXTENSIONS
 from fcmae.data.sources.base import Sample, Source, locate
 from fcmae.data.sources.imagefolder import ImageFolder
 from fcmae.data.sources.table import ENDINGS, TableImages
+from fcmae.data.sources.tar_names import Rule
 from fcmae.data.sources.webdataset import WebDataset
 from fcmae.errors import UsageError, first_of
 
@@ -57,20 +61,27 @@ class Joined:
         return self.sources[part].describe(place)
 
 
-def images_at(paths: Sequence[str]) -> Joined:
+def images_at(paths: Sequence[str], given: Any, loader: LoaderConfig) -> Joined:
     """The images at ``paths``, in this order: tables, files, tar files, and folders of tar files or of images.
+
+    Args:
+        given: has those keys of ``data`` that the command sets, others None; how a checkpoint's files were found says
+            nothing about these.
 
     Raises UsageError naming what is missing or holds no image.
     """
+    extensions = given.extensions or EXTENSIONS
+    rule = Rule(tuple(extensions), given.keys or "auto")
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UsageError(f"no file or folder {first_of(missing)}")
     sources: list[Source] = []
     for path in paths:
         if path.endswith(".tar") or (os.path.isdir(path) and any(name.endswith(".tar") for name in os.listdir(path))):
-            sources.append(WebDataset(path))
+            sources.append(WebDataset(path, loader.on_error == "skip", loader.relist, rule=rule))
         elif path.lower().endswith(ENDINGS) and os.path.isfile(path):
-            sources.append(TableImages(path))
+            sources.append(TableImages(path, given.root, given.image_column, split=given.split))
         else:
-            sources.append(ImageFolder(path) if os.path.isdir(path) else Files([path]))
+            folder = os.path.isdir(path)
+            sources.append(ImageFolder(path, loader.relist, extensions) if folder else Files([path]))
     return Joined(sources)
