@@ -13,6 +13,7 @@ from fcmae.messages import say
 
 JOB_FILE = "sweep.json"
 """In the directory of a job: its number, overrides, status and metrics."""
+JOB = {"job": int, "overrides": list, "status": str, "metrics": dict}
 TABLE_FILE = "results.csv"
 OUTPUTS = ("out", "per_class", "confusion", "report")
 """Keys of files that otherwise every job would write."""
@@ -96,7 +97,7 @@ def logged(folder: Path) -> dict[str, float]:
 
 def report(folder: Path) -> None:
     """Prints a table of the jobs in a sweep's folder, and writes it to ``results.csv``."""
-    found = [(file.parent, read_result(file)) for file in folder.glob(f"*/{JOB_FILE}")]
+    found = [(file.parent, read_result(file, **JOB)) for file in folder.glob(f"*/{JOB_FILE}")]
     jobs = [job | {"run": str(run)} for run, job in found if job is not None]
     jobs.sort(key=lambda job: job["job"])
     if launch.detect().rank != 0 or not jobs:

@@ -17,6 +17,7 @@ from fcmae.files import as_read, defined, read_result, write_result
 from fcmae.opening import own_folder
 from fcmae.studies.arms import Cell, Plan, evaluating, probing, training
 from fcmae.study_status import CELLS, RECIPE
+from fcmae.training.few_labels import CHOSEN
 from fcmae.training.run import finetune
 
 RUNS, LOGS = "runs", "logs"
@@ -124,9 +125,8 @@ def _measured(plan: Plan, cell: Cell, folder: Path) -> tuple[dict[str, float], R
     metrics = evaluation.evaluate(evaluating(plan, run_dir))
     assert metrics is not None
     averaged = {name.removeprefix("ema_"): value for name, value in metrics.items() if name.startswith("ema_")}
-    chosen = read_result(run_dir / "auto" / "chosen.json")
-    names = ("kept", "layer", "l2", "lr", "layer_decay")
-    return _numbers(metrics | averaged), {} if chosen is None else {name: chosen[name] for name in names}
+    chosen = read_result(run_dir / "auto" / "chosen.json", **CHOSEN)
+    return _numbers(metrics | averaged), {} if chosen is None else {name: chosen[name] for name in CHOSEN}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -42,6 +42,8 @@ from fcmae.training.run_dir import write_config
 from fcmae.training.watchdog import Watchdog
 
 FOLDER = "auto"
+CHOSEN = {"kept": str, "layer": str, "l2": object, "lr": object, "layer_decay": object}
+"""What ``chosen.json`` names, and the types of its values."""
 BATCH_SIZE = 256
 """Images at once without gradients, at most."""
 NONE = -101.0
@@ -96,7 +98,7 @@ class _Search:
     def run(self) -> Path:
         self.world.on_main(self._begin)
         setup.settle_precision(self.cfg, self.world, None)
-        found = self._kept("chosen")
+        found = self._kept("chosen", **CHOSEN)
         own = self.world.from_main(CheckpointDir(self.run_dir).paths) if self.cfg.trainer.resume else []
         if found is not None and own:
             return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
@@ -140,9 +142,9 @@ class _Search:
         self.task.initialise()
         self.task.model.to(self.world.device)
 
-    def _kept(self, name: str) -> Result | None:
+    def _kept(self, name: str, **needed: type) -> Result | None:
         """What the first rank finds in a file of an earlier process."""
-        return self.world.from_main(lambda: read_result(self.folder / f"{name}.json"))
+        return self.world.from_main(lambda: read_result(self.folder / f"{name}.json", **needed))
 
     def _keep(self, name: str, make: Callable[[], Result]) -> Result:
         """What ``make`` gives on the first rank, on every rank and in a file."""
@@ -171,7 +173,7 @@ class _Search:
 
     def _probe(self) -> Result:
         """The layer and l2 with the least log loss of held-out images, and the metrics of each fold."""
-        kept = self._kept("probe")
+        kept = self._kept("probe", layer=str, l2=object, metrics=list)
         if kept is not None:
             return kept
         values = {layer: self._features(layer).values for layer in self.auto.layers}

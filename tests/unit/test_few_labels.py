@@ -142,6 +142,9 @@ def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
     fcmae_here(*TINY_PRETRAIN, "seed=1", "trainer.max_steps=1", "hydra.run.dir=other", check=75)
     other = fcmae_here(*AUTO, "hydra.run.dir=run", "init_from=other", check=2).stderr
     assert "which holds other weights" in other
+    (here / "run" / "auto" / "chosen.json").write_text('{"kept": "probe"}')
+    damaged = fcmae_here(*AUTO, "hydra.run.dir=run", check=2).stderr
+    assert "without layer, l2, lr, layer_decay" in damaged
 
 
 def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):

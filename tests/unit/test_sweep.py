@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fcmae import cli
-from fcmae.errors import DiskError, Interrupted
+from fcmae.errors import DiskError, Interrupted, UsageError
+from fcmae.sweep import report
 
 
 @pytest.fixture
@@ -49,6 +50,9 @@ def test_a_sweep_ends_with_a_table_of_its_jobs(stand_in, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "0    seed=1     0.5   51     done                      sweep/0\n" in said
     assert "the same table: sweep/results.csv\n" in said
+    (tmp_path / "sweep" / "1" / "sweep.json").write_text('{"job": 1}')
+    with pytest.raises(UsageError, match="without overrides, status, metrics"):
+        report(tmp_path / "sweep")
 
 
 def test_every_job_writes_its_own_results(stand_in, tmp_path, capfd):
