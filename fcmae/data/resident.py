@@ -21,6 +21,8 @@ from fcmae.precision import full_precision, no_autocast
 
 CHUNK = 2**28
 """Bytes of float32 pixels that are resized at once."""
+TABLE = 2**26
+"""Bytes that the filter's weights for all sides may take; those of larger images are computed for each batch."""
 _numbers = itertools.count()
 
 
@@ -38,6 +40,7 @@ class Resident:
         self.channels = list(range(images.channels)) if channels is None else channels
         self.number = next(_numbers)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, int], Tensor] = {}
         _residents[self.number] = self
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,13 +80,39 @@ class Resident:
             for start in range(0, len(index), step):
                 of, box = moved_index[start : start + step], moved[start : start + step]
                 window = self._windows(values, first[of], sizes[of], box, (rows, cols), channels)
-                parts.append(_resized(window, box, self.size))
+                parts.append(self._resized(window, box))
         crops = torch.cat(parts) if len(parts) > 1 else parts[0]
         plain = crops.view(torch.int16) if crops.dtype == torch.uint16 else crops  # which torch cannot index everywhere
         for turns in filter(None, boxes[:, 6].unique().tolist()):
             chosen = (boxes[:, 6] == turns).nonzero()[:, 0].to(device, non_blocking=True)
             plain[chosen] = plain[chosen].rot90(turns, (2, 3))
         return crops
+
+    def _weights(self, sides: Tensor, size: int, most: int, mirrored: Tensor) -> Tensor:
+        """See :func:`filter_weights`; looked up where the weights for all sides have room."""
+        rounded, largest = self.images.dtype == torch.uint8, int(self.images.sizes.max()) + 2 * self.pad
+        if 8 * size * largest**2 > TABLE:
+            return filter_weights(sides, size, most, mirrored, rounded)
+        key = sides.device, size
+        if key not in self._tables:
+            every = torch.arange(2 * largest, device=sides.device)
+            self._tables[key] = filter_weights(every // 2 + 1, size, largest, every % 2, rounded)
+        return self._tables[key][2 * (sides - 1) + mirrored, :, :most]
+
+    def _resized(self, window: Tensor, box: Tensor) -> Tensor:
+        """Windows ``[N, C, rows, cols]`` resized and mirrored as their boxes say."""
+        kind, (count, channels, rows, cols), size = window.dtype, window.shape, self.size
+        across = self._weights(box[:, 3], size[1], cols, box[:, 4])
+        down = self._weights(box[:, 2], size[0], rows, box[:, 5])
+        wide = torch.bmm(window.float().flatten(1, 2), across.transpose(1, 2)).unflatten(1, (channels, rows))
+        if kind == torch.uint8:
+            wide = wide.add_(0.5).floor_().clamp_(0, 255)
+        out = torch.bmm(down, wide.transpose(1, 2).reshape(count, rows, -1))
+        if kind == torch.uint8:
+            out = out.add_(0.5).clamp_(0, 255).to(kind)  # which rounds down
+        elif not kind.is_floating_point:
+            out = out.round_().clamp_(0, torch.iinfo(kind).max).to(kind)
+        return out.unflatten(2, (channels, size[1])).transpose(1, 2).contiguous()
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width of an image with what is padded."""
@@ -150,28 +179,6 @@ def pack_windows(windows: Sequence[Window]) -> PackedWindows:
     images = [window.image for window in windows for _ in window.boxes]
     boxes = [box[:7] for window in windows for box in window.boxes]
     return PackedWindows(windows[0].resident, torch.tensor(images), torch.tensor(boxes))
-
-
-def _resized(window: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows ``[N, C, rows, cols]`` resized to ``size`` and mirrored as their boxes say."""
-    kind, count, rows, cols = window.dtype, len(window), window.shape[2], window.shape[3]
-    as_cpu = kind == torch.uint8
-    if size[0] == size[1]:  # both at once: the time is that of launching kernels
-        sides, mirrored = torch.cat([box[:, 3], box[:, 2]]), torch.cat([box[:, 4], box[:, 5]])
-        across, down = filter_weights(sides, size[0], max(rows, cols), mirrored, as_cpu).split(count)
-        across, down = across[:, :, :cols], down[:, :, :rows]
-    else:
-        across = filter_weights(box[:, 3], size[1], cols, box[:, 4], as_cpu)
-        down = filter_weights(box[:, 2], size[0], rows, box[:, 5], as_cpu)
-    wide = torch.bmm(window.float().flatten(1, 2), across.transpose(1, 2)).unflatten(1, window.shape[1:3])
-    if as_cpu:
-        wide = wide.add_(0.5).floor_().clamp_(0, 255)
-    out = torch.bmm(down, wide.transpose(1, 2).reshape(count, rows, -1))
-    if as_cpu:
-        out = out.add_(0.5).clamp_(0, 255).to(kind)  # which rounds down
-    elif not kind.is_floating_point:
-        out = out.round_().clamp_(0, torch.iinfo(kind).max).to(kind)
-    return out.unflatten(2, (window.shape[1], size[1])).transpose(1, 2).contiguous()
 
 
 def filter_weights(sides: Tensor, size: int, most: int, mirrored: Tensor, rounded: bool = False) -> Tensor:
