@@ -105,6 +105,13 @@ def test_keys_of_the_command_are_those_of_its_paths(table, tmp_path):
         images_at(both, given, LoaderConfig())
 
 
+def test_semicolons_are_named(table, tmp_path):
+    with_semicolons = tmp_path / "table.csv"
+    with_semicolons.write_text(table.read_text().replace(",", ";"))
+    with pytest.raises(UsageError, match=r"has one column, 'image;kind;.*; write it with commas instead of semicolons"):
+        TableImages(with_semicolons)
+
+
 def test_a_classifier_needs_two_classes(table, tmp_path):
     of_one = edited(table, tmp_path, lambda t: [t[0], *([row[0], "good", *row[2:]] for row in t[1:])])
     data = [f"data.path={of_one}", f"data.root={table.parent}", "data.label_column=kind"]

@@ -147,7 +147,7 @@ def test_what_is_no_tar_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"empty has no files that end in .tar"):
         WebDataset(tmp_path / "empty")
     write_tar(tmp_path / "a.tar", {"1": {"txt": b"x"}})
-    with pytest.raises(UsageError, match=r"have no images"):
+    with pytest.raises(UsageError, match=r"\.tar: no images; looked for \.jpg"):
         WebDataset(tmp_path)
 
 

@@ -218,6 +218,9 @@ def _image_column(path: Path, table: Table, name: str | None) -> str:
         return name
     known = [column for column in table if column.lower() in IMAGE_COLUMNS]
     if not known:
+        header = ",".join(table)
+        if len(table) == 1 and ";" in header:
+            raise UsageError(f"{path} has one column, {header[:LENGTH]!r}; write it with commas instead of semicolons")
         raise ConfigError(f"data.image_column is not set; {path} has the columns {', '.join(table)}")
     return known[0]
 

@@ -26,7 +26,7 @@ from fcmae.data.sources.base import Sample, class_names, locate
 from fcmae.data.sources.heads import LENGTH, empty_classes, unreadable
 from fcmae.data.sources.tar_index import SPARSE, ShardIndex, index_shard, index_tar
 from fcmae.data.sources.tar_names import Rule
-from fcmae.errors import ImageError, UsageError, counted, reason_of, shown
+from fcmae.errors import ImageError, UsageError, counted, first_of, reason_of, shown
 from fcmae.files import one_at_a_time
 from fcmae.messages import print_once_rank0
 from fcmae.opening import open_regular, read_regular
@@ -72,9 +72,7 @@ class WebDataset:
         self.indices = _index(self.shards, allow_cut, reindex, access, rule)
         self.ends = list(itertools.accumulate(map(len, self.indices)))
         if not self.ends[-1]:
-            raise UsageError(
-                f"{self.shards[0]} to {self.shards[-1]} have no images; looked for {' '.join(rule.extensions)}"
-            )
+            raise UsageError(f"{first_of(self.shards)}: no images; looked for {' '.join(rule.extensions)}")
         self.classes = self._class_names()
         self._open = OpenFiles(access)
         self._tell_problems()
