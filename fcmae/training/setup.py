@@ -150,10 +150,8 @@ def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, wo
     images = counted(len(task.source), "image")
     start = f"resumed at step {state.step}" if state.step else "from the start"
     most = task.cfg.trainer.max_steps
-    steps = (
-        counted(total_steps, "step") if most is None or most >= total_steps else f"{most:,} of {total_steps:,} steps"
-    )
+    part = "" if most is None or most >= total_steps else f"{most:,} of "
     return (
-        f"{task.name}: {_trained(task) / 1e6:.1f} M parameters, {images}, {steps}, batch {plan} "
-        f"(ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
+        f"{task.name}: {_trained(task) / 1e6:.1f} M parameters, {images}, {part}{counted(total_steps, 'step')}, "
+        f"batch {plan} (ranks x micro-batch x accumulation), {world.device.type}, {task.cfg.precision}, {start}"
     )
