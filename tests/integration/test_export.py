@@ -9,6 +9,7 @@ from fcmae.cli import main
 from fcmae.interchange.network import Network
 from tests import interchange as made
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN, run_python
+from tests.results import assert_same
 
 STEM = ("model.stem_stride=4", "data.image_size=64")
 
@@ -33,7 +34,7 @@ def test_export_and_import(runs, tmp_path, capsys, library):
         source = out / file if library == "official" else out
         back = tmp_path / f"{run}.pt"
         assert main(["import", str(source), "--from", library, "--out", str(back)]) == 0
-        made.assert_same(Network.read(back).weights, Network.read(runs / run).weights)
+        assert_same(Network.read(back).weights, Network.read(runs / run).weights)
         card = (out / "README.md").read_text()
         assert card.startswith('---\nlicense: "mit"\n')
         for part in ("## Data", "## Recipe", "| loss |", "## How to load it", "trained with torch", "## Licence"):
@@ -46,7 +47,7 @@ def test_the_raw_weights(runs, tmp_path):
         out = tmp_path / str(ema)
         assert main(["export", str(runs / "fine"), "--to", "timm", "--out", str(out), "--no-check", *flag]) == 0
         assert main(["import", str(out), "--from", "timm", "--out", str(tmp_path / f"{ema}.pt")]) == 0
-        made.assert_same(made.weights_in(tmp_path / f"{ema}.pt"), Network.read(runs / "fine", ema).weights)
+        assert_same(made.weights_in(tmp_path / f"{ema}.pt"), Network.read(runs / "fine", ema).weights)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -55,7 +56,7 @@ def test_transformers(runs, tmp_path, capsys):
     assert main(["export", str(runs / "fine"), "--to", "transformers", "--out", str(tmp_path / "out")]) == 0
     assert "checked with transformers" in capsys.readouterr().out
     assert main(["import", str(tmp_path / "out"), "--from", "transformers", "--out", str(tmp_path / "back.pt")]) == 0
-    made.assert_same(made.weights_in(tmp_path / "back.pt"), Network.read(runs / "fine").weights)
+    assert_same(made.weights_in(tmp_path / "back.pt"), Network.read(runs / "fine").weights)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fcmae.interchange.network import SIZES, Given, Structure
 from fcmae.models import create_backbone
 from tests import interchange as made
 from tests.conftest import read_golden
+from tests.results import assert_same
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_a_classifier_comes_back_with_the_same_bits(tmp_path, library, backbone)
     assert result.error == 0
     source = tmp_path / "out" / (f"{backbone}_ft.pt" if library == "official" else "")
     import_weights(source, library, tmp_path / "back.pt")
-    made.assert_same(made.weights_in(tmp_path / "back.pt"), weights)
+    assert_same(made.weights_in(tmp_path / "back.pt"), weights)
     ours, back = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("ours", "back"))
     assert back["classes"] == made.CLASSES
     for key in ("in_chans", "image_size", "mean", "std", "crop_pct"):
@@ -89,7 +90,7 @@ def test_a_backbone_by_way_of_timm(tmp_path, kwargs):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["first_conv"] is None  # timm before 1.0.31 would replace its weights
     import_weights(tmp_path / "out", "timm", tmp_path / "back.pt")
-    made.assert_same(made.weights_in(tmp_path / "back.pt"), made.backbone_of(weights))
+    assert_same(made.weights_in(tmp_path / "back.pt"), made.backbone_of(weights))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"stem_stride": 2}, {"stem_stride": 1}, {"backbone": "convnext_tiny"}])
@@ -101,7 +102,7 @@ def test_a_file_of_timms_alone_says_its_architecture(tmp_path, kwargs):
     for file, given in ((tmp_path / "out" / "model.safetensors", None), (tmp_path / "alone.pth", Given(made.CLASSES))):
         back = tmp_path / f"{file.stem}.pt"
         import_weights(file, "timm", back, given)
-        made.assert_same(made.weights_in(back), weights)
+        assert_same(made.weights_in(back), weights)
         state = torch.load(back, weights_only=True)
         assert state["classes"] == made.CLASSES
         assert state["config"]["data"]["mean"] == (made.data_config().mean if given is None else DataConfig().mean)
@@ -130,10 +131,10 @@ def test_both_official_layouts_of_a_pretraining_checkpoint(tmp_path, in_chans):
     weights = made.pretrained(tmp_path / "ours.pt", made.data_config(in_chans))
     assert export(tmp_path / "ours.pt", "official", tmp_path / "out").error == 0
     import_weights(tmp_path / "out" / "checkpoint-7.pth", "official", tmp_path / "sparse.pt")
-    made.assert_same(made.weights_in(tmp_path / "sparse.pt"), weights)
+    assert_same(made.weights_in(tmp_path / "sparse.pt"), weights)
     assert isinstance(fcmae.load(tmp_path / "sparse.pt"), fcmae.FCMAE)
     import_weights(tmp_path / "out" / "convnextv2_atto_fcmae.pt", "official", tmp_path / "dense.pt")
-    made.assert_same(made.weights_in(tmp_path / "dense.pt"), made.backbone_of(weights))
+    assert_same(made.weights_in(tmp_path / "dense.pt"), made.backbone_of(weights))
     dense = torch.load(tmp_path / "out" / "convnextv2_atto_fcmae.pt", weights_only=True)["model"]
     assert dense["stages.0.0.grn.gamma"].shape == (1, 1, 1, 32)
     assert not any(name.startswith(("norm.", "head.")) for name in dense)
@@ -168,7 +169,7 @@ def test_official_files_of_a_published_size_get_timms_name(tmp_path):
     assert back["config"]["model"]["backbone"] == "convnextv2_atto"
     assert back["config"]["model"]["dims"] is None
     assert back["classes"] == ["x", "y", "z"]
-    made.assert_same(back["model"], weights)
+    assert_same(back["model"], weights)
 
 
 def test_other_channels_need_their_normalisation(tmp_path):

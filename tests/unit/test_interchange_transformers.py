@@ -17,6 +17,7 @@ from fcmae.interchange.convert import export, import_weights
 from fcmae.interchange.network import SIZES, Network, Structure
 from fcmae.models import create_backbone
 from tests import interchange as made
+from tests.results import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 transformers = pytest.importorskip("transformers")
@@ -105,7 +106,7 @@ def test_the_same_bits_come_back(exported, tmp_path, kind, backbone):
     network, folder = exported(kind, made.data_config(4, [64, 96], crop_pct=0.8), backbone=backbone)
     import_weights(folder, "transformers", tmp_path / "back.pt")
     back = Network.read(tmp_path / "back.pt")
-    made.assert_same(back.weights, network.weights)
+    assert_same(back.weights, network.weights)
     assert back.classes == network.classes
     assert back.backbone_config.backbone == backbone
     for key in ("in_chans", "size", "mean", "std"):
@@ -120,7 +121,7 @@ def test_a_directory_that_transformers_wrote(exported, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     notes = import_weights(tmp_path / "theirs", "transformers", tmp_path / "back.pt")
     assert notes == ["the final norm has eps 1e-12 in these files and 1e-06 here"]
-    made.assert_same(Network.read(tmp_path / "back.pt").weights, network.weights)
+    assert_same(Network.read(tmp_path / "back.pt").weights, network.weights)
 
 
 @pytest.mark.parametrize(
