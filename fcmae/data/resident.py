@@ -38,6 +38,8 @@ class Resident:
     def __init__(self, images: DecodedImages, channels: list[int] | None, size: tuple[int, int], pad: int = 0) -> None:
         self.images, self.size, self.pad = images, size, pad
         self.channels = list(range(images.channels)) if channels is None else channels
+        self.largest = int(images.sizes.max()) + 2 * pad
+        """Pixels of the longest side, with what is padded."""
         self.number = next(_numbers)
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._tables: dict[tuple[torch.device, int], Tensor] = {}
@@ -90,7 +92,7 @@ class Resident:
 
     def _weights(self, sides: Tensor, size: int, most: int, mirrored: Tensor) -> Tensor:
         """See :func:`filter_weights`; looked up where the weights for all sides have room."""
-        rounded, largest = self.images.dtype == torch.uint8, int(self.images.sizes.max()) + 2 * self.pad
+        rounded, largest = self.images.dtype == torch.uint8, self.largest
         if 8 * size * largest**2 > TABLE:
             return filter_weights(sides, size, most, mirrored, rounded)
         key = sides.device, size
