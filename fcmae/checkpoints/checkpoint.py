@@ -5,6 +5,7 @@ A file is what ``torch.save`` writes, followed by 40 bytes: :data:`MAGIC` and th
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import pickle
@@ -50,6 +51,7 @@ def _save_with_checksum(state: State, file: IO[bytes], alive: Callable[[], objec
         torch.save(state, writer)  # type: ignore[arg-type]  # it calls write and flush
     except RuntimeError as error:
         raise writer.error or error from error
+    gc.collect(1)  # it leaves a class of its own in a cycle each time, which a full collection comes for too rarely
     file.write(MAGIC + writer.digest.digest())
 
 

@@ -1,8 +1,10 @@
 """Checkpoints: what is kept, what damage is noticed, what is refused."""
 
 import errno
+import gc
 import io
 import os
+import pickle
 import random
 
 import pytest
@@ -46,6 +48,13 @@ def test_a_cut_off_checkpoint_is_named_and_the_one_before_used(tmp_path):
     checkpoints.paths()[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
         checkpoints.load_latest(said.append)
+
+
+def test_a_save_leaves_nothing_for_the_garbage_collector(tmp_path):
+    """torch.save defines a class each time, and a class is a cycle."""
+    gc.collect()
+    checkpoint.write_atomically(tmp_path / "step_00000001.pt", {"step": 1, "model": {"w": torch.ones(3)}})
+    assert not [kind for kind in pickle.Pickler.__subclasses__() if "_save.<locals>" in kind.__qualname__]
 
 
 def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
