@@ -120,7 +120,7 @@ class SaveError(FCMAEError):
 
 
 class DiskError(FCMAEError):
-    """The run directory cannot be written."""
+    """The run directory, or another place on a disk, cannot be written."""
 
 
 class OutOfMemory(FCMAEError):

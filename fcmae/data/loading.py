@@ -4,13 +4,18 @@ import atexit
 import contextlib
 import functools
 import gc
+import multiprocessing.queues
 import multiprocessing.util
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +29,7 @@ from fcmae.data.cores import default_workers
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside, tell_epoch
 from fcmae.distributed import World
-from fcmae.errors import WorkerError
+from fcmae.errors import DiskError, WorkerError, reason_of
 from fcmae.processes import is_stopped
 
 START = "fork" if sys.platform == "linux" else None
@@ -120,7 +125,7 @@ def eval_loader(dataset: Dataset, batch_size: int, *, rank: int, world_size: int
 def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
     count = workers.count
     if count:
-        multiprocessing.util.get_temp_dir()  # workers use it too; a killed one would leave its own behind
+        _make_folder()
         _end_workers_at_exit()
     exchange = shared.Exchange(count)
     # Without a generator the loader draws a seed from the global one, and a resumed run would differ.
@@ -139,9 +144,26 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
     return _opened(iter(loader), exchange)
 
 
+def _make_folder() -> None:
+    """The private temporary folder through which workers hand on memory: a killed one would leave its own behind.
+
+    A long run may find that it was deleted since its last workers began. Raises DiskError.
+    """
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if os.path.isdir(config.get("tempdir") or ""):
+        return
+    try:
+        config["tempdir"] = folder = tempfile.mkdtemp(prefix="pymp-")
+    except OSError as error:
+        place = f"the folder {os.path.dirname(error.filename)} for temporary files" if error.filename else "TMPDIR"
+        raise DiskError(f"{place} cannot be written: {reason_of(error)}; data workers need it") from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
     sys.excepthook = _unless_hung_up
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     gc.freeze()  # a full collection would write to all objects, and so copy the memory that the fork shares
     shared.start_worker(loader, used, worker)
 
@@ -150,6 +172,21 @@ def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Trac
     """For the thread that hands on new memory: the training process may stop, or lose a worker, while it takes it."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
+
+
+def _send_error(queue: multiprocessing.queues.Queue, error: Exception, unsent: Any) -> None:
+    """Sends an error instead of the batch ``(number, Batch)`` that could not be sent, for which training would wait."""
+    if not isinstance(unsent, tuple):  # but bytes: the queue is broken
+        os._exit(1)
+    queue.put((unsent[0], Batch(None, [_not_sent(error)], 0)))
+
+
+def _not_sent(error: Exception) -> WorkerError:
+    folder = multiprocessing.util.get_temp_dir()
+    reason = (
+        reason_of(error) if os.path.isdir(folder) else f"the temporary folder {folder} was deleted; repeat the command"
+    )
+    return WorkerError(f"a data worker could not send a batch: {reason}")
 
 
 @functools.cache
@@ -177,13 +214,15 @@ def explained() -> Iterator[None]:
 
 
 def _opened(batches: Iterator[Batch], exchange: shared.Exchange) -> Iterator[Batch]:
-    """The batches of a loader. Raises WorkerError if a worker dies while it sends one."""
+    """The batches of a loader. Raises WorkerError if a worker dies or loses its folder while it sends one."""
     try:
         for batch in batches:
             yield batch.opened()
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, ConnectionError, FileNotFoundError) as error:
         if "in DataLoader worker process" in str(error) or not len(exchange.used):  # raised by reading a sample
             raise
+        if isinstance(error, FileNotFoundError):
+            raise _not_sent(error) from error
         raise WorkerError(f"a data worker died while it sent a batch ({error})") from error
 
 

@@ -160,6 +160,12 @@ def test_a_worker_that_dies_is_told_as_such():
             next(_opened(raising(error), Exchange(1)))
 
 
+def test_a_worker_whose_folder_is_deleted_is_told_as_such():
+    error = FileNotFoundError(2, "No such file or directory")
+    with pytest.raises(WorkerError, match="^a data worker could not send a batch: No such file or directory$"):
+        next(_opened(raising(error), Exchange(1)))
+
+
 def test_a_connection_of_others_is_not_told_as_a_dead_worker():
     """By a sample that is read over a network, or by anything else in training."""
     reading = ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nOriginal Traceback ...")
