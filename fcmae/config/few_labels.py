@@ -18,9 +18,9 @@ class AutoConfig:
     """Features that the probe may read (``layer`` of ``fcmae probe``); [pooled] keeps the network one of timm's."""
     l2: Any = field(default_factory=lambda: list(L2))
     """Strengths of the probe's penalty."""
-    lrs: Any = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    lrs: Any = field(default_factory=lambda: [3e-4, 1e-3])
     """Learning rates of fine-tuning (``optim.lr``)."""
-    layer_decays: Any = field(default_factory=lambda: [0.7, 0.9])
+    layer_decays: Any = field(default_factory=lambda: [0.7])
     """Values of ``optim.layer_decay``, each with every learning rate."""
     held_out: int = 200
     """Fine-tuning is measured on the first folds that hold so many images together, at most on all of them."""

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fcmae.config import compose
+from fcmae.config import compose, to_dict
+from fcmae.config.recipe import check_recipe
 from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.distributed import World
-from fcmae.errors import ConfigError
+from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.logistic import fit
+from fcmae.files import as_read
 from fcmae.models import FCMAE
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
@@ -145,6 +147,18 @@ def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
     (here / "run" / "auto" / "chosen.json").write_text('{"kept": "probe"}')
     damaged = fcmae_here(*AUTO, "hydra.run.dir=run", check=2).stderr
     assert "without layer, l2, lr, layer_decay" in damaged
+
+
+def test_a_search_with_the_former_default_grid_continues_with_its_values():
+    given = ["recipe=auto", "data=synthetic", "model=demo"]
+    grid = ["auto.lrs=[1e-4,3e-4,1e-3]", "auto.layer_decays=[0.7,0.9]"]
+    former, now = (as_read(to_dict(compose("finetune", overrides))) for overrides in ([*given, *grid], given))
+    with pytest.raises(
+        UsageError, match=r"give its values again(.|\n)*auto.lrs: \(0.0001, 0.0003, 0.001\) -> "
+    ) as error:
+        check_recipe(former, now)
+    assert "auto.layer_decays: (0.7, 0.9) -> (0.7,)" in str(error.value)
+    check_recipe(former, as_read(to_dict(compose("finetune", [*given, *grid]))))
 
 
 def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):
