@@ -75,18 +75,26 @@ def _scale(alike: Sequence[Seen], channels: int, dtype: str) -> list[tuple[str, 
     means, stds = np.stack([one.mean for one in alike]), np.stack([one.std for one in alike])
     mean, std = of_all(means, stds)
     low, high = np.median([one.low for one in alike], axis=0), np.median([one.high for one in alike], axis=0)
-    least, most = min(one.least.min() for one in alike), max(one.most.max() for one in alike)
+    of_each = np.stack([one.least for one in alike]), np.stack([one.most for one in alike])
+    least, most = of_each[0].min(0), of_each[1].max(0)
     keys = [("data.nodata=nan", "some values are NaN")] if any(one.missing for one in alike) else []
+    if (of_each[0] == of_each[1]).all():
+        return [*keys, _mean_std(mean, std, least == most, "every image has one value everywhere: look at the files")]
     if len(alike) > 2 and (means.std(0) > VARYING * np.median(stds, axis=0)).any():
         return [*keys, ("data.normalize=image", "brightness differs more from image to image than within one")]
-    if dtype != "uint8" and (most - least) > TAIL * max(float((high - low).max()), 1e-12):
+    if dtype != "uint8" and (most.max() - least.min()) > TAIL * max(float((high - low).max()), 1e-12):
         bounds = f"data.low={_numbers(low)} data.high={_numbers(high)}"
         why = "few pixels are far from the others; fcmae prepare data.stats=true computes low and high of all images"
         return [*keys, (f"data.normalize=percentile {bounds}", why)]
     if channels == 3 and dtype == "uint8" and (abs(mean - 0.45) < 0.15).all() and (abs(std - 0.25) < 0.1).all():
         return keys
     why = "of what was looked at; fcmae prepare data.stats=true computes them"
-    return [*keys, (f"data.mean={_numbers(mean)} data.std={_numbers(std.clip(min=1e-6))}", why)]
+    return [*keys, _mean_std(mean, std, least == most, why)]
+
+
+def _mean_std(mean: np.ndarray, std: np.ndarray, constant: np.ndarray, why: str) -> tuple[str, str]:
+    """A channel with one value in all images gets a deviation of 1, which leaves it as it is."""
+    return f"data.mean={_numbers(mean)} data.std={_numbers(np.where(constant, 1, std.clip(min=1e-6)))}", why
 
 
 def of_all(means: np.ndarray, stds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,18 @@ def test_what_it_suggests_for_arrays_can_be_set(array, expected, tmp_path, capsy
     from_dotlist(DataConfig, overrides, "data")
 
 
+def test_images_of_one_value_are_said_to_be(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((4, 32, 32), 7, np.float32))
+    lines = words(look(capsys, f"data.path={tmp_path}/a.npy")[1], "suggested")
+    assert re.fullmatch(r"data.mean=\[7\] data.std=\[1\] +every image has one value everywhere: .*", lines[-1])
+    np.save(tmp_path / "a.npy", np.arange(4, dtype=np.float32).repeat(32 * 32).reshape(4, 32, 32))
+    lines = words(look(capsys, f"data.path={tmp_path}/a.npy")[1], "suggested")
+    assert re.fullmatch(r"data.mean=\[1.5\] data.std=\[1.118\] +every image has .*", lines[-1])
+    np.save(tmp_path / "a.npy", np.stack([np.zeros((32, 32)), np.eye(32)])[None].astype(np.float32))
+    lines = words(look(capsys, f"data.path={tmp_path}/a.npy", "data.axes=NCYX")[1], "suggested")
+    assert any("data.std=[1,0.17" in line for line in lines)
+
+
 @pytest.mark.parametrize("given", [None, 14, 16])
 def test_mean_and_deviation_are_on_the_scale_of_the_bit_depth(given, tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 3000, (6, 40, 40)).astype("uint16"))
