@@ -1,5 +1,6 @@
 """Supervised training of a whole network for an objective, from pretrained or random weights."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from fcmae.config import FinetuneConfig, check_channels
+from fcmae.config import DataConfig, FinetuneConfig, check_channels
+from fcmae.config.checks import as_list
 from fcmae.data.pixels.boxes import JitteredScale
 from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.pixels.transforms import finetune_transform
@@ -251,4 +253,16 @@ def _validation(cfg: FinetuneConfig, objective: Objective) -> tuple[Source, list
             raise
         raise UsageError(f"{error}; or train without evaluating: trainer.eval_every_epochs=null") from error
     source, more = objective.validation(source, "data.val_path", "data.path")
-    return source, notes + more
+    return source, notes + more + _shared(cfg.data)
+
+
+def _shared(data: DataConfig) -> list[str]:
+    """A line if the paths alone say that validation images are training images."""
+    if data.name not in ("imagefolder", "webdataset", "array") or data.source is not None or data.val_path is None:
+        return []
+    all_in_folders = data.name == "imagefolder" and data.num_images is None and data.labels_per_class is None
+    for val, train in itertools.product(as_list(data.val_path), as_list(data.path)):
+        one, other = Path(val).resolve(), Path(train).resolve()  # of URLs and patterns, too: equal if these are
+        if one == other or (all_in_folders and (one in other.parents or other in one.parents)):
+            return [f"data.val_path={val} shares images with data.path={train}: training images are measured"]
+    return []

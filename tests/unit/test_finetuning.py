@@ -19,7 +19,7 @@ from fcmae.evaluation.classify import predictions
 from fcmae.interchange.convert import import_weights
 from fcmae.models.build import build_classifier, load
 from fcmae.tasks import initial
-from fcmae.tasks.finetuning import Finetuning
+from fcmae.tasks.finetuning import Finetuning, _shared
 from fcmae.training.run import finetune
 from tests.conftest import TINY_FINETUNE, read_golden, relative_error
 from tests.results import newest
@@ -149,6 +149,24 @@ def test_validation_images_may_lack_a_class(tmp_path, three_classes, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "val" / "d" / "0.png")
     assert main(["evaluate", f"checkpoint={run}"]) == 2
     assert "the 3 classes of data.val_path are not among the 3 of" in capsys.readouterr().err
+
+
+def test_training_images_that_are_also_validation_images_are_told(tmp_path, three_classes):
+    images = f"{tmp_path}/images"
+    said = "data.val_path={} shares images with data.path={}: training images are measured"
+    assert Finetuning(config(*three_classes)).notes[-1] == said.format(images, images)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    shared = [(images, f"{images}/a"), (f"{images}/a", images), (images, f"{tmp_path}/link/")]
+    for path, val_path in shared:
+        assert _shared(DataConfig(path=["elsewhere", path], val_path=val_path)) == [said.format(val_path, path)]
+    for name, path, val_path in (
+        ("imagefolder", images, f"{images}_2"),
+        ("webdataset", "s3://one/train", "s3://one/val"),
+        ("webdataset", images, f"{images}/val"),
+        ("table", f"{images}/a.csv", f"{images}/a.csv"),  # of which splits are read
+    ):
+        assert _shared(DataConfig(name=name, path=path, val_path=val_path)) == []
+    assert _shared(DataConfig(path=images, val_path=f"{images}/a", num_images=2)) == []  # it may be others
 
 
 def test_a_head_of_the_same_shape_is_not_used_either(tmp_path):
