@@ -160,7 +160,7 @@ def every_mistake(
         if unclear:
             mistakes[-1] = f"{blamed}: no such key or value; docs/config.md lists all keys"
         left = [other for other in left if other != blamed]  # it may be given twice
-        dropped.append(_key(blamed))
+        dropped += [_key(blamed)] if "=" in blamed else _meant(left)
         if error_without is not None:
             mistakes.append(explain(error_without))
             unclear = isinstance(error_without, (AssertionError, TypeError))
@@ -184,6 +184,11 @@ def _blame(command: str, overrides: list[str], message: str) -> tuple[str | None
         else:
             return override, None
     return None, None
+
+
+def _meant(others: list[str]) -> list[str]:
+    """What a path without its key may be: these keys are not also told to be missing."""
+    return list({"checkpoint", "data.path"} - set(map(_key, others)))
 
 
 def _key(override: str) -> str:

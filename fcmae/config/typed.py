@@ -220,7 +220,7 @@ def explain(error: Exception) -> str:
         if os.path.exists(override):
             is_run = override.endswith(".pt") or os.path.isdir(os.path.join(override, "checkpoints"))
             return f"{override}: not an override; write {'checkpoint' if is_run else 'data.path'}={override}"
-        return f"{override}: not an override; write KEY=VALUE"
+        return f"{override}: not an override; write KEY=VALUE, such as checkpoint=RUN or data.path=FOLDER"
     if override:
         reason = reason_of(error)
         return f"{override}: not an override ({reason}); values with spaces or brackets are quoted: 'KEY=\"VALUE\"'"

@@ -18,6 +18,12 @@ TYPED = {
     "no =": ("pretrain data=synthetic seed", "seed: not an override; write KEY=VALUE"),
     "path alone": ("pretrain data=synthetic a.jpg", "a.jpg: not an override; write data.path=a.jpg"),
     "run alone": ("pretrain data=synthetic run", "run: not an override; write checkpoint=run"),
+    "missing run alone": (
+        "evaluate runs/nope",
+        "runs/nope: not an override; write KEY=VALUE, such as checkpoint=RUN or data.path=FOLDER",
+    ),
+    "run alone, evaluated": ("evaluate run", "run: not an override; write checkpoint=run"),
+    "folder alone": ("pretrain run/checkpoints", "run/checkpoints: not an override; write data.path=run/checkpoints"),
     "letters for a number": ("pretrain data=synthetic seed=a", "seed must be an integer; got 'a'"),
     "relative path": ("pretrain data.path=nope", "data.path: nope is not a folder; relative paths start in /"),
     "image for a folder": (
