@@ -43,7 +43,9 @@ def test_the_folder_has_settings_for_the_images(cells, tmp_path, capsys, monkeyp
         assert [line for line in [*expected, *more] if line not in composed] == []
         top, _, keys = config.read_text().partition("name:")  # the next time with the keys that are offered
         config.write_text(top + "name:" + re.sub(r"^( *)# (?!vflip)", r"\1", keys, flags=re.MULTILINE))
-    assert "srun" in (tmp_path / "my project" / "job.sbatch").read_text()
+    script = (tmp_path / "my project" / "job.sbatch").read_text()
+    assert "srun" in script
+    assert "launch/" not in script  # which an installed package does not have
     assert main(["init", ".", "data.path=../cells"]) == 2
     assert "exists; name a folder that is new or empty" in capsys.readouterr().err
 
