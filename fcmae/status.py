@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import IO, Any, TypeGuard
 import yaml
 
 from fcmae.errors import UsageError, reason_of, shown
-from fcmae.files import json_lines
+from fcmae.files import json_lines, json_object
 from fcmae.opening import open_regular, read_regular
 from fcmae.processes import Process
 from fcmae.study_status import StudyStatus, describe_study, is_study, read_study_status
@@ -27,6 +28,8 @@ except ImportError:  # not a POSIX system: whether a run goes on is not known
 
 TAIL = 2**18
 """Bytes from the end of metrics.jsonl that are read."""
+PROGRESS_FILE = "progress.json"
+"""In the folder ``auto`` of a search: which training it does, and what is left (fcmae/loggers/search_progress.py)."""
 MAX_CONFIG, MAX_LOCK, MAX_DEPTH = 2**20, 4096, 4
 HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of locking where another process has the lock. Any other error: this file system has no locks."""
@@ -35,6 +38,18 @@ own_locks: set[tuple[int, int]] = set()
 LARGEST = 1e300
 SIGNS = ("effective_rank", "feature_cosine", "dead_channels")
 HEADER = ("run", "task", "state", "step", "loss", "last evaluation", "images/s", "written")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where ``recipe=auto`` is, before it has chosen."""
+
+    training: str | None
+    """The folder of the training that it does."""
+    done: int
+    total: int
+    samples_after: float
+    """Of the trainings after this one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,8 @@ class RunStatus:
     checkpoints: list[int]
     batch: int | None
     """Images per step, by its config."""
+    search: Search | None
+    """Steps, loss, scores and checkpoints are of its training, ``seconds_left`` of all its trainings."""
 
 
 def is_run(folder: Path) -> bool:
@@ -84,18 +101,26 @@ def read_status(folder: str | Path) -> RunStatus:
     folder = Path(folder)
     if not is_run(folder):
         raise UsageError(f"{shown(str(folder))} holds no run: it has neither metrics.jsonl nor checkpoints")
-    lines, written = _metrics(folder / "metrics.jsonl")
+    search = _search(folder / "auto")
+    current = folder / "auto" / search.training if search and search.training else folder
+    lines, written = _metrics(current / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     last: dict[str, float] = training[-1] if training else {}
     known = [line for line in training if not math.isnan(line["loss"])]
     looks = [line for line in lines if "loss" not in line]
-    config = read_config(folder / "config.yaml")
+    config = read_config(current / "config.yaml")
+    if search and not config:
+        given = json_object(folder / "auto" / "recipe.json", MAX_CONFIG).get("config")
+        config = given if isinstance(given, dict) else {}
     left, speed, batch = last.get("seconds_left"), last.get("images_per_second"), _batch_size(config)
     step = int(last["step"]) if last else None
     total = None if step is None else _total(step, last.get("epoch"), config)
     state, holder = _state(folder / "run.lock")
-    steps = sorted(int(path.stem[5:]) for path in folder.glob("checkpoints/step_*.pt") if path.stem[5:].isdecimal())
-    if state == "stopped" and (_is_final(folder, steps) or (step is not None and step == total)):
+    if search and left is not None and speed:
+        whole = left + search.samples_after / speed
+        left = whole if is_number(whole) else None
+    steps = sorted(int(path.stem[5:]) for path in current.glob("checkpoints/step_*.pt") if path.stem[5:].isdecimal())
+    if state == "stopped" and not search and (_is_final(folder, steps) or (step is not None and step == total)):
         state = "done"
     return RunStatus(
         folder=folder,
@@ -115,6 +140,7 @@ def read_status(folder: str | Path) -> RunStatus:
         written=written,
         checkpoints=steps,
         batch=batch,
+        search=search,
     )
 
 
@@ -148,10 +174,16 @@ def describe(run: RunStatus | StudyStatus, now: float | None = None) -> str:
         return describe_study(run, _ago(run.written, now))
     where = f" ({run.holder})" if run.holder else ""
     lines = [f"{shown(str(run.folder))}: {shown(run.task)}, {run.state}{where}"]
+    left = "" if run.seconds_left is None else f"{minutes(run.seconds_left)} left"
+    if run.search:
+        about = f", about {left}" if left else ""
+        lines.append(f"  recipe=auto: {run.search.done} of {run.search.total} trainings done{about}")
     if run.step is not None:
         total = f"/{run.total}" if run.total else ""
         epoch = f", epoch {run.epoch:.4g}" if run.epoch is not None else ""
-        lines.append(f"  step {run.step}{total}{epoch}{_left(run.seconds_left)}")
+        part = f" of {run.search.training}" if run.search else ""
+        end = f", {left}" if left and not run.search else ""
+        lines.append(f"  step {run.step}{total}{part}{epoch}{end}")
     if run.loss is not None:
         before = f" ({run.earlier[1]:.4g} at step {run.earlier[0]})" if run.earlier else ""
         speed = f", {run.images_per_second:.0f} images/s" if run.images_per_second else ""
@@ -181,6 +213,8 @@ def _cells(run: RunStatus) -> tuple[str, ...]:
     step = "" if run.step is None else f"{run.step}/{run.total}" if run.total else str(run.step)
     loss = "" if run.loss is None else f"{run.loss:.4g}"
     speed = "" if run.images_per_second is None else f"{run.images_per_second:.0f}"
+    if run.search:
+        step = f"{run.search.done}/{run.search.total} trainings"
     return shown(run.task), run.state, step, loss, _scores(run.scores, most=2), speed
 
 
@@ -189,11 +223,10 @@ def _scores(scores: dict[str, float], most: int) -> str:
     return text + " ..." * (len(scores) > most)
 
 
-def _left(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes = round(seconds / 60)
-    return f", {minutes // 60} h {minutes % 60:02} min left" if minutes >= 60 else f", {minutes} min left"
+def minutes(seconds: float) -> str:
+    """A time such as ``1 h 05 min``."""
+    count = round(seconds / 60)
+    return f"{count // 60} h {count % 60:02} min" if count >= 60 else f"{count} min"
 
 
 def _ago(moment: float | None, now: float | None) -> str:
@@ -204,6 +237,18 @@ def _ago(moment: float | None, now: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def _search(folder: Path) -> Search | None:
+    """What a search that has not chosen says of itself in its folder, which may be anybody's."""
+    given = json_object(folder / PROGRESS_FILE, MAX_CONFIG)
+    name, done, total, after = (given.get(key) for key in ("training", "done", "total", "samples_after"))
+    if not (type(done) is int and type(total) is int and 0 <= done <= total < 2**31 and is_number(after)):
+        return None
+    if (folder / "chosen.json").exists():
+        return None
+    known = isinstance(name, str) and re.fullmatch(r"fold[\w.+-]{1,80}", name, re.ASCII)
+    return Search(name if known else None, done, total, max(0.0, float(after)))
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, float]], float | None]:

@@ -20,6 +20,7 @@ from fcmae.checkpoints import checkpoint
 from fcmae.checkpoints.checkpoint import CheckpointDir
 from fcmae.config import FinetuneConfig, to_dict
 from fcmae.config.recipe import check_recipe
+from fcmae.data.plan import BatchPlan
 from fcmae.data.sources import Subset
 from fcmae.data.sources.base import listing_digest
 from fcmae.distributed import World
@@ -29,8 +30,10 @@ from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
 from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
 from fcmae.files import as_read, read_result, set_aside, write_result
+from fcmae.loggers.search_progress import SearchProgress, Size
 from fcmae.messages import say
 from fcmae.models.objective import score
+from fcmae.status import PROGRESS_FILE
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
@@ -74,6 +77,7 @@ class _Search:
         self.labels = torch.tensor([task.source.label(i) for i in range(len(task.source))])
         self.folds = stratified_folds(self.labels, self.auto.folds, self.cfg.seed)
         self.measured = self._measured_folds()
+        self.grid = [(lr, decay) for lr in self.auto.lrs for decay in self.auto.layer_decays]
         self.features: dict[str, Features] = {}
 
     def _measured_folds(self) -> list[int]:
@@ -104,10 +108,8 @@ class _Search:
             return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
         self.world.together(self._load)
         self.world.say(*self.task.notes, *self._small_class())
-        probe = self._probe()
-        self.world.together(lambda: self._check_metric(probe["metrics"][0]))
         if found is None:
-            found = self._choose(probe)
+            found = self._choose(self._progress())
         head = self._head(found, torch.ones(len(self.labels), dtype=torch.bool))
         return self._save(found, head) if found["kept"] == "probe" else self._train(found, head)
 
@@ -211,12 +213,26 @@ class _Search:
 
         return head
 
-    def _choose(self, probe: Result) -> Result:
+    def _progress(self) -> SearchProgress:
+        """What is left to train."""
+        images = {fold: int((self.folds != fold).sum()) for fold in self.measured}
+        sizes = {_name(fold, *each): self._size(count) for each in self.grid for fold, count in images.items()}
+        done = self.world.from_main(lambda: [name for name in sizes if (self.folder / name / "result.json").is_file()])
+        return SearchProgress(self.folder / PROGRESS_FILE, sizes, self._size(len(self.labels)), done, self.world)
+
+    def _size(self, images: int) -> Size:
+        """Of a training on so many images."""
+        batch = min(self.cfg.optim.global_batch_size, images)
+        plan = BatchPlan.create(images, batch, None, 1, self.cfg.seed)
+        return Size(setup.create_schedule(self.cfg, plan).total_steps, batch)
+
+    def _choose(self, progress: SearchProgress) -> Result:
         """Fine-tunes on every fold with every learning rate and layer decay; the best of all, and the probe."""
-        grid = [(lr, decay) for lr in self.auto.lrs for decay in self.auto.layer_decays]
-        tried = []
-        for lr, decay in grid:
-            folds = [self._score(self._fold(fold, lr, decay, probe)) for fold in self.measured]
+        probe = self._probe()
+        self.world.together(lambda: self._check_metric(probe["metrics"][0]))
+        tried: list[Result] = []
+        for lr, decay in self.grid:
+            folds = [self._score(self._fold(fold, lr, decay, probe, progress)) for fold in self.measured]
             tried.append({"lr": lr, "layer_decay": decay, "score": _mean(folds), "folds": folds})
         scores = [self._score(metrics) for metrics in probe["metrics"]]
         best = max(tried, key=lambda each: each["score"])
@@ -246,13 +262,15 @@ class _Search:
     def _score(self, metrics: dict[str, float]) -> float:
         return score(self.objective.best, metrics)
 
-    def _fold(self, fold: int, lr: float, decay: float, probe: Result) -> dict[str, float]:
+    def _fold(self, fold: int, lr: float, decay: float, probe: Result, progress: SearchProgress) -> dict[str, float]:
         """The metrics of the held-out images of a fold, after fine-tuning on the others."""
-        name = f"fold{fold + 1}_lr{lr:g}_decay{decay:g}"
+        name = _name(fold, lr, decay)
         kept = self._kept(f"{name}/result")
         if kept is not None:
             return kept
+        progress.start(name)
         folder, others = self.folder / name, self.folds != fold
+        whole = not CheckpointDir(folder).paths()
         cfg = self._of_fold(self._config(probe["layer"], lr, decay, int(others.sum())))
         start = self.world.from_main(lambda: find_start(cfg, folder))
         head, images = self._head(probe, others), others.nonzero()[:, 0].tolist()
@@ -268,7 +286,8 @@ class _Search:
         if self.world.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         of_fold = f"{self.objective.best} {self._score(result):.1f}"
-        self.world.say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold}")
+        ended = progress.end(whole)
+        self.world.say(f"recipe=auto: fold {fold + 1}, lr={lr:g}, layer_decay={decay:g}: {of_fold} {ended}")
         return result
 
     def _measure(self, task: Finetuning, images: list[int]) -> dict[str, float]:
@@ -334,6 +353,11 @@ class _Search:
             return checkpoints.save({**state, "step": 0, "ema": None})
 
         return self.world.from_main(save)
+
+
+def _name(fold: int, lr: float, decay: float) -> str:
+    """Of the folder of a training."""
+    return f"fold{fold + 1}_lr{lr:g}_decay{decay:g}"
 
 
 def _no_head() -> Linear:

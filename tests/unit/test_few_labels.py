@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +17,10 @@ from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.evaluation.logistic import fit
 from fcmae.files import as_read
+from fcmae.loggers import search_progress
+from fcmae.loggers.search_progress import SearchProgress, Size
 from fcmae.models import FCMAE
+from fcmae.status import describe, read_status
 from fcmae.tasks.few_labels import FromHead, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
@@ -138,6 +142,11 @@ def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
 
 def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
     fcmae_here(*AUTO, "hydra.run.dir=run", "trainer.max_steps=1", check=75)
+    said = describe(read_status("run")).splitlines()[1:3]
+    assert said == [
+        "  recipe=auto: 0 of 3 trainings done",
+        "  step 1/2 of fold1_lr0.001_decay0.8, epoch 0.5",
+    ]
     changed = fcmae_here(*AUTO, "hydra.run.dir=run", "auto.lrs=[1e-2]", check=2).stderr
     assert "the recipe differs" in changed
     assert "auto.lrs" in changed
@@ -163,11 +172,37 @@ def test_a_search_with_the_former_default_grid_continues_with_its_values():
 
 def test_without_pretraining_it_begins_with_random_weights(fcmae_here, here):
     """The same care for all: scratch gets the same search."""
-    fcmae_here(
+    said = fcmae_here(
         *AUTO, "init_from=null", "model=demo", "auto.layers=[stages]", "hydra.run.dir=run", "objective.best=auroc"
-    )
+    ).stderr
+    assert said.count("recipe=auto: 3 trainings of 2 to 3 steps, one fewer if the probe is better\n") == 1
+    assert re.search(r"fold 1, lr=0.001, layer_decay=0.8: auroc [0-9.]+ \([0-9]+ s\); 2 trainings left, about ", said)
+    assert read_status("run").search is None
     assert result(here / "run")["metric"] == "auroc"
     assert result(here / "run")["layer"] == "stages"
+
+
+def test_what_is_left_is_said_by_the_trainings_that_this_process_did_whole(tmp_path, monkeypatch, capsys):
+    sizes = {"one": Size(100, 30), "two": Size(100, 30), "three": Size(100, 30)}
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(search_progress.time, "perf_counter", lambda: clock.now)
+
+    def ended(seconds, whole):
+        clock.now += seconds
+        said = progress.end(whole)
+        return said, json.loads((tmp_path / "p").read_text())
+
+    progress = SearchProgress(tmp_path / "p", sizes, Size(120, 40), [], CPU)
+    assert capsys.readouterr().err == "recipe=auto: 4 trainings of 100 to 120 steps, one fewer if the probe is better\n"
+    progress = SearchProgress(tmp_path / "p", sizes, Size(100, 40), ["two"], CPU)
+    left = "recipe=auto: 3 of 4 trainings of 100 steps are left, one fewer if the probe is better\n"
+    assert capsys.readouterr().err == left
+    progress.start("one")
+    state = {"training": "one", "done": 1, "total": 4, "samples_after": 7000}
+    assert ended(10, whole=False) == ("(10 s); 2 trainings left", state)
+    progress.start("three")
+    state = {"training": "three", "done": 2, "total": 4, "samples_after": 4000}
+    assert ended(3600, whole=True) == ("(3600 s); 1 training left, about 1 h 20 min", state)
 
 
 def test_the_search_keeps_the_least_error():
@@ -233,7 +268,9 @@ def test_what_does_not_fit_the_recipe(override, message):
 @pytest.mark.slow
 def test_two_ranks_find_the_same(fcmae_here, here):
     fcmae_here(*AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=one")
-    run_python(here, "-m", "fcmae.cli", *AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=two", ranks=2)
+    both = (*AUTO, "auto.layers=[pooled]", "auto.held_out=1", "hydra.run.dir=two")
+    said = run_python(here, "-m", "fcmae.cli", *both, ranks=2).stderr
+    assert (said.count("recipe=auto: 2 trainings of"), said.count("; 1 training left, about")) == (1, 1)
     one, two = result(here / "one"), result(here / "two")
     assert (one["kept"], one["layer"], one["l2"]) == (two["kept"], two["layer"], two["l2"])
     assert one["probe"]["folds"] == pytest.approx(two["probe"]["folds"])

@@ -74,6 +74,44 @@ def test_a_run_that_ended_early_is_done_and_all_monitors_of_its_last_step_are_sh
     assert read_status(run).state == "stopped"
 
 
+def test_a_search_says_what_its_trainings_have_left(tmp_path):
+    write(tmp_path / "auto" / "fold2_lr0.001_decay0.7", [training(100, 50), training(200, 0)])
+    said = {"training": "fold2_lr0.001_decay0.7", "done": 3, "total": 11, "samples_after": 128 * 4200}
+    (tmp_path / "auto" / "progress.json").write_text(json.dumps(said))
+    with held(tmp_path):
+        run = read_status(tmp_path)
+    lines = describe(run, now=run.written).splitlines()
+    assert lines[0].startswith(f"{tmp_path}: pretrain, running (")
+    assert lines[1:] == [
+        "  recipe=auto: 3 of 11 trainings done, about 1 h 10 min left",
+        "  step 200/200 of fold2_lr0.001_decay0.7, epoch 20",
+        "  loss 0.5 (0.5 at step 100), 128 images/s",
+        "  checkpoints of steps none; metrics written 0 s ago",
+    ]
+    assert table([run], tmp_path).splitlines()[1].split()[3:5] == ["3/11", "trainings"]
+    (tmp_path / "run.lock").unlink()
+    assert read_status(tmp_path).state == "stopped"  # not done, though that training is
+    (tmp_path / "auto" / "chosen.json").touch()
+    assert read_status(tmp_path).search is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"training": "../../other", "done": 3, "total": 11, "samples_after": 1},
+        {"training": None, "done": 3, "total": 11, "samples_after": 1},
+        {"training": "fold1", "done": 12, "total": 11, "samples_after": 1},
+        {"training": "fold1", "done": "3", "total": 11, "samples_after": 1},
+        {"training": "fold1", "done": 3, "total": 11, "samples_after": "many"},
+    ],
+)
+def test_what_anybody_wrote_of_a_search(tmp_path, said):
+    write(tmp_path / "run" / "auto" / "fold1", [training(100, 50)])
+    write(tmp_path / "other", [training(100, 50)])
+    (tmp_path / "run" / "auto" / "progress.json").write_text(json.dumps(said))
+    assert read_status(tmp_path / "run").step is None
+
+
 def test_a_run_that_chooses_a_recipe_is_a_run(tmp_path):
     (tmp_path / "auto").mkdir()
     assert read_status(tmp_path).state == "stopped"
