@@ -157,7 +157,8 @@ def _make_folder() -> None:
     except OSError as error:
         place = f"the folder {os.path.dirname(error.filename)} for temporary files" if error.filename else "TMPDIR"
         raise DiskError(f"{place} cannot be written: {reason_of(error)}; data workers need it") from error
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # Not atexit, which would also run in forks of this process.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
 
 
 def _start_worker(loader: int, used: Tensor, worker: int) -> None:

@@ -11,6 +11,7 @@ from fcmae.data import loading
 from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.plan import BatchPlan
 from fcmae.errors import DiskError, UsageError, WorkerError
+from tests.conftest import run_python
 
 WORKER = Workers(1, prefetch=1, timeout=30)
 """Without an answer for 30 s torch raises a RuntimeError, which fails a test."""
@@ -36,11 +37,12 @@ class CannotTravel(Numbers):
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    """Of this process: ``tempdir`` is the folder, which no test shares."""
+    """Of this process: ``tempdir`` is the folder, which no test shares. No worker is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = multiprocessing.current_process()._config
     monkeypatch.setitem(config, "tempdir", None)
-    return config
+    yield config
+    loading._end_workers()
 
 
 def evaluated(dataset=None):
@@ -53,6 +55,22 @@ def test_workers_that_begin_after_their_folder_was_deleted_use_a_new_one(config)
     assert evaluated() == expected
     shutil.rmtree(config["tempdir"])
     assert evaluated() == expected
+
+
+def test_the_folder_is_deleted_with_the_process_that_made_it(tmp_path):
+    script = (
+        "import multiprocessing, os, sys\n"
+        "from fcmae.data import loading\n"
+        "loading._make_folder()\n"
+        "child = os.fork()\n"
+        "if not child: sys.exit()\n"
+        "os.waitpid(child, 0)\n"
+        "print(os.path.isdir(multiprocessing.util.get_temp_dir()))\n"
+    )
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "script.py").write_text(script)
+    assert run_python(tmp_path, "script.py", variables={"TMPDIR": f"{tmp_path}/tmp"}).stdout == "True\n"
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_a_folder_that_is_deleted_while_a_worker_begins_is_named(config, monkeypatch):
