@@ -1,6 +1,7 @@
 """The paper's claims in small (ConvNeXt V2, arXiv 2301.00808, section 3 and tables 1 to 3), three seeds each.
 
     python -m benchmarks.ablations sparse --out ablations            # sparse against zero-filled images
+    python -m benchmarks.ablations sparse_v1 --out ablations         # the same with V1
     python -m benchmarks.ablations grn --out ablations               # GRN against none, by masking and supervised
     python -m benchmarks.ablations mask_ratio --out ablations        # 0.3 to 0.9
     python -m benchmarks.ablations decoder --out ablations           # light against U-Net, accuracy and minutes
@@ -15,7 +16,7 @@ work; a last command without it prints the tables. Further arguments are overrid
 ``loader.KEY=VALUE`` of both, others of pretraining (``schedule.epochs=5``), after ``score.`` of the study
 (``score.steps=100``).
 
-14 runs for each seed, each of 2 to 3 minutes on an H200 (an estimate: 1.2 million crops at 20,000/s, a compilation, two
+15 runs for each seed, each of 2 to 3 minutes on an H200 (an estimate: 1.2 million crops at 20,000/s, a compilation, two
 trainings of 400 steps).
 """
 
@@ -68,6 +69,10 @@ ABLATIONS: dict[str, tuple[str, list[Variant]]] = {
     "sparse": (
         "sparse is better: 83.7 against 79.3 (Base, ImageNet)",
         [BASE, Variant("zero_filled", ("engine=masked",), leaks=True)],
+    ),
+    "sparse_v1": (
+        "the same without GRN, which the paper added later",
+        [Variant("v1", V1), Variant("v1_zero_filled", (*V1, "engine=masked"), leaks=True)],
     ),
     "grn": (
         "with FCMAE GRN helps; V1 gains nothing from FCMAE; supervised, GRN helps a little",
