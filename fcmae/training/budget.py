@@ -13,6 +13,7 @@ from fcmae import interrupt
 from fcmae.checkpoints.checkpoint import CheckpointDir, header
 from fcmae.config import MonitorConfig, PretrainConfig, RunConfig, ScheduleConfig
 from fcmae.config.training import seconds_of
+from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, Interrupted, UsageError
 from fcmae.files import read_metrics
@@ -80,7 +81,8 @@ def fit_schedule(
         raise UsageError(
             f"trainer.budget={cfg.trainer.budget} leaves no time to train: starting and measuring took {spent:.0f} s"
         )
-    cfg.schedule = scaled(cfg.schedule, left * speed / images)
+    plan = BatchPlan(images, cfg.optim.global_batch_size, cfg.optim.global_batch_size)
+    cfg.schedule = scaled(cfg.schedule, left * speed / (plan.steps_per_epoch * plan.global_batch_size))
     world.say(
         f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
         f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
