@@ -47,9 +47,12 @@ def check_recipe(
         if None not in (given, value) and given != value:
             changed.append(f"  {name}: {given} -> {value}")
     if changed:
+        budget = _flat(old).get("trainer.budget")
+        by_time = budget is not None and any(line.startswith("  schedule.") for line in changed)
+        again = f" (trainer.budget={budget} gives those of its schedule)" if by_time else ""
         raise UsageError(
-            f"the recipe differs from the run's so far; give its values again, hydra.run.dir=ANOTHER for a new run, or "
-            f"{offer}:\n" + "\n".join(changed)
+            f"the recipe differs from the run's so far; give its values again{again}, hydra.run.dir=ANOTHER for a new "
+            f"run, or {offer}:\n" + "\n".join(changed)
         )
 
 

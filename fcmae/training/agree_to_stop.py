@@ -43,8 +43,12 @@ class StopAgreement:
         """The verdict on the current wishes; the ranks wait for each other."""
         return Verdict(int(self.world.max(torch.tensor(self._wish(failed=False)))))
 
-    def before_training(self, run_dir: Path) -> None:
-        """Between two phases of the set-up: raises Interrupted on all ranks if one of them wants to stop."""
+    def before_training(self, run_dir: Path | None) -> None:
+        """Between two phases of the set-up: raises Interrupted on all ranks if one of them wants to stop.
+
+        Args:
+            run_dir: None where nothing of the run is in its folder yet.
+        """
         if self.at_once() != Verdict.GO_ON:
             self._stop_before_training(run_dir)
 
@@ -53,9 +57,9 @@ class StopAgreement:
         if interrupt.received():
             self._stop_before_training(run_dir)
 
-    def _stop_before_training(self, run_dir: Path) -> NoReturn:
-        again = f"the same command with hydra.run.dir={run_dir} continues"
-        raise Interrupted(f"stopped before the first step ({self.reason()}); {again}")
+    def _stop_before_training(self, run_dir: Path | None) -> NoReturn:
+        again = "" if run_dir is None else f"; the same command with hydra.run.dir={run_dir} continues"
+        raise Interrupted(f"stopped before the first step ({self.reason()}){again}")
 
     def wished(self) -> bool:
         """Whether this rank wants to stop; the others may not know."""

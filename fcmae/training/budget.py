@@ -17,7 +17,6 @@ from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, Interrupted, UsageError
 from fcmae.files import read_metrics
-from fcmae.messages import say
 from fcmae.tasks.task import Task
 from fcmae.training.agree_to_stop import StopAgreement
 from fcmae.training.loop import train
@@ -57,16 +56,25 @@ def fit_schedule(
     world: World,
     watchdog: Watchdog,
     stop: StopAgreement,
-) -> None:
+) -> list[str]:
     """``cfg.schedule`` gets the epochs that fit into ``trainer.budget``; of a run that resumes, those that it began
     with, so that it ends as if it had not been stopped.
+
+    Returns:
+        Notes for the task: what the user should know.
 
     Raises UsageError where the time is over before training begins; Interrupted.
     """
     recorded = world.from_main(lambda: _recorded(run_dir)) if cfg.trainer.resume else None
     if recorded is not None:
-        cfg.schedule = recorded
-        return
+        cfg.schedule, before = recorded
+        if before == cfg.trainer.budget:
+            return []
+        given = f" of trainer.budget={before}" if before else ""
+        return [
+            f"trainer.budget={cfg.trainer.budget} is not used: {run_dir} keeps schedule.epochs="
+            f"{cfg.schedule.epochs:g}{given}; another hydra.run.dir starts a run that takes it"
+        ]
     budget = seconds_of(cfg.trainer.budget or "")
     world.say(
         f"trainer.budget={cfg.trainer.budget}: measures the speed of {STEPS} steps first, or of fewer in "
@@ -74,7 +82,7 @@ def fit_schedule(
     )
     short = StopAgreement(world, (time.monotonic() - interrupt.STARTED + SHARE * budget) / 3600)
     speed, images = _measure(cfg, run_dir / FOLDER, create, world, watchdog, short)
-    stop.before_training(run_dir)
+    stop.before_training(None)
     spent = world.from_main(lambda: time.monotonic() - interrupt.STARTED)
     left = (1 - RESERVE) * (budget - spent)
     if left * speed < cfg.optim.global_batch_size:
@@ -87,27 +95,28 @@ def fit_schedule(
         f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
         f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"
     )
-    if world.is_main:
-        _warn_of_few_steps(cfg, speed, left, spent)
+    return _few_steps(cfg, speed, left, spent)
 
 
-def _warn_of_few_steps(cfg: RunConfig, speed: float, left: float, spent: float) -> None:
+def _few_steps(cfg: RunConfig, speed: float, left: float, spent: float) -> list[str]:
     """A line where ``left`` seconds of pretraining from random weights are too few, with the budget that suffices."""
     batch = cfg.optim.global_batch_size
     steps = int(left * speed / batch)
-    if isinstance(cfg, PretrainConfig) and cfg.init_from is None and steps < FEW_STEPS:
-        needed = spent + (STEPS + FEW_STEPS / (1 - RESERVE)) * batch / speed
-        say(
-            f"warning: {steps} steps of {batch} images fit, and fewer than {FEW_STEPS} teach a network little; give "
-            f"trainer.budget={math.ceil(needed / 60)}min or more, or a smaller optim.global_batch_size"
-        )
+    if not isinstance(cfg, PretrainConfig) or cfg.init_from is not None or steps >= FEW_STEPS:
+        return []
+    needed = spent + (STEPS + FEW_STEPS / (1 - RESERVE)) * batch / speed
+    return [
+        f"warning: {steps} steps of {batch} images fit, and fewer than {FEW_STEPS} teach a network little; give "
+        f"trainer.budget={math.ceil(needed / 60)}min or more, or a smaller optim.global_batch_size"
+    ]
 
 
-def _recorded(run_dir: Path) -> ScheduleConfig | None:
-    """The schedule in the newest checkpoint that can be read."""
+def _recorded(run_dir: Path) -> tuple[ScheduleConfig, str | None] | None:
+    """The schedule in the newest checkpoint that can be read, and the budget that gave it."""
     for path in reversed(CheckpointDir(run_dir).paths()):
         with contextlib.suppress(CheckpointError, KeyError, TypeError):
-            return ScheduleConfig(**header(path)["config"]["schedule"])
+            config = header(path)["config"]
+            return ScheduleConfig(**config["schedule"]), config["trainer"].get("budget")
     return None
 
 

@@ -115,6 +115,7 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
         stack.callback(distributed.disconnect)  # may hang where a rank does, so the watchdog still watches
         stack.enter_context(explained())
         if task is None:
-            fit_schedule(cfg, run_dir, create, world, watchdog, stop)
+            notes = fit_schedule(cfg, run_dir, create, world, watchdog, stop)
             task = world.together(lambda: create(world))
+            task.notes += notes
         return work(task, run_dir, world, watchdog, stop)

@@ -149,6 +149,7 @@ def summary(task: Task, plan: BatchPlan, state: TrainState, total_steps: int, wo
     """The line that a run begins with."""
     images = counted(len(task.source), "image")
     start = f"resumed at step {state.step}" if state.step else "from the start"
+    start += ", the last: nothing is left to train" * (state.step == total_steps)
     most = task.cfg.trainer.max_steps
     part = "" if most is None or most >= total_steps else f"{most:,} of "
     return (

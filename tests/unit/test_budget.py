@@ -1,5 +1,10 @@
 """``trainer.budget``: the speed of some steps gives the epochs, which a run that resumes keeps."""
 
+import json
+import os
+import re
+import signal
+
 import pytest
 
 from fcmae import interrupt
@@ -40,7 +45,16 @@ def test_the_epochs_fit_and_a_run_that_resumes_keeps_them(fcmae_here, tmp_path, 
     resumed = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut")
     assert "resumed at step 4" in resumed.stderr
     assert "so schedule.epochs" not in resumed.stderr
+    assert "is not used" not in resumed.stderr
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert few in json.loads((tmp_path / "whole" / "events.jsonl").read_text())["notes"][-1]
+
+    done = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut", "trainer.budget=1h").stderr
+    kept = "keeps schedule.epochs=3.375 of trainer.budget=100s; another hydra.run.dir starts a run that takes it"
+    assert re.search(rf"trainer.budget=1h is not used: \S+/cut {kept}", done)
+    assert "resumed at step 10, the last: nothing is left to train" in done
+    refused = fcmae_here(*RUN, *QUIET, "hydra.run.dir=cut", "trainer.budget=null", check=2).stderr
+    assert "give its values again (trainer.budget=100s gives those of its schedule), hydra.run.dir=ANOTHER" in refused
 
 
 def test_a_budget_that_is_over_is_refused(fcmae_here, speed):
@@ -70,11 +84,21 @@ def test_a_slow_machine_measures_fewer_steps(fcmae_here, tmp_path, monkeypatch):
     assert budget.median_speed(tmp_path) == 0
 
 
-def test_enough_steps_and_pretrained_weights_have_no_warning(capsys):
+def test_a_stop_while_the_speed_is_measured_names_no_folder(fcmae_here, tmp_path, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0, 28
+
+    monkeypatch.setattr(budget, "_measure", signalled)
+    stopped = fcmae_here(*RUN, "hydra.run.dir=run", check=75).stderr
+    assert stopped.splitlines()[-1] == "fcmae pretrain: stopped before the first step (SIGINT)"
+    assert not (tmp_path / "run").exists()
+
+
+def test_enough_steps_and_pretrained_weights_have_no_warning():
     for speed, init_from, expected in ((1.0, None, 1), (16.0, None, 0), (1.0, "runs/photos", 0)):
         cfg = PretrainConfig(optim=OptimConfig(global_batch_size=8), init_from=init_from)
-        budget._warn_of_few_steps(cfg, speed, 100, 10)
-        assert capsys.readouterr().err.count("teach a network little") == expected
+        assert len(budget._few_steps(cfg, speed, 100, 10)) == expected
 
 
 def test_warm_up_keeps_its_share():
