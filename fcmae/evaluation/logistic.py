@@ -6,15 +6,19 @@ standardised by the training images. The result is folded: it is a linear layer 
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.config.checks import L2, check
-from fcmae.errors import UsageError
+from fcmae.errors import EvaluationStopped, UsageError
+from fcmae.evaluation.features import never
+from fcmae.files import read_result, write_result
 from fcmae.randomness import Stream, generator
 from fcmae.threads import one_thread
 
@@ -63,13 +67,19 @@ def weights_of(given: Any, labels: Tensor, classes: int, key: str = "class_weigh
 
 
 def fit(
-    values: Tensor, labels: Tensor, classes: int, l2s: Sequence[float], class_weights: Tensor | None = None
+    values: Tensor,
+    labels: Tensor,
+    classes: int,
+    l2s: Sequence[float],
+    class_weights: Tensor | None = None,
+    stop: Callable[[], bool] = never,
 ) -> dict[float, Linear]:
     """A classifier for each l2, a function of the arguments alone.
 
     Args:
         values: ``[n, D]``, with ``labels`` int64 ``[n]``.
         class_weights: ``[K]``, a factor on the loss of each image by its class.
+        stop: asked before every pass over the features. Raises EvaluationStopped if it is true.
     """
     device = values.device
     small = values.numel() * classes <= SMALL
@@ -77,7 +87,7 @@ def fit(
         values, labels = values.cpu(), labels.cpu()
     # Several processes of a study, each with a thread per core, would mostly wait for each other.
     with one_thread() if small else contextlib.nullcontext():
-        return _fit(values.double(), labels, classes, l2s, class_weights, device)
+        return _fit(values.double(), labels, classes, l2s, class_weights, device, stop)
 
 
 def _fit(
@@ -87,6 +97,7 @@ def _fit(
     l2s: Sequence[float],
     class_weights: Tensor | None,
     device: torch.device,
+    stop: Callable[[], bool],
 ) -> dict[float, Linear]:
     """:func:`fit` where ``values`` are, with results on ``device``."""
     mean, std = values.mean(0), values.std(0, correction=0)
@@ -99,14 +110,20 @@ def _fit(
     bias = torch.zeros(classes, device=values.device, dtype=torch.float64)
     result = {}
     for l2 in sorted(l2s, reverse=True):  # each begins with the result of the one before
-        weight, bias = _minimum(values, labels, per_image, l2, weight, bias)
+        weight, bias = _minimum(values, labels, per_image, l2, weight, bias, stop)
         folded = weight / std
         result[l2] = Linear(folded.to(device), (bias - folded @ mean).to(device))
     return result
 
 
 def _minimum(
-    values: Tensor, labels: Tensor, per_image: Tensor, l2: float, weight: Tensor, bias: Tensor
+    values: Tensor,
+    labels: Tensor,
+    per_image: Tensor,
+    l2: float,
+    weight: Tensor,
+    bias: Tensor,
+    stop: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -123,6 +140,8 @@ def _minimum(
         return (losses * per_image).mean() + l2 / 2 * weight.square().sum()
 
     def closure() -> float:
+        if stop():
+            raise EvaluationStopped
         with torch.enable_grad():
             value = loss()
         weight.grad, bias.grad = torch.autograd.grad(value, (weight, bias))
@@ -162,6 +181,8 @@ def cross_validate(
     folds: Tensor,
     l2s: Sequence[float] = L2,
     class_weights: Tensor | None = None,
+    stop: Callable[[], bool] = never,
+    folder: Path | None = None,
 ) -> Chosen:
     """The largest l2 whose log loss of held-out images is within one standard error of the least.
 
@@ -170,6 +191,8 @@ def cross_validate(
 
     Args:
         folds: of :func:`stratified_folds`.
+        stop: as :func:`fit` has it.
+        folder: keeps the result of each fold in a file, and reads those that a stopped process left.
     """
     folds = folds.to(labels.device)
     logits = {l2: torch.full((len(labels), classes), math.nan, dtype=torch.float64, device=values.device) for l2 in l2s}
@@ -177,8 +200,17 @@ def cross_validate(
         held = folds == fold
         if fold < 0 or held.all():
             continue
-        for l2, linear in fit(values[~held], labels[~held], classes, l2s, class_weights).items():
-            logits[l2][held] = linear(values[held])
+        file = None if folder is None else folder / f"fold{fold + 1}.json"
+        kept = None if file is None else read_result(file, logits=list)
+        if kept is None:
+            found = fit(values[~held], labels[~held], classes, l2s, class_weights, stop)
+            of_held = torch.stack([found[l2](values[held]) for l2 in l2s])
+            if file is not None:
+                write_result(file, {"logits": of_held.tolist()})
+        else:
+            of_held = torch.from_numpy(np.array(kept["logits"], np.float64)).to(values.device)  # null is NaN
+        for l2, rows in zip(l2s, of_held, strict=True):
+            logits[l2][held] = rows
     known = folds >= 0
     weights = torch.ones(classes) if class_weights is None else class_weights
     per_image = weights.to(values.device).double()[labels[known]]

@@ -50,14 +50,15 @@ class StopAgreement:
             run_dir: None where nothing of the run is in its folder yet.
         """
         if self.at_once() != Verdict.GO_ON:
-            self._stop_before_training(run_dir)
+            self.raise_before_training(run_dir)
 
     def at_a_failed_first_step(self, run_dir: Path) -> None:
         """Raises Interrupted on this rank alone if a signal has reached it; the others may wait for its gradients."""
         if interrupt.received():
-            self._stop_before_training(run_dir)
+            self.raise_before_training(run_dir)
 
-    def _stop_before_training(self, run_dir: Path | None) -> NoReturn:
+    def raise_before_training(self, run_dir: Path | None) -> NoReturn:
+        """Raises Interrupted on this rank alone, which wants to stop."""
         again = "" if run_dir is None else f"; the same command with hydra.run.dir={run_dir} continues"
         raise Interrupted(f"stopped before the first step ({self.reason()}){again}")
 

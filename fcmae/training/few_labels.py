@@ -4,11 +4,10 @@ All that is chosen is chosen on the training images. Every result is kept in the
 known, so that a search that was stopped continues, and ends as if it had not been.
 """
 
+import contextlib
 import gc
-import math
 import shutil
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted, sh
 from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
-from fcmae.evaluation.logistic import Linear, cross_validate, fit, stratified_folds
+from fcmae.evaluation.fold_scores import clearly_better, mean_of, shown_score
+from fcmae.evaluation.logistic import Chosen, Linear, cross_validate, fit, stratified_folds
 from fcmae.files import as_read, read_result, set_aside, write_result
 from fcmae.loggers.search_progress import SearchProgress, Size
 from fcmae.messages import say
@@ -49,8 +49,6 @@ CHOSEN = {"kept": str, "layer": str, "l2": object, "lr": object, "layer_decay": 
 """What ``chosen.json`` names, and the types of its values."""
 BATCH_SIZE = 256
 """Images at once without gradients, at most."""
-NONE = -101.0
-"""The score where a metric is not defined: less than any."""
 Result = dict[str, Any]
 
 
@@ -178,16 +176,15 @@ class _Search:
         kept = self._kept("probe", layer=str, l2=object, metrics=list)
         if kept is not None:
             return kept
+        folds = int(self.folds.max()) + 1
+        self.world.say(
+            f"recipe=auto: a probe on the features of {counted(len(self.labels), 'image')}, cross-validated in "
+            f"{folds} folds with {counted(len(self.auto.layers), 'choice')} of layers and {len(self.auto.l2)} of l2"
+        )
         values = {layer: self._features(layer).values for layer in self.auto.layers}
 
         def choose() -> Result:
-            weights, classes = self.objective.weights, len(self.objective.classes)
-            found = {}
-            for layer, rows in values.items():
-                found[layer] = cross_validate(
-                    rows, self.labels.to(rows.device), classes, self.folds, self.auto.l2, weights
-                )
-                self.watchdog.beat()
+            found = {layer: self._cross_validated(layer, rows) for layer, rows in values.items()}
             layer = min(found, key=lambda name: min(found[name].log_loss.values()))
             logits = found[layer].logits.cpu()
             held = [self.folds == fold for fold in self.measured]
@@ -200,7 +197,24 @@ class _Search:
                 },
             }
 
-        return self._keep("probe", choose)
+        result = self._keep("probe", choose)
+        if self.world.is_main:
+            shutil.rmtree(self.folder / "probe", ignore_errors=True)
+        return result
+
+    def _cross_validated(self, layer: str, rows: Tensor) -> Chosen:
+        labels, weights, classes = self.labels.to(rows.device), self.objective.weights, len(self.objective.classes)
+        folder = self.folder / "probe" / layer
+        with self._stops():
+            return cross_validate(rows, labels, classes, self.folds, self.auto.l2, weights, self._wish, folder)
+
+    @contextlib.contextmanager
+    def _stops(self) -> Iterator[None]:
+        """For work of the first rank alone: Interrupted where it is stopped."""
+        try:
+            yield
+        except EvaluationStopped:
+            self.stop.raise_before_training(self.run_dir)
 
     def _head(self, probe: Result, images: Tensor) -> Callable[[], Linear]:
         """What gives the probe's classifier, learned from some images."""
@@ -209,7 +223,8 @@ class _Search:
 
         def head() -> Linear:
             rows = values[images.to(values.device)]
-            return fit(rows, labels[images].to(rows.device), classes, [l2], self.objective.weights)[l2]
+            with self._stops():
+                return fit(rows, labels[images].to(rows.device), classes, [l2], self.objective.weights, self._wish)[l2]
 
         return head
 
@@ -233,10 +248,10 @@ class _Search:
         tried: list[Result] = []
         for lr, decay in self.grid:
             folds = [self._score(self._fold(fold, lr, decay, probe, progress)) for fold in self.measured]
-            tried.append({"lr": lr, "layer_decay": decay, "score": _mean(folds), "folds": folds})
+            tried.append({"lr": lr, "layer_decay": decay, "score": mean_of(folds), "folds": folds})
         scores = [self._score(metrics) for metrics in probe["metrics"]]
         best = max(tried, key=lambda each: each["score"])
-        kept = "probe" if _clearly_better(scores, best["folds"]) else "finetuned"
+        kept = "probe" if clearly_better(scores, best["folds"]) else "finetuned"
 
         def made() -> Result:
             return {
@@ -246,7 +261,7 @@ class _Search:
                 "l2": probe["l2"],
                 "lr": best["lr"],
                 "layer_decay": best["layer_decay"],
-                "probe": {"score": _mean(scores), "folds": scores},
+                "probe": {"score": mean_of(scores), "folds": scores},
                 "finetuned": tried,
             }
 
@@ -368,31 +383,9 @@ def summary(found: Result) -> str:
     """The line that says what was kept, and why."""
     best = max(found["finetuned"], key=lambda each: each["score"])
     metric, folds = found["metric"], len(found["probe"]["folds"])
-    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {_shown(best['score'])}"
-    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {_shown(found['probe']['score'])}"
+    fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {shown_score(best['score'])}"
+    probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {shown_score(found['probe']['score'])}"
     first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
     close = found["kept"] == "finetuned" and found["probe"]["score"] > best["score"]
     doubt = ", not better by more than a standard error" if close else ""
     return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds} folds"
-
-
-def _shown(score: float) -> str:
-    return "not defined" if score == NONE else f"{score:.1f}"
-
-
-def _clearly_better(probe: list[float], finetuned: list[float]) -> bool:
-    """Whether the probe's mean over the folds is higher by more than the standard error of the folds' differences.
-
-    Fine-tuning has the doubt: it gains more than the probe from the images that a fold holds out.
-    """
-    differences = [a - b for a, b in zip(probe, finetuned, strict=True) if not math.isnan(a - b)]
-    if not differences:
-        return _mean(probe) > _mean(finetuned)
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return statistics.mean(differences) > error
-
-
-def _mean(values: list[float]) -> float:
-    """Of those that are defined; less than any score if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else NONE

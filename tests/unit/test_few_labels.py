@@ -6,16 +6,21 @@ import math
 import re
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from fcmae import interrupt
 from fcmae.config import compose, to_dict
 from fcmae.config.recipe import check_recipe
 from fcmae.data.pixels.transforms import eval_transform, normalize
 from fcmae.distributed import World
-from fcmae.errors import ConfigError, UsageError
-from fcmae.evaluation.logistic import fit
+from fcmae.errors import ConfigError, Interrupted, UsageError
+from fcmae.evaluation import logistic
+from fcmae.evaluation.features import Features
+from fcmae.evaluation.fold_scores import clearly_better, mean_of
+from fcmae.evaluation.logistic import fit, stratified_folds
 from fcmae.files import as_read
 from fcmae.loggers import search_progress
 from fcmae.loggers.search_progress import SearchProgress, Size
@@ -26,6 +31,7 @@ from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
 from fcmae.tasks.objectives import Classify
 from fcmae.training import few_labels
+from fcmae.training.agree_to_stop import StopAgreement
 from tests.conftest import TINY, TINY_PRETRAIN, run_python
 from tests.results import assert_same, weights
 
@@ -140,6 +146,49 @@ def test_a_stop_changes_nothing(fcmae_here, here, monkeypatch, kept):
         assert json.loads(probe)["top1"] == measured["top1"]
 
 
+def test_a_signal_stops_the_probe_in_a_fold(tmp_path, monkeypatch, capsys):
+    """Folds that are done are not fitted again, and the result is the same by the bit."""
+    labels = torch.arange(30) % 3
+    values = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+    fits, signal_at, minimum = [], [], logistic._minimum
+
+    def minimum_with_a_signal(*args):
+        fits.append(1)
+        if len(fits) in signal_at:
+            interrupt._received.append("SIGTERM")
+        return minimum(*args)
+
+    monkeypatch.setattr(logistic, "_minimum", minimum_with_a_signal)
+    monkeypatch.setattr(interrupt, "_received", [])
+
+    def probe(run):
+        search = few_labels._Search.__new__(few_labels._Search)
+        search.world, search.watchdog, search.stop = CPU, Mock(), StopAgreement(CPU)
+        search.run_dir, search.folder = tmp_path / run, tmp_path / run / "auto"
+        search.labels, search.folds, search.measured = labels, stratified_folds(labels, 3, 0), [0]
+        search.auto = SimpleNamespace(layers=["pooled", "stages"], l2=[0.1, 1.0])
+        search.objective = SimpleNamespace(weights=None, classes=["a", "b", "c"])
+        search.features = {"pooled": Features(values, labels), "stages": Features(values**2, labels)}
+        return search._probe()
+
+    whole = probe("whole")
+    assert len(fits) == 12
+    stage = "a probe on the features of 30 images, cross-validated in 3 folds with 2 choices of layers and 2 of l2"
+    assert capsys.readouterr().err == f"recipe=auto: {stage}\n"
+    fits.clear()
+    signal_at.append(4)  # the second l2 of the second fold
+    with pytest.raises(Interrupted, match="stopped before the first step .SIGTERM.; the same command with hydra.run"):
+        probe("cut")
+    assert len(fits) == 4
+    assert [*(tmp_path / "cut").rglob("*.*")] == [tmp_path / "cut" / "auto" / "probe" / "pooled" / "fold1.json"]
+    fits.clear()
+    signal_at.clear()
+    interrupt._received.clear()
+    assert probe("cut") == whole
+    assert len(fits) == 10
+    assert [path.name for path in (tmp_path / "cut" / "auto").iterdir()] == ["probe.json"]
+
+
 def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
     fcmae_here(*AUTO, "hydra.run.dir=run", "trainer.max_steps=1", check=75)
     said = describe(read_status("run")).splitlines()[1:3]
@@ -210,7 +259,7 @@ def test_the_search_keeps_the_least_error():
     search.objective = Classify(best="-ece")
     search._check_metric({"ece": 5.0})
     assert search._score({"ece": 5.0}) == -5
-    assert few_labels._mean([math.nan]) < search._score({"ece": 100.0})
+    assert mean_of([math.nan]) < search._score({"ece": 100.0})
     search.objective = Classify(best="auroc")
     assert search._score({"auroc": 5.0}) == 5
 
@@ -227,7 +276,7 @@ def test_the_search_keeps_the_least_error():
     ],
 )
 def test_the_probe_must_be_better_by_a_standard_error(probe, finetuned, kept):
-    assert few_labels._clearly_better(probe, finetuned) == (kept == "probe")
+    assert clearly_better(probe, finetuned) == (kept == "probe")
 
 
 @pytest.mark.parametrize(("held_out", "folds"), [(1, [0]), (10, [0]), (11, [0, 1]), (1000, [0, 1, 2])])
