@@ -16,7 +16,7 @@ from fcmae.config.prepare import PreparedDataConfig
 from fcmae.data.sources import train_source
 from fcmae.doctor.dataset import configs, examine
 from fcmae.doctor.suggest import suggested
-from fcmae.errors import UsageError
+from fcmae.errors import DiskError, UsageError, reason_of, shown
 
 LOOKED_AT = 200
 """Images that the settings are suggested by, evenly spread."""
@@ -76,7 +76,7 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
     Returns:
         Lines for the user: what was chosen, and what to type next.
 
-    Raises UsageError if the folder is not empty or no image can be read.
+    Raises UsageError if the folder is not empty or no image can be read; DiskError if it cannot be written.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -96,10 +96,13 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
     name = re.sub(r"[^\w.-]+", "_", target.resolve().name)  # it goes into YAML and Markdown
     lines, chosen = _data(data, overrides, suggested(seen, data.bit_depth))
     experiment = target / "conf" / "experiment" / "project.yaml"
-    experiment.parent.mkdir(parents=True)
-    experiment.write_text(CONFIG.format(count=count, size=size, name=name, data=lines))
-    (target / "README.md").write_text(README.format(name=name))
-    shutil.copy(_script(), target / "job.sbatch")
+    try:
+        experiment.parent.mkdir(parents=True)
+        experiment.write_text(CONFIG.format(count=count, size=size, name=name, data=lines))
+        (target / "README.md").write_text(README.format(name=name))
+        shutil.copy(_script(), target / "job.sbatch")
+    except OSError as error:
+        raise DiskError(f"{shown(folder)} cannot be written: {reason_of(error)}; name a folder elsewhere") from error
     return [
         f"{count:,} images: {', '.join([f'experiment=own/{size}', *chosen])}",
         f"next: cd {shlex.quote(folder)}; fcmae pretrain --config-dir conf experiment=project trainer.budget=5min "

@@ -93,6 +93,13 @@ def test_mistakes(cells, tmp_path, capsys, args, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(cells, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["init", "file/new", "data.path=cells", "data.name=imagefolder"]) == 1
+    line = "file/new cannot be written: Not a directory; name a folder elsewhere"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(line)
+
+
 def test_a_command_alone_says_what_to_type_next(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with unchanged():
