@@ -1,6 +1,7 @@
 """``fcmae doctor data.path=...``: what it says of folders, tables, arrays and tar files, and what it suggests."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_what_it_suggests_for_arrays_can_be_set(array, expected, tmp_path, capsy
     assert all(any(line.startswith(start) for line in given) for start in expected)
     overrides = [part for line in given for part in line.split() if part.startswith("data.")]
     from_dotlist(DataConfig, overrides, "data")
+
+
+def test_grey_tiff_of_16_bits_is_read_without_tifffile(tmp_path, capsys, monkeypatch):
+    """As pretraining reads it. Of what only tifffile reads, a line names the file."""
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    for number in range(3):
+        values = np.random.default_rng(number).integers(0, 4000, (40, 40), np.uint16)
+        (tmp_path / f"{number}.tif").write_bytes(encoded(Image.fromarray(values), "TIFF"))
+    code, said = look(capsys, f"data.path={tmp_path}")
+    assert (code, words(said, "unreadable"), words(said, "format")) == (0, ["0"], ["TIFF (3)"])
+    assert (words(said, "channels"), words(said, "type")) == (["1 (3)"], ["uint16 (3)"])
+    Image.new("L", (40, 40)).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("L", (40, 40))])
+    assert cli.main(["doctor", f"data.path={tmp_path}"]) == 2
+    line = f"cannot read the image {tmp_path}/pages.tif: this kind of TIFF needs tifffile: pip install 'fcmae[tiff]'"
+    assert capsys.readouterr().err.splitlines() == [f"fcmae doctor: {line}"]
 
 
 def test_images_of_one_value_are_said_to_be(tmp_path, capsys):

@@ -210,10 +210,15 @@ def _decoded(pixels: Tensor) -> LazyImage:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turns all errors in this block into ImageError: libraries raise all kinds for damaged files."""
+    """Turns all errors in this block into ImageError: libraries raise all kinds for damaged files.
+
+    A missing package remains a UsageError, which no other image can replace.
+    """
     try:
         yield
-    except (UsageError, RemoteError):  # our own, a missing package, or a server
+    except (UsageError, RemoteError) as error:  # our own, a missing package, or a server
+        if isinstance(error.__cause__, ImportError):
+            raise UsageError(f"cannot read the image {shown(name)}: {error}") from error
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, f"its bytes are of no image format that is read ({', '.join(FORMATS)}, .npy)") from error

@@ -1,10 +1,13 @@
 """An image as its file has it, whatever ``data.in_chans`` and ``data.dtype`` are."""
 
+import contextlib
 import hashlib
+import importlib.util
 import io
 from typing import NamedTuple
 
 import numpy as np
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from fcmae.data.pixels import dicom, jpeg2000, scientific
@@ -56,13 +59,21 @@ def _header(data: bytes) -> tuple[str, int]:
         shape = scientific.npy_header(io.BytesIO(data))[0]
         return ".npy", min(shape[0], shape[2]) if len(shape) == 3 else 1
     if data.startswith(scientific.TIFF_MAGICS):
-        return "TIFF", scientific.tiff_channels(data)
+        return "TIFF", _tiff_channels(data)
     if dicom.is_dicom(data):
         return "DICOM", dicom.channels(data)
     if data.startswith(jpeg2000.MAGICS):
         return "JPEG2000", len(jpeg2000.header(data).bits)
     with open_picture(data) as picture:
         return str(picture.format), CHANNELS.get(picture.mode, 1)
+
+
+def _tiff_channels(data: bytes) -> int:
+    """By Pillow where tifffile is not installed: Pillow reads many of these files, and :func:`stored` knows which."""
+    if importlib.util.find_spec("tifffile") is None:
+        with contextlib.suppress(UnidentifiedImageError), open_picture(data) as picture:
+            return CHANNELS.get(picture.mode, 1)
+    return scientific.tiff_channels(data)
 
 
 def as_picture(pixels: np.ndarray) -> np.ndarray:
