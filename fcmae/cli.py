@@ -331,7 +331,8 @@ def _doctor(args: list[str]) -> int:
     what = "data.KEY=VALUE and loader.KEY=VALUE: look at these images instead"
     parser.add_argument("overrides", nargs="*", metavar="data.path=PATH", help=what)
     parser.add_argument("--images", type=int, default=2000, help="images to look at (default: %(default)s)")
-    parser.add_argument("--contact-sheet", metavar="FILE.png", help="where to write it (default: a temporary folder)")
+    where = "where to write it (default: ~/.cache/fcmae/doctor/contact_sheet.png)"
+    parser.add_argument("--contact-sheet", metavar="FILE.png", help=where)
     given = parser.parse_intermixed_args(args)
     if not given.overrides:
         return load("fcmae.doctor:run")([Path(file) for file in given.golden])

@@ -1,7 +1,6 @@
 """``fcmae doctor data.path=...``: a first look at a data set, and the settings that suit it."""
 
 import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fcmae.doctor.contact_sheet import SHOWN, draw
 from fcmae.doctor.suggest import of_all, suggest
 from fcmae.errors import ConfigError, ImageError, counted, shown
 from fcmae.files import output
+from fcmae.opening import cache_folder
 
 SAMPLED = 256
 """Rows and columns, evenly spread, that statistics of an image are of."""
@@ -72,7 +72,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     Args:
         overrides: ``data.KEY=VALUE`` and ``loader.KEY=VALUE``.
         images: at most so many are read, drawn at random.
-        sheet: the contact sheet; None = a new file in the folder for temporary files.
+        sheet: the contact sheet; None = a file in a private folder of the user, which the next call overwrites.
     """
     data, loader = configs(overrides)
     source = train_source(data, loader)
@@ -86,7 +86,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     chosen = [seen.number for seen in survey.seen[:SHOWN]], [seen.number for seen, _ in odd]
     picture = draw(source, *chosen, loader.max_pixels)
     if sheet is None:
-        sheet = os.path.join(tempfile.mkdtemp(prefix="fcmae-"), "contact_sheet.png")
+        sheet = str(cache_folder("doctor") / "contact_sheet.png")
     with output("--contact-sheet", sheet) as file:
         picture.save(file, "PNG")
     print(f"contact sheet {sheet}: {len(chosen[0])} images drawn at random, then with a red edge the odd ones")

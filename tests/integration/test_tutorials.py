@@ -52,6 +52,8 @@ def changed(words, more):
         keys = {key: value for key, value in keys.items() if not key.startswith("model.d")}
     if command == "probe":
         keys |= {key: TRAINING[key] for key in ("model.depths", "model.dims") if "checkpoint=random" in rest}
+    if command == "doctor":
+        rest += ["--contact-sheet", "sheet.png"]  # not in the user's cache
     kept = [word for word in rest if word.partition("=")[0] not in keys]
     return [command, *kept, *(f"{key}={value}" for key, value in keys.items())]
 

@@ -1,17 +1,20 @@
 """``fcmae doctor data.path=...``: what it says of folders, tables, arrays and tar files, and what it suggests."""
 
 import re
+import stat
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae import cli
+from fcmae import cli, opening
 from fcmae.config import DataConfig, from_dotlist
 from fcmae.data.pixels.decode import PixelFormat
 from fcmae.data.prepare.shards import Encoding, write_shard
 from fcmae.data.sources import ImageFolder
+from fcmae.doctor import dataset
 from tests.bad_files import encoded, picture
 
 
@@ -27,6 +30,14 @@ def photos(tmp_path_factory):
     (folder / "b" / "cut.jpg").write_bytes(encoded(picture(), "JPEG")[:300])
     (folder / "b" / "none.jpg").touch()
     (folder / "b" / "scan.xyz").touch()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Not the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(dataset, "cache_folder", lambda kind: opening.private_folder(folder / kind))
     return folder
 
 
@@ -63,11 +74,16 @@ def test_a_folder(photos, tmp_path, capsys):
     assert (pixels == (200, 0, 0)).all(axis=2).any()  # an odd one's edge
 
 
-def test_a_sample_of_it(photos, capsys):
-    said = look(capsys, f"data.path={photos}", "--images", 5)[1]
+def test_a_sample_of_it(photos, cache, tmp_path, capsys, monkeypatch):
+    """The contact sheet is private and the next one replaces it: each call left a folder of its own behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):
+        said = look(capsys, f"data.path={photos}", "--images", 5)[1]
     assert words(said, "looked at") == ["5 images, drawn at random (--images)"]
     where = words(said, "contact sheet")[0].split(": ")[0]
-    assert where.endswith("contact_sheet.png")
+    assert where == f"{cache}/doctor/contact_sheet.png"
+    assert stat.S_IMODE((cache / "doctor").stat().st_mode) == 0o700
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_and_tar_files(photos, tmp_path, capsys):
