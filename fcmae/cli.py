@@ -168,7 +168,8 @@ def _reconstruct(args: list[str]) -> int:
     what = "image files, folders, and data.KEY=VALUE and loader.KEY=VALUE for the images of a data config"
     parser.add_argument("images", nargs="+", help=what)
     parser.add_argument("--out", default="reconstruction.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--max-images", type=int, default=16, help="rows at most (default: %(default)s)")
+    rows = "rows at most, of images evenly spread over the list (default: %(default)s)"
+    parser.add_argument("--max-images", type=int, default=16, help=rows)
     parser.add_argument("--mask-ratio", type=float, help="instead of the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     which = "one channel to show as grey, or three as red, green and blue, such as 0,2,4"

@@ -286,10 +286,10 @@ def reconstruct(
     """A picture of reconstructions by a pretraining checkpoint.
 
     Args:
-        images: image files; folders, whose first images are taken; and overrides ``data.KEY=VALUE`` of the
-            checkpoint's data config, whose training images are then taken, e.g. ``data.source._target_=cells.Cells``;
-            and overrides ``loader.KEY=VALUE``.
-        max_images: rows.
+        images: image files; folders; overrides ``data.KEY=VALUE`` of the checkpoint's data config, whose training
+            images are then taken, e.g. ``data.source._target_=cells.Cells``; and overrides ``loader.KEY=VALUE``.
+        max_images: rows, of the files, then of the folders' images evenly spread over their list, then of the training
+            images.
         mask_ratio: instead of the checkpoint's.
         seed: of the masks.
         channels: see :func:`fcmae.evaluation.display.choose`.
@@ -313,8 +313,7 @@ def reconstruct(
         model.mask_ratio = mask_ratio
     check_channels("--channels", channels, data.in_chans)
     channels = channels or cfg.logger.channels
-    files = [file for image in paths for file in _files(image, max_images)]
-    samples: list[Tensor | Encoded | LazyImage] = [read_file(file) for file in files[:max_images]]
+    samples: list[Tensor | Encoded | LazyImage] = [read_file(file) for file in _files(paths, max_images)]
     if overrides:
         source = first(train_source(data, loader), max(0, max_images - len(samples)))
         samples += [source[index].image for index in range(len(source))]
@@ -337,9 +336,14 @@ def reconstruct(
     return picture
 
 
-def _files(image: str, count: int) -> list[str]:
-    """The path itself, or of a folder the first images in it."""
-    if not Path(image).is_dir():
-        return [image]
-    folder = ImageFolder(image)
-    return [folder.describe(index) for index in range(min(count, len(folder)))]
+def _files(images: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the files that are named, then of those in the folders."""
+    folders = [ImageFolder(image) for image in images if Path(image).is_dir()]
+    named = _spread([image for image in images if not Path(image).is_dir()], count)
+    found = [folder.describe(index) for folder in folders for index in range(len(folder))]
+    return named + _spread(found, count - len(named))
+
+
+def _spread(files: list[str], count: int) -> list[str]:
+    """At most ``count`` files, evenly spread over the list, which is mostly sorted by class."""
+    return files if len(files) <= count else [files[place * len(files) // count] for place in range(count)]

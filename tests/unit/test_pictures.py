@@ -8,6 +8,7 @@ import torch
 
 from fcmae.config import DataConfig
 from fcmae.data.pixels.transforms import normalize
+from fcmae.evaluation import run
 from fcmae.evaluation.reconstruct import reconstruct, reconstruction_picture
 from fcmae.models import FCMAE
 from fcmae.targets import Hog, Laplacian, Pixels, Seen
@@ -64,3 +65,16 @@ def _tile(picture, row: int, column: int) -> torch.Tensor:
     """The lower half of a tile of 128 px, which has no name on it."""
     top, left = 16 + 4 + row * 132 + 64, 4 + column * 132
     return torch.from_numpy(np.array(picture.crop((left, top, left + 128, top + 64)))).float()
+
+
+def test_a_folder_shows_images_evenly_spread_over_its_classes(tmp_path):
+    """They were the first ones, all of one class."""
+    files = [tmp_path / f"folder/{label}/{number}.png" for label in "abc" for number in range(4)]
+    for file in (*files, tmp_path / "own.png"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    given = [f"{tmp_path}/folder", f"{tmp_path}/own.png"]
+    assert run._files(given, 4) == [given[1], *map(str, files[::4])]
+    assert run._files(given, 100) == [given[1], *map(str, files)]
+    assert run._files(given, 1) == given[1:]
+    assert run._files(list(map(str, files)), 3) == list(map(str, files[::4]))
