@@ -8,10 +8,12 @@ image size. docs/own_recipes.md has them as a table.
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fcmae.errors import counted
+from fcmae import ranks
+from fcmae.config.checks import mistake
+from fcmae.errors import ImageError, counted
 from fcmae.imports import load
 from fcmae.messages import print_once_rank0
 
@@ -166,41 +168,70 @@ def _patches(root: Any) -> int:
 
 
 def facts_of(root: Any, size: str) -> Facts:
-    """The facts of a composed config's training images; where they cannot be read, those of a typical data set."""
+    """The facts of a composed config's training images; of a folder that cannot be listed, which a command reports
+    later, those of a typical data set. Images that cannot be read are a mistake; where several ranks look, this is
+    reported after they have met, as it may be so on one machine only."""
     from omegaconf import OmegaConf
 
     data = OmegaConf.to_container(root.data, resolve=False)
     assert isinstance(data, dict)
     known = {str(name): value for name, value in data.items() if "${own:" not in str(value)}
-    return _facts(json.dumps(known), root.trainer.device, size)
-
-
-@functools.cache
-def _facts(data: str, device: str, size: str) -> Facts:
-    found = load("fcmae.data.facts:measure")(json.loads(data))
-    gpu = device != "cpu" and load("torch.cuda:is_available")()
+    gpu, found = _has_gpu(root.trainer.device), None
+    try:
+        found = _measured(json.dumps(known))
+    except ImageError as error:
+        if ranks.detect().size == 1:
+            mistake(str(error))
     if found is None:
         return Facts(max(2000, SIZES[size].least), SIDE, SIDE, gpu)
-    images, height, width = found
-    facts = Facts(images, height, width, gpu)
-    values = " ".join(f"{key}={_text(value)}" for key, value in recommend(facts, size).items())
-    where = "a GPU" if gpu else "a CPU"
-    print_once_rank0(
-        f"own/{size}: {counted(facts.images, 'image')}, about {facts.height} x {facts.width} px, on {where}: {values}; "
-        "keys in the command override these"
-    )
-    fits = size_of(images)
-    if fits != size:
-        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {counted(facts.images, 'image')}")
-    if images < FEW_IMAGES:
-        print_once_rank0(
-            f"own/{size}: {counted(images, 'image')}: a network memorises so few; add images or start from "
-            "published weights, such as init_from=timm:convnextv2_atto.fcmae"
-        )
+    facts = Facts(*found, gpu)
+    _tell(root, facts, size)
     return facts
 
 
+@functools.cache
+def _has_gpu(device: str) -> bool:
+    return device != "cpu" and bool(load("torch.cuda:is_available")())
+
+
+@functools.cache
+def _measured(data: str) -> tuple[int, int, int] | None:
+    found: tuple[int, int, int] | None = load("fcmae.data.facts:measure")(json.loads(data))
+    return found
+
+
+def _tell(root: Any, facts: Facts, size: str) -> None:
+    """Prints once what a config takes; nothing where its values have mistakes, which are reported later."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    keys = list(recommend(facts, size))
+    parts = [key.split(".") for key in keys]
+    given = str((facts, size, [root[group]._get_node(name)._value() for group, name in parts]))
+    if given in _told:
+        return
+    _told.add(given)  # before the values are asked for, which ask for the facts again
+    try:
+        values = " ".join(f"{key}={_text(OmegaConf.select(root, key))}" for key in keys)
+    except (OmegaConfBaseException, TypeError, ValueError):
+        return
+    where = "a GPU" if facts.gpu else "a CPU"
+    images = counted(facts.images, "image")
+    print_once_rank0(f"own/{size}: {images}, about {facts.height} x {facts.width} px, on {where}: {values}")
+    fits = size_of(facts.images)
+    if fits != size:
+        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {images}")
+    if facts.images < FEW_IMAGES:
+        print_once_rank0(
+            f"own/{size}: {images}: a network memorises so few; add images or start from published weights, such as "
+            "init_from=timm:convnextv2_atto.fcmae"
+        )
+
+
+_told: set[str] = set()
+
+
 def _text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, Sequence):
         return f"[{','.join(map(str, value))}]"
     return "null" if value is None else f"{value:g}"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fcmae.config.checks import collected, mistake
 from fcmae.config.plain import check_plain
@@ -209,6 +209,11 @@ def _experiments(name: str) -> list[str]:
 def explain(error: Exception) -> str:
     """One line for whatever Hydra or OmegaConf raised while composing."""
     cause: BaseException | None = error
+    while isinstance(cause, InterpolationResolutionError):
+        cause = cause.__context__
+    if isinstance(cause, ConfigError):  # of the images that experiment=own/* looks at
+        return str(cause)
+    cause = error
     while cause is not None and not (isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None)):
         cause = cause.__cause__
     if isinstance(cause, Exception):

@@ -38,7 +38,7 @@ def photos(tmp_path):
 
 
 def test_a_config_has_them_and_what_the_user_sets_counts(photos, capsys):
-    own._facts.cache_clear()
+    own._told.clear()
     print_once.cache_clear()
     cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "trainer.device=cpu"])
     assert (cfg.data.size, cfg.model.strides, cfg.model.mask_ratio) == ((96, 96), [2, 2, 2, 2], 0.6)
@@ -50,7 +50,10 @@ def test_a_config_has_them_and_what_the_user_sets_counts(photos, capsys):
     cfg = compose("pretrain", ["experiment=own/medium", f"data.path={photos}", "trainer.device=cpu", *given])
     assert (cfg.model.strides, cfg.model.mask_ratio, cfg.model.backbone) == ([1, 2, 2, 2], 0.6, "convnextv2_tiny")
     assert (cfg.optim.lr, cfg.schedule.warmup_epochs, cfg.trainer.eval_every_epochs) == (5.3e-4, 0.5, 1)
-    assert "experiment=own/small is made for 40 images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "data.image_size=64 data.crops_per_image=1 model.strides=[1,2,2,2] model.mask_ratio=0.6 " in said
+    assert "optim.global_batch_size=32 optim.lr=0.00053 schedule.epochs=10 schedule.warmup_epochs=0.5\n" in said
+    assert "experiment=own/small is made for 40 images" in said
     cfg = compose("pretrain", ["experiment=own/small", f"data.path={photos}", "model.strides=null"])
     assert (cfg.model.strides, cfg.model.mask_ratio) == (None, 0.5)  # 9 patches
 
@@ -70,6 +73,19 @@ def test_mistakes_that_the_recipe_meets_too_are_said_once(photos):
         "data.mean must be 1 number, one per channel",
         "data.std must be 1 positive number, one per channel",
     ]
+
+
+def test_images_that_cannot_be_read_are_refused_before_a_config_is_printed(fcmae_here, tmp_path):
+    Image.fromarray(np.full((40, 40), 300, np.uint16)).save(tmp_path / "one.png")
+    unreadable = "cannot read the image {}/one.png: its pixels have 16 bits; data.bit_depth is 8; set it to the bits"
+    given = ("pretrain", "experiment=own/small", f"data.path={tmp_path}", "trainer.device=cpu")
+    for more in (["--cfg", "job", "--resolve"], ["hydra.run.dir=run"]):
+        said = fcmae_here(*given, *more, check=2)
+        assert said.stdout == ""
+        assert [line.split(", 9")[0] for line in said.stderr.splitlines()] == [
+            f"fcmae pretrain: {unreadable.format(tmp_path)} that are used"
+        ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_images_another_message_says_so():
