@@ -10,7 +10,7 @@ import torch
 
 from fcmae import precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
-from fcmae.config import RunConfig
+from fcmae.config import CLASSIFY, FinetuneConfig, RunConfig, own
 from fcmae.config.recipe import ALLOW, MICRO_BATCH, check_recipe
 from fcmae.data.loading import TrainBatches, Workers
 from fcmae.data.plan import BatchPlan
@@ -28,20 +28,27 @@ from fcmae.version import versions
 
 def create_plan(task: Task, world: World, micro_batch_size: int | None) -> BatchPlan:
     """The batches of a task. Raises UsageError where sizes do not fit."""
-    cfg = task.cfg
-    plan = BatchPlan.create(
-        len(task.source),
-        cfg.optim.global_batch_size,
-        micro_batch_size,
-        world.size,
-        cfg.seed,
-        cfg.data.crops_per_image,
-        task.pairs,
-    )
+    cfg, images, batch = task.cfg, len(task.source), task.cfg.optim.global_batch_size
+    try:
+        plan = BatchPlan.create(
+            images, batch, micro_batch_size, world.size, cfg.seed, cfg.data.crops_per_image, task.pairs
+        )
+    except UsageError as error:
+        if images >= batch:
+            raise
+        raise UsageError(f"{error}; {_for_few_images(cfg, images)}") from error
     if cfg.data.sampling == "balanced":
         plan = replace(plan, labels=balanced_labels(task.source))
     task.prepare(plan)
     return plan
+
+
+def _for_few_images(cfg: RunConfig, images: int) -> str:
+    """What to give where a batch has more images than there are."""
+    if not isinstance(cfg, FinetuneConfig):
+        return "experiment=own/small takes one that fits"
+    auto = " or, with few labels, recipe=auto" * (cfg.objective.get("_target_") == CLASSIFY)
+    return f"give optim.global_batch_size={own.batch(own.Facts(images, 0, 0, gpu=True), 'small')}{auto}"
 
 
 def create_schedule(cfg: RunConfig, plan: BatchPlan) -> Schedule:

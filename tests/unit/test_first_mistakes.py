@@ -7,7 +7,7 @@ import pytest
 from fcmae import hydra_run
 from fcmae.cli import main
 from fcmae.training import setup
-from tests.conftest import TINY_PRETRAIN
+from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 from tests.in_process import unchanged
 
 KEYS = "docs/config.md lists all keys, and --cfg job prints those of a command"
@@ -86,6 +86,19 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp
     assert "run has 0.0 MiB free, and a checkpoint needs " in line
     assert "choose a folder on another disk" in line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        (TINY_PRETRAIN, "experiment=own/small takes one that fits"),
+        (TINY_FINETUNE, "give optim.global_batch_size=16 or, with few labels, recipe=auto"),
+    ],
+)
+def test_a_batch_of_more_images_than_there_are_has_a_way_out(command, way_out, fcmae_here):
+    refused = fcmae_here(*command, "optim.global_batch_size=4096", check=2).stderr.splitlines()[-1]
+    mistake = "optim.global_batch_size must be at most 24, the number of training images; got 4096"
+    assert refused == f"fcmae {command[0]}: {mistake}; {way_out}"
 
 
 def test_options_are_parsed_where_help_texts_are_checked(tmp_path, monkeypatch, capfd):
