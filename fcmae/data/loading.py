@@ -67,16 +67,25 @@ class TrainBatches:
         dataset: samples by (epoch, index) of a source of ``plan.num_samples``.
         steps: the optimizer steps to read for.
         skip: replace samples that cannot be read; otherwise the first one raises ImageError.
+        max_bad: the share of an epoch that may be replaced.
     """
 
     def __init__(
-        self, dataset: Dataset, plan: BatchPlan, rank: int, steps: range, workers: Workers, skip: bool = False
+        self,
+        dataset: Dataset,
+        plan: BatchPlan,
+        rank: int,
+        steps: range,
+        workers: Workers,
+        skip: bool = False,
+        max_bad: float = 1.0,
     ) -> None:
         samples = errors_aside(dataset, plan.num_samples, plan.seed, skip)
         keys = MicroBatches(plan, rank, steps.start, steps.stop)
         self.plan = plan
         self.rank = rank
-        self.bad = BadSamples(skip)
+        self._none = functools.partial(BadSamples, skip, plan.steps_per_epoch * plan.global_batch_size, max_bad)
+        self.bad = self._none()
         self._batches: Iterator[Batch] = _loader(samples, workers, batch_sampler=keys)
         self._taken = steps.start * plan.accum_steps
         self._asked_epoch = self._first_epoch = steps.start // plan.steps_per_epoch
@@ -89,7 +98,11 @@ class TrainBatches:
         batch = next(self._batches)
         step, micro = divmod(self._taken, self.plan.accum_steps)
         self._taken += 1
-        bad = self.bad if self.plan.part(micro, self.rank) else BadSamples(self.bad.skip)
+        bad = (
+            self.bad
+            if self.plan.part(micro, self.rank)
+            else BadSamples(self.bad.skip, self.bad.num_samples, self.bad.max_bad)
+        )
         return bad.take(batch, step // self.plan.steps_per_epoch, replaced=True)
 
     def tell_first_epoch(self, step: int, world: World) -> None:

@@ -71,10 +71,11 @@ class BadSamples:
 
     Args:
         skip: continue; otherwise the first one is raised.
+        num_samples: of an epoch or an evaluation, of which the share ``max_bad`` may be skipped; for the hint.
     """
 
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
+    def __init__(self, skip: bool, num_samples: int, max_bad: float) -> None:
+        self.skip, self.num_samples, self.max_bad = skip, num_samples, max_bad
         self.counts: Counter[int] = Counter()
         """Unreadable samples per epoch."""
         self.names: dict[int, list[str]] = {}
@@ -92,7 +93,7 @@ class BadSamples:
             if not isinstance(error, ImageError):
                 raise error
             if not self.skip:
-                hint = "loader.on_error=skip would continue without it"
+                hint = self._hint()
                 if batch.parts is None and batch.left_out > 1:
                     hint = (
                         f"no image of this batch of {batch.left_out} can be read; loader.on_error=skip would not help"
@@ -108,6 +109,16 @@ class BadSamples:
             assert isinstance(last, ImageError)
             raise ImageError(last.name, f"{last.reason}; it was the last of {1 + TRIES} tried for the same place")
         return batch.parts
+
+    def _hint(self) -> str:
+        """Names the share, too, where one sample is more than it. Three: a replacement may be the same image again."""
+        if self.max_bad * self.num_samples >= 1:
+            return "loader.on_error=skip would continue without it"
+        share = min(1.0, float(f"{3 / self.num_samples:.1g}"))
+        return (
+            f"loader.on_error=skip loader.max_bad={share:g} would continue without it; "
+            f"1 of {self.num_samples} samples is more than loader.max_bad={self.max_bad:g}"
+        )
 
 
 def check_share(count: int, num_samples: int, max_bad: float, what: str) -> None:
@@ -149,7 +160,7 @@ def readable(batches: Iterable[Batch], num_samples: int, skip: bool, max_bad: fl
 
     Raises ImageError, and UsageError if more than the share ``max_bad`` is unreadable.
     """
-    bad = BadSamples(skip)
+    bad = BadSamples(skip, num_samples, max_bad)
     for batch in batches:
         parts = bad.take(batch, 0, replaced=False)
         check_share(bad.counts[0], num_samples, max_bad, "the evaluation")

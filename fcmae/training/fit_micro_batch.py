@@ -98,10 +98,11 @@ class Trial:
 
     def __init__(self, task: Task, plan: BatchPlan, state: TrainState, world: World) -> None:
         self.task, self.state, self.device, self.crops = task, state, world.device, plan.crops_per_image
-        skip = task.cfg.loader.on_error == "skip"
+        loader, of_epoch = task.cfg.loader, plan.steps_per_epoch * plan.global_batch_size
+        bad = BadSamples(loader.on_error == "skip", of_epoch, loader.max_bad)
         with preserved(self.device):
-            item = errors_aside(task.dataset(), plan.num_samples, plan.seed, skip)[0, 0]
-            self.sample: list[Tensor] = BadSamples(skip).take(collate([item]), 0, replaced=True)
+            item = errors_aside(task.dataset(), plan.num_samples, plan.seed, bad.skip)[0, 0]
+            self.sample: list[Tensor] = bad.take(collate([item]), 0, replaced=True)
             self.sample += task.draw(0, range(1))
         weights = sum(p.nbytes for p in task.model.parameters() if p.requires_grad)
         self.step = TrainingStep(

@@ -116,7 +116,8 @@ def load_batches(task: Task, plan: BatchPlan, world: World, steps: range) -> Tra
     cfg = task.cfg
     timeout = cfg.trainer.hang_timeout + Watchdog.GRACE / 2  # the watchdog, which leaves stacks, comes first
     workers = Workers.of(cfg.loader, world, timeout)
-    return TrainBatches(task.dataset(), plan, world.rank, steps, workers, skip=cfg.loader.on_error == "skip")
+    skip, max_bad = cfg.loader.on_error == "skip", cfg.loader.max_bad
+    return TrainBatches(task.dataset(), plan, world.rank, steps, workers, skip, max_bad)
 
 
 def event(task: Task, plan: BatchPlan, state: TrainState, world: World) -> dict[str, Any]:

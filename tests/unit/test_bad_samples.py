@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fcmae.config import DataConfig
+from fcmae.data.collate import Batch
 from fcmae.data.loading import TrainBatches, Workers, eval_loader
 from fcmae.data.pixels.transforms import eval_transform, pretrain_transform
 from fcmae.data.plan import BatchPlan
@@ -21,7 +22,7 @@ from fcmae.data.samples import EvaluationImages, MaskedImages
 from fcmae.data.sources import ImageFolder, WebDataset, heads
 from fcmae.data.sources.coco import CocoImages
 from fcmae.data.sources.table import TableImages
-from fcmae.data.unreadable import TRIES, readable
+from fcmae.data.unreadable import TRIES, BadSamples, check_share, readable
 from fcmae.errors import ImageError, UsageError
 from fcmae.messages import print_once
 from tests.bad_files import READABLE, UNREADABLE, add_file, encoded, permissions_count, picture
@@ -193,6 +194,20 @@ def test_evaluation_leaves_out_what_cannot_be_read(folder, capsys):
         evaluate(skip=False)
     with pytest.raises(UsageError, match=r"1 of 5 samples of the evaluation could not be read; .* at most 0.1"):
         evaluate(skip=True, max_bad=0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "max_bad", "keys"),
+    [(1000, 0.001, ""), (999, 0.001, " loader.max_bad=0.003"), (31, 0.001, " loader.max_bad=0.1"), (31, 0.04, ""),
+     (2, 0.001, " loader.max_bad=1"), (10, 0.0, " loader.max_bad=0.3")],
+)  # fmt: skip
+def test_the_hint_suffices_where_one_sample_is_more_than_the_share(count, max_bad, keys):
+    batch = Batch([], [ImageError("a.jpg", "damaged")], 0)
+    with pytest.raises(ImageError, match=rf"\(loader.on_error=skip{keys} would continue without it[);]") as told:
+        BadSamples(False, count, max_bad).take(batch, 0, replaced=True)
+    assert str(told.value).endswith(f"; 1 of {count} samples is more than loader.max_bad={max_bad:g})") == bool(keys)
+    if keys:
+        check_share(1, count, float(keys.partition("=")[2]), "an epoch")
 
 
 def steps(source, ranks, micro, workers, start=0, stop=5):
