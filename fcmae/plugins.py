@@ -99,6 +99,8 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
             f"{key}: {target} does not take these arguments: {error}; it takes {', '.join(takes) or 'none'}"
         ) from error
     except (OSError, ValueError) as error:
+        if str(error).split(" ")[0] in _arguments(found):
+            raise ConfigError(f"{key}.{error}") from error
         raise ConfigError(f"{key}: {target} refuses these arguments: {error}") from error
     lacking = [name for name in attributes if not hasattr(made, name)]
     if lacking:

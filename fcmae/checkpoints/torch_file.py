@@ -111,7 +111,7 @@ def _check_archive(file: IO[bytes], namespaces: bool) -> int:
                 raise ValueError(f"it must have one pickle of at most {MAX_PICKLE} bytes")
             _check_pickle(archive.read(pickles[0]), CALLED | ({"argparse Namespace"} if namespaces else set()))
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"it is cut off or damaged ({error})") from error
+        raise ValueError("it is cut off, or no checkpoint") from error
     return size
 
 

@@ -235,8 +235,11 @@ def explain(error: Exception) -> str:
         return f"Could not find {missing!r}; the nearest are {nearest} (docs/recipes.md and conf/experiment have all)"
     absent = ABSENT.search(str(error))
     if absent:
-        names = sorted(absent[3].split(), key=lambda name: -difflib.SequenceMatcher(None, absent[2], name).ratio())
-        return f"{absent[1]} must be one of {', '.join(names)}; got {absent[2]!r}"
+        group, given, names = absent[1], absent[2], sorted(absent[3].split())
+        close = difflib.get_close_matches(given, names, 1)
+        if close:
+            return f"{group} is {given!r}; did you mean {close[0]}? It must be one of {', '.join(names)}"
+        return f"{group} must be one of {', '.join(names)}; got {given!r}"
     several = SEVERAL.match(str(error))
     if several:
         key, _, values = several[1].partition("=")

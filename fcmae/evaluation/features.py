@@ -187,9 +187,9 @@ class Extractor:
         broken = ~values.isfinite().all(dim=1)
         if broken.any():
             values = values.masked_fill(broken[:, None], 0)  # NaN would be nearest to every image
-            count = int(broken.sum())
+            images = counted(int(broken.sum()), "image")
             self.world.say(
-                f"warning: the features of {count} images are not finite, and count as zero; try precision=float32"
+                f"warning: the features of {images} are not finite, and count as zero; try precision=float32"
             )
         return Features(values, labels)
 

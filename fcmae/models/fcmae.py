@@ -1,6 +1,7 @@
 """Fully convolutional masked autoencoder (FCMAE; ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class FCMAE(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(backbone, str):
-            backbone = create_backbone(backbone, **backbone_kwargs)
+            backbone = _created(backbone, backbone_kwargs)
         elif backbone_kwargs:
             raise ValueError(f"{', '.join(backbone_kwargs)} must be given where the backbone is created")
         check_backbone(backbone)
@@ -279,6 +280,19 @@ class FCMAE(nn.Module):
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _created(name: str, arguments: dict[str, Any]) -> ConvNeXt:
+    try:
+        return create_backbone(name, **arguments)
+    except TypeError as error:
+        _, unknown, argument = str(error).partition("unexpected keyword argument ")
+        if not unknown:
+            raise
+        own = [each for each in inspect.signature(FCMAE).parameters if each != "backbone_kwargs"]
+        raise TypeError(
+            f"FCMAE got an {unknown}{argument}; its own are {', '.join(own)}, and the others go to create_backbone"
+        ) from error
 
 
 def _compiles(target: Target) -> bool:

@@ -108,6 +108,14 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
             checkpoint.read(path)
 
 
+def test_a_checkpoint_that_is_cut_off_is_called_so_where_its_header_is_read(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.write_atomically(path, {"format": checkpoint.FORMAT, "w": torch.randn(500)})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state.pt cannot be read: it is cut off, or no checkpoint$"):
+        checkpoint.header(path)
+
+
 def test_milestones_and_chosen_steps_outlive_the_rotation(tmp_path):
     checkpoints = CheckpointDir(tmp_path, keep=1, keep_every=3)
     for step in range(1, 9):

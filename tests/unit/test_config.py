@@ -44,7 +44,10 @@ BAD = {
     ),
     "no target": ("target=[]", r"target must be one or several different targets; got \[\]"),
     "a target twice": ("target=[pixels,hog,pixels]", r"target must be .* different targets; got \[pixels,hog,pixels\]"),
-    "a target that is none": ("target=pixel", "target must be one of pixels, .*, hog; got 'pixel'"),
+    "a target that is none": (
+        "target=pixel",
+        "target is 'pixel'; did you mean pixels. It must be one of channels, hog, ",
+    ),
     "a number for true": ("data.rot90=3", "data.rot90 must be true or false; got 3"),
     "a number for true, false or null": ("trainer.cuda_graph=-1.5", "trainer.cuda_graph must be true or false; got -1"),
     "mask ratio": ("model.mask_ratio=1.0", r"model.mask_ratio must be a number in \(0, 1\).*; got 1.0"),

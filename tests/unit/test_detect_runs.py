@@ -192,7 +192,7 @@ def test_masks_must_be_there_if_asked_for(squares):
     other["annotations"][2].pop("segmentation")
     file = write_json(squares, other, "without.json")
     assert not task_of(squares, f"data.annotations={file}").objective.masks
-    message = "1 images have objects without a mask: 1.png; objective.model=faster_rcnn takes boxes alone"
+    message = "1 image with objects without a mask: 1.png; objective.model=faster_rcnn takes boxes alone"
     with pytest.raises(ConfigError, match=message):
         task_of(squares, f"data.annotations={file}", "objective.model=mask_rcnn")
     other = copy.deepcopy(content)

@@ -375,7 +375,7 @@ def test_features_that_are_not_finite_are_near_to_nothing(capsys):
         features = poisoned(Known())
     assert features.values[4].eq(0).all()
     assert torch.equal(features.values[5:], clean.values[5:])
-    assert "warning: the features of 1 images are not finite, and count as zero" in capsys.readouterr().err
+    assert "warning: the features of 1 image are not finite, and count as zero" in capsys.readouterr().err
     found = knn_predict(clean.values[5:], features.values, features.labels, [1], 0.07, 10)[0][0]
     assert torch.equal(found, clean.labels[5:])
 

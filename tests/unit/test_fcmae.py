@@ -219,3 +219,8 @@ def test_the_whole_model_compiles_into_one_graph():
     imgs, mask = torch.randn(2, 3, 64, 64), random_mask(torch.rand(2, 4), 2)
     torch.testing.assert_close(compiled(imgs, mask, 2).loss, model(imgs, mask, 2).loss)
     assert counter.frame_count == 1
+
+
+def test_an_unknown_argument_is_named_with_the_known_ones():
+    with pytest.raises(TypeError, match="FCMAE got an unexpected keyword argument 'mask_rato'; its own are back"):
+        FCMAE("convnextv2_atto", mask_rato=0.5)

@@ -148,7 +148,7 @@ def test_validation_images_may_lack_a_class(tmp_path, three_classes, capsys):
     (tmp_path / "val" / "d").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "val" / "d" / "0.png")
     assert main(["evaluate", f"checkpoint={run}"]) == 2
-    assert "the 3 classes of data.val_path are not among the 3 of" in capsys.readouterr().err
+    assert "1 of the 3 classes of data.val_path is not among the 3 of" in capsys.readouterr().err
 
 
 def test_training_images_that_are_also_validation_images_are_told(tmp_path, three_classes):

@@ -46,7 +46,18 @@ TYPED = {
         "pretrain data=synthetic experiment=own/smal",
         "Could not find 'experiment/own/smal'; the nearest are own/small, own/large, own/medium, ",
     ),
-    "network": ("pretrain data=synthetic model=convnextv2_ato", "model must be one of convnextv2_atto, convnext"),
+    "network": (
+        "pretrain data=synthetic model=convnextv2_ato",
+        "model is 'convnextv2_ato'; did you mean convnextv2_atto? It must be one of convnext_atto, convnext_base, ",
+    ),
+    "engine": (
+        "pretrain data=synthetic engine=minkowsky",
+        "engine is 'minkowsky'; did you mean minkowski? It must be one of dense, masked, minkowski, packed, timm",
+    ),
+    "objective without classes": (
+        "finetune data=synthetic objective=segment trainer.eval_every_epochs=null",
+        "objective.classes must be a list of two or more names, or their number; got None",
+    ),
     "table": ("pretrain data.path=t.csv", "data.path: t.csv is not a folder; such files need data=table"),
     "tar": ("pretrain data.path=a.tar", "data.path: a.tar is not a folder; such files need data=webdataset"),
     "study": ("study data.path=. init_from=a.jpg", "data.val_path is not set; give the folder of validation images"),

@@ -278,10 +278,10 @@ def test_every_kind_of_wrong_map_is_named_before_training(tmp_path):
         train(tmp_path)
     missing, sizes, values = error.value.mistakes
     assert missing.endswith(f"no file of the same relative name (any ending) for {tmp_path}/images/s/7.png")
-    assert sizes.startswith("data.target_path: 1 maps have another size than their image: ")
+    assert sizes.startswith("data.target_path: 1 map of another size than the image: ")
     assert sizes.endswith("masks/s/0.png is 40x40, its image 56x40")
     assert values.startswith("data.target_path: 2 of 7 maps cannot be used: ")
-    assert "1.png: 2240 pixels have other classes, such as 7; 3 classes are 0 to 2 or 255 to leave out; " in values
+    assert "1.png: it has 2,240 pixels of other classes, such as 7; 3 classes are 0 to 2 or 255 to leave" in values
     assert "2.png: it has 3 channels; a map of classes must have 1" in values
 
 
@@ -291,7 +291,7 @@ def test_a_wrong_map_that_is_not_checked_is_named_in_training(tmp_path, monkeypa
     write_squares(tmp_path, 4)
     task = train(tmp_path)
     for array, message in (
-        (np.full((40, 56), 9), "masks/s/2.png: 2240 pixels have other classes, such as 9"),
+        (np.full((40, 56), 9), "masks/s/2.png: it has 2,240 pixels of other classes, such as 9"),
         (np.zeros((30, 30)), "images/s/2.png: its target map has 30x30 pixels; the image has 56x40"),
     ):
         spoil(tmp_path, 2, array)

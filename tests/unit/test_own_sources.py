@@ -196,8 +196,11 @@ def test_a_mistake_in_the_loader_names_its_key(given, message):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["a", "x"], "the 2 classes of data.val_path are not among the 3 of data.path: x"),
-        ([str(i) for i in range(12)], "the 12 classes .* of data.path: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
+        (["a", "x"], "1 of the 2 classes of data.val_path is not among the 3 of data.path: x"),
+        (
+            [str(i) for i in range(12)],
+            "12 of the 12 .* are not among the 3 of data.path: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more",
+        ),
         (None, "data.val_path has no labels: its source gives none"),
     ],
 )

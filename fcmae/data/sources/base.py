@@ -265,8 +265,9 @@ def with_classes(source: Source, key: str, expected: list[str], whose: str) -> t
     known, present = set(expected), set(classes)
     unknown = [name for name in classes if name not in known]
     if unknown:
+        verb = "is" if len(unknown) == 1 else "are"
         raise UsageError(
-            f"the {len(classes)} classes of {key} are not among the {len(expected)} of {whose}: "
+            f"{len(unknown)} of the {len(classes)} classes of {key} {verb} not among the {len(expected)} of {whose}: "
             f"{first_of(unknown, 10)}; {whose} has {first_of(expected, 10)}"
         )
     missing = [name for name in expected if name not in present]

@@ -8,7 +8,7 @@ from fcmae.data.pixels.maps import IGNORED, has_values, stored_size
 from fcmae.data.samples import Target
 from fcmae.data.sources.base import Source, shuffled
 from fcmae.data.sources.map_files import Mapped
-from fcmae.errors import ConfigError, ImageError, first_of, shown
+from fcmae.errors import ConfigError, ImageError, counted, first_of, shown
 
 SIZES = 20_000
 """Pairs whose headers are compared, of a fixed random order. A header takes 0.1 ms, and on a network more."""
@@ -52,7 +52,7 @@ def check_maps(source: Source, key: str, target: Target, classes: Sequence[str] 
         names = [shown(source.describe(index)) for index in sorted(missing)]
         mistakes.append(f"{key} has no file of the same relative name (any ending) for {first_of(names)}")
     if sizes:
-        mistakes.append(f"{key}: {len(sizes)} maps have another size than their image: {first_of(sizes)}")
+        mistakes.append(f"{key}: {counted(len(sizes), 'map')} of another size than the image: {first_of(sizes)}")
     if wrong:
         named = first_of(wrong, separator="; ")
         mistakes.append(f"{key}: {len(wrong)} of {seen + len(wrong)} maps cannot be used: {named}")
@@ -66,7 +66,7 @@ def check_maps(source: Source, key: str, target: Target, classes: Sequence[str] 
         only = classes[found_classes.pop()] if classes else "one number"
         binary = "for masks of 0 and 255 set objective.values=[0,255] objective.ignore_index=null"
         others = f"; the others are left out (objective.ignore_index); {binary}" if left_out else ""
-        notes.append(f"warning: {key}: all labelled pixels of {seen} maps are of class {only}{others}")
+        notes.append(f"warning: {key}: all labelled pixels of {counted(seen, 'map')} are of class {only}{others}")
     return notes
 
 

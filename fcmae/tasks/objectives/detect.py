@@ -10,7 +10,7 @@ from fcmae.data.pixels.instances import coco_mask
 from fcmae.data.sources import Source, Subset
 from fcmae.data.sources.coco import CocoObjects
 from fcmae.distributed import World
-from fcmae.errors import ConfigError, UsageError, first_of
+from fcmae.errors import ConfigError, UsageError, counted, first_of
 from fcmae.evaluation.coco_metrics import NAMES, coco_metrics
 from fcmae.models.detector import Detector
 from fcmae.models.objective import BoxObjective, Predictions, Report
@@ -63,8 +63,8 @@ class Detect(BoxObjective):
         without = source.without_mask()
         if self.model == "mask_rcnn" and without:
             raise ConfigError(
-                f"{source.key}: {source.file}: {len(without)} images have objects without a mask: {first_of(without)}; "
-                "objective.model=faster_rcnn takes boxes alone"
+                f"{source.key}: {source.file}: {counted(len(without), 'image')} with objects without a mask: "
+                f"{first_of(without)}; objective.model=faster_rcnn takes boxes alone"
             )
         if not self.most:
             raise UsageError(f"{source.key}: {source.file} has no boxes to train with")
@@ -87,8 +87,8 @@ class Detect(BoxObjective):
         without = source.without_mask()
         if self.masks and without:
             raise ConfigError(
-                f"{source.key}: {source.file}: {len(without)} images have objects without a mask, which {whose} has: "
-                f"{first_of(without)}"
+                f"{source.key}: {source.file}: {counted(len(without), 'image')} with objects without a mask, "
+                f"which {whose} has: {first_of(without)}"
             )
         return source, source.take_classes(self.classes, whose)
 

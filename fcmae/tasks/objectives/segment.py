@@ -14,7 +14,7 @@ from fcmae.data.pixels.maps import IGNORED, MAX_CLASSES, class_map
 from fcmae.data.sources import Sample, Source
 from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
-from fcmae.errors import ImageError, UsageError
+from fcmae.errors import ImageError, UsageError, counted
 from fcmae.evaluation import reports
 from fcmae.evaluation.box_pictures import colour
 from fcmae.messages import print_once_rank0
@@ -119,7 +119,8 @@ class Segment(PerPixel):
         in_order = known == list(range(known[0], known[0] + self.channels))
         shown = f"{known[0]} to {known[-1]}" if in_order else str(known)
         ignored = f" or {' or '.join(map(str, self.left_out))} to leave out" if self.left_out else ""
-        return f"{pixels} pixels have other classes, such as {value}; {self.channels} classes are {shown}{ignored}"
+        found = f"it has {counted(pixels, 'pixel')} of other classes, such as {value}"
+        return f"{found}; {self.channels} classes are {shown}{ignored}"
 
     def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Each term is a mean over the labelled pixels of a sample, 0 without one."""
