@@ -1,6 +1,7 @@
 """Fine-tuning from image to image: losses, metrics, and a run to TIFF files."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torchmetrics import PearsonCorrCoef
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from fcmae.config import FinetuneConfig, LoaderConfig
+from fcmae.config import AugmentConfig, DataConfig, FinetuneConfig, LoaderConfig
+from fcmae.data.pixels.crops import cut
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.maps import value_map
+from fcmae.data.pixels.pairs import PairTransform
 from fcmae.errors import UsageError
 from fcmae.models.objective import Predictions
 from fcmae.tasks.objectives import Translate
@@ -48,6 +51,51 @@ def test_values_are_standardised_by_the_training_maps():
     assert fitted(maps, data_range=7).span.tolist() == [7, 7]
     with pytest.raises(UsageError, match="the target maps have one value only, or none, in channel 1"):
         fitted([torch.stack([torch.randn(4, 4), torch.ones(4, 4)])])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"crop_zoom": [1.0, 1.0]},
+        {"crop_zoom": [0.5, 2.0], "vflip": 0.5, "rot90": True},
+        {"fit": "pad", "crop_zoom": [0.5, 2.0]},
+        {"fit": "pad"},
+    ],
+)
+@pytest.mark.parametrize("size", [(50, 40), (150, 170)])
+def test_a_pixel_without_a_value_takes_those_that_the_filter_makes_of_it(how, size):
+    """torch's own resize spreads a NaN to just these. A map without one is resized as an image is."""
+    cfg = DataConfig(image_size=64, mean=[0.0] * 3, std=[1.0] * 3, **how)
+    transform, image = PairTransform(cfg, AugmentConfig()), torch.zeros(3, *size, dtype=torch.uint8)
+    whole = torch.randn(2, *size)
+    target, filled = whole.clone(), whole.clone()
+    for y, x in [(7, 3), (20, 30), (49, 11)]:
+        target[0, y, x], filled[0, y, x] = torch.nan, 1e6
+    for seed in range(10):
+        random.seed(seed)
+        box = transform.crop.box(size, random.random)
+        random.seed(seed)
+        found = transform(image, target)[1]
+        random.seed(seed)
+        before = transform(image, whole)[1]
+        shown = box.shown or ((box.height, box.width) if "fit" in how else (64, 64))
+
+        def expected(pixels, box=box, shown=shown):
+            part = pixels[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
+            if part.shape[2:] != shown:
+                part = F.interpolate(part, shown, mode="bicubic", antialias=True)
+            part = part.flip([dim for dim, flipped in ((2, box.vflip), (3, box.flip)) if flipped])
+            return part[0].rot90(box.turns, (1, 2))
+
+        rows, cols = expected(target).shape[1:]
+        assert found[:, rows:].isnan().all()
+        assert found[:, :, cols:].isnan().all()
+        assert before[:, :rows, :cols].equal(cut(whole, box, shown))
+        inside, missing = found[:, :rows, :cols], expected(target).isnan()
+        assert inside.isnan().equal(missing)
+        assert inside[~missing].equal(before[:, :rows, :cols][~missing])
+        torch.testing.assert_close(inside[~missing], expected(filled)[~missing], rtol=1e-5, atol=1e-5)
 
 
 def test_losses_are_means_over_what_is_there():

@@ -153,10 +153,10 @@ class RandomCrop:
         if self.at_own_size:
             if box.shown is not None:
                 pixels, valid = resize(pixels, list(box.shown)), resized(valid, box.shown)
-            crop, valid = (padded(_turned(x, box), self.size) for x in (pixels, valid))
+            crop, valid = (padded(turned(x, box), self.size) for x in (pixels, valid))
             return [no_data.replace(crop, valid), valid]
         crop = how(pixels, box, self.size)
-        valid = cut_nearest(valid, box, self.size) if nearest else _turned(resized(valid, self.size), box)
+        valid = cut_nearest(valid, box, self.size) if nearest else turned(resized(valid, self.size), box)
         return [no_data.replace(crop, valid), valid]
 
     def with_box(self, image: Tensor | Encoded | LazyImage, uniform: Uniform = random.random) -> tuple[Tensor, Box]:
@@ -283,7 +283,7 @@ def cut_nearest(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         start + ((torch.arange(count) + 0.5) * (side / count)).long().clamp(max=side - 1)
         for start, side, count in zip(box[:2], box[2:4], size, strict=True)
     )
-    return _turned(pixels[:, rows][:, :, cols], box)
+    return turned(pixels[:, rows][:, :, cols], box)
 
 
 def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
@@ -291,18 +291,18 @@ def cut(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     part = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
     if _is_numbers(part) and (box.height, box.width) != size:
         resized = _by_products(part, size, box.vflip, box.flip)
-        return _turned(resized, box._replace(vflip=False, flip=False))
-    return _turned(resize(part, list(size)), box)
+        return turned(resized, box._replace(vflip=False, flip=False))
+    return turned(resize(part, list(size)), box)
 
 
-def _turned(pixels: Tensor, box: Box) -> Tensor:
+def turned(pixels: Tensor, box: Box) -> Tensor:
     """``[C, H, W]`` as the box says, in the same order in memory; with an odd number of turns it must be square."""
     if not (box.flip or box.vflip or box.turns):
         return pixels
     if not any(pixels.stride()):  # all values are the same one
         return pixels.transpose(1, 2) if box.turns % 2 else pixels
     if pixels.dtype == torch.uint16:  # torch 2.11 does not mirror these
-        return _turned(pixels.view(torch.int16), box).view(torch.uint16)
+        return turned(pixels.view(torch.int16), box).view(torch.uint16)
     channels_last = pixels.stride(0) == 1  # torch is fast where these are last in memory and in shape
     image = pixels.permute(1, 2, 0) if channels_last else pixels
     rows, cols = (0, 1) if channels_last else (1, 2)
@@ -310,8 +310,8 @@ def _turned(pixels: Tensor, box: Box) -> Tensor:
     if box.turns:
         strides = image.stride()
         order = sorted(range(3), key=lambda axis: -strides[axis])  # the outermost in memory first
-        turned = image.rot90(box.turns, (rows, cols)).permute(order).contiguous()
-        image = turned.permute([order.index(axis) for axis in range(3)])
+        rotated = image.rot90(box.turns, (rows, cols)).permute(order).contiguous()
+        image = rotated.permute([order.index(axis) for axis in range(3)])
     return image.permute(2, 0, 1) if channels_last else image
 
 

@@ -11,11 +11,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fcmae.config import AugmentConfig, DataConfig
-from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest
+from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest, turned
 from fcmae.data.pixels.decode import Encoded, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.maps import IGNORED
+from fcmae.data.pixels.nodata import is_all, resized
 from fcmae.data.pixels.transforms import WholeImage, normalized
 from fcmae.errors import ConfigError
 
@@ -26,8 +27,9 @@ INSIDE = 7919
 class PairTransform:
     """Makes a training sample of an image and its map: normalised float32 ``[C, *cfg.size]``, and the map of that size.
 
-    Maps of classes ``[H, W]`` are cut by nearest neighbours, maps of numbers ``[K, H, W]`` by the filter of images.
-    Pixels that a transform takes from outside of the image are left out: ``IGNORED``, or NaN.
+    Maps of classes ``[H, W]`` are cut by nearest neighbours, maps of numbers ``[K, H, W]`` by the filter of images: a
+    pixel for which it reads a NaN is NaN. Pixels that a transform takes from outside of the image are left out:
+    ``IGNORED``, or NaN.
 
     Raises ConfigError for augmentation that cannot change a map.
     """
@@ -66,9 +68,22 @@ class PairTransform:
         if self.crop.at_own_size:
             rows, cols = box.shown or (box.height, box.width)
             size = rows, cols
-        found = cut(target, box, size) if target.is_floating_point() else cut_nearest(target[None], box, size)[0]
+        found = (
+            _cut_numbers(target, box, size) if target.is_floating_point() else cut_nearest(target[None], box, size)[0]
+        )
         more = [side - shown for side, shown in zip(self.crop.size, found.shape[-2:], strict=True)]
         return F.pad(found, (0, more[1], 0, more[0]), value=_left_out(found)) if any(more) else found
+
+
+def _cut_numbers(target: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """A part of numbers ``[K, H, W]``, resized and turned. NaN where the filter reads one, as images' no-data."""
+    part = target[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    box, valid = box._replace(top=0, left=0), ~part.isnan()
+    if is_all(valid):
+        return cut(part, box, size)
+    # The resize multiplies pixels far away by 0, which would not remove a NaN.
+    found = cut(torch.where(valid, part, 0), box, size)
+    return found.masked_fill_(~turned(resized(valid, size), box), torch.nan)
 
 
 def _left_out(target: Tensor) -> float:
