@@ -137,3 +137,12 @@ def test_few_images_take_one_thread(monkeypatch):
         assert (seen, torch.get_num_threads()) == ([1, 1], 3)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_folds_of_another_cross_validation_are_not_taken(tmp_path):
+    values, labels = clusters(60)
+    for folds, l2s in ((4, [0.1, 1.0]), (4, [0.1]), (3, [0.1])):
+        given = (values, labels, 3, stratified_folds(labels, folds, 0), l2s)
+        found, expected = cross_validate(*given, folder=tmp_path), cross_validate(*given)
+        assert found.log_loss == expected.log_loss
+        assert torch.equal(found.logits, expected.logits)
