@@ -202,15 +202,15 @@ def cross_validate(
             continue
         file = None if folder is None else folder / f"fold{fold + 1}.json"
         kept = None if file is None else read_result(file, of=dict, logits=list)
-        of = {
+        asked = {
             "l2": list(l2s),
             "held_out": held.nonzero()[:, 0].tolist(),
         }  # trainer.allow_changed_recipe may change them
-        if kept is None or kept["of"] != of:
+        if kept is None or kept["of"] != asked:
             found = fit(values[~held], labels[~held], classes, l2s, class_weights, stop)
             of_held = torch.stack([found[l2](values[held]) for l2 in l2s])
             if file is not None:
-                write_result(file, {"of": of, "logits": of_held.tolist()})
+                write_result(file, {"of": asked, "logits": of_held.tolist()})
         else:
             of_held = torch.from_numpy(np.array(kept["logits"], np.float64)).to(values.device)  # null is NaN
         for l2, rows in zip(l2s, of_held, strict=True):
