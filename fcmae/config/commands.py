@@ -24,7 +24,7 @@ from fcmae.config.checks import (
     is_positive,
 )
 from fcmae.config.conflicts import check_auto, check_finetuning, check_pretraining
-from fcmae.config.data import AugmentConfig, DataConfig
+from fcmae.config.data import AugmentConfig, DataConfig, are_same_places
 from fcmae.config.few_labels import AutoConfig
 from fcmae.config.loader import LoaderConfig
 from fcmae.config.model import DECODER_WIDTH, ClassifierConfig, ClassifierEngineConfig, EngineConfig, FCMAEConfig
@@ -238,15 +238,19 @@ class CheckpointConfig:
     def merge_data(self, own: DataConfig | dict[str, Any]) -> DataConfig:
         """The checkpoint's data config, or the keys that it knows, overridden by the command line.
 
-        A path or a source on the command line replaces the checkpoint's images, whichever of the two named them. The
-        class of a checkpoint's own source must be in ``allow``; a command that it names as a path is dropped.
+        A path or a source on the command line replaces the checkpoint's images, whichever of the two named them, and
+        their target maps. The class of a checkpoint's own source must be in ``allow``; its commands are dropped.
         """
         given, values = self._given(), dataclasses.asdict(own) if isinstance(own, DataConfig) else dict(own)
-        for source, path in (("source", "path"), ("val_source", "val_path")):
+        for source, path, maps in (("source", "path", "target_path"), ("val_source", "val_path", "val_target_path")):
+            if path in given and not are_same_places(given[path], values.get(path)):
+                values[maps] = None
             if not given.keys().isdisjoint({"name", path}):
                 values[source] = None
             elif source in given or values.get(source) is not None:
                 values[path] = None
+            if values.get(source) is not None and values[source]["_target_"] in self.allow:
+                values[source].pop(NAMED_BY, None)
         values["cache"] = None  # pays off over many epochs
         for path in ("path", "val_path"):
             if path not in given and any(is_command(str(one)) for one in as_list(values.get(path))):
@@ -254,9 +258,6 @@ class CheckpointConfig:
                 print_once_rank0(
                     f"data.{path} of the checkpoint is a command ({PIPE}), which is not run; give it yourself"
                 )
-        for source in ("source", "val_source"):
-            if values.get(source) is not None and values[source]["_target_"] in self.allow:
-                values[source].pop(NAMED_BY, None)
         if given.get("name", "table") != "table" and isinstance(values.get("label_column"), (list, tuple)):
             values["label_column"] = None  # other sources have no columns of numbers
         return from_dict(DataConfig, {**without_derived(values, given), **given}, prefix="data")

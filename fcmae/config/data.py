@@ -1,6 +1,7 @@
 """Groups ``data`` and ``augment``: where samples come from and how they become tensors."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,12 @@ MAX_SIDE = 2**14
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 DTYPES = ("uint", "float32")
 SOURCES = ("imagefolder", "webdataset", "hf", "table", "array", "coco", "fashion_mnist", "synthetic")
+
+
+def are_same_places(one: Any, other: Any) -> bool:
+    """Whether two paths, or lists of some, name the same files or folders in the same order."""
+    first, second = ([os.path.realpath(str(path)) for path in as_list(given)] for given in (one, other))
+    return first == second
 
 
 @dataclass
@@ -54,7 +61,8 @@ class DataConfig:
     """Target maps for objective=segment or translate: a folder, or one per folder of ``path``, with a file for each
     image under the same relative name; the ending may differ (docs/dense.md)."""
     val_target_path: Any = None
-    """Maps of the validation images, in the same way; None = ``target_path``."""
+    """Maps of the validation images, in the same way. Must be given if ``val_path`` differs from ``path``, whose maps
+    are taken otherwise."""
     split: str = "train"
     """hf, table: the training split."""
     val_split: str = "validation"
@@ -179,6 +187,12 @@ class DataConfig:
     """Fine-tuning: ``uniform`` = every image once per epoch; ``balanced`` = every class equally often."""
     length: int = 1024
     """Images in the synthetic source."""
+
+    @property
+    def val_maps_key(self) -> str:
+        """The key of the validation images' maps: other images than those of ``path`` have other maps."""
+        same = self.val_path is None or are_same_places(self.val_path, self.path)
+        return "target_path" if same and self.val_target_path is None else "val_target_path"
 
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, SOURCES)

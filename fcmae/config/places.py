@@ -30,6 +30,12 @@ def not_set(name: str, key: str) -> str:
     return f"data.{key} is not set; give {WHAT[name].format('training' if key == 'path' else 'validation', key)}"
 
 
+def maps_not_set(key: str) -> str:
+    """The error where target maps are needed and ``data.KEY`` is not set."""
+    images = key.replace("target_path", "path")
+    return f"data.{key} is not set; give the folder of the target maps of data.{images}, data.{key}=FOLDER"
+
+
 def check_places(cfg: Any, run_dir: Path) -> None:
     """A mistake for every folder or file of a config that is missing, and every output that cannot be written.
 
@@ -48,6 +54,8 @@ def check_places(cfg: Any, run_dir: Path) -> None:
     if isinstance(cfg, (RunConfig, PrepareConfig)):
         for key in _needed(cfg):
             _check_images(cfg.data, key)
+            if key == "val_path":
+                _check_val_maps(cfg.data)
         for key in ("target_path", "val_target_path"):
             _check_folders(key, getattr(cfg.data, key))
         for key in ("annotations", "val_annotations"):
@@ -94,6 +102,13 @@ def _check_images(data: DataConfig, key: str) -> None:
             mistake(f"data.{key}: no file {one}")
         elif not os.path.exists(one) and not any(sign in one for sign in "{*?["):
             mistake(f"data.{key}: {one} is neither a tar file nor a folder or pattern of tar files")
+
+
+def _check_val_maps(data: DataConfig) -> None:
+    """A mistake where the validation images would be compared with the maps of the training images."""
+    in_folders = data.name == "imagefolder" and data.val_source is None and data.target_path is not None
+    if in_folders and getattr(data, data.val_maps_key) is None:
+        mistake(maps_not_set(data.val_maps_key))
 
 
 def _check_url(key: str, url: str) -> None:

@@ -284,7 +284,10 @@ def evaluating(plan: Plan, run_dir: Any) -> EvaluateConfig:
     """The config of measuring a trained network on the validation images."""
     cfg = plan.cfg
     named = [cfg.objective["_target_"], *([cfg.data.val_source["_target_"]] if cfg.data.val_source else [])]
-    data = DataOverrides(val_source=cfg.data.val_source, val_path=cfg.data.val_path)
+    own = cfg.data
+    data = DataOverrides(
+        val_source=own.val_source, val_path=own.val_path, val_target_path=getattr(own, own.val_maps_key)
+    )
     return EvaluateConfig(
         f"{run_dir}@last",
         data=data,

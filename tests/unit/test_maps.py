@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, compose, to_dict
+from fcmae.config import AugmentConfig, DataConfig, LoaderConfig, check_places, compose, to_dict
 from fcmae.data.pixels.crops import Box, cut, cut_nearest
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.extra import Extra
@@ -258,6 +258,42 @@ def test_maps_in_folders_and_tables(tmp_path):
         assert Segment(3).target(source[1], source, 1).unique().tolist() == [-1, 0, 1, 2]
 
 
+def test_other_images_are_never_compared_with_the_training_maps(tmp_path):
+    """Where names and sizes agree, nothing else would tell."""
+    for name, seed in (("a", 0), ("b", 1)):
+        write_squares(tmp_path / name, 2, seed=seed)
+    a, b = tmp_path / "a", tmp_path / "b"
+    paths = {"path": f"{a}/images", "target_path": f"{a}/masks"}
+
+    def target(**given):
+        return mapped_source(DataConfig(**paths, **given), LoaderConfig(), train=False).target_path(0)
+
+    told = "data.val_target_path is not set; give the folder of the target maps of data.val_path, data.val_target_path="
+    with pytest.raises(UsageError, match=told):
+        target(val_path=f"{b}/images")
+    assert target(val_path=f"{b}/images", val_target_path=f"{b}/masks") == f"{b}/masks/s/0.png"
+    assert target(val_path=[f"{a}/images/"]) == f"{a}/masks/s/0.png"  # the same images
+    for command, more in (("finetune", []), ("study", ["labels=[2]"])):
+        given = [f"data.{key}={value}" for key, value in paths.items()] + [f"data.val_path={b}/images", *more]
+        given += ["data.name=imagefolder", "objective=segment", "objective.classes=3"]
+        with pytest.raises(ConfigError, match=told):
+            compose(command, given, lambda cfg: check_places(cfg, tmp_path))
+        compose(command, [*given, f"data.val_target_path={b}/masks"], lambda cfg: check_places(cfg, tmp_path))
+
+
+def test_another_path_replaces_the_maps_of_a_checkpoint():
+    own = DataConfig(path="a/i", target_path="a/m", val_path="b/i", val_target_path="b/m")
+
+    def merged(*given):
+        data = compose("evaluate", ["checkpoint=x", *given]).merge_data(own)
+        return data.target_path, data.val_target_path
+
+    assert merged("data.val_path=b/i") == merged() == ("a/m", "b/m")
+    assert merged("data.val_path=c/i") == ("a/m", None)
+    assert merged("data.val_path=c/i", "data.val_target_path=c/m") == ("a/m", "c/m")
+    assert merged("data.path=c/i", "data.val_path=c/i") == (None, None)
+
+
 def train(folder, *overrides):
     data = (f"data.path={folder}/images", f"data.target_path={folder}/masks", "data.name=imagefolder")
     how = ("objective=segment", "objective.classes=3", "objective.width=8", "trainer.eval_every_epochs=null")
@@ -339,7 +375,7 @@ def test_maps_without_labels_are_named(tmp_path):
             [],
             r"two files of one name: .*1\.(png|npy) and ",
         ),
-        (None, ["data.target_path=null"], "data.target_path is not set; give the folder of target maps"),
+        (None, ["data.target_path=null"], "data.target_path is not set; give the folder of the target maps of data.p"),
         (None, ["data.name=synthetic"], "data.name is synthetic; target maps are read with data.name=imagefolder"),
         (None, ["augment.mixup=0.5"], r"augment.mixup must be 0 with objective: .*Segment"),
         (None, ["data.image_size=36"], "data.image_size must be a multiple of 8, the total stride, with target maps"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fcmae.config import DataConfig, LoaderConfig
 from fcmae.config.checks import as_list
+from fcmae.config.places import maps_not_set
 from fcmae.data.pixels.decode import Encoded, read_file
 from fcmae.data.sources.base import Sample, Source, Wrapper
 from fcmae.data.sources.create import train_source, val_source
@@ -109,7 +110,7 @@ def map_key(cfg: DataConfig, train: bool) -> str:
     """The key that says where the target maps are."""
     if cfg.target_column is not None:
         return "data.target_column"
-    return "data.target_path" if train or cfg.val_target_path is None else "data.val_target_path"
+    return f"data.{'target_path' if train else cfg.val_maps_key}"
 
 
 def mapped_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
@@ -121,7 +122,7 @@ def mapped_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
         raise ConfigError(f"data.cache must be null with target maps, which it does not keep; got {cfg.cache!r}")
     source = (train_source if train else val_source)(cfg, loader)
     key = map_key(cfg, train)
-    given = cfg.val_target_path if key == "data.val_target_path" else cfg.target_path
+    given = getattr(cfg, "target_path" if train else cfg.val_maps_key)
     if isinstance(source, Own):
         return source
     if isinstance(source, TableImages):
@@ -132,5 +133,5 @@ def mapped_source(cfg: DataConfig, loader: LoaderConfig, train: bool) -> Source:
     if not isinstance(source, ImageFolder):
         raise UsageError(f"data.name is {cfg.name}; target maps are read with data.name=imagefolder or table")
     if given is None:
-        raise UsageError(f"{key} is not set; give the folder of target maps, {key}=FOLDER")
+        raise UsageError(maps_not_set(key.removeprefix("data.")))
     return InFolders(source, as_list(given), key, loader.relist)
