@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fcmae.config import CheckpointConfig, DataConfig, check
-from fcmae.data.sources.base import locate
+from fcmae.data.sources.base import Source, locate
 from fcmae.data.sources.coco import CocoImages
 from fcmae.data.sources.images import Joined
 from fcmae.distributed import World
+from fcmae.errors import ConfigError, shown
 from fcmae.evaluation.coco_metrics import rows
 from fcmae.evaluation.detections import found_in
 from fcmae.evaluation.features import check_image_size
@@ -51,6 +52,7 @@ def predict_boxes(
     expected = "a file whose name ends in .json or .csv"
     check("--out", out, out is None or Path(out).suffix in ENDINGS, expected)
     check_image_size(data, network.model, "objective=detect")
+    ids = [_category_ids(each, network) for each in source.sources]
     done: list[tuple[int, Found, list[dict[str, Any]]]] = []
     for batch in found_in(network.model, source, data, cfg.loader, cfg.at_once(dense=True), cfg.precision, world):
         done += [
@@ -64,8 +66,13 @@ def predict_boxes(
     if len(done) < len(source):
         say(f"{len(source) - len(done)} of {len(source)} images could not be read and are left out")
     if out is not None:
-        given = [(_image_id(source, place), source.describe(place), found) for place, _, found in done]
-        write_output("--out", out, (_json if out.endswith(".json") else _csv)(given, network))
+        named = [(source.describe(place), found) for place, _, found in done]
+        if out.endswith(".json"):
+            places = [(place, *locate(source.ends, place)) for place, _, _ in done]
+            of = [(_image_id(source.sources[part], index, place), ids[part]) for place, part, index in places]
+            write_output("--out", out, _json(named, of))
+        else:
+            write_output("--out", out, _csv(named, network))
     found = [each for _, each, _ in done]
     masks = [[row["segmentation"] for row in each if "segmentation" in row] for _, _, each in done]
     paths = [source.describe(place) for place, _, _ in done]
@@ -73,21 +80,38 @@ def predict_boxes(
     return Boxes(paths, list(boxes), list(classes), list(scores), masks, network.columns)
 
 
-def _image_id(source: Joined, place: int) -> int:
+def _image_id(images: Source, index: int, place: int) -> int:
     """That of the COCO file which lists the image; of other images the place."""
-    part, index = locate(source.ends, place)
-    images = source.sources[part]
     return images.ids[index] if isinstance(images, CocoImages) else place
 
 
-Images = list[tuple[int, str, list[dict[str, Any]]]]
-"""Id, name and objects of each image."""
+def _category_ids(images: Source, network: BoxNetwork) -> list[int]:
+    """Of each class in the results: that of the COCO file which lists the images, else that of the training file.
+
+    Raises ConfigError if the latter is of another class in the file.
+    """
+    if not isinstance(images, CocoImages):
+        return network.ids
+    known, ids = images.ids_of_names, dict(zip(network.columns, network.ids, strict=False))
+    names = {identity: name for name, identity in known.items()}
+    for name, identity in ids.items():
+        if name not in known and identity in names:
+            raise ConfigError(
+                f"{images.key}: {images.file} has no category {shown(name)}, and its id in training, {identity}, is "
+                f"that of {shown(names[identity])}; add {shown(name)} to its categories"
+            )
+    return [known.get(name, identity) for name, identity in ids.items()]
 
 
-def _json(images: Images, network: BoxNetwork) -> str:
+Images = list[tuple[str, list[dict[str, Any]]]]
+"""Name and objects of each image."""
+
+
+def _json(images: Images, of: list[tuple[int, list[int]]]) -> str:
+    """``of``: the id of each image, and those of the classes."""
     results = [
-        {"image_id": identity, "file_name": name, **row, "category_id": network.ids[row["category_id"]]}
-        for identity, name, found in images
+        {"image_id": identity, "file_name": name, **row, "category_id": ids[row["category_id"]]}
+        for (name, found), (identity, ids) in zip(images, of, strict=True)
         for row in found
     ]
     return json_text(results)
@@ -95,7 +119,7 @@ def _json(images: Images, network: BoxNetwork) -> str:
 
 def _csv(images: Images, network: BoxNetwork) -> str:
     rows: list[list[Any]] = [["path", "class", "score", "left", "top", "right", "bottom"]]
-    for _, name, found in images:
+    for name, found in images:
         for row in found:
             left, top, width, height = row["bbox"]
             numbers = (row["score"], left, top, left + width, top + height)

@@ -12,8 +12,11 @@ import fcmae as package
 from fcmae.checkpoints import checkpoint
 from fcmae.config import compose, to_dict
 from fcmae.data.pixels.instances import mask_of
+from fcmae.data.sources import ImageFolder
+from fcmae.data.sources.coco import CocoImages
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
+from fcmae.evaluation.predict_boxes import BoxNetwork, _category_ids
 from fcmae.models import detector
 from fcmae.models.detector import Found
 from fcmae.precision import autocast
@@ -79,18 +82,36 @@ def test_a_run_from_pretraining_to_predictions(fcmae_here, tmp_path, squares):
     check_predictions(fcmae_here, tmp_path, squares)
 
 
+def test_ids_of_classes_follow_their_names(squares):
+    network = BoxNetwork(torch.nn.Identity(), ["red", "green"], [3, 7])
+    content = json.loads((squares / "objects.json").read_text())
+
+    def ids(*categories):
+        content["categories"] = [{"id": identity, "name": name} for name, identity in categories]
+        return _category_ids(CocoImages(write_json(squares, content, "ids.json"), squares / "images", "x"), network)
+
+    assert ids(("red", 20), ("green", 5)) == [20, 5]
+    assert ids(("green", 3), ("red", 7)) == [7, 3]
+    assert ids(("red", 20)) == [20, 7]
+    assert ids() == _category_ids(ImageFolder(squares), network) == [3, 7]
+    with pytest.raises(ConfigError, match=r"ids.json has no category green, and its id in training, 7, is that of red"):
+        ids(("red", 7))
+
+
 def check_predictions(fcmae_here, folder, squares):
-    given = (f"data.path={squares}/images", f"data.annotations={squares}/objects.json", "loader.workers=0")
+    content = json.loads((squares / "objects.json").read_text())
+    content["categories"] = [{"id": 20, "name": "red"}, {"id": 5, "name": "green"}]  # not the training file's ids
+    given = (f"data.path={squares}/images", f"data.annotations={write_json(folder, content)}", "loader.workers=0")
     fcmae_here("predict", "whole@last", *given, "--out", "found.json", "--batch-size", "4")
     found = json.loads((folder / "found.json").read_text())
     assert found
     assert {row["image_id"] for row in found} <= set(range(10, 16))
-    assert {row["category_id"] for row in found} <= {3, 7}
     assert mask_of(found[0]["segmentation"], (40, 56)).shape == (40, 56)
     images = [f"{squares}/images", "loader.workers=0"]
     boxes = package.predict(f"{folder}/whole@last", images, out=f"{folder}/found.csv")
     assert boxes.columns == ["red", "green"]
     assert sum(map(len, boxes.masks)) == sum(map(len, boxes.scores)) == len(found)
+    assert [row["category_id"] for row in found] == [[20, 5][k] for k in torch.cat(boxes.classes).tolist()]
     assert boxes.scores[0][0].item() == pytest.approx(found[0]["score"], rel=1e-5)
     left, top, right, bottom = boxes.boxes[0][0].tolist()
     assert found[0]["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=1e-3)

@@ -62,7 +62,10 @@ class CocoImages(Files):
 
     def __init__(self, file: str | Path, folder: str | Path, key: str) -> None:
         self.file, self.key = str(file), key
-        self._read(_parsed(self.file, key), Path(folder))
+        content = _parsed(self.file, key)
+        self.ids_of_names = _ids_of_names(content.get("categories"))
+        """The id of each category that the file names."""
+        self._read(content, Path(folder))
         told = unreadable(len(self), lambda index: head_of(self.paths[index]), self.describe)
         if told:
             print_once_rank0(f"{self.file}: {counted(len(self), 'image')}{told}")
@@ -347,6 +350,13 @@ def _parsed(file: str, key: str) -> dict[str, Any]:
             f"{key}: {file} must be a COCO file, with the lists images, annotations, categories; got {kind}"
         )
     return content
+
+
+def _ids_of_names(categories: Any) -> dict[str, int]:
+    """Of a list of categories, which may be wrong: only what predicts needs it."""
+    listed = [each for each in categories if isinstance(each, dict)] if isinstance(categories, list) else []
+    pairs = [(each.get("name"), each.get("id")) for each in listed]
+    return {name: identity for name, identity in pairs if isinstance(name, str) and type(identity) is int}
 
 
 def _integer(value: Any) -> int | None:
