@@ -179,6 +179,14 @@ def test_commands_have_a_valid_config(page):
     assert wrong == {}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_runs_that_follow_up_commands_take_are_in_their_folder(page):
+    """``name=X`` makes ``runs/X/TIME``, which ``checkpoint=runs/X`` does not find."""
+    blocks = "\n".join(code_blocks(page))
+    named = re.findall(r"^fcmae [^\n]*(?:\\\n[^\n]*)*\sname=(\w+)", blocks, re.MULTILINE)
+    assert [name for name in named if re.search(rf"\bruns/{name}\b", page.read_text() + blocks)] == []
+
+
 def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     """On smaller images."""
     (code,) = [block for language, block in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
