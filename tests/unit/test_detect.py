@@ -9,7 +9,10 @@ from torchvision.models.detection.image_list import ImageList
 
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.boxes import JitteredScale, WholeOnCanvas
+from fcmae.data.pixels.decode import explained
+from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.instances import SIDE, boxed_mask, encoded, mask_of, pasted
+from fcmae.data.pixels.pairs import PairTransform
 from fcmae.data.sources.coco import Objects
 from fcmae.distributed import World
 from fcmae.errors import ConfigError
@@ -144,6 +147,47 @@ def test_transforms_of_torchvision_move_boxes_and_masks(masks):
     own = DataConfig(image_size=64, transforms=[{"_target_": "tests.unit.test_detect.Nothing"}])
     with pytest.raises(ConfigError, match="must be a transform of torchvision's v2 with objective=detect"):
         JitteredScale(own, AugmentConfig())
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_transform_may_remove_objects(masks):
+    """With a box go its label and its mask, and nothing is blamed on the image."""
+    boxes = torch.tensor([[0.0, 0, 5, 5], [8, 10, 40, 20], [50, 50, 55, 55], [20, 30, 60, 60]])
+    segments = [polygon(*box) for box in boxes.tolist()]
+    objects = Objects(boxes, torch.arange(4), torch.zeros(4).bool(), torch.ones(4), segments, (64, 64))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+
+    def sample(**arguments):
+        step = {"_target_": "torchvision.transforms.v2.SanitizeBoundingBoxes", **arguments}
+        cfg = DataConfig(
+            image_size=64, hflip=0.0, scale_jitter=[1, 1], mean=[0.5] * 3, std=[0.5] * 3, transforms=[step]
+        )
+        return JitteredScale(cfg, AugmentConfig())(image, objects, masks)
+
+    found = sample(min_size=7)
+    assert found.classes.tolist() == [1, 3]
+    torch.testing.assert_close(found.boxes, boxes[[1, 3]])
+    assert len(found.masks) == 2
+    assert [len(part) for part in sample(min_size=63)[1:3]] == [0, 0]
+    with pytest.raises(
+        ConfigError, match=r"SanitizeBoundingBoxes must remove the label .* it leaves 2 boxes, 4 labels"
+    ):
+        sample(min_size=7, labels_getter=None)
+
+
+@pytest.mark.parametrize("objective", ["detect", "segment", "classify"])
+def test_an_error_of_a_transform_is_not_the_images(objective):
+    step = {"_target_": "torchvision.transforms.v2.Normalize", "mean": [0.5], "std": [0.5]}  # not of bytes
+    cfg = DataConfig(image_size=64, mean=[0.5] * 3, std=[0.5] * 3, transforms=[step])
+    image, none = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(0)
+    objects = Objects(none.view(0, 4), none.long(), none.bool(), none, [], (64, 64))
+    make = {
+        "detect": lambda: JitteredScale(cfg, AugmentConfig())(image, objects, False),
+        "segment": lambda: PairTransform(cfg, AugmentConfig())(image, torch.zeros(64, 64).long()),
+        "classify": lambda: Extra(cfg.transforms)(image),
+    }
+    with pytest.raises(ConfigError, match=r"^data.transforms\[0\]: torchvision.*Normalize: "), explained("a.png"):
+        make[objective]()
 
 
 class Nothing:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import clamp_bounding_boxes
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import Box, Uniform, cut, pick, reduction
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
-from fcmae.data.pixels.extra import Extra
+from fcmae.data.pixels.extra import Extra, blamed
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.instances import SIDE, boxed_mask, mask_of, pasted
 from fcmae.data.pixels.transforms import normalized
@@ -169,24 +169,34 @@ class JitteredScale(Canvas):
 def _transformed(name: str, step: Any, sample: Boxed, masks: bool) -> Boxed:
     """By torchvision. An object with a mask gets the box of its mask: the box of a turned box would be too large."""
     size = sample.image.shape[-2], sample.image.shape[-1]
-    given: list[Any] = [tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=size)]
+    boxes: Tensor = tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=size)
+    # By these names torchvision finds what belongs to a box that a transform removes.
+    given = {"image": tv_tensors.Image(sample.image), "boxes": boxes, "labels": sample.classes}
     if masks:
         whole = [pasted(mask / 255, box, size) for mask, box in zip(sample.masks, sample.boxes.tolist(), strict=True)]
-        given.append(tv_tensors.Mask(torch.stack(whole) if whole else torch.zeros(0, *size, dtype=torch.uint8)))
-    image, boxes, *moved = step(tv_tensors.Image(sample.image), *given)
-    image, boxes = image.as_subclass(Tensor), clamp_bounding_boxes(boxes).as_subclass(Tensor)
+        given["masks"] = tv_tensors.Mask(torch.stack(whole) if whole else torch.zeros(0, *size, dtype=torch.uint8))
+    with blamed(name):
+        moved = step(given)
+        image, boxes = moved["image"].as_subclass(Tensor), clamp_bounding_boxes(moved["boxes"]).as_subclass(Tensor)
     if (image.shape, image.dtype) != (sample.image.shape, sample.image.dtype):
         raise ConfigError(f"{name} must return {sample.image.dtype} {list(sample.image.shape)} with objective=detect")
-    cells = sample.masks
+    counts = {part: len(moved[part]) for part in given if part != "image"}
+    if len(set(counts.values())) > 1:
+        left_over = ", ".join(f"{count} {part}" for part, count in counts.items())
+        raise ConfigError(
+            f"{name} must remove the label and the mask of a box with it; it leaves {left_over} "
+            "(SanitizeBoundingBoxes: leave out labels_getter)"
+        )
+    cells = sample.masks[: len(boxes)]
     if masks and len(boxes):
-        found = moved[0].as_subclass(Tensor)
+        found = moved["masks"].as_subclass(Tensor)
         left = found.flatten(1).bool().any(dim=1)
         boxes = torch.zeros(len(found), 4)
         boxes[left] = masks_to_boxes(found[left]) + torch.tensor([0.0, 0, 1, 1])
         cells = torch.stack([boxed_mask(mask, box) for mask, box in zip(found, boxes.tolist(), strict=True)])
     seen = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST).all(dim=1)
     # What is turned may lie anywhere on the canvas.
-    return Boxed(image, boxes[seen].float(), sample.classes[seen], torch.tensor(size), cells[seen])
+    return Boxed(image, boxes[seen].float(), moved["labels"][seen], torch.tensor(size), cells[seen])
 
 
 def _moved(objects: Objects, box: Box, extent: tuple[int, int], masks: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """Further transforms of training crops, which ``data.transforms`` names."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from fcmae.errors import ConfigError
+from fcmae.errors import ConfigError, FCMAEError, reason_of
 from fcmae.plugins import NAMED_BY, create, is_named
 
 
@@ -32,14 +33,23 @@ class Extra:
     def __call__(self, crop: Tensor) -> Tensor:
         image = crop
         for name, step in self.steps:
-            try:
+            with blamed(name):
                 image = step(image)
-            except ValueError as error:
-                raise ConfigError(f"{name}: {error}") from error
             if not isinstance(image, Tensor) or (image.shape, image.dtype) != (crop.shape, crop.dtype):
                 got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
                 raise ConfigError(f"{name} must return {crop.dtype} {list(crop.shape)}; got {got}")
         return image
+
+
+@contextlib.contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Turns the errors of a transform into ConfigError: the image is not to blame, and another one may fail, too."""
+    try:
+        yield
+    except FCMAEError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}: {reason_of(error)}") from error
 
 
 def _created(given: dict[str, Any], key: str) -> ImageTransform:

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from fcmae.config import AugmentConfig, DataConfig
 from fcmae.data.pixels.crops import Box, RandomCrop, cut, cut_nearest, turned
 from fcmae.data.pixels.decode import Encoded, open_image
-from fcmae.data.pixels.extra import Extra
+from fcmae.data.pixels.extra import Extra, blamed
 from fcmae.data.pixels.formats import MAX_PIXELS
 from fcmae.data.pixels.maps import IGNORED
 from fcmae.data.pixels.nodata import is_all, resized
@@ -56,7 +56,8 @@ class PairTransform:
         target = self._cut(target, box)
         for name, step in self.transforms:
             shapes = [(part.shape, part.dtype) for part in (crop, target)]
-            crop, target = step(crop, target)
+            with blamed(name):
+                crop, target = step(crop, target)
             if [(part.shape, part.dtype) for part in (crop, target)] != shapes:
                 raise ConfigError(f"{name} must return an image and a map of the same shapes and types")
         crop = self.normalize(crop)
