@@ -20,7 +20,7 @@ from fcmae.data.pixels.pairs import PairTransform
 from fcmae.errors import UsageError
 from fcmae.models.objective import Predictions
 from fcmae.tasks.objectives import Translate
-from fcmae.tasks.objectives.translate import ms_ssim
+from fcmae.tasks.objectives.translate import BETAS, ms_ssim
 from tests.conftest import TINY_FINETUNE, run_python
 from tests.dense_files import write_squares
 from tests.results import assert_same, metrics_of, newest
@@ -120,12 +120,83 @@ def test_losses_are_means_over_what_is_there():
 def test_ms_ssim_is_that_of_torchmetrics():
     found, truth = torch.rand(2, 2, 2, 192, 200)
     found = (0.5 * found + 0.5 * truth).requires_grad_()
+    valid = torch.ones_like(truth, dtype=torch.bool)
     expected = torchmetrics_ms_ssim(found, truth, data_range=1.0, reduction="none")
-    torch.testing.assert_close(ms_ssim(found, truth), expected)
-    assert ms_ssim(found[..., :11, :11], truth[..., :11, :11]).shape == (2,)
-    torch.testing.assert_close(ms_ssim(truth[..., :50, :50], truth[..., :50, :50]), torch.ones(2))
-    (1 - ms_ssim(1 - truth + 0 * found, truth)).sum().backward()
+    torch.testing.assert_close(ms_ssim(found, truth, valid), expected)
+    assert ms_ssim(found[..., :11, :11], truth[..., :11, :11], valid[..., :11, :11]).shape == (2,)
+    small = truth[..., :50, :50]
+    torch.testing.assert_close(ms_ssim(small, small, valid[..., :50, :50]), torch.ones(2))
+    (1 - ms_ssim(1 - truth + 0 * found, truth, valid)).sum().backward()
     assert found.grad.isfinite().all()  # of dissimilar images
+
+
+def ssim_of_windows(found, truth, of):
+    """The mean over the windows of ``of``, each by its own sums in float64, and that of their contrast."""
+    bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    weights, values = (bell[:, None] * bell / bell.sum() ** 2), []
+    for y, x in of:
+        a, b = (part[y - 5 : y + 6, x - 5 : x + 6].double() for part in (found, truth))
+        assert not b.isnan().any()
+        mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+        var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+        contrast = (2 * (weights * (a - mean_a) * (b - mean_b)).sum() + 0.03**2) / (var_a + var_b + 0.03**2)
+        values.append([contrast * (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2), contrast])
+    return torch.tensor(values).mean(0)
+
+
+def test_ssim_is_of_windows_where_all_pixels_have_a_value():
+    """Only a block has values, and so two scales have windows: at the finest 14 x 16, at the other 2 x 3."""
+    found, truth = torch.rand(2, 1, 1, 48, 60)
+    found = 0.5 * found + 0.5 * truth
+    target = torch.full_like(truth, torch.nan)
+    target[..., 10:34, 20:46] = truth[..., 10:34, 20:46]
+    valid = target.isfinite()
+    fine = ssim_of_windows(found[0, 0], target[0, 0], [(y, x) for y in range(15, 29) for x in range(25, 41)])
+    halves = [F.avg_pool2d(x, 2)[0, 0] for x in (found, target)]
+    coarse = ssim_of_windows(*halves, [(y, x) for y in (10, 11) for x in (15, 16, 17)])
+    total = sum(BETAS) / (BETAS[0] + BETAS[1])
+    expected = (fine[1] ** BETAS[0] * coarse[0] ** BETAS[1]) ** total
+    torch.testing.assert_close(ms_ssim(found, target.nan_to_num(0.5), valid)[0].double(), expected, rtol=1e-4, atol=0)
+    translate = Translate(1)
+    result = translate.metrics([Predictions(found, target, torch.tensor([0]))], CPU)
+    assert result["ssim"] == pytest.approx(fine[0].item(), rel=1e-4)
+
+
+def test_pixels_without_a_value_are_not_perfect():
+    """Unlike images stay so, and gradients are finite, also of a sample without a window and of a finer scale alone."""
+    translate = fitted([torch.rand(1, 64, 64)], loss="ms_ssim")
+    target, output = torch.rand(2, 4, 1, 64, 64)
+    output.requires_grad_()
+    target[1, :, :, 32:] = torch.nan
+    target[2, :, :50] = torch.nan
+    target[3, :, ::4] = torch.nan
+    losses = translate.loss(output, target)[0]
+    assert (losses[:3] > 0.8).all()
+    assert losses[3] == 0
+    losses.sum().backward()
+    assert output.grad.isfinite().all()
+    assert (output.grad[target.isnan()] == 0).all()
+    found, truth = translate.predict(output.detach()), target
+    results = [
+        translate.metrics([Predictions(found[i : i + 1], truth[i : i + 1], torch.tensor([i]))], CPU) for i in range(4)
+    ]
+    assert max(abs(result["ssim"]) for result in results[:3]) < 0.1
+    assert np.isnan(results[3]["ssim"])
+    assert np.isfinite(results[3]["psnr"])
+
+
+def test_maps_without_a_window_are_named(capsys):
+    target = torch.rand(1, 32, 32)
+    target[:, ::4] = torch.nan
+    with pytest.raises(
+        UsageError, match="each window of 11x11 pixels in the target maps touches NaN, so that objective.loss="
+    ):
+        fitted([target], loss="l1+ms_ssim")
+    fitted([target, torch.rand(1, 32, 32)], loss="ms_ssim")
+    fitted([target], best="psnr")
+    assert not capsys.readouterr().err
+    fitted([target])
+    assert "so that there is no ssim; objective.best=-mae" in capsys.readouterr().err
 
 
 def test_metrics_are_those_of_torchmetrics_in_the_units_of_the_maps():

@@ -16,6 +16,7 @@ from fcmae.data.sources.map_files import map_of
 from fcmae.distributed import World
 from fcmae.errors import UsageError
 from fcmae.imports import needed
+from fcmae.messages import print_once_rank0
 from fcmae.models.objective import Predictions
 from fcmae.precision import no_autocast
 from fcmae.tasks.objectives.per_image import metric
@@ -25,6 +26,10 @@ BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the scales of MS-SSIM (Wang et al. 2003), the finest first."""
 KERNEL = 11
 """Pixels per side of the window of SSIM."""
+SIGMA = 1.5
+"""Standard deviation in pixels of the window's Gaussian weights."""
+C1, C2 = 0.01**2, 0.03**2
+"""Constants of SSIM for values in 0..1."""
 LEAST = 1e-4
 """Smallest similarity of a scale: powers of less have no finite gradient."""
 MOST_PSNR = 100.0
@@ -72,9 +77,11 @@ class Translate(PerPixel):
             raise UsageError(f"data.image_size must be at least {KERNEL} with objective.loss=ms_ssim")
         count, total, squares = torch.zeros(3, self.channels, dtype=torch.float64)
         low, high = torch.full((self.channels,), math.inf), torch.full((self.channels,), -math.inf)
+        similar = "ms_ssim" not in self.terms and self.best != "ssim"  # or a map has a window, which these need
         for target in self.some_targets(source, cfg):
             values = target.flatten(1)
             valid = values.isfinite()
+            similar = similar or bool(_windows((~valid).view_as(target).float()).any())
             known = torch.where(valid, values, 0).double()
             count, total, squares = count + valid.sum(1), total + known.sum(1), squares + known.square().sum(1)
             low = torch.minimum(low, torch.where(valid, values, math.inf).amin(1))
@@ -82,11 +89,20 @@ class Translate(PerPixel):
         flat = [str(channel) for channel in range(self.channels) if not low[channel] < high[channel]]
         if flat:
             raise UsageError(f"the target maps have one value only, or none, in channel {', '.join(flat)}")
+        if not similar:
+            self._warn_of_ssim()
         mean = total / count
         self.mean, self.std = mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
         self.low, self.span = low, high - low
         if self.data_range is not None:
             self.span = torch.full_like(self.span, self.data_range)
+
+    def _warn_of_ssim(self) -> None:
+        """Of training maps where each window touches a pixel without a value. Raises UsageError of the loss."""
+        what = f"each window of {KERNEL}x{KERNEL} pixels in the target maps touches NaN"
+        if "ms_ssim" in self.terms:
+            raise UsageError(f"{what}, so that objective.loss=ms_ssim has nothing to learn from; give l1 or mse")
+        print_once_rank0(f"warning: {what}, so that there is no ssim; objective.best=-mae chooses the best checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": self.std, "low": self.low, "span": self.span}
@@ -100,7 +116,7 @@ class Translate(PerPixel):
         return value_map(given, name, self.channels, self.max_pixels)
 
     def loss_of(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Each term is a mean over the values of a sample that are there, 0 without one."""
+        """Each term is a mean over the values of a sample that are there, ``ms_ssim`` over its windows; 0 without."""
         mean, std = (self._column(name, output) for name in ("mean", "std"))
         valid = target.isfinite()
         truth = torch.where(valid, (target - mean) / std, 0)
@@ -111,8 +127,8 @@ class Translate(PerPixel):
                 errors = torch.where(valid, of(output, truth, reduction="none"), 0)
                 parts[name] = errors.sum((1, 2, 3)) / count
         if "ms_ssim" in self.terms:
-            found = torch.where(valid, output, truth)
-            parts["ms_ssim"] = 1 - ms_ssim(*(self._scaled(x * std + mean) for x in (found, truth)))
+            found, truth = (self._scaled(x * std + mean) for x in (torch.where(valid, output, truth), truth))
+            parts["ms_ssim"] = 1 - ms_ssim(found, truth, valid)
         return sum(weight * parts[name] for name, weight in self.terms.items()), parts  # type: ignore[return-value]
 
     def _column(self, name: str, like: Tensor) -> Tensor:
@@ -131,22 +147,22 @@ class Translate(PerPixel):
         """``mae`` over all values in their own units; means over images of ``pearson``, ``ssim``, ``psnr`` in dB.
 
         Of several channels ``mae_N`` and ``pearson_N`` too. An image whose target has one value only has no Pearson
-        coefficient.
+        coefficient, and one whose windows all touch a pixel without a value has no SSIM.
         """
         sums = torch.zeros(4, self.channels, dtype=torch.float64, device=world.device)
-        whole = torch.zeros(4, dtype=torch.float64, device=world.device)
+        whole = torch.zeros(5, dtype=torch.float64, device=world.device)
         for outputs, targets, _ in share:
             for output, target in zip(outputs, targets, strict=True):
                 of_channels, of_image = self._image(output, target)
                 sums += of_channels
                 whole += of_image
         error, values, pearson, known = world.sum(sums).cpu()
-        ssim, psnr, measured, images = world.sum(whole).tolist()
+        ssim, psnr, with_ssim, with_psnr, images = world.sum(whole).tolist()
         result = {
             "mae": float((error / values).nanmean()),
             "pearson": float((pearson / known).nanmean()),
-            "ssim": ssim / measured if measured else math.nan,
-            "psnr": psnr / measured if measured else math.nan,
+            "ssim": ssim / with_ssim if with_ssim else math.nan,
+            "psnr": psnr / with_psnr if with_psnr else math.nan,
         }
         if self.channels > 1:
             for name, each in (("mae", error / values), ("pearson", pearson / known)):
@@ -154,9 +170,11 @@ class Translate(PerPixel):
         return {**result, "images": images}
 
     def _image(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of an image: of errors, values, Pearson coefficients and their number ``[4, channels]``; SSIM, PSNR."""
+        """Sums of an image: of errors, values, Pearson coefficients and their number ``[4, channels]``; SSIM, PSNR, how
+        many there are of these, and 1.
+        """
         from torchmetrics.functional import pearson_corrcoef
-        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+        from torchmetrics.functional.image import peak_signal_noise_ratio
 
         rows = []
         valid = target.isfinite()
@@ -169,11 +187,11 @@ class Translate(PerPixel):
         truth = torch.where(valid, target, self._column("mean", target)[0])
         found, truth = (self._scaled(x[None]) for x in (torch.where(valid, output, truth), truth))
         ssim = psnr = truth.new_zeros(())
-        measured = bool(valid.any()) and min(truth.shape[-2:]) > KERNEL // 2
+        windows, measured = False, bool(valid.any()) and min(truth.shape[-2:]) > KERNEL // 2
         if measured:
-            ssim = structural_similarity_index_measure(found, truth, data_range=1.0)  # type: ignore[assignment]
+            (ssim,), _, (windows,) = _ssim(found, truth, (~valid[None]).to(truth.dtype))
             psnr = peak_signal_noise_ratio(found[0][valid], truth[0][valid], 1.0).clamp(max=MOST_PSNR)
-        return torch.stack(rows, dim=1), torch.stack([ssim, psnr, *ssim.new_tensor([measured, 1])])
+        return torch.stack(rows, dim=1), torch.stack([ssim, psnr, *ssim.new_tensor([windows, measured, 1])])
 
     def error(self, target: Tensor, predicted: Tensor) -> float:
         """The mean absolute error in standard deviations of the training maps."""
@@ -197,22 +215,63 @@ class Translate(PerPixel):
         return [x.clamp(0, 1).nan_to_num(0.5).expand(3, -1, -1) for x in shown]
 
 
-def ms_ssim(found: Tensor, truth: Tensor) -> Tensor:
-    """MS-SSIM of each sample, ``[N]``, of values ``[N, C, H, W]`` in 0..1, by torchmetrics' SSIM at each scale.
+def ms_ssim(found: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """MS-SSIM of each sample, ``[N]``, of values ``[N, C, H, W]`` in 0..1, over windows of ``valid`` pixels alone.
 
-    Of images that are too small for five scales as many as fit, their exponents scaled to the same sum.
+    Of images that are too small for five scales as many as fit, their exponents scaled to the same sum; of a sample
+    those that have a window, and 1 without one.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     scales = min(len(BETAS), 1 + int(math.log2(min(found.shape[-2:]) / KERNEL)))
-    exponents = [beta * sum(BETAS) / sum(BETAS[:scales]) for beta in BETAS[:scales]]
-    result = found.new_ones(len(found))
+    sums = [sum(BETAS[: scale + 1]) for scale in range(scales)]
+    exponents = [beta * sum(BETAS) / sums[-1] for beta in BETAS[:scales]]
     with no_autocast(found.device):
-        for scale, exponent in enumerate(exponents):
-            similarity, contrast = structural_similarity_index_measure(
-                found, truth, data_range=1.0, reduction="none", return_contrast_sensitivity=True
-            )
-            value = similarity if scale == scales - 1 else contrast
-            result = result * value.clamp(min=LEAST) ** exponent
-            found, truth = (F.avg_pool2d(x, 2) for x in (found, truth))
+        invalid, parts = (~valid).to(found.dtype), []
+        for _ in range(scales):
+            parts.append(_ssim(found, truth, invalid))
+            found, truth, invalid = F.avg_pool2d(found, 2), F.avg_pool2d(truth, 2), F.max_pool2d(invalid, 2)
+        result = finer = found.new_ones(len(found))
+        for scale, (exponent, (similarity, contrast, exists)) in enumerate(zip(exponents, parts, strict=True)):
+            whole = finer * similarity.clamp(min=LEAST) ** exponent
+            if scale + 1 < scales:
+                exists, whole = exists & ~parts[scale + 1][2], whole ** (sums[-1] / sums[scale])
+            result = torch.where(exists, whole, result)
+            finer = finer * contrast.clamp(min=LEAST) ** exponent
     return result
+
+
+def _ssim(found: Tensor, truth: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SSIM and contrast of each sample, ``[N]``, of ``[N, C, H, W]`` in 0..1, and whether it has a window without an
+    ``invalid`` pixel, over which these are means.
+
+    As torchmetrics has it, which gives no map of the contrast: Gaussian windows, mirrored borders, and contrast of the
+    windows that lie inside alone.
+    """
+    reach, channels = KERNEL // 2, found.shape[1]
+    bell = torch.exp(-((torch.arange(-reach, reach + 1, dtype=found.dtype, device=found.device) / SIGMA) ** 2) / 2)
+    bell = (bell / bell.sum())[None]
+    x, y = (F.pad(values, [reach] * 4, mode="reflect") for values in (found, truth))
+    stacked = torch.cat((x, y, x * x, y * y, x * y))
+    means = F.conv2d(stacked, (bell.T @ bell).expand(channels, 1, KERNEL, KERNEL), groups=channels)
+    mean_x, mean_y, square_x, square_y, product = means.split(len(found))
+    xx, yy, xy = mean_x.pow(2), mean_y.pow(2), mean_x * mean_y
+    upper = 2 * (product - xy) + C2
+    lower = (square_x - xx).clamp(min=0) + (square_y - yy).clamp(min=0) + C2
+    similarity = ((2 * xy + C1) * upper) / ((xx + yy + C1) * lower)
+    counted = _windows(invalid)
+    inside = (..., slice(reach, -reach), slice(reach, -reach))
+    exists = counted.flatten(1).any(1)
+    return _mean_of(similarity, counted), _mean_of((upper / lower)[inside], counted[inside]), exists
+
+
+def _windows(invalid: Tensor) -> Tensor:
+    """Around which pixels of ``[..., H, W]`` a window has none that is ``invalid`` (1; 0 = valid)."""
+    return F.max_pool2d(invalid, KERNEL, 1, KERNEL // 2) == 0
+
+
+def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """``[N, C, H, W]`` to ``[N]``: the mean of those that count, 0 without one. If all do, the bits are ``mean``'s."""
+    counted = counted.flatten(1)
+    count = counted.sum(1)
+    # Two tensors: a number divided by a tensor is multiplied by its reciprocal, and n * (1 / n) may not be 1.
+    factor = torch.full_like(count, counted.shape[1]) / count.clamp(min=1)
+    return torch.where(counted, values.flatten(1), 0).mean(1) * factor
