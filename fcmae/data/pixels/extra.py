@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fcmae.errors import ConfigError, FCMAEError, reason_of
-from fcmae.plugins import NAMED_BY, create, is_named
+from fcmae.errors import ConfigError, reason_of
+from fcmae.plugins import NAMED_BY, create, failures_explained, is_named
 
 
 class ImageTransform(Protocol):
@@ -43,13 +43,12 @@ class Extra:
 
 @contextlib.contextmanager
 def blamed(name: str) -> Iterator[None]:
-    """Turns the errors of a transform into ConfigError: the image is not to blame, and another one may fail, too."""
-    try:
-        yield
-    except FCMAEError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{name}: {reason_of(error)}") from error
+    """Errors of a transform name it, in one line: the image is not to blame, and another one may fail, too."""
+    with failures_explained(name):
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{name}: {reason_of(error)}") from error
 
 
 def _created(given: dict[str, Any], key: str) -> ImageTransform:
