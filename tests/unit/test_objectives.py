@@ -178,7 +178,7 @@ def test_the_sign_of_a_metric_is_part_of_its_name():
 
 def test_areas_of_too_many_scores_are_refused_before_training(monkeypatch):
     monkeypatch.setattr(class_metrics, "MOST_SCORES", 239)  # 24 images of 10 classes have 240
-    for best, refused in (("auroc", True), ("-average_precision", True), ("balanced_accuracy", False)):
+    for best, refused in (("auroc", True), ("average_precision", True), ("balanced_accuracy", False)):
         expected = pytest.raises(ConfigError, match=f"best={best} is computed for at most 239 scores; .* has 24 images")
         with expected if refused else contextlib.nullcontext():
             Finetuning(compose("finetune", [*TINY_FINETUNE[1:], f"objective.best={best}"]))

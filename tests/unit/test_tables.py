@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 
@@ -21,7 +22,7 @@ from fcmae.data.sources.table import TableImages
 from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Predictions
-from fcmae.tasks.objectives import Classify, Multilabel, Regress, Translate
+from fcmae.tasks.objectives import Classify, Multilabel, Regress, Segment, Translate
 from tests.conftest import TINY
 from tests.results import assert_same, newest
 
@@ -229,6 +230,33 @@ def test_the_metric_of_the_best_checkpoint_is_checked_before_training(objective,
     with pytest.raises(ValueError, match=r"best must be one of .*, after - where less is better; got"):
         objective(best=best)
     assert Regress(best="-rmse_age").best == "-rmse_age"
+
+
+@pytest.mark.parametrize(
+    ("objective", "best"),
+    [
+        (Classify, "-top1"),
+        (Multilabel, "-auroc"),
+        (Regress, "-r2"),
+        (Regress, "-r2_age"),
+        (functools.partial(Segment, ["a", "b"]), "-miou"),
+        (functools.partial(Segment, ["a", "b"]), "-iou_b"),
+        (functools.partial(Translate, 2), "-ssim"),
+        (functools.partial(Translate, 2), "-pearson_1"),
+    ],
+)
+def test_the_worst_checkpoint_is_nobodys_best(objective, best):
+    message = f"best must be one of .*, after - where less is better; got '{best}', but more of {best[1:]} is better$"
+    with pytest.raises(ValueError, match=message):
+        objective(best=best)
+    assert objective(best=best[1:]).best == best[1:]
+
+
+def test_a_minus_stays_right_where_less_is_better():
+    for minus in ("", "-"):
+        assert Classify(best=f"{minus}ece").best == "-ece"
+        assert [Regress(best=minus + name).best for name in ("mae", "rmse", "mae_age")] == ["-mae", "-rmse", "-mae_age"]
+        assert [Translate(2, best=minus + name).best for name in ("mae", "mae_1")] == ["-mae", "-mae_1"]
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,11 @@ def signed(best: str) -> str:
 def metric(best: str, names: Sequence[str], of_columns: bool = False) -> str:
     """``best`` if it is a metric, or a metric of a column, after "-" if less is better. Raises ValueError."""
     name = best.removeprefix("-") if isinstance(best, str) else ""
-    if name not in names and not (of_columns and name.split("_")[0] in names):
-        raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}")
-    return signed(best)
+    known = name in names or (of_columns and name.split("_")[0] in names)
+    if not known or best not in (name, signed(name)):
+        more = f", but more of {name} is better" if known else ""
+        raise ValueError(f"best must be one of {', '.join(names)}, after - where less is better; got {best!r}{more}")
+    return signed(name)
 
 
 class Classify(Objective):
