@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from fcmae.data.pixels.instances import encoded, is_outside, mask_of
 from fcmae.data.sources.coco import CocoImages, CocoObjects
 from fcmae.errors import ConfigError
 from tests.coco_files import write_coco, write_json
@@ -80,6 +82,69 @@ def test_all_mistakes_are_told_together_with_the_first_offenders(squares):
     ):
         assert re.search(f"^{line}", told, re.MULTILINE), (line, told)
     assert len(lines) == 10
+
+
+def test_values_that_would_count_as_others_are_refused(squares):
+    """Of Python, "0" is true, and NaN less than nothing."""
+
+    def spoil(content):
+        first, second, third, fourth, fifth, sixth = content["annotations"][:6]
+        first["iscrowd"], second["iscrowd"], third["iscrowd"] = "0", 2, True
+        fourth["area"], fifth["area"], sixth["area"] = -1, float("nan"), "12"
+
+    with pytest.raises(ConfigError) as error:
+        changed(squares, spoil)
+    crowd, area = error.value.mistakes
+    where = f"data.annotations: {squares / 'changed.json'}: "
+    assert (
+        crowd == f"{where}2 annotations have an iscrowd that is not 0 or 1: "
+        "annotation 1 of 0.png ('0'), annotation 2 of 0.png (2)"
+    )
+    assert (
+        area == f"{where}3 annotations have an area that is no number from 0 on: "
+        "annotation 4 of 1.png (-1), annotation 5 of 2.png (nan), annotation 6 of 2.png ('12')"
+    )
+
+
+def test_masks_that_are_empty_or_elsewhere_are_as_boxes_without_area(squares):
+    content = json.loads((squares / "objects.json").read_text())
+    (left, top, width, height), size = content["annotations"][0]["bbox"], [40, 56]
+    elsewhere = [20, 30, 5, 5] if left + width < 18 or top + height < 28 else [0, 0, 5, 5]
+    for number, (box, segment) in enumerate(
+        (
+            ([left, top, width, height], {"size": size, "counts": [40 * 56]}),
+            ([left, top, width, height], {"size": size, "counts": encoded(torch.zeros(40, 56).byte())["counts"]}),
+            (elsewhere, content["annotations"][0]["segmentation"]),
+            ([40, 20, 9, 9], [[1, 1, 9, 1, 9, 9, 1, 9]]),
+            ([40, 20, 9, 9], [[1, 1, 9, 1, 9, 9, 1, 9], [41, 21, 45, 21, 45, 25]]),  # a part is inside
+        )
+    ):
+        content["annotations"].append({**content["annotations"][0], "id": 100 + number, "bbox": box,
+                                       "segmentation": segment})  # fmt: skip
+    file = write_json(squares, content, "changed.json")
+    told = "4 masks are empty or outside of their box: annotation 100 of 0.png, annotation 101 of 0.png, annotation 102"
+    with pytest.raises(ConfigError, match=told):
+        CocoObjects(file, squares / "images", "data.annotations")
+    source = CocoObjects(file, squares / "images", "data.annotations", skip=True)
+    assert told in source.notes[0]
+    assert len(source.boxes) == len(content["annotations"]) - 4
+
+
+def test_a_mask_is_outside_of_a_box_where_none_of_its_pixels_is_inside():
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(200):
+        left, top = (int(torch.randint(0, 8, (), generator=generator)) for _ in range(2))
+        mask = torch.zeros(10, 12, dtype=torch.uint8)
+        rows, cols = (int(torch.randint(0, 4, (), generator=generator)) for _ in range(2))
+        mask[top : top + rows, left : left + cols] = 1
+        x, y = (int(torch.randint(0, 7, (), generator=generator)) for _ in range(2))
+        segment = encoded(mask)
+        assert mask_of(segment, (10, 12)).equal(mask)
+        inside = bool(mask[y : y + 3, x : x + 4].any())
+        assert is_outside(segment, (10, 12), [x, y, x + 4, y + 3], 0) != inside
+        found.append(inside)
+    assert 20 < sum(found) < 180
 
 
 NO_PATH = '{"images": [{"file_name": "%s", "id": 1, "height": 4, "width": 4}], "annotations": [], "categories": []}'

@@ -64,6 +64,28 @@ def problem_of(segment: Any, size: tuple[int, int], runs: bool = True) -> str:
     return "" if length <= MAX_LENGTH else "its polygons have too many points"
 
 
+def is_outside(segment: Any, size: tuple[int, int], box: Sequence[float], margin: float) -> bool:
+    """Whether a mask is empty, or no part of it is in its box (left, top, right, bottom).
+
+    Args:
+        segment: as :func:`problem_of` accepts it, with ``size``. Of a part, only its bounds are looked at.
+        margin: pixels by which the box is enlarged.
+    """
+    if isinstance(segment, dict):
+        lengths, height = _runs(segment["counts"], size), size[0]
+        ends = lengths.cumsum()
+        first, last = (ends - lengths)[1::2], ends[1::2] - 1
+        first, last = first[first <= last], last[first <= last]
+        one = first // height == last // height  # column
+        top, bottom = np.where(one, first % height, 0), np.where(one, last % height + 1, height)
+        bounds = np.stack([first // height, top, last // height + 1, bottom], axis=1)
+    else:
+        points = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segment]
+        bounds = np.stack([np.concatenate([each.min(axis=0), each.max(axis=0)]) for each in points])
+    inside = (bounds[:, :2] < np.add(box[2:], margin)) & (bounds[:, 2:] > np.subtract(box[:2], margin))
+    return not inside.all(axis=1).any()
+
+
 def _by(size: Any) -> str:
     ok = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
     return f"{size[1]}x{size[0]}" if ok else "unknown"

@@ -1,6 +1,7 @@
 """Images that a COCO JSON file lists, and their objects: boxes, and instance masks where it has them."""
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.pixels.decode import read_file
-from fcmae.data.pixels.instances import problem_of
+from fcmae.data.pixels.instances import is_outside, problem_of
 from fcmae.data.pixels.maps import stored_size
 from fcmae.data.sources.base import Sample, relative_names, shuffled
 from fcmae.data.sources.heads import head_of, unreadable
@@ -125,7 +126,7 @@ class CocoObjects(CocoImages):
     """The images of a COCO JSON file with their objects, which are checked; so are the sizes of images.
 
     Args:
-        skip: leave wrong boxes out instead of raising ConfigError.
+        skip: leave wrong boxes, and those whose mask is empty or elsewhere, out instead of raising ConfigError.
     """
 
     def __init__(self, file: str | Path, folder: str | Path, key: str, skip: bool = False) -> None:
@@ -196,7 +197,7 @@ class CocoObjects(CocoImages):
     def _row(
         self, annotation: dict[str, Any], place: int, kind: int, mistakes: "Mistakes", wrong: "Mistakes"
     ) -> "_Row | None":
-        """An object of the image at ``place``; None if its box is ``wrong``."""
+        """An object of the image at ``place``; None if its box or mask is ``wrong``."""
         size, segment = self.size(place), annotation.get("segmentation") or None
         name = f"annotation {annotation['id']} of {shown(os.path.basename(self.paths[place]))}"
         box = _box(annotation.get("bbox"), size)
@@ -209,10 +210,18 @@ class CocoObjects(CocoImages):
             problem = problem_of(segment, size, self.runs <= RUNS)
             if problem:
                 mistakes.add("masks are wrong", f"{name}: {problem}")
+            elif (self.runs <= RUNS or not isinstance(segment, dict)) and is_outside(segment, size, box, OUTSIDE):
+                wrong.add("masks are empty or outside of their box", name)
+                return None
             text = json.dumps(segment, separators=(",", ":")).encode()
-        area = _number(annotation.get("area"))
-        area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
-        return _Row(place, kind, bool(annotation.get("iscrowd")), area, box, text)
+        crowd, given = (annotation.get(part) for part in ("iscrowd", "area"))
+        if crowd not in (None, 0, 1):
+            mistakes.add("annotations have an iscrowd that is not 0 or 1", f"{name} ({shown(repr(crowd))})")
+        area = (box[2] - box[0]) * (box[3] - box[1]) if given is None else _number(given)
+        if area is None or not 0 <= area < math.inf:
+            mistakes.add("annotations have an area that is no number from 0 on", f"{name} ({shown(repr(given))})")
+            return None
+        return _Row(place, kind, bool(crowd), area, box, text)
 
     def _pack(self, rows: "list[_Row]") -> None:
         """Sets compact arrays, image by image: Python's objects would be copied into every worker."""
