@@ -94,7 +94,8 @@ def binary_areas(score: Tensor, truth: Tensor) -> dict[str, float]:
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
     areas: Any = zip(AREAS, (binary_auroc, binary_average_precision), strict=True)
-    return {name: float(area(score, truth.long(), validate_args=False)) for name, area in areas}
+    # Rounding may exceed 1.
+    return {name: min(float(area(score, truth.long(), validate_args=False)), 1.0) for name, area in areas}
 
 
 def metrics_of(outputs: Tensor, labels: Tensor) -> dict[str, float]:

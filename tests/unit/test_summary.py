@@ -17,6 +17,7 @@ from fcmae.distributed import World
 from fcmae.errors import ImageError, UsageError
 from fcmae.evaluation import plots as plots_of
 from fcmae.evaluation import reports, summary
+from fcmae.evaluation.class_metrics import binary_areas
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.summary import Recorder, folder_of, worst_of
 from fcmae.models.objective import Objective, Predictions, Report
@@ -52,6 +53,15 @@ def test_a_row_per_class_is_torchmetrics():
     wrong = known & (logits.argmax(1) != labels)
     assert losses[worst].tolist() == losses[wrong].sort(descending=True).values[: len(worst)].tolist()
     assert report.caption(worst[0]).startswith(f"true: {'abcd'[labels[worst[0]]]}\npredicted: ")
+
+
+def test_no_area_is_above_100_percent():
+    """Here torchmetrics has 1.0000001."""
+    score, truth = torch.linspace(-1, 1, 13), (torch.arange(13) > 10).float()
+    labels = Multilabel()
+    labels._set_columns(["a"])
+    assert labels.metrics([Predictions(score[:, None], truth[:, None], torch.arange(13))], CPU)["auroc"] == 100
+    assert binary_areas(score, truth)["auroc"] == 1
 
 
 def test_labels_and_numbers_that_are_missing_do_not_count():

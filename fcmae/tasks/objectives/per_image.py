@@ -227,7 +227,7 @@ class Multilabel(_Columns):
             score, truth = output[valid], target[valid].long()
             if 0 < truth.sum() < len(truth):
                 for name, kind in kinds.items():
-                    found[name].append(float(kind(score, truth)))
+                    found[name].append(min(float(kind(score, truth)), 1.0))  # rounding may exceed 1
         means = {name: 100 * sum(values) / len(values) if values else math.nan for name, values in found.items()}
         return {**means, "images": len(outputs)}
 

@@ -167,7 +167,7 @@ class Translate(PerPixel):
         if self.channels > 1:
             for name, each in (("mae", error / values), ("pearson", pearson / known)):
                 result |= {f"{name}_{channel}": float(value) for channel, value in enumerate(each)}
-        return {**result, "images": images}
+        return {**result, "images": int(images)}
 
     def _image(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of an image: of errors, values, Pearson coefficients and their number ``[4, channels]``; SSIM, PSNR, how
