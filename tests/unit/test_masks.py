@@ -191,7 +191,7 @@ def test_wrong_scores_are_one_line(gives, message, workers):
         ({"_target_": f"{__name__}.Incomplete"}, "mask: .*Incomplete must have the attribute needs_pixels"),
         ({"_target_": f"{__name__}.OtherArguments"}, r"whose scores must take \(rng, rows, cols, crop\); it takes \(s"),
         ({"_target_": "fcmae.masks.RandomMask", "ratio": 0.5}, "mask: .*RandomMask does not take these arguments"),
-        ({"_target_": "fcmae.masks.BlockMask", "area": [0.4, 0.1]}, r"mask: .*BlockMask refuses .*got \[0.4, 0.1\]"),
+        ({"_target_": "fcmae.masks.BlockMask", "area": [0.4, 0.1]}, r"mask.area must be two numbers.*got \[0.4, 0.1\]"),
         ({"_target_": "fcmae.masks.BlockMask", "aspect": 2}, r"aspect must be in \(0, 1\]; got 2"),
         ({"_target_": "fcmae.masks.BlockMask", "area": ["a", 1]}, "could not convert string to float: 'a'"),
         ({"_target_": "fcmae.masks.BlockMask", "aspect": [0.5]}, "float.* must be a .* number, not 'list'"),
