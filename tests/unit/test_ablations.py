@@ -41,7 +41,6 @@ def test_zero_filled_images_leak_where_engines_do_not():
 @pytest.mark.slow
 def test_every_variant_composes():
     variants = {variant for _, of in ABLATIONS.values() for variant in of}
-    assert len(variants) == 14
     for variant in variants:
         if variant.supervised:
             given = [*ablations.DATA, *ablations.NETWORK, *variant.overrides, *ablations.SUPERVISED]
