@@ -168,9 +168,11 @@ def _patches(root: Any) -> int:
 
 
 def facts_of(root: Any, size: str) -> Facts:
-    """The facts of a composed config's training images; of a folder that cannot be listed, which a command reports
-    later, those of a typical data set. Images that cannot be read are a mistake; where several ranks look, this is
-    reported after they have met, as it may be so on one machine only."""
+    """The facts of a composed config's training images, or of a typical data set if the folder cannot be listed.
+
+    A command reports such a folder later. Images that cannot be read are a mistake here, but not with several ranks:
+    the files may be missing on one machine only, which the ranks find out together later.
+    """
     from omegaconf import OmegaConf
 
     data = OmegaConf.to_container(root.data, resolve=False)

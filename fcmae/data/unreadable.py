@@ -71,7 +71,7 @@ class BadSamples:
 
     Args:
         skip: continue; otherwise the first one is raised.
-        num_samples: of an epoch or an evaluation, of which the share ``max_bad`` may be skipped; for the hint.
+        num_samples: how many an epoch or an evaluation has. With ``max_bad`` it says what to advise.
     """
 
     def __init__(self, skip: bool, num_samples: int, max_bad: float) -> None:

@@ -1,4 +1,4 @@
-"""Scores of folds, larger is better: their mean, and whether those of a probe are clearly better."""
+"""Compares the folds' scores of a probe and of fine-tuning. A larger score is better."""
 
 import math
 import statistics

@@ -86,9 +86,9 @@ def _image_id(images: Source, index: int, place: int) -> int:
 
 
 def _category_ids(images: Source, network: BoxNetwork) -> list[int]:
-    """Of each class in the results: that of the COCO file which lists the images, else that of the training file.
+    """The ``category_id`` of each class: from the COCO file of these images, by name, or from the training file.
 
-    Raises ConfigError if the latter is of another class in the file.
+    Raises ConfigError if an id of the training file means another class in the file of these images.
     """
     if not isinstance(images, CocoImages):
         return network.ids
@@ -108,7 +108,7 @@ Images = list[tuple[str, list[dict[str, Any]]]]
 
 
 def _json(images: Images, of: list[tuple[int, list[int]]]) -> str:
-    """``of``: the id of each image, and those of the classes."""
+    """COCO's results. ``of`` holds, for each image, its id and the ids of the classes."""
     results = [
         {"image_id": identity, "file_name": name, **row, "category_id": ids[row["category_id"]]}
         for (name, found), (identity, ids) in zip(images, of, strict=True)
