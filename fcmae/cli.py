@@ -20,15 +20,15 @@ from fcmae.messages import print_rank0
 COMMANDS = {
     "init": "a folder to start from, with a config for your images: FOLDER data.path=FOLDER [overrides]",
     "pretrain": "pretrain a ConvNeXt on unlabelled images [overrides]",
-    "finetune": "train a classifier from pretrained or random weights: init_from=RUN [overrides]",
-    "evaluate": "accuracy of a classifier: checkpoint=RUN [overrides]",
+    "finetune": "train a classifier, segmenter or detector on labelled images: init_from=RUN [overrides]",
+    "evaluate": "metrics of a fine-tuned network: checkpoint=RUN [overrides]",
     "knn": "k-NN accuracy of frozen features: checkpoint=RUN [overrides]",
     "probe": "accuracy of linear classifiers on frozen features: checkpoint=RUN [overrides]",
     "study": "what pretraining brings, by number of labels: init_from=RUN data.path=FOLDER [overrides]",
     "prepare": "images as shuffled tar files, or their mean and deviation: data.path=FOLDER out=FOLDER [overrides]",
     "reconstruct": "a picture of reconstructions: CHECKPOINT IMAGES... --out FILE.png",
     "embed": "features of images: CHECKPOINT IMAGES... --out FILE.npz|parquet",
-    "predict": "predictions of a fine-tuned network for images: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet|FOLDER",
+    "predict": "predictions of a fine-tuned network: CHECKPOINT IMAGES... --out FILE.csv|npz|parquet|json|FOLDER",
     "export": "a checkpoint for another library: CHECKPOINT --to timm|transformers|official|viscy|onnx --out DIR",
     "import": "another library's weights as a checkpoint: PATH --from official|timm|transformers|viscy --out FILE",
     "status": "what runs and studies do: step, loss, speed, time left, last evaluation: RUN...",
@@ -194,7 +194,7 @@ def _rows(command: str, args: list[str]) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, RUN or RUN@best|last|STEP; embed: encoder.safetensors too")
     what = "image files, folders, tar files, and data.KEY=VALUE and loader.KEY=VALUE for the checkpoint's config"
     parser.add_argument("images", nargs="+", help=what)
-    parser.add_argument("--out", required=True, help="the file to write; after objective=segment the folder of maps")
+    parser.add_argument("--out", required=True, help="the file to write; for predicted maps a folder")
     if command == "embed":
         which = "mean over the image and norm; without the norm; of stages; with deviation; the last map (%(default)s)"
         layers = ["pooled", "mean", "stages", "stages_std", "patches"]

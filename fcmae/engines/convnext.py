@@ -19,7 +19,7 @@ PATCHWISE_CONV = "a convolution whose kernel equals its stride, without padding 
 
 
 def stages(backbone: ConvNeXt) -> Iterator[ConvNeXtStage]:
-    """The four stages."""
+    """The stages of a backbone."""
     for stage in backbone.stages:
         assert isinstance(stage, ConvNeXtStage)
         yield stage

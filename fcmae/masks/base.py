@@ -15,15 +15,15 @@ class Mask(Protocol):
     """Scores the patches of one image; the patches with the lowest scores stay visible."""
 
     needs_pixels: bool
-    """Whether :meth:`scores` reads the crop, which then cannot be left to the GPU to decode (data.decode_on)."""
+    """Whether :meth:`scores` reads the crop, which then cannot lie on the GPU alone (data.decode_on, data.cache)."""
 
     def scores(self, rng: torch.Generator, rows: int, cols: int, crop: Tensor | None) -> Tensor:
         """Scores of the patches in row-major order, floats ``[rows * cols]``, finite.
 
         Args:
             rng: the only source of randomness; a function of the seed, the epoch and the sample.
-            crop: the image ``[C, H, W]`` before normalisation: uint8, uint16, or the float32 of a data.source. None
-                where the GPU decodes it, and only if ``needs_pixels`` is False.
+            crop: the image ``[C, H, W]`` before normalisation: uint8, uint16 or float32. None where it is on the GPU
+                alone (data.decode_on, data.cache), and only if ``needs_pixels`` is False.
 
         Raises ValueError for an image that it cannot score.
         """

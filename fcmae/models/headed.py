@@ -14,7 +14,7 @@ class Headed(nn.Module):
 
     Args:
         backbone: without a classifier; its own head takes no part.
-        head: takes the list of the four maps ``[N, D, h, w]``.
+        head: takes the list of the maps ``[N, D, h, w]`` of all stages.
     """
 
     def __init__(self, backbone: ConvNeXt, head: nn.Module) -> None:

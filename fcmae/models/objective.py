@@ -98,7 +98,7 @@ class Objective(Protocol):
         raise NotImplementedError
 
     def head(self, widths: list[int]) -> nn.Module:
-        """A module that takes the list of feature maps ``[N, D, h, w]`` of the four stages, whose D are ``widths``."""
+        """A module that takes the list of feature maps ``[N, D, h, w]`` of all stages, whose D are ``widths``."""
         raise NotImplementedError
 
     def loss(self, output: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
