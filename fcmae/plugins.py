@@ -25,6 +25,8 @@ LOADED = "fcmae_plugin_"
 """What the modules of files are called."""
 INSTALLED = re.compile(rf"{re.escape(str(Path(__file__).parent))}[/\\]|.*[/\\]((site|dist)-packages|lib[/\\]python)")
 """Files that are not the user's: ours, of installed packages, and Python's."""
+GIVEN = "fcmae.data.sources.dataset.GivenDataset"
+"""What a config has for a dataset that was given from Python, which no file can bring back."""
 OURS = re.compile(r"fcmae\.(masks|targets|tasks\.objectives)\.\w+")
 """Classes of the package that a file may name."""
 
@@ -71,6 +73,11 @@ def create(given: dict[str, Any] | None, key: str, protocol: type[Any], **more: 
     target = arguments.pop("_target_")
     if NAMED_BY in arguments:
         named = ascii(target)[1:-1]
+        if target == GIVEN:
+            raise ConfigError(
+                f"{arguments[NAMED_BY]} had a dataset of Python as its {key}; give it again in Python, or images by "
+                f"{key.replace('source', 'path')}"
+            )
         raise ConfigError(
             f"{arguments[NAMED_BY]} names the class {named} as its {key}; code that a file names is not run. Give "
             f"{key} yourself, or if you trust this class: --allow {named} or allow=[{named}]"

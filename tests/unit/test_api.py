@@ -85,7 +85,7 @@ def test_fine_tuning_and_evaluation_of_a_dataset(tmp_path):
     assert result["top1"] == max(line["top1"] for line in run.history if "top1" in line)
     assert fcmae.predict(run, Pairs(4)).columns == ["cat", "dog", "owl"]
     assert fcmae.load(run).num_classes == 3  # a Run is a path wherever a checkpoint is named, for fcmae.export too
-    with pytest.raises(fcmae.FCMAEError, match="GivenDataset"):
+    with pytest.raises(fcmae.FCMAEError, match=r"give it again in Python, or images by data\.val_path$"):
         fcmae.evaluate(run)
 
 
