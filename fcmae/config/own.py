@@ -21,6 +21,11 @@ SIDE, MULTIPLE = 224, 32
 """Pixels per side of larger images, and what smaller sizes are multiples of."""
 PATCHES = 36
 """With fewer patches half of them stay visible instead of 40 %."""
+LONG = 3
+"""A ratio of sides from which boxes of 20 to 100 % of the area rarely fit: the sampler would take the same central box
+for 15 % of the crops at 3, half of them at 4, and all at 7."""
+LEAST_SHARE, DRAWN = 0.2, {"crop_scale": [0.2, 1.0], "crop_ratio": [3 / 4, 4 / 3], "fit": "crop"}
+"""Of the largest box of a long image a crop covers so much; only where these keys have their defaults."""
 CROPS = 4
 """Crops per image where decoding an image takes longer than training on a crop."""
 LR, LR_BATCH, LEAST_LR, MOST_LR = 1.5e-3, 256, 5e-4, 2.4e-3
@@ -97,6 +102,29 @@ def _power_of_two(number: int) -> int:
     return 1 << (max(1, number).bit_length() - 1)
 
 
+def is_long(facts: Facts) -> bool:
+    """Whether one side is at least 3 times the other."""
+    return max(facts.height, facts.width) >= LONG * facts.shorter
+
+
+def crop_zoom(facts: Facts, size: tuple[int, int]) -> list[float] | None:
+    """Of long images: crops at random places, of 20 to 100 % of the largest box with the shape of ``size``; else None.
+
+    Args:
+        size: height and width of a crop, ``data.image_size``.
+    """
+    if not is_long(facts):
+        return None
+    least = max(size[0] / facts.height, size[1] / facts.width)
+    return [float(f"{factor:.3g}") for factor in (least, least / math.sqrt(LEAST_SHARE))]
+
+
+def whole(facts: Facts) -> list[int]:
+    """A ``data.image_size`` that shows a long image as a whole: its shorter side as always, the other in proportion."""
+    side = image_size(facts.shorter)
+    return [max(side, round(side * each / facts.shorter / MULTIPLE) * MULTIPLE) for each in (facts.height, facts.width)]
+
+
 def crops_per_image(facts: Facts, batch_size: int) -> int:
     """4 on a GPU for images whose shorter side has 160 px or more, in batches of at least 64; else 1."""
     slow = facts.gpu and facts.shorter >= 160
@@ -126,6 +154,7 @@ def recommend(facts: Facts, size: str) -> dict[str, Any]:
     size_of_batch, length = batch(facts, size), epochs(facts, size)
     return {
         "data.image_size": side,
+        "data.crop_zoom": crop_zoom(facts, (side, side)),
         "data.crops_per_image": crops_per_image(facts, size_of_batch),
         "model.strides": strides(side),
         "model.mask_ratio": mask_ratio((side // stride) ** 2),
@@ -143,6 +172,7 @@ def resolve(key: str, size: str, *, _root_: Any) -> Any:
     facts = facts_of(_root_, size)
     rules: Mapping[str, Callable[[], Any]] = {
         "image_size": lambda: image_size(facts.shorter),
+        "crop_zoom": lambda: crop_zoom(facts, _sides(_root_)) if _drawn(_root_) else None,
         "strides": lambda: strides(min(_sides(_root_))),
         "mask_ratio": lambda: mask_ratio(_patches(_root_)),
         "batch": lambda: batch(facts, size),
@@ -158,6 +188,11 @@ def resolve(key: str, size: str, *, _root_: Any) -> Any:
 def _sides(root: Any) -> tuple[int, int]:
     side = root.data.image_size
     return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _drawn(root: Any) -> bool:
+    """Whether crops are drawn by ``data.crop_scale`` and ``data.crop_ratio``, which nobody has set."""
+    return all(root.data[key] == value for key, value in DRAWN.items())
 
 
 def _patches(root: Any) -> int:
@@ -220,6 +255,12 @@ def _tell(root: Any, facts: Facts, size: str) -> None:
     where = "a GPU" if facts.gpu else "a CPU"
     images = counted(facts.images, "image")
     print_once_rank0(f"own/{size}: {images}, about {facts.height} x {facts.width} px, on {where}: {values}")
+    if is_long(facts) and isinstance(root.data.image_size, int) and root.data.fit == "crop":
+        side, shown = root.data.image_size, ",".join(map(str, whole(facts)))
+        print_once_rank0(
+            f"own/{size}: these images are long: evaluation and fine-tuning see the middle {side} x {side} px alone; "
+            f"data.image_size=[{shown}] shows whole images (docs/own_recipes.md)"
+        )
     fits = size_of(facts.images)
     if fits != size:
         print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {images}")
