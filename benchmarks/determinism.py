@@ -2,7 +2,7 @@
 
     python benchmarks/determinism.py models=[convnextv2_base] engines=[packed] batch_size=256
 
-Takes the overrides of `fcmae bench step`. cuBLAS reads its settings once a process.
+Takes the overrides of `fcmae bench step`. cuBLAS reads its settings once per process.
 """
 
 import json

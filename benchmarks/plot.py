@@ -1,4 +1,4 @@
-"""docs/images/speed.png: images a second of a training step, packed against masked, from results of `fcmae bench step`.
+"""docs/images/speed.png: images per second in training, packed against masked, from results of `fcmae bench step`.
 
 python benchmarks/plot.py benchmarks/convnextv2_*-h100-2026-11-25.json
 """

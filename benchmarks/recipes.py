@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
 
 Speeds = dict[tuple[str, str, str, int], float]
-"""Images/s in bf16 by (GPU, timm's model name, engine, pixels a side)."""
+"""Images/s in bf16 by (GPU, timm's model name, engine, pixels per side)."""
 
 
 def images_of(experiment: str) -> int:

@@ -268,7 +268,7 @@ def _import(args: list[str]) -> int:
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line, if the files do not hold them")
     parser.add_argument("--mean", type=float, nargs="+", help="of pixel values in 0..1, a number per channel")
     parser.add_argument("--std", type=float, nargs="+")
-    parser.add_argument("--image-size", type=int, help="pixels a side")
+    parser.add_argument("--image-size", type=int, help="pixels per side")
     given = parser.parse_args(args)
     classes = None if given.classes is None else _lines(Path(given.classes))
     known = load("fcmae.interchange.network:Given")(classes, given.mean, given.std, given.image_size)

@@ -46,7 +46,7 @@ class DataConfig:
     folder of the images that data.annotations lists; fashion_mnist: the folder with the four .gz files, or None to look
     for them."""
     val_path: Any = None
-    """Validation images, in the same way; hf, coco: None = the same as ``path``, as of a table with a column ``split``;
+    """Validation images, in the same way; hf, coco, a table with a column ``split``: None = the same as ``path``;
     fashion_mnist has its own."""
     annotations: str | None = None
     """coco: the COCO JSON file that lists the training images, with the boxes and masks of their objects
@@ -144,7 +144,7 @@ class DataConfig:
     """Aspect ratio (width / height) of a training crop before it is resized."""
     crop_zoom: list[float] | None = None
     """Training crops at the images' own resolution, enlarged by a factor from [least, most], instead of crop_scale and
-    crop_ratio; where an image is smaller than the crop, by more, or with fit=pad it is padded."""
+    crop_ratio; an image smaller than the crop is enlarged to fit, or with fit=pad padded."""
     scale_jitter: list[float] | None = None
     """objective=detect: training images are resized to fit data.image_size times a factor from [least, most], and cut
     where they are larger then. None = a factor of 1."""

@@ -51,14 +51,14 @@ class BackboneConfig:
 
     @property
     def first_stride(self) -> int:
-        """Pixels a side that one site of the first stage stands for. timm downsamples once more after a stem of 2."""
+        """Pixels per side that one site of the first stage stands for. timm downsamples once more after a stem of 2."""
         if self.strides:
             return self.strides[0]
         return 4 if self.stem_stride == 2 else self.stem_stride
 
     @property
     def total_stride(self) -> int:
-        """Pixels a side that one site of the last stage stands for."""
+        """Pixels per side that one site of the last stage stands for."""
         return TIMM_TOTAL_STRIDE[self.stem_stride] if self.strides is None else math.prod(self.strides)
 
     def backbone_kwargs(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class FCMAEConfig(BackboneConfig):
     mask_ratio: float = 0.6
     """Share of the mask patches of each image that is masked."""
     mask_patch_size: int | None = None
-    """Pixels a side; a multiple of the total stride, which is the default."""
+    """Pixels per side; a multiple of the total stride, which is the default."""
     pred_patch_size: int | None = None
-    """Pixels a side of a predicted patch; a divisor of the total stride, which is the default. With decoder=unet also a
-    multiple of the stride of the first stage's sites."""
+    """Pixels per side of a predicted patch; a divisor of the total stride, which is the default. With decoder=unet also
+    a multiple of the stride of the first stage's sites."""
     decoder: str = "light"
     """``light``: blocks on the last stage's features (the paper's); ``unet``: a U-Net on the features of all stages,
     which segmentation can take over (docs/network.md)."""
@@ -88,7 +88,7 @@ class FCMAEConfig(BackboneConfig):
     grn_scope: str = "image"
     """GRN's norm over the visible sites of each ``image``, or of the micro-batch (``batch``, as the official code)."""
     init: str = "timm"
-    """Initial weights: ``timm``, of standard deviation 0.02, or ``official``, the official code's (docs/faq.md)."""
+    """Initial weights: ``timm``, of std 0.02, or ``official``, the official code's (docs/numerics.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -210,7 +210,7 @@ class LoggerConfig:
     tensorboard: bool = False
     """Write TensorBoard's files too (``pip install 'fcmae[tensorboard]'``)."""
     report: bool = False
-    """Keep report.html in the run directory: the page of `fcmae report`, refreshed while the run goes on."""
+    """Keep report.html in the run directory: the page of `fcmae report`, refreshed during the run."""
     progress: bool = True
     """A progress bar on a terminal; a line every ``trainer.log_every`` steps elsewhere."""
     channels: list[int] | None = None
