@@ -37,8 +37,9 @@ FINETUNE = (
     *("experiment=demo/finetune", "data.name=imagefolder", "data.in_chans=1", "data.mean=[0.25]", "data.std=[0.33]"),
     *("data.labels_per_class=null", "optim.global_batch_size=10", "loader.workers=0"),
 )
-MEASURED = ROOT / "benchmarks" / "study_cells-h200-2026-11-29.json"
-ARMS, FROM_RANDOM = ["random_probe", "scratch", "pretrained_probe", "finetuned"], ["random_probe", "scratch"]
+MEASURED = ROOT / "benchmarks" / "study_cells-h200-2026-11-30.json"
+FROM_RANDOM = ["random_probe", "scratch"]
+ARMS = [*FROM_RANDOM, "pretrained_probe", "finetuned", "auto"]
 
 
 def make_runs(work: Path) -> None:
@@ -67,7 +68,7 @@ def make_runs(work: Path) -> None:
 def write_study(folder: Path) -> None:
     """study.json of the measured scores, as ``fcmae study`` writes it."""
     measured = json.loads(MEASURED.read_text())
-    results, metric = [result for result in measured["results"] if result["arm"] in ARMS], measured["metric"]
+    results, metric = measured["results"], measured["metric"]
     sizes = {result["labels"]: result["images"] for result in sorted(results, key=lambda each: each["images"])}
     budgets = [
         compare.Budget(label, f"all {images:,} images" if label == "all" else f"{label} per class", images)
