@@ -87,14 +87,15 @@ def create(folder: str, overrides: Sequence[str]) -> list[str]:
     source = train_source(data, loader)
     count = len(source)
     looked = range(0, count, max(1, count // LOOKED_AT))
-    seen = examine(source, list(looked), loader.max_pixels).seen
+    survey = examine(source, list(looked), loader.max_pixels, data.nodata)
+    seen, nodata = survey.seen, survey.nodata if data.nodata is None else None
     if not seen:
         raise UsageError(
             f"data.path={data.path}: none of {len(looked)} images can be read; see fcmae doctor data.path="
         )
     size = size_of(count)
     name = re.sub(r"[^\w.-]+", "_", target.resolve().name)  # it goes into YAML and Markdown
-    lines, chosen = _data(data, overrides, suggested(seen, data.bit_depth))
+    lines, chosen = _data(data, overrides, suggested(seen, data.bit_depth, nodata))
     experiment = target / "conf" / "experiment" / "project.yaml"
     try:
         experiment.parent.mkdir(parents=True)

@@ -1,10 +1,11 @@
 """``fcmae doctor data.path=...``: a first look at a data set, and the settings that suit it."""
 
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from fcmae.data.sources import Source, train_source
 from fcmae.data.sources.array import stored_format
 from fcmae.data.sources.base import shuffled
 from fcmae.doctor.contact_sheet import SHOWN, draw
+from fcmae.doctor.fill import End, ends_of, fill_value, marked
 from fcmae.doctor.suggest import of_all, suggest
 from fcmae.errors import ConfigError, ImageError, counted, shown
 from fcmae.files import output
@@ -27,6 +29,7 @@ SAMPLED = 256
 NAMED = 3
 """Examples in a line."""
 KINDS = {".csv": "table", ".tsv": "table", ".parquet": "table", ".txt": "table", ".tar": "webdataset"}
+OF_PIXELS = tuple(f"data.{key}=" for key in ("nodata", "mean", "std", "low", "high", "normalize"))
 ARRAYS = (".zarr", ".h5", ".hdf5", ".npy", ".tif", ".tiff", ".svs")
 
 
@@ -48,10 +51,17 @@ class Seen(NamedTuple):
     """The 99.5 percentile."""
     missing: int
     """Values that are NaN or infinite."""
+    ends: tuple[End, End]
+    """The least and the largest value of all channels."""
 
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether each channel has a pixel with a value; otherwise its numbers are NaN."""
+        return bool(np.isfinite(self.mean).all())
 
 
 @dataclass
@@ -64,6 +74,8 @@ class Survey:
     unreadable: list[ImageError]
     twice: list[tuple[str, str]]
     """Names of images with the same content."""
+    nodata: Any = None
+    """What pixels without a value hold, which no number counts: ``data.nodata``, or a value that looks so."""
 
 
 def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
@@ -77,7 +89,7 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     data, loader = configs(overrides)
     source = train_source(data, loader)
     order = shuffled(source)[:images]
-    survey = examine(source, order, loader.max_pixels)
+    survey = examine(source, order, loader.max_pixels, data.nodata)
     odd = odd_ones(survey.seen)
     for line in report(data, source, survey, odd):
         print(line)
@@ -90,7 +102,8 @@ def run(overrides: Sequence[str], images: int, sheet: str | None) -> int:
     with output("--contact-sheet", sheet) as file:
         picture.save(file, "PNG")
     print(f"contact sheet {sheet}: {len(chosen[0])} images drawn at random, then with a red edge the odd ones")
-    for line in suggest(survey.seen, data.bit_depth):
+    found = survey.nodata if data.nodata is None else None
+    for line in suggest(survey.seen, data.bit_depth, found, data.name):
         print(line)
     return 0
 
@@ -104,7 +117,9 @@ def configs(overrides: Sequence[str]) -> tuple[PreparedDataConfig, LoaderConfig]
             raise ConfigError(f"must be data.KEY=VALUE or loader.KEY=VALUE, such as data.path=photos; got {override!r}")
         groups[group].append(override)
     given = [override.partition("=")[0] for override in groups["data"]]
-    data = from_dotlist(PreparedDataConfig, groups["data"], "data")
+    # Where the images are; what they are like is checked below, with the type of an array.
+    places = [override for override in groups["data"] if not override.startswith(OF_PIXELS)]
+    data = from_dotlist(PreparedDataConfig, places, "data")
     path = data.path if isinstance(data.path, str) else (data.path or [""])[0]
     if "data.name" not in given and data.source is None:
         groups["data"].append(f"data.name={_kind(path)}")
@@ -131,9 +146,19 @@ def _kind(path: str) -> str:
     return "webdataset" if any(name.endswith(".tar") for name in names) else "imagefolder"
 
 
-def examine(source: Source, order: Sequence[int], max_pixels: int) -> Survey:
-    """Reads some images of a source."""
-    survey = Survey(len(source), [], [], [])
+def examine(source: Source, order: Sequence[int], max_pixels: int, nodata: Any = None) -> Survey:
+    """Reads some images of a source; twice, where a value turns out to mark pixels without one.
+
+    Args:
+        nodata: ``data.nodata``.
+    """
+    survey = _examine(source, order, max_pixels, nodata)
+    found = fill_value(survey.seen) if nodata is None else None
+    return survey if found is None else _examine(source, order, max_pixels, found)
+
+
+def _examine(source: Source, order: Sequence[int], max_pixels: int, nodata: Any) -> Survey:
+    survey = Survey(len(source), [], [], [], nodata)
     contents: dict[bytes, str] = {}
     for index in tqdm(order, desc="reading", unit=" images", delay=1, leave=False, disable=None):
         name = source.describe(index)
@@ -146,18 +171,20 @@ def examine(source: Source, order: Sequence[int], max_pixels: int) -> Survey:
         first = contents.setdefault(checksum(image, found.pixels), name)
         if first is not name:
             survey.twice.append((first, name))
-        survey.seen.append(_seen(index, name, found.kind, found.size, small(found.pixels, SAMPLED)))
+        survey.seen.append(_seen(index, name, found.kind, found.size, small(found.pixels, SAMPLED), nodata))
     return survey
 
 
-def _seen(index: int, name: str, kind: str, size: tuple[int, int], pixels: np.ndarray) -> Seen:
-    values = pixels.reshape(len(pixels), -1).astype(np.float64) / white_of(pixels.dtype)
-    finite = np.isfinite(values)
-    values = np.where(finite, values, np.nan) if finite.any() else np.zeros_like(values)
-    with np.errstate(all="ignore"):
+def _seen(index: int, name: str, kind: str, size: tuple[int, int], pixels: np.ndarray, nodata: Any) -> Seen:
+    flat = pixels.reshape(len(pixels), -1).astype(np.float64)
+    finite = np.isfinite(flat)
+    values = np.where(finite & ~marked(flat, nodata), flat, np.nan) / white_of(pixels.dtype)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a channel without a value
         low, high = np.nanpercentile(values, (0.5, 99.5), axis=1)
         numbers = np.nanmin(values, 1), np.nanmax(values, 1), np.nanmean(values, 1), np.nanstd(values, 1)
-    return Seen(index, name, kind, size, pixels.dtype.name, *numbers, low, high, int((~finite).sum()))
+    ends = ends_of(flat[finite])
+    return Seen(index, name, kind, size, pixels.dtype.name, *numbers, low, high, int((~finite).sum()), ends)
 
 
 def odd_ones(seen: Sequence[Seen], most: int = 10) -> list[tuple[Seen, str]]:
@@ -183,13 +210,16 @@ def odd_ones(seen: Sequence[Seen], most: int = 10) -> list[tuple[Seen, str]]:
     }
     for text, values in numbers.items():
         found = np.array(values)
-        middle = np.median(found)
-        spread = max(np.median(abs(found - middle)) * 1.4826, 0.01 * abs(middle), 1e-9)
+        if not np.isfinite(found).any():
+            continue
+        middle = np.nanmedian(found)
+        spread = max(np.nanmedian(abs(found - middle)) * 1.4826, 0.01 * abs(middle), 1e-9)
         for place, one in enumerate(seen):
             score = abs(found[place] - middle) / spread
             note(place, float(score), text.format(one, one.mean.mean(), one.std.mean()))
     for place, one in enumerate(seen):
         note(place, 1e6 * bool((one.least == one.most).all()), f"one value everywhere, {one.mean.mean():.3g}")
+        note(place, 1e5 * (not one.has_values), "a channel without a value")
         note(place, 1e5 * bool(one.missing), f"{one.missing} of its values are NaN or infinite")
     ranked = sorted(reasons, key=lambda place: -reasons[place][0])[:most]
     return [(seen[place], reasons[place][1]) for place in ranked]
@@ -219,6 +249,8 @@ def report(data: PreparedDataConfig, source: Source, survey: Survey, odd: Sequen
     for title, name in (("format", "kind"), ("channels", "channels"), ("type", "dtype")):
         counts = Counter(getattr(one, name) for one in seen).most_common()
         yield f"{title:13} {', '.join(f'{value} ({count:,})' for value, count in counts)}"
+    if survey.nodata is not None:
+        yield f"nodata        {survey.nodata}: pixels that hold it are left out of the numbers below"
     yield from _channels(seen)
     if odd:
         yield f"odd           {len(odd)} images that differ most from the others:"
@@ -240,7 +272,8 @@ def _channels(seen: Sequence[Seen]) -> Iterable[str]:
     """The range, mean and deviation of each channel, by the number of channels and the type."""
     groups: dict[tuple[int, str], list[Seen]] = defaultdict(list)
     for one in seen:
-        groups[one.channels, one.dtype].append(one)
+        if one.has_values:
+            groups[one.channels, one.dtype].append(one)
     for (channels, dtype), alike in groups.items():
         white = white_of(np.dtype(dtype))
         columns = {name: np.stack([getattr(one, name) for one in alike]) for name in ("least", "most", "mean", "std")}

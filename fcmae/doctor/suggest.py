@@ -15,34 +15,50 @@ from fcmae.data.pixels.scientific import TYPES
 if TYPE_CHECKING:
     from fcmae.doctor.dataset import Seen
 
+KINDS = {"array": "the path is an array", "table": "the path is a table", "webdataset": "the path has tar files"}
+"""Sources that a command must name."""
+WIDTH = 70
+"""Of the column of keys, at most; mean and std of many channels are longer."""
 VARYING = 1.0
 """An image's mean differs from that of others by more than this many of its own deviations: it needs its own."""
 TAIL = 4.0
 """How much longer than between the percentiles 0.5 and 99.5 the range is where some pixels should be clipped."""
 
 
-def suggest(seen: Sequence[Seen], bit_depth: int) -> list[str]:
-    """Lines that begin with ``suggested``: keys of a data config, and why."""
-    keys = suggested(seen, bit_depth)
+def suggest(seen: Sequence[Seen], bit_depth: int, nodata: float | None = None, source: str = "") -> list[str]:
+    """Lines that begin with ``suggested``: keys of a data config, and why.
+
+    Args:
+        source: ``data.name``.
+    """
+    keys = suggested(seen, bit_depth, nodata)
+    if keys and source in KINDS:
+        keys.insert(0, (f"data={source}", KINDS[source]))
     if not keys:
         return [f"suggested     convert the files: pixels of {seen[0].dtype} are not read"]
-    width = max(len(key) for key, _ in keys)
+    width = max(len(key) for key, _ in keys if len(key) <= WIDTH)
     return [f"{'suggested':13} {key:{width}}  {why}" for key, why in keys]
 
 
-def suggested(seen: Sequence[Seen], bit_depth: int) -> list[tuple[str, str]]:
+def suggested(seen: Sequence[Seen], bit_depth: int, nodata: float | None = None) -> list[tuple[str, str]]:
     """Overrides, one or several in a text, and why; none for files of a type that is not read.
 
     Args:
         bit_depth: ``data.bit_depth``, which is kept for 16-bit pixels where all values fit into it.
+        nodata: a value that seems to mark pixels without one.
     """
     channels, dtype = Counter((one.channels, one.dtype) for one in seen).most_common(1)[0][0]
     alike = [one for one in seen if (one.channels, one.dtype) == (channels, dtype)]
     if dtype not in TYPES["float32"]:
         return []
     keys = [(f"data.in_chans={channels}", f"{len(alike)} of {len(seen)} images have it")]
+    if nodata is not None:
+        keys.append((f"data.nodata={nodata:.9g}", "it is far from all other values, and many pixels hold it"))
+    alike = [one for one in alike if one.has_values]
+    if not alike:
+        return keys + _size(seen)
     if dtype == "uint16":
-        largest = round(max(one.most.max() for one in alike) * 65535)
+        largest = max(round(max(one.most.max() for one in alike) * 65535), round(nodata or 0))
         bits = bit_depth if bit_depth > 8 and largest < 2**bit_depth else min(16, max(9, int(largest).bit_length()))
         if bits != bit_depth:
             why = f"the largest value is {largest}; if others may be larger, run it again with data.bit_depth=16"
@@ -80,7 +96,8 @@ def _scale(alike: Sequence[Seen], channels: int, dtype: str) -> list[tuple[str, 
     keys = [("data.nodata=nan", "some values are NaN")] if any(one.missing for one in alike) else []
     if (of_each[0] == of_each[1]).all():
         return [*keys, _mean_std(mean, std, least == most, "every image has one value everywhere: look at the files")]
-    if len(alike) > 2 and (means.std(0) > VARYING * np.median(stds, axis=0)).any():
+    inside = np.median(of_each[0] < of_each[1], axis=0) > 0  # a channel of one value per image is 0 by its own scale
+    if len(alike) > 2 and (inside & (means.std(0) > VARYING * np.median(stds, axis=0))).any():
         return [*keys, ("data.normalize=image", "brightness differs more from image to image than within one")]
     if dtype != "uint8" and (most.max() - least.min()) > TAIL * max(float((high - low).max()), 1e-12):
         bounds = f"data.low={_numbers(low)} data.high={_numbers(high)}"

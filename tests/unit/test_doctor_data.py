@@ -161,6 +161,59 @@ def test_mean_and_deviation_are_on_the_scale_of_the_bit_depth(given, tmp_path, c
     assert float(mean) == pytest.approx(float(measured), rel=1e-3)
 
 
+def tiles(value, dtype="int16", seed=0):
+    """Three channels from 100 to 4000; a quarter of half of the images, and all of one, hold ``value``."""
+    array = np.random.default_rng(seed).integers(100, 4000, (8, 3, 40, 40)).astype(dtype)
+    array[::2, :, :20, :20] = array[1] = value
+    return array
+
+
+@pytest.mark.parametrize("given", [[], ["data.nodata=-9999"], ["data.nodata=[-9999,-9999,-9999]"]])
+def test_pixels_without_a_value_are_found_and_left_out(given, tmp_path, capsys):
+    """They decided mean and deviation, and data.nodata of an array was refused as not from 0 to 255."""
+    np.save(tmp_path / "a.npy", tiles(-9999))
+    code, said = look(capsys, f"data.path={tmp_path}/a.npy", *given)
+    assert code == 0
+    assert words(said, "range")[0].startswith("int16, channel 0 of 3: 101 to 3999, mean 2044")
+    assert any("a.npy[1]: a channel without a value" in line for line in said)
+    suggested = [line.split("  ")[0] for line in words(said, "suggested")]
+    assert suggested[0] == "data=array"
+    assert ("data.nodata=-9999" in suggested) == (not given)
+    means, stds = re.search(r"data.mean=\[([^]]*)\] data.std=\[([^]]*)\]", suggested[-1]).groups()
+    stats = ["data.name=array", f"data.path={tmp_path}/a.npy", "data.in_chans=3", "data.dtype=float32"]
+    assert cli.main(["prepare", *stats, "data.nodata=-9999", "data.stats=true"]) == 0
+    measured = dict(re.findall(r"(mean|std): \[(.*)\]", capsys.readouterr().out))
+    for name, numbers in (("mean", means), ("std", stds)):
+        assert [float(x) for x in numbers.split(",")] == pytest.approx(
+            [float(x) for x in measured[name].split(",")], rel=1e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (tiles(65535, "uint16"), ["data.nodata=65535", "data.bit_depth=16"]),
+        (tiles(np.finfo("f4").min, "float32"), ["data.nodata=-3.40282347e+38"]),
+        (tiles(0), []),
+        (np.minimum(tiles(0, "int64") * 20, 65535).astype("uint16"), ["data.bit_depth=16"]),  # saturated
+        (tiles(2, "uint8"), []),
+    ],
+)
+def test_which_values_seem_to_mark_pixels_without_one(array, expected, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", array)
+    said = words(look(capsys, f"data.path={tmp_path}/a.npy")[1], "suggested")
+    found = [line.split("  ")[0] for line in said if line.startswith(("data.nodata", "data.bit_depth"))]
+    assert found == expected
+
+
+def test_a_channel_of_one_value_per_image_is_no_reason_to_normalise_each_by_itself(tmp_path, capsys):
+    array = np.random.default_rng(0).normal(100, 10, (6, 2, 40, 40))
+    array[:, 1] = np.arange(0, 60, 10)[:, None, None]
+    np.save(tmp_path / "a.npy", array.astype(np.float32))
+    said = words(look(capsys, f"data.path={tmp_path}/a.npy")[1], "suggested")
+    assert said[-1].startswith("data.mean=[100.1,25] data.std=[9.99,17.08]")
+
+
 def test_nothing_that_can_be_read(tmp_path, capsys):
     (tmp_path / "a.jpg").touch()
     code, said = look(capsys, f"data.path={tmp_path}")
