@@ -65,6 +65,18 @@ class Facts(NamedTuple):
     width: int
     """Pixels, the median over some images."""
     gpu: bool
+    windows: int = 1
+    """``data.windows_per_image``."""
+
+    @property
+    def crops(self) -> int:
+        """Of an epoch."""
+        return self.images * self.windows
+
+    @property
+    def text(self) -> str:
+        each = f" of {self.windows:,} windows" if self.windows > 1 else ""
+        return counted(self.images, "image") + each
 
     @property
     def shorter(self) -> int:
@@ -92,10 +104,10 @@ def mask_ratio(patches: int) -> float:
 
 
 def batch(facts: Facts, size: str) -> int:
-    """The power of two below a quarter of the images, at least 32 if there are as many, and at most that of the size,
-    on a CPU 16."""
+    """The power of two below a quarter of the images or windows, at least 32 if there are as many, and at most that of
+    the size, on a CPU 16."""
     most = SIZES[size].batch if facts.gpu else CPU_BATCH
-    return min(most, _power_of_two(max(min(32, facts.images), facts.images // 4)))
+    return min(most, _power_of_two(max(min(32, facts.crops), facts.crops // 4)))
 
 
 def _power_of_two(number: int) -> int:
@@ -137,9 +149,9 @@ def lr(batch_size: int) -> float:
 
 
 def epochs(facts: Facts, size: str) -> float:
-    """The size's budget of samples over the images, on a CPU 200,000 samples; at least 1 and at most 2,000 epochs."""
+    """The size's budget of samples, on a CPU 200,000, over the crops of an epoch; at least 1 and at most 2,000."""
     samples = SIZES[size].samples if facts.gpu else min(SIZES[size].samples, CPU_SAMPLES)
-    return float(min(MOST_EPOCHS, max(1, round(samples / facts.images))))
+    return float(min(MOST_EPOCHS, max(1, round(samples / facts.crops))))
 
 
 def warmup(length: float) -> float:
@@ -221,7 +233,7 @@ def facts_of(root: Any, size: str) -> Facts:
             mistake(str(error))
     if found is None:
         return Facts(max(2000, SIZES[size].least), SIDE, SIDE, gpu)
-    facts = Facts(*found, gpu)
+    facts = Facts(*found, gpu, max(1, root.data.windows_per_image))
     _tell(root, facts, size)
     return facts
 
@@ -253,21 +265,20 @@ def _tell(root: Any, facts: Facts, size: str) -> None:
     except (OmegaConfBaseException, TypeError, ValueError):
         return
     where = "a GPU" if facts.gpu else "a CPU"
-    images = counted(facts.images, "image")
-    print_once_rank0(f"own/{size}: {images}, about {facts.height} x {facts.width} px, on {where}: {values}")
+    print_once_rank0(f"own/{size}: {facts.text}, about {facts.height} x {facts.width} px, on {where}: {values}")
     if is_long(facts) and isinstance(root.data.image_size, int) and root.data.fit == "crop":
         side, shown = root.data.image_size, ",".join(map(str, whole(facts)))
         print_once_rank0(
             f"own/{size}: these images are long: evaluation and fine-tuning see the middle {side} x {side} px alone; "
             f"data.image_size=[{shown}] shows whole images (docs/own_recipes.md)"
         )
-    fits = size_of(facts.images)
+    fits = size_of(facts.crops)
     if fits != size:
-        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {images}")
-    if facts.images < FEW_IMAGES:
+        print_once_rank0(f"own/{size}: experiment=own/{fits} is made for {facts.text}")
+    if facts.crops < FEW_IMAGES:
         print_once_rank0(
-            f"own/{size}: {images}: a network memorises so few; add images or start from published weights, such as "
-            "init_from=timm:convnextv2_atto.fcmae"
+            f"own/{size}: {facts.text}: a network memorises so few; add images or start from published weights, such "
+            "as init_from=timm:convnextv2_atto.fcmae"
         )
 
 

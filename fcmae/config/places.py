@@ -21,8 +21,14 @@ WHAT = {
     "coco": "the folder of {} images, data.{}=FOLDER",
     "hf": "the data set of {} images, data.{}=FOLDER, or its name on the hub",
 }
-KINDS = {".tar": "webdataset", ".csv": "table", ".parquet": "table"}
+KINDS = {
+    ".tar": "webdataset",
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".parquet"), "table"),
+    **dict.fromkeys((".npy", ".h5", ".hdf5"), "array"),
+}
 """Sources of other files than a folder of images, by ending."""
+ZARR = ("zarr.json", ".zarray", ".zgroup")
+"""Files of a Zarr array or group."""
 
 
 def not_set(name: str, key: str) -> str:
@@ -123,6 +129,12 @@ def _check_folders(key: str, path: str | list[str] | None) -> None:
     for one in as_list(path):
         if one is not None and not os.path.isdir(one):
             mistake(f"data.{key}: {one} is not a folder{_hint(key, one)}")
+        elif one is not None and key in ("path", "val_path") and _is_zarr(one):
+            mistake(f"data.{key}: {one} is a Zarr array or group; it needs data=array")
+
+
+def _is_zarr(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in ZARR)
 
 
 def _hint(key: str, path: str) -> str:

@@ -30,6 +30,11 @@ TYPED = {
         "pretrain data.path=a.jpg",
         "data.path: a.jpg is not a folder; it is a file: give its folder",
     ),
+    "array for a folder": ("pretrain data.path=a.npy", "data.path: a.npy is not a folder; such files need data=array"),
+    "Zarr for a folder": (
+        "pretrain data.path=a.zarr",
+        "data.path: a.zarr is a Zarr array or group; it needs data=array",
+    ),
     "name of another library": (
         "pretrain data=synthetic optim.learning_rate=1",
         f"optim.learning_rate: unknown key; did you mean optim.lr? {KEYS}",
@@ -74,7 +79,8 @@ TYPED = {
 
 def told(tmp_path, monkeypatch, capfd, *args):
     monkeypatch.chdir(tmp_path)
-    for name in ("t.csv", "a.tar", "a.jpg"):
+    (tmp_path / "a.zarr").mkdir()
+    for name in ("t.csv", "a.tar", "a.jpg", "a.npy", "a.zarr/zarr.json"):
         (tmp_path / name).write_bytes(b"\xff\xd8 not what it says")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with unchanged():

@@ -26,6 +26,7 @@ from fcmae.messages import print_once
         (Facts(10**6, 400, 500, True), "large", (224, None, 4, None, 0.6, 4096, 2.4e-3, 200, 10)),
         (Facts(20, 400, 500, True), "small", (224, None, 1, None, 0.6, 16, 5e-4, 2000, 100)),
         (Facts(1, 10, 5000, True), "small", (32, [3.2, 7.16], 1, [1, 2, 2, 2], 0.5, 1, 5e-4, 2000, 100)),
+        (Facts(1, 3000, 3000, True, 20_000), "small", (224, None, 4, None, 0.6, 256, 1.5e-3, 100, 5)),
     ],
 )
 def test_the_rules(facts, size, expected):
@@ -85,6 +86,17 @@ def test_crops_show_all_of_long_images(tmp_path, capsys):
     assert data.crop_zoom == [0.96, 2.15]
     for given in ("data.crop_scale=[0.01,0.1]", "data.crop_ratio=[9,11]", "data.fit=pad"):
         assert compose("pretrain", [*command, given]).data.crop_zoom is None
+
+
+def test_windows_count_as_images(tmp_path, capsys):
+    """A slide had batches of one window and 2,000 epochs of all of them."""
+    Image.new("RGB", (640, 640)).save(tmp_path / "slide.png")
+    command = ["experiment=own/small", f"data.path={tmp_path}", "trainer.device=cpu", "data.fit=pad"]
+    cfg = compose("pretrain", [*command, "data.windows_per_image=4000"])
+    assert (cfg.optim.global_batch_size, cfg.schedule.epochs) == (16, 50)
+    said = capsys.readouterr().err
+    assert "own/small: 1 image of 4,000 windows, about 640 x 640 px" in said
+    assert "memorises" not in said
 
 
 def test_a_folder_of_one_image_has_a_line(tmp_path, capsys):
