@@ -3,18 +3,21 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig
 from fcmae.data.sources import Subset
 from fcmae.distributed import World
-from fcmae.errors import UsageError
+from fcmae.errors import UsageError, counted, shown
 from fcmae.evaluation.features import Extractor, Features
 from fcmae.evaluation.logistic import Linear
 from fcmae.models.headed import backbone_of
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
 from fcmae.tasks.monitors import Wish
+
+UNBALANCED = 3
+"""Times as many images as in the smallest class, from which a line names another metric than top-1."""
 
 
 class FromHead(Finetuning):
@@ -81,3 +84,28 @@ def frozen_features(task: Finetuning, layer: str, batch_size: int, world: World,
         missing = len(task.source) - len(features.labels)
         raise UsageError(f"recipe=auto needs every training image of data.path; {missing} cannot be read")
     return features
+
+
+def class_lines(labels: Tensor, classes: Sequence[str], folds: int, best: str) -> list[str]:
+    """Lines about classes of few images: fewer than there are folds, or so few that ``top1`` may overlook them.
+
+    Args:
+        labels: int64 ``[n]``.
+        best: ``objective.best``.
+    """
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    ranked = sorted((count, label) for label, count in enumerate(counts) if count)
+    (least, label), (most, largest) = ranked[0], ranked[-1]
+    rare, frequent = shown(classes[label]), shown(classes[largest])
+    lines = []
+    if least < folds:
+        held = f"in {least} of them" if least > 1 else "never"
+        lines.append(f"auto.folds is {folds}; class {rare} has {counted(least, 'image')} and is held out {held}")
+    if best == "top1" and most > UNBALANCED * least:
+        other = "auroc" if len(ranked) == 2 else "balanced_accuracy"
+        lines.append(
+            f"recipe=auto chooses by top1, and class {frequent} has {most / least:.3g} times the images of class "
+            f"{rare}: {frequent} as the answer for every image is {100 * most / len(labels):.0f} % right; "
+            f"objective.best={other} counts all classes alike"
+        )
+    return lines

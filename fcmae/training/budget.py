@@ -86,8 +86,10 @@ def fit_schedule(
     spent = world.from_main(lambda: time.monotonic() - interrupt.STARTED)
     left = (1 - RESERVE) * (budget - spent)
     if left * speed < cfg.optim.global_batch_size:
+        more = f"; give {_enough(cfg, speed, spent)}" if speed else ""
         raise UsageError(
-            f"trainer.budget={cfg.trainer.budget} leaves no time to train: starting and measuring took {spent:.0f} s"
+            f"trainer.budget={cfg.trainer.budget} leaves no time to train: "
+            f"starting and measuring took {spent:.0f} s{more}"
         )
     plan = BatchPlan(images, cfg.optim.global_batch_size, cfg.optim.global_batch_size)
     cfg.schedule = scaled(cfg.schedule, left * speed / (plan.steps_per_epoch * plan.global_batch_size))
@@ -104,11 +106,16 @@ def _few_steps(cfg: RunConfig, speed: float, left: float, spent: float) -> list[
     steps = int(left * speed / batch)
     if not isinstance(cfg, PretrainConfig) or cfg.init_from is not None or steps >= FEW_STEPS:
         return []
-    needed = spent + (STEPS + FEW_STEPS / (1 - RESERVE)) * batch / speed
     return [
         f"warning: {steps} steps of {batch} images fit, and fewer than {FEW_STEPS} teach a network little; give "
-        f"trainer.budget={math.ceil(needed / 60)}min or more, or a smaller optim.global_batch_size"
+        f"{_enough(cfg, speed, spent)}, or a smaller optim.global_batch_size"
     ]
+
+
+def _enough(cfg: RunConfig, speed: float, spent: float) -> str:
+    """A budget in which ``FEW_STEPS`` steps fit."""
+    needed = spent + (STEPS + FEW_STEPS / (1 - RESERVE)) * cfg.optim.global_batch_size / speed
+    return f"trainer.budget={math.ceil(needed / 60)}min or more"
 
 
 def _recorded(run_dir: Path) -> tuple[ScheduleConfig, str | None] | None:

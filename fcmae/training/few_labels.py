@@ -23,7 +23,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.sources import Subset
 from fcmae.data.sources.base import listing_digest
 from fcmae.distributed import World
-from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted, shown
+from fcmae.errors import EvaluationStopped, Interrupted, UsageError, counted
 from fcmae.evaluation.class_metrics import metrics_of
 from fcmae.evaluation.classify import predictions
 from fcmae.evaluation.features import Features
@@ -34,7 +34,7 @@ from fcmae.loggers.search_progress import SearchProgress, Size
 from fcmae.messages import say
 from fcmae.models.objective import score
 from fcmae.status import PROGRESS_FILE
-from fcmae.tasks.few_labels import FromHead, frozen_features
+from fcmae.tasks.few_labels import FromHead, class_lines, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import find_start
 from fcmae.tasks.objectives import Classify
@@ -87,16 +87,6 @@ class _Search:
                 folds.append(fold)
         return folds
 
-    def _small_class(self) -> list[str]:
-        """A line if the smallest class has fewer images than there are folds."""
-        counts = self.labels.bincount(minlength=len(self.objective.classes)).tolist()
-        count, label = min((count, label) for label, count in enumerate(counts) if count)
-        if count >= self.auto.folds:
-            return []
-        held = f"in {count} of them" if count > 1 else "never"
-        name = shown(self.objective.classes[label])
-        return [f"auto.folds is {self.auto.folds}; class {name} has {counted(count, 'image')} and is held out {held}"]
-
     def run(self) -> Path:
         self.world.on_main(self._begin)
         setup.settle_precision(self.cfg, self.world, None)
@@ -105,7 +95,9 @@ class _Search:
         if found is not None and own:
             return own[-1] if found["kept"] == "probe" else self._train(found, _no_head)
         self.world.together(self._load)
-        self.world.say(*self.task.notes, *self._small_class())
+        objective = self.objective
+        lines = class_lines(self.labels, objective.classes, self.auto.folds, objective.best)
+        self.world.say(*self.task.notes, *lines)
         if found is None:
             found = self._choose(self._progress())
         head = self._head(found, torch.ones(len(self.labels), dtype=torch.bool))

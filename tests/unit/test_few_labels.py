@@ -26,7 +26,7 @@ from fcmae.loggers import search_progress
 from fcmae.loggers.search_progress import SearchProgress, Size
 from fcmae.models import FCMAE
 from fcmae.status import describe, read_status
-from fcmae.tasks.few_labels import FromHead, frozen_features
+from fcmae.tasks.few_labels import FromHead, class_lines, frozen_features
 from fcmae.tasks.finetuning import Finetuning
 from fcmae.tasks.initial import Start
 from fcmae.tasks.objectives import Classify
@@ -289,12 +289,20 @@ def test_fine_tuning_is_measured_on_as_many_folds_as_it_takes(held_out, folds):
 
 @pytest.mark.parametrize(("count", "held"), [(1, "has 1 image and is held out never"), (2, "in 2 of them"), (3, None)])
 def test_a_class_with_fewer_images_than_folds_is_named(count, held):
-    search = few_labels._Search.__new__(few_labels._Search)
-    search.labels = torch.tensor([0] * 9 + [2] * count)
-    search.auto, search.objective = SimpleNamespace(folds=3), SimpleNamespace(classes=["cat", "cow", "dog"])
-    lines = search._small_class()
+    lines = class_lines(torch.tensor([0] * 9 + [2] * count), ["cat", "cow", "dog"], 3, "auroc")
     assert len(lines) == (held is not None)
     assert held is None or (lines[0].startswith("auto.folds is 3; class dog has ") and lines[0].endswith(held))
+
+
+def test_top1_of_unbalanced_classes_is_said_to_overlook_the_small_ones():
+    counted = [[0] * 300 + [1] * 90, [0] * 270 + [1] * 90, [0] * 147 + [1] * 30 + [2] * 3]
+    two, balanced, three = (class_lines(torch.tensor(labels), ["a", "b", "c"], 3, "top1") for labels in counted)
+    assert two == [
+        "recipe=auto chooses by top1, and class a has 3.33 times the images of class b: a as the answer for every "
+        "image is 77 % right; objective.best=auroc counts all classes alike"
+    ]
+    assert balanced == []
+    assert three[0].endswith("is 82 % right; objective.best=balanced_accuracy counts all classes alike")
 
 
 @pytest.mark.parametrize(
