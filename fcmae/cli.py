@@ -15,7 +15,7 @@ from fcmae import interrupt, ranks
 from fcmae.errors import EXIT_ERROR, EXIT_USAGE, ConfigError, FCMAEError, LostRankError, PeerError, UsageError, counted
 from fcmae.files import check_checkpoint, check_output, json_text, output, write_output
 from fcmae.imports import load
-from fcmae.messages import print_rank0
+from fcmae.messages import ends_with_its_reader, print_rank0
 
 COMMANDS = {
     "init": "a folder to start from, with a config for your images: FOLDER data.path=FOLDER [overrides]",
@@ -53,6 +53,7 @@ FIRST = {
 ALLOW = "a class that may be called although only the checkpoint names it; may be given several times"
 
 
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Without ``argv``, this is the program, and ends with it."""
     args = list(sys.argv[1:] if argv is None else argv)

@@ -1,6 +1,9 @@
 """Mistakes of the first hour: one line that says what to do, before any work."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -146,3 +149,14 @@ def test_options_of_hydra_are_known(tmp_path, monkeypatch, capfd):
     with unchanged(), pytest.raises(SystemExit):
         main(["pretrain", "--version"])
     assert "unknown option" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"]])
+def test_output_that_nobody_reads_is_no_error(argv):
+    """As in ``fcmae --help | head -1``."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "fcmae.cli", *argv]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, "")
