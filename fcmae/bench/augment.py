@@ -21,6 +21,7 @@ from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.plan import BatchPlan
 from fcmae.data.samples import LabelledImages
 from fcmae.data.sources import train_source
+from fcmae.data.to_device import to_device
 from fcmae.optim.adamw import create_optimizer
 from fcmae.precision import fastest
 from fcmae.randomness import Stream, seed_globals, step_generator
@@ -94,7 +95,7 @@ def _alone(data: DataConfig, recipe: AugmentConfig, batch: int, seconds: float, 
     ]
     if device.type == "cuda":
         packed = [part.pin_memory() for part in packed]
-    return batch * _per_second(lambda i: packed[i % DISTINCT_BATCHES].to(device, non_blocking=True), seconds, device)
+    return batch * _per_second(lambda i: to_device(packed[i % DISTINCT_BATCHES], device), seconds, device)
 
 
 def _per_second(call: Callable[[int], object], seconds: float, device: torch.device) -> float:
@@ -119,7 +120,7 @@ def _batches(data: DataConfig, recipe: AugmentConfig, batch: int, workers: int, 
 
 
 def _moved(device: torch.device) -> Callable[[Sequence[Any]], list[Tensor]]:
-    return lambda batch: [part.to(device, non_blocking=True) for part in batch]
+    return lambda batch: [to_device(part, device) for part in batch]
 
 
 def _step(

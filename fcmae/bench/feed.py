@@ -18,6 +18,7 @@ from fcmae.data.plan import BatchPlan
 from fcmae.data.resident import Resident, innermost
 from fcmae.data.samples import MaskedImages
 from fcmae.data.sources import train_source
+from fcmae.data.to_device import to_device
 from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size, random_mask
 from fcmae.models import FCMAE
@@ -114,7 +115,7 @@ def training_step(
     passes = TrainingStep(model, loss, device, fastest(device), graphed=gpu)
 
     def step(batch: Sequence[Tensor]) -> None:
-        passes([[part.to(device, non_blocking=True) for part in batch]])
+        passes([[to_device(part, device) for part in batch]])
         optimizer.step()
 
     return step, grid

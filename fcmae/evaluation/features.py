@@ -16,6 +16,7 @@ from fcmae.data.pixels.transforms import eval_transform, normalized
 from fcmae.data.samples import CanvasImages, CroppedImages, EvaluationImages, WholePairs
 from fcmae.data.sources import Source, Subset, few_labels, require_labels, train_source, val_source, with_classes
 from fcmae.data.sources.base import shuffled
+from fcmae.data.to_device import to_device
 from fcmae.data.unreadable import readable
 from fcmae.distributed import World
 from fcmae.engines.dense import dense
@@ -73,7 +74,7 @@ def share_of(
             said[0] = 1
             break
         said[1] += 1
-        yield [part.to(world.device, non_blocking=True) for part in parts]
+        yield [to_device(part, world.device) for part in parts]
     stopped, read = world.max(said).tolist()
     if stopped:
         raise EvaluationStopped

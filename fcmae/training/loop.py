@@ -14,6 +14,7 @@ from fcmae.data.loading import TrainBatches
 from fcmae.data.plan import BatchPlan, Padding
 from fcmae.data.sheet import keep_sheet
 from fcmae.data.sources.base import listing_digest
+from fcmae.data.to_device import to_device
 from fcmae.data.unreadable import count_bad_samples
 from fcmae.distributed import World
 from fcmae.errors import EvaluationStopped, Interrupted, SaveError
@@ -228,7 +229,7 @@ class _Training:
             with self.meter.waiting_for_data():
                 batch = next(self.batches)
             parts = [*batch, *self.task.draw(self.state.step, positions)]
-            yield self.padding(micro, [part.to(self.world.device, non_blocking=True) for part in parts])
+            yield self.padding(micro, [to_device(part, self.world.device) for part in parts])
 
     def _log(self, lr: float) -> None:
         """A line of metrics: means since the last one."""

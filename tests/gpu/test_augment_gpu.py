@@ -9,6 +9,7 @@ from fcmae.data.pixels.augmented import Augmented
 from fcmae.data.pixels.transforms import finetune_transform
 from fcmae.data.samples import LabelledImages
 from fcmae.data.sources import Synthetic
+from fcmae.data.to_device import to_device
 from fcmae.errors import Interrupted
 from fcmae.training.run import finetune
 from tests.conftest import TINY_FINETUNE
@@ -75,3 +76,15 @@ def test_a_graphed_run_resumes_bit_exactly(tmp_path):
     whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
     assert_same(whole["model"], parts["model"])
     assert_same(whole["ema"], parts["ema"])
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 300, 300), (2, 3, 8, 8)])
+def test_copies_beside_a_step_arrive_before_what_uses_them(shape):
+    """Also where the host is many batches ahead of the device, and memory is used again."""
+    batches = [torch.full(shape, number, dtype=torch.uint8).pin_memory() for number in range(8)]
+    sums, work = [], torch.randn(4096, 4096, device=CUDA)
+    for batch in batches * 4:
+        for _ in range(5):
+            work = (work @ work).clamp(-1, 1)
+        sums.append(to_device(batch, CUDA).long().sum())
+    assert [int(value) for value in sums] == [number * batches[0].numel() for number in range(8)] * 4

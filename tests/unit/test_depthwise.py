@@ -124,7 +124,7 @@ def test_compiles_into_one_graph():
 def test_triton_kernels_in_the_interpreter(cases):
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined."""
     pytest.importorskip("triton")
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("depthwise", "grn", "moves", "norm")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("depthwise", "grn", "norm", "pixels")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", cases, *files]
     root = str(Path(depthwise.__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])

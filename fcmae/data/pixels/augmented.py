@@ -15,9 +15,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from fcmae.config import AugmentConfig, DataConfig
+from fcmae.data.pixels.fused import fused
 from fcmae.data.pixels.operations import CHUNK, Operation, apply_operations
 from fcmae.data.pixels.policies import create_policy, fill_of, recorded
 from fcmae.data.shared_memory import Placed, stack
+from fcmae.data.to_device import copied
 from fcmae.errors import ConfigError
 from fcmae.randomness import uniform
 
@@ -115,7 +117,8 @@ class Augmented:
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
         """Normalised float32 ``[N, C, H, W]`` on the device."""
         assert isinstance(self.crops, Tensor)
-        crops = self.crops.to(device, non_blocking=non_blocking, copy=True).contiguous()
+        crops = copied(self.crops, device).contiguous()
+        crops = crops.clone() if crops is self.crops else crops  # which operations change
         return erase(self.finish.normalize(apply_operations(crops, self.operations, self.finish.fill)), self.erased)
 
 
@@ -127,6 +130,9 @@ def pack_drawn(drawn: Sequence[Drawn]) -> Augmented:
 
 def erase(imgs: Tensor, erased: Sequence[tuple[int, Erased]]) -> Tensor:
     """Replaces rectangles of float32 ``[N, C, H, W]`` by normal noise, a function of their keys, in place."""
+    if erased and (kernels := fused(imgs)) is not None:
+        kernels.erase(imgs, torch.tensor([[number, *rectangle] for number, rectangle in erased]), _normal(imgs.device))
+        return imgs
     step = max(1, CHUNK // (4 * imgs[0].numel()))
     for start in range(0, len(erased), step):
         _erase(imgs, torch.tensor([[number, *rectangle] for number, rectangle in erased[start : start + step]]))

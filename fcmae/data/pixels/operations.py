@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.toolchain import HAS_C_COMPILER
+from fcmae.data.pixels.fused import fused
 
 CHUNK = 2**25
 """Values that an operation reads at once; each takes about 20 bytes of memory."""
@@ -36,10 +36,12 @@ def apply_operations(imgs: Tensor, lists: Sequence[Sequence[Operation]], fill: S
     """Applies to each image its operations in their order.
 
     Args:
-        imgs: uint8 ``[N, 3, H, W]``, contiguous; changed in place.
+        imgs: uint8 ``[N, 3, H, W]``, contiguous; may be changed.
         lists: of each image.
         fill: the colour of what comes from outside of an image.
     """
+    if (kernels := fused(imgs)) is not None:
+        return kernels.changed(imgs, lists, fill, MATRICES)
     for layer in range(max(map(len, lists), default=0)):
         groups: dict[Group, list[tuple[int, str, float]]] = defaultdict(list)
         for index, operations in enumerate(lists):
@@ -154,21 +156,10 @@ def _by_moving(imgs: Tensor, operations: Sequence[Operation], fill: Sequence[int
     made = [MATRICES[name](argument, height, width) for name, argument in operations]
     places = torch.tensor(made, dtype=torch.float64).to(imgs.device, non_blocking=True)
     outside = torch.tensor(fill, dtype=torch.int32).to(imgs.device, non_blocking=True)
-    fused = _fused() if imgs.is_cuda else None
-    return moved_by_torch(imgs, places, outside, axes) if fused is None else fused(imgs, places, outside)
+    return _moved(imgs, places, outside, axes)
 
 
-@functools.cache
-def _fused() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The kernel that does the same as :func:`moved_by_torch`; None where Triton cannot run."""
-    try:
-        from fcmae.kernels.moves_triton import moved
-    except ModuleNotFoundError:
-        return None
-    return moved if HAS_C_COMPILER else None
-
-
-def moved_by_torch(imgs: Tensor, places: Tensor, fill: Tensor, axes: str) -> Tensor:
+def _moved(imgs: Tensor, places: Tensor, fill: Tensor, axes: str) -> Tensor:
     """Images whose pixel at (x, y) is that at (a x + b y + c, d x + e y + f) before, by Pillow's bicubic filter.
 
     Args:

@@ -19,6 +19,7 @@ from fcmae.data.pixels.crops import Box, RandomCrop, Uniform, middle, pick, resi
 from fcmae.data.pixels.decode import Encoded, LazyImage, PixelFormat, open_image
 from fcmae.data.pixels.extra import Extra
 from fcmae.data.pixels.formats import MAX_PIXELS
+from fcmae.data.pixels.fused import fused
 from fcmae.data.pixels.nodata import NoData, middle_of
 from fcmae.data.pixels.own_scale import OwnScale
 from fcmae.data.pixels.policies import create_policy
@@ -148,6 +149,8 @@ def normalize(imgs: Tensor, mean: Sequence[float], std: Sequence[float], dtype: 
         raise ConfigError(f"data.mean and data.std are not set, but pixels are {kind}, not float32; give both")
     white = 1 if imgs.dtype.is_floating_point else torch.iinfo(imgs.dtype).max
     shift, scale = _channel_constants(tuple(mean), tuple(std), imgs.device)
+    if imgs.dtype in (torch.uint8, torch.uint16, torch.float32) and (kernels := fused(imgs)) is not None:
+        return kernels.normalized(imgs, white * shift, white * scale)
     values = imgs.to(torch.float32, memory_format=torch.contiguous_format)
     # In place, but not in the caller's tensor: on a CPU new memory takes longer than the arithmetic.
     values = values - white * shift if values is imgs else values.sub_(white * shift)
