@@ -25,7 +25,7 @@ from fcmae.data.sources import Source, require_labels, some_images
 from fcmae.data.sources.base import listing_digest
 from fcmae.errors import ConfigError, UsageError
 from fcmae.models.objective import Objective
-from fcmae.plugins import create
+from fcmae.plugins import create, is_ours
 from fcmae.studies.compare import Budget
 from fcmae.tasks.dense import sourced
 from fcmae.tasks.initial import find_start, settle
@@ -185,8 +185,14 @@ def _counts(source: Source) -> dict[str, int]:
 
 
 def choose_metric(cfg: StudyConfig, objective: Objective, source: Source, classifies: bool) -> tuple[str, str]:
-    """The metric and the reason for it; of classes that training images have in unequal numbers one that says so."""
+    """The metric and the reason for it; of classes that training images have in unequal numbers one that says so.
+
+    Raises ConfigError for "-" before a metric of ours that should be high.
+    """
     if cfg.metric is not None:
+        name = cfg.metric.removeprefix("-")
+        if is_ours(cfg.objective) and cfg.metric not in (name, signed(name)):
+            raise ConfigError(f"metric must be {name}, of which more is better; got {cfg.metric}")
         return signed(cfg.metric), "metric"
     if not classifies or objective.best != "top1":
         return objective.best, "objective.best"

@@ -226,6 +226,18 @@ def test_unequal_classes_choose_the_metric(counts, best, metric):
     assert choose_metric(given, Classify(best), Source(*counts), True)[0] == "average_precision"
 
 
+@pytest.mark.parametrize("metric", ["-top1", "-auroc"])
+def test_a_metric_that_should_be_high_takes_no_minus(metric):
+    cfg = compose("study", ["data=synthetic", f"metric={metric}"])
+    with pytest.raises(ConfigError, match=f"^metric must be {metric[1:]}, of which more is better; got {metric}$"):
+        choose_metric(cfg, Classify(), Source(20, 22), True)
+    for less in ("ece", "-ece"):
+        cfg.metric = less
+        assert choose_metric(cfg, Classify(), Source(20, 22), True)[0] == "-ece"
+    cfg.metric, cfg.objective = metric, {"_target_": "mine.py:Own"}
+    assert choose_metric(cfg, Classify(), Source(20, 22), False)[0] == metric
+
+
 def test_budgets_that_the_images_have():
     cfg = compose("study", ["data=synthetic", "labels=[1,5,10,all]"])
     budgets, notes = choose_budgets(cfg, Source(8, 30), True)
