@@ -32,7 +32,7 @@ from fcmae.models.backbone import stage_shapes
 from fcmae.models.fcmae import LOG_VAR, init_official
 from fcmae.models.headed import Headed, backbone_of
 from fcmae.models.objective import BoxObjective, DenseObjective, Objective
-from fcmae.plugins import create, named_by
+from fcmae.plugins import create, is_ours, named_by
 from fcmae.randomness import Stream, seed_globals
 from fcmae.targets import create_target
 
@@ -104,7 +104,15 @@ def build_network(cfg: FinetuneConfig, objective: Objective) -> ConvNeXt | Heade
 
 def objective_of(state: State, cfg: FinetuneConfig) -> Objective:
     """The objective of a fine-tuning checkpoint, with what it learned. Raises ConfigError."""
-    objective: Objective = create(cfg.objective, "objective", Objective)
+    objective: Objective
+    try:
+        objective = create(cfg.objective, "objective", Objective)
+    except ConfigError:
+        if not is_ours(cfg.objective):
+            raise
+        # Earlier versions took values of ``best`` that are refused now, and a network that is trained does without.
+        others = {key: value for key, value in cfg.objective.items() if key != "best"}
+        objective = create(others, "objective", Objective)
     objective.load_state_dict({**(state.get("objective") or {}), "classes": state.get("classes") or []})
     return objective
 

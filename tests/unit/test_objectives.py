@@ -13,7 +13,7 @@ from fcmae.checkpoints import checkpoint
 from fcmae.config import compose
 from fcmae.errors import ConfigError
 from fcmae.evaluation import class_metrics
-from fcmae.models.build import encoder_of, model_of
+from fcmae.models.build import encoder_of, model_of, objective_of
 from fcmae.models.headed import Headed
 from fcmae.models.objective import score, sign_and_name
 from fcmae.tasks.finetuning import Finetuning
@@ -188,3 +188,12 @@ def test_a_checkpoint_calls_no_other_class_of_the_package(fcmae_here, tmp_path):
     state = {"task": "finetune", "config": {"objective": {"_target_": "fcmae.files.replacing"}}, "model": {}}
     with pytest.raises(ConfigError, match="code that a file names is not run"):
         model_of(state, tmp_path / "x.pt")
+
+
+def test_a_checkpoint_with_a_best_metric_that_is_refused_now_is_loaded():
+    """Earlier versions trained with it."""
+    cfg = compose("finetune", [*TINY_FINETUNE[1:], "objective.best=-top1"])
+    assert objective_of({"classes": ["a", "b"]}, cfg).classes == ["a", "b"]
+    cfg.objective["layer"] = "none"
+    with pytest.raises(ConfigError, match="objective.layer must be one of"):
+        objective_of({}, cfg)
