@@ -114,13 +114,22 @@ def _lines(path: Path) -> Any:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """The lines that have a step; a warning that a run repeated after it resumed counts once."""
+    """The lines that have a step; a warning that a run repeated after it resumed counts once.
+
+    Warnings that a process began with are among its ``notes``.
+    """
     found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
         lines = json_lines(read_regular(path, MAX_EVENTS, links=False))
         found = [given for _, given in lines if is_number(given.get("step"))]
     said = {(event["step"], event["warning"]): event for event in found if isinstance(event.get("warning"), str)}
-    return [event for event in found if "warning" not in event] + list(said.values())
+    begun = [event for event in found if "warning" not in event]
+    for event in begun:
+        notes = event.get("notes")
+        for note in notes if isinstance(notes, list) else []:
+            if isinstance(note, str) and note.startswith("warning: "):
+                said.setdefault((None, note), {"step": event["step"], "time": event.get("time"), "warning": note})
+    return begun + list(said.values())
 
 
 def _settings(path: Path) -> dict[str, str]:

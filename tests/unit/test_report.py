@@ -127,6 +127,15 @@ def test_restarts_versions_and_evaluations_are_shown(run):
     assert not page.all("b")
 
 
+def test_a_warning_at_the_start_has_a_triangle_as_any_other_once(run):
+    few = "warning: 10 steps of 8 images fit"
+    events = [{"step": step, "notes": [few, "a note", 3]} for step in (0, 50)]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    text = render([read_run(run, "a")])
+    assert text.count('<i class="warning"') == 1
+    assert Page(text).text.split("\n").count(few) == 1
+
+
 def test_what_evaluate_wrote_is_shown(run):
     """Tables, plots and worst images; what is damaged or hostile is left out, and names are only text."""
     folder = run / "evaluation"
