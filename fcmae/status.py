@@ -191,8 +191,10 @@ def describe(run: RunStatus | StudyStatus, now: float | None = None) -> str:
         lines.append(f"  loss {run.loss:.4g}{before}{speed}{memory}")
     if run.scores:
         lines.append(f"  at step {run.scored_at}: {_scores(run.scores, most=6)}")
+    if run.step is None and run.state == "running":
+        lines.append("  the first logged step will tell the time left")
     if run.written is None and run.state == "running":
-        return "\n".join([*lines, "  starting; the first metrics follow"])
+        return "\n".join(lines)
     kept = ", ".join(map(str, run.checkpoints[-4:])) or "none"
     lines.append(f"  checkpoints of steps {kept}; metrics written {_ago(run.written, now)}")
     return "\n".join(lines)

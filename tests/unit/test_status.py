@@ -170,7 +170,23 @@ def test_a_run_that_only_starts_is_a_run(tmp_path):
         assert find_runs(tmp_path) == [tmp_path / "a"]
         text = describe(read_status(tmp_path / "a")).splitlines()
     assert text[0].startswith(f"{tmp_path}/a: ?, running (host ")
-    assert text[1:] == ["  starting; the first metrics follow"]
+    assert text[1:] == ["  the first logged step will tell the time left"]
+
+
+def test_before_its_first_logged_step_a_training_says_when_its_time_is_known(tmp_path):
+    """It may be one of a search, too."""
+    write(tmp_path / "a", [])
+    write(tmp_path / "b" / "auto" / "fold0_lr0.001", [])
+    said = {"training": "fold0_lr0.001", "done": 3, "total": 11, "samples_after": 100}
+    (tmp_path / "b" / "auto" / "progress.json").write_text(json.dumps(said))
+    for name, more in (("a", []), ("b", ["  recipe=auto: 3 of 11 trainings done"])):
+        with held(tmp_path / name):
+            run = read_status(tmp_path / name)
+        assert describe(run, now=run.written).splitlines()[1:] == [
+            *more,
+            "  the first logged step will tell the time left",
+            "  checkpoints of steps none; metrics written 0 s ago",
+        ]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "run.lock"])
