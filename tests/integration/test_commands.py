@@ -49,8 +49,8 @@ def test_load_rebuilds_the_model_from_the_checkpoint_alone(pretrained):
 
 
 def test_killed_and_resumed_equals_never_killed(fcmae, pretrained, tmp_path):
-    """In the middle of an epoch too: 3 steps an epoch, stopped after 4, 5 and 8."""
-    for steps in (4, 5, 8):
+    """In the middle of an epoch too: 3 steps an epoch, stopped after 4 and 8."""
+    for steps in (4, 8):
         stopped = fcmae(*TINY_PRETRAIN, "hydra.run.dir=run", f"trainer.max_steps={steps}", check=75)
         assert f"stopped at trainer.max_steps={steps} of 9" in stopped.stderr
     # what a SIGKILL leaves: a checkpoint cut off, a line half written
@@ -137,7 +137,9 @@ def test_finetune_evaluate_and_knn(fcmae, pretrained, tmp_path):
     assert state["classes"] == [str(i) for i in range(10)]
     logged = [m for m in metrics_of(run_dir) if "top1" in m][-1]
     assert logged.keys() == {"step", *NAMES, *(f"ema_{name}" for name in NAMES)}
-    result = json.loads(fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5").stdout)
+    result = json.loads(
+        fcmae("evaluate", "checkpoint=fine@last", "out=result.json", "batch_size=5", "report=null").stdout
+    )
     assert result == {**{k: logged[k] for k in logged if k != "step"}, "images": 24}
     assert json.loads((tmp_path / "result.json").read_text()) == result
     same = fcmae("knn", f"checkpoint={pretrained}", "data.length=30", "k=1")

@@ -18,7 +18,7 @@ disconnect, distributed.disconnect = distributed.disconnect, lambda: None  # sev
 ranks = sys.argv[1]
 common = {"data": {"length": 31}, "batch_size": 4, "precision": "float32"}
 tables = {"per_class": f"per_class_{ranks}.json", "confusion": f"confusion_{ranks}.json", "report": f"report_{ranks}"}
-probe = {"checkpoint": "pretrained", **common, "train_batch_size": 8, "epochs": 4, "warmup_epochs": 1}
+probe = {"checkpoint": "pretrained", **common, "train_batch_size": 8, "epochs": 2, "warmup_epochs": 1}
 probe |= {"cache": f"features_{ranks}"}
 results = [
     run.evaluate(from_dict(EvaluateConfig, {"checkpoint": "fine", **common, **tables})),

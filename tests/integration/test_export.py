@@ -72,8 +72,8 @@ def test_finetuning_and_evaluation_go_on_from_what_was_imported(runs, tmp_path, 
     main(["export", str(runs / "fine"), "--to", "timm", "--out", str(tmp_path / "timm"), "--no-check"])
     main(["import", str(tmp_path / "timm"), "--from", "timm", "--out", str(tmp_path / "classifier.pt")])
     data = ("data.name=synthetic", "data.length=24")
-    imported = json.loads(fcmae("evaluate", "checkpoint=classifier.pt", *data).stdout)
-    ours = json.loads(fcmae("evaluate", f"checkpoint={runs}/fine").stdout)
+    imported = json.loads(fcmae("evaluate", "checkpoint=classifier.pt", "report=null", *data).stdout)
+    ours = json.loads(fcmae("evaluate", f"checkpoint={runs}/fine", "report=null").stdout)
     assert imported["top1"] == ours["ema_top1"]
 
 

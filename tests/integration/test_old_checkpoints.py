@@ -57,7 +57,7 @@ def test_an_old_pretraining_run_fine_tunes(old_runs):
 
 
 def test_old_runs_are_evaluated(capsys):
-    assert main(["evaluate", "checkpoint=finetune"]) == 0
+    assert main(["evaluate", "checkpoint=finetune", "report=null"]) == 0
     printed = capsys.readouterr()
     taken = "checkpoint finetune/checkpoints/step_00000006.pt (step 6, score 16.67, the best so far)\n"
     assert printed.err.startswith(taken)

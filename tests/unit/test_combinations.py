@@ -40,11 +40,11 @@ def pairs(values):
 
 def pairwise(factors):
     """Combinations that hold every pair of values of two factors; each is the one that adds most."""
-    every = list(itertools.product(*(range(len(values)) for values in factors)))
-    left = set().union(*map(pairs, every))
+    every = {values: pairs(values) for values in itertools.product(*(range(len(values)) for values in factors))}
+    left = set().union(*every.values())
     while left:
-        best = max(every, key=lambda values: len(pairs(values) & left))
-        left -= pairs(best)
+        best = max(every, key=lambda values: len(every[values] & left))
+        left -= every[best]
         yield [values[number] for values, number in zip(factors, best, strict=True)]
 
 

@@ -183,8 +183,7 @@ RUN = (
 )
 
 
-@pytest.mark.parametrize("ema", [0.5, None])
-@pytest.mark.parametrize("strides", ["null", "[2,1,2,2]"])
+@pytest.mark.parametrize(("strides", "ema"), [("null", 0.5), ("[2,1,2,2]", None)])
 def test_the_unet_of_a_run_can_be_carried_over(strides, ema, tmp_path):
     keys = [
         f"model.strides={strides}",

@@ -190,20 +190,21 @@ def test_a_signal_stops_the_probe_in_a_fold(tmp_path, monkeypatch, capsys):
 
 
 def test_another_recipe_or_other_weights_are_refused(fcmae_here, here):
-    fcmae_here(*AUTO, "hydra.run.dir=run", "trainer.max_steps=1", check=75)
+    auto = (*AUTO, "auto.layers=[pooled]")
+    fcmae_here(*auto, "hydra.run.dir=run", "trainer.max_steps=1", check=75)
     said = describe(read_status("run")).splitlines()[1:3]
     assert said == [
         "  recipe=auto: 0 of 3 trainings done",
         "  step 1/2 of fold1_lr0.001_decay0.8, epoch 0.5",
     ]
-    changed = fcmae_here(*AUTO, "hydra.run.dir=run", "auto.lrs=[1e-2]", check=2).stderr
+    changed = fcmae_here(*auto, "hydra.run.dir=run", "auto.lrs=[1e-2]", check=2).stderr
     assert "the recipe differs" in changed
     assert "auto.lrs" in changed
     fcmae_here(*TINY_PRETRAIN, "seed=1", "trainer.max_steps=1", "hydra.run.dir=other", check=75)
-    other = fcmae_here(*AUTO, "hydra.run.dir=run", "init_from=other", check=2).stderr
+    other = fcmae_here(*auto, "hydra.run.dir=run", "init_from=other", check=2).stderr
     assert "which holds other weights" in other
     (here / "run" / "auto" / "chosen.json").write_text('{"kept": "probe"}')
-    damaged = fcmae_here(*AUTO, "hydra.run.dir=run", check=2).stderr
+    damaged = fcmae_here(*auto, "hydra.run.dir=run", check=2).stderr
     assert "without layer, l2, lr, layer_decay" in damaged
 
 

@@ -118,25 +118,25 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_run_ends_after_evaluations_without_a_better_loss(fcmae_here: Command, tmp_path: Path, scripted: list[float]):
     """Also where it was stopped between them, whose loss does not count; a resume says so and continues if it may."""
-    run = (*WATCHED, "schedule.epochs=8", "hydra.run.dir=run", "trainer.checkpoint_every_epochs=8")
+    run = (*WATCHED, "data.length=16", "schedule.epochs=8", "hydra.run.dir=run", "trainer.checkpoint_every_epochs=8")
     scripted += [0.5, 0.4, 0.45, 0.3, math.nan, 0.42]
-    assert "ended at" not in fcmae_here(*run, "monitor.patience=3", "trainer.max_steps=10", check=75).stderr
+    assert "ended at" not in fcmae_here(*run, "monitor.patience=3", "trainer.max_steps=7", check=75).stderr
     assert len(scripted) == 2
     ended = fcmae_here(*run, "monitor.patience=3").stderr
     line = (
-        "ended at step 15 of 24: 3 evaluation(s) in a row not better than at step 6 (monitor.patience); "
+        "ended at step 10 of 16: 3 evaluation(s) in a row not better than at step 4 (monitor.patience); "
         "monitor.patience=null continues"
     )
     assert line in ended.splitlines()
     assert not scripted
     assert (tmp_path / "run" / "encoder.safetensors").is_file()
-    assert checkpoint.resolve(f"{tmp_path}/run@last").name == "step_00000015.pt"
-    assert checkpoint.resolve(f"{tmp_path}/run").name == "step_00000006.pt"
+    assert checkpoint.resolve(f"{tmp_path}/run@last").name == "step_00000010.pt"
+    assert checkpoint.resolve(f"{tmp_path}/run").name == "step_00000004.pt"
     again = fcmae_here(*run, "monitor.patience=3").stderr
     assert line in again.splitlines()
     scripted += [0.3, 0.31, 0.32]
     assert "ended at" not in fcmae_here(*run, "monitor.patience=null").stderr
-    assert checkpoint.resolve(f"{tmp_path}/run@best").name == "step_00000018.pt"
+    assert checkpoint.resolve(f"{tmp_path}/run@best").name == "step_00000012.pt"
 
 
 def test_nan_is_never_the_best():

@@ -21,7 +21,7 @@ from tests.results import assert_same, newest
 RESNET = ("target=teacher", "target.teacher.name=test_resnet", "target.teacher.checkpoint=teacher.pt")
 VIT = ("target=teacher", "target.teacher.name=test_vit", "target.teacher.checkpoint=vit.safetensors")
 DATA = ("data.mean=[0.3,0.4,0.5]", "data.std=[0.1,0.2,0.3]")
-RUN = (*TINY_PRETRAIN, *DATA, *RESNET, "target=[pixels,teacher]", "optim.ema_decay=0.9")
+RUN = (*TINY_PRETRAIN, "schedule.epochs=2", *DATA, *RESNET, "target=[pixels,teacher]", "optim.ema_decay=0.9")
 
 
 @pytest.fixture(autouse=True)
