@@ -27,7 +27,7 @@ SUFFIX = ".safetensors"
 TASK = "encoder"
 """What the state that :func:`read` gives is of."""
 KEYS = {"model": UNSET["model"], "data": (*UNSET["data"], "pad", "crop_pct")}
-PLAIN = {"dtype": "uint", "normalize": "dataset", "low": None, "high": None}
+PLAIN = {"dtype": "uint", "normalize": "dataset", "low": None, "high": None, "nodata": None}
 """What all images were before these keys came."""
 MOST_JSON = 2**16
 """Characters."""

@@ -11,7 +11,7 @@ from fcmae.config.normalize import without_derived
 T = TypeVar("T")
 UNSET: dict[str, tuple[str, ...]] = {
     "model": ("backbone", "depths", "dims", "stem_stride", "strides", "timm"),
-    "data": ("in_chans", "bit_depth", "dtype", "image_size", "normalize", "low", "high", "mean", "std"),
+    "data": ("in_chans", "bit_depth", "dtype", "image_size", "normalize", "low", "high", "mean", "std", "nodata"),
 }
 """The keys that may be unset, by group. Unset is None."""
 

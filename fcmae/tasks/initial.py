@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def find_start(cfg: RunConfig, run_dir: Path | None = None) -> Start:
         and (state["config"].get("objective") or {}).get("_target_", CLASSIFY) == CLASSIFY
     ):
         notes.append(f"{path} is a classifier of {len(state['classes'])} classes; its head is not used")
-    for key in ("pad", "nodata", "fit"):
+    for key in ("pad", "fit") if isinstance(cfg, FinetuneConfig) else ("pad", "nodata", "fit"):
         ours, theirs = getattr(cfg.data, key), known["data"].get(key, getattr(cfg.data, key))
         if ours != theirs:
             notes.append(f"data.{key} is {ours}; {path} was trained with {theirs}")
@@ -125,6 +125,10 @@ def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]
     taken: list[str] = []
     wrong: list[str] = []
     others: list[str] = []
+    nodata = start.known["data"].get("nodata")
+    if nodata is not None and cfg.data.nodata is None and not _may_lack_values(cfg.data, start.known["data"]):
+        start = replace(start, known={**start.known, "data": {**start.known["data"], "nodata": None}})
+        others.append(f"data.nodata is null; {start.path} was trained with {_plain(nodata)}")
     contradiction = _other_strides(cfg.model.stem_stride, cfg.model.strides, start)
     wrong += [contradiction] if contradiction else []
     for group, values in start.known.items():
@@ -145,6 +149,12 @@ def settle(cfg: FinetuneConfig, start: Start) -> tuple[FinetuneConfig, list[str]
         *([f"taken from init_from: {' '.join(taken)}"] if taken else []),
         *others,
     ]
+
+
+def _may_lack_values(data: Any, known: dict[str, Any]) -> bool:
+    """Whether ``data.nodata`` of ``init_from`` means the same for these images, and none of their keys excludes it."""
+    same = all(getattr(data, key) in (None, known.get(key)) for key in ("in_chans", "bit_depth", "dtype"))
+    return same and data.name != "coco" and not data.pad and "gpu" not in (data.cache, data.decode_on)
 
 
 def _plain(value: Any) -> Any:

@@ -91,6 +91,7 @@ def data_keys():
         "high": None,
         "mean": [0.5] * 3,
         "std": [0.2] * 3,
+        "nodata": None,
         "pad": 0,
         "crop_pct": 0.875,
     }

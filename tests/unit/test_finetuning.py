@@ -221,6 +221,22 @@ def test_network_and_images_are_those_of_init_from_where_they_are_not_set(tmp_pa
     ]
 
 
+def test_pixels_without_a_value_are_those_of_init_from(tmp_path):
+    """They reached the network as numbers, such as -9999, unless the command said it again."""
+    write_classifier(tmp_path / "own.pt", config(*OTHER, "data.nodata=7"), classes=10)
+    init = f"init_from={tmp_path}/own.pt"
+    task = Finetuning(compose("finetune", [*UNTOLD, init]))
+    assert task.cfg.data.nodata == 7
+    assert task.notes[-1] == f"{TAKEN} data.nodata=7"
+    task = Finetuning(compose("finetune", [*UNTOLD, init, "data.nodata=5"]))
+    assert task.cfg.data.nodata == 5
+    assert task.notes[-1] == f"data.nodata is 5; {tmp_path}/own.pt was trained with 7"
+    for other in ("data.bit_depth=8", "data.pad=2"):
+        task = Finetuning(compose("finetune", [*UNTOLD, init, other]))
+        assert task.cfg.data.nodata is None
+        assert f"data.nodata is null; {tmp_path}/own.pt was trained with 7" in task.notes
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -279,7 +279,11 @@ REFUSED = {
     "signed npy": (lambda: npy(np.ones((8, 8), np.int16)), 1, "its pixels are int16"),
     "npy without pixels": (lambda: npy(noise(0, 5, 3)), 3, r"its shape is \[3, 0, 5\]: it has no pixels"),
     "objects in npy": (lambda: npy(np.array([[{}]], dtype=object)), 1, "it holds Python objects"),
-    "npy with four axes": (lambda: npy(noise(1, 2, 3, 4)), 1, r"its shape must be .*; got \[1, 2, 3, 4\]"),
+    "npy with four axes": (
+        lambda: npy(noise(1, 2, 3, 4)),
+        1,
+        r"its shape must be .*; got \[1, 2, 3, 4\]; a stack of images needs data.name=array data.path=FILE",
+    ),
     "npy with other channels": (lambda: npy(noise(5, 8, 8)), 3, "it has 5 channels; data.in_chans is 3"),
     "npy cut short": (lambda: Encoded(npy(noise(5, 8, 8)).data[:-9], "a.npy"), 5, "."),
     "7 channels of a JPEG": (lambda: encoded(smooth(), "JPEG"), 7, "it has 3 channels; data.in_chans is 7"),

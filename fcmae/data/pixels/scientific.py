@@ -47,7 +47,8 @@ def read_npy(data: bytes, in_chans: int, expected: str) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[None]
     if pixels.ndim != 3:
-        raise ValueError(f"its shape must be [H, W], [C, H, W] or [H, W, C]; got {list(pixels.shape)}")
+        stack = "; a stack of images needs data.name=array data.path=FILE" if pixels.ndim > 3 else ""
+        raise ValueError(f"its shape must be [H, W], [C, H, W] or [H, W, C]; got {list(pixels.shape)}{stack}")
     if pixels.shape[0] != in_chans and pixels.shape[2] == in_chans:
         pixels = pixels.transpose(2, 0, 1)
     _check_channels(len(pixels), in_chans, expected)
