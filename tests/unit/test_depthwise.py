@@ -1,8 +1,5 @@
 """The packed depthwise convolution against a dense convolution with masks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 
 from fcmae.kernels import depthwise
 from fcmae.kernels.depthwise import gather_patches, neighbors, packed_depthwise, scatter_patches
+from tests.conftest import run_python
 
 ROWS, COLS = 3, 4
 
@@ -120,14 +118,23 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, wanted)
 
 
+DEFINED_AGAIN = """
+import sys
+for name in list(sys.modules):
+    if name in ("triton", "fcmae.kernels") or name.startswith(("triton.", "fcmae.kernels.")):
+        if not name.startswith("triton._C"):  # the compiled part cannot be imported twice
+            del sys.modules[name]
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_triton_kernels_in_the_interpreter(cases):
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined."""
     pytest.importorskip("triton")
     files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("depthwise", "grn", "norm", "pixels")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", cases, *files]
-    root = str(Path(depthwise.__file__).parents[2])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    # Modules that are imported before cannot have their assertions rewritten.
+    how = ("-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-m", cases)
+    root = Path(depthwise.__file__).parents[2]
+    run_python(root, "-c", DEFINED_AGAIN, *how, *files, timeout=300, variables={"TRITON_INTERPRET": "1"})

@@ -33,7 +33,7 @@ def test_packed_is_masked_is_dense(name, strides):
     assert strides_of(backbone) == strides
     model = FCMAE(backbone, decoder_embed_dim=16, decoder_depth=1).double()
     side = model.patch_size
-    imgs = torch.randn(2, 3, 3 * side, 2 * side, dtype=torch.float64)
+    imgs = torch.randn(2, 3, 4 * side, 3 * side, dtype=torch.float64)
     mask, keep = model.random_mask(imgs)
     grads = []
     for engine in ("packed", "masked"):
