@@ -327,8 +327,10 @@ def test_statistics_are_those_of_all_pixels(tmp_path, capsys):
 def test_statistics_of_16_bits(tmp_path):
     np.save(tmp_path / "a.npy", np.full((2, 8, 8), 1023, np.uint16))
     said = run(tmp_path, "data.stats=true", "data.in_chans=2", "data.bit_depth=12")
-    assert yaml.safe_load(said) == {"in_chans": 2, "bit_depth": 12, "mean": [0.249821, 0.249821], "std": [0.0, 0.0]}
-    assert said.endswith("# a channel has one value everywhere; data.std must be positive")
+    assert yaml.safe_load(said) == {"in_chans": 2, "bit_depth": 12, "mean": [0.249821, 0.249821], "std": [1.0, 1.0]}
+    assert said.endswith("# a channel has one value everywhere; a std of 1 leaves it as it is")
+    said = run(tmp_path, "data.stats=true", "data.in_chans=2", "data.bit_depth=12", "data.normalize=percentile")
+    assert said.splitlines()[-1].startswith("# low is high in a channel, which is refused; take data.percentiles")
 
 
 def test_small_statistics_keep_their_digits(tmp_path):

@@ -40,15 +40,22 @@ def statistics(cfg: PrepareConfig, source: Source) -> list[str]:
     data, to = cfg.data, PixelFormat.of(cfg.data, cfg.loader.max_pixels)
     count = min(len(source), data.stats_samples or len(source))
     chosen = shuffled(source, cfg.seed)[:count]
-    bounds: list[str] = []
+    bounds, notes = list[str](), list[str]()
     if data.normalize == "percentile":
         sums, values = _percentiles(cfg, source, chosen, to)
         low, high = (_list(column) for column in values.T)
         bounds = ["normalize: percentile", f"low: {low}", f"high: {high}"]
+        if (values[:, 0] >= values[:, 1]).any():
+            notes.append(
+                "# low is high in a channel, which is refused; take data.percentiles further apart, such as [0,100]"
+            )
     else:
         sums, _ = _read(cfg, source, chosen, to)
-    mean, std, least, most = (_list(x) for x in (sums.mean, sums.std, sums.least, sums.most))
-    flat = ["# a channel has one value everywhere; data.std must be positive"]
+    flat = sums.std <= FLAT * abs(sums.mean)
+    if flat.any() and not bounds:
+        notes.append("# a channel has one value everywhere; a std of 1 leaves it as it is")
+    columns = (sums.mean, np.where(flat, 1, sums.std), sums.least, sums.most)
+    mean, std, least, most = (_list(x) for x in columns)
     return [
         f"# of {count - len(sums.unreadable):,} of {len(source):,} images (seed {cfg.seed})",
         f"in_chans: {to.in_chans}",
@@ -56,7 +63,7 @@ def statistics(cfg: PrepareConfig, source: Source) -> list[str]:
         *([f"dtype: {to.dtype}"] if to.is_float else []),
         *(bounds or [f"mean: {mean}", f"std: {std}"]),
         f"# values: {least} to {most}",
-        *(flat if bool((sums.std <= FLAT * abs(sums.mean)).any()) else []),
+        *notes,
     ]
 
 
