@@ -374,10 +374,10 @@ def _no_head() -> Linear:
 def summary(found: Result) -> str:
     """The line that says what was kept, and why."""
     best = max(found["finetuned"], key=lambda each: each["score"])
-    metric, folds = found["metric"], len(found["probe"]["folds"])
+    metric, folds = found["metric"], counted(len(found["probe"]["folds"]), "fold")
     fine = f"fine-tuning (lr={best['lr']:g}, layer_decay={best['layer_decay']:g}) {shown_score(best['score'])}"
     probe = f"the probe (layer={found['layer']}, l2={found['l2']:g}) {shown_score(found['probe']['score'])}"
     first, second = (fine, probe) if found["kept"] == "finetuned" else (probe, fine)
     close = found["kept"] == "finetuned" and found["probe"]["score"] > best["score"]
     doubt = ", not better by more than a standard error" if close else ""
-    return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds} folds"
+    return f"recipe=auto keeps {first}; {second}{doubt}: {metric} of held-out training images, mean of {folds}"
