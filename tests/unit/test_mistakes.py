@@ -2,6 +2,7 @@
 
 import pytest
 
+from fcmae import cli
 from fcmae.cli import main
 from fcmae.config import compose, from_dict
 from fcmae.config.data import DataConfig
@@ -155,7 +156,7 @@ def test_folders_of_one_machine_are_told_after_the_ranks_have_met(monkeypatch, c
     """Another machine may have them. With other mistakes they are reported at once, since all ranks end."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setitem(main.__globals__["_HYDRA"], "pretrain", lambda *_: print("begun"))
+    monkeypatch.setitem(cli._HYDRA, "pretrain", lambda *_: print("begun"))
     args = ["pretrain", "data.path=/nowhere", "hydra.run.dir=."]
     assert main(args) == 0
     assert capfd.readouterr().out == "begun\n"
