@@ -40,7 +40,7 @@ def run(command: str, overrides: list[str], action: Action, alone: bool = False)
     _check_overrides(command, overrides)
     # Otherwise Hydra prints errors itself, in several lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    config.register_schemas()
+    config.register_schema(command)
     OmegaConf.register_new_resolver("start_time", _start_time, replace=True)
 
     begun, started = False, time.time()

@@ -19,7 +19,7 @@ from fcmae.config.commands import (
     RunConfig,
     StudyConfig,
 )
-from fcmae.config.compose import compose, conf_dir, every_mistake, help_text, misread, quoted, register_schemas
+from fcmae.config.compose import compose, conf_dir, every_mistake, help_text, misread, quoted, register_schema
 from fcmae.config.conflicts import check_cuda_graph, graph_obstacles
 from fcmae.config.data import AugmentConfig, DataConfig
 from fcmae.config.loader import LoaderConfig
@@ -84,7 +84,7 @@ __all__ = [
     "not_set",
     "portable",
     "quoted",
-    "register_schemas",
+    "register_schema",
     "to_dict",
     "to_typed",
     "upgraded",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -68,15 +68,23 @@ def help_text(command: str, about: str) -> str:
     )
 
 
-@functools.cache
-def register_schemas() -> None:
-    """Registers the schemas with Hydra as ``schema/COMMAND``, and what the experiments ``own/*`` compute."""
+def register_schema(command: str) -> None:
+    """Registers with Hydra the command's schema, as ``schema/COMMAND``, and what the experiments ``own/*`` compute.
+
+    One schema at a time: Hydra copies all that it has whenever it composes a config.
+    """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("own", own.resolve, replace=True)
-    for name, schema in COMMANDS.items():
-        ConfigStore.instance().store(name=name, node=schema, group="schema", package="_global_")
+    ConfigStore.instance().repo["schema"] = {f"{command}.yaml": _schema(command)}
+
+
+@functools.cache
+def _schema(command: str) -> Any:
+    from hydra.core.config_store import ConfigNode
+
+    node = OmegaConf.structured(COMMANDS[command])
+    return ConfigNode(f"{command}.yaml", node, group="schema", package="_global_", provider=None)
 
 
 def compose(command: str, overrides: list[str] | None = None, also: Callable[[Any], object] | None = None) -> Any:
@@ -128,16 +136,19 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def _composed(command: str, overrides: list[str]) -> DictConfig:
     import hydra
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
-    register_schemas()
-    running = GlobalHydra.instance().hydra  # of this command, or of the application that calls us
+    # Of this command, or of the application that calls us.
+    running, schema = GlobalHydra.instance().hydra, ConfigStore.instance().repo.get("schema", {})
     GlobalHydra.instance().clear()
     try:
+        register_schema(command)
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose(command, overrides)
     finally:
         GlobalHydra.instance().hydra = running
+        ConfigStore.instance().repo["schema"] = schema
 
 
 def every_mistake(
