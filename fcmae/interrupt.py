@@ -155,10 +155,16 @@ def take_for_ctrl_c() -> None:
                 _before.setdefault(number, signal.signal(number, signal.default_int_handler))
 
 
-def die_with_parent() -> None:
-    """Lets the system kill this process when its parent dies. Linux only; elsewhere nothing happens."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Lets the system kill this process when its parent dies: Linux only.
+
+    Args:
+        parent: the parent's id, if it may be dead already; then this process ends at once, everywhere.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 class _Watcher:

@@ -150,7 +150,7 @@ def _loader(dataset: Dataset, workers: Workers, **kwargs) -> Iterator[Batch]:
         timeout=workers.timeout if count else 0,
         multiprocessing_context=START if count else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=functools.partial(_start_worker, exchange.number, exchange.used),
+        worker_init_fn=functools.partial(_start_worker, os.getpid(), exchange.number, exchange.used),
         collate_fn=collate,
         **kwargs,
     )
@@ -174,8 +174,10 @@ def _make_folder() -> None:
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
 
 
-def _start_worker(loader: int, used: Tensor, worker: int) -> None:
+def _start_worker(parent: int, loader: int, used: Tensor, worker: int) -> None:
     interrupt.shield_worker()
+    # torch's worker looks whether its parent changes, which it does not do once the parent is dead.
+    interrupt.die_with_parent(parent)
     sys.excepthook = _unless_hung_up
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
     gc.freeze()  # a full collection would write to all objects, and so copy the memory that the fork shares

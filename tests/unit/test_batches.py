@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import socket
 from multiprocessing.connection import Client
 from multiprocessing.resource_sharer import DupFd
@@ -273,12 +274,21 @@ def test_workers_end_with_python():
     run_python(ROOT, "-c", script)
 
 
+def test_a_worker_that_starts_after_the_end_of_its_parent_ends():
+    """It would wait for work forever. Here the parent is one that never was."""
+    used = torch.zeros(1, shared.SLOTS, dtype=torch.uint8)
+    process = multiprocessing.get_context("fork").Process(target=_start_worker, args=(-1, 0, used, 0))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+
+
 def test_a_worker_says_nothing_when_the_training_process_hangs_up(capfd):
     """Which happens when another worker is killed while this one hands on memory."""
     ours, theirs = multiprocessing.Pipe()
 
     def work():
-        _start_worker(0, torch.zeros(1, shared.SLOTS, dtype=torch.uint8), 0)
+        _start_worker(os.getppid(), 0, torch.zeros(1, shared.SLOTS, dtype=torch.uint8), 0)
         theirs.send(DupFd(0)._id[0])
         theirs.recv()
 
