@@ -260,7 +260,7 @@ def test_workers_leave_the_objects_of_the_training_process_where_they_are():
     before = gc.get_freeze_count()
     counts = next(batches(Frozen(), BatchPlan.create(24, 4, 2, 1, seed=0), 1))[1]
     assert counts.min() > len(gc.get_objects()) // 2
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() <= before  # frozen objects may die meanwhile
 
 
 def test_workers_end_with_python():
