@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
-from fcmae.engines import convnext
+from fcmae.engines import convnext, fused
 from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import Neighbors, neighbors, packed_depthwise, precompile
 
@@ -47,18 +47,20 @@ def dense(
         A map ``[N, D, h, w]`` per stage, channels last in memory; the last one after ``norm_pre``.
     """
     layouts = list(_layouts(backbone, imgs))
-    if compiled and imgs.is_cuda:
+    if precompile.is_worth(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, layouts))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, layouts[0])
     before, maps = layouts[0], []
     for number, (stage, layout) in enumerate(zip(convnext.stages(backbone), layouts, strict=True), start=1):
-        run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
+        recompute = number in recompute_stages or stage.grad_checkpointing
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x, before, layout)
         where = _all_visible(len(imgs), layout, imgs.device) if layout.side else None
-        for block in stage.blocks:
-            assert isinstance(block, ConvNeXtBlock)
-            x = run_block(block, x, where)
+        for block, copies in fused.with_copies(stage.blocks, x):
+            if copies is not None and where is not None:
+                x = recomputed(fused.run, recompute)(block, x, copies, where, "image", fused.path_factors(block, x))
+            else:
+                x = recomputed(region(_block, compiled), recompute)(block, x, where)
         before = layout
         maps.append(_untiled(x, layout).permute(0, 3, 1, 2))
     if isinstance(backbone.norm_pre, nn.LayerNorm):
@@ -92,6 +94,7 @@ def _shapes(backbone: ConvNeXt, imgs: Tensor, layouts: list[Layout]) -> Iterator
         yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs):
             yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)
+            yield precompile.ResidualShape(channels, dtype, fused.drops_paths(stage))
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +106,9 @@ def _all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, layout: Layout) -> Tensor:
-    return convnext.layer_norm(_strided(imgs.permute(0, 2, 3, 1), conv, layout), norm)
+    x = _strided(imgs.permute(0, 2, 3, 1), conv, layout)
+    # Autocast's norms are float32; the sums of the first stage's blocks have the type of the other stages'.
+    return convnext.layer_norm(x, norm).to(x.dtype)
 
 
 def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, before: Layout, layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
-from fcmae.engines import convnext
+from fcmae.engines import convnext, fused
 from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
 from fcmae.masks.patches import grid_size, visible_indices
@@ -31,16 +31,19 @@ def packed(
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
-    if compiled and imgs.is_cuda:
+    if precompile.is_worth(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     features = []
     for number, stage in enumerate(convnext.stages(backbone), start=1):
-        run_block = recomputed(region(_block, compiled), number in recompute_stages or stage.grad_checkpointing)
+        recompute = number in recompute_stages or stage.grad_checkpointing
         if isinstance(stage.downsample, nn.Sequential):
             x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
-        for block in convnext.blocks(stage):
-            x = run_block(block, x, where, grn_scope)
+        for block, copies in fused.with_copies(convnext.blocks(stage), x):
+            if copies is not None:
+                x = recomputed(fused.run, recompute)(block, x, copies, where, grn_scope)
+            else:
+                x = recomputed(region(_block, compiled), recompute)(block, x, where, grn_scope)
         if all_stages or number == len(backbone.stages):
             features.append(x)
     if isinstance(backbone.norm_pre, nn.LayerNorm):
@@ -63,6 +66,7 @@ def _shapes(
         yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs) and grn_scope == "image":
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
+            yield precompile.ResidualShape(channels, dtype, drops=False)
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:

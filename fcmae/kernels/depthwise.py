@@ -78,7 +78,7 @@ def packed_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, where: Neig
 def _packed_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> Tensor:
-    if _use_triton(x, weight):
+    if use_triton(x, weight):
         return depthwise_launch.forward(x, weight, bias, slots, cells)
     bias = None if bias is None else bias.to(x.dtype)
     return _plain_convolution(x, weight.to(x.dtype), bias, index, rows, cols)
@@ -89,7 +89,7 @@ def _packed_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, slots: Tensor, cells: Tensor, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; of weight and bias in float32 at least."""
-    if _use_triton(x, weight):
+    if use_triton(x, weight):
         grad_weight, grad_bias = depthwise_launch.weight_grad(x, grad, weight.shape[-1], slots, cells)
         return depthwise_launch.input_grad(grad, weight, slots, cells), grad_weight, grad_bias
     return _plain_backward(grad, x, weight.to(x.dtype), index, rows, cols)
@@ -124,7 +124,7 @@ def _backward(ctx, grad):
 _packed_depthwise.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _use_triton(x: Tensor, weight: Tensor) -> bool:
+def use_triton(x: Tensor, weight: Tensor) -> bool:
     """Whether the Triton kernels take this call; float64 and sizes that overflow the registers go the plain way."""
     return (
         depthwise_launch is not None

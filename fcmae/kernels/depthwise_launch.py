@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fcmae.kernels import precompile
 from fcmae.kernels.depthwise_triton import add_partial_kernel, forward_kernel, taps_kernel, weight_grad_kernel
+from fcmae.kernels.residual_triton import add_and_sum
 from fcmae.kernels.target import target
 
 
@@ -66,6 +67,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells
 def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Tensor:
     """The gradient of the input: the convolution of ``grad`` with the kernel turned by 180 degrees."""
     return _launch_forward(grad, weight, None, slots, cells, turned=True)
+
+
+def input_grad_and_skip(
+    grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor, skip: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`input_grad` plus ``skip`` of the same shape, and the sums of ``skip`` over all sites, float32 ``[C]``."""
+    return add_and_sum(input_grad(grad, weight, slots, cells), skip)
 
 
 def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:

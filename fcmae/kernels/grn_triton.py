@@ -227,8 +227,7 @@ def _plan(
     return parts, hold, constants
 
 
-@torch.library.custom_op("fcmae::gelu_grn", mutates_args=())
-def gelu_grn_forward(
+def launch_forward(
     x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, norms ``[N, D]`` and mean norms ``[N]``."""
@@ -251,14 +250,16 @@ def gelu_grn_forward(
     return y, norms, means
 
 
+gelu_grn_forward = torch.library.custom_op("fcmae::gelu_grn", launch_forward, mutates_args=())
+
+
 @gelu_grn_forward.register_fake
 def _(x, input_bias, weight, bias, eps):
     norms = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), norms, norms.new_empty(x.shape[0])
 
 
-@torch.library.custom_op("fcmae::gelu_grn_backward", mutates_args=())
-def gelu_grn_backward(
+def launch_backward(
     dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias."""
@@ -279,6 +280,9 @@ def gelu_grn_backward(
     else:
         _backward[(n * parts,)](dy, x, *others, dx, *rest, STAGES=BACKWARD_STAGES, **constants)
     return dx, sums
+
+
+gelu_grn_backward = torch.library.custom_op("fcmae::gelu_grn_backward", launch_backward, mutates_args=())
 
 
 @gelu_grn_backward.register_fake

@@ -76,12 +76,14 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), weight.new_empty(weight.shape, dtype=x.dtype)
 
 
-@torch.library.custom_op("fcmae::product_float32", mutates_args=())
-def _product_float32(grad: Tensor, x: Tensor) -> Tensor:
+def product_float32(grad: Tensor, x: Tensor) -> Tensor:
     """``grad.T @ x`` of 16-bit matrices, in float32."""
     if x.is_cuda:
         return torch.mm(grad.t(), x, out_dtype=torch.float32)
     return grad.t().float() @ x.float()
+
+
+_product_float32 = torch.library.custom_op("fcmae::product_float32", product_float32, mutates_args=())
 
 
 @_product_float32.register_fake

@@ -15,17 +15,18 @@ from fcmae.kernels.target import target
 TILE = 4096
 """Elements of a tile, 32 per thread."""
 PROGRAMS = 3
-"""Per multiprocessor in the backward pass."""
+"""Per multiprocessor where each adds up sums over its rows."""
 
 
 @triton.jit
-def _load(x, row, c, rows, C: tl.constexpr):
+def load_rows(x, row, c, rows, C: tl.constexpr):
+    """A tile of ``[rows, C]`` as float32; 0 outside."""
     inside = (row < rows)[:, None] & (c < C)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(y, value, row, c, rows, C: tl.constexpr):
+def store_rows(y, value, row, c, rows, C: tl.constexpr):
     inside = (row < rows)[:, None] & (c < C)[None, :]
     tl.store(y + row.to(tl.int64)[:, None] * C + c[None, :], value.to(y.dtype.element_ty), mask=inside)
 
@@ -37,13 +38,13 @@ def layer_norm_kernel(
     """x, y: ``[rows, C]``. means, scales: float32 ``[rows]``, the mean and the inverse standard deviation."""
     c = tl.arange(0, WIDTH)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = _load(x, row, c, rows, C)
+    value = load_rows(x, row, c, rows, C)
     mean = tl.sum(value, 1) / C
     value = tl.where((c < C)[None, :], value - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(value * value, 1) / C + eps)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    _store(y, value * scale[:, None] * w + b, row, c, rows, C)
+    store_rows(y, value * scale[:, None] * w + b, row, c, rows, C)
     tl.store(means + row, mean, mask=row < rows)
     tl.store(scales + row, scale, mask=row < rows)
 
@@ -62,40 +63,43 @@ def layer_norm_backward_kernel(
         row = (tl.program_id(0) * tiles_per_program + i) * ROWS + tl.arange(0, ROWS)
         mean = tl.load(means + row, mask=row < rows, other=0.0)
         scale = tl.load(scales + row, mask=row < rows, other=0.0)
-        unit = tl.where((c < C)[None, :], (_load(x, row, c, rows, C) - mean[:, None]) * scale[:, None], 0.0)
-        d = _load(dy, row, c, rows, C)
+        unit = tl.where((c < C)[None, :], (load_rows(x, row, c, rows, C) - mean[:, None]) * scale[:, None], 0.0)
+        d = load_rows(dy, row, c, rows, C)
         of_weight += d * unit
         of_bias += d
         d *= w
         pull = tl.sum(d * unit, 1) / C
         d = (d - tl.sum(d, 1)[:, None] / C - unit * pull[:, None]) * scale[:, None]
-        _store(dx, d, row, c, rows, C)
+        store_rows(dx, d, row, c, rows, C)
     partial += tl.program_id(0) * (2 * C)
     tl.store(partial + c, tl.sum(of_weight, 0), mask=c < C)
     tl.store(partial + C + c, tl.sum(of_bias, 0), mask=c < C)
 
 
-def _shape(x: Tensor) -> dict[str, int]:
+def tiles(x: Tensor) -> dict[str, int]:
+    """The constants of a kernel on tiles of whole rows of ``[..., C]``."""
     width = triton.next_power_of_2(x.shape[-1])
     return {"C": x.shape[-1], "WIDTH": width, "ROWS": max(1, TILE // width), "num_warps": 4}
 
 
-def _programs(x: Tensor, rows: int, rows_per_tile: int) -> tuple[int, int]:
-    """Programs of the backward pass, and tiles per program."""
-    tiles = -(-rows // rows_per_tile)
-    tiles_per_program = -(-tiles // max(2, PROGRAMS * target(x).processors))
-    return -(-tiles // tiles_per_program), tiles_per_program
+def programs_of(x: Tensor, rows: int, rows_per_tile: int) -> tuple[int, int]:
+    """How many programs fill the device once, and tiles per program."""
+    count = -(-rows // rows_per_tile)
+    tiles_per_program = -(-count // max(2, PROGRAMS * target(x).processors))
+    return -(-count // tiles_per_program), tiles_per_program
 
 
-@torch.library.custom_op("fcmae::layer_norm", mutates_args=())
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output, means and inverse standard deviations of the rows."""
     precompile.wait()
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    rows, shape = x.numel() // x.shape[-1], _shape(x)
+    rows, shape = x.numel() // x.shape[-1], tiles(x)
     y, means, scales = torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     layer_norm_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, weight, bias, y, means, scales, rows, eps, **shape)
     return y, means, scales
+
+
+layer_norm_forward = torch.library.custom_op("fcmae::layer_norm", launch_forward, mutates_args=())
 
 
 @layer_norm_forward.register_fake
@@ -104,13 +108,12 @@ def _(x, weight, bias, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), means, torch.empty_like(means)
 
 
-@torch.library.custom_op("fcmae::layer_norm_backward", mutates_args=())
-def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``x``, and partial sums ``[programs, 2, C]`` of the gradients of weight and bias."""
     precompile.wait()
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    rows, shape = len(means), _shape(x)
-    programs, tiles_per_program = _programs(x, rows, shape["ROWS"])
+    rows, shape = len(means), tiles(x)
+    programs, tiles_per_program = programs_of(x, rows, shape["ROWS"])
     dx, partial = torch.empty_like(x), x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
     layer_norm_backward_kernel[(programs,)](
         dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, STAGES=2, **shape
@@ -118,9 +121,12 @@ def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, sc
     return dx, partial
 
 
+layer_norm_backward = torch.library.custom_op("fcmae::layer_norm_backward", launch_backward, mutates_args=())
+
+
 @layer_norm_backward.register_fake
 def _(dy, x, weight, means, scales):
-    programs, _ = _programs(x, len(means), _shape(x)["ROWS"])
+    programs, _ = programs_of(x, len(means), tiles(x)["ROWS"])
     partial = x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), partial
 

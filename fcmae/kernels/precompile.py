@@ -57,7 +57,16 @@ class NormShape(NamedTuple):
     dtype: str
 
 
-Shape = DepthwiseShape | GeluGrnShape | NormShape
+class ResidualShape(NamedTuple):
+    """What the kernels of residual sums are specialised for."""
+
+    channels: int
+    dtype: str
+    drops: bool
+    """Whether paths are dropped, so that images have factors."""
+
+
+Shape = DepthwiseShape | GeluGrnShape | NormShape | ResidualShape
 
 _started: set[tuple[Shape, int]] = set()
 """Shapes and devices."""
@@ -68,6 +77,11 @@ def dtype_of(x: Tensor) -> str:
     """The type of the activations computed from ``x``, as a shape names it."""
     autocast = torch.is_autocast_enabled(x.device.type)
     return str(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).removeprefix("torch.")
+
+
+def is_worth(x: Tensor, compiled: bool) -> bool:
+    """Whether a network on ``x`` launches enough of the kernels: training in 16 bits, or all that is ``compiled``."""
+    return x.is_cuda and (compiled or (torch.is_grad_enabled() and dtype_of(x) != "float32"))
 
 
 def start(shapes: Iterable[Shape]) -> None:

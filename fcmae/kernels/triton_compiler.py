@@ -24,6 +24,7 @@ from fcmae.kernels import depthwise_launch
 from fcmae.kernels.depthwise import neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
 from fcmae.kernels.target import Target, pretend
 
 
@@ -116,10 +117,20 @@ def _norm(channels: int, dtype: str) -> None:
     layer_norm_backward(x, x, parameter, torch.zeros(16), torch.zeros(16))
 
 
+def _residual(channels: int, dtype: str, drops: bool) -> None:
+    x, bias = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    residual(x, x, bias, None)
+    add_and_sum(x, x)
+    if drops:
+        residual(x, x, bias, x[:, 0].contiguous())
+        scale_and_sum(x, x[:, 0].contiguous())
+
+
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
     "NormShape": {"both": _norm},
+    "ResidualShape": {"all": _residual},
 }
 """By the kind of shape. Each function is called with the shape's fields."""
 

@@ -120,7 +120,7 @@ def test_operator_with_triton_kernels(monkeypatch):
     expected = packed_depthwise(*leaves, where)
     grad = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, leaves, grad)
-    monkeypatch.setattr(depthwise, "_use_triton", lambda x, weight: True)
+    monkeypatch.setattr(depthwise, "use_triton", lambda x, weight: True)
     out = packed_depthwise(*leaves, where)
     for actual, wanted in zip((out, *torch.autograd.grad(out, leaves, grad)), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)

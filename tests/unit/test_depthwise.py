@@ -118,6 +118,7 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, wanted)
 
 
+INTERPRETED = ("depthwise", "grn", "norm", "block", "pixels")
 DEFINED_AGAIN = """
 import sys
 for name in list(sys.modules):
@@ -133,7 +134,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 def test_triton_kernels_in_the_interpreter(cases):
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined."""
     pytest.importorskip("triton")
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("depthwise", "grn", "norm", "pixels")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in INTERPRETED]
     # Modules that are imported before cannot have their assertions rewritten.
     how = ("-q", "-x", "--assert=plain", "-p", "no:cacheprovider", "-m", cases)
     root = Path(depthwise.__file__).parents[2]

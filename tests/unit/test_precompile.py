@@ -50,6 +50,7 @@ from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
 from fcmae.kernels.target import Target, pretend
 
 compile_only(GPUTarget("cuda", 90, 32))
@@ -64,6 +65,10 @@ gelu_grn_forward(h, parameter, parameter, parameter, 1e-6)
 gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6)
 layer_norm_forward(h, parameter, parameter, 1e-6)
 layer_norm_backward(h, h, parameter, torch.rand(56), torch.rand(56))
+for factor in (None, torch.rand(7).bfloat16()):
+    residual(h, h, parameter, factor)
+add_and_sum(h, h)
+scale_and_sum(h, torch.rand(7).bfloat16())
 """
 """What a step launches on 7 images, on a GPU that only compiles."""
 
@@ -84,6 +89,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.setenv("PYTHONPATH", str(hostile))
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
     others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
+    others += (precompile.ResidualShape(32, "bfloat16", drops=True),)
     precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
@@ -96,6 +102,8 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "backward_held": 1,
         "layer_norm_kernel": 1,
         "layer_norm_backward_kernel": 1,
+        "residual_kernel": 2,  # with factors and without
+        "add_and_sum_kernel": 2,
     }
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))

@@ -63,4 +63,4 @@ def test_kernels_that_cannot_be_compiled_are_left_to_torch(has_compiler, monkeyp
         pytest.skip("needs Triton")
     monkeypatch.setattr(depthwise, "HAS_C_COMPILER", has_compiler)
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 3, 4, 4, 8))
-    assert depthwise._use_triton(x, torch.zeros(8, 1, 7, 7)) == has_compiler
+    assert depthwise.use_triton(x, torch.zeros(8, 1, 7, 7)) == has_compiler

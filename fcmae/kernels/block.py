@@ -1,0 +1,161 @@
+"""A ConvNeXt V2 block on packed sites as one operation with its derivative written down, for 16 bits on a GPU.
+
+Of the passes over memory that autograd and a compiler would make, these fall away: residual and bias are one sum, the
+gradient of a bias falls out of the pass that writes or reads what it is a sum of, and the products write the weights'
+gradients in float32. Nothing is compiled but the kernels.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
+from fcmae.kernels.depthwise import Neighbors
+from fcmae.kernels.linear import product_float32
+from fcmae.kernels.residual_triton import residual, scale_and_sum
+
+
+class Parameters(NamedTuple):
+    """Of a block of C channels and D in its MLP, as the network keeps them."""
+
+    conv: Tensor
+    """``[C, 1, k, k]``, depthwise."""
+    conv_bias: Tensor | None
+    norm: Tensor
+    """``[C]``."""
+    norm_bias: Tensor
+    fc1: Tensor
+    """``[D, C]``, or ``[D, C, 1, 1]``."""
+    fc1_bias: Tensor
+    grn: Tensor
+    """``[D]``."""
+    grn_bias: Tensor
+    fc2: Tensor
+    """``[C, D]``, or ``[C, D, 1, 1]``."""
+    fc2_bias: Tensor
+
+
+class Constants(NamedTuple):
+    """What has no gradient."""
+
+    fc1: Tensor
+    """``[D, C]``: the weight in the type of the activations."""
+    fc2: Tensor
+    """``[C, D]``."""
+    norm_eps: float
+    grn_eps: float
+    grn_scope: str
+    """GRN's norm over the sites of an ``image`` or of the whole ``batch``."""
+
+
+def convnext_block(
+    x: Tensor, parameters: Parameters, constants: Constants, where: Neighbors, factor: Tensor | None = None
+) -> Tensor:
+    """Depthwise convolution, norm, MLP with exact GELU and GRN, and residual sum.
+
+    Args:
+        x: ``[N, V, S, S, C]``.
+        where: the tables of :func:`fcmae.kernels.neighbors`.
+        factor: ``[N]``, what each image's block is multiplied by before the sum (drop path); None = 1.
+
+    Returns:
+        ``[N, V, S, S, C]`` in the type of ``x``. The parameters' gradients have the parameters' types.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+        return _Block.apply(x, *parameters, constants, where, factor)
+    return _forward(x, parameters, constants, where, factor, None)
+
+
+def _forward(
+    x: Tensor,
+    parameters: Parameters,
+    constants: Constants,
+    where: Neighbors,
+    factor: Tensor | None,
+    kept: list[Tensor] | None,
+) -> Tensor:
+    """The output; adds what the backward pass needs to ``kept``. Else nothing lives longer than its use."""
+
+    def keep(*tensors: Tensor) -> Tensor:
+        if kept is not None:
+            kept.extend(tensors)
+        return tensors[0]
+
+    p, c = parameters, constants
+    h = keep(depthwise_launch.forward(x, p.conv, p.conv_bias, where.slots, where.cells))
+    h = keep(*norm_triton.launch_forward(h, p.norm, p.norm_bias, c.norm_eps))
+    h = keep(h.view(-1, h.shape[-1]) @ c.fc1.t())
+    h = keep(*grn_triton.launch_forward(_images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps))
+    h = h.view(-1, h.shape[-1]) @ c.fc2.t()
+    return residual(x, h, p.fc2_bias, factor)
+
+
+def _images(h: Tensor, x: Tensor, grn_scope: str) -> Tensor:
+    """Rows of sites ``[R, D]`` as the images that GRN takes its norm over, ``[N, R / N, D]``."""
+    return h.view(len(x) if grn_scope == "image" else 1, -1, h.shape[-1])
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        parameters, (constants, where, factor) = Parameters(*args[:-3]), args[-3:]
+        kept: list[Tensor] = []
+        out = _forward(x, parameters, constants, where, factor, kept)
+        p, c = parameters, constants
+        # Nothing that recomputation would make again may be held elsewhere.
+        ctx.save_for_backward(
+            x, *kept, p.conv, p.norm, p.fc1_bias, p.grn, c.fc1, c.fc2, where.slots, where.cells, factor
+        )
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in parameters]
+        ctx.grn = c.grn_eps, c.grn_scope
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            x, h, y, means, scales, a, g, norms, grn_means,
+            conv, norm, fc1_bias, grn, fc1, fc2, slots, cells, factor,
+        ) = ctx.saved_tensors  # fmt: skip
+        of_x, *wanted = ctx.needs_input_grad[: 1 + len(Parameters._fields)]
+        wants = Parameters(*wanted)
+        found: dict[str, Tensor] = {}
+        dx = None
+        dz = grad = grad.contiguous()
+        if factor is not None:
+            dz, found["fc2_bias"] = scale_and_sum(grad, factor)
+        dz = dz.view(-1, dz.shape[-1])
+        g = g.view(-1, g.shape[-1])
+        if wants.fc2:
+            found["fc2"] = _weight_grad(dz, g, ctx.like[8][1])
+        if of_x or any(wants[:8]):
+            eps, grn_scope = ctx.grn
+            da, sums = grn_triton.launch_backward(
+                _images(dz @ fc2, x, grn_scope), _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
+            )
+            found["grn"], found["grn_bias"], found["fc1_bias"] = sums.sum(0).unbind(0)
+            da = da.view(-1, da.shape[-1])
+            if wants.fc1:
+                found["fc1"] = _weight_grad(da, y.view(-1, y.shape[-1]), ctx.like[4][1])
+        if of_x or any(wants[:4]):
+            dh, partial = norm_triton.launch_backward((da @ fc1).view(h.shape), h, norm, means, scales)
+            found["norm"], found["norm_bias"] = partial.sum(0).unbind(0)
+            if wants.conv or wants.conv_bias:
+                found["conv"], found["conv_bias"] = depthwise_launch.weight_grad(x, dh, conv.shape[-1], slots, cells)
+            if of_x:
+                dx, sums = depthwise_launch.input_grad_and_skip(dh, conv, slots, cells, grad)
+                found.setdefault("fc2_bias", sums)
+        if wants.fc2_bias and "fc2_bias" not in found:
+            found["fc2_bias"] = dz.sum(0, dtype=torch.float32)
+        grads = [
+            found[name].view(like[0]).to(like[1]) if want else None
+            for name, want, like in zip(Parameters._fields, wants, ctx.like, strict=True)
+        ]
+        return dx, *grads, None, None, None
+
+
+def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad.T @ x`` in a type at least as exact as ``dtype``."""
+    return grad.t() @ x if grad.dtype == dtype else product_float32(grad, x)
