@@ -12,18 +12,35 @@ CHANNELS = 2**16
 
 
 class SampleKeys:
-    """The keys of the samples in the batch that a model is about to see, see :func:`fcmae.randomness.sample_keys`."""
+    """The keys of the samples in the batch that a model is about to see, see :func:`fcmae.randomness.sample_keys`.
 
-    def __init__(self) -> None:
-        self.values: Tensor | None = None
+    Args:
+        layers: how many draws drop paths need of each sample.
+    """
+
+    def __init__(self, layers: int = 0) -> None:
+        self.layers = layers
+        self.draws: Tensor | None = None
+        """float32 ``[layers, N]``, made together: there are dozens of operations, whatever the shape."""
+        self._values: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor | None:
         """int64 ``[N]``, on the model's device."""
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._values = values
+        if self.layers:
+            self.draws = uniform(values, torch.arange(self.layers, device=values.device)[:, None])
 
 
 class SampleDropPath(DropPath):
     """timm's ``DropPath`` where each sample's draw is a function of its key and of ``layer``.
 
-    So it is the same for any division into micro-batches and ranks. Integer arithmetic on the device: torch.compile
-    fuses it, and a CUDA graph replays it with other keys.
+    So it is the same for any division into micro-batches and ranks. Integer arithmetic on the device: a CUDA graph
+    replays it with other keys.
     """
 
     def __init__(self, drop_prob: float, layer: int, keys: SampleKeys) -> None:
@@ -34,8 +51,8 @@ class SampleDropPath(DropPath):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        assert self.keys.values is not None, "the keys of the batch are not set"
-        kept = uniform(self.keys.values, self.layer) >= self.drop_prob
+        assert self.keys.draws is not None, "the keys of the batch are not set"
+        kept = self.keys.draws[self.layer] >= self.drop_prob
         return x * (kept / (1 - self.drop_prob)).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -62,8 +79,8 @@ def draw_paths_by_sample(model: nn.Module) -> SampleKeys:
     Returns:
         Where to put the keys of the samples before each training step's forward pass.
     """
-    keys = SampleKeys()
     blocks = [module for module in model.modules() if isinstance(module, ConvNeXtBlock)]
+    keys = SampleKeys(len(blocks) if any(isinstance(block.drop_path, DropPath) for block in blocks) else 0)
     for layer, block in enumerate(blocks):
         if isinstance(block.drop_path, DropPath):
             block.drop_path = SampleDropPath(block.drop_path.drop_prob, layer, keys)

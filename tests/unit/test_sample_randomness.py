@@ -38,13 +38,14 @@ def test_keys_are_those_of_the_position():
 
 def test_drop_path_is_distributed_as_timms():
     """The share of samples that are left, for each layer, and their scale; a sample is dropped as a whole."""
-    keys = SampleKeys()
+    keys = SampleKeys(layers=4)
     keys.values = sample_keys(0, 0, range(5000))
     x = torch.ones(5000, 2, 1, 3)
     for layer in range(4):
         ours, theirs = SampleDropPath(0.3, layer, keys)(x), DropPath(0.3)(x)
         assert torch.equal(ours.unique(), theirs.unique())
         assert ours.flatten(1).unique(dim=1).shape[1] == 1
+        assert torch.equal(ours[:, 0, 0, 0] > 0, uniform(keys.values, layer) >= 0.3)
         assert ours.mean().item() == pytest.approx(1, abs=4 * (0.3 / 0.7 / 5000) ** 0.5)
     assert torch.equal(SampleDropPath(0.3, 0, keys).eval()(x), x)
 
