@@ -40,7 +40,7 @@ def dense(
     Args:
         backbone: a timm ConvNeXt that passed :func:`fcmae.engines.check_backbone`.
         imgs: ``[N, C, H, W]``; a side's remainder beyond a multiple of a stride is ignored, as by timm.
-        compiled: by torch.compile, region by region.
+        compiled: by torch.compile, region by region, but for blocks that are one operation.
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
     Returns:
