@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "depthwise": r"^(forward|weight_grad|taps|add_partial)_kernel$",
     "GELU + GRN": r"^(_forward|_backward|forward_held|backward_held)$",
+    "copies and fills": r"^Mem(set|cpy)|CopyFunctor",
     "optimizer": r"multi_tensor_apply|Fused(Adam|Optimizer)",
     "dense convolution": r"cudnn|conv|[dw]grad|fprop|nchwToNhwc",
     "matrix products": r"nvjet|gemm|cutlass|cublas",
-    "copies and fills": r"^Mem(set|cpy)",
 }
 """Kinds of kernels by their names, the first that matches; whatever is left is element-wise work, norms and sums."""
 REST = "element-wise, norms, sums"
