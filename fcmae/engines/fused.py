@@ -21,7 +21,8 @@ Copies = tuple[Tensor, Tensor]
 def is_whole(block: ConvNeXtBlock, x: Tensor) -> bool:
     """Whether a block runs as one operation on packed sites ``[N, V, S, S, C]``: V2 with exact GELU, 16 bits, a GPU."""
     return (
-        convnext.is_fused(block, x)
+        not torch.compiler.is_compiling()  # by a user, who compiles the whole network
+        and convnext.is_fused(block, x)
         and block.gamma is None
         and isinstance(block.drop_path, nn.Identity | DropPath)
         and block.mlp.fc1.bias is not None
@@ -29,7 +30,6 @@ def is_whole(block: ConvNeXtBlock, x: Tensor) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == x.dtype)
         and use_triton(x, block.conv_dw.weight)
-        and not torch.compiler.is_compiling()  # by a user, who compiles the whole network
     )
 
 
