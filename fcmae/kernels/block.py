@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels.depthwise import Neighbors
 from fcmae.kernels.linear import product_float32
-from fcmae.kernels.residual_triton import residual, scale_and_sum
+from fcmae.kernels.residual_triton import residual, scale_and_sum, sum_rows
 
 
 class Parameters(NamedTuple):
@@ -135,13 +135,13 @@ class _Block(torch.autograd.Function):
             da, sums = grn_triton.launch_backward(
                 _images(dz @ fc2, x, grn_scope), _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
-            found["grn"], found["grn_bias"], found["fc1_bias"] = sums.sum(0).unbind(0)
+            found["grn"], found["grn_bias"], found["fc1_bias"] = sum_rows(sums).unbind(0)
             da = da.view(-1, da.shape[-1])
             if wants.fc1:
                 found["fc1"] = _weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"][1])
         if of_x or any(wants[:4]):
             dh, partial = norm_triton.launch_backward((da @ fc1).view(h.shape), h, norm, means, scales)
-            found["norm"], found["norm_bias"] = partial.sum(0).unbind(0)
+            found["norm"], found["norm_bias"] = sum_rows(partial).unbind(0)
             if wants.conv or wants.conv_bias:
                 found["conv"], found["conv_bias"] = depthwise_launch.weight_grad(x, dh, conv.shape[-1], slots, cells)
             if of_x:

@@ -51,6 +51,28 @@ def add_and_sum_kernel(
     tl.store(partial + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
 
 
+@triton.jit(do_not_specialize=["rows", "width"])
+def sum_rows_kernel(partial, total, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """partial: float32 ``[rows, width]``. total: ``[width]``."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (c < width)[None, :]
+        value += tl.load(partial + row.to(tl.int64)[:, None] * width + c[None, :], mask=inside, other=0.0)
+    tl.store(total + c, tl.sum(value, 0), mask=c < width)
+
+
+def sum_rows(partial: Tensor) -> Tensor:
+    """``partial.sum(0)`` of float32, in a fixed order; few columns make many programs."""
+    precompile.wait()
+    total = partial.new_empty(partial.shape[1:])
+    sum_rows_kernel[(triton.cdiv(total.numel(), 32),)](
+        partial, total, len(partial), total.numel(), ROWS=128, COLUMNS=32, num_warps=8
+    )
+    return total
+
+
 def residual(x: Tensor, z: Tensor, bias: Tensor, factor: Tensor | None) -> Tensor:
     """``x + factor * (z + bias)``.
 
@@ -85,4 +107,4 @@ def _launch(x: Tensor | None, skip: Tensor, factor: Tensor | None, out: Tensor) 
     add_and_sum_kernel[(programs,)](
         x, skip, factor, out, partial, rows, rows // len(skip), tiles_per_program, STAGES=2, **constants
     )
-    return out, partial.sum(0)
+    return out, sum_rows(partial)

@@ -34,7 +34,7 @@ def kernels(cache: Path) -> set[str]:
     """Our kernels in a cache of Triton."""
     ours = ("forward_kernel", "weight_grad_kernel", "_forward", "_backward", "add_partial_kernel", "forward_held",
             "backward_held", "layer_norm_kernel", "layer_norm_backward_kernel", "residual_kernel",
-            "add_and_sum_kernel")  # fmt: skip
+            "add_and_sum_kernel", "sum_rows_kernel")  # fmt: skip
     return {str(file) for file in cache.rglob("*.cubin") if file.stem in ours}
 
 

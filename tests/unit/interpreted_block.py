@@ -15,7 +15,7 @@ from fcmae.engines.dense import dense
 from fcmae.engines.masked import masked
 from fcmae.engines.packed import packed
 from fcmae.kernels import depthwise, depthwise_launch, neighbors, norm_triton, packed_depthwise
-from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum, sum_rows
 from tests.conftest import relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -69,6 +69,12 @@ def test_sums_equal_plain_torch(dtype, shape):
     total, sums = add_and_sum(x, z)
     assert relative_error(total, expected) < tolerance
     assert relative_error(sums, z.double().flatten(0, -2).sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (130, 3, 7)])
+def test_rows_are_added(shape):
+    partial = torch.randn(shape)
+    assert relative_error(sum_rows(partial), partial.double().sum(0)) < 1e-6
 
 
 def arguments(dtype=torch.float32, **kwargs):
