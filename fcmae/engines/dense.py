@@ -47,7 +47,7 @@ def dense(
         A map ``[N, D, h, w]`` per stage, channels last in memory; the last one after ``norm_pre``.
     """
     layouts = list(_layouts(backbone, imgs))
-    if precompile.is_worth(imgs, compiled):
+    if fused.needs_all_kernels(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, layouts))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, layouts[0])
     before, maps = layouts[0], []

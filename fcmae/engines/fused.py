@@ -11,8 +11,9 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
-from fcmae.kernels import Neighbors
+from fcmae.kernels import Neighbors, precompile
 from fcmae.kernels.depthwise import use_triton
+from fcmae.kernels.norm import HAS_TRITON
 
 Copies = tuple[Tensor, Tensor]
 """The weights of a block's two linear layers in the type of the activations: ``[D, C]`` and ``[C, D]``."""
@@ -55,6 +56,12 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         torch._foreach_copy_(cast, others)
     copies = iter(cast)
     return [w if w.dtype == dtype else next(copies) for w in weights]
+
+
+def needs_all_kernels(imgs: Tensor, compiled: bool) -> bool:
+    """Whether to compile every kernel ahead: for what is ``compiled``, and for training in 16 bits."""
+    trains = torch.is_grad_enabled() and precompile.dtype_of(imgs) in ("bfloat16", "float16")
+    return imgs.is_cuda and (compiled or (HAS_TRITON and trains))
 
 
 def drops_paths(layers: nn.Module) -> bool:

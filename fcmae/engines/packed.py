@@ -31,7 +31,7 @@ def packed(
     rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], patch_size)
     index = visible_indices(mask, keep)
     where = neighbors(index, rows, cols)
-    if precompile.is_worth(imgs, compiled):
+    if fused.needs_all_kernels(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
     x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
     features = []

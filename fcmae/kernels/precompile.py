@@ -79,11 +79,6 @@ def dtype_of(x: Tensor) -> str:
     return str(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).removeprefix("torch.")
 
 
-def is_worth(x: Tensor, compiled: bool) -> bool:
-    """Whether a network on ``x`` launches enough of the kernels: training in 16 bits, or all that is ``compiled``."""
-    return x.is_cuda and (compiled or (torch.is_grad_enabled() and dtype_of(x) != "float32"))
-
-
 def start(shapes: Iterable[Shape]) -> None:
     """Starts compiling the kernels of every shape that is new to this process.
 
