@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels.depthwise import Neighbors
-from fcmae.kernels.linear import product_float32
+from fcmae.kernels.linear import Form, weight_grad
 from fcmae.kernels.residual_triton import residual, scale_and_sum, sum_rows
 
 
@@ -108,7 +108,7 @@ class _Block(torch.autograd.Function):
         ctx.save_for_backward(
             x, *kept, p.conv, p.norm, p.fc1_bias, p.grn, c.fc1, c.fc2, where.slots, where.cells, factor
         )
-        ctx.like = {name: (t.shape, t.dtype) for name, t in parameters._asdict().items() if t is not None}
+        ctx.like = {name: Form.of(t) for name, t in parameters._asdict().items() if t is not None}
         ctx.grn = c.grn_eps, c.grn_scope
         return out
 
@@ -129,7 +129,7 @@ class _Block(torch.autograd.Function):
         dz = dz.view(-1, dz.shape[-1])
         g = g.view(-1, g.shape[-1])
         if wants.fc2:
-            found["fc2"] = _weight_grad(dz, g, ctx.like["fc2"][1])
+            found["fc2"] = weight_grad(dz, g, ctx.like["fc2"].dtype)
         if of_x or any(wants[:8]):
             eps, grn_scope = ctx.grn
             da, sums = grn_triton.launch_backward(
@@ -138,7 +138,7 @@ class _Block(torch.autograd.Function):
             found["grn"], found["grn_bias"], found["fc1_bias"] = sum_rows(sums).unbind(0)
             da = da.view(-1, da.shape[-1])
             if wants.fc1:
-                found["fc1"] = _weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"][1])
+                found["fc1"] = weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):
             dh, partial = norm_triton.launch_backward((da @ fc1).view(h.shape), h, norm, means, scales)
             found["norm"], found["norm_bias"] = sum_rows(partial).unbind(0)
@@ -149,14 +149,5 @@ class _Block(torch.autograd.Function):
                 found.setdefault("fc2_bias", sums)
         if wants.fc2_bias and "fc2_bias" not in found:
             found["fc2_bias"] = dz.sum(0, dtype=torch.float32)
-        grads = (_as(found[name], *ctx.like[name]) if want else None for name, want in wants._asdict().items())
+        grads = (ctx.like[name].take(found[name]) if want else None for name, want in wants._asdict().items())
         return dx, *grads, None, None, None
-
-
-def _as(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return grad.view(shape).to(dtype)
-
-
-def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad.T @ x`` in a type at least as exact as ``dtype``."""
-    return grad.t() @ x if grad.dtype == dtype else product_float32(grad, x)

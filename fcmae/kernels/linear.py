@@ -6,6 +6,7 @@ backward, and a convolution is torch's public way to oneDNN.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,30 @@ def product_float32(grad: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.mm(grad.t(), x, out_dtype=torch.float32)
     return grad.t().float() @ x.float()
+
+
+class Form(NamedTuple):
+    """What the gradient of a parameter looks like."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "Form":
+        return cls(parameter.shape, parameter.stride(), parameter.dtype)
+
+    def take(self, grad: Tensor) -> Tensor:
+        """``grad`` as the parameter's gradient, copied only where its memory must be in another order."""
+        grad = grad.reshape(self.shape).to(self.dtype)
+        if all(mine == of for size, mine, of in zip(self.shape, grad.stride(), self.stride, strict=True) if size > 1):
+            return grad.as_strided(self.shape, self.stride)  # for data parallelism, which compares all strides
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=grad.device).copy_(grad)
+
+
+def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad.T @ x`` in a type at least as exact as ``dtype``."""
+    return grad.t() @ x if grad.dtype == dtype else product_float32(grad, x)
 
 
 _product_float32 = torch.library.custom_op("fcmae::product_float32", product_float32, mutates_args=())

@@ -10,12 +10,34 @@ import triton.language as tl
 from torch import Tensor
 
 from fcmae.kernels import precompile
+from fcmae.kernels.precompile import Move
 from fcmae.kernels.target import target
 
 TILE = 4096
 """Elements of a tile, 32 per thread."""
 PROGRAMS = 3
 """Per multiprocessor where each adds up sums over its rows."""
+
+
+@triton.jit
+def moved(
+    row, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Where a :class:`Move` puts a row; ``rows``, which is outside, for those that it leaves out."""
+    image = row // (HEIGHT * WIDTH)
+    tile = row % (HEIGHT * WIDTH) // (BEFORE * BEFORE)
+    within = row % (BEFORE * BEFORE)
+    y = tile // (WIDTH // BEFORE) * BEFORE + within // BEFORE
+    x = tile % (WIDTH // BEFORE) * BEFORE + within % BEFORE
+    height: tl.constexpr = HEIGHT // STRIDE
+    width: tl.constexpr = WIDTH // STRIDE
+    top = y // STRIDE
+    left = x // STRIDE
+    tile = top // AFTER * (width // AFTER) + left // AFTER
+    site = (image * (height * width) + tile * (AFTER * AFTER) + top % AFTER * AFTER + left % AFTER) * (STRIDE * STRIDE)
+    place = site + y % STRIDE * STRIDE + x % STRIDE
+    return tl.where((row < rows) & (top < height) & (left < width), place, rows)
 
 
 @triton.jit
@@ -33,9 +55,13 @@ def store_rows(y, value, row, c, rows, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
-    x, weight, bias, y, means, scales, rows, eps, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    """x, y: ``[rows, C]``. means, scales: float32 ``[rows]``, the mean and the inverse standard deviation."""
+    x, weight, bias, y, means, scales, rows, eps, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    HEIGHT: tl.constexpr = 0, WIDTH_OF_MAP: tl.constexpr = 0, BEFORE: tl.constexpr = 0, AFTER: tl.constexpr = 0,
+    STRIDE: tl.constexpr = 0,
+):  # fmt: skip
+    """x, y: ``[rows, C]``, the rows of y where a :class:`Move` puts them unless STRIDE is 0. means, scales: float32
+    ``[rows]``, the mean and the inverse standard deviation.
+    """
     c = tl.arange(0, WIDTH)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     value = load_rows(x, row, c, rows, C)
@@ -44,7 +70,10 @@ def layer_norm_kernel(
     scale = tl.rsqrt(tl.sum(value * value, 1) / C + eps)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    store_rows(y, value * scale[:, None] * w + b, row, c, rows, C)
+    to = row
+    if STRIDE > 0:
+        to = moved(row, rows, HEIGHT, WIDTH_OF_MAP, BEFORE, AFTER, STRIDE)
+    store_rows(y, value * scale[:, None] * w + b, to, c, rows, C)
     tl.store(means + row, mean, mask=row < rows)
     tl.store(scales + row, scale, mask=row < rows)
 
@@ -52,28 +81,40 @@ def layer_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "tiles_per_program"])
 def layer_norm_backward_kernel(
     dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, C: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, SUMS: tl.constexpr = 2, HEIGHT: tl.constexpr = 0,
+    WIDTH_OF_MAP: tl.constexpr = 0, BEFORE: tl.constexpr = 0, AFTER: tl.constexpr = 0, STRIDE: tl.constexpr = 0,
 ):  # fmt: skip
-    """dy, x, dx: ``[rows, C]``. partial: float32 ``[programs, 2, C]``, sums for weight and bias."""
+    """dy, x, dx: ``[rows, C]``, dy as y of the forward kernel. partial: float32 ``[programs, SUMS, C]``, sums for
+    weight and bias, and if SUMS is 3 of dx.
+    """
     c = tl.arange(0, WIDTH)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     of_weight = tl.zeros((ROWS, WIDTH), tl.float32)
     of_bias = tl.zeros((ROWS, WIDTH), tl.float32)
+    if SUMS == 3:
+        of_x = tl.zeros((ROWS, WIDTH), tl.float32)
     for i in tl.range(0, tiles_per_program, num_stages=STAGES):
         row = (tl.program_id(0) * tiles_per_program + i) * ROWS + tl.arange(0, ROWS)
         mean = tl.load(means + row, mask=row < rows, other=0.0)
         scale = tl.load(scales + row, mask=row < rows, other=0.0)
         unit = tl.where((c < C)[None, :], (load_rows(x, row, c, rows, C) - mean[:, None]) * scale[:, None], 0.0)
-        d = load_rows(dy, row, c, rows, C)
+        from_row = row
+        if STRIDE > 0:
+            from_row = moved(row, rows, HEIGHT, WIDTH_OF_MAP, BEFORE, AFTER, STRIDE)
+        d = load_rows(dy, from_row, c, rows, C)
         of_weight += d * unit
         of_bias += d
         d *= w
         pull = tl.sum(d * unit, 1) / C
         d = (d - tl.sum(d, 1)[:, None] / C - unit * pull[:, None]) * scale[:, None]
         store_rows(dx, d, row, c, rows, C)
-    partial += tl.program_id(0) * (2 * C)
+        if SUMS == 3:
+            of_x += d
+    partial += tl.program_id(0) * (SUMS * C)
     tl.store(partial + c, tl.sum(of_weight, 0), mask=c < C)
     tl.store(partial + C + c, tl.sum(of_bias, 0), mask=c < C)
+    if SUMS == 3:
+        tl.store(partial + 2 * C + c, tl.sum(of_x, 0), mask=c < C)
 
 
 def tiles(x: Tensor) -> dict[str, int]:
@@ -91,10 +132,21 @@ def programs_of(x: Tensor, rows: int, rows_per_tile: int) -> tuple[int, int]:
 
 def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output, means and inverse standard deviations of the rows."""
+    return launch_moving_forward(x, weight, bias, eps, None)
+
+
+def launch_moving_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, move: Move | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`launch_forward`; with ``move`` the output is ``[sites, stride * stride * C]``."""
     precompile.wait()
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     rows, shape = x.numel() // x.shape[-1], tiles(x)
     y, means, scales = torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    if move is not None:
+        shape.update(move.constants())
+        images = rows // (move.height * move.width)
+        y = x.new_empty(images * move.sites, move.stride**2 * x.shape[-1])
     layer_norm_kernel[(triton.cdiv(rows, shape["ROWS"]),)](x, weight, bias, y, means, scales, rows, eps, **shape)
     return y, means, scales
 
@@ -110,13 +162,24 @@ def _(x, weight, bias, eps):
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``x``, and partial sums ``[programs, 2, C]`` of the gradients of weight and bias."""
+    return launch_moving_backward(dy, x, weight, means, scales, None, 2)
+
+
+def launch_moving_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor, move: Move | None, sums: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`launch_backward` of :func:`launch_moving_forward`; 3 ``sums`` include that of the gradient of ``x``."""
     precompile.wait()
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     rows, shape = len(means), tiles(x)
+    if sums == 3:  # the third tile of sums leaves registers for two programs per multiprocessor only, unless smaller
+        shape["ROWS"] = max(1, shape["ROWS"] // 2)
     programs, tiles_per_program = programs_of(x, rows, shape["ROWS"])
-    dx, partial = torch.empty_like(x), x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
+    dx, partial = torch.empty_like(x), x.new_empty(programs, sums, x.shape[-1], dtype=torch.float32)
+    if move is not None:
+        shape.update(move.constants())
     layer_norm_backward_kernel[(programs,)](
-        dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, STAGES=2, **shape
+        dy, x, weight, means, scales, dx, partial, rows, tiles_per_program, STAGES=2, SUMS=sums, **shape
     )
     return dx, partial
 

@@ -66,17 +66,91 @@ class ResidualShape(NamedTuple):
     """Whether paths are dropped, so that images have factors."""
 
 
-Shape = DepthwiseShape | GeluGrnShape | NormShape | ResidualShape
+class Move(NamedTuple):
+    """How the sites of N maps are laid out for a convolution whose kernel equals its stride.
+
+    Maps are kept in square tiles: ``[N, V, S, S, C]``. The sites of a kernel come one after another, row by row, and
+    make one site of the tiles of the result. Sites beyond the last whole kernel are left out.
+    """
+
+    height: int
+    """Sites of a map."""
+    width: int
+    before: int
+    """Sites per side of a tile of the map."""
+    after: int
+    """Sites per side of a tile of the result."""
+    stride: int
+
+    @property
+    def sites(self) -> int:
+        """Sites per map of the result."""
+        return (self.height // self.stride) * (self.width // self.stride)
+
+    def constants(self) -> dict[str, int]:
+        return dict(zip(("HEIGHT", "WIDTH_OF_MAP", "BEFORE", "AFTER", "STRIDE"), self, strict=True))
+
+
+class MovingNormShape(NamedTuple):
+    """What the kernels of a layer normalisation before a convolution are specialised for."""
+
+    channels: int
+    dtype: str
+    height: int
+    """This and the rest are a :class:`Move`."""
+    width: int
+    before: int
+    after: int
+    stride: int
+
+
+class StemShape(NamedTuple):
+    """What the kernels of a stem are specialised for."""
+
+    image: tuple[int, int, int]
+    """Channels, height and width."""
+    pixels: str
+    """The images' type."""
+    stride: int
+    channels: int
+    side: int
+    """Sites per side of a tile."""
+    dtype: str
+
+
+class PatchErrorShape(NamedTuple):
+    """What the kernels of the error of normalised pixels are specialised for."""
+
+    image: tuple[int, int, int]
+    """Channels, height and width."""
+    pixels: str
+    patch_size: int
+    dtype: str
+    """The prediction's type."""
+
+
+Shape = DepthwiseShape | GeluGrnShape | NormShape | ResidualShape | MovingNormShape | StemShape | PatchErrorShape
 
 _started: set[tuple[Shape, int]] = set()
 """Shapes and devices."""
+_also: list[Shape] = []
 _compiling: list[Thread] = []
 
 
 def dtype_of(x: Tensor) -> str:
     """The type of the activations computed from ``x``, as a shape names it."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    return str(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype).removeprefix("torch.")
+    return name_of(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A type as a shape names it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def also(shapes: Iterable[Shape]) -> None:
+    """Adds to what the next :func:`start` compiles, so that one program does it."""
+    _also.extend(shapes)
 
 
 def start(shapes: Iterable[Shape]) -> None:
@@ -85,7 +159,8 @@ def start(shapes: Iterable[Shape]) -> None:
     A kernel that cannot be compiled this way is compiled, or fails, at its launch.
     """
     device = torch.cuda.current_device()
-    new = [shape for shape in dict.fromkeys(shapes) if (shape, device) not in _started]
+    new = [shape for shape in dict.fromkeys([*shapes, *_also]) if (shape, device) not in _started]
+    _also.clear()
     if new:
         _started.update((shape, device) for shape in new)
         order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in new]})

@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fcmae.kernels import depthwise_launch
+from fcmae.kernels import depthwise_launch, norm_triton, patch_error_triton
 from fcmae.kernels.depthwise import neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
-from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
+from fcmae.kernels.patch_rows_triton import patch_rows
+from fcmae.kernels.precompile import Move
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum, sum_many_rows
 from fcmae.kernels.target import Target, pretend
 
 
@@ -117,6 +119,40 @@ def _norm(channels: int, dtype: str) -> None:
     layer_norm_backward(x, x, parameter, torch.zeros(16), torch.zeros(16))
 
 
+def _moving_norm(channels: int, dtype: str, *move: int) -> None:
+    where = Move(*move)
+    rows = where.height * where.width
+    x, parameter = torch.zeros(rows, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    means = torch.zeros(rows)
+    norm_triton.launch_moving_forward(x, parameter, parameter, 1e-6, where)
+    norm_triton.launch_moving_backward(x, x, parameter, means, means, where, 2)
+
+
+def _sums(channels: int, dtype: str, *_: int) -> None:
+    x = torch.zeros(256, channels, dtype=getattr(torch, dtype))
+    sum_many_rows(x)
+    sum_many_rows(x, torch.zeros(256, dtype=torch.bool))
+
+
+def _patch_rows(image: list[int], pixels: str, stride: int, channels: int, side: int, dtype: str) -> None:
+    imgs, index = torch.zeros(1, *image, dtype=getattr(torch, pixels)), torch.zeros(1, 16, dtype=torch.int64)
+    patch_rows(imgs, index, side, stride, getattr(torch, dtype))
+
+
+def _stem_norm(image: list[int], pixels: str, stride: int, channels: int, side: int, dtype: str) -> None:
+    x, parameter = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    norm_triton.launch_moving_backward(x, x, parameter, torch.zeros(16), torch.zeros(16), None, 3)
+
+
+def _patch_error(image: list[int], pixels: str, patch_size: int, dtype: str) -> None:
+    channels, height, width = image
+    imgs = torch.zeros(1, *image, dtype=getattr(torch, pixels))
+    hidden = torch.zeros(1, height // patch_size * (width // patch_size), dtype=torch.bool)
+    pred = torch.zeros(*hidden.shape, patch_size**2 * channels, dtype=getattr(torch, dtype))
+    _, means, scales = patch_error_triton.launch_forward(pred, imgs, hidden, patch_size, 1e-6)
+    patch_error_triton.launch_backward(means, pred, imgs, hidden, means, scales, patch_size)
+
+
 def _residual(channels: int, dtype: str, drops: bool) -> None:
     x, bias = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
     residual(x, x, bias, None)
@@ -131,6 +167,9 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
     "NormShape": {"both": _norm},
     "ResidualShape": {"all": _residual},
+    "MovingNormShape": {"both": _moving_norm, "sums": _sums},
+    "StemShape": {"pixels": _patch_rows, "norm": _stem_norm},
+    "PatchErrorShape": {"both": _patch_error},
 }
 """By the kind of shape. Each function is called with the shape's fields."""
 

@@ -66,7 +66,7 @@ ALLOWED = {
     "masks": set(),
     "config": set(),
     "engines": {"kernels", "masks"},
-    "targets": {"masks"},
+    "targets": {"kernels", "masks"},
     "data": {"config", "kernels", "masks"},
     "checkpoints": {"config"},
     "optim": {"config", "engines"},
