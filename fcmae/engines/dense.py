@@ -5,31 +5,16 @@ patches, so that the same kernels run. A stage's tile is chosen for the speed of
 stages the sites are laid out again. Elsewhere sites are ``[N, H, W, C]``.
 """
 
-import functools
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext, fused
 from fcmae.engines.compiled import recomputed, region
-from fcmae.kernels import Neighbors, neighbors, packed_depthwise, precompile
-
-SIDES = (8, 4, 14, 7, 12, 16, 10, 6, 13, 11, 9, 15, 5, 3, 2, 1)
-"""Sides of a tile, the best first. Measured for the first four (H200, bf16, Base at batch 256): times over the byte
-floor, forward and weight gradient, at 56 sites 8: 3.8, 3.5; at 28 sites 4: 3.2, 3.2 (14: 4.5, 4.2); at 14 sites
-14: 3.9, 3.7 (7: 4.7, 5.1; 2: 6.0, 5.8); at 7 sites 7: 5.0, 5.3 (1: 16.7, 14.8)."""
-
-
-class Layout(NamedTuple):
-    """How a map of ``height`` x ``width`` sites is kept: in tiles of ``side`` x ``side``, or without tiles (0)."""
-
-    height: int
-    width: int
-    side: int
+from fcmae.engines.tiles import Layout, all_visible, best, tiled, untiled
+from fcmae.kernels import Neighbors, packed_depthwise, precompile
 
 
 def dense(
@@ -40,7 +25,7 @@ def dense(
     Args:
         backbone: a timm ConvNeXt that passed :func:`fcmae.engines.check_backbone`.
         imgs: ``[N, C, H, W]``; a side's remainder beyond a multiple of a stride is ignored, as by timm.
-        compiled: by torch.compile, region by region, but for blocks that are one operation.
+        compiled: by torch.compile, region by region, but for what is one operation (:mod:`fcmae.engines.fused`).
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
 
     Returns:
@@ -49,20 +34,30 @@ def dense(
     layouts = list(_layouts(backbone, imgs))
     if fused.needs_all_kernels(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, layouts))
-    x = region(_stem, compiled)(*convnext.stem(backbone), imgs, layouts[0])
-    before, maps = layouts[0], []
+    own = fused.has_layers(backbone, imgs) and all(layout.side for layout in layouts)
+    before, maps = _before_stages(backbone, imgs, layouts[0]), []
+    if own:
+        where = all_visible(len(imgs), before, imgs.device)
+        x = fused.stem(*convnext.stem(backbone), imgs, where, before.side)
+    else:
+        x = region(_stem, compiled)(*convnext.stem(backbone), imgs, before)
     for number, (stage, layout) in enumerate(zip(convnext.stages(backbone), layouts, strict=True), start=1):
         recompute = number in recompute_stages or stage.grad_checkpointing
         if isinstance(stage.downsample, nn.Sequential):
-            x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x, before, layout)
-        where = _all_visible(len(imgs), layout, imgs.device) if layout.side else None
-        for block, copies in fused.with_copies(stage.blocks, x):
-            if copies is not None and where is not None:
-                x = recomputed(fused.run, recompute)(block, x, copies, where, "image", fused.path_factors(block, x))
+            norm, conv = convnext.downsample(stage.downsample)
+            if own:
+                sites = (len(imgs), -1, layout.side, layout.side)
+                x = fused.downsample(norm, conv, x, _move(before, layout, conv)).unflatten(0, sites)
             else:
-                x = recomputed(region(_block, compiled), recompute)(block, x, where)
+                x = region(_downsample, compiled)(norm, conv, x, before, layout)
+        tables = all_visible(len(imgs), layout, imgs.device) if layout.side else None
+        for block, copies in fused.with_copies(stage.blocks, x):
+            if copies is not None and tables is not None:
+                x = recomputed(fused.run, recompute)(block, x, copies, tables, "image", fused.path_factors(block, x))
+            else:
+                x = recomputed(region(_block, compiled), recompute)(block, x, tables)
         before = layout
-        maps.append(_untiled(x, layout).permute(0, 3, 1, 2))
+        maps.append(untiled(x, layout).permute(0, 3, 1, 2))
     if isinstance(backbone.norm_pre, nn.LayerNorm):
         maps[-1] = convnext.layer_norm(maps[-1].permute(0, 2, 3, 1), backbone.norm_pre).permute(0, 3, 1, 2)
     return maps
@@ -78,14 +73,30 @@ def _layouts(backbone: ConvNeXt, imgs: Tensor) -> Iterator[Layout]:
             height, width = height // stride, width // stride
         if not height or not width:
             raise ValueError(f"images of {imgs.shape[-2]} x {imgs.shape[-1]} px leave a stage without a site")
-        side = next(s for s in SIDES if height % s == width % s == 0) if imgs.is_cuda else 0
-        yield Layout(height, width, side)
+        yield best(height, width) if imgs.is_cuda else Layout(height, width, 0)
+
+
+def _before_stages(backbone: ConvNeXt, imgs: Tensor, first: Layout) -> Layout:
+    """The layout of the stem's sites: the first stage's, unless that one has a downsampling layer, too."""
+    if not isinstance(next(convnext.stages(backbone)).downsample, nn.Sequential):
+        return first
+    stride = convnext.stem(backbone)[0].stride[0]
+    height, width = imgs.shape[-2] // stride, imgs.shape[-1] // stride
+    return best(height, width) if first.side else Layout(height, width, 0)
 
 
 def _shapes(backbone: ConvNeXt, imgs: Tensor, layouts: list[Layout]) -> Iterator[precompile.Shape]:
     """What the kernels of every stage are specialised for."""
-    dtype = precompile.dtype_of(imgs)
-    for stage, (height, width, side) in zip(convnext.stages(backbone), layouts, strict=True):
+    dtype, own = precompile.dtype_of(imgs), fused.has_layers(backbone, imgs)
+    before = _before_stages(backbone, imgs, layouts[0])
+    if own:
+        yield fused.stem_shape(*convnext.stem(backbone), imgs, before.side)
+    for stage, layout in zip(convnext.stages(backbone), layouts, strict=True):
+        if own and isinstance(stage.downsample, nn.Sequential):
+            norm, conv = convnext.downsample(stage.downsample)
+            yield precompile.MovingNormShape(norm.normalized_shape[0], dtype, *_move(before, layout, conv))
+        before = layout
+        height, width, side = layout
         block = stage.blocks[0]
         assert isinstance(block, ConvNeXtBlock)
         channels, _, kernel, _ = block.conv_dw.weight.shape
@@ -97,12 +108,8 @@ def _shapes(backbone: ConvNeXt, imgs: Tensor, layouts: list[Layout]) -> Iterator
             yield precompile.ResidualShape(channels, dtype, fused.drops_paths(stage))
 
 
-@functools.lru_cache(maxsize=64)
-def _all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors:
-    """The tables of the depthwise kernels for whole images."""
-    rows, cols = layout.height // layout.side, layout.width // layout.side
-    with torch.inference_mode(False):  # an evaluation may make them first, and training use them
-        return neighbors(torch.arange(rows * cols, device=device).repeat(images, 1), rows, cols)
+def _move(before: Layout, layout: Layout, conv: nn.Conv2d) -> precompile.Move:
+    return precompile.Move(before.height, before.width, before.side, layout.side, conv.stride[0])
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, layout: Layout) -> Tensor:
@@ -112,31 +119,13 @@ def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, layout: Layout) -> 
 
 
 def _downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, before: Layout, layout: Layout) -> Tensor:
-    return _strided(_untiled(convnext.layer_norm(x, norm), before), conv, layout)
+    return _strided(untiled(convnext.layer_norm(x, norm), before), conv, layout)
 
 
 def _strided(x: Tensor, conv: nn.Conv2d, layout: Layout) -> Tensor:
     """A convolution whose kernel k equals its stride: ``[N, H, W, C]`` to the sites of ``layout``."""
     k = conv.stride[0]
-    return _tiled(convnext.patchwise_conv(x[:, : layout.height * k, : layout.width * k], conv), layout)
-
-
-def _tiled(x: Tensor, layout: Layout) -> Tensor:
-    """``[N, H, W, C]`` to ``[N, V, S, S, C]``, or as it is."""
-    height, width, s = layout
-    if not s:
-        return x
-    x = x.unflatten(2, (width // s, s)).unflatten(1, (height // s, s)).transpose(2, 3)
-    return x.reshape(len(x), -1, s, s, x.shape[-1])
-
-
-def _untiled(x: Tensor, layout: Layout) -> Tensor:
-    """The inverse of :func:`_tiled`."""
-    height, width, s = layout
-    if not s:
-        return x
-    x = x.unflatten(1, (height // s, width // s)).transpose(2, 3)
-    return x.reshape(len(x), height, width, x.shape[-1])
+    return tiled(convnext.patchwise_conv(x[:, : layout.height * k, : layout.width * k], conv), layout)
 
 
 def _block(block: ConvNeXtBlock, x: Tensor, where: Neighbors | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""ConvNeXt V2 blocks that run as one operation of our own, :func:`fcmae.kernels.block.convnext_block`.
+"""What of a ConvNeXt V2 runs as operations of our own (:mod:`fcmae.kernels.block`, :mod:`fcmae.kernels.layers`).
 
 They need no compiler, which would take most of the start, and make fewer passes over memory than it finds.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from timm.layers import DropPath
-from timm.models.convnext import ConvNeXtBlock
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
@@ -17,6 +17,46 @@ from fcmae.kernels.norm import HAS_TRITON
 
 Copies = tuple[Tensor, Tensor]
 """The weights of a block's two linear layers in the type of the activations: ``[D, C]`` and ``[C, D]``."""
+
+
+SIXTEEN_BITS = ("bfloat16", "float16")
+
+
+def has_layers(backbone: ConvNeXt, imgs: Tensor) -> bool:
+    """Whether stem and downsampling layers run as operations: V2 with exact GELU, 16 bits, a GPU.
+
+    They give the images no gradient.
+    """
+    first = next(convnext.stages(backbone)).blocks[0]
+    assert isinstance(first, ConvNeXtBlock)
+    return (
+        HAS_TRITON
+        and not torch.compiler.is_compiling()
+        and convnext.is_fused(first, imgs)
+        and precompile.dtype_of(imgs) in SIXTEEN_BITS
+        and not (imgs.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors, side: int) -> Tensor:
+    """The pixels of tiles of ``side`` sites per side to the first stage's sites ``[N, V, S, S, D]``."""
+    from fcmae.kernels import layers  # needs Triton
+
+    dtype = getattr(torch, precompile.dtype_of(imgs))
+    return layers.stem(imgs, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, where.index, side, dtype)
+
+
+def stem_shape(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, side: int) -> precompile.Shape:
+    """What the kernels of :func:`stem` are specialised for."""
+    size, pixels = (imgs.shape[1], imgs.shape[2], imgs.shape[3]), precompile.name_of(imgs.dtype)
+    return precompile.StemShape(size, pixels, conv.stride[0], norm.normalized_shape[0], side, precompile.dtype_of(imgs))
+
+
+def downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, move: precompile.Move) -> Tensor:
+    """The sites of tiles to those of the next stage, ``[sites, D]``."""
+    from fcmae.kernels import layers  # needs Triton
+
+    return layers.downsample(x, norm.weight, norm.bias, norm.eps, conv.weight, conv.bias, move)
 
 
 def is_whole(block: ConvNeXtBlock, x: Tensor) -> bool:
@@ -60,7 +100,7 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def needs_all_kernels(imgs: Tensor, compiled: bool) -> bool:
     """Whether to compile every kernel ahead: for what is ``compiled``, and for training in 16 bits."""
-    trains = torch.is_grad_enabled() and precompile.dtype_of(imgs) in ("bfloat16", "float16")
+    trains = torch.is_grad_enabled() and precompile.dtype_of(imgs) in SIXTEEN_BITS
     return imgs.is_cuda and (compiled or (HAS_TRITON and trains))
 
 

@@ -33,12 +33,21 @@ def packed(
     where = neighbors(index, rows, cols)
     if fused.needs_all_kernels(imgs, compiled):
         precompile.start(_shapes(backbone, imgs, where, patch_size, grn_scope))
-    x = region(_stem, compiled)(*convnext.stem(backbone), imgs, where)
+    own, (conv, norm) = fused.has_layers(backbone, imgs), convnext.stem(backbone)
+    if own:
+        x = fused.stem(conv, norm, imgs, where, patch_size // conv.stride[0])
+    else:
+        x = region(_stem, compiled)(conv, norm, imgs, where)
     features = []
     for number, stage in enumerate(convnext.stages(backbone), start=1):
         recompute = number in recompute_stages or stage.grad_checkpointing
         if isinstance(stage.downsample, nn.Sequential):
-            x = region(_downsample, compiled)(*convnext.downsample(stage.downsample), x)
+            norm, conv = convnext.downsample(stage.downsample)
+            if own:
+                move = _move(x.shape[2], conv)
+                x = fused.downsample(norm, conv, x, move).view(*x.shape[:2], move.after, move.after, -1)
+            else:
+                x = region(_downsample, compiled)(norm, conv, x)
         for block, copies in fused.with_copies(convnext.blocks(stage), x):
             if copies is not None:
                 x = recomputed(fused.run, recompute)(block, x, copies, where, grn_scope)
@@ -56,10 +65,15 @@ def _shapes(
 ) -> Iterator[precompile.Shape]:
     """What the kernels of every stage are specialised for."""
     dtype, keep = precompile.dtype_of(imgs), where.index.shape[1]
-    side = patch_size // convnext.stem(backbone)[0].stride[0]
+    side, own = patch_size // convnext.stem(backbone)[0].stride[0], fused.has_layers(backbone, imgs)
+    if own:
+        yield fused.stem_shape(*convnext.stem(backbone), imgs, side)
     for stage in convnext.stages(backbone):
         if isinstance(stage.downsample, nn.Sequential):
-            side //= convnext.downsample(stage.downsample)[1].stride[0]
+            norm, conv = convnext.downsample(stage.downsample)
+            if own:
+                yield precompile.MovingNormShape(norm.normalized_shape[0], dtype, *_move(side, conv))
+            side //= conv.stride[0]
         block = next(convnext.blocks(stage))
         channels, _, kernel, _ = block.conv_dw.weight.shape
         yield precompile.DepthwiseShape((where.rows, where.cols), keep, side, channels, kernel, dtype)
@@ -67,6 +81,11 @@ def _shapes(
         if convnext.is_fused(block, imgs) and grn_scope == "image":
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
             yield precompile.ResidualShape(channels, dtype, drops=False)
+
+
+def _move(side: int, conv: nn.Conv2d) -> precompile.Move:
+    """Of patches of ``side`` sites per side, each of which is a map."""
+    return precompile.Move(side, side, side, side // conv.stride[0], conv.stride[0])
 
 
 def _stem(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, where: Neighbors) -> Tensor:

@@ -5,6 +5,7 @@ import timm
 import torch
 
 from fcmae.engines import dense as engine
+from fcmae.engines import tiles
 from fcmae.engines.dense import dense
 from tests.conftest import relative_error
 
@@ -32,10 +33,16 @@ def layout(request, monkeypatch):
 
         def tiled(backbone, imgs):
             for height, width, _ in layouts(backbone, imgs):
-                side = next(s for s in engine.SIDES if height % s == width % s == 0)
-                yield engine.Layout(height, width, side)
+                side = next(s for s in tiles.SIDES if height % s == width % s == 0)
+                yield tiles.Layout(height, width, side)
 
         monkeypatch.setattr(engine, "_layouts", tiled)
+
+
+def test_first_stage_with_a_downsampling_layer():
+    """timm gives it one where the stem's stride is 2."""
+    model, imgs = network("convnextv2_atto", patch_size=2), torch.randn(1, 3, 64, 96)
+    assert relative_error(dense(model, imgs)[-1], model.forward_features(imgs)) < 1e-5
 
 
 # 70 x 100 px leave sides of 17 x 25, 8 x 12, 4 x 6 and 2 x 3 sites, each with a rest that is ignored.
