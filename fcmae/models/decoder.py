@@ -4,14 +4,15 @@
 ``unet`` reads the features of all stages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae import kernels
-from fcmae.engines import convnext
+from fcmae.engines import convnext, fused, tiles
+from fcmae.kernels import precompile
 from fcmae.masks.patches import upsample_mask
 from fcmae.models.unet import UNet, finer, init_weights, run_block
 
@@ -55,9 +56,47 @@ class LightDecoder(nn.Module):
         x = _with_mask_tokens(convnext.linear(visible[-1], self.proj), mask, index, self.mask_token)
         for block in self.blocks:
             x = run_block(block, x)
-        if self.split == 1:
-            return _predict(self, x.flatten(1, 2))
-        return {name: finer(pred, self.split).flatten(1, 2) for name, pred in _predict(self, x).items()}
+        return {name: self._patches(pred) for name, pred in _predict(self, x).items()}
+
+    def _patches(self, pred: Tensor) -> Tensor:
+        """What a head gives of a map, ``[N, h, w, split * split * dim]``, to ``[N, L, dim]``."""
+        return pred.flatten(1, 2) if self.split == 1 else finer(pred, self.split).flatten(1, 2)
+
+    def by_kernels(self, visible: Sequence[Tensor], mask: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """As :meth:`forward`, by operations of our own; for features for which :meth:`has_kernels` holds."""
+        from fcmae.kernels import layers  # needs Triton
+
+        sites, (images, rows, cols) = visible[-1], mask.shape
+        layout = tiles.best(rows * sites.shape[2], cols * sites.shape[2])
+        count, places = images * layout.height * layout.width, tiles.places(index, rows, cols, sites.shape[2], layout)
+        x = layers.linear(sites.flatten(0, 3), self.proj.weight, self.proj.bias)
+        x = layers.with_tokens(x, self.mask_token, places, count).view(images, -1, layout.side, layout.side, x.shape[1])
+        where = tiles.all_visible(images, layout, x.device)
+        for block, copies in fused.with_copies(self.blocks, x):
+            assert copies is not None
+            x = fused.run(block, x, copies, where, "image")
+        x = tiles.untiled(x, layout)
+        heads = {name: getattr(self, head) for name, head in self.heads.items()}
+        return {name: self._patches(layers.linear(x, head.weight, head.bias)) for name, head in heads.items()}
+
+    def has_kernels(self, visible: Sequence[Tensor], mask: Tensor) -> bool:
+        """Whether all of it runs as operations on the features ``visible``: 16 bits, on a GPU."""
+        sites = visible[-1]
+        side = tiles.best(mask.shape[1] * sites.shape[2], mask.shape[2] * sites.shape[2]).side
+        tile = sites.new_empty(0, 1, side, side, self.proj.out_features)
+        return all(isinstance(block, ConvNeXtBlock) and fused.is_whole(block, tile) for block in self.blocks)
+
+    def shapes(self, imgs: Tensor, stride: int) -> Iterator[precompile.Shape]:
+        """What the kernels for images ``[N, C, H, W]`` are specialised for; ``stride``: pixels per side of a site."""
+        height, width, side = tiles.best(imgs.shape[2] // stride, imgs.shape[3] // stride)
+        block, dtype = self.blocks[0], precompile.dtype_of(imgs)
+        assert isinstance(block, ConvNeXtBlock)
+        channels, _, kernel, _ = block.conv_dw.weight.shape
+        rows, cols = height // side, width // side
+        yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)
+        yield precompile.NormShape(channels, dtype)
+        yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)
+        yield precompile.ResidualShape(channels, dtype, drops=False)
 
 
 class UNetDecoder(nn.Module):

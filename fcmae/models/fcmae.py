@@ -13,11 +13,21 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.config.model import DECODER_WIDTH
-from fcmae.engines import GRN_SCOPES, check_backbone, check_no_drop_path, get_engine, region, total_stride
+from fcmae.engines import (
+    GRN_SCOPES,
+    check_backbone,
+    check_no_drop_path,
+    fused,
+    get_engine,
+    packed,
+    region,
+    total_stride,
+)
+from fcmae.kernels import precompile
 from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone, stage_shapes
 from fcmae.models.decoder import Decoder, LightDecoder, UNetDecoder
-from fcmae.targets import NEEDS, Pixels, Seen, Target, part
+from fcmae.targets import NEEDS, Pixels, Seen, Target, has_own_errors, part
 
 LEARNED = "learned"
 """Instead of a target's weight."""
@@ -184,12 +194,11 @@ class FCMAE(nn.Module):
             if getattr(seen, needed) is None and self.targets_that_need(needed):
                 raise ValueError(f"target {self.targets_that_need(needed)[0]} needs {needed}; give {needed}= as well")
         preds, mask, sites = self._predict(imgs, mask, keep)
-        compiled = self._compiled and self.training
-        parts = {
+        parts = {}
+        for name, target in self.targets.items():
+            compiles = self._compiled and self.training and _compiles(target, seen, preds[name])
             # Target and error in one region, so that the target need not be stored.
-            name: region(part, compiled and _compiles(target))(target, seen, preds[name], sites, weight)
-            for name, target in self.targets.items()
-        }
+            parts[name] = region(part, compiles)(target, seen, preds[name], sites, weight)
         return FCMAEOutput(self._sum(parts), preds, mask, parts)
 
     def predict(self, imgs: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -204,6 +213,9 @@ class FCMAE(nn.Module):
         elif keep is None:
             keep = self._count_visible(mask, imgs)
         compiled = self._compiled and self.training
+        light = self.decoder if self.engine is packed and isinstance(self.decoder, LightDecoder) else None
+        if light is not None and fused.needs_all_kernels(imgs, compiled):
+            precompile.also(self._shapes(light, imgs))
         visible = self.engine(
             self.backbone,
             imgs,
@@ -217,9 +229,22 @@ class FCMAE(nn.Module):
         )
         rows, cols = grid_size(imgs.shape[-2], imgs.shape[-1], self.mask_patch_size)
         grid = mask.view(-1, rows, cols)
-        preds = region(_decode, compiled)(self.decoder, visible, grid, visible_indices(mask, keep))
+        if light is not None and light.has_kernels(visible, grid):
+            preds = light.by_kernels(visible, grid, visible_indices(mask, keep))
+        else:
+            preds = region(_decode, compiled)(self.decoder, visible, grid, visible_indices(mask, keep))
         hidden = upsample_mask(mask, rows, cols, self.mask_patch_size // self.pred_patch_size)
         return preds, mask, hidden.flatten(1)
+
+    def _shapes(self, decoder: LightDecoder, imgs: Tensor) -> Iterator[precompile.Shape]:
+        """What the kernels of the decoder and of the targets are specialised for."""
+        if not fused.has_layers(self.backbone, imgs):
+            return
+        yield from decoder.shapes(imgs, self.patch_size)
+        size, pixels = (imgs.shape[1], imgs.shape[2], imgs.shape[3]), precompile.name_of(imgs.dtype)
+        for target in self.targets.values():
+            if isinstance(target, Pixels) and target.is_one_operation:
+                yield precompile.PatchErrorShape(size, pixels, target.patch_size, precompile.dtype_of(imgs))
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
         terms = []
@@ -245,6 +270,8 @@ class FCMAE(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network in place, for training: each stage's block once, the decoder, and the loss.
+
+        What runs by kernels of our own anyway (:mod:`fcmae.engines.fused`) is left as it is.
 
         Takes no options. ``torch.compile(model)`` works too; it compiles one large graph, for minutes.
         """
@@ -295,9 +322,10 @@ def _created(name: str, arguments: dict[str, Any]) -> ConvNeXt:
         ) from error
 
 
-def _compiles(target: Target) -> bool:
-    """Code of others may not compile."""
-    return type(target).__module__.startswith("fcmae.") and getattr(target, "compiles", True)
+def _compiles(target: Target, seen: Seen, pred: Tensor) -> bool:
+    """Code of others may not compile, and a kernel need not."""
+    ours = type(target).__module__.startswith("fcmae.") and getattr(target, "compiles", True)
+    return ours and not has_own_errors(target, seen, pred)
 
 
 def _decode(decoder: Decoder, visible: Sequence[Tensor], mask: Tensor, index: Tensor) -> dict[str, Tensor]:

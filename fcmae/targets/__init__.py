@@ -1,6 +1,6 @@
 """What the decoder predicts at every patch. A target is a small class; several can be predicted at once."""
 
-from fcmae.targets.base import NEEDS, Seen, Target, create_target, part
+from fcmae.targets.base import NEEDS, Seen, Target, create_target, has_own_errors, part
 from fcmae.targets.channels import Channels
 from fcmae.targets.hog import Hog
 from fcmae.targets.labels import Labels
@@ -19,5 +19,6 @@ __all__ = [
     "Target",
     "Teacher",
     "create_target",
+    "has_own_errors",
     "part",
 ]

@@ -1,7 +1,7 @@
 """What a target is, how a config names one, and its part of the loss."""
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,24 @@ def part(target: Target, seen: Seen, pred: Tensor, mask: Tensor, weight: Tensor 
 
     Raises UsageError if the target does not return what :class:`Target` says.
     """
+    if has_own_errors(target, seen, pred):
+        errors, valid = target.errors(seen, pred, mask), None
+    else:
+        errors, valid = _errors(target, seen, pred, mask)
+    # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
+    if valid is None:
+        errors = torch.where(mask, errors, 0.0)
+    else:
+        counted = mask & valid.any(dim=-1)
+        scale = mask.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        errors = torch.where(counted, errors, 0.0) * scale[:, None]
+    if weight is not None:
+        errors = errors * weight[:, None]
+    return errors.sum() / mask.sum().clamp(min=1)
+
+
+def _errors(target: Target, seen: Seen, pred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The error of each patch ``[N, L]``, and which values are valid."""
     given = target(seen)
     if not isinstance(given, tuple) or len(given) != 2:
         raise UsageError(f"target: {class_name(target)} must return (target, valid); got {type(given).__name__}")
@@ -108,16 +126,26 @@ def part(target: Target, seen: Seen, pred: Tensor, mask: Tensor, weight: Tensor 
         valid = patches_with(seen.valid, pred.shape[1])[..., None].expand_as(pred)
     errors = target.loss(pred.float(), wanted, mask, valid)
     _check_shape(target, "loss", errors, mask)
-    # Selecting instead of multiplying keeps a non-finite prediction of a visible patch out of the loss.
-    if valid is None:
-        errors = torch.where(mask, errors, 0.0)
-    else:
-        counted = mask & valid.any(dim=-1)
-        scale = mask.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-        errors = torch.where(counted, errors, 0.0) * scale[:, None]
-    if weight is not None:
-        errors = errors * weight[:, None]
-    return errors.sum() / mask.sum().clamp(min=1)
+    return errors, valid
+
+
+@runtime_checkable
+class OneOperation(Protocol):
+    """A target of ours that may have a kernel for what calling it and its loss compute."""
+
+    def has_errors(self, seen: Seen, pred: Tensor) -> bool:
+        """Whether :meth:`errors` computes it for these tensors."""
+        ...
+
+    def errors(self, seen: Seen, pred: Tensor, mask: Tensor) -> Tensor:
+        """The error of each masked patch, float32 ``[N, L]``; all values count."""
+        ...
+
+
+def has_own_errors(target: Target, seen: Seen, pred: Tensor) -> TypeGuard[OneOperation]:
+    """Whether a kernel computes the errors. Not for a class derived from one of ours, which may differ."""
+    ours = type(target).__module__.startswith("fcmae.targets.") and not torch.compiler.is_compiling()
+    return ours and isinstance(target, OneOperation) and target.has_errors(seen, pred)
 
 
 def patches_with(valid: Tensor, patches: int) -> Tensor:

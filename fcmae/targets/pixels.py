@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.kernels.norm import HAS_TRITON
 from fcmae.masks.patches import patchify, unpatchify
 from fcmae.targets.base import Seen
 from fcmae.targets.losses import OF_NUMBERS, get_loss
@@ -46,6 +47,29 @@ class Pixels:
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
         return self._error(pred, target, valid)
+
+    @property
+    def is_one_operation(self) -> bool:
+        """Whether a kernel may compute target and error. A class derived from this one may change them."""
+        plain = type(self) is Pixels and self.norm == "patch" and self.loss_name == "mse"
+        return HAS_TRITON and plain and self.dim > 1
+
+    def has_errors(self, seen: Seen, pred: Tensor) -> bool:
+        """Whether :meth:`errors` takes these: predictions in 16 bits on a GPU, of whole images without a gradient."""
+        return (
+            self.is_one_operation
+            and seen.valid is None
+            and pred.is_cuda
+            and pred.element_size() == 2
+            and not seen.imgs.requires_grad
+            and seen.imgs.dtype != torch.float64
+        )
+
+    def errors(self, seen: Seen, pred: Tensor, mask: Tensor) -> Tensor:
+        """The error of each masked patch, float32 ``[N, L]``, without a target in memory; 0 for visible ones."""
+        from fcmae.kernels.patch_error_triton import patch_errors  # needs Triton
+
+        return patch_errors(pred, seen.imgs, mask, self.patch_size, EPS)
 
     def to_pixels(self, pred: Tensor, imgs: Tensor) -> Tensor:
         """A normalised prediction has no brightness and contrast; each patch takes the image's."""

@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models.convnext import ConvNeXtBlock
 
-from fcmae.engines import convnext, fused
+from fcmae.engines import convnext, fused, tiles
 from fcmae.engines import dense as dense_engine
 from fcmae.engines.compiled import recomputed
 from fcmae.engines.dense import dense
@@ -213,7 +213,7 @@ def test_packed_equals_masked(on_a_gpu):
 def test_dense_equals_timm_with_drop_path(monkeypatch):
     """In recomputed stages, too: the draws are not repeated."""
     model, imgs = network(drop_path_rate=0.6).train(), torch.randn(4, 3, 16, 8)
-    layouts = [dense_engine.Layout(16 // s, 8 // s, max(1, 4 // s)) for s in (1, 2, 4, 8)]
+    layouts = [tiles.Layout(16 // s, 8 // s, max(1, 4 // s)) for s in (1, 2, 4, 8)]
     monkeypatch.setattr(dense_engine, "_layouts", lambda backbone, imgs: iter(layouts))
     torch.manual_seed(1)
     expected = model.forward_features(imgs)
