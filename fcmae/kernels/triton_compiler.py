@@ -128,12 +128,6 @@ def _moving_norm(channels: int, dtype: str, *move: int) -> None:
     norm_triton.launch_moving_backward(x, x, parameter, means, means, where, 2)
 
 
-def _sums(channels: int, dtype: str, *_: int) -> None:
-    x = torch.zeros(256, channels, dtype=getattr(torch, dtype))
-    sum_many_rows(x)
-    sum_many_rows(x, torch.zeros(256, dtype=torch.bool))
-
-
 def _patch_rows(image: list[int], pixels: str, stride: int, channels: int, side: int, dtype: str) -> None:
     imgs, index = torch.zeros(1, *image, dtype=getattr(torch, pixels)), torch.zeros(1, 16, dtype=torch.int64)
     patch_rows(imgs, index, side, stride, getattr(torch, dtype))
@@ -142,6 +136,8 @@ def _patch_rows(image: list[int], pixels: str, stride: int, channels: int, side:
 def _stem_norm(image: list[int], pixels: str, stride: int, channels: int, side: int, dtype: str) -> None:
     x, parameter = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
     norm_triton.launch_moving_backward(x, x, parameter, torch.zeros(16), torch.zeros(16), None, 3)
+    sum_many_rows(x)  # of the layers after it, too, and of the decoder
+    sum_many_rows(x, torch.zeros(16, dtype=torch.bool))
 
 
 def _patch_error(image: list[int], pixels: str, patch_size: int, dtype: str) -> None:
@@ -167,8 +163,8 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
     "NormShape": {"both": _norm},
     "ResidualShape": {"all": _residual},
-    "MovingNormShape": {"both": _moving_norm, "sums": _sums},
-    "StemShape": {"pixels": _patch_rows, "norm": _stem_norm},
+    "MovingNormShape": {"both": _moving_norm},
+    "StemShape": {"pixels": _patch_rows, "others": _stem_norm},
     "PatchErrorShape": {"both": _patch_error},
 }
 """By the kind of shape. Each function is called with the shape's fields."""

@@ -1,12 +1,15 @@
-"""The block as one operation on the device against float64, with what training does to it."""
+"""What runs as operations of our own on the device against float64, with what training does to it."""
 
 import pytest
+import timm
 import torch
 from timm.models.convnext import ConvNeXtBlock
 
-from fcmae.engines import convnext, fused
+from fcmae.engines import compiled, convnext, fused
 from fcmae.engines.compiled import recomputed
+from fcmae.engines.dense import dense
 from fcmae.kernels import neighbors, packed_depthwise
+from fcmae.models import FCMAE
 from tests.conftest import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -63,3 +66,78 @@ def test_equals_float64_and_itself(s, c, dtype, drops):
     expected = outputs(plain, block.double(), exact, where, None if factor is None else factor.double())
     for value, wanted in zip(found, expected, strict=True):
         assert relative_error(value, wanted) < TOLERANCE[dtype]
+
+
+@pytest.fixture
+def _nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", lambda function: pytest.fail(f"{function.__name__} was compiled"))
+
+
+def network_gradients(model, run, dtype):
+    model.zero_grad()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float64):
+        loss = run()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(grad.stride() == p.stride() for p, grad in ((p, p.grad) for p in model.parameters()) if grad is not None)
+    return {"loss": loss.detach(), **grads}
+
+
+def assert_as_near(found, plain, exact):
+    """To float64 as autocast of plain torch."""
+    assert found.keys() == exact.keys()
+    for name, wanted in exact.items():
+        limit = 2 * relative_error(plain[name], wanted) + 2e-3
+        assert relative_error(found[name], wanted) < limit, name
+
+
+@pytest.mark.usefixtures("_nothing_is_compiled")
+@pytest.mark.parametrize(
+    ("dtype", "size", "how"),
+    [
+        (torch.bfloat16, (224, 224), {}),
+        (torch.bfloat16, (192, 256), {"mask_patch_size": 64, "pred_patch_size": 16, "in_chans": 5}),
+        (torch.float16, (128, 128), {"patch_size": 2, "in_chans": 1}),
+    ],
+)
+def test_pretraining_is_not_compiled_and_as_near_to_float64_as_autocast(dtype, size, how):
+    torch.manual_seed(0)
+    model = FCMAE("convnextv2_atto", depths=(1, 1, 2, 1), decoder_embed_dim=128, **how).cuda()
+    for name, param in model.named_parameters():
+        if "grn" in name or "bias" in name:
+            torch.nn.init.normal_(param, std=0.2)
+    model.compile()
+    imgs = torch.randn(8, how.get("in_chans", 3), *size, device="cuda")
+    mask, keep = model.random_mask(imgs)
+    weight = torch.rand(8, device="cuda")
+    scale = 1024 if dtype == torch.float16 else 1
+
+    def step(engine, imgs=imgs):
+        model.engine = engine
+        return model.train(engine == "packed")(imgs, mask, keep, weight).loss * scale
+
+    found = network_gradients(model, lambda: step("packed"), dtype)
+    again = network_gradients(model, lambda: step("packed"), dtype)
+    assert all(torch.equal(again[name], value) for name, value in found.items())
+    plain = network_gradients(model, lambda: step("masked"), dtype)
+    model.double()
+    assert_as_near(found, plain, network_gradients(model, lambda: step("masked", imgs.double()), torch.float64))
+
+
+@pytest.mark.usefixtures("_nothing_is_compiled")
+@pytest.mark.parametrize("size", [(224, 224), (200, 264)])
+def test_dense_is_not_compiled_and_as_near_to_float64_as_autocast(size):
+    torch.manual_seed(0)
+    model = timm.create_model("convnextv2_atto", depths=(1, 1, 2, 1), num_classes=0).cuda()
+    imgs = torch.randn(8, 3, *size, device="cuda")
+
+    def loss(maps):
+        torch.manual_seed(1)
+        return (maps * torch.randn(maps.shape, device="cuda")).mean()
+
+    found = network_gradients(model, lambda: loss(dense(model, imgs, compiled=True)[-1]), torch.bfloat16)
+    plain = network_gradients(model, lambda: loss(model.forward_features(imgs)), torch.bfloat16)
+    model.double()
+    assert_as_near(
+        found, plain, network_gradients(model, lambda: loss(model.forward_features(imgs.double())), torch.float64)
+    )
