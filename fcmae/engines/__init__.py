@@ -28,8 +28,8 @@ class Engine(Protocol):
         keep: V, visible patches per image.
         patch_size: pixels per side of a mask patch, a multiple of the backbone's total stride.
         grn_scope: GRN's norm over the visible sites of an ``image`` or of the whole ``batch`` (the official code).
-        compiled: by torch.compile, region by region (:mod:`fcmae.engines.compiled`), but for what is one operation
-            anyway (:mod:`fcmae.engines.fused`).
+        compiled: by torch.compile, region by region (:mod:`fcmae.engines.compiled`), but for what is an operation of
+            our own anyway (:mod:`fcmae.engines.fused`).
         recompute_stages: stages, counted from 1, whose blocks keep no activations and run again in the backward pass.
         all_stages: return the features of every stage, not only of the last one.
 
