@@ -101,7 +101,7 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def needs_all_kernels(imgs: Tensor, compiled: bool) -> bool:
     """Whether to compile every kernel ahead: for what is ``compiled``, and for training in 16 bits."""
     trains = torch.is_grad_enabled() and precompile.dtype_of(imgs) in SIXTEEN_BITS
-    return imgs.is_cuda and (compiled or (HAS_TRITON and trains))
+    return imgs.is_cuda and not torch.compiler.is_compiling() and (compiled or (HAS_TRITON and trains))
 
 
 def drops_paths(layers: nn.Module) -> bool:
