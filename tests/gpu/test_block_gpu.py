@@ -84,10 +84,10 @@ def network_gradients(model, run, dtype):
 
 
 def assert_as_near(found, plain, exact):
-    """To float64 as autocast of plain torch."""
+    """To float64 as autocast of plain torch, whose sums of blocks are float32."""
     assert found.keys() == exact.keys()
     for name, wanted in exact.items():
-        limit = 2 * relative_error(plain[name], wanted) + 2e-3
+        limit = 4 * relative_error(plain[name], wanted) + 5e-3
         assert relative_error(found[name], wanted) < limit, name
 
 

@@ -8,7 +8,7 @@ import torch
 from fcmae.errors import UsageError
 from fcmae.masks.patches import patchify
 from fcmae.models import FCMAE
-from fcmae.targets import Pixels, Seen, part
+from fcmae.targets import Laplacian, Pixels, Seen, has_own_errors, part
 
 MASK = torch.tensor([[True, False, True, True], [False, True, False, False]])
 
@@ -136,3 +136,32 @@ def test_a_target_that_returns_other_shapes_is_refused_in_one_line(target, messa
     with pytest.raises(UsageError, match=message) as raised:
         part(target, Seen(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8), MASK)
     assert "\n" not in str(raised.value)
+
+
+class Own(Pixels):
+    """A researcher's target made from ours."""
+
+
+@pytest.mark.parametrize(
+    ("target", "seen", "expected"),
+    [
+        (Pixels, {}, True),
+        (partial(Pixels, norm="channel"), {}, False),
+        (partial(Pixels, loss="l1"), {}, False),
+        (Pixels, {"valid": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, False),
+        (Own, {}, False),
+        (Laplacian, {}, False),
+    ],
+)
+def test_only_the_default_target_of_whole_images_has_a_kernel(target, seen, expected, monkeypatch):
+    monkeypatch.setattr("fcmae.targets.pixels.HAS_TRITON", True)
+    target = target(4, 3)
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    pred = torch.zeros(1, 4, 48, dtype=torch.bfloat16).as_subclass(OnDevice)
+    imgs = torch.zeros(1, 3, 8, 8)
+    assert has_own_errors(target, Seen(imgs, **seen), pred) == expected
+    assert not has_own_errors(target, Seen(imgs.requires_grad_()), pred)
+    assert not has_own_errors(target, Seen(imgs.detach()), pred.float())
