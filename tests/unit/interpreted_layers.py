@@ -67,7 +67,9 @@ def test_linear_layer_equals_torch(bias):
         assert relative_error(value, wanted) < 1e-6
 
 
-@pytest.mark.parametrize(("height", "width", "before", "after", "stride"), [(8, 4, 4, 2, 2), (7, 5, 1, 1, 3)])
+@pytest.mark.parametrize(
+    ("height", "width", "before", "after", "stride"), [(8, 4, 4, 2, 2), (7, 5, 1, 1, 3), (4, 2, 2, 2, 1)]
+)
 def test_norm_in_another_order(height, width, before, after, stride, monkeypatch):
     """With a rest that is left out, in several tiles per program."""
     monkeypatch.setattr(norm_triton, "TILE", 64)
@@ -82,8 +84,9 @@ def test_norm_in_another_order(height, width, before, after, stride, monkeypatch
     assert relative_error(actual, expected) < 1e-5
     dy = torch.randn(actual.shape)
     grads = torch.autograd.grad(actual, leaves, dy), torch.autograd.grad(expected, leaves, dy)
-    for value, wanted in zip(*grads, strict=True):
+    for leaf, value, wanted in zip(leaves, *grads, strict=True):
         assert relative_error(value, wanted) < 1e-5
+        assert value.stride() == leaf.stride()
 
 
 # 52 x 36 px leave sides of 13 x 9 and 6 x 4 sites: a rest is ignored.
