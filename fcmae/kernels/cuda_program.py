@@ -1,0 +1,115 @@
+"""Kernels in CUDA C++ (the folder ``cuda``) for NVIDIA's GPUs, where Triton cannot say what the GPU should do.
+
+NVRTC, which comes with torch, compiles a kernel in a second when a shape is first met. The machine code is kept in the
+private folder of compiled code. Where a kernel cannot be compiled Triton's takes its place.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcmae.files import replacing
+from fcmae.kernels.caches import VARIABLE, use_private_cache
+from fcmae.opening import open_trusted
+
+try:
+    from cuda.bindings import driver, nvrtc
+except ImportError:  # an older torch, or one for another kind of GPU
+    driver = nvrtc = None
+
+SOURCES = Path(__file__).parent / "cuda"
+SHARED_MEMORY = {8: 99 * 1024, 9: 227 * 1024}
+"""Bytes that a block can have, by the major compute capability."""
+
+
+class Program:
+    """The kernels of a source file, compiled for one GPU and one set of constants."""
+
+    def __init__(self, code: bytes) -> None:
+        self._module = _call(driver.cuModuleLoadData, code)
+        self._functions: dict[str, Any] = {}
+
+    def launch(self, kernel: str, grid: tuple[int, int], threads: int, shared: int, *args: Tensor | int | None) -> None:
+        """Launches a kernel on torch's current stream with ``shared`` bytes of shared memory per block."""
+        if kernel not in self._functions:
+            function = _call(driver.cuModuleGetFunction, self._module, kernel.encode())
+            attributes = driver.CUfunction_attribute
+            _call(
+                driver.cuFuncSetAttribute,
+                function,
+                attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared,
+            )
+            self._functions[kernel] = function
+        values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
+        types = tuple(ctypes.c_int if isinstance(arg, int) else ctypes.c_void_p for arg in args)
+        stream = torch.cuda.current_stream().cuda_stream
+        _call(
+            driver.cuLaunchKernel, self._functions[kernel], *grid, 1, threads, 1, 1, shared, stream, (values, types), 0
+        )
+
+
+@functools.cache
+def program(file: str, device: torch.device, constants: tuple[tuple[str, int | str], ...]) -> Program | None:
+    """The kernels of ``file`` with the constants of the preprocessor; None, with a warning, if they cannot be compiled.
+
+    Args:
+        device: the current GPU.
+    """
+    if driver is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in constants))
+    source = "".join((SOURCES / name).read_text() for name in ("device.cuh", file))
+    try:
+        return Program(_machine_code(source, options))
+    except RuntimeError as error:
+        warnings.warn(f"{file} runs by Triton: it could not be compiled by NVRTC ({error})", stacklevel=2)
+        return None
+
+
+def _machine_code(source: str, options: tuple[str, ...]) -> bytes:
+    """From the folder of compiled code, else compiled."""
+    version = _call(nvrtc.nvrtcVersion)
+    use_private_cache()
+    digest = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
+    kept = Path(os.environ[VARIABLE]) / f"fcmae-{digest}.cubin"
+    with contextlib.suppress(OSError), open_trusted(kept) as file:
+        return file.read()
+    code = compile_source(source, options)
+    with contextlib.suppress(OSError), replacing(kept, 0o600) as file:
+        file.write(code)
+    return code
+
+
+def compile_source(source: str, options: tuple[str, ...]) -> bytes:
+    """The machine code. Raises RuntimeError with the compiler's words."""
+    compiled = _call(nvrtc.nvrtcCreateProgram, source.encode(), b"kernel.cu", 0, [], [])
+    try:
+        try:
+            _call(nvrtc.nvrtcCompileProgram, compiled, len(options), [option.encode() for option in options])
+        except RuntimeError as error:
+            log = b" " * _call(nvrtc.nvrtcGetProgramLogSize, compiled)
+            _call(nvrtc.nvrtcGetProgramLog, compiled, log)
+            raise RuntimeError(log.decode().strip("\0 \n")) from error
+        code = b" " * _call(nvrtc.nvrtcGetCUBINSize, compiled)
+        _call(nvrtc.nvrtcGetCUBIN, compiled, code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(compiled)
+    return code
+
+
+def _call(function: Any, *args: Any) -> Any:
+    """The result of a function of CUDA. Raises RuntimeError if it says that it failed."""
+    status, *results = function(*args)
+    if int(status):
+        raise RuntimeError(f"{function.__name__} failed: {status.name}")
+    return results[0] if len(results) == 1 else tuple(results)
