@@ -26,8 +26,9 @@ except ImportError:  # an older torch, or one for another kind of GPU
     driver = nvrtc = None
 
 SOURCES = Path(__file__).parent / "cuda"
-SHARED_MEMORY = {8: 99 * 1024, 9: 227 * 1024}
-"""Bytes that a block can have, by the major compute capability."""
+RESERVED = 1024
+PORTABLE_CLUSTER = 8
+"""Blocks of a cluster that every GPU with clusters can run at the same time."""
 
 
 class Program:
@@ -37,24 +38,51 @@ class Program:
         self._module = _call(driver.cuModuleLoadData, code)
         self._functions: dict[str, Any] = {}
 
+    def prepare(self, kernel: str, threads: int, shared: int, cluster: int = 1) -> bool:
+        """Whether the GPU can run blocks of so many threads with ``shared`` bytes of memory, in clusters of so many.
+
+        Call it before the first launch of a kernel.
+        """
+        function = _call(driver.cuModuleGetFunction, self._module, kernel.encode())
+        kind = driver.CUfunction_attribute
+        _call(driver.cuFuncSetAttribute, function, kind.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        self._functions[kernel] = function
+        if cluster == 1:
+            return True
+        if cluster > PORTABLE_CLUSTER:
+            _call(driver.cuFuncSetAttribute, function, kind.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+        size = driver.CUlaunchAttribute()
+        size.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size.value.clusterDim.x, size.value.clusterDim.y, size.value.clusterDim.z = cluster, 1, 1
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = cluster, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.sharedMemBytes, launch.attrs, launch.numAttrs = shared, [size], 1
+        return _call(driver.cuOccupancyMaxActiveClusters, function, launch) > 0
+
     def launch(self, kernel: str, grid: tuple[int, int], threads: int, shared: int, *args: Tensor | int | None) -> None:
         """Launches a kernel on torch's current stream with ``shared`` bytes of shared memory per block."""
-        if kernel not in self._functions:
-            function = _call(driver.cuModuleGetFunction, self._module, kernel.encode())
-            attributes = driver.CUfunction_attribute
-            _call(
-                driver.cuFuncSetAttribute,
-                function,
-                attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                shared,
-            )
-            self._functions[kernel] = function
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(ctypes.c_int if isinstance(arg, int) else ctypes.c_void_p for arg in args)
         stream = torch.cuda.current_stream().cuda_stream
         _call(
             driver.cuLaunchKernel, self._functions[kernel], *grid, 1, threads, 1, 1, shared, stream, (values, types), 0
         )
+
+
+def is_possible(device: torch.device, capability: tuple[int, int] = (8, 0)) -> bool:
+    """Whether a device is a GPU of NVIDIA of that compute capability and NVRTC is there."""
+    return (
+        driver is not None
+        and torch.version.hip is None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= capability
+    )
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor, of which every block takes ``RESERVED`` more than it asks for."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @functools.cache
@@ -64,10 +92,13 @@ def program(file: str, device: torch.device, constants: tuple[tuple[str, int | s
     Args:
         device: the current GPU.
     """
-    if driver is None:
-        return None
     major, minor = torch.cuda.get_device_capability(device)
-    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in constants))
+    options = (
+        f"--gpu-architecture=sm_{major}{minor}",
+        "--std=c++17",
+        "--use_fast_math",
+        *(f"-D{k}={v}" for k, v in constants),
+    )
     source = "".join((SOURCES / name).read_text() for name in ("device.cuh", file))
     try:
         return Program(_machine_code(source, options))

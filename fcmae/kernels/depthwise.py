@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.kernels.depthwise_cuda import HALO
 from fcmae.toolchain import HAS_C_COMPILER
 
 try:
     from fcmae.kernels import depthwise_launch
 except ImportError:  # Triton has no build for this platform
     depthwise_launch = None  # type: ignore[assignment]  # a module or None
-
-HALO = 3
-"""Empty cells around the grid of slots: a 7 x 7 kernel reaches three patches of one site."""
 
 
 class Neighbors(NamedTuple):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.kernels import precompile
+from fcmae.kernels import depthwise_cuda, precompile
 from fcmae.kernels.depthwise_triton import add_partial_kernel, forward_kernel, taps_kernel, weight_grad_kernel
-from fcmae.kernels.residual_triton import add_and_sum
+from fcmae.kernels.residual_triton import add_and_sum, sum_rows
 from fcmae.kernels.target import target
 
 
@@ -61,11 +61,20 @@ MAX_SIDE = 16
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor) -> Tensor:
     """The convolution of ``[N, V, S, S, C]`` in the dtype of ``x``, accumulated in float32."""
+    precompile.wait()
+    x = x.contiguous()
+    if cuda := depthwise_cuda.launcher(x, weight.shape[-1], slots):
+        bias = None if bias is None else bias.float().contiguous()
+        return cuda.forward(x, weight.float().contiguous(), bias, slots, cells)
     return _launch_forward(x, weight, bias, slots, cells, turned=False)
 
 
 def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Tensor:
     """The gradient of the input: the convolution of ``grad`` with the kernel turned by 180 degrees."""
+    precompile.wait()
+    grad = grad.contiguous()
+    if cuda := depthwise_cuda.launcher(grad, weight.shape[-1], slots):
+        return cuda.input_grad(grad, weight.float().contiguous(), slots, cells)
     return _launch_forward(grad, weight, None, slots, cells, turned=True)
 
 
@@ -73,6 +82,11 @@ def input_grad_and_skip(
     grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`input_grad` plus ``skip`` of the same shape, and the sums of ``skip`` over all sites, float32 ``[C]``."""
+    precompile.wait()
+    if cuda := depthwise_cuda.launcher(grad, weight.shape[-1], slots):
+        weight, skip = weight.float().contiguous(), skip.contiguous()
+        dx, sums = cuda.input_grad_and_skip(grad.contiguous(), weight, slots, cells, skip)
+        return dx, sum_rows(sums)
     return add_and_sum(input_grad(grad, weight, slots, cells), skip)
 
 
@@ -80,6 +94,8 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
     """The gradients of the weight ``[C, 1, k, k]`` and the bias ``[C]``, float32; the same bits every time."""
     precompile.wait()
     x, grad = x.contiguous(), grad.contiguous()
+    if cuda := depthwise_cuda.launcher(x, k, slots):
+        return add_partial(cuda.weight_grad(x, grad, slots, cells), k)
     _, _, s, _, c = x.shape
     plan = _plan(_WEIGHT_GRAD_PLANS, s)
     tiles, tiles_per_program, (blocks, programs) = _divide(x, plan)
@@ -89,8 +105,14 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
         **_nvidia(plan, x),
     )  # fmt: skip
-    grad_weight, grad_bias = x.new_empty(c, 1, k, k, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-    add_partial_kernel[blocks, k * k + 1](
+    return add_partial(partial, k)
+
+
+def add_partial(partial: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The gradients from partial sums ``[programs, k * k + 1, C]``."""
+    programs, _, c = partial.shape
+    grad_weight, grad_bias = partial.new_empty(c, 1, k, k), partial.new_empty(c)
+    add_partial_kernel[-(-c // _CHANNELS), k * k + 1](
         partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, ROWS=64, num_warps=8
     )
     return grad_weight, grad_bias
@@ -99,8 +121,6 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor, *, turned: bool
 ) -> Tensor:
-    precompile.wait()
-    x = x.contiguous()
     _, _, s, _, c = x.shape
     k = weight.shape[-1]
     plan = _plan(_FORWARD_PLANS, s)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fcmae.kernels import precompile
+from fcmae.kernels import grn_cuda, precompile
 from fcmae.kernels.gelu import ALPHA, scaled_gelu, scaled_gelu_and_slope, sum_over_image
 from fcmae.kernels.grn_held import backward_held, forward_held
 from fcmae.kernels.target import target
@@ -235,6 +235,8 @@ def launch_forward(
     n, r, d = x.shape
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     input_bias = None if input_bias is None else input_bias.contiguous()
+    if cuda := grn_cuda.launcher(x.device, x.dtype, r, d, eps):
+        return cuda.forward(x, None if input_bias is None else input_bias.float(), weight.float(), bias.float())
     y = torch.empty_like(x)
     norms = torch.empty(n, d, dtype=torch.float32, device=x.device)
     means = torch.empty(n, dtype=torch.float32, device=x.device)

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fcmae.kernels import depthwise_cuda, grn_cuda
 from fcmae.kernels.caches import use_private_cache
 from fcmae.kernels.target import target
 from fcmae.opening import create, open_to_change
@@ -64,6 +65,21 @@ class ResidualShape(NamedTuple):
     dtype: str
     drops: bool
     """Whether paths are dropped, so that images have factors."""
+
+
+class PartialShape(NamedTuple):
+    """What the sum of the partial gradients of depthwise weights is specialised for."""
+
+    channels: int
+    kernel: int
+
+
+class GeluGrnBackwardShape(NamedTuple):
+    """:class:`GeluGrnShape` where the forward pass is not Triton's."""
+
+    sites: int
+    channels: int
+    dtype: str
 
 
 class Move(NamedTuple):
@@ -129,7 +145,17 @@ class PatchErrorShape(NamedTuple):
     """The prediction's type."""
 
 
-Shape = DepthwiseShape | GeluGrnShape | NormShape | ResidualShape | MovingNormShape | StemShape | PatchErrorShape
+Shape = (
+    DepthwiseShape
+    | GeluGrnShape
+    | NormShape
+    | ResidualShape
+    | PartialShape
+    | GeluGrnBackwardShape
+    | MovingNormShape
+    | StemShape
+    | PatchErrorShape
+)
 
 _started: set[tuple[Shape, int]] = set()
 """Shapes and devices."""
@@ -163,9 +189,39 @@ def start(shapes: Iterable[Shape]) -> None:
     _also.clear()
     if new:
         _started.update((shape, device) for shape in new)
+        new = [_without_cuda(shape, torch.device("cuda", device)) for shape in new]
         order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in new]})
         _compiling.append(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
         _compiling[-1].start()
+
+
+def _without_cuda(shape: Shape, device: torch.device) -> Shape:
+    """What Triton has to compile of a shape, after a thread has begun to compile the kernels in CUDA C++."""
+    compile_cuda: Callable[[], object]
+    if isinstance(shape, DepthwiseShape):
+        table = shape.grid[0] + 2 * depthwise_cuda.HALO, shape.grid[1] + 2 * depthwise_cuda.HALO
+        arguments = device, getattr(torch, shape.dtype), shape.keep, shape.sites, shape.channels
+        if not depthwise_cuda.takes(*arguments, shape.kernel, table):
+            return shape
+        compile_cuda = functools.partial(depthwise_cuda.launcher_for, *arguments, table)
+        left: Shape = PartialShape(shape.channels, shape.kernel)
+    elif isinstance(shape, GeluGrnShape):
+        images = device, getattr(torch, shape.dtype), shape.sites, shape.channels
+        if not grn_cuda.takes(*images):
+            return shape
+        compile_cuda = functools.partial(grn_cuda.launcher, *images)
+        left = GeluGrnBackwardShape(*shape)
+    else:
+        return shape
+    _compiling.append(Thread(target=_on_device, args=(device, compile_cuda), daemon=True, name="nvrtc"))
+    _compiling[-1].start()
+    return left
+
+
+def _on_device(device: torch.device, function: Callable[[], object]) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # makes the device's context this thread's
+        function()
 
 
 def wait() -> None:

@@ -119,6 +119,10 @@ def _norm(channels: int, dtype: str) -> None:
     layer_norm_backward(x, x, parameter, torch.zeros(16), torch.zeros(16))
 
 
+def _partial(channels: int, kernel: int) -> None:
+    depthwise_launch.add_partial(torch.zeros(1, kernel**2 + 1, channels), kernel)
+
+
 def _moving_norm(channels: int, dtype: str, *move: int) -> None:
     where = Move(*move)
     rows = where.height * where.width
@@ -161,6 +165,8 @@ def _residual(channels: int, dtype: str, drops: bool) -> None:
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
+    "GeluGrnBackwardShape": {"backward": _gelu_grn_backward},
+    "PartialShape": {"sum": _partial},
     "NormShape": {"both": _norm},
     "ResidualShape": {"all": _residual},
     "MovingNormShape": {"both": _moving_norm},

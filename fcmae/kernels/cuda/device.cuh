@@ -5,7 +5,6 @@ typedef long long i64;
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 #define DEVICE __device__ __forceinline__
-#define DEVICE_MEMBER __device__ __forceinline__
 
 struct pair { float low, high; };
 
@@ -37,6 +36,12 @@ DEVICE void copy_16(char* to, const char* from, bool inside) {
                  :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 
+// Starts copying 4 bytes.
+DEVICE void copy_4(int* to, const int* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
 // Ends a group of copies.
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -59,7 +64,6 @@ DEVICE float rsqrt_fast(float x) {
     return y;
 }
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
-DEVICE float float_of(u32 x) { return __uint_as_float(x); }
 
 // Two float32 as float16.
 DEVICE u32 join_halves(float low, float high) {
@@ -98,12 +102,12 @@ DEVICE void post(float* own, int rank, float value, i64* barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                  :: "r"(to), "r"(bits_of(value)), "r"(counter) : "memory");
 }
-// Waits for the mail of a barrier's `round`, which counts from 0.
-DEVICE void wait_for_mail(i64* barrier, int round, int bytes) {
+// Waits for the mail that was expected.
+DEVICE void wait_for_mail(i64* barrier, int bytes) {
     u32 done = 0;
     while (!done)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(shared_address(barrier)), "r"(round & 1) : "memory");
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+                     "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(shared_address(barrier)) : "memory");
 }
 DEVICE void sync_cluster() {
     asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.release.aligned;\n"
