@@ -99,31 +99,35 @@ def program(file: str, device: torch.device, constants: tuple[tuple[str, int | s
         "--use_fast_math",
         *(f"-D{k}={v}" for k, v in constants),
     )
-    source = "".join((SOURCES / name).read_text() for name in ("device.cuh", file))
     try:
-        return Program(_machine_code(source, options))
+        return Program(_machine_code(source(file), options))
     except RuntimeError as error:
         warnings.warn(f"{file} runs by Triton: it could not be compiled by NVRTC ({error})", stacklevel=2)
         return None
 
 
-def _machine_code(source: str, options: tuple[str, ...]) -> bytes:
+def source(file: str) -> str:
+    """A source file after what the kernels use of the GPU."""
+    return "".join((SOURCES / name).read_text() for name in ("device.cuh", file))
+
+
+def _machine_code(text: str, options: tuple[str, ...]) -> bytes:
     """From the folder of compiled code, else compiled."""
     version = _call(nvrtc.nvrtcVersion)
     use_private_cache()
-    digest = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()
     kept = Path(os.environ[VARIABLE]) / f"fcmae-{digest}.cubin"
     with contextlib.suppress(OSError), open_trusted(kept) as file:
         return file.read()
-    code = compile_source(source, options)
+    code = compile_source(text, options)
     with contextlib.suppress(OSError), replacing(kept, 0o600) as file:
         file.write(code)
     return code
 
 
-def compile_source(source: str, options: tuple[str, ...]) -> bytes:
+def compile_source(text: str, options: tuple[str, ...]) -> bytes:
     """The machine code. Raises RuntimeError with the compiler's words."""
-    compiled = _call(nvrtc.nvrtcCreateProgram, source.encode(), b"kernel.cu", 0, [], [])
+    compiled = _call(nvrtc.nvrtcCreateProgram, text.encode(), b"kernel.cu", 0, [], [])
     try:
         try:
             _call(nvrtc.nvrtcCompileProgram, compiled, len(options), [option.encode() for option in options])

@@ -1,0 +1,126 @@
+"""The kernels in CUDA C++ on a CPU, where every thread of a block is a thread, against plain torch; and that NVRTC
+compiles them. tests/gpu/test_depthwise_gpu.py and test_grn_gpu.py run them on a GPU."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fcmae.kernels import cuda_program, depthwise_cuda, grn_cuda
+from fcmae.kernels.depthwise import neighbors, packed_depthwise
+from fcmae.kernels.grn import gelu_grn_torch
+from tests.conftest import relative_error
+
+ON_CPU = Path(__file__).with_name("cuda_on_cpu.hpp")
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+ARGUMENTS = 14
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+class OnCPU:
+    """A :class:`.cuda_program.Program` on a CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def prepare(self, *_: object) -> bool:
+        return True
+
+    def launch(self, kernel: str, grid: tuple[int, int], threads: int, shared: int, *args: torch.Tensor | int | None):
+        values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg or 0 for arg in args]
+        array = (ctypes.c_longlong * ARGUMENTS)(*values)
+        self.library.launch(ctypes.cast(getattr(self.library, kernel), ctypes.c_void_p), *grid, threads, shared, array)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, tmp_path):
+    """Programs are compiled for the CPU."""
+
+    def program(file, device, constants):
+        source = tmp_path / f"{len(list(tmp_path.iterdir()))}.cpp"
+        source.write_text(ON_CPU.read_text() + (cuda_program.SOURCES / file).read_text())
+        defined = [f"-D{name}={value}" for name, value in constants]
+        library = source.with_suffix(".so")
+        subprocess.run(
+            ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-o", library, source, "-lpthread", *defined],
+            check=True,
+        )
+        return OnCPU(ctypes.CDLL(str(library)))
+
+    monkeypatch.setattr(cuda_program, "program", program)
+    monkeypatch.setattr(cuda_program, "shared_memory", lambda device: 2**20)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("s", "c", "keep", "n", "dtype"), [(2, 72, 7, 3, torch.bfloat16), (1, 64, 9, 2, torch.float16)]
+)
+def test_depthwise_equals_torch(on_cpu, s, c, keep, n, dtype):
+    torch.manual_seed(0)
+    index = torch.stack([torch.randperm(20)[:keep].sort().values for _ in range(n)])
+    where = neighbors(index, 4, 5)
+    tables = where.slots, where.cells
+    x, grad, skip = (torch.randn(n, keep, s, s, c).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(c, 1, 7, 7), torch.randn(c)
+    launcher = depthwise_cuda.Launcher(x.device, dtype, keep, s, c, tuple(where.slots.shape[1:]))
+    launcher.processors = 1
+
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = packed_depthwise(*leaves, where)
+    of_x, of_weight, of_bias = torch.autograd.grad(expected, leaves, grad.double())
+
+    assert relative_error(launcher.forward(x, weight, bias, *tables), expected.detach()) < TOLERANCE[dtype]
+    assert relative_error(launcher.input_grad(grad, weight, *tables), of_x) < TOLERANCE[dtype]
+    dx, sums = launcher.input_grad_and_skip(grad, weight, *tables, skip)
+    assert relative_error(dx, of_x + skip.double()) < TOLERANCE[dtype]
+    assert relative_error(sums.sum(0), skip.double().sum((0, 1, 2, 3))) < 1e-6
+    total = launcher.weight_grad(x, grad, *tables).sum(0)
+    assert relative_error(total[:-1].t(), of_weight.flatten(1)) < 1e-6
+    assert relative_error(total[-1], of_bias) < 1e-6
+
+
+@needs_compiler
+def test_gelu_grn_equals_torch(on_cpu, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(grn_cuda, "_threads", lambda sites, channels: 64)
+    n, sites, width = 2, 9, 256
+    x = (2 * torch.randn(n, sites, width)).bfloat16()
+    input_bias, weight, bias = (torch.randn(width) for _ in range(3))
+    launcher = grn_cuda.Launcher(x.device, x.dtype, sites, width, cluster=4, eps=1e-6)
+    y, norms, means = launcher.forward(x, input_bias, weight, bias)
+    expected = gelu_grn_torch(x.double(), input_bias.double(), weight.double(), bias.double(), 1e-6)
+    assert relative_error(y, expected) < TOLERANCE[x.dtype]
+    exact = torch.nn.functional.gelu(x.double() + input_bias).square().sum(1).sqrt()
+    assert relative_error(norms, exact) < 1e-4
+    assert relative_error(means, exact.mean(1)) < 1e-4
+
+
+@pytest.mark.skipif(cuda_program.nvrtc is None, reason="needs cuda.bindings")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvrtc_compiles(architecture):
+    sources = {
+        "depthwise.cu": "-DC=512 -DV=19 -DS=2 -DHEIGHT=13 -DWIDTH=13 -DWARPS=3 -DBLOCKS=4 -DALWAYS=1",
+        "gelu_grn.cu": "-DR=76 -DD=2048 -DCH=256 -DTHREADS=128 -DBLOCKS=4 -DEPS=1e-6f",
+    }
+    for file, constants in sources.items():
+        if architecture == "sm_80" and file == "gelu_grn.cu":
+            continue
+        try:
+            code = cuda_program.compile_source(
+                cuda_program.source(file), (f"--gpu-architecture={architecture}", "-DBF16=1", *constants.split())
+            )
+        except RuntimeError as error:
+            if "libnvrtc" in str(error):
+                pytest.skip(str(error))
+            raise
+        assert code.startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(cuda_program.nvrtc is None, reason="needs cuda.bindings")
+def test_what_nvrtc_says_is_told():
+    with pytest.raises(RuntimeError, match="expected a"):
+        cuda_program.compile_source("int", ("--gpu-architecture=sm_90",))
