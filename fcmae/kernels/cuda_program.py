@@ -11,7 +11,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run at the same time."""
 
 
+class Kernel(NamedTuple):
+    """How a kernel is launched."""
+
+    name: str
+    threads: int
+    """Of a block."""
+    shared: int
+    """Bytes of shared memory of a block."""
+    cluster: int = 1
+    """Blocks that run at the same time."""
+
+
 class Program:
     """The kernels of a source file, compiled for one GPU and one set of constants."""
 
@@ -38,17 +50,15 @@ class Program:
         self._module = _call(driver.cuModuleLoadData, code)
         self._functions: dict[str, Any] = {}
 
-    def prepare(self, kernel: str, threads: int, shared: int, cluster: int = 1) -> bool:
-        """Whether the GPU can run blocks of so many threads with ``shared`` bytes of memory, in clusters of so many.
-
-        Call it before the first launch of a kernel.
-        """
-        function = _call(driver.cuModuleGetFunction, self._module, kernel.encode())
+    def prepare(self, kernel: Kernel) -> None:
+        """Makes a kernel ready to be launched. Raises RuntimeError if the GPU cannot run it."""
+        name, threads, shared, cluster = kernel
+        function = _call(driver.cuModuleGetFunction, self._module, name.encode())
         kind = driver.CUfunction_attribute
         _call(driver.cuFuncSetAttribute, function, kind.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-        self._functions[kernel] = function
+        self._functions[name] = function, threads, shared
         if cluster == 1:
-            return True
+            return
         if cluster > PORTABLE_CLUSTER:
             _call(driver.cuFuncSetAttribute, function, kind.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
         size = driver.CUlaunchAttribute()
@@ -58,16 +68,16 @@ class Program:
         launch.gridDimX, launch.gridDimY, launch.gridDimZ = cluster, 1, 1
         launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
         launch.sharedMemBytes, launch.attrs, launch.numAttrs = shared, [size], 1
-        return _call(driver.cuOccupancyMaxActiveClusters, function, launch) > 0
+        if not _call(driver.cuOccupancyMaxActiveClusters, function, launch):
+            raise RuntimeError(f"no room for {cluster} blocks at the same time")
 
-    def launch(self, kernel: str, grid: tuple[int, int], threads: int, shared: int, *args: Tensor | int | None) -> None:
-        """Launches a kernel on torch's current stream with ``shared`` bytes of shared memory per block."""
+    def launch(self, kernel: str, grid: tuple[int, int], *args: Tensor | int | None) -> None:
+        """Launches a kernel on torch's current stream."""
+        function, threads, shared = self._functions[kernel]
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(ctypes.c_int if isinstance(arg, int) else ctypes.c_void_p for arg in args)
         stream = torch.cuda.current_stream().cuda_stream
-        _call(
-            driver.cuLaunchKernel, self._functions[kernel], *grid, 1, threads, 1, 1, shared, stream, (values, types), 0
-        )
+        _call(driver.cuLaunchKernel, function, *grid, 1, threads, 1, 1, shared, stream, (values, types), 0)
 
 
 def is_possible(device: torch.device, capability: tuple[int, int] = (8, 0)) -> bool:
@@ -86,24 +96,24 @@ def shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
-def program(file: str, device: torch.device, constants: tuple[tuple[str, int | str], ...]) -> Program | None:
-    """The kernels of ``file`` with the constants of the preprocessor; None, with a warning, if they cannot be compiled.
+def program(
+    file: str, device: torch.device, constants: tuple[tuple[str, int | str], ...], kernels: tuple[Kernel, ...]
+) -> Program | None:
+    """The kernels of ``file`` with the constants of the preprocessor; None, with a warning, if they cannot run.
 
     Args:
         device: the current GPU.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    options = (
-        f"--gpu-architecture=sm_{major}{minor}",
-        "--std=c++17",
-        "--use_fast_math",
-        *(f"-D{k}={v}" for k, v in constants),
-    )
+    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--use_fast_math")
     try:
-        return Program(_machine_code(source(file), options))
+        found = Program(_machine_code(source(file), (*options, *(f"-D{name}={value}" for name, value in constants))))
+        for kernel in kernels:
+            found.prepare(kernel)
     except RuntimeError as error:
-        warnings.warn(f"{file} runs by Triton: it could not be compiled by NVRTC ({error})", stacklevel=2)
+        warnings.warn(f"{file} cannot run here, Triton's kernels do: {error}", stacklevel=2)
         return None
+    return found
 
 
 def source(file: str) -> str:

@@ -56,10 +56,10 @@ class Launcher:
             "BF16": int(dtype == torch.bfloat16), "C": channels, "V": keep, "S": sites, "HEIGHT": table[0],
             "WIDTH": table[1], "WARPS": self.plan.warps, "BLOCKS": self.plan.blocks, "ALWAYS": self.plan.always,
         }  # fmt: skip
-        self.program = cuda_program.program(SOURCE, device, tuple(constants.items()))
-        if self.program is not None:
-            for kernel, shared in self.shared.items():
-                self.program.prepare(kernel, 32 * self.plan.warps, shared)
+        kernels = tuple(
+            cuda_program.Kernel(kernel, 32 * self.plan.warps, shared) for kernel, shared in self.shared.items()
+        )
+        self.program = cuda_program.program(SOURCE, device, tuple(constants.items()), kernels)
 
     def _divide(self, kernel: str, x: Tensor) -> tuple[tuple[int, int], int, int]:
         """The grid (slabs of channels, ranges of tiles), which fills the GPU once, tiles, and tiles of a range."""
@@ -101,7 +101,7 @@ class Launcher:
 
     def _launch(self, kernel: str, grid: tuple[int, int], *args: Tensor | int | None) -> None:
         assert self.program is not None
-        self.program.launch(kernel, grid, 32 * self.plan.warps, self.shared[kernel], *args)
+        self.program.launch(kernel, grid, *args)
 
 
 def launcher(x: Tensor, kernel: int, slots: Tensor) -> Launcher | None:

@@ -32,16 +32,15 @@ class Launcher:
         self, device: torch.device, dtype: torch.dtype, sites: int, width: int, cluster: int, eps: float
     ) -> None:
         channels, self.cluster = width // cluster, cluster
-        self.threads = _threads(sites, channels)
-        groups = self.threads // (channels // 4)
-        self.shared = sites * channels * 2 + (groups + 1) * channels * 4 + 8 + (cluster + self.threads // 32) * 4
+        threads = _threads(sites, channels)
+        groups = threads // (channels // 4)
+        shared = sites * channels * 2 + (groups + 1) * channels * 4 + 8 + (cluster + threads // 32) * 4
         constants = {
-            "BF16": int(dtype == torch.bfloat16), "R": sites, "D": width, "CH": channels, "THREADS": self.threads,
-            "BLOCKS": max(1, 512 // self.threads), "EPS": f"{eps!r}f",
+            "BF16": int(dtype == torch.bfloat16), "R": sites, "D": width, "CH": channels, "THREADS": threads,
+            "BLOCKS": max(1, 512 // threads), "EPS": f"{eps!r}f",
         }  # fmt: skip
-        self.program = cuda_program.program(SOURCE, device, tuple(constants.items()))
-        if self.program is not None and not self.program.prepare(KERNEL, self.threads, self.shared, cluster):
-            self.program = None
+        kernels = (cuda_program.Kernel(KERNEL, threads, shared, cluster),)
+        self.program = cuda_program.program(SOURCE, device, tuple(constants.items()), kernels)
 
     def forward(
         self, x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor
@@ -51,7 +50,7 @@ class Launcher:
         y, norms, means = torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in ((n, width), n))
         assert self.program is not None
         arguments = x, input_bias, weight, bias, y, norms, means
-        self.program.launch(KERNEL, (self.cluster, n), self.threads, self.shared, *arguments)
+        self.program.launch(KERNEL, (self.cluster, n), *arguments)
         return y, norms, means
 
 

@@ -44,6 +44,7 @@ thread_local Warp* warp_of_thread;
 #define DEVICE static inline
 
 struct pair { float low, high; };
+struct alignas(8) Words { u32 v[2]; };
 
 static float widen(u32 bits) {
 #if BF16

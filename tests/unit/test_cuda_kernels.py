@@ -24,13 +24,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 class OnCPU:
     """A :class:`.cuda_program.Program` on a CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, kernels: tuple[cuda_program.Kernel, ...]) -> None:
         self.library = library
+        self.kernels = {kernel.name: kernel for kernel in kernels}
 
-    def prepare(self, *_: object) -> bool:
-        return True
-
-    def launch(self, kernel: str, grid: tuple[int, int], threads: int, shared: int, *args: torch.Tensor | int | None):
+    def launch(self, kernel: str, grid: tuple[int, int], *args: torch.Tensor | int | None) -> None:
+        _, threads, shared, _ = self.kernels[kernel]
         values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg or 0 for arg in args]
         array = (ctypes.c_longlong * ARGUMENTS)(*values)
         self.library.launch(ctypes.cast(getattr(self.library, kernel), ctypes.c_void_p), *grid, threads, shared, array)
@@ -40,7 +39,7 @@ class OnCPU:
 def on_cpu(monkeypatch, tmp_path):
     """Programs are compiled for the CPU."""
 
-    def program(file, device, constants):
+    def program(file, device, constants, kernels):
         source = tmp_path / f"{len(list(tmp_path.iterdir()))}.cpp"
         source.write_text(ON_CPU.read_text() + (cuda_program.SOURCES / file).read_text())
         defined = [f"-D{name}={value}" for name, value in constants]
@@ -49,7 +48,7 @@ def on_cpu(monkeypatch, tmp_path):
             ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-o", library, source, "-lpthread", *defined],
             check=True,
         )
-        return OnCPU(ctypes.CDLL(str(library)))
+        return OnCPU(ctypes.CDLL(str(library)), kernels)
 
     monkeypatch.setattr(cuda_program, "program", program)
     monkeypatch.setattr(cuda_program, "shared_memory", lambda device: 2**20)

@@ -7,6 +7,7 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 
 struct pair { float low, high; };
+struct alignas(8) Words { u32 v[2]; };  // four neighbouring 16-bit numbers
 
 // Two neighbouring 16-bit numbers, bfloat16 or float16, as float32.
 DEVICE pair split(u32 word) {

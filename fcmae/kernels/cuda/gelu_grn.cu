@@ -5,7 +5,6 @@ constexpr int ARRAY_BYTES = R * CH * 2;
 constexpr float ALPHA = 0.8493218002880191f, HOLD = 1.0f / 32;
 
 struct quad { float v[4]; };
-struct alignas(8) Words { u32 v[2]; };  // four neighbouring channels
 
 DEVICE quad load_quad(const float* from) { return {from[0], from[1], from[2], from[3]}; }
 
