@@ -6,11 +6,15 @@ backward, and a convolution is torch's public way to oneDNN.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# torch's threads for backward passes may meet cuBLAS before any other library of CUDA; that is no fault.
+warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN_BATCH = 16

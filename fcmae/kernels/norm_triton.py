@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fcmae.kernels import precompile
+from fcmae.kernels import norm_cuda, precompile
 from fcmae.kernels.precompile import Move
 from fcmae.kernels.target import target
 
@@ -162,6 +162,13 @@ def _(x, weight, bias, eps):
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``x``, and partial sums ``[programs, 2, C]`` of the gradients of weight and bias."""
+    precompile.wait()
+    if cuda := norm_cuda.launcher(x.device, x.dtype, x.shape[-1]):
+        return cuda.backward(dy.contiguous(), x.contiguous(), weight.float().contiguous(), means, scales)
+    return _triton_backward(dy, x, weight, means, scales)
+
+
+def _triton_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return launch_moving_backward(dy, x, weight, means, scales, None, 2)
 
 
@@ -184,7 +191,7 @@ def launch_moving_backward(
     return dx, partial
 
 
-layer_norm_backward = torch.library.custom_op("fcmae::layer_norm_backward", launch_backward, mutates_args=())
+layer_norm_backward = torch.library.custom_op("fcmae::layer_norm_backward", _triton_backward, mutates_args=())
 
 
 @layer_norm_backward.register_fake

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.kernels import depthwise_cuda, grn_cuda
+from fcmae.kernels import depthwise_cuda, grn_cuda, norm_cuda
 from fcmae.kernels.caches import use_private_cache
 from fcmae.kernels.target import target
 from fcmae.opening import create, open_to_change
@@ -53,6 +53,13 @@ class GeluGrnShape(NamedTuple):
 
 class NormShape(NamedTuple):
     """What the kernels of a layer normalisation are specialised for."""
+
+    channels: int
+    dtype: str
+
+
+class NormForwardShape(NamedTuple):
+    """:class:`NormShape` where the backward pass is not Triton's."""
 
     channels: int
     dtype: str
@@ -149,6 +156,7 @@ Shape = (
     DepthwiseShape
     | GeluGrnShape
     | NormShape
+    | NormForwardShape
     | ResidualShape
     | PartialShape
     | GeluGrnBackwardShape
@@ -197,25 +205,32 @@ def start(shapes: Iterable[Shape]) -> None:
 
 def _without_cuda(shape: Shape, device: torch.device) -> Shape:
     """What Triton has to compile of a shape, after a thread has begun to compile the kernels in CUDA C++."""
-    compile_cuda: Callable[[], object]
-    if isinstance(shape, DepthwiseShape):
-        table = shape.grid[0] + 2 * depthwise_cuda.HALO, shape.grid[1] + 2 * depthwise_cuda.HALO
-        arguments = device, getattr(torch, shape.dtype), shape.keep, shape.sites, shape.channels
-        if not depthwise_cuda.takes(*arguments, shape.kernel, table):
-            return shape
-        compile_cuda = functools.partial(depthwise_cuda.launcher_for, *arguments, table)
-        left: Shape = PartialShape(shape.channels, shape.kernel)
-    elif isinstance(shape, GeluGrnShape):
-        images = device, getattr(torch, shape.dtype), shape.sites, shape.channels
-        if not grn_cuda.takes(*images):
-            return shape
-        compile_cuda = functools.partial(grn_cuda.launcher, *images)
-        left = GeluGrnBackwardShape(*shape)
-    else:
+    found = _cuda(shape, device)
+    if found is None:
         return shape
+    left, compile_cuda = found
     _compiling.append(Thread(target=_on_device, args=(device, compile_cuda), daemon=True, name="nvrtc"))
     _compiling[-1].start()
     return left
+
+
+def _cuda(shape: Shape, device: torch.device) -> tuple[Shape, Callable[[], object]] | None:
+    """What compiles a shape's kernels in CUDA C++, and the shape of what is left; None if there are none."""
+    if isinstance(shape, DepthwiseShape):
+        table = shape.grid[0] + 2 * depthwise_cuda.HALO, shape.grid[1] + 2 * depthwise_cuda.HALO
+        patches = device, getattr(torch, shape.dtype), shape.keep, shape.sites, shape.channels
+        if depthwise_cuda.takes(*patches, shape.kernel, table):
+            left = PartialShape(shape.channels, shape.kernel)
+            return left, functools.partial(depthwise_cuda.launcher_for, *patches, table)
+    elif isinstance(shape, GeluGrnShape):
+        images = device, getattr(torch, shape.dtype), shape.sites, shape.channels
+        if grn_cuda.takes(*images):
+            return GeluGrnBackwardShape(*shape), functools.partial(grn_cuda.launcher, *images)
+    elif isinstance(shape, NormShape):
+        rows = device, getattr(torch, shape.dtype), shape.channels
+        if norm_cuda.takes(*rows):
+            return NormForwardShape(*shape), functools.partial(norm_cuda.launcher, *rows)
+    return None
 
 
 def _on_device(device: torch.device, function: Callable[[], object]) -> None:

@@ -113,6 +113,11 @@ def _gelu_grn_backward(sites: int, channels: int, dtype: str) -> None:
     gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
 
 
+def _norm_forward(channels: int, dtype: str) -> None:
+    x, parameter = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
+    layer_norm_forward(x, parameter, parameter, 1e-6)
+
+
 def _norm(channels: int, dtype: str) -> None:
     x, parameter = torch.zeros(16, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
     layer_norm_forward(x, parameter, parameter, 1e-6)
@@ -168,6 +173,7 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "GeluGrnBackwardShape": {"backward": _gelu_grn_backward},
     "PartialShape": {"sum": _partial},
     "NormShape": {"both": _norm},
+    "NormForwardShape": {"forward": _norm_forward},
     "ResidualShape": {"all": _residual},
     "MovingNormShape": {"both": _moving_norm},
     "StemShape": {"pixels": _patch_rows, "others": _stem_norm},

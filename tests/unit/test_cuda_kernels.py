@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcmae.kernels import cuda_program, depthwise_cuda, grn_cuda
+from fcmae.kernels import cuda_program, depthwise_cuda, grn_cuda, norm_cuda
 from fcmae.kernels.depthwise import neighbors, packed_depthwise
 from fcmae.kernels.grn import gelu_grn_torch
+from fcmae.kernels.target import Target
 from tests.conftest import relative_error
 
 ON_CPU = Path(__file__).with_name("cuda_on_cpu.hpp")
@@ -98,11 +99,28 @@ def test_gelu_grn_equals_torch(on_cpu, monkeypatch):
     assert relative_error(means, exact.mean(1)) < 1e-4
 
 
+@needs_compiler
+@pytest.mark.parametrize(("rows", "channels"), [(37, 96), (50, 512)])
+def test_layer_norm_equals_torch(on_cpu, monkeypatch, rows, channels):
+    torch.manual_seed(0)
+    monkeypatch.setattr(norm_cuda, "WARPS", 2)
+    monkeypatch.setattr(norm_cuda, "target", lambda x: Target(1, True, True))
+    x, dy = torch.randn(rows, channels).bfloat16(), torch.randn(rows, channels).bfloat16()
+    leaves = [t.double().requires_grad_() for t in (x, torch.randn(channels), torch.randn(channels))]
+    expected = torch.autograd.grad(torch.layer_norm(leaves[0], (channels,), *leaves[1:], eps=1e-6), leaves, dy.double())
+    scales = (x.float().var(1, unbiased=False) + 1e-6).rsqrt()
+    launcher = norm_cuda.Launcher(x.device, x.dtype, channels)
+    dx, partial = launcher.backward(dy, x, leaves[1].detach().float(), x.float().mean(1), scales)
+    assert relative_error(dx, expected[0]) < TOLERANCE[x.dtype]
+    assert relative_error(partial.sum(0), torch.stack(expected[1:])) < 1e-6
+
+
 @pytest.mark.skipif(cuda_program.nvrtc is None, reason="needs cuda.bindings")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvrtc_compiles(architecture):
     sources = {
         "depthwise.cu": "-DC=512 -DV=19 -DS=2 -DHEIGHT=13 -DWIDTH=13 -DWARPS=3 -DBLOCKS=4 -DALWAYS=1",
+        "layer_norm.cu": "-DC=512 -DWARPS=4 -DBLOCKS=4",
         "gelu_grn.cu": "-DR=76 -DD=2048 -DCH=256 -DTHREADS=128 -DBLOCKS=4 -DEPS=1e-6f",
     }
     for file, constants in sources.items():
