@@ -161,8 +161,7 @@ class _WithTokens(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, places: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(places)
         ctx.form = Form.of(token)
-        out = token.to(x.dtype).expand(count, -1).contiguous()
-        return out.index_copy_(0, places, x)
+        return token.to(x.dtype).repeat(count, 1).index_copy_(0, places, x)
 
     @staticmethod
     @once_differentiable

@@ -67,6 +67,14 @@ def test_linear_layer_equals_torch(bias):
         assert relative_error(value, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_mask_token_is_not_written(count):
+    token, x = torch.ones(4), torch.randn(1, 4)
+    out = layers.with_tokens(x, token, torch.tensor([0]), count)
+    assert torch.equal(out, torch.cat((x, torch.ones(count - 1, 4))))
+    assert torch.equal(token, torch.ones(4))
+
+
 @pytest.mark.parametrize(
     ("height", "width", "before", "after", "stride"), [(8, 4, 4, 2, 2), (7, 5, 1, 1, 3), (4, 2, 2, 2, 1)]
 )
