@@ -199,8 +199,13 @@ def start(shapes: Iterable[Shape]) -> None:
         _started.update((shape, device) for shape in new)
         new = [_without_cuda(shape, torch.device("cuda", device)) for shape in new]
         order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in new]})
-        _compiling.append(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
-        _compiling[-1].start()
+        _run(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
+
+
+def _run(thread: Thread) -> None:
+    """Starts a thread that :func:`wait` waits for; another thread may wait already, and only for one that runs."""
+    thread.start()
+    _compiling.append(thread)
 
 
 def _without_cuda(shape: Shape, device: torch.device) -> Shape:
@@ -209,8 +214,7 @@ def _without_cuda(shape: Shape, device: torch.device) -> Shape:
     if found is None:
         return shape
     left, compile_cuda = found
-    _compiling.append(Thread(target=_on_device, args=(device, compile_cuda), daemon=True, name="nvrtc"))
-    _compiling[-1].start()
+    _run(Thread(target=compile_cuda, daemon=True, name="nvrtc"))
     return left
 
 
@@ -231,12 +235,6 @@ def _cuda(shape: Shape, device: torch.device) -> tuple[Shape, Callable[[], objec
         if norm_cuda.takes(*rows):
             return NormForwardShape(*shape), functools.partial(norm_cuda.launcher, *rows)
     return None
-
-
-def _on_device(device: torch.device, function: Callable[[], object]) -> None:
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()  # makes the device's context this thread's
-        function()
 
 
 def wait() -> None:

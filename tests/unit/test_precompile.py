@@ -233,3 +233,20 @@ compiler.main()
         assert process.wait(60) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_nobody_waits_for_a_thread_that_does_not_run_yet(monkeypatch):
+    """Another thread, which waits already, cannot join it."""
+    waited = []
+
+    class Started(precompile.Thread):
+        def start(self):
+            waited.append(precompile.wait())
+            super().start()
+
+    monkeypatch.setattr(precompile, "Thread", Started)
+    monkeypatch.setattr(precompile, "_compile", lambda *args: None)
+    monkeypatch.setattr(precompile, "_cuda", lambda shape, device: (shape, lambda: None))
+    precompile.start([shape(2)])
+    precompile.wait()
+    assert len(waited) == 2
