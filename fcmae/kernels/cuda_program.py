@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ SOURCES = Path(__file__).parent / "cuda"
 RESERVED = 1024
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run at the same time."""
+ALIGNMENT = 16
+"""Bytes that a kernel copies at once: where every tensor must begin."""
 
 
 class Kernel(NamedTuple):
@@ -46,13 +49,31 @@ class Kernel(NamedTuple):
 class Program:
     """The kernels of a source file, compiled for one GPU and one set of constants."""
 
-    def __init__(self, code: bytes) -> None:
-        self._module = _call(driver.cuModuleLoadData, code)
+    def __init__(self, code: bytes, device: torch.device) -> None:
+        self.device = device
+        self._context = _call(driver.cuDevicePrimaryCtxRetain, _call(driver.cuDeviceGet, device.index))
         self._functions: dict[str, Any] = {}
+        with self._made_current():
+            self._module = _call(driver.cuModuleLoadData, code)
+
+    @contextlib.contextmanager
+    def _made_current(self) -> Iterator[None]:
+        """In the device's context: a thread of autograd may have none yet, or another device may be the current one."""
+        if int(_call(driver.cuCtxGetCurrent)) == int(self._context):
+            yield
+            return
+        _call(driver.cuCtxPushCurrent, self._context)
+        try:
+            yield
+        finally:
+            _call(driver.cuCtxPopCurrent)
 
     def prepare(self, kernel: Kernel) -> None:
         """Makes a kernel ready to be launched. Raises RuntimeError if the GPU cannot run it."""
-        name, threads, shared, cluster = kernel
+        with self._made_current():
+            self._prepare(*kernel)
+
+    def _prepare(self, name: str, threads: int, shared: int, cluster: int) -> None:
         function = _call(driver.cuModuleGetFunction, self._module, name.encode())
         kind = driver.CUfunction_attribute
         _call(driver.cuFuncSetAttribute, function, kind.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
@@ -72,12 +93,19 @@ class Program:
             raise RuntimeError(f"no room for {cluster} blocks at the same time")
 
     def launch(self, kernel: str, grid: tuple[int, int], *args: Tensor | int | None) -> None:
-        """Launches a kernel on torch's current stream."""
+        """Launches a kernel on torch's current stream of the device."""
         function, threads, shared = self._functions[kernel]
+        args = tuple(_aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(ctypes.c_int if isinstance(arg, int) else ctypes.c_void_p for arg in args)
-        stream = torch.cuda.current_stream().cuda_stream
-        _call(driver.cuLaunchKernel, function, *grid, 1, threads, 1, 1, shared, stream, (values, types), 0)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with self._made_current():
+            _call(driver.cuLaunchKernel, function, *grid, 1, threads, 1, 1, shared, stream, (values, types), 0)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy of a view that begins within ``ALIGNMENT`` bytes. What a kernel writes is a tensor of its own."""
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def is_possible(device: torch.device, capability: tuple[int, int] = (8, 0)) -> bool:
@@ -102,12 +130,13 @@ def program(
     """The kernels of ``file`` with the constants of the preprocessor; None, with a warning, if they cannot run.
 
     Args:
-        device: the current GPU.
+        device: a GPU, with its index.
     """
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--use_fast_math")
     try:
-        found = Program(_machine_code(source(file), (*options, *(f"-D{name}={value}" for name, value in constants))))
+        code = _machine_code(source(file), (*options, *(f"-D{name}={value}" for name, value in constants)))
+        found = Program(code, device)
         for kernel in kernels:
             found.prepare(kernel)
     except RuntimeError as error:
@@ -122,16 +151,24 @@ def source(file: str) -> str:
 
 
 def _machine_code(text: str, options: tuple[str, ...]) -> bytes:
-    """From the folder of compiled code, else compiled."""
+    """From the folder of compiled code, else compiled.
+
+    The driver reads machine code without knowing its length, so a damaged file would crash this process: each begins
+    with a digest of the rest.
+    """
     version = _call(nvrtc.nvrtcVersion)
     use_private_cache()
-    digest = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()
-    kept = Path(os.environ[VARIABLE]) / f"fcmae-{digest}.cubin"
+    key = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()
+    kept = Path(os.environ[VARIABLE]) / f"fcmae-{key}.cuda"
     with contextlib.suppress(OSError), open_trusted(kept) as file:
-        return file.read()
+        digest, code = file.read(hashlib.sha256().digest_size), file.read()
+        if digest == hashlib.sha256(code).digest():
+            return code
     code = compile_source(text, options)
-    with contextlib.suppress(OSError), replacing(kept, 0o600) as file:
-        file.write(code)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept, 0o600) as file:
+            file.write(hashlib.sha256(code).digest() + code)
     return code
 
 

@@ -19,6 +19,8 @@ EPS = 1e-6
 """timm's."""
 CLUSTERS = (8, 16)
 """Blocks of a cluster; not every GPU runs 16."""
+MOST_IMAGES = 2**16 - 1
+"""As many rows of clusters as a launch can have."""
 MOST_BYTES = 52 * 1024
 """Of an image in a block, so that several blocks share a multiprocessor; twice that is still faster than Triton."""
 ELEMENTS_PER_THREAD = 152

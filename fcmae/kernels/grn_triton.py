@@ -235,7 +235,7 @@ def launch_forward(
     n, r, d = x.shape
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     input_bias = None if input_bias is None else input_bias.contiguous()
-    if cuda := grn_cuda.launcher(x.device, x.dtype, r, d, eps):
+    if n <= grn_cuda.MOST_IMAGES and (cuda := grn_cuda.launcher(x.device, x.dtype, r, d, eps)):
         return cuda.forward(x, None if input_bias is None else input_bias.float(), weight.float(), bias.float())
     y = torch.empty_like(x)
     norms = torch.empty(n, d, dtype=torch.float32, device=x.device)

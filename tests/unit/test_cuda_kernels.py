@@ -2,9 +2,11 @@
 compiles them. tests/gpu/test_depthwise_gpu.py and test_grn_gpu.py run them on a GPU."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +143,106 @@ def test_nvrtc_compiles(architecture):
 def test_what_nvrtc_says_is_told():
     with pytest.raises(RuntimeError, match="expected a"):
         cuda_program.compile_source("int", ("--gpu-architecture=sm_90",))
+
+
+class Driver:
+    """The part of CUDA's driver that loads and launches; its calls, each in the context that was current."""
+
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+
+    def __init__(self, current=0):
+        self.contexts, self.calls, self.launched = [current], [], []
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append((name, self.contexts[-1]))
+            return 0, 7
+
+        return call
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, 5
+
+    def cuCtxGetCurrent(self):
+        return 0, self.contexts[-1]
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        return 0, self.contexts.pop()
+
+    def cuLaunchKernel(self, function, *args):
+        self.calls.append(("cuLaunchKernel", self.contexts[-1]))
+        self.launched = args[-2][0]
+        return (0,)
+
+
+@pytest.mark.parametrize("current", [0, 3, 5], ids=["none", "another device's", "its own"])
+def test_a_program_is_loaded_and_launched_in_its_devices_context(current, monkeypatch):
+    """A thread of autograd may have none, and a tensor need not be on the current device."""
+    driver, asked = Driver(current), []
+    monkeypatch.setattr(cuda_program, "driver", driver)
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: asked.append(device) or stream)
+    device = torch.device("cuda", 1)
+    program = cuda_program.Program(b"", device)
+    program.prepare(cuda_program.Kernel("k", 32, 0))
+    whole = torch.arange(9.0)
+    program.launch("k", (1, 1), whole, 3, None)
+    assert driver.launched == (whole.data_ptr(), 3, 0)
+    assert asked == [device]
+    names = {name: context for name, context in driver.calls if name != "cuDeviceGet"}
+    assert set(names) == {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"}
+    assert set(names.values()) == {5}
+    assert driver.contexts == [current]
+
+
+def test_a_view_that_begins_anywhere_is_copied():
+    whole = torch.arange(9.0)
+    view = cuda_program._aligned(whole[1:])
+    assert view.data_ptr() % cuda_program.ALIGNMENT == 0
+    assert torch.equal(view, whole[1:])
+    assert cuda_program._aligned(whole) is whole
+
+
+def test_kept_code_is_used_unless_it_was_damaged(monkeypatch, tmp_path):
+    """The driver would read beyond the end of a file that was cut."""
+    folder = tmp_path / "of the user's choice"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    monkeypatch.setattr(cuda_program, "nvrtc", SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0)))
+    compiled = []
+    monkeypatch.setattr(cuda_program, "compile_source", lambda *args: compiled.append(args) or b"machine code")
+
+    def compiles():
+        compiled.clear()
+        assert cuda_program._machine_code("text", ("-O",)) == b"machine code"
+        return len(compiled)
+
+    assert (compiles(), compiles()) == (1, 0)
+    (kept,) = folder.iterdir()
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole[:-1] + b"?"):
+        kept.write_bytes(damaged)
+        assert (compiles(), compiles()) == (1, 0)
+    kept.chmod(0o666)
+    assert compiles() == 1
+    kept.unlink()
+    os.mkfifo(kept)
+    assert compiles() == 1
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    (tmp_path / "file").touch()
+    assert (compiles(), compiles()) == (1, 1)
+
+
+def test_more_images_than_a_launch_has_rows_are_left_to_triton(monkeypatch):
+    grn_triton = pytest.importorskip("fcmae.kernels.grn_triton")
+    weight = torch.ones(8)
+    cuda = SimpleNamespace(forward=lambda *args: "CUDA")
+    monkeypatch.setattr(grn_cuda, "MOST_IMAGES", 2)
+    monkeypatch.setattr(grn_cuda, "launcher", lambda *shape: cuda)
+    monkeypatch.setattr(grn_triton, "_plan", lambda *args: pytest.fail("Triton"))
+    assert grn_triton.launch_forward(torch.ones(2, 3, 8), None, weight, weight, 1e-6) == "CUDA"
+    with pytest.raises(pytest.fail.Exception, match="Triton"):
+        grn_triton.launch_forward(torch.ones(3, 3, 8), None, weight, weight, 1e-6)
