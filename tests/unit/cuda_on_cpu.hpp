@@ -4,6 +4,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -12,7 +13,6 @@
 typedef unsigned int u32;
 typedef long long i64;
 using std::min;
-using std::max;
 
 struct Index { int x, y, z; };
 thread_local Index threadIdx, blockIdx;
@@ -73,12 +73,23 @@ static u32 narrow(float value) {
 
 DEVICE pair split(u32 word) { return {widen(word & 0xffff), widen(word >> 16)}; }
 DEVICE u32 join(pair p) { return narrow(p.low) | narrow(p.high) << 16; }
-DEVICE void copy_16(char* to, const char* from, bool inside) {
-    if (inside) memcpy(to, from, 16); else memset(to, 0, 16);
+
+// Copies arrive as late as they may: when their group is waited for.
+struct Copy { char* to; const char* from; int size; bool inside; };
+thread_local std::vector<std::vector<Copy>> groups(1);
+DEVICE void copy(Copy c) {
+    if ((uintptr_t)c.to % c.size || (uintptr_t)c.from % c.size) abort();  // a GPU refuses it
+    groups.back().push_back(c);
 }
-DEVICE void copy_4(int* to, const int* from) { *to = *from; }
-DEVICE void commit() {}
-template <int LEFT> DEVICE void wait_for_copies() {}
+DEVICE void copy_16(char* to, const char* from, bool inside) { copy({to, from, 16, inside}); }
+DEVICE void copy_4(int* to, const int* from) { copy({(char*)to, (const char*)from, 4, true}); }
+DEVICE void commit() { groups.emplace_back(); }
+template <int LEFT> DEVICE void wait_for_copies() {
+    for (; groups.size() > LEFT + 1; groups.erase(groups.begin()))
+        for (Copy c : groups.front())
+            if (c.inside) memcpy(c.to, c.from, c.size); else memset(c.to, 0, c.size);
+}
+
 DEVICE void sync_warp() { warp_of_thread->barrier.arrive_and_wait(); }
 DEVICE void sync_block() { block->barrier.arrive_and_wait(); }
 DEVICE u32 ballot(bool value) {
@@ -101,7 +112,6 @@ DEVICE float sum_over_warp(float value) {
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float rsqrt_fast(float x) { return 1 / sqrtf(x); }
 DEVICE u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
-DEVICE float float_of(u32 x) { float value; memcpy(&value, &x, 4); return value; }
 DEVICE u32 half_bits(float x) { _Float16 h = (_Float16)x; u32 bits = 0; memcpy(&bits, &h, 2); return bits; }
 DEVICE float half_value(u32 bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
 DEVICE u32 join_halves(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
@@ -134,7 +144,8 @@ extern "C" void launch(void* kernel, int columns, int rows, int threads, int sha
                 threadIdx = {i % threads, 0, 0};
                 blockIdx = {i / threads, row, 0};
                 warp_of_thread = block->warps[threadIdx.x / 32].get();
-                ((Kernel)kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]);
+                ((Kernel)kernel)(
+                    a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]);
             });
         for (auto& thread : running) thread.join();
     }

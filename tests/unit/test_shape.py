@@ -32,6 +32,13 @@ def test_no_file_is_long():
     assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
+def test_no_line_of_cuda_is_long():
+    """ruff sees to Python's."""
+    files = [*PACKAGE.rglob("*.cu*"), *Path(__file__).parent.glob("*.hpp")]
+    assert len(files) > 4
+    assert [file.name for file in files if any(len(line) > 120 for line in file.read_text().splitlines())] == []
+
+
 def test_no_function_has_many_arguments():
     """Kernels aside: Triton's take a pointer and a stride for each tensor."""
     found = [(name, count) for file in FILES if "kernels" not in file.parts for name, count in functions(file)]

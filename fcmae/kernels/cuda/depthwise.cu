@@ -63,7 +63,7 @@ DEVICE Seen look_up(const int* table, int image, int patch, int* offsets) {
 
 struct alignas(16) Offsets { int v[PITCH]; };
 
-// How many pairs of positions, one in a line of a tile's sites and one in the patch `offset` patches away, are in reach.
+// How many pairs of positions are in reach: one in a line of a tile's sites, one in the patch `offset` patches away.
 DEVICE constexpr int pairs(int offset) {
     int count = 0;
     for (int i = 0; i < S; ++i)

@@ -23,7 +23,7 @@ DEVICE Row load_row(const char* dy, const char* x, const float* means, const flo
     return found;
 }
 
-// dy, x, dx: [rows, C]. weight: float32 [C]. means, scales: float32 [rows], the mean and the inverse standard deviation.
+// dy, x, dx: [rows, C]. weight: float32 [C]. means, scales (inverse standard deviations): float32 [rows].
 // partial: float32 [blocks, 2, C], sums for weight and bias.
 KERNEL(THREADS, BLOCKS) layer_norm_backward(const char* dy, const char* x, const float* weight, const float* means,
                                             const float* scales, char* dx, float* partial, int rows) {
