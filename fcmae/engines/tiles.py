@@ -1,12 +1,14 @@
 """Whole maps in square tiles ``[N, V, S, S, C]``, as the packed engine keeps visible patches."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fcmae.kernels import Neighbors, neighbors
+
+T = TypeVar("T")
 
 SIDES = (8, 4, 14, 7, 12, 16, 10, 6, 13, 11, 9, 15, 5, 3, 2, 1)
 """Sides of a tile, the best first. Measured for the first four (H200, bf16, Base at batch 256): times over the byte
@@ -27,9 +29,24 @@ def best(height: int, width: int) -> Layout:
     return Layout(height, width, next(s for s in SIDES if height % s == width % s == 0))
 
 
-@functools.lru_cache(maxsize=64)
+_recorded: dict[Any, Any] = {}
+"""Tables that a CUDA graph reads at each replay, which may be long after others have pushed them out of a cache."""
+
+
+def _for_good(tables: T, *key: Any) -> T:
+    """``tables``, which are kept if a CUDA graph is being recorded."""
+    if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _recorded[key] = tables
+    return tables
+
+
 def all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors:
     """The tables of the depthwise kernels for whole images."""
+    return _for_good(_all_visible(images, layout, device), images, layout, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors:
     rows, cols = layout.height // layout.side, layout.width // layout.side
     with torch.inference_mode(False):  # an evaluation may make them first, and training use them
         return neighbors(torch.arange(rows * cols, device=device).repeat(images, 1), rows, cols)
@@ -42,7 +59,8 @@ def places(index: Tensor, rows: int, cols: int, sites: int, layout: Layout) -> T
         index: int64 ``[N, V]``, the patches in row-major order on a grid of ``rows`` x ``cols``.
         sites: per side of a patch.
     """
-    of_image, first = _places(len(index), rows, cols, sites, layout, index.device)
+    key = len(index), rows, cols, sites, layout, index.device
+    of_image, first = _for_good(_places(*key), *key)
     return (of_image[index] + first).flatten()
 
 

@@ -80,3 +80,18 @@ def test_drop_path_is_the_backbones():
 def test_images_smaller_than_the_stride_are_refused():
     with pytest.raises(ValueError, match="16 x 64 px leave a stage without a site"):
         dense(network("convnextv2_atto"), torch.randn(1, 3, 16, 64))
+
+
+def test_tables_that_a_cuda_graph_reads_are_kept(monkeypatch):
+    """However many others are made later: their memory must not be given to others."""
+    monkeypatch.setattr(tiles, "_recorded", {})
+    layout, cpu = tiles.Layout(4, 4, 2), torch.device("cpu")
+    tables = tiles.all_visible(2, layout, cpu)
+    assert tiles._recorded == {}
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    assert tiles.all_visible(2, layout, cpu) is tables
+    tiles.places(torch.tensor([[0], [1]]), 2, 2, 2, layout)
+    kept, places = tiles._recorded.values()
+    assert kept is tables
+    assert places is tiles._places(2, 2, 2, 2, layout, cpu)
