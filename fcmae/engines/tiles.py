@@ -1,13 +1,16 @@
 """Whole maps in square tiles ``[N, V, S, S, C]``, as the packed engine keeps visible patches."""
 
 import functools
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fcmae.kernels import Neighbors, neighbors
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 SIDES = (8, 4, 14, 7, 12, 16, 10, 6, 13, 11, 9, 15, 5, 3, 2, 1)
@@ -33,20 +36,25 @@ _recorded: dict[Any, Any] = {}
 """Tables that a CUDA graph reads at each replay, which may be long after others have pushed them out of a cache."""
 
 
-def _for_good(tables: T, *key: Any) -> T:
-    """``tables``, which are kept if a CUDA graph is being recorded."""
-    if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        _recorded[key] = tables
+def _kept(make: Callable[P, T]) -> Callable[P, T]:
+    """``make`` of tables, which remembers the last 64."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def tables(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return make(*args, **kwargs)  # of tensors without values, as torch.export's, which must not be kept
+        found: T = cached(*args, **kwargs)  # type: ignore[arg-type]  # all of them can be hashed
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            _recorded[(make, *args)] = found
+        return found
+
     return tables
 
 
+@_kept
 def all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors:
     """The tables of the depthwise kernels for whole images."""
-    return _for_good(_all_visible(images, layout, device), images, layout, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _all_visible(images: int, layout: Layout, device: torch.device) -> Neighbors:
     rows, cols = layout.height // layout.side, layout.width // layout.side
     with torch.inference_mode(False):  # an evaluation may make them first, and training use them
         return neighbors(torch.arange(rows * cols, device=device).repeat(images, 1), rows, cols)
@@ -59,12 +67,11 @@ def places(index: Tensor, rows: int, cols: int, sites: int, layout: Layout) -> T
         index: int64 ``[N, V]``, the patches in row-major order on a grid of ``rows`` x ``cols``.
         sites: per side of a patch.
     """
-    key = len(index), rows, cols, sites, layout, index.device
-    of_image, first = _for_good(_places(*key), *key)
+    of_image, first = _places(len(index), rows, cols, sites, layout, index.device)
     return (of_image[index] + first).flatten()
 
 
-@functools.lru_cache(maxsize=64)
+@_kept
 def _places(
     images: int, rows: int, cols: int, sites: int, layout: Layout, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fcmae.engines import dense as engine
 from fcmae.engines import tiles
@@ -95,3 +96,13 @@ def test_tables_that_a_cuda_graph_reads_are_kept(monkeypatch):
     kept, places = tiles._recorded.values()
     assert kept is tables
     assert places is tiles._places(2, 2, 2, 2, layout, cpu)
+
+
+def test_tables_without_values_are_not_kept():
+    """torch.export made later results of the same shape fake."""
+    key = 3, tiles.Layout(4, 4, 2), torch.device("cpu")
+    with FakeTensorMode():
+        assert isinstance(tiles.all_visible(*key).index, FakeTensor)
+    assert type(tiles.all_visible(*key).index) is torch.Tensor
+    with FakeTensorMode():
+        assert isinstance(tiles.all_visible(*key).index, FakeTensor)
