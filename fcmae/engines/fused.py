@@ -22,6 +22,11 @@ Copies = tuple[Tensor, Tensor]
 SIXTEEN_BITS = ("bfloat16", "float16")
 
 
+def _can_run_on(x: Tensor) -> bool:
+    """Not while a user compiles the whole network, nor on a tensor without values or of another kind."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def has_layers(backbone: ConvNeXt, imgs: Tensor) -> bool:
     """Whether stem and downsampling layers run as operations: V2 with exact GELU, 16 bits, a GPU.
 
@@ -31,7 +36,7 @@ def has_layers(backbone: ConvNeXt, imgs: Tensor) -> bool:
     assert isinstance(first, ConvNeXtBlock)
     return (
         HAS_TRITON
-        and not torch.compiler.is_compiling()
+        and _can_run_on(imgs)
         and convnext.is_fused(first, imgs)
         and precompile.dtype_of(imgs) in SIXTEEN_BITS
         and not (imgs.requires_grad and torch.is_grad_enabled())
@@ -62,7 +67,7 @@ def downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, move: precompile.
 def is_whole(block: ConvNeXtBlock, x: Tensor) -> bool:
     """Whether a block runs as one operation on packed sites ``[N, V, S, S, C]``: V2 with exact GELU, 16 bits, a GPU."""
     return (
-        not torch.compiler.is_compiling()  # by a user, who compiles the whole network
+        _can_run_on(x)
         and convnext.is_fused(block, x)
         and block.gamma is None
         and isinstance(block.drop_path, nn.Identity | DropPath)
@@ -101,7 +106,7 @@ def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def needs_all_kernels(imgs: Tensor, compiled: bool) -> bool:
     """Whether to compile every kernel ahead: for what is ``compiled``, and for training in 16 bits."""
     trains = torch.is_grad_enabled() and precompile.dtype_of(imgs) in SIXTEEN_BITS
-    return imgs.is_cuda and not torch.compiler.is_compiling() and (compiled or (HAS_TRITON and trains))
+    return imgs.is_cuda and _can_run_on(imgs) and (compiled or (HAS_TRITON and trains))
 
 
 def drops_paths(layers: nn.Module) -> bool:

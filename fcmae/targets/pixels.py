@@ -59,6 +59,7 @@ class Pixels:
         return (
             self.is_one_operation
             and seen.valid is None
+            and type(pred) is Tensor  # not one without values
             and pred.is_cuda
             and pred.element_size() == 2
             and not seen.imgs.requires_grad

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fcmae.engines import ENGINES, check_backbone, get_engine, total_stride
 from fcmae.masks.patches import grid_size, len_keep, random_mask
@@ -200,3 +201,16 @@ def test_dilation_is_refused():
 def test_unknown_engine_names_those_there_are():
     with pytest.raises(ValueError, match="engine must be one of packed, masked, minkowski; got 'dense'"):
         get_engine("dense")
+
+
+def test_no_kernel_of_ours_is_launched_on_fake_tensors():
+    """Of a GPU, in 16 bits, as a tool that counts memory or operations makes them."""
+    how = {"device": "cuda", "dtype": torch.bfloat16}
+    model = FCMAE("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_embed_dim=8)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, param in module._parameters.items():
+                module._parameters[name] = None if param is None else nn.Parameter(torch.empty(param.shape, **how))
+        mask = torch.zeros(2, 4, dtype=torch.bool, device="cuda")
+        output = model(torch.zeros(2, 3, 64, 64, **how), mask, 2)
+        assert isinstance(output.loss, FakeTensor)

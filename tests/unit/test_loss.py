@@ -160,6 +160,7 @@ def test_only_the_default_target_of_whole_images_has_a_kernel(target, seen, expe
     class OnDevice(torch.Tensor):
         is_cuda = True
 
+    monkeypatch.setattr("fcmae.targets.pixels.Tensor", OnDevice)
     pred = torch.zeros(1, 4, 48, dtype=torch.bfloat16).as_subclass(OnDevice)
     imgs = torch.zeros(1, 3, 8, 8)
     assert has_own_errors(target, Seen(imgs, **seen), pred) == expected
