@@ -1,8 +1,11 @@
 """The Triton kernels on a GPU against float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from fcmae.kernels import depthwise_launch
 from fcmae.kernels.depthwise import neighbors, packed_depthwise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -66,3 +69,23 @@ def test_computes_in_the_autocast_dtype():
         out = packed_depthwise(x, weight, bias, where)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, packed_depthwise(x.bfloat16(), weight, bias, where))
+
+
+@pytest.mark.parametrize("s", [2, 1])
+def test_in_a_thread_without_a_context_and_from_a_view(s):
+    """As in a thread of autograd whose first operation is ours; weights may begin anywhere."""
+    (_, weight, _), where, grad = arguments(s, 96, 7, torch.bfloat16)
+    tables = where.slots, where.cells
+    expected = depthwise_launch.input_grad(grad, weight.detach(), *tables)
+    view = torch.cat((weight.new_zeros(1), weight.detach().flatten()))[1:].view_as(weight)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(depthwise_launch.input_grad, grad, view, *tables).result(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one():
+    (_, weight, _), where, grad = arguments(2, 96, 7, torch.bfloat16)
+    tensors = grad, weight.detach(), where.slots, where.cells
+    actual = depthwise_launch.input_grad(*(t.to("cuda:1") for t in tensors))
+    assert torch.equal(actual.cpu(), depthwise_launch.input_grad(*tensors).cpu())
+    assert torch.cuda.current_device() == 0
