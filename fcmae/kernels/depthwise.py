@@ -4,8 +4,8 @@ The visible part of a batch is packed as ``[N, V, S, S, C]``: V patches per imag
 A k x k depthwise convolution reads across patch borders; sites of masked patches and beyond the image count as zero,
 and outputs exist at visible sites only (the submanifold convolution of SparseConvNet, arXiv 1711.10275).
 
-It is one torch operator, ``fcmae::packed_depthwise``, with a backward operator: Triton kernels on a GPU, elsewhere
-PyTorch's dense convolution between a scatter and a gather.
+It is one torch operator, ``fcmae::packed_depthwise``, with a backward operator: kernels in Triton or CUDA C++ on a
+GPU, elsewhere PyTorch's dense convolution between a scatter and a gather.
 """
 
 from typing import NamedTuple
@@ -123,7 +123,7 @@ _packed_depthwise.register_autograd(_backward, setup_context=_setup_context)
 
 
 def use_triton(x: Tensor, weight: Tensor) -> bool:
-    """Whether the Triton kernels take this call; float64 and sizes that overflow the registers go the plain way."""
+    """Whether kernels on a GPU take this call; float64 and sizes that overflow the registers go the plain way."""
     return (
         depthwise_launch is not None
         and HAS_C_COMPILER

@@ -1,4 +1,7 @@
-"""The packed depthwise convolution by Triton: forward, input gradient, weight gradient, and how each is divided."""
+"""The packed depthwise convolution on a GPU: forward, input gradient, weight gradient, and how each is divided.
+
+Small patches go to CUDA C++ (:mod:`fcmae.kernels.depthwise_cuda`) where it runs, the others to Triton.
+"""
 
 from typing import NamedTuple
 
