@@ -187,6 +187,22 @@ def also(shapes: Iterable[Shape]) -> None:
     _also.extend(shapes)
 
 
+def hash_triton() -> None:
+    """Starts to hash Triton's 500 MB, a part of the name of every kernel in its cache, which takes 0.4 s.
+
+    Otherwise the first launch does, and the device waits for it.
+    """
+    with contextlib.suppress(ImportError):  # private to Triton
+        from triton.runtime.cache import triton_key
+
+        Thread(target=_quietly, args=(triton_key,), daemon=True, name="triton_key").start()
+
+
+def _quietly(function: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):  # the first launch says why
+        function()
+
+
 def start(shapes: Iterable[Shape]) -> None:
     """Starts compiling the kernels of every shape that is new to this process.
 

@@ -13,6 +13,7 @@ from fcmae.data.loading import explained
 from fcmae.distributed import World
 from fcmae.engines import get_engine
 from fcmae.errors import DiskError, UsageError
+from fcmae.kernels import precompile
 from fcmae.loggers.report_page import write_report
 from fcmae.loggers.wandb import wandb_mode
 from fcmae.tasks.finetuning import Finetuning
@@ -100,6 +101,8 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
         stop = StopAgreement(world, cfg.trainer.max_hours)
         stop.before_training(run_dir)
         kind = world.device.type
+        if kind == "cuda":
+            precompile.hash_triton()
         world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
         world.together(lambda: use_cuda_graph(cfg, world.device))
         world.on_main(lambda: wandb_mode(cfg.logger))

@@ -7,11 +7,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch._inductor.runtime import cache_dir_utils
+from triton.runtime import cache
 
 from fcmae.kernels import caches, precompile
 from fcmae.kernels.target import Target
@@ -250,3 +252,21 @@ def test_nobody_waits_for_a_thread_that_does_not_run_yet(monkeypatch):
     precompile.start([shape(2)])
     precompile.wait()
     assert len(waited) == 2
+
+
+def test_triton_is_hashed_beside_everything_else(monkeypatch, capfd):
+    for error in (None, OSError("torn")):
+        called = threading.Event()
+
+        def key(error=error, called=called):
+            called.set()
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(cache, "triton_key", key)
+        precompile.hash_triton()
+        for thread in threading.enumerate():
+            if thread.name == "triton_key":
+                thread.join()
+        assert called.is_set()
+    assert capfd.readouterr() == ("", "")
