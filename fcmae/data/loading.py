@@ -86,6 +86,7 @@ class TrainBatches:
         self.rank = rank
         self._none = functools.partial(BadSamples, skip, plan.steps_per_epoch * plan.global_batch_size, max_bad)
         self.bad = self._none()
+        self._samples, self._keys, self._has_workers = samples, keys, workers.count > 0
         self._batches: Iterator[Batch] = _loader(samples, workers, batch_sampler=keys)
         self._taken = steps.start * plan.accum_steps
         self._asked_epoch = self._first_epoch = steps.start // plan.steps_per_epoch
@@ -104,6 +105,19 @@ class TrainBatches:
             else BadSamples(self.bad.skip, self.bad.num_samples, self.bad.max_bad)
         )
         return bad.take(batch, step // self.plan.steps_per_epoch, replaced=True)
+
+    def made_up(self) -> list[Any] | None:
+        """The first micro-batch in shape, type and memory order: copies of its first sample, read by this process.
+
+        None if that sample cannot be read, and without workers, which read the micro-batch itself meanwhile.
+        """
+        if not self._has_workers:
+            return None
+        keys = next(iter(self._keys))
+        try:
+            return collate([self._samples[keys[0]]] * len(keys)).parts
+        except Exception:  # of a source or a transform of the user's own: the worker that reads it will say why
+            return None
 
     def tell_first_epoch(self, step: int, world: World) -> None:
         """Says once how many samples of this process's first epoch were unreadable. Every rank calls this.

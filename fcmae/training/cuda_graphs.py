@@ -46,7 +46,7 @@ class EagerBackward(Generic[Result]):
 
 
 class GraphedBackward(Generic[Result]):
-    """A :data:`Pass` that is recorded at its first call and replayed from then on.
+    """A :data:`Pass` that is recorded at its first call, or before by :meth:`record`, and replayed from then on.
 
     The gradients stay the same tensors, so nothing else may replace ``.grad``: :meth:`start_step` clears them. Batches
     must keep the shapes of the first; randomness drawn in a replay would repeat.
@@ -83,7 +83,7 @@ class GraphedBackward(Generic[Result]):
 
     def __call__(self, batch: Sequence[Tensor], last: bool = True) -> Result:
         if not self.recorded:
-            self._record(batch)
+            self.record(batch)
         for static, part in zip(self.batch, batch, strict=True):
             static.copy_(part, non_blocking=True)
         graph, result = self.recorded[last or self.exchange is None]
@@ -99,7 +99,8 @@ class GraphedBackward(Generic[Result]):
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _record(self, batch: Sequence[Tensor]) -> None:
+    def record(self, batch: Sequence[Tensor]) -> None:
+        """Records the pass of a batch, whose values do not matter, and changes nothing but gradients."""
         self.batch = [part.clone() for part in batch]
         stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())

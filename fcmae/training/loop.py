@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -208,6 +209,8 @@ class _Training:
         lr = self.schedule(state.step)
         set_lr(state.optimizer, lr)
         try:
+            if self.graphed and not self.has_stepped:
+                self._record()
             losses = self.step(self._micro_batches())
         except RuntimeError:
             if not self.has_stepped:  # Ctrl-C also ends the assembler of a kernel that torch.compile waits for
@@ -222,14 +225,25 @@ class _Training:
         self.watchdog.beat()
         return lr
 
+    def _record(self) -> None:
+        """Records the CUDA graph while workers read the first batch: both take seconds."""
+        with preserved(self.world.device):
+            made_up = self.batches.made_up()
+        if made_up is not None:
+            self.step.record(self._on_device(0, made_up))
+
     def _micro_batches(self) -> Iterator[list[Tensor]]:
         """This rank's part of the next step, on the device."""
         for micro in range(self.plan.accum_steps):
-            positions = self.plan.read(micro, self.world.rank)
             with self.meter.waiting_for_data():
                 batch = next(self.batches)
-            parts = [*batch, *self.task.draw(self.state.step, positions)]
-            yield self.padding(micro, [to_device(part, self.world.device) for part in parts])
+            yield self._on_device(micro, batch)
+
+    def _on_device(self, micro: int, batch: Sequence[Any]) -> list[Tensor]:
+        """What a pass gets of a micro-batch."""
+        positions = self.plan.read(micro, self.world.rank)
+        parts = [*batch, *self.task.draw(self.state.step, positions)]
+        return self.padding(micro, [to_device(part, self.world.device) for part in parts])
 
     def _log(self, lr: float) -> None:
         """A line of metrics: means since the last one."""

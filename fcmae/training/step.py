@@ -61,6 +61,11 @@ class TrainingStep:
         else:
             self.backward = EagerBackward(run_pass, model)
 
+    def record(self, batch: Sequence[Tensor]) -> None:
+        """Records the CUDA graph, before the first step, from a micro-batch like those to come."""
+        assert isinstance(self.backward, GraphedBackward)
+        self.backward.record(batch)
+
     def __call__(self, batches: Iterable[Sequence[Tensor]]) -> dict[str, Tensor]:
         """Leaves the gradients in ``.grad``. Returns ``loss``, this rank's mean, and its parts as ``loss_NAME``."""
         self.backward.start_step()
