@@ -22,6 +22,11 @@ SLAB = 64
 """Channels of a block: two per thread of a warp, 4 bytes."""
 
 
+LEAST_WARPS = 9
+"""Per multiprocessor. Where larger images leave room for fewer, Triton's kernels, with 8 to 12, are preferred. 12 were
+measured."""
+
+
 class _Plan(NamedTuple):
     warps: int
     """Of a block."""
@@ -48,10 +53,8 @@ class Launcher:
     ) -> None:
         self.plan, self.keep, self.channels = _PLANS[sites], keep, channels
         self.shared = _shared(keep, sites, table)
-        self.processors, self.room = (
-            target(torch.empty(0, device=device)).processors,
-            cuda_program.shared_memory(device),
-        )
+        self.blocks = _blocks(keep, sites, table, device)
+        self.processors = target(torch.empty(0, device=device)).processors
         constants = {
             "BF16": int(dtype == torch.bfloat16), "C": channels, "V": keep, "S": sites, "HEIGHT": table[0],
             "WIDTH": table[1], "WARPS": self.plan.warps, "BLOCKS": self.plan.blocks, "ALWAYS": self.plan.always,
@@ -64,8 +67,7 @@ class Launcher:
     def _divide(self, kernel: str, x: Tensor) -> tuple[tuple[int, int], int, int]:
         """The grid (slabs of channels, ranges of tiles), which fills the GPU once, tiles, and tiles of a range."""
         slabs, tiles = -(-self.channels // SLAB), len(x) * self.keep
-        blocks = min(self.plan.blocks, self.room // (self.shared[kernel] + cuda_program.RESERVED))
-        tiles_per_range = -(-tiles // max(1, self.processors * blocks // slabs))
+        tiles_per_range = -(-tiles // max(1, self.processors * self.blocks[kernel] // slabs))
         return (slabs, -(-tiles // tiles_per_range)), tiles, tiles_per_range
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, cells: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def takes(
         and channels % 8 == 0
         and dtype in (torch.bfloat16, torch.float16)
         and cuda_program.is_possible(device)
-        and max(_shared(keep, sites, table).values()) + cuda_program.RESERVED <= cuda_program.shared_memory(device)
+        and min(_blocks(keep, sites, table, device).values()) * _PLANS[sites].warps >= LEAST_WARPS
     )
 
 
@@ -134,6 +136,13 @@ def launcher_for(
     """The launcher of a shape that :func:`takes` accepts, compiled; None if it cannot be compiled."""
     found = Launcher(device, dtype, keep, sites, channels, table)
     return found if found.program is not None else None
+
+
+def _blocks(keep: int, sites: int, table: tuple[int, int], device: torch.device) -> dict[str, int]:
+    """How many blocks a multiprocessor holds, by kernel."""
+    room = cuda_program.shared_memory(device)
+    needed = _shared(keep, sites, table).items()
+    return {kernel: min(_PLANS[sites].blocks, room // (size + cuda_program.RESERVED)) for kernel, size in needed}
 
 
 def _shared(keep: int, sites: int, table: tuple[int, int]) -> dict[str, int]:
