@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FCMAEError as error:
         if argv is None:
             interrupt.ignore()  # it takes up to two seconds to find out who says why
+            if interrupt.received():
+                interrupt.end_soon(error.exit_code)
         if not isinstance(error, PeerError) and _tells(error):
             for line in error.mistakes if isinstance(error, ConfigError) else [error]:
                 print(f"fcmae {command}: {line}", file=sys.stderr)
@@ -95,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         _tell(command, "interrupted")
+        if argv is None:
+            interrupt.end_soon(EXIT_ERROR)
         return EXIT_ERROR
     finally:
         if argv is None:

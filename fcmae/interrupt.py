@@ -22,6 +22,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 """Signals that end the process the second time. After SIGUSR1 and SIGUSR2 SLURM sends SIGTERM."""
 DOUBLED = 0.5
 """Seconds in which signals count as one: torchrun and srun send each twice."""
+PATIENCE = 20.0
+"""Seconds that Python may take to end after a signal."""
 HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
@@ -106,6 +108,16 @@ def ignore() -> None:
     for number in _before:
         signal.signal(number, signal.SIG_IGN)
     _stop_watching()
+
+
+def end_soon(code: int) -> None:
+    """Ends this process with ``code`` in ``PATIENCE`` seconds, if Python's own end has not done so.
+
+    torch waits up to five minutes for the end of compilers that a signal has torn from their work.
+    """
+    timer = threading.Timer(PATIENCE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def received() -> str | None:

@@ -89,14 +89,14 @@ class LightDecoder(nn.Module):
     def shapes(self, imgs: Tensor, stride: int) -> Iterator[precompile.Shape]:
         """What the kernels for images ``[N, C, H, W]`` are specialised for; ``stride``: pixels per side of a site."""
         height, width, side = tiles.best(imgs.shape[2] // stride, imgs.shape[3] // stride)
-        block, dtype = self.blocks[0], precompile.dtype_of(imgs)
-        assert isinstance(block, ConvNeXtBlock)
-        channels, _, kernel, _ = block.conv_dw.weight.shape
-        rows, cols = height // side, width // side
-        yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)
-        yield precompile.NormShape(channels, dtype)
-        yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)
-        yield precompile.ResidualShape(channels, dtype, drops=False)
+        dtype, rows, cols = precompile.dtype_of(imgs), height // side, width // side
+        for block in self.blocks[:1]:  # all are alike, and there may be none
+            assert isinstance(block, ConvNeXtBlock)
+            channels, _, kernel, _ = block.conv_dw.weight.shape
+            yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)
+            yield precompile.NormShape(channels, dtype)
+            yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)
+            yield precompile.ResidualShape(channels, dtype, drops=False)
 
 
 class UNetDecoder(nn.Module):

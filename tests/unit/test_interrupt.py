@@ -156,3 +156,23 @@ def test_the_command_line_imports_where_posix_signals_are_missing():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{(signal.SIGTERM, signal.SIGINT)}\n"
+
+
+HANGING_AT_ITS_END = """
+import atexit, sys, threading
+from fcmae import cli, interrupt
+
+def interrupted(args):
+    raise KeyboardInterrupt
+
+atexit.register(threading.Event().wait, 600)
+interrupt.PATIENCE = 0.1
+cli._TOOLS["doctor"] = interrupted
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupted_command_ends_although_something_waits_at_its_end():
+    command = [sys.executable, "-c", HANGING_AT_ITS_END, "doctor"]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "fcmae doctor: interrupted\n")
