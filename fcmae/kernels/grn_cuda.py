@@ -18,7 +18,9 @@ KERNEL = "gelu_grn_forward"
 EPS = 1e-6
 """timm's."""
 CLUSTERS = (8, 16)
-"""Blocks of a cluster; not every GPU runs 16."""
+"""Blocks of a cluster."""
+LARGE_CLUSTERS = (9, 10)
+"""Major compute capabilities of GPUs that can run 16 blocks at the same time; others can run 8."""
 MOST_IMAGES = 2**16 - 1
 """As many rows of clusters as a launch can have."""
 MOST_BYTES = 52 * 1024
@@ -34,9 +36,7 @@ class Launcher:
         self, device: torch.device, dtype: torch.dtype, sites: int, width: int, cluster: int, eps: float
     ) -> None:
         channels, self.cluster = width // cluster, cluster
-        threads = _threads(sites, channels)
-        groups = threads // (channels // 4)
-        shared = sites * channels * 2 + (groups + 1) * channels * 4 + 8 + (cluster + threads // 32) * 4
+        threads, shared = _threads(sites, channels), _shared(sites, width, cluster)
         constants = {
             "BF16": int(dtype == torch.bfloat16), "R": sites, "D": width, "CH": channels, "THREADS": threads,
             "BLOCKS": max(1, 512 // threads), "EPS": f"{eps!r}f",
@@ -62,6 +62,14 @@ def _threads(sites: int, channels: int) -> int:
     return step * max(1, round(max(128, sites * channels / ELEMENTS_PER_THREAD) / step))
 
 
+def _shared(sites: int, width: int, cluster: int) -> int:
+    """Bytes of shared memory of a block."""
+    channels = width // cluster
+    threads = _threads(sites, channels)
+    groups = threads // (channels // 4)
+    return sites * channels * 2 + (groups + 1) * channels * 4 + 8 + (cluster + threads // 32) * 4
+
+
 @functools.cache
 def launcher(device: torch.device, dtype: torch.dtype, sites: int, width: int, eps: float = EPS) -> Launcher | None:
     """What launches the kernel for 16-bit images of a shape, compiled; None where Triton's must."""
@@ -76,9 +84,12 @@ def takes(device: torch.device, dtype: torch.dtype, sites: int, width: int) -> i
     """The blocks of a cluster for images of a shape; 0 where Triton's kernel must take them."""
     if dtype not in (torch.bfloat16, torch.float16) or not cuda_program.is_possible(device, (9, 0)):
         return 0
-    possible = [cluster for cluster in CLUSTERS if width % (8 * cluster) == 0]
+    room = cuda_program.shared_memory(device) - cuda_program.RESERVED
+    most = max(CLUSTERS) if torch.cuda.get_device_capability(device)[0] in LARGE_CLUSTERS else min(CLUSTERS)
+    possible = [cluster for cluster in CLUSTERS if cluster <= most and width % (8 * cluster) == 0]
     fitting = [cluster for cluster in possible if sites * width // cluster * 2 <= MOST_BYTES] or possible[-1:]
     for cluster in fitting:
-        if sites * width // cluster * 2 <= 2 * MOST_BYTES and _threads(sites, width // cluster) <= 512:
+        small = sites * width // cluster * 2 <= 2 * MOST_BYTES and _threads(sites, width // cluster) <= 512
+        if small and _shared(sites, width, cluster) <= room:
             return cluster
     return 0

@@ -246,3 +246,33 @@ def test_more_images_than_a_launch_has_rows_are_left_to_triton(monkeypatch):
     assert grn_triton.launch_forward(torch.ones(2, 3, 8), None, weight, weight, 1e-6) == "CUDA"
     with pytest.raises(pytest.fail.Exception, match="Triton"):
         grn_triton.launch_forward(torch.ones(3, 3, 8), None, weight, weight, 1e-6)
+
+
+H200, RTX_5090, A100 = ((9, 0), 228), ((12, 0), 100), ((8, 0), 164)
+"""Compute capability, and KiB of shared memory."""
+
+
+def pretend(monkeypatch, capability, kib):
+    monkeypatch.setattr(cuda_program, "is_possible", lambda device, least=(8, 0): capability >= least)
+    monkeypatch.setattr(cuda_program, "shared_memory", lambda device: kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_images_go_to_the_clusters_that_a_gpu_can_run(monkeypatch):
+    shapes = [(19, 4096), (76, 2048), (304, 1024), (1216, 512), (3136, 512), (76, 160)]
+    for gpu, expected in ((H200, [8, 8, 16, 16, 0, 0]), (RTX_5090, [8, 8, 8, 0, 0, 0]), (A100, [0] * 6)):
+        pretend(monkeypatch, *gpu)
+        assert [grn_cuda.takes(torch.device("cuda", 0), torch.bfloat16, *shape) for shape in shapes] == expected
+
+
+def test_small_patches_are_taken_where_enough_warps_have_room(monkeypatch):
+    for gpu, most in ((H200, 256), (A100, 192)):
+        pretend(monkeypatch, *gpu)
+        depthwise_cuda.takes.cache_clear()
+        found = [224, 256, 288, 320] if gpu == H200 else [160, 192, 224]
+        for size in found:
+            grid = size // 32
+            keep = grid**2 - int(0.6 * grid**2)
+            shape = (torch.bfloat16, keep, 2, 512, 7, (grid + 6, grid + 6))
+            assert depthwise_cuda.takes(torch.device("cuda", 0), *shape) == (size <= most), (gpu, size)
+    depthwise_cuda.takes.cache_clear()
