@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
@@ -63,9 +64,14 @@ def convnext_block(
     Returns:
         ``[N, V, S, S, C]`` in the type of ``x``. The parameters' gradients have the parameters' types.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+    if torch.is_grad_enabled() and any(t is not None and _is_differentiated(t) for t in (x, *parameters)):
         return _Block.apply(x, *parameters, constants, where, factor)
     return _forward(x, parameters, constants, where, factor, None)
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Backward, or forward, for which there is no derivative: torch refuses it where the operation is recorded."""
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _forward(

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models.convnext import ConvNeXtBlock
+from torch.autograd import forward_ad
 
 from fcmae.engines import convnext, fused, tiles
 from fcmae.engines import dense as dense_engine
@@ -167,6 +168,14 @@ def test_recomputation_changes_no_bit_and_evaluation_keeps_nothing():
             out = operation(block, x, where, "image")
         assert torch.equal(out, expected["out"])
         assert out.grad_fn is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # which torch calls for derivatives of its own
+def test_forward_derivatives_are_refused():
+    block, x, where = arguments()
+    block.requires_grad_(False)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        operation(block, forward_ad.make_dual(x, torch.ones_like(x)), where, "image")
 
 
 def network(**kwargs):
