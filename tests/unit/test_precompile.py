@@ -29,6 +29,7 @@ def gpu(monkeypatch, tmp_path):
     number = next(LAST)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: number)
     monkeypatch.setattr(precompile, "_gpu", lambda: H100)
+    monkeypatch.setattr(precompile, "_cuda", lambda shape, device: None)
     # as a user starts: torch.compile decides where Triton's cache is
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
@@ -112,6 +113,19 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     ahead = sorted(tmp_path.rglob("*.cubin"))
     run_python(tmp_path, "-c", LAUNCH)
     assert sorted(tmp_path.rglob("*.cubin")) == ahead
+
+
+@pytest.mark.slow
+def test_beside_kernels_in_cuda_only_the_others_are_compiled(tmp_path):
+    precompile.start(
+        [
+            precompile.PartialShape(8, 3),
+            precompile.GeluGrnBackwardShape(8, 32, "bfloat16"),
+            precompile.NormForwardShape(32, "bfloat16"),
+        ]
+    )
+    precompile.wait()
+    assert compiled(tmp_path) == {"add_partial_kernel": 1, "backward_held": 1, "layer_norm_kernel": 1}
 
 
 @pytest.mark.slow
