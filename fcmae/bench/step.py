@@ -213,6 +213,7 @@ def _measure(
     if device.type == "cuda":
 
         def launched_step() -> None:
+            model.zero_grad()  # a replay overwrites gradients; they must not be added up here
             passes.run_pass(batches[0], True)
             optimizer.step()
 
