@@ -58,7 +58,7 @@ def stem_shape(conv: nn.Conv2d, norm: nn.LayerNorm, imgs: Tensor, side: int) -> 
 
 
 def downsample(norm: nn.LayerNorm, conv: nn.Conv2d, x: Tensor, move: precompile.Move) -> Tensor:
-    """The sites of tiles to those of the next stage, ``[sites, D]``."""
+    """From the sites of one stage, in tiles, to the sites of the next, ``[sites, D]``."""
     from fcmae.kernels import layers  # needs Triton
 
     return layers.downsample(x, norm.weight, norm.bias, norm.eps, conv.weight, conv.bias, move)

@@ -84,7 +84,7 @@ def _shapes(
 
 
 def _move(side: int, conv: nn.Conv2d) -> precompile.Move:
-    """Of patches of ``side`` sites per side, each of which is a map."""
+    """How the sites of a patch move, which counts as a map with ``side`` sites per side."""
     return precompile.Move(side, side, side, side // conv.stride[0], conv.stride[0])
 
 

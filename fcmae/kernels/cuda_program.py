@@ -119,7 +119,7 @@ def is_possible(device: torch.device, capability: tuple[int, int] = (8, 0)) -> b
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of a multiprocessor, of which every block takes ``RESERVED`` more than it asks for."""
+    """Bytes of a multiprocessor. A block takes ``RESERVED`` more than it asks for."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 

@@ -175,7 +175,7 @@ def _triton_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scale
 def launch_moving_backward(
     dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor, move: Move | None, sums: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`launch_backward` of :func:`launch_moving_forward`; 3 ``sums`` include that of the gradient of ``x``."""
+    """The backward pass of :func:`launch_moving_forward`. With 3 ``sums`` the gradient of ``x`` is added up, too."""
     precompile.wait()
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     rows, shape = len(means), tiles(x)

@@ -131,7 +131,7 @@ def launch_forward(
 def launch_backward(
     grad: Tensor, pred: Tensor, imgs: Tensor, hidden: Tensor, means: Tensor, scales: Tensor, patch_size: int
 ) -> Tensor:
-    """The gradient of ``pred`` from that of the errors ``[N, L]``."""
+    """The gradient of ``pred``, given ``grad``, the gradient of the errors ``[N, L]``."""
     precompile.wait()
     out = torch.empty_like(pred)
     patch_error_grad_kernel[hidden.numel(), triton.cdiv(pred.shape[-1], BLOCK)](
