@@ -17,8 +17,6 @@ from fcmae.kernels.norm import HAS_TRITON
 
 Copies = tuple[Tensor, Tensor]
 """The weights of a block's two linear layers in the type of the activations: ``[D, C]`` and ``[C, D]``."""
-
-
 SIXTEEN_BITS = ("bfloat16", "float16")
 
 

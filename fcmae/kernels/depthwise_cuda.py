@@ -20,8 +20,6 @@ HALO = KERNEL // 2
 """Empty cells around a grid of slots: the kernel reaches three patches of one site."""
 SLAB = 64
 """Channels of a block: two per thread of a warp, 4 bytes."""
-
-
 LEAST_WARPS = 9
 """Per multiprocessor. Where larger images leave room for fewer, Triton's kernels, with 8 to 12, are preferred. 12 were
 measured."""
