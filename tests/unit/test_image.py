@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,8 @@ def test_a_signal_while_a_process_starts_ends_it(script, monkeypatch):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             started.append(self)
-            os.kill(os.getpid(), signal.SIGTERM)
+            # Not to the process: one of the tests' other threads could take it at once.
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
