@@ -12,9 +12,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fcmae.config import LoaderConfig
 from fcmae.data import shared_memory as shared
 from fcmae.data.collate import Batch, collate
 from fcmae.data.cores import default_workers
+from fcmae.data.pixels.on_device import Undecoded
 from fcmae.data.plan import BatchPlan, MicroBatches
 from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside, tell_epoch
 from fcmae.distributed import World
@@ -109,13 +110,19 @@ class TrainBatches:
     def made_up(self) -> list[Any] | None:
         """The first micro-batch in shape, type and memory order: copies of its first sample, read by this process.
 
-        None if that sample cannot be read, and without workers, which read the micro-batch itself meanwhile.
+        None if that sample cannot be read or is a whole file, of which the device would have to hold many, and without
+        workers, which read the micro-batch itself meanwhile. Raises RuntimeError if one of them has died.
         """
         if not self._has_workers:
             return None
-        keys = next(iter(self._keys))
+        with _deaths_told_later():
+            return self._copies(next(iter(self._keys)))
+
+    def _copies(self, keys: Sequence[Any]) -> list[Any] | None:
         try:
-            return collate([self._samples[keys[0]]] * len(keys)).parts
+            item = self._samples[keys[0]]
+            whole = item.parts is not None and isinstance(item.parts[0], Undecoded)
+            return None if whole else collate([item] * len(keys)).parts
         except Exception:  # of a source or a transform of the user's own: the worker that reads it will say why
             return None
 
@@ -254,6 +261,25 @@ def _opened(batches: Iterator[Batch], exchange: shared.Exchange) -> Iterator[Bat
         if isinstance(error, FileNotFoundError):
             raise _not_sent(error) from error
         raise WorkerError(f"a data worker died while it sent a batch ({error})") from error
+
+
+@contextlib.contextmanager
+def _deaths_told_later() -> Iterator[None]:
+    """Torch raises the death of a worker once, wherever this process is: here at the end of the block.
+
+    Within it, what reads a sample would take the error for one of the sample, and the next batch would be waited for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    deaths: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGCHLD, lambda *death: deaths.append(death))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    if deaths and callable(handler):
+        handler(*deaths[-1])
 
 
 def _end_workers() -> None:

@@ -1,11 +1,18 @@
 """A CUDA graph is recorded while workers read the first batch: from what looks like it, and without a trace."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from fcmae.cli import main
-from fcmae.data.loading import TrainBatches, Workers
+from fcmae.data.loading import TrainBatches, Workers, explained
+from fcmae.data.pixels.decode import Encoded
+from fcmae.data.pixels.on_device import Undecoded
 from fcmae.data.plan import BatchPlan
+from fcmae.errors import WorkerError
 from fcmae.training import loop, step
 from fcmae.training.cuda_graphs import EagerBackward
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
@@ -67,18 +74,51 @@ def taken(function):
     return run
 
 
-class Torn(torch.utils.data.Dataset):
-    def __init__(self, torn):
-        self.torn = torn
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, read):
+        self.read = read
 
     def __getitem__(self, key):
-        if self.torn:
-            raise ValueError("of a transform")
-        return (torch.zeros(3, 2, 2),)
+        return (self.read(),)
 
 
-def test_what_cannot_be_read_is_left_to_the_workers():
-    plan = BatchPlan.create(8, 4, 4, 1, seed=0)
-    for workers, torn, found in ((0, False, False), (1, True, False), (1, False, True)):
-        batches = TrainBatches(Torn(torn), plan, 0, range(1), Workers(workers))
-        assert (batches.made_up() is not None) == found
+def batches(read, workers=1):
+    return TrainBatches(Samples(read), BatchPlan.create(8, 4, 4, 1, seed=0), 0, range(1), Workers(workers, timeout=60))
+
+
+def torn():
+    raise ValueError("of a transform")
+
+
+def undecoded():
+    """As with data.decode_on=gpu: the device would have to decode the file once per sample."""
+    return Undecoded(Encoded(b"", "a.jpg"), [], (2, 2))
+
+
+def test_what_cannot_be_copied_is_left_to_the_workers():
+    assert batches(zeros).made_up() is not None
+    assert batches(zeros, workers=0).made_up() is None
+    assert batches(torn).made_up() is None
+    assert batches(undecoded).made_up() is None
+
+
+def zeros():
+    return torch.zeros(3, 2, 2)
+
+
+def test_the_death_of_a_worker_meanwhile_is_told_at_once():
+    """Torch raises it wherever this process is, and the sample's reader would take it for an error of its own."""
+    here = os.getpid()
+
+    def read():
+        if os.getpid() != here:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            time.sleep(1)
+        except RuntimeError:
+            pytest.fail("inside the reader")
+        return zeros()
+
+    with pytest.raises(WorkerError, match="killed by signal"), explained():
+        batches(read).made_up()
