@@ -102,6 +102,7 @@ class GraphedBackward(Generic[Result]):
     def record(self, batch: Sequence[Tensor]) -> None:
         """Records the pass of a batch, whose values do not matter, and changes nothing but gradients."""
         self.batch = [part.clone() for part in batch]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -109,6 +110,8 @@ class GraphedBackward(Generic[Result]):
                 self.model.zero_grad(set_to_none=True)
                 self.run(self.batch, True)
         torch.cuda.current_stream().wait_stream(stream)
+        for buffer, before in buffers:  # a batch norm's, for one
+            buffer.copy_(before)
         self.model.zero_grad(set_to_none=True)
         if self.accumulate and self.exchange is not None:
             self.exchange.attach()

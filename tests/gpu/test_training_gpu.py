@@ -116,6 +116,26 @@ def test_a_cuda_graph_fills_the_parts_of_a_loss(accumulate):
         assert all(value.equal(expected[name]) for name, value in graphed([batch]).items())
 
 
+def test_recording_a_cuda_graph_leaves_no_trace_in_buffers():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 2), torch.nn.BatchNorm1d(2)).cuda()
+    like = torch.nn.Sequential(torch.nn.Linear(8, 2), torch.nn.BatchNorm1d(2)).cuda()
+    like.load_state_dict(layer.state_dict())
+
+    def run(batch, _, layer=layer):
+        loss = layer(batch[0]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    graphed = GraphedBackward(run, layer)
+    batch = torch.randn(4, 8, device="cuda")
+    graphed.record([torch.zeros_like(batch)])
+    graphed.start_step()
+    graphed([batch])
+    run([batch], True, like)
+    for buffer, expected in zip(layer.buffers(), like.buffers(), strict=True):
+        assert buffer.equal(expected)
+
+
 def test_waiting_for_data_counts_only_while_the_gpu_is_idle():
     """Seconds are compared with the same clock's: a GPU that is busy all the while has not waited."""
     meter = Meter(World(0, 1, 0, 1, torch.device("cuda")), images_per_step=8)
