@@ -165,10 +165,6 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales
     precompile.wait()
     if cuda := norm_cuda.launcher(x.device, x.dtype, x.shape[-1]):
         return cuda.backward(dy.contiguous(), x.contiguous(), weight.float().contiguous(), means, scales)
-    return _triton_backward(dy, x, weight, means, scales)
-
-
-def _triton_backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return launch_moving_backward(dy, x, weight, means, scales, None, 2)
 
 
@@ -191,14 +187,19 @@ def launch_moving_backward(
     return dx, partial
 
 
-layer_norm_backward = torch.library.custom_op("fcmae::layer_norm_backward", _triton_backward, mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and, float32 ``[2, C]``, of weight and bias."""
+    dx, partial = launch_backward(dy, x, weight, means, scales)
+    return dx, partial.sum(0)
+
+
+layer_norm_backward = torch.library.custom_op("fcmae::layer_norm_backward", _backward, mutates_args=())
 
 
 @layer_norm_backward.register_fake
 def _(dy, x, weight, means, scales):
-    programs, _ = programs_of(x, len(means), tiles(x)["ROWS"])
-    partial = x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), partial
+    of_parameters = x.new_empty(2, x.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), of_parameters
 
 
 def _save(ctx, inputs, output):
@@ -209,8 +210,8 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, _means, _scales):
     x, weight, means, scales = ctx.saved_tensors
-    dx, partial = layer_norm_backward(dy, x, weight, means, scales)
-    of_weight, of_bias = partial.sum(0).unbind(0)
+    dx, of_parameters = layer_norm_backward(dy, x, weight, means, scales)
+    of_weight, of_bias = of_parameters.unbind(0)
     return dx, of_weight.to(weight.dtype), of_bias.to(ctx.bias_dtype), None
 
 
