@@ -50,6 +50,10 @@ def test_predictions_are_per_patch_of_that_size(decoder, sizes):
                 assert param.grad.stride() == param.stride(), name
 
 
+def test_a_decoder_may_have_no_block():
+    tiny(decoder_depth=0)(torch.randn(2, 3, 64, 64)).loss.backward()
+
+
 @pytest.mark.parametrize("decoder", ["light", "unet"])
 @pytest.mark.parametrize("size", [4, 16, 32])
 def test_a_patch_of_the_prediction_lies_where_its_pixels_do(decoder, size):
