@@ -179,9 +179,9 @@ def compile_source(text: str, options: tuple[str, ...]) -> bytes:
         try:
             _call(nvrtc.nvrtcCompileProgram, compiled, len(options), [option.encode() for option in options])
         except RuntimeError as error:
-            log = b" " * _call(nvrtc.nvrtcGetProgramLogSize, compiled)
+            log = bytes(1 + _call(nvrtc.nvrtcGetProgramLogSize, compiled))
             _call(nvrtc.nvrtcGetProgramLog, compiled, log)
-            raise RuntimeError(log.decode().strip("\0 \n")) from error
+            raise RuntimeError(log.decode().strip("\0\n ")) from error
         code = b" " * _call(nvrtc.nvrtcGetCUBINSize, compiled)
         _call(nvrtc.nvrtcGetCUBIN, compiled, code)
     finally:
