@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "depthwise": r"^((forward|weight_grad|taps|add_partial)_kernel|packed_\w+)$",
+    "depthwise": r"^((forward|weight_grad|taps)_kernel|packed_\w+)$",
     "GELU + GRN": r"^(_forward|_backward|forward_held|backward_held|gelu_grn_\w+)$",
     "copies and fills": r"^Mem(set|cpy)|CopyFunctor",
     "optimizer": r"multi_tensor_apply|Fused(Adam|Optimizer)",

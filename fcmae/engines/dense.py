@@ -102,6 +102,7 @@ def _shapes(backbone: ConvNeXt, imgs: Tensor, layouts: list[Layout]) -> Iterator
         channels, _, kernel, _ = block.conv_dw.weight.shape
         rows, cols = height // side, width // side
         yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)
+        yield precompile.SumsShape(kernel)
         yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs):
             yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)

@@ -77,6 +77,7 @@ def _shapes(
         block = next(convnext.blocks(stage))
         channels, _, kernel, _ = block.conv_dw.weight.shape
         yield precompile.DepthwiseShape((where.rows, where.cols), keep, side, channels, kernel, dtype)
+        yield precompile.SumsShape(kernel)
         yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs) and grn_scope == "image":
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels.depthwise import Neighbors
 from fcmae.kernels.linear import Form, weight_grad
-from fcmae.kernels.residual_triton import residual, scale_and_sum, sum_rows
+from fcmae.kernels.residual_triton import residual, scale_and_sum
+from fcmae.kernels.sums_triton import add_up
 
 
 class Parameters(NamedTuple):
@@ -128,32 +129,46 @@ class _Block(torch.autograd.Function):
         of_x, *wanted = ctx.needs_input_grad[: 1 + len(Parameters._fields)]
         wants = Parameters(*wanted)
         found: dict[str, Tensor] = {}
-        dx = None
+        partial: dict[tuple[str, ...], Tensor] = {}  # by the parameters, [P, C] or [P, parameters, C]
+        dx = taps = None
         dz = grad = grad.contiguous()
         if factor is not None:
-            dz, found["fc2_bias"] = scale_and_sum(grad, factor)
+            dz, partial["fc2_bias",] = scale_and_sum(grad, factor)
         dz = dz.view(-1, dz.shape[-1])
         g = g.view(-1, g.shape[-1])
         if wants.fc2:
             found["fc2"] = weight_grad(dz, g, ctx.like["fc2"].dtype)
         if of_x or any(wants[:8]):
             eps, grn_scope = ctx.grn
-            da, sums = grn_triton.launch_backward(
+            da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
                 _images(dz @ fc2, x, grn_scope), _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
-            found["grn"], found["grn_bias"], found["fc1_bias"] = sum_rows(sums).unbind(0)
             da = da.view(-1, da.shape[-1])
             if wants.fc1:
                 found["fc1"] = weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):
-            dh, partial = norm_triton.launch_backward((da @ fc1).view(h.shape), h, norm, means, scales)
-            found["norm"], found["norm_bias"] = sum_rows(partial).unbind(0)
+            dh, partial["norm", "norm_bias"] = norm_triton.launch_backward(
+                (da @ fc1).view(h.shape), h, norm, means, scales
+            )
             if wants.conv or wants.conv_bias:
-                found["conv"], found["conv_bias"] = depthwise_launch.weight_grad(x, dh, conv.shape[-1], slots, cells)
+                taps = depthwise_launch.partial_weight_grad(x, dh, conv.shape[-1], slots, cells)
             if of_x:
                 dx, sums = depthwise_launch.input_grad_and_skip(dh, conv, slots, cells, grad)
-                found.setdefault("fc2_bias", sums)
-        if wants.fc2_bias and "fc2_bias" not in found:
+                partial.setdefault(("fc2_bias",), sums)
+        if wants.fc2_bias and ("fc2_bias",) not in partial:
             found["fc2_bias"] = dz.sum(0, dtype=torch.float32)
+        found.update(_sums(partial, taps, conv.shape[-1]))
         grads = (ctx.like[name].take(found[name]) if want else None for name, want in wants._asdict().items())
         return dx, *grads, None, None, None
+
+
+def _sums(partial: dict[tuple[str, ...], Tensor], taps: Tensor | None, kernel: int) -> dict[str, Tensor]:
+    """The sums of all parts by one launch, by parameter: what is a launch each takes longer to start than to run."""
+    if not partial and taps is None:
+        return {}
+    most_first = sorted(partial, key=lambda names: -len(partial[names]))
+    sums, gradients = add_up([partial[names] for names in most_first], taps, kernel)
+    found = dict(zip(("conv", "conv_bias"), gradients or (), strict=False))
+    for names, total in zip(most_first, sums, strict=True):
+        found.update(zip(names, total.view(len(names), -1), strict=True))
+    return found

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fcmae.kernels import depthwise_cuda, precompile
-from fcmae.kernels.depthwise_triton import add_partial_kernel, forward_kernel, taps_kernel, weight_grad_kernel
-from fcmae.kernels.residual_triton import add_and_sum, sum_rows
+from fcmae.kernels.depthwise_triton import forward_kernel, taps_kernel, weight_grad_kernel
+from fcmae.kernels.residual_triton import add_and_sum
+from fcmae.kernels.sums_triton import add_up
 from fcmae.kernels.target import target
 
 
@@ -84,21 +85,28 @@ def input_grad(grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor) -> Te
 def input_grad_and_skip(
     grad: Tensor, weight: Tensor, slots: Tensor, cells: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`input_grad` plus ``skip`` of the same shape, and the sums of ``skip`` over all sites, float32 ``[C]``."""
+    """:func:`input_grad` plus ``skip`` of the same shape, and partial sums of ``skip`` over all sites, ``[P, C]``."""
     precompile.wait()
     if cuda := depthwise_cuda.launcher(grad, weight.shape[-1], slots):
         weight, skip = weight.float().contiguous(), skip.contiguous()
-        dx, sums = cuda.input_grad_and_skip(grad.contiguous(), weight, slots, cells, skip)
-        return dx, sum_rows(sums)
+        return cuda.input_grad_and_skip(grad.contiguous(), weight, slots, cells, skip)
     return add_and_sum(input_grad(grad, weight, slots, cells), skip)
 
 
 def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the weight ``[C, 1, k, k]`` and the bias ``[C]``, float32; the same bits every time."""
+    _, gradients = add_up((), partial_weight_grad(x, grad, k, slots, cells), k)
+    assert gradients is not None
+    of_weight, of_bias = gradients
+    return of_weight, of_bias.clone()  # results of an operator may not share memory
+
+
+def partial_weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -> Tensor:
+    """Partial sums ``[P, k * k + 1, C]`` of ``grad * x`` for every tap and of ``grad``, float32."""
     precompile.wait()
     x, grad = x.contiguous(), grad.contiguous()
     if cuda := depthwise_cuda.launcher(x, k, slots):
-        return add_partial(cuda.weight_grad(x, grad, slots, cells), k)
+        return cuda.weight_grad(x, grad, slots, cells)
     _, _, s, _, c = x.shape
     plan = _plan(_WEIGHT_GRAD_PLANS, s)
     tiles, tiles_per_program, (blocks, programs) = _divide(x, plan)
@@ -108,17 +116,7 @@ def weight_grad(x: Tensor, grad: Tensor, k: int, slots: Tensor, cells: Tensor) -
         C=c, S=s, K=k, WIDTH=slots.shape[2], ROWS=plan.rows, CHANNELS=_CHANNELS, AHEAD=plan.ahead, num_warps=1,
         **_nvidia(plan, x),
     )  # fmt: skip
-    return add_partial(partial, k)
-
-
-def add_partial(partial: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The gradients from partial sums ``[programs, k * k + 1, C]``."""
-    programs, _, c = partial.shape
-    grad_weight, grad_bias = partial.new_empty(c, 1, k, k), partial.new_empty(c)
-    add_partial_kernel[-(-c // _CHANNELS), k * k + 1](
-        partial, grad_weight, grad_bias, programs, C=c, TAPS=k * k, CHANNELS=_CHANNELS, ROWS=64, num_warps=8
-    )
-    return grad_weight, grad_bias
+    return partial
 
 
 def _launch_forward(

@@ -308,26 +308,3 @@ def weight_grad_kernel(
         for kx in tl.static_range(K):
             tl.store(target + (ky * K + kx) * C, sums[ky][kx], mask=valid)
     tl.store(target + K * K * C, bias_sum, mask=valid)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def add_partial_kernel(
-    partial, weight_grad, bias_grad, programs, C: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial sums of one tap, in a fixed order; taps come last in the weight's gradient.
-
-    partial: float32 ``[programs, TAPS + 1, C]``. weight_grad: ``[C, TAPS]``. bias_grad: ``[C]``.
-    """
-    lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    tap = tl.program_id(1)
-    first = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for start in range(0, programs, ROWS):
-        row = start + first
-        offset = (row.to(tl.int64) * (TAPS + 1) + tap)[:, None] * C + lane[None, :]
-        total += tl.load(partial + offset, mask=(row < programs)[:, None] & (lane < C)[None, :], other=0.0)
-    if tap < TAPS:
-        tl.store(weight_grad + lane * TAPS + tap, tl.sum(total, 0), mask=lane < C)
-    else:
-        tl.store(bias_grad + lane, tl.sum(total, 0), mask=lane < C)

@@ -13,7 +13,7 @@ from fcmae.kernels import norm_triton
 from fcmae.kernels.linear import Form, weight_grad
 from fcmae.kernels.norm_triton import Move
 from fcmae.kernels.patch_rows_triton import patch_rows
-from fcmae.kernels.residual_triton import sum_many_rows, sum_rows
+from fcmae.kernels.sums_triton import sum_many_rows, sum_rows
 
 
 def stem(

@@ -74,10 +74,9 @@ class ResidualShape(NamedTuple):
     """Whether paths are dropped, so that images have factors."""
 
 
-class PartialShape(NamedTuple):
-    """What the sum of the partial gradients of depthwise weights is specialised for."""
+class SumsShape(NamedTuple):
+    """What the kernel that adds up partial sums is specialised for."""
 
-    channels: int
     kernel: int
 
 
@@ -158,7 +157,7 @@ Shape = (
     | NormShape
     | NormForwardShape
     | ResidualShape
-    | PartialShape
+    | SumsShape
     | GeluGrnBackwardShape
     | MovingNormShape
     | StemShape
@@ -213,8 +212,8 @@ def start(shapes: Iterable[Shape]) -> None:
     _also.clear()
     if new:
         _started.update((shape, device) for shape in new)
-        new = [_without_cuda(shape, torch.device("cuda", device)) for shape in new]
-        order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in new]})
+        left = [shape for given in new if (shape := _without_cuda(given, torch.device("cuda", device)))]
+        order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in left]})
         _run(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
 
 
@@ -224,8 +223,8 @@ def _run(thread: Thread) -> None:
     _compiling.append(thread)
 
 
-def _without_cuda(shape: Shape, device: torch.device) -> Shape:
-    """What Triton has to compile of a shape, after a thread has begun to compile the kernels in CUDA C++."""
+def _without_cuda(shape: Shape, device: torch.device) -> Shape | None:
+    """What Triton has to compile of a shape, if anything; a thread has begun to compile the kernels in CUDA C++."""
     found = _cuda(shape, device)
     if found is None:
         return shape
@@ -234,14 +233,13 @@ def _without_cuda(shape: Shape, device: torch.device) -> Shape:
     return left
 
 
-def _cuda(shape: Shape, device: torch.device) -> tuple[Shape, Callable[[], object]] | None:
-    """What compiles a shape's kernels in CUDA C++, and the shape of what is left; None if there are none."""
+def _cuda(shape: Shape, device: torch.device) -> tuple[Shape | None, Callable[[], object]] | None:
+    """The shape of what is left to Triton, and what compiles a shape's kernels in CUDA C++; None if there are none."""
     if isinstance(shape, DepthwiseShape):
         table = shape.grid[0] + 2 * depthwise_cuda.HALO, shape.grid[1] + 2 * depthwise_cuda.HALO
         patches = device, getattr(torch, shape.dtype), shape.keep, shape.sites, shape.channels
         if depthwise_cuda.takes(*patches, shape.kernel, table):
-            left = PartialShape(shape.channels, shape.kernel)
-            return left, functools.partial(depthwise_cuda.launcher_for, *patches, table)
+            return None, functools.partial(depthwise_cuda.launcher_for, *patches, table)
     elif isinstance(shape, GeluGrnShape):
         images = device, getattr(torch, shape.dtype), shape.sites, shape.channels
         if grn_cuda.takes(*images):

@@ -1,7 +1,6 @@
 """The sums of a residual block by Triton: at its end with a bias, in its backward pass with the bias's gradient.
 
-Arithmetic is float32. Every program adds up the rows that it writes, and partial sums are added afterwards in a fixed
-order: the same input gives the same bits.
+Arithmetic is float32. Every program adds up the rows that it writes, and :func:`.sums_triton.add_up` these sums.
 """
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fcmae.kernels import precompile
 from fcmae.kernels.norm_triton import load_rows, programs_of, store_rows, tiles
-from fcmae.kernels.target import target
 
 
 @triton.jit
@@ -52,49 +50,6 @@ def add_and_sum_kernel(
     tl.store(partial + tl.program_id(0) * C + c, tl.sum(total, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "rows_per_program"])
-def sum_rows_kernel(
-    x, wanted, total, rows, width, rows_per_program, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """x: ``[rows, width]``. wanted: uint8 ``[rows]``, which to add, or None. total: float32 ``[programs, width]``."""
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * rows_per_program
-    value = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rows_per_program, ROWS):
-        row = first + start + tl.arange(0, ROWS)
-        counts = (start + tl.arange(0, ROWS) < rows_per_program) & (row < rows)
-        if wanted is not None:
-            counts = counts & (tl.load(wanted + row, mask=counts, other=0) != 0)
-        inside = counts[:, None] & (c < width)[None, :]
-        place = row.to(tl.int64)[:, None] * width + c[None, :]
-        value += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + tl.program_id(1) * width + c, tl.sum(value, 0), mask=c < width)
-
-
-def sum_rows(partial: Tensor) -> Tensor:
-    """``partial.sum(0)`` of float32, in a fixed order; few columns make many programs."""
-    return _sum_rows(partial, None, 1, 32)[0].view(partial.shape[1:])
-
-
-def sum_many_rows(x: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """The float32 sum ``[C]`` of the rows of ``[R, C]``, or of those ``wanted``, bool ``[R]``; in a fixed order."""
-    programs = max(2, 4 * target(x).processors // triton.cdiv(x.shape[1], 64))
-    programs = min(programs, triton.cdiv(len(x), 64))
-    return sum_rows(_sum_rows(x.contiguous(), wanted, programs, 64))
-
-
-def _sum_rows(x: Tensor, wanted: Tensor | None, programs: int, columns: int) -> Tensor:
-    """Sums of equal parts of the rows, float32 ``[programs, columns of x]``."""
-    precompile.wait()
-    width = x.numel() // len(x)
-    total = x.new_empty(programs, width, dtype=torch.float32)
-    wanted = None if wanted is None else wanted.view(torch.uint8)
-    sum_rows_kernel[(triton.cdiv(width, columns), programs)](
-        x, wanted, total, len(x), width, triton.cdiv(len(x), programs), ROWS=128, COLUMNS=columns, num_warps=8
-    )
-    return total
-
-
 def residual(x: Tensor, z: Tensor, bias: Tensor, factor: Tensor | None) -> Tensor:
     """``x + factor * (z + bias)``.
 
@@ -111,7 +66,7 @@ def residual(x: Tensor, z: Tensor, bias: Tensor, factor: Tensor | None) -> Tenso
 
 
 def add_and_sum(x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """``x + skip``, written over ``x``, and the sums of ``skip`` over all dimensions but the last, float32 ``[C]``."""
+    """``x + skip``, written over ``x``, and sums of parts of ``skip`` over all dimensions but the last, ``[P, C]``."""
     return _launch(x, skip, None, x)
 
 
@@ -129,4 +84,4 @@ def _launch(x: Tensor | None, skip: Tensor, factor: Tensor | None, out: Tensor) 
     add_and_sum_kernel[(programs,)](
         x, skip, factor, out, partial, rows, rows // len(skip), tiles_per_program, STAGES=2, **constants
     )
-    return out, sum_rows(partial)
+    return out, partial

@@ -26,7 +26,8 @@ from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.patch_rows_triton import patch_rows
 from fcmae.kernels.precompile import Move
-from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum, sum_many_rows
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
+from fcmae.kernels.sums_triton import add_up, sum_many_rows
 from fcmae.kernels.target import Target, pretend
 
 
@@ -92,7 +93,7 @@ def _forward(*shape: Any) -> None:
 
 def _weight_grad(*shape: Any) -> None:
     x, weight, _, tables = _depthwise_arguments(*shape)
-    depthwise_launch.weight_grad(x, x, weight.shape[-1], *tables)
+    depthwise_launch.partial_weight_grad(x, x, weight.shape[-1], *tables)
 
 
 def _depthwise_arguments(
@@ -124,8 +125,8 @@ def _norm(channels: int, dtype: str) -> None:
     layer_norm_backward(x, x, parameter, torch.zeros(16), torch.zeros(16))
 
 
-def _partial(channels: int, kernel: int) -> None:
-    depthwise_launch.add_partial(torch.zeros(1, kernel**2 + 1, channels), kernel)
+def _sums(kernel: int) -> None:
+    add_up((), torch.zeros(1, kernel**2 + 1, 8), kernel)
 
 
 def _moving_norm(channels: int, dtype: str, *move: int) -> None:
@@ -171,7 +172,7 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "DepthwiseShape": {"forward": _forward, "weight_grad": _weight_grad},
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
     "GeluGrnBackwardShape": {"backward": _gelu_grn_backward},
-    "PartialShape": {"sum": _partial},
+    "SumsShape": {"all": _sums},
     "NormShape": {"both": _norm},
     "NormForwardShape": {"forward": _norm_forward},
     "ResidualShape": {"all": _residual},

@@ -95,6 +95,7 @@ class LightDecoder(nn.Module):
             assert isinstance(block, ConvNeXtBlock)
             channels, _, kernel, _ = block.conv_dw.weight.shape
             yield precompile.DepthwiseShape((rows, cols), rows * cols, side, channels, kernel, dtype)
+            yield precompile.SumsShape(kernel)
             yield precompile.NormShape(channels, dtype)
             yield precompile.GeluGrnShape(height * width, block.mlp.fc1.weight.shape[0], dtype)
             yield precompile.ResidualShape(channels, dtype, drops=False)

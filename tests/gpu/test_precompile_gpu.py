@@ -30,7 +30,7 @@ loss.backward()
 
 def kernels(cache: Path) -> set[str]:
     """Our kernels in a cache of Triton."""
-    ours = ("forward_kernel", "weight_grad_kernel", "_forward", "_backward", "add_partial_kernel", "forward_held",
+    ours = ("forward_kernel", "weight_grad_kernel", "_forward", "_backward", "add_up_kernel", "forward_held",
             "backward_held", "layer_norm_kernel", "layer_norm_backward_kernel", "residual_kernel",
             "add_and_sum_kernel", "sum_rows_kernel", "patch_rows_kernel", "patch_error_kernel",
             "patch_error_grad_kernel")  # fmt: skip

@@ -16,7 +16,8 @@ from fcmae.engines.dense import dense
 from fcmae.engines.masked import masked
 from fcmae.engines.packed import packed
 from fcmae.kernels import depthwise, depthwise_launch, neighbors, norm_triton, packed_depthwise
-from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum, sum_rows
+from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
+from fcmae.kernels.sums_triton import add_up, sum_rows
 from tests.conftest import relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -42,14 +43,15 @@ def plain_depthwise(monkeypatch):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return depthwise._plain_convolution(x, weight, bias, *places(slots, cells))
 
-    def weight_grad(x, grad, k, slots, cells):
+    def partial_weight_grad(x, grad, k, slots, cells):
         weight = x.new_zeros(x.shape[-1], 1, k, k)
-        return depthwise._plain_backward(grad, x, weight, *places(slots, cells))[1:]
+        of_weight, of_bias = depthwise._plain_backward(grad, x, weight, *places(slots, cells))[1:]
+        return torch.cat([of_weight.flatten(1).t(), of_bias[None]]).float()[None]
 
     def input_grad(grad, weight, slots, cells):
         return depthwise._plain_backward(grad, grad, weight.to(grad.dtype), *places(slots, cells))[0]
 
-    for function in (forward, weight_grad, input_grad):
+    for function in (forward, partial_weight_grad, input_grad):
         monkeypatch.setattr(depthwise_launch, function.__name__, function)
 
 
@@ -62,20 +64,36 @@ def test_sums_equal_plain_torch(dtype, shape):
     for given, factors_or_one in ((None, 1), (factor, factors)):
         expected = x.double() + factors_or_one * (z.double() + bias)
         assert relative_error(residual(x, z, bias, given), expected) < tolerance
-    scaled, sums = scale_and_sum(z, factor)
-    assert (scaled.dtype, sums.dtype) == (dtype, torch.float32)
+    scaled, partial = scale_and_sum(z, factor)
+    assert (scaled.dtype, partial.dtype) == (dtype, torch.float32)
     assert relative_error(scaled, z.double() * factors) < tolerance
-    assert relative_error(sums, (z.double() * factors).flatten(0, -2).sum(0)) < 1e-6
+    assert relative_error(partial.sum(0), (z.double() * factors).flatten(0, -2).sum(0)) < 1e-6
     expected = x.double() + z.double()
-    total, sums = add_and_sum(x, z)
+    total, partial = add_and_sum(x, z)
     assert relative_error(total, expected) < tolerance
-    assert relative_error(sums, z.double().flatten(0, -2).sum(0)) < 1e-6
+    assert relative_error(partial.sum(0), z.double().flatten(0, -2).sum(0)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (130, 3, 7)])
 def test_rows_are_added(shape):
     partial = torch.randn(shape)
     assert relative_error(sum_rows(partial), partial.double().sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize(("count", "channels"), [(0, 40), (1, None), (2, 40), (3, 5)])
+def test_partial_sums_are_added_together(count, channels):
+    """More rows than a tile, and widths that end within a block of columns."""
+    partials = [torch.randn(shape) for shape in ((260, 2, 19), (3, 33), (1, 3, 32))[:count]]
+    taps = None if channels is None else torch.randn(129, 10, channels)
+    sums, gradients = add_up(partials, taps, 3)
+    for actual, partial in zip(sums, partials, strict=True):
+        assert actual.shape == partial.shape[1:]
+        assert relative_error(actual, partial.double().sum(0)) < 1e-6
+    assert (gradients is None) == (taps is None)
+    if taps is not None:
+        expected = taps.double().sum(0)
+        assert relative_error(gradients[0], expected[:-1].t().reshape(-1, 1, 3, 3)) < 1e-6
+        assert relative_error(gradients[1], expected[-1]) < 1e-6
 
 
 def arguments(dtype=torch.float32, **kwargs):

@@ -37,16 +37,10 @@ class PlainTaps:
         taps[-1] = 0 if bias is None else bias
 
 
-class PlainSum:
-    """``add_partial_kernel`` in plain torch."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> "PlainSum":
-        return self
-
-    def __call__(self, partial: Any, grad_weight: Any, grad_bias: Any, programs: int, **_: Any) -> None:
-        total = partial[:programs].sum(0)
-        grad_weight.flatten(1)[:] = total[:-1].t()
-        grad_bias[:] = total[-1]
+def plain_sum(partials: Any, taps: Any, k: int) -> Any:
+    """``add_up`` of taps in plain torch."""
+    total = taps.sum(0)
+    return [], (total[:-1].t().reshape(-1, 1, k, k), total[-1])
 
 
 def check(s: int, k: int, c: int, index: list[list[int]], dtype: torch.dtype = torch.float32) -> None:
@@ -95,13 +89,13 @@ def test_equals_plain_torch(s, k, c, index):
 def test_convolution_equals_plain_torch(s, k, c, index, monkeypatch):
     """Without the two small kernels before and after: they do not know S, and take half of the time."""
     monkeypatch.setattr(depthwise_launch, "taps_kernel", PlainTaps())
-    monkeypatch.setattr(depthwise_launch, "add_partial_kernel", PlainSum())
+    monkeypatch.setattr(depthwise_launch, "add_up", plain_sum)
     check(s, k, c, index)
 
 
 def test_float16_is_converted(monkeypatch):
     monkeypatch.setattr(depthwise_launch, "taps_kernel", PlainTaps())
-    monkeypatch.setattr(depthwise_launch, "add_partial_kernel", PlainSum())
+    monkeypatch.setattr(depthwise_launch, "add_up", plain_sum)
     check(2, 7, 5, CORNER, torch.float16)
 
 

@@ -14,7 +14,7 @@ from fcmae.engines import dense as dense_engine
 from fcmae.engines import fused, tiles
 from fcmae.engines.dense import dense
 from fcmae.kernels import layers, norm_triton, patch_error_triton, patch_rows_triton, precompile
-from fcmae.kernels.residual_triton import sum_many_rows
+from fcmae.kernels.sums_triton import sum_many_rows
 from fcmae.models import FCMAE
 from fcmae.targets import Pixels, Seen, part
 from tests.conftest import relative_error

@@ -54,6 +54,7 @@ from fcmae.kernels import depthwise_launch, neighbors
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
+from fcmae.kernels.sums_triton import add_up
 from fcmae.kernels.target import Target, pretend
 
 compile_only(GPUTarget("cuda", 90, 32))
@@ -62,7 +63,7 @@ where = neighbors(torch.stack([torch.randperm(4)[:2].sort().values for _ in rang
 x, weight, bias = torch.randn(7, 2, 2, 2, 8).bfloat16(), torch.randn(8, 1, 3, 3), torch.randn(8)
 depthwise_launch.forward(x, weight, bias, where.slots, where.cells)
 depthwise_launch.input_grad(x, weight, where.slots, where.cells)
-depthwise_launch.weight_grad(x, x, 3, where.slots, where.cells)
+taps = depthwise_launch.partial_weight_grad(x, x, 3, where.slots, where.cells)
 h, parameter = torch.randn(7, 8, 32).bfloat16(), torch.randn(32)
 gelu_grn_forward(h, parameter, parameter, parameter, 1e-6)
 gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6)
@@ -70,8 +71,9 @@ layer_norm_forward(h, parameter, parameter, 1e-6)
 layer_norm_backward(h, h, parameter, torch.rand(56), torch.rand(56))
 for factor in (None, torch.rand(7).bfloat16()):
     residual(h, h, parameter, factor)
-add_and_sum(h, h)
 scale_and_sum(h, torch.rand(7).bfloat16())
+add_up([add_and_sum(h, h)[1], torch.rand(3, 2, 8)], taps, 3)
+add_up([], taps, 3)
 """
 """What a step launches on 7 images, on a GPU that only compiles."""
 
@@ -92,14 +94,13 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.setenv("PYTHONPATH", str(hostile))
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
     others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
-    others += (precompile.ResidualShape(32, "bfloat16", drops=True),)
+    others += precompile.ResidualShape(32, "bfloat16", drops=True), precompile.SumsShape(3)
     precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
     assert compiled(tmp_path) == {
         "forward_kernel": 2,
         "weight_grad_kernel": 2,
-        "add_partial_kernel": 1,
         "taps_kernel": 2,  # with a bias and, for the input gradient, without
         "forward_held": 1,
         "backward_held": 1,
@@ -107,7 +108,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "layer_norm_backward_kernel": 1,
         "residual_kernel": 2,  # with factors and without
         "add_and_sum_kernel": 2,
-        "sum_rows_kernel": 1,
+        "add_up_kernel": 1,
     }
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))
@@ -119,13 +120,13 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
 def test_beside_kernels_in_cuda_only_the_others_are_compiled(tmp_path):
     precompile.start(
         [
-            precompile.PartialShape(8, 3),
+            precompile.SumsShape(3),
             precompile.GeluGrnBackwardShape(8, 32, "bfloat16"),
             precompile.NormForwardShape(32, "bfloat16"),
         ]
     )
     precompile.wait()
-    assert compiled(tmp_path) == {"add_partial_kernel": 1, "backward_held": 1, "layer_norm_kernel": 1}
+    assert compiled(tmp_path) == {"add_up_kernel": 1, "backward_held": 1, "layer_norm_kernel": 1}
 
 
 @pytest.mark.slow
