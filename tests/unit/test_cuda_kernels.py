@@ -102,7 +102,7 @@ def test_gelu_grn_equals_torch(on_cpu, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("rows", "channels"), [(37, 96), (50, 512)])
+@pytest.mark.parametrize(("rows", "channels"), [(37, 96), (20, 1408)])
 def test_layer_norm_equals_torch(on_cpu, monkeypatch, rows, channels):
     torch.manual_seed(0)
     monkeypatch.setattr(norm_cuda, "WARPS", 2)
