@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -110,15 +110,12 @@ class TrainBatches:
     def made_up(self) -> list[Any] | None:
         """The first micro-batch in shape, type and memory order: copies of its first sample, read by this process.
 
-        None if that sample cannot be read or is a whole file, of which the device would have to hold many, and without
-        workers, which read the micro-batch itself meanwhile. Raises RuntimeError if one of them has died.
+        None without workers, if that sample cannot be read, and if the device decodes it, which would have to hold the
+        file once per sample. Workers read the real micro-batch meanwhile: see :func:`deaths_told_later`.
         """
         if not self._has_workers:
             return None
-        with _deaths_told_later():
-            return self._copies(next(iter(self._keys)))
-
-    def _copies(self, keys: Sequence[Any]) -> list[Any] | None:
+        keys = next(iter(self._keys))
         try:
             item = self._samples[keys[0]]
             whole = item.parts is not None and isinstance(item.parts[0], Undecoded)
@@ -264,10 +261,10 @@ def _opened(batches: Iterator[Batch], exchange: shared.Exchange) -> Iterator[Bat
 
 
 @contextlib.contextmanager
-def _deaths_told_later() -> Iterator[None]:
-    """Torch raises the death of a worker once, wherever this process is: here at the end of the block.
+def deaths_told_later() -> Iterator[None]:
+    """Torch raises the death of a worker once, as RuntimeError wherever this process is: here at the end of the block.
 
-    Within it, what reads a sample would take the error for one of the sample, and the next batch would be waited for.
+    Within it, a decoder or a compiler would take the error for its own, and the next batch would be waited for.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -277,7 +274,7 @@ def _deaths_told_later() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
     if deaths and callable(handler):
         handler(*deaths[-1])
 

@@ -11,7 +11,7 @@ from fcmae import memory
 from fcmae.checkpoints.encoder import ENCODER_FILE
 from fcmae.checkpoints.resume import newest_state
 from fcmae.config import to_dict
-from fcmae.data.loading import TrainBatches
+from fcmae.data.loading import TrainBatches, deaths_told_later
 from fcmae.data.plan import BatchPlan, Padding
 from fcmae.data.sheet import keep_sheet
 from fcmae.data.sources.base import listing_digest
@@ -227,10 +227,11 @@ class _Training:
 
     def _record(self) -> None:
         """Records the CUDA graph while workers read the first batch: both take seconds."""
-        with preserved(self.world.device):
-            made_up = self.batches.made_up()
-        if made_up is not None:
-            self.step.record(self._on_device(0, made_up))
+        with deaths_told_later():
+            with preserved(self.world.device):
+                made_up = self.batches.made_up()
+            if made_up is not None:
+                self.step.record(self._on_device(0, made_up))
 
     def _micro_batches(self) -> Iterator[list[Tensor]]:
         """This rank's part of the next step, on the device."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fcmae.cli import main
-from fcmae.data.loading import TrainBatches, Workers, explained
+from fcmae.data.loading import TrainBatches, Workers, deaths_told_later, explained
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.on_device import Undecoded
 from fcmae.data.plan import BatchPlan
@@ -120,5 +120,5 @@ def test_the_death_of_a_worker_meanwhile_is_told_at_once():
             pytest.fail("inside the reader")
         return zeros()
 
-    with pytest.raises(WorkerError, match="killed by signal"), explained():
+    with pytest.raises(WorkerError, match="killed by signal"), explained(), deaths_told_later():
         batches(read).made_up()
