@@ -213,8 +213,9 @@ def start(shapes: Iterable[Shape]) -> None:
     if new:
         _started.update((shape, device) for shape in new)
         left = [shape for given in new if (shape := _without_cuda(given, torch.device("cuda", device)))]
-        order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in left]})
-        _run(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
+        if left:
+            order = json.dumps({**_gpu(), "shapes": [(type(shape).__name__, shape) for shape in left]})
+            _run(Thread(target=_compile, args=(order, _cache()), daemon=True, name="precompile"))
 
 
 def _run(thread: Thread) -> None:

@@ -129,6 +129,15 @@ def test_beside_kernels_in_cuda_only_the_others_are_compiled(tmp_path):
     assert compiled(tmp_path) == {"add_up_kernel": 1, "backward_held": 1, "layer_norm_kernel": 1}
 
 
+def test_where_cuda_takes_all_no_compiler_starts(monkeypatch):
+    begun = []
+    monkeypatch.setattr(precompile, "_cuda", lambda shape, device: (None, lambda: begun.append(shape)))
+    monkeypatch.setattr(precompile, "_compile", lambda *_: begun.append("Triton"))
+    precompile.start([shape(2)])
+    precompile.wait()
+    assert begun == [shape(2)]
+
+
 @pytest.mark.slow
 def test_kernels_that_cannot_be_compiled_are_left_to_the_launch(monkeypatch, tmp_path):
     """Each shape is tried once."""
