@@ -111,7 +111,9 @@ class GraphedBackward(Generic[Result]):
                 self.run(self.batch, True)
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, before in buffers:  # a batch norm's, for one
-            buffer.copy_(before)
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+        del buffers
         self.model.zero_grad(set_to_none=True)
         if self.accumulate and self.exchange is not None:
             self.exchange.attach()
