@@ -163,7 +163,7 @@ class _Block(torch.autograd.Function):
 
 
 def _sums(partial: dict[tuple[str, ...], Tensor], taps: Tensor | None, kernel: int) -> dict[str, Tensor]:
-    """The sums of all parts by one launch, by parameter: what is a launch each takes longer to start than to run."""
+    """The sums of all parts, by parameter; by one launch, because each alone would take longer to start than to run."""
     if not partial and taps is None:
         return {}
     most_first = sorted(partial, key=lambda names: -len(partial[names]))

@@ -16,7 +16,7 @@ WARPS = 4
 CHUNK = 128
 """Channels of a row that a warp has at once, four per lane."""
 BLOCKS = {1: 10, 2: 8, 3: 5, 4: 4, 5: 3, 6: 3, 7: 2, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2}
-"""Per multiprocessor, as many as the registers hold, by the chunks of a row. From ten on some are kept in memory."""
+"""Per multiprocessor, as many as the registers hold, by the chunks of a row; from ten on, some numbers spill."""
 
 
 class Launcher:

@@ -1,5 +1,7 @@
 """Layer normalisation over the last dimension by Triton, whose backward pass reads everything once.
 
+In 16 bits CUDA C++ takes the backward pass where it can (:mod:`fcmae.kernels.norm_cuda`).
+
 The gradients of weight and bias are sums over all rows. Every program adds up its own rows while it computes the
 gradient of the input, and writes partial sums, added afterwards in a fixed order: the same input gives the same bits.
 """

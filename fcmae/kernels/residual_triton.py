@@ -1,6 +1,7 @@
 """The sums of a residual block by Triton: at its end with a bias, in its backward pass with the bias's gradient.
 
-Arithmetic is float32. Every program adds up the rows that it writes, and :func:`.sums_triton.add_up` these sums.
+Arithmetic is float32. Every program adds up the rows that it writes; :func:`.sums_triton.add_up` then adds these
+partial sums.
 """
 
 import torch

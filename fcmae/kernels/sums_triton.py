@@ -72,7 +72,7 @@ def add_up(
 
     Args:
         partials: up to three, float32 ``[rows, ...]``, the one with the most rows first: it takes longest.
-        taps: float32 ``[rows, k * k + 1, C]``, what the gradients of a depthwise convolution are sums of.
+        taps: float32 ``[rows, k * k + 1, C]``, partial sums of a depthwise convolution's gradients, the bias's last.
         kernel: k.
 
     Returns:

@@ -14,7 +14,9 @@ def error(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 1216, 128), (5, 76, 512), (40, 19, 1024), (7, 19, 1408), (3, 76, 40)])
+@pytest.mark.parametrize(
+    "shape", [(3, 1216, 128), (5, 76, 512), (40, 19, 1024), (7, 19, 1408), (5, 19, 1536), (3, 76, 40)]
+)
 def test_norm_equals_float64_and_itself(shape, dtype):
     from fcmae.kernels.norm_triton import layer_norm_forward
 
