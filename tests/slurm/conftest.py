@@ -119,7 +119,7 @@ class Job:
     def wait_for(self, condition: Callable[["Job"], bool]) -> None:
         """Waits until ``condition`` holds; a job that fails or takes too long fails the test with its output."""
         try:
-            wait_until(lambda: condition(self) or self._check())
+            wait_until(lambda: condition(self) or self._has_ended(condition))
         except TimeoutError as error:
             said = self.output.read_text() if self.output.is_file() else ""
             raise AssertionError(f"{error}: {self.show()}\n{said}") from error
@@ -129,10 +129,13 @@ class Job:
         self.wait_for(lambda job: job.show()["JobState"] == "COMPLETED")
         return weights_sha256(self.run_dir)
 
-    def _check(self) -> bool:
-        if self.show()["JobState"] in ("FAILED", "TIMEOUT", "CANCELLED"):
+    def _has_ended(self, condition: Callable[["Job"], bool]) -> bool:
+        """Whether the job has ended as ``condition`` demands. Raises TimeoutError if it has ended in another way."""
+        if self.show()["JobState"] not in ("FAILED", "TIMEOUT", "CANCELLED"):
+            return False
+        if not condition(self):  # asked again: the job may have ended since it was asked
             raise TimeoutError("the job ended")
-        return False
+        return True
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
