@@ -33,36 +33,41 @@ def sum_rows_kernel(
     tl.store(total + tl.program_id(1) * width + c, tl.sum(value, 0), mask=c < width)
 
 
+@triton.jit
+def _or_next(block, x, rows, width, total, next_x, next_rows, next_width, COLUMNS: tl.constexpr):
+    """The matrix that a block of columns belongs to, ``x`` or the next one, and where its sums go."""
+    blocks = tl.cdiv(width, COLUMNS)
+    passed = block >= blocks
+    block -= tl.where(passed, blocks, 0)
+    total += tl.where(passed, width, 0)
+    x = tl.where(passed, next_x, x)
+    return block, x, tl.where(passed, next_rows, rows), tl.where(passed, next_width, width), total, passed
+
+
 @triton.jit(do_not_specialize=["rows_1", "rows_2", "rows_3", "rows_4", "width_1", "width_2", "width_3", "channels"])
 def add_up_kernel(
     one, two, three, taps, total, rows_1, rows_2, rows_3, rows_4, width_1, width_2, width_3, channels,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """one, two, three: ``[rows, width]``. taps: ``[rows, TAPS + 1, channels]``. total: their sums over rows, one after
-    the other, those of the taps as ``[channels, TAPS]`` and ``[channels]``.
+    """one, two, three: ``[rows, width]``. taps: ``[rows, TAPS + 1, channels]``. total: their sums over rows in this
+    order, the taps' as a matrix ``[channels, TAPS]`` and a vector ``[channels]``.
     """
-    block = tl.program_id(0)
-    end_1 = tl.cdiv(width_1, COLUMNS)
-    end_2 = end_1 + tl.cdiv(width_2, COLUMNS)
-    end_3 = end_2 + tl.cdiv(width_3, COLUMNS)
-    x = tl.where(block < end_1, one, tl.where(block < end_2, two, tl.where(block < end_3, three, taps)))
-    rows = tl.where(block < end_1, rows_1, tl.where(block < end_2, rows_2, tl.where(block < end_3, rows_3, rows_4)))
-    width = tl.where(block < end_2, width_2, tl.where(block < end_3, width_3, (TAPS + 1) * channels))
-    width = tl.where(block < end_1, width_1, width)
-    first = tl.where(block < end_1, 0, tl.where(block < end_2, end_1, tl.where(block < end_3, end_2, end_3)))
-    before = tl.where(block < end_2, width_1, tl.where(block < end_3, width_1 + width_2, width_1 + width_2 + width_3))
-    before = tl.where(block < end_1, 0, before)
-    c = (block - first) * COLUMNS + tl.arange(0, COLUMNS)
+    block, x, rows, width = tl.program_id(0), one, rows_1, width_1
+    block, x, rows, width, total, _ = _or_next(block, x, rows, width, total, two, rows_2, width_2, COLUMNS)
+    block, x, rows, width, total, _ = _or_next(block, x, rows, width, total, three, rows_3, width_3, COLUMNS)
+    width_4 = (TAPS + 1) * channels
+    block, x, rows, width, total, is_taps = _or_next(block, x, rows, width, total, taps, rows_4, width_4, COLUMNS)
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
     value = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (c < width)[None, :]
         value += tl.load(x + row.to(tl.int64)[:, None] * width + c[None, :], mask=inside, other=0.0)
     place = c
-    if block >= end_3:
+    if is_taps:
         tap = c // channels
         place = tl.where(tap < TAPS, c % channels * TAPS + tap, c)
-    tl.store(total + before + place, tl.sum(value, 0), mask=c < width)
+    tl.store(total + place, tl.sum(value, 0), mask=c < width)
 
 
 def add_up(
