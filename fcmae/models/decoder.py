@@ -84,8 +84,8 @@ class LightDecoder(nn.Module):
         sites = visible[-1]
         side = tiles.best(mask.shape[1] * sites.shape[2], mask.shape[2] * sites.shape[2]).side
         tile = sites.new_empty(0, 1, side, side, self.proj.out_features)
-        are_whole = [isinstance(block, ConvNeXtBlock) and fused.is_whole(block, tile) for block in self.blocks]
-        return len(are_whole) > 0 and all(are_whole)
+        whole = (isinstance(block, ConvNeXtBlock) and fused.is_whole(block, tile) for block in self.blocks)
+        return len(self.blocks) > 0 and all(whole)
 
     def shapes(self, imgs: Tensor, stride: int) -> Iterator[precompile.Shape]:
         """What the kernels for images ``[N, C, H, W]`` are specialised for; ``stride``: pixels per side of a site."""
