@@ -9,6 +9,7 @@ import torch
 
 from fcmae.cli import main
 from fcmae.data.loading import TrainBatches, Workers, deaths_told_later, explained
+from fcmae.data.pixels.crops import Box
 from fcmae.data.pixels.decode import Encoded
 from fcmae.data.pixels.on_device import Undecoded
 from fcmae.data.plan import BatchPlan
@@ -92,7 +93,7 @@ def torn():
 
 def undecoded():
     """As with data.decode_on=gpu: the device would have to decode the file once per sample."""
-    return Undecoded(Encoded(b"", "a.jpg"), [], (2, 2))
+    return Undecoded(Encoded(b"of a file", "a.jpg"), [Box(0, 0, 2, 2, False)], (2, 2))
 
 
 def test_what_cannot_be_copied_is_left_to_the_workers():
