@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels.depthwise import Neighbors
-from fcmae.kernels.linear import Form, weight_grad
+from fcmae.kernels.linear import Form, input_grad, product, weight_grad
 from fcmae.kernels.residual_triton import residual, scale_and_sum
 from fcmae.kernels.sums_triton import add_up
 
@@ -93,9 +93,9 @@ def _forward(
     p, c = parameters, constants
     h = keep(depthwise_launch.forward(x, p.conv, p.conv_bias, where.slots, where.cells))
     h = keep(*norm_triton.launch_forward(h, p.norm, p.norm_bias, c.norm_eps))
-    h = keep(h.view(-1, h.shape[-1]) @ c.fc1.t())
+    h = keep(product(h.view(-1, h.shape[-1]), c.fc1))
     h = keep(*grn_triton.launch_forward(_images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps))
-    h = h.view(-1, h.shape[-1]) @ c.fc2.t()
+    h = product(h.view(-1, h.shape[-1]), c.fc2)
     return residual(x, h, p.fc2_bias, factor)
 
 
@@ -140,15 +140,17 @@ class _Block(torch.autograd.Function):
             found["fc2"] = weight_grad(dz, g, ctx.like["fc2"].dtype)
         if of_x or any(wants[:8]):
             eps, grn_scope = ctx.grn
+            dg = _images(input_grad(dz, fc2), x, grn_scope)
             da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
-                _images(dz @ fc2, x, grn_scope), _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
+                dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
+            del dg  # as large as da, and not needed any more
             da = da.view(-1, da.shape[-1])
             if wants.fc1:
                 found["fc1"] = weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):
             dh, partial["norm", "norm_bias"] = norm_triton.launch_backward(
-                (da @ fc1).view(h.shape), h, norm, means, scales
+                input_grad(da, fc1).view(h.shape), h, norm, means, scales
             )
             if wants.conv or wants.conv_bias:
                 taps = depthwise_launch.partial_weight_grad(x, dh, conv.shape[-1], slots, cells)
