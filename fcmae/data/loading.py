@@ -32,6 +32,7 @@ from fcmae.data.unreadable import BadSamples, ErrorsAside, errors_aside, tell_ep
 from fcmae.distributed import World
 from fcmae.errors import DiskError, WorkerError, reason_of
 from fcmae.processes import is_stopped
+from fcmae.threads import one_thread
 
 START = "fork" if sys.platform == "linux" else None
 """How workers start: as copies of this process, which share its memory, whatever Python's default is."""
@@ -119,7 +120,8 @@ class TrainBatches:
         try:
             item = self._samples[keys[0]]
             whole = item.parts is not None and isinstance(item.parts[0], Undecoded)
-            return None if whole else collate([item] * len(keys)).parts
+            with one_thread():  # several would wait for the workers, which take all cores while they start
+                return None if whole else collate([item] * len(keys)).parts
         except Exception:  # of a source or a transform of the user's own: the worker that reads it will say why
             return None
 
