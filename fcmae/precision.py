@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from fcmae.errors import UsageError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "float32", "tf32", "bf16", "fp16")
+FLOAT8 = "fp8"
+"""Of pretraining alone: bf16, and products of the encoder's blocks in float8."""
 BY_DEMAND = ("float32", "fp16", "bf16")
 """What ``auto`` may choose. A device that computes one of them fast also computes the ones before it fast."""
 
@@ -38,23 +41,35 @@ def settle(
         smallest: the smallest value over the ranks.
         main: whether this rank speaks for all.
 
-    Raises UsageError for ``bf16`` where a GPU of some rank lacks it.
+    Raises UsageError for ``bf16`` and ``fp8`` where the device of some rank lacks it.
     """
     best = BY_DEMAND[smallest(BY_DEMAND.index(fastest(device)))]
     chosen, why = asked, ""
     if asked == AUTO:
         chosen, why = best, f"on {name_of(device)}" if best == fastest(device) else "for the slowest of the devices"
-        if recorded in PRECISIONS[1:]:
+        if recorded in (*PRECISIONS[1:], FLOAT8):
             chosen, why = recorded, "as in the run so far"
         if main:
             say(f"{key}=auto takes {chosen} {why}")
-    if chosen == "bf16" and device.type == "cuda" and best != "bf16":
+    lacking = {
+        "bf16": device.type == "cuda" and best != "bf16",
+        FLOAT8: chosen == FLOAT8 and not smallest(int(_multiplies_float8(device))),
+    }
+    if lacking.get(chosen):
         hint = f"{key}=auto takes {best}"
         if asked == AUTO:
             hint = f"the run so far used it; {key}={best} trainer.allow_changed_recipe=true continues without"
-        raise UsageError(f"{key}=bf16: {name_of(device)}, or a GPU of another rank, does not compute bf16; {hint}")
+        what = "does not compute bf16" if chosen == "bf16" else "is no GPU of compute capability 9.0 or more"
+        where = f"{name_of(device)}, or {'a GPU' if chosen == 'bf16' else 'the device'} of another rank,"
+        raise UsageError(f"{key}={chosen}: {where} {what}; {hint}")
     set_tf32(chosen)
     return chosen
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def fastest(device: torch.device) -> str:
@@ -81,15 +96,35 @@ def dtype_of(precision: str) -> torch.dtype:
     """The dtype that matrix products take their inputs in."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    sixteen = {"bf16": torch.bfloat16, "fp16": torch.float16, FLOAT8: torch.bfloat16}
+    return sixteen.get(precision, torch.float32)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Autocast to ``bf16`` or ``fp16``; nothing for ``float32`` and ``tf32``."""
+    """Autocast to ``bf16`` or ``fp16``; nothing for ``float32`` and ``tf32``. ``fp8`` is as ``bf16``."""
     import torch
 
     dtype = dtype_of(precision)
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+_float8: ContextVar[bool] = ContextVar("float8", default=False)
+
+
+@contextlib.contextmanager
+def training(device: torch.device, precision: str) -> Iterator[None]:
+    """:func:`autocast`, and with ``fp8`` :func:`has_float8_products`; evaluation has bf16 then."""
+    token = _float8.set(precision == FLOAT8)
+    try:
+        with autocast(device, precision):
+            yield
+    finally:
+        _float8.reset(token)
+
+
+def has_float8_products() -> bool:
+    """Whether the encoder's blocks multiply in float8 here."""
+    return _float8.get()
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

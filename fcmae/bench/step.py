@@ -42,10 +42,12 @@ from fcmae.config.checks import check_one_of
 from fcmae.config.model import DECODER_WIDTH
 from fcmae.distributed import pick_device
 from fcmae.engines import ENGINES, HOST_BOUND, get_engine
+from fcmae.engines.fused import check_float8
 from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size
 from fcmae.models import FCMAE
 from fcmae.optim.adamw import create_optimizer
+from fcmae.precision import FLOAT8
 from fcmae.training.determinism import only_deterministic_algorithms
 from fcmae.training.step import TrainingStep
 
@@ -61,7 +63,8 @@ class StepConfig:
     task: str = PRETRAIN
     """``pretrain`` or ``finetune``, which chooses the engines."""
     engines: list[str] | None = None
-    """None = packed, masked and timm, which is no pretraining but timm's dense step; of fine-tuning dense and timm."""
+    """None = packed, masked and timm, which is no pretraining but timm's dense step; of fine-tuning dense and timm.
+    ``fp8`` is packed with ``precision=fp8``."""
     compile: list[bool] | None = None
     """[true] on a GPU, [false] on the CPU by default; [true,false] measures both."""
     strides: list[int] | None = None
@@ -92,7 +95,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         check_one_of("task", self.task, TASKS)
         self.engines = YARDSTICKS[self.task] if self.engines is None else self.engines
-        check_some_of("engines", self.engines, (*ENGINES, SUPERVISED, DENSE))
+        check_some_of("engines", self.engines, (*ENGINES, SUPERVISED, DENSE, FLOAT8))
         check_one_of("decoder", self.decoder, tuple(DECODER_WIDTH))
         check_some_of("targets", self.targets, (*KINDS, TEACHER))
         check_one_of("precision", self.precision, precision.PRECISIONS)
@@ -130,6 +133,8 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     _check_engines(cfg, device)
     toolchain.check("compile", any(_compile_modes(cfg, device)), device.type)
     cfg.precision = precision.settle("precision", cfg.precision, device)
+    if FLOAT8 in (cfg.engines or ()):
+        precision.settle("engines", FLOAT8, device)
     where = machine(device)
     dtype = precision.dtype_of(cfg.precision)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
@@ -154,7 +159,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
 def _check_engines(cfg: StepConfig, device: torch.device) -> None:
     """Raises UsageError for an engine that is not installed, before anything is measured."""
     try:
-        for engine in set(cfg.engines or ()) - {SUPERVISED, DENSE}:
+        for engine in set(cfg.engines or ()) - {SUPERVISED, DENSE, FLOAT8}:
             get_engine(engine, device.type)
     except ImportError as error:
         raise UsageError(str(error)) from error
@@ -194,7 +199,8 @@ def _measure(
     (model, loss, batches), flops = _workload(cfg, name, engine, compiled, batch_size, device)
     optimizer = create_optimizer(model, OptimConfig(lr=1e-4))
 
-    passes = TrainingStep(model, lambda batch: (loss(*batch), {}), device, cfg.precision, graphed=graphed)
+    own = FLOAT8 if engine == FLOAT8 else cfg.precision
+    passes = TrainingStep(model, lambda batch: (loss(*batch), {}), device, own, graphed=graphed)
 
     def step(i: int) -> None:
         passes([batches[i % len(batches)]])
@@ -219,7 +225,7 @@ def _measure(
 
         kernel_ms = profile_step(launched_step)
     traffic = 0
-    if engine in ENGINES:
+    if engine in (*ENGINES, FLOAT8):
         assert isinstance(model, FCMAE)
         traffic = depthwise_traffic(model, batch_size, cfg.image_size, cfg.precision)
     return StepResult(
@@ -234,7 +240,7 @@ def _measure(
         flops * images_per_second / 1e12,
         compile_seconds,
         kernel_ms,
-        traffic / kernel_ms["depthwise"] / 1e6 if kernel_ms and engine == "packed" else None,
+        traffic / kernel_ms["depthwise"] / 1e6 if kernel_ms and engine in ("packed", FLOAT8) else None,
     )
 
 
@@ -249,6 +255,8 @@ def _workload(
         targets=create_targets(cfg.targets, cfg.teacher, cfg.image_size),
         **_network(cfg),
     )
+    if engine == FLOAT8:
+        check_float8(fcmae.backbone)
     fcmae.recompute_stages = cfg.recompute_stages
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
@@ -283,7 +291,7 @@ def _where_time_goes(result: StepResult, bandwidth: float) -> str:
 
 
 def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
-    """Packed, or dense where there is none, against the others, in the same run, at its best and theirs."""
+    """``fp8``, else packed, else dense against the others, in the same run, at its best and theirs."""
     for model in dict.fromkeys(result.model for result in results):
         best: dict[str, StepResult] = {}
         for result in results:
@@ -291,7 +299,7 @@ def _ratios(results: Sequence[StepResult]) -> Iterator[str]:
                 better = result.engine not in best
                 if better or result.images_per_second > best[result.engine].images_per_second:
                     best[result.engine] = result
-        own = best.pop("packed", None) or best.pop(DENSE, None)
+        own = next((best.pop(engine) for engine in (FLOAT8, "packed", DENSE) if engine in best), None)
         for other in best.values() if own else ():
             assert own is not None
             memory = ""

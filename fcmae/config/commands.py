@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fcmae.config.checks import (
     L2,
@@ -36,7 +36,7 @@ from fcmae.config.typed import from_dict
 from fcmae.config.unset import UnsetBackboneConfig, UnsetClassifierConfig, UnsetDataConfig, settled
 from fcmae.messages import print_once_rank0
 from fcmae.plugins import NAMED_BY, is_named
-from fcmae.precision import PRECISIONS
+from fcmae.precision import FLOAT8, PRECISIONS
 from fcmae.urls import PIPE, is_command
 
 INIT_CHANNELS = ("strict", "repeat", "mean", "new")
@@ -45,6 +45,8 @@ INIT_CHANNELS = ("strict", "repeat", "mean", "new")
 @dataclass
 class RunConfig:
     """Keys of every training run."""
+
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     name: str = "default"
     """Names the run directory, runs/NAME/TIME."""
@@ -60,7 +62,8 @@ class RunConfig:
     or their ``mean`` for each, both scaled to keep the sum; ``new`` = initial weights."""
     precision: str = "auto"
     """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
-    has it, fp16 on an older one, float32 on a CPU."""
+    has it, fp16 on an older one, float32 on a CPU. In pretraining also ``fp8``: bf16, with most of the encoder's matrix
+    products in float8 (docs/engines.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -71,12 +74,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_one_of("init_channels", self.init_channels, INIT_CHANNELS)
-        check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("precision", self.precision, self.precisions)
 
 
 @dataclass
 class PretrainConfig(RunConfig):
     """``fcmae pretrain``."""
+
+    precisions: ClassVar[tuple[str, ...]] = (*PRECISIONS, FLOAT8)
 
     model: FCMAEConfig = field(default_factory=FCMAEConfig)
     mask: Any = None

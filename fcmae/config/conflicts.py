@@ -8,6 +8,7 @@ from fcmae.config.checks import check, mistake
 from fcmae.config.few_labels import RECIPES
 from fcmae.config.model import TIMM_TOTAL_STRIDE, TOTAL
 from fcmae.grid import grid_size, len_keep
+from fcmae.precision import FLOAT8
 
 if TYPE_CHECKING:
     from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
@@ -48,6 +49,8 @@ def check_pretraining(cfg: PretrainConfig) -> None:
     check("data.scale_jitter", cfg.data.scale_jitter, cfg.data.scale_jitter is None, "null in pretraining")
     check("optim.layer_decay", cfg.optim.layer_decay, cfg.optim.layer_decay is None, "null in pretraining")
     check_cuda_graph(cfg, graph_obstacles(cfg, cfg.trainer.device))
+    engine = cfg.engine.name
+    check("engine.name", engine, cfg.precision != FLOAT8 or engine == "packed", f"packed with precision={FLOAT8}")
     batch, crops = cfg.optim.global_batch_size, cfg.data.crops_per_image
     ok = crops < 1 or batch % crops == 0
     check("optim.global_batch_size", batch, ok, f"a multiple of data.crops_per_image ({crops})")

@@ -3,7 +3,8 @@
 They need no compiler, which would take most of the start, and make fewer passes over memory than it finds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import DropPath
@@ -11,13 +12,19 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.engines import convnext
+from fcmae.errors import UsageError
 from fcmae.kernels import Neighbors, precompile
 from fcmae.kernels.depthwise import use_triton
 from fcmae.kernels.norm import HAS_TRITON
 
-Copies = tuple[Tensor, Tensor]
-"""The weights of a block's two linear layers in the type of the activations: ``[D, C]`` and ``[C, D]``."""
+if TYPE_CHECKING:
+    from fcmae.kernels.float8_triton import Float8  # needs Triton
+
+Copies = tuple["Tensor | Float8", "Tensor | Float8"]
+"""The weights of a block's two linear layers in the type of the activations, or in float8: ``[D, C]``, ``[C, D]``."""
 SIXTEEN_BITS = ("bfloat16", "float16")
+WIDTHS = 16
+"""Of float8 matrices, a multiple."""
 
 
 def _can_run_on(x: Tensor) -> bool:
@@ -77,18 +84,47 @@ def is_whole(block: ConvNeXtBlock, x: Tensor) -> bool:
     )
 
 
-def with_copies(blocks: Iterable[nn.Module], x: Tensor) -> list[tuple[ConvNeXtBlock, Copies | None]]:
+def with_copies(
+    blocks: Iterable[nn.Module], x: Tensor, float8: bool = False
+) -> list[tuple[ConvNeXtBlock, Copies | None]]:
     """The blocks of a stage that starts with ``x``, and for :func:`run` their weights, all cast by one launch.
 
-    None for a block that must run otherwise.
+    None for a block that must run otherwise. Raises UsageError for one that cannot be in ``float8``.
     """
     found: list[tuple[ConvNeXtBlock, bool]] = []
     for block in blocks:
         assert isinstance(block, ConvNeXtBlock)
         found.append((block, is_whole(block, x)))
+    if float8 and not all(whole for _, whole in found):
+        raise UsageError(
+            "precision=fp8: a block cannot run as one operation; it needs ConvNeXt V2 with exact GELU, a kernel of 7 "
+            "or less, and patches of at most 16 of its sites per side (docs/engines.md); precision=bf16 does not"
+        )
     layers = [layer for block, whole in found if whole for layer in (block.mlp.fc1, block.mlp.fc2)]
-    copies = iter(_cast([layer.weight.detach().flatten(1) for layer in layers], x.dtype))
+    weights = [layer.weight.detach().flatten(1) for layer in layers]
+    copies: Iterator[Tensor | Float8] = iter(_in_float8(weights) if float8 else _cast(weights, x.dtype))
     return [(block, (next(copies), next(copies)) if whole else None) for block, whole in found]
+
+
+def _in_float8(weights: list[Tensor]) -> "list[Float8]":
+    from fcmae.kernels.float8_triton import Float8  # needs Triton
+
+    largest = torch.zeros(len(weights), 3, dtype=torch.int32, device=weights[0].device)
+    return [Float8.of(weight, of_layer) for weight, of_layer in zip(weights, largest, strict=True)]
+
+
+def check_float8(backbone: ConvNeXt) -> None:
+    """Raises UsageError for a network whose blocks cannot multiply in float8."""
+    for stage in convnext.stages(backbone):
+        block = next(convnext.blocks(stage))
+        hidden, width = block.mlp.fc1.weight.shape[:2]
+        if convnext.grn(block) is None or not convnext.is_gelu(block.mlp.act):
+            raise UsageError("precision=fp8 needs ConvNeXt V2 with exact GELU")
+        if hidden % WIDTHS or width % WIDTHS:
+            raise UsageError(
+                f"precision=fp8 needs stages whose width is a multiple of {WIDTHS}; got one of {width} channels, which "
+                "precision=bf16 takes"
+            )
 
 
 def _cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

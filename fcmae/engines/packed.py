@@ -13,6 +13,7 @@ from fcmae.engines import convnext, fused
 from fcmae.engines.compiled import recomputed, region
 from fcmae.kernels import Neighbors, gather_patches, neighbors, packed_depthwise, precompile
 from fcmae.masks.patches import grid_size, visible_indices
+from fcmae.precision import has_float8_products
 
 
 def packed(
@@ -48,7 +49,7 @@ def packed(
                 x = fused.downsample(norm, conv, x, move).view(*x.shape[:2], move.after, move.after, -1)
             else:
                 x = region(_downsample, compiled)(norm, conv, x)
-        for block, copies in fused.with_copies(convnext.blocks(stage), x):
+        for block, copies in fused.with_copies(convnext.blocks(stage), x, has_float8_products()):
             if copies is not None:
                 x = recomputed(fused.run, recompute)(block, x, copies, where, grn_scope)
             else:
@@ -82,6 +83,8 @@ def _shapes(
         if convnext.is_fused(block, imgs) and grn_scope == "image":
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
             yield precompile.ResidualShape(channels, dtype, drops=False)
+            if has_float8_products():
+                yield precompile.Float8Shape(precompile.name_of(block.mlp.fc1.weight.dtype), dtype)
 
 
 def _move(side: int, conv: nn.Conv2d) -> precompile.Move:

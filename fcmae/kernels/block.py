@@ -13,8 +13,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
+from fcmae.kernels import float8_triton as float8
 from fcmae.kernels.depthwise import Neighbors
-from fcmae.kernels.linear import Form, input_grad, product, weight_grad
+from fcmae.kernels.float8_triton import Float8
+from fcmae.kernels.linear import Form, weight_grad
 from fcmae.kernels.residual_triton import residual, scale_and_sum
 from fcmae.kernels.sums_triton import add_up
 
@@ -42,9 +44,9 @@ class Parameters(NamedTuple):
 class Constants(NamedTuple):
     """What has no gradient."""
 
-    fc1: Tensor
-    """``[D, C]``: the weight in the type of the activations."""
-    fc2: Tensor
+    fc1: Tensor | Float8
+    """``[D, C]``: the weight in the type of the activations, or in float8."""
+    fc2: Tensor | Float8
     """``[C, D]``."""
     norm_eps: float
     grn_eps: float
@@ -81,22 +83,63 @@ def _forward(
     constants: Constants,
     where: Neighbors,
     factor: Tensor | None,
-    kept: list[Tensor] | None,
+    kept: list[Tensor | None] | None,
 ) -> Tensor:
     """The output; adds what the backward pass needs to ``kept``. Else nothing lives longer than its use."""
 
-    def keep(*tensors: Tensor) -> Tensor:
+    def keep(*tensors: Tensor | None) -> None:
         if kept is not None:
             kept.extend(tensors)
-        return tensors[0]
+
+    def linear(h: Tensor, weight: Tensor | Float8) -> Tensor:
+        """Keeps what the weight's gradient needs."""
+        h = h.view(-1, h.shape[-1])
+        if isinstance(weight, Float8):
+            h, *inputs = weight.product(h)
+            keep(*inputs)
+            return h
+        keep(h, None)
+        return h @ weight.t()
 
     p, c = parameters, constants
-    h = keep(depthwise_launch.forward(x, p.conv, p.conv_bias, where.slots, where.cells))
-    h = keep(*norm_triton.launch_forward(h, p.norm, p.norm_bias, c.norm_eps))
-    h = keep(product(h.view(-1, h.shape[-1]), c.fc1))
-    h = keep(*grn_triton.launch_forward(_images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps))
-    h = product(h.view(-1, h.shape[-1]), c.fc2)
+    h = depthwise_launch.forward(x, p.conv, p.conv_bias, where.slots, where.cells)
+    keep(h)
+    h, *stats = norm_triton.launch_forward(h, p.norm, p.norm_bias, c.norm_eps)
+    keep(*stats)
+    h = linear(h, c.fc1)
+    keep(h)
+    h, *stats = grn_triton.launch_forward(_images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps)
+    keep(*stats)
+    h = linear(h, c.fc2)
     return residual(x, h, p.fc2_bias, factor)
+
+
+def _saved(weight: Tensor | Float8) -> tuple[Tensor | None, ...]:
+    """What :class:`_Gradients` needs of a weight."""
+    return (weight.transposed, weight.factor, weight.largest) if isinstance(weight, Float8) else (weight, None, None)
+
+
+class _Gradients:
+    """Of a linear layer, by the gradient ``[R, D]`` of its output and what was saved of its weight."""
+
+    def __init__(self, grad: Tensor, weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> None:
+        self.grad, self.weight, self.float8 = grad, weight, None
+        if factor is not None and largest is not None:
+            self.float8 = Float8(None, weight, factor, largest)
+            self.scaled = self.float8.scale_grad(grad)
+
+    def of_weight(self, x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """In a type at least as exact as ``dtype``; of what was kept of the input."""
+        if self.float8 is None:
+            return weight_grad(self.grad, x, dtype)
+        assert factor is not None
+        return float8.weight_grad(self.scaled, x, factor)
+
+    def of_input(self) -> Tensor:
+        """``[R, C]``."""
+        if self.float8 is None:
+            return self.grad @ self.weight
+        return self.float8.input_grad(self.scaled, self.grad.dtype)
 
 
 def _images(h: Tensor, x: Tensor, grn_scope: str) -> Tensor:
@@ -108,13 +151,12 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         parameters, (constants, where, factor) = Parameters(*args[:-3]), args[-3:]
-        kept: list[Tensor] = []
+        kept: list[Tensor | None] = []
         out = _forward(x, parameters, constants, where, factor, kept)
         p, c = parameters, constants
+        weights = *_saved(c.fc1), *_saved(c.fc2)
         # Nothing that recomputation would make again may be held elsewhere.
-        ctx.save_for_backward(
-            x, *kept, p.conv, p.norm, p.fc1_bias, p.grn, c.fc1, c.fc2, where.slots, where.cells, factor
-        )
+        ctx.save_for_backward(x, *kept, p.conv, p.norm, p.fc1_bias, p.grn, *weights, where.slots, where.cells, factor)
         ctx.like = {name: Form.of(t) for name, t in parameters._asdict().items() if t is not None}
         ctx.grn = c.grn_eps, c.grn_scope
         return out
@@ -123,8 +165,8 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x, h, y, means, scales, a, g, norms, grn_means,
-            conv, norm, fc1_bias, grn, fc1, fc2, slots, cells, factor,
+            x, h, means, scales, y, y_factor, a, norms, grn_means, g, g_factor,
+            conv, norm, fc1_bias, grn, *weights, slots, cells, factor,
         ) = ctx.saved_tensors  # fmt: skip
         of_x, *wanted = ctx.needs_input_grad[: 1 + len(Parameters._fields)]
         wants = Parameters(*wanted)
@@ -135,22 +177,22 @@ class _Block(torch.autograd.Function):
         if factor is not None:
             dz, partial["fc2_bias",] = scale_and_sum(grad, factor)
         dz = dz.view(-1, dz.shape[-1])
-        g = g.view(-1, g.shape[-1])
+        fc2 = _Gradients(dz, *weights[3:])
         if wants.fc2:
-            found["fc2"] = weight_grad(dz, g, ctx.like["fc2"].dtype)
+            found["fc2"] = fc2.of_weight(g, g_factor, ctx.like["fc2"].dtype)
         if of_x or any(wants[:8]):
             eps, grn_scope = ctx.grn
-            dg = _images(input_grad(dz, fc2), x, grn_scope)
+            dg = _images(fc2.of_input(), x, grn_scope)
             da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
                 dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
             del dg  # as large as da, and not needed any more
-            da = da.view(-1, da.shape[-1])
+            fc1 = _Gradients(da.view(-1, da.shape[-1]), *weights[:3])
             if wants.fc1:
-                found["fc1"] = weight_grad(da, y.view(-1, y.shape[-1]), ctx.like["fc1"].dtype)
+                found["fc1"] = fc1.of_weight(y, y_factor, ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):
             dh, partial["norm", "norm_bias"] = norm_triton.launch_backward(
-                input_grad(da, fc1).view(h.shape), h, norm, means, scales
+                fc1.of_input().view(h.shape), h, norm, means, scales
             )
             if wants.conv or wants.conv_bias:
                 taps = depthwise_launch.partial_weight_grad(x, dh, conv.shape[-1], slots, cells)

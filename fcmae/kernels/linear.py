@@ -107,16 +107,6 @@ class Form(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=grad.device).copy_(grad)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``."""
-    return x @ weight.t()
-
-
-def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad @ weight``: of :func:`product`."""
-    return grad @ weight
-
-
 def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad.T @ x`` in a type at least as exact as ``dtype``."""
     return grad.t() @ x if grad.dtype == dtype else product_float32(grad, x)

@@ -80,6 +80,14 @@ class SumsShape(NamedTuple):
     kernel: int
 
 
+class Float8Shape(NamedTuple):
+    """What the kernels of linear layers in float8 are specialised for."""
+
+    weight: str
+    """The weights' type."""
+    dtype: str
+
+
 class GeluGrnBackwardShape(NamedTuple):
     """:class:`GeluGrnShape` where the forward pass is not Triton's."""
 
@@ -158,6 +166,7 @@ Shape = (
     | NormForwardShape
     | ResidualShape
     | SumsShape
+    | Float8Shape
     | GeluGrnBackwardShape
     | MovingNormShape
     | StemShape

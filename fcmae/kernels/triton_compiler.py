@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from fcmae.kernels import depthwise_launch, norm_triton, patch_error_triton
 from fcmae.kernels.depthwise import neighbors
+from fcmae.kernels.float8_triton import scale
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.patch_rows_triton import patch_rows
@@ -129,6 +130,11 @@ def _sums(kernel: int) -> None:
     add_up((), torch.zeros(1, kernel**2 + 1, 8), kernel)
 
 
+def _float8(*dtypes: str) -> None:
+    for dtype in dtypes:
+        scale(torch.zeros(16, 16, dtype=getattr(torch, dtype)), torch.zeros(1, dtype=torch.int32))
+
+
 def _moving_norm(channels: int, dtype: str, *move: int) -> None:
     where = Move(*move)
     rows = where.height * where.width
@@ -173,6 +179,7 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "GeluGrnShape": {"forward": _gelu_grn, "backward": _gelu_grn_backward},
     "GeluGrnBackwardShape": {"backward": _gelu_grn_backward},
     "SumsShape": {"all": _sums},
+    "Float8Shape": {"all": _float8},
     "NormShape": {"both": _norm},
     "NormForwardShape": {"forward": _norm_forward},
     "ResidualShape": {"all": _residual},

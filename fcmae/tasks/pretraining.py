@@ -29,6 +29,7 @@ from fcmae.data.sources import Windows, train_source, val_source, with_classes
 from fcmae.data.sources.base import shuffled
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
+from fcmae.engines.fused import check_float8
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.loggers.logger import RunLogger
@@ -37,6 +38,7 @@ from fcmae.masks.patches import grid_size, random_mask
 from fcmae.messages import say
 from fcmae.models import FCMAE
 from fcmae.models.build import build_fcmae
+from fcmae.precision import FLOAT8
 from fcmae.tasks.guards import Inputs, LossWatch, MeanPatch, mask_warnings
 from fcmae.tasks.held_out import NO_EPOCH, HeldOutLoss
 from fcmae.tasks.initial import Start, check_network, load_initial
@@ -64,6 +66,8 @@ class Pretraining:
         teachers, said = load_teachers(cfg)
         source = settle_labels(cfg, read)
         self.model: FCMAE = build_fcmae(cfg)
+        if cfg.precision == FLOAT8:
+            check_float8(self.model.backbone)
         attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = read() if source is None else source

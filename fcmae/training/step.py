@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fcmae.precision import autocast
+from fcmae import precision as precisions
 from fcmae.tasks.task import Losses
 from fcmae.training.cuda_graphs import EagerBackward, GraphedBackward
 from fcmae.training.exchange import GradientExchange, TorchDDP
@@ -45,7 +45,7 @@ class TrainingStep:
         # Not a method: whoever holds it would hold the step, and a loop's loader with it.
         def run_pass(batch: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
             with exchanging(last):
-                with autocast(device, precision):
+                with precisions.training(device, precision):
                     value, parts = loss(batch)
                     value = value / accum_steps
                 shown = {f"loss_{name}": part.detach() / accum_steps for name, part in parts.items() if len(parts) > 1}

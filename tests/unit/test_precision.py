@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -11,7 +12,8 @@ from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
 from fcmae.config.recipe import check_recipe
-from fcmae.errors import UsageError
+from fcmae.engines.fused import check_float8
+from fcmae.errors import ConfigError, UsageError
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 PACKAGE = Path(precision.__file__).parent
@@ -62,6 +64,53 @@ def test_bf16_is_refused_by_every_rank_where_one_lacks_it(has_bf16):
         assert precision.settle("precision", "bf16", GPU) == "bf16"
     with pytest.raises(UsageError, match=r"^precision=bf16: a GPU.* does not compute bf16; .* takes fp16$"):
         precision.settle("precision", "bf16", GPU, smallest=lambda own: min(own, 1))
+
+
+def test_fp8_is_refused_by_every_rank_where_one_lacks_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert precision.settle("precision", "fp8", GPU) == "fp8"
+    assert precision.settle("precision", "auto", GPU, recorded="fp8") == "fp8"
+    with pytest.raises(UsageError, match=r"^precision=fp8: a GPU.* is no GPU of .* 9.0 or more; .* takes bf16$"):
+        precision.settle("precision", "fp8", GPU, smallest=lambda own: min(own, 0) if own == 1 else own)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(UsageError, match="the run so far used it; precision=bf16 trainer.allow_changed_recipe=true"):
+        precision.settle("precision", "auto", GPU, recorded="fp8")
+    with pytest.raises(UsageError, match="^precision=fp8: the CPU, or the device of another rank, is no GPU"):
+        precision.settle("precision", "fp8", CPU)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "said"),
+    [
+        ("pretrain", ["engine=masked"], "engine.name must be packed with precision=fp8"),
+        ("finetune", [], "precision must be one of auto, float32, tf32, bf16, fp16; got 'fp8'"),
+        ("knn", ["checkpoint=run"], "precision must be one of auto, float32, tf32, bf16, fp16; got 'fp8'"),
+    ],
+)
+def test_fp8_is_of_the_packed_engine_in_pretraining(command, given, said):
+    with pytest.raises(ConfigError, match=said):
+        compose(command, ["precision=fp8", *given])
+    assert compose("pretrain", ["precision=fp8"]).precision == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("convnextv2_atto", "a multiple of 16; got one of 40"), ("convnext_tiny", "needs ConvNeXt V2")]
+)
+def test_fp8_is_refused_for_networks_that_cannot(name, said):
+    with pytest.raises(UsageError, match=said):
+        check_float8(timm.create_model(name, num_classes=0))
+    check_float8(timm.create_model("convnextv2_femto", num_classes=0))
+
+
+def test_evaluation_in_fp8_is_in_bf16():
+    assert not precision.has_float8_products()
+    with precision.training(CPU, "fp8"):
+        assert precision.has_float8_products()
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with precision.training(CPU, "bf16"), precision.autocast(CPU, "fp8"):
+        assert not precision.has_float8_products()
 
 
 def test_auto_stays_what_the_run_used(has_bf16, capsys):

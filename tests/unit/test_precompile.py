@@ -51,6 +51,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
+from fcmae.kernels.float8_triton import Float8
 from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
@@ -74,6 +75,9 @@ for factor in (None, torch.rand(7).bfloat16()):
 scale_and_sum(h, torch.rand(7).bfloat16())
 add_up([add_and_sum(h, h)[1], torch.rand(3, 2, 8)], taps, 3)
 add_up([], taps, 3)
+for weight in (torch.randn(96, 32), torch.randn(32, 96)):
+    layer = Float8.of(weight, torch.zeros(3, dtype=torch.int32))
+    layer.scale_grad(torch.randn(56, len(weight)).bfloat16())
 """
 """What a step launches on 7 images, on a GPU that only compiles."""
 
@@ -95,6 +99,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
     others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
     others += precompile.ResidualShape(32, "bfloat16", drops=True), precompile.SumsShape(3)
+    others += (precompile.Float8Shape("float32", "bfloat16"),)
     precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
@@ -109,6 +114,8 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "residual_kernel": 2,  # with factors and without
         "add_and_sum_kernel": 2,
         "add_up_kernel": 1,
+        "largest_kernel": 2,  # of weights and activations
+        "scale_kernel": 2,
     }
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))

@@ -1,0 +1,136 @@
+"""Linear layers whose three products are of float8 matrices, on a GPU of compute capability 9.0.
+
+Every matrix is divided by a power of two, the smallest that brings its values into float8's range (e4m3: 3 bits of
+mantissa, up to 448). It follows from the matrix alone (current scaling), so that nothing is remembered between steps. A
+matrix is read twice: for its largest value, and to be scaled and written, as it is for one product and transposed for
+another, because a GPU multiplies float8 matrices along their rows alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fcmae.kernels import precompile
+from fcmae.kernels.target import target
+
+FLOAT8 = torch.float8_e4m3fn
+MULTIPLE = 16
+"""What the sums of products of float8 matrices have a multiple of terms of."""
+BLOCK = 4096
+"""Values that a program compares at a time."""
+TILE = 64
+"""Rows and columns that a program scales."""
+
+
+@triton.jit(do_not_specialize_on_alignment=["largest"])
+def largest_kernel(x, largest, size, BLOCK: tl.constexpr):
+    """x: ``[size]``. largest: int32 ``[1]``, raised to the bits of the largest absolute value as float32. Bits of
+    infinity and NaN are the largest.
+    """
+    found = tl.zeros((BLOCK,), tl.int32)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
+        found = tl.maximum(found, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(largest, tl.max(found), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["largest"])
+def scale_kernel(x, largest, values, transposed, factor, rows, columns, length, TILE: tl.constexpr):
+    """x: ``[rows, columns]``. largest: see :func:`largest_kernel`. values: float8 ``[rows, columns]``. transposed:
+    float8 ``[columns, length]``, zero beyond ``rows``. factor: float32 ``[1]``, what to multiply the values by;
+    NaN if a value is not finite.
+    """
+    r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    c = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    bits = tl.load(largest)
+    least = tl.maximum(bits.to(tl.float32, bitcast=True) / 448.0, 1e-30)
+    # The next power of two: without the bits of the mantissa, after 1 was carried into the exponent if there are any.
+    power = ((least.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    place = r[:, None] * columns + c[None, :]
+    value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * (1.0 / power)).to(tl.float8e4nv)
+    tl.store(values + place, value, mask=inside)
+    inside = (c < columns)[:, None] & (r < length)[None, :]
+    tl.store(transposed + c.to(tl.int64)[:, None] * length + r[None, :], tl.trans(value), mask=inside)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(factor, tl.where(bits < 0x7F800000, power, float("nan")))
+
+
+class Scaled(NamedTuple):
+    """A matrix ``[R, C]`` in float8."""
+
+    values: Tensor
+    """``[R, C]``."""
+    transposed: Tensor
+    """``[C, L]``: L is R, or the next multiple of 16, and what is beyond R is zero."""
+    factor: Tensor
+    """Float32 ``[1]``, a power of two, what the values are to be multiplied by."""
+
+
+def scale(x: Tensor, largest: Tensor) -> Scaled:
+    """A matrix ``[R, C]`` in float8; C is a multiple of 16.
+
+    Args:
+        largest: int32 ``[1]``, zero.
+    """
+    precompile.wait()
+    rows, columns = x.shape
+    x, length = x.contiguous(), triton.cdiv(rows, MULTIPLE) * MULTIPLE
+    programs = max(1, min(triton.cdiv(x.numel(), BLOCK), 8 * target(x).processors))
+    largest_kernel[(programs,)](x, largest, x.numel(), BLOCK=BLOCK, num_warps=4)
+    values = torch.empty(rows, columns, dtype=FLOAT8, device=x.device)
+    transposed = torch.empty(columns, length, dtype=FLOAT8, device=x.device)
+    factor = torch.empty(1, dtype=torch.float32, device=x.device)
+    grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    scale_kernel[grid](x, largest, values, transposed, factor, rows, columns, length, TILE=TILE, num_warps=4)
+    return Scaled(values, transposed, factor)
+
+
+class Float8(NamedTuple):
+    """A linear layer of C inputs and D outputs, both multiples of 16, whose products are in float8."""
+
+    values: Tensor | None
+    """The weight ``[D, C]``; None in the backward pass."""
+    transposed: Tensor
+    """``[C, D]``."""
+    factor: Tensor
+    """Float32 ``[1]``, what the weight's values are to be multiplied by."""
+    largest: Tensor
+    """Int32 ``[3]``, of :func:`largest_kernel` for the weight, the input and the output's gradient."""
+
+    @classmethod
+    def of(cls, weight: Tensor, largest: Tensor) -> "Float8":
+        """Of a weight ``[D, C]`` of any type; ``largest`` is int32 ``[3]``, zero."""
+        return cls(*scale(weight, largest[:1]), largest)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x @ weight.T`` of ``[R, C]``, ``[R, D]`` in the type of ``x``, and what :func:`weight_grad` needs of ``x``.
+
+        Tensor cores add up whole products here, of which they keep 14 bits; in the gradients they do so for 128 terms.
+        """
+        assert self.values is not None
+        values, transposed, factor = scale(x, self.largest[1:2])
+        out = _multiply(values, self.values, factor, self.factor, x.dtype, fast=True)
+        return out, transposed, factor
+
+    def scale_grad(self, grad: Tensor) -> Scaled:
+        """The output's gradient ``[R, D]``."""
+        return scale(grad, self.largest[2:])
+
+    def input_grad(self, grad: Scaled, dtype: torch.dtype) -> Tensor:
+        """``grad @ weight``, ``[R, C]``."""
+        return _multiply(grad.values, self.transposed, grad.factor, self.factor, dtype)
+
+
+def weight_grad(grad: Scaled, x: Tensor, factor: Tensor) -> Tensor:
+    """``grad.T @ x``, float32 ``[D, C]``, of what :meth:`Float8.product` gave for ``x``."""
+    return _multiply(grad.transposed, x, grad.factor, factor, torch.float32)
+
+
+def _multiply(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """``(a * of_a) @ (b * of_b).T``."""
+    return torch._scaled_mm(a, b.t(), of_a, of_b, out_dtype=dtype, use_fast_accum=fast)
