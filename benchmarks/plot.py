@@ -1,6 +1,6 @@
 """docs/images/speed.png: images per second in training, packed against masked, from results of `fcmae bench step`.
 
-python benchmarks/plot.py benchmarks/convnextv2_*-h100-2026-11-25.json
+python benchmarks/plot.py benchmarks/convnextv2_*-h200-2026-11-30.json
 """
 
 import argparse

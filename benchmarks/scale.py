@@ -1,6 +1,6 @@
 """The table of docs/scale.md: pretraining on many GPUs on paper, from results of `fcmae bench step`.
 
-python benchmarks/scale.py benchmarks/convnextv2_*-h100-*.json
+python benchmarks/scale.py benchmarks/convnextv2_*-h200-*.json
 """
 
 import argparse
