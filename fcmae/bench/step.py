@@ -134,7 +134,7 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     toolchain.check("compile", any(_compile_modes(cfg, device)), device.type)
     cfg.precision = precision.settle("precision", cfg.precision, device)
     if FLOAT8 in (cfg.engines or ()):
-        precision.settle("engines", FLOAT8, device)
+        precision.settle("precision", FLOAT8, device)
     where = machine(device)
     dtype = precision.dtype_of(cfg.precision)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
