@@ -37,6 +37,19 @@ def test_a_matrix_is_rounded_as_torch_rounds(rows, columns, size, dtype):
     assert not transposed[:, rows:].view(torch.int8).any()
 
 
+def test_other_rows_change_only_small_values():
+    """A scale is a power of two: another one rounds otherwise only what has fewer bits, below 2^-6 of 448."""
+    from fcmae.kernels.float8_triton import scale
+
+    x = torch.randn(64, 32, device="cuda").bfloat16()
+    alone, together = scale(x, zeros()), scale(torch.cat([x, 7 * x]), zeros())
+    assert together.factor > 2 * alone.factor
+    values, others = alone.values.float() * alone.factor, together.values[:64].float() * together.factor
+    normal = x.float().abs() > 2**-6 * together.factor
+    assert torch.equal(values[normal], others[normal])
+    assert normal.float().mean() > 0.9
+
+
 @pytest.mark.parametrize(("sites", "inner", "outer"), [(5001, 352, 1408), (1216, 5632, 1408)])
 def test_products_are_those_of_the_rounded_matrices(sites, inner, outer):
     from fcmae.kernels.float8_triton import Float8, scale, weight_grad
