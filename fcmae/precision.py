@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-PRECISIONS = (AUTO, "float32", "tf32", "bf16", "fp16")
+PRECISIONS: tuple[str, ...] = (AUTO, "float32", "tf32", "bf16", "fp16")
 FLOAT8 = "fp8"
 """Of pretraining alone: bf16, and products of the encoder's blocks in float8."""
 BY_DEMAND = ("float32", "fp16", "bf16")

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from fcmae.config.checks import (
     L2,
@@ -46,8 +46,6 @@ INIT_CHANNELS = ("strict", "repeat", "mean", "new")
 class RunConfig:
     """Keys of every training run."""
 
-    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
-
     name: str = "default"
     """Names the run directory, runs/NAME/TIME."""
     seed: int = 0
@@ -61,9 +59,8 @@ class RunConfig:
     """The stem of ``init_from`` for another number of channels: ``strict`` = an error; ``repeat`` its channels in turn,
     or their ``mean`` for each, both scaled to keep the sum; ``new`` = initial weights."""
     precision: str = "auto"
-    """``float32``, ``tf32``, ``bf16``, ``fp16``; ``auto`` = what the run used so far; in a new one bf16 on a GPU that
-    has it, fp16 on an older one, float32 on a CPU. In pretraining also ``fp8``: bf16, with most of the encoder's matrix
-    products in float8 (docs/engines.md)."""
+    """``float32``, ``tf32``, ``bf16``, ``fp16``, in pretraining ``fp8`` (docs/engines.md); ``auto`` = what the run used
+    so far; in a new one bf16 on a GPU that has it, fp16 on an older one, float32 on a CPU."""
     data: DataConfig = field(default_factory=DataConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -74,14 +71,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_one_of("init_channels", self.init_channels, INIT_CHANNELS)
-        check_one_of("precision", self.precision, self.precisions)
+        check_one_of("precision", self.precision, (*PRECISIONS, FLOAT8))
 
 
 @dataclass
 class PretrainConfig(RunConfig):
     """``fcmae pretrain``."""
-
-    precisions: ClassVar[tuple[str, ...]] = (*PRECISIONS, FLOAT8)
 
     model: FCMAEConfig = field(default_factory=FCMAEConfig)
     mask: Any = None

@@ -99,6 +99,7 @@ def _check_pred_patch_size(model: FCMAEConfig) -> None:
 
 def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
+    check("precision", cfg.precision, cfg.precision != FLOAT8, f"another than {FLOAT8} in fine-tuning")
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
     check("data.cache", cfg.data.cache, cfg.data.cache != "gpu", "null or ram in fine-tuning")
