@@ -51,17 +51,16 @@ def settle(
             chosen, why = recorded, "as in the run so far"
         if main:
             say(f"{key}=auto takes {chosen} {why}")
-    lacking = {
-        "bf16": device.type == "cuda" and best != "bf16",
-        FLOAT8: chosen == FLOAT8 and not smallest(int(_multiplies_float8(device))),
-    }
-    if lacking.get(chosen):
+    lacks = ""
+    if chosen == "bf16" and device.type == "cuda" and best != "bf16":
+        lacks = "or a GPU of another rank, does not compute bf16"
+    elif chosen == FLOAT8 and not smallest(int(_multiplies_float8(device))):
+        lacks = "or the device of another rank, is no NVIDIA GPU of compute capability 9.0 or more"
+    if lacks:
         hint = f"{key}=auto takes {best}"
         if asked == AUTO:
             hint = f"the run so far used it; {key}={best} trainer.allow_changed_recipe=true continues without"
-        what = "does not compute bf16" if chosen == "bf16" else "is no GPU of compute capability 9.0 or more"
-        where = f"{name_of(device)}, or {'a GPU' if chosen == 'bf16' else 'the device'} of another rank,"
-        raise UsageError(f"{key}={chosen}: {where} {what}; {hint}")
+        raise UsageError(f"{key}={chosen}: {name_of(device)}, {lacks}; {hint}")
     set_tf32(chosen)
     return chosen
 
@@ -69,7 +68,8 @@ def settle(
 def _multiplies_float8(device: torch.device) -> bool:
     import torch
 
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def fastest(device: torch.device) -> str:

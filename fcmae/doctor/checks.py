@@ -42,7 +42,7 @@ def compilers(c: str | None, cxx: str | None, header: Path | None) -> Finding:
 
 def gpu_precision(name: str, capability: tuple[int, int]) -> Finding:
     """Whether a GPU supports bf16 and float8."""
-    float8 = "float8" if capability >= (8, 9) else "no float8"
+    float8 = "float8" if capability >= (9, 0) else "no float8"  # as precision=fp8 needs it
     if capability < (8, 0):
         return Finding(f"{name}: no bf16, {float8}", "precision=auto takes fp16; do not set bf16")
     return Finding(f"{name}: bf16, {float8}")

@@ -97,8 +97,8 @@ def with_copies(
         found.append((block, is_whole(block, x)))
     if float8 and not all(whole for _, whole in found):
         raise UsageError(
-            "precision=fp8: a block cannot run as one operation; it needs ConvNeXt V2 with exact GELU, a kernel of 7 "
-            "or less, and patches of at most 16 of its sites per side (docs/engines.md); precision=bf16 does not"
+            "precision=fp8: a block does not run as one operation of 16 bits on this device (docs/engines.md); "
+            "precision=bf16 does not need it"
         )
     layers = [layer for block, whole in found if whole for layer in (block.mlp.fc1, block.mlp.fc2)]
     weights = [layer.weight.detach().flatten(1) for layer in layers]
@@ -113,17 +113,34 @@ def _in_float8(weights: list[Tensor]) -> "list[Float8]":
     return [Float8.of(weight, of_layer) for weight, of_layer in zip(weights, largest, strict=True)]
 
 
-def check_float8(backbone: ConvNeXt) -> None:
-    """Raises UsageError for a network whose blocks cannot multiply in float8."""
+def check_float8(backbone: ConvNeXt, patch_size: int) -> None:
+    """Raises UsageError for a network whose blocks cannot multiply in float8.
+
+    Args:
+        patch_size: of the mask, in pixels.
+    """
+    side = patch_size // convnext.stem(backbone)[0].stride[0]
     for stage in convnext.stages(backbone):
         block = next(convnext.blocks(stage))
         hidden, width = block.mlp.fc1.weight.shape[:2]
-        if convnext.grn(block) is None or not convnext.is_gelu(block.mlp.act):
-            raise UsageError("precision=fp8 needs ConvNeXt V2 with exact GELU")
+        if convnext.grn(block) is None or not convnext.is_gelu(block.mlp.act) or block.gamma is not None:
+            raise UsageError("precision=fp8 needs ConvNeXt V2 with exact GELU and without layer scale")
         if hidden % WIDTHS or width % WIDTHS:
             raise UsageError(
                 f"precision=fp8 needs stages whose width is a multiple of {WIDTHS}; got one of {width} channels, which "
                 "precision=bf16 takes"
+            )
+        if not HAS_TRITON:
+            raise UsageError("precision=fp8 needs Triton and a C compiler; fcmae doctor says what is missing")
+        from fcmae.kernels.depthwise_launch import MAX_KERNEL, MAX_SIDE  # needs Triton
+
+        if isinstance(stage.downsample, nn.Sequential):
+            side //= convnext.downsample(stage.downsample)[1].stride[0]
+        kernel = block.conv_dw.weight.shape[-1]
+        if kernel > MAX_KERNEL or side > MAX_SIDE:
+            raise UsageError(
+                f"precision=fp8 needs convolutions of at most {MAX_KERNEL} and mask patches of at most {MAX_SIDE} "
+                f"sites per side; got {kernel} and {side}, which precision=bf16 takes"
             )
 
 

@@ -23,6 +23,8 @@ from fcmae.engines import (
     region,
     total_stride,
 )
+from fcmae.engines.fused import check_float8
+from fcmae.errors import UsageError
 from fcmae.kernels import precompile
 from fcmae.masks.patches import grid_size, len_keep, random_mask, upsample_mask, visible_indices
 from fcmae.models.backbone import create_backbone, stage_shapes
@@ -283,6 +285,12 @@ class FCMAE(nn.Module):
         """Visible patches of an image of that size."""
         rows, cols = grid_size(height, width, self.mask_patch_size)
         return len_keep(rows * cols, self.mask_ratio)
+
+    def check_float8(self) -> None:
+        """Raises UsageError unless the encoder can multiply in float8 (``precision=fp8``)."""
+        if self.engine is not packed:
+            raise UsageError("precision=fp8 needs engine=packed; with another one set precision=bf16")
+        check_float8(self.backbone, self.mask_patch_size)
 
     def random_mask(self, imgs: Tensor) -> tuple[Tensor, int]:
         """A random mask for ``imgs`` from the device's generator, and its number of visible patches."""

@@ -29,7 +29,6 @@ from fcmae.data.sources import Windows, train_source, val_source, with_classes
 from fcmae.data.sources.base import shuffled
 from fcmae.data.unreadable import ErrorsAside, readable
 from fcmae.distributed import World
-from fcmae.engines.fused import check_float8
 from fcmae.errors import ConfigError
 from fcmae.evaluation.reconstruct import Picture, reconstruction_picture
 from fcmae.loggers.logger import RunLogger
@@ -67,7 +66,7 @@ class Pretraining:
         source = settle_labels(cfg, read)
         self.model: FCMAE = build_fcmae(cfg)
         if cfg.precision == FLOAT8:
-            check_float8(self.model.backbone)
+            self.model.check_float8()
         attach(self.model, teachers)
         self.model.backbone.head.requires_grad_(False)  # no part of pretraining
         self.source = read() if source is None else source

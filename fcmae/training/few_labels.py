@@ -89,7 +89,7 @@ class _Search:
 
     def run(self) -> Path:
         self.world.on_main(self._begin)
-        setup.settle_precision(self.cfg, self.world, None)
+        setup.settle_precision(self.cfg, self.world, None, self.task.model)
         found = self._kept("chosen", **CHOSEN)
         own = self.world.from_main(CheckpointDir(self.run_dir).paths) if self.cfg.trainer.resume else []
         if found is not None and own:

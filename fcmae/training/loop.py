@@ -103,7 +103,7 @@ class _Training:
         self.stop.before_training(self.run_dir)
         if resumed is None:
             world.on_main(task.initialise)
-        setup.settle_precision(cfg, world, resumed)
+        setup.settle_precision(cfg, world, resumed, task.model)
         self.graphed = use_cuda_graph(cfg, world.device)
         state = TrainState.create(task.model, cfg, world)
         if resumed is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fcmae import precision
 from fcmae.checkpoints.checkpoint import CheckpointDir, State
@@ -18,6 +19,7 @@ from fcmae.data.sources.base import LISTING, Source, balanced_labels, listing_di
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, UsageError, counted, shown
 from fcmae.files import nearest
+from fcmae.models import FCMAE
 from fcmae.models.build import mismatch, with_loss_weights
 from fcmae.optim.schedule import Schedule
 from fcmae.tasks.task import Task
@@ -66,12 +68,15 @@ def checkpoint_dir(run_dir: Path, cfg: RunConfig, plan: BatchPlan, watchdog: Wat
     return CheckpointDir(run_dir, cfg.trainer.keep_checkpoints, keep_every, watchdog.beat)
 
 
-def settle_precision(cfg: RunConfig, world: World, resumed: State | None) -> None:
+def settle_precision(cfg: RunConfig, world: World, resumed: State | None, model: nn.Module) -> None:
     """``cfg.precision`` becomes what the run computes in, and what its config and checkpoints record."""
     recorded = None if resumed is None else resumed["config"].get("precision")
     cfg.precision = precision.settle(
         "precision", cfg.precision, world.device, recorded=recorded, smallest=world.smallest, main=world.is_main
     )
+    if cfg.precision == precision.FLOAT8:  # which a resumed run may have been in, and its engine another
+        assert isinstance(model, FCMAE)
+        model.check_float8()
 
 
 def check_fits(resumed: State, task: Task, config: State, run_dir: Path, plan: BatchPlan, total_steps: int) -> None:

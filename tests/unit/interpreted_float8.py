@@ -62,5 +62,5 @@ def test_products(shape, sites):
 
 def test_a_block_that_is_not_one_operation_is_refused():
     model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), num_classes=0)
-    with pytest.raises(UsageError, match="precision=bf16 does not"):
+    with pytest.raises(UsageError, match="precision=bf16 does not need it"):
         fused.with_copies(model.stages[0].blocks, torch.randn(1, 1, 8, 8, 40), True)

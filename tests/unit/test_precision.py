@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 
@@ -12,8 +11,10 @@ from fcmae.checkpoints import checkpoint
 from fcmae.cli import main
 from fcmae.config import compose
 from fcmae.config.recipe import check_recipe
-from fcmae.engines.fused import check_float8
+from fcmae.distributed import World
 from fcmae.errors import ConfigError, UsageError
+from fcmae.models import FCMAE
+from fcmae.training.setup import settle_precision
 from tests.conftest import TINY_FINETUNE, TINY_PRETRAIN
 
 PACKAGE = Path(precision.__file__).parent
@@ -72,12 +73,12 @@ def test_fp8_is_refused_by_every_rank_where_one_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert precision.settle("precision", "fp8", GPU) == "fp8"
     assert precision.settle("precision", "auto", GPU, recorded="fp8") == "fp8"
-    with pytest.raises(UsageError, match=r"^precision=fp8: a GPU.* is no GPU of .* 9.0 or more; .* takes bf16$"):
+    with pytest.raises(UsageError, match=r"^precision=fp8: a GPU.* is no NVIDIA GPU of .* 9.0 or more; .* takes bf16$"):
         precision.settle("precision", "fp8", GPU, smallest=lambda own: min(own, 0) if own == 1 else own)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(UsageError, match="the run so far used it; precision=bf16 trainer.allow_changed_recipe=true"):
         precision.settle("precision", "auto", GPU, recorded="fp8")
-    with pytest.raises(UsageError, match="^precision=fp8: the CPU, or the device of another rank, is no GPU"):
+    with pytest.raises(UsageError, match="^precision=fp8: the CPU, or the device of another rank, is no NVIDIA GPU"):
         precision.settle("precision", "fp8", CPU)
 
 
@@ -96,12 +97,29 @@ def test_fp8_is_of_the_packed_engine_in_pretraining(command, given, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("convnextv2_atto", "a multiple of 16; got one of 40"), ("convnext_tiny", "needs ConvNeXt V2")]
+    ("name", "how", "said"),
+    [
+        ("convnextv2_atto", {}, "a multiple of 16; got one of 40"),
+        ("convnext_tiny", {}, "needs ConvNeXt V2"),
+        ("convnextv2_femto", {"ls_init_value": 1e-6}, "without layer scale"),
+        ("convnextv2_femto", {"kernel_sizes": 9}, "at most 7 and mask patches of at most 16 .* got 9 and 8"),
+        ("convnextv2_femto", {"mask_patch_size": 96}, "at most 7 and mask patches of at most 16 .* got 7 and 24"),
+        ("convnextv2_femto", {"engine": "masked"}, "needs engine=packed; with another one set precision=bf16"),
+    ],
 )
-def test_fp8_is_refused_for_networks_that_cannot(name, said):
+def test_fp8_is_refused_for_networks_that_cannot(name, how, said):
+    pytest.importorskip("triton")
     with pytest.raises(UsageError, match=said):
-        check_float8(timm.create_model(name, num_classes=0))
-    check_float8(timm.create_model("convnextv2_femto", num_classes=0))
+        FCMAE(name, **how).check_float8()
+    FCMAE("convnextv2_femto").check_float8()
+
+
+def test_a_run_in_fp8_is_not_resumed_in_another_engine(monkeypatch):
+    """Its precision is known after its config was checked."""
+    monkeypatch.setattr(precision, "settle", lambda *_, recorded, **__: recorded)
+    cfg, resumed = compose("pretrain", ["engine=masked"]), {"config": {"precision": "fp8"}}
+    with pytest.raises(UsageError, match="needs engine=packed"):
+        settle_precision(cfg, World(0, 1, 0, 1, CPU), resumed, FCMAE("convnextv2_femto", engine="masked"))
 
 
 def test_evaluation_in_fp8_is_in_bf16():
