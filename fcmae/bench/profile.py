@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "depthwise": r"^((forward|weight_grad|taps)_kernel|packed_\w+)$",
     "GELU + GRN": r"^(_forward|_backward|forward_held|backward_held|gelu_grn_\w+)$",
+    "scaling to float8": r"^(largest|scale)_kernel$",
     "copies and fills": r"^Mem(set|cpy)|CopyFunctor",
     "optimizer": r"multi_tensor_apply|Fused(Adam|Optimizer)",
     "dense convolution": r"cudnn|conv|[dw]grad|fprop|nchwToNhwc",

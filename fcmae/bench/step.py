@@ -42,7 +42,6 @@ from fcmae.config.checks import check_one_of
 from fcmae.config.model import DECODER_WIDTH
 from fcmae.distributed import pick_device
 from fcmae.engines import ENGINES, HOST_BOUND, get_engine
-from fcmae.engines.fused import check_float8
 from fcmae.errors import UsageError
 from fcmae.masks.patches import grid_size
 from fcmae.models import FCMAE
@@ -132,9 +131,9 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
     device = pick_device(cfg.device)
     _check_engines(cfg, device)
     toolchain.check("compile", any(_compile_modes(cfg, device)), device.type)
-    cfg.precision = precision.settle("precision", cfg.precision, device)
-    if FLOAT8 in (cfg.engines or ()):
+    if FLOAT8 in (cfg.engines or ()):  # before the other, which sets TF32 for all that is measured
         precision.settle("precision", FLOAT8, device)
+    cfg.precision = precision.settle("precision", cfg.precision, device)
     where = machine(device)
     dtype = precision.dtype_of(cfg.precision)
     peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
@@ -157,12 +156,15 @@ def run(overrides: Sequence[str], json_file: Path | None = None) -> list[StepRes
 
 
 def _check_engines(cfg: StepConfig, device: torch.device) -> None:
-    """Raises UsageError for an engine that is not installed, before anything is measured."""
+    """Raises UsageError for an engine that is not installed or does not take a model, before anything is measured."""
     try:
         for engine in set(cfg.engines or ()) - {SUPERVISED, DENSE, FLOAT8}:
             get_engine(engine, device.type)
     except ImportError as error:
         raise UsageError(str(error)) from error
+    for name in cfg.models if FLOAT8 in (cfg.engines or ()) else ():
+        with torch.device("meta"):
+            FCMAE(name, **_network(cfg)).check_float8()
 
 
 def _compile_modes(cfg: StepConfig, device: torch.device) -> list[bool]:
@@ -227,7 +229,7 @@ def _measure(
     traffic = 0
     if engine in (*ENGINES, FLOAT8):
         assert isinstance(model, FCMAE)
-        traffic = depthwise_traffic(model, batch_size, cfg.image_size, cfg.precision)
+        traffic = depthwise_traffic(model, batch_size, cfg.image_size, own)
     return StepResult(
         name,
         engine,
@@ -255,8 +257,6 @@ def _workload(
         targets=create_targets(cfg.targets, cfg.teacher, cfg.image_size),
         **_network(cfg),
     )
-    if engine == FLOAT8:
-        check_float8(fcmae.backbone)
     fcmae.recompute_stages = cfg.recompute_stages
     keep = fcmae.len_keep(cfg.image_size, cfg.image_size)
     rows, cols = grid_size(cfg.image_size, cfg.image_size, fcmae.mask_patch_size)
@@ -274,9 +274,10 @@ def _network(cfg: StepConfig) -> dict[str, Any]:
 def _row(result: StepResult, peak: float) -> str:
     how = ("compiled" if result.compiled else "eager") + (" graph" if result.cuda_graph else "")
     memory = f"{result.peak_gib:6.1f}" if result.peak_gib is not None else f"{'-':>6}"
+    share = f"{1e12 * result.matmul_tflops / peak:7.1%}" if result.engine != FLOAT8 else f"{'-':>7}"
     return (
         f"{result.model:17} {result.engine:9} {how:15} {result.batch_size:5} {result.images_per_second:8.1f} "
-        f"{result.ms:8.2f} {memory} {result.matmul_tflops:8.2f} {1e12 * result.matmul_tflops / peak:7.1%} "
+        f"{result.ms:8.2f} {memory} {result.matmul_tflops:8.2f} {share} "
         f"{result.compile_seconds:7.1f}"
     )
 

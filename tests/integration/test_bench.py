@@ -119,7 +119,7 @@ def test_kernels_need_a_gpu(capsys):
     ("override", "message"),
     [
         ("engines=[sparse]", "engines must be some of packed, masked, minkowski, timm, dense, fp8; got 'sparse'"),
-        ("engines=[fp8]", "precision=fp8: the CPU, or the device of another rank, is no GPU of compute capability 9.0"),
+        ("engines=[packed,fp8]", "precision=fp8 needs stages whose width is a multiple of 16"),
         ("batch=3", "batch: unknown key; must be one of models, task, engines"),
         ("decoder=large", "decoder must be one of light, unet; got 'large'"),
         ("pred_patch_size=12", "pred_patch_size must be a divisor of 32"),
