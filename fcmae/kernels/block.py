@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels import float8_triton as float8
 from fcmae.kernels.depthwise import Neighbors
-from fcmae.kernels.float8_triton import Float8
+from fcmae.kernels.float8_triton import Float8, Scaled
 from fcmae.kernels.linear import Form, weight_grad
 from fcmae.kernels.residual_triton import residual, scale_and_sum
 from fcmae.kernels.sums_triton import add_up
@@ -123,23 +123,27 @@ class _Gradients:
     """Of a linear layer, by the gradient ``[R, D]`` of its output and what was saved of its weight."""
 
     def __init__(self, grad: Tensor, weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> None:
-        self.grad, self.weight, self.float8 = grad, weight, None
+        self.grad: Tensor | Scaled = grad
+        self.weight: Tensor | Float8 = weight
+        self.dtype = grad.dtype
         if factor is not None and largest is not None:
-            self.float8 = Float8(None, weight, factor, largest)
-            self.scaled = self.float8.scale_grad(grad)
+            self.weight = Float8(None, weight, factor, largest)
+            self.grad = self.weight.scale_grad(grad)
 
     def of_weight(self, x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         """In a type at least as exact as ``dtype``; of what was kept of the input."""
-        if self.float8 is None:
+        if isinstance(self.grad, Tensor):
             return weight_grad(self.grad, x, dtype)
         assert factor is not None
-        return float8.weight_grad(self.scaled, x, factor)
+        return float8.weight_grad(self.grad, x, factor)
 
     def of_input(self) -> Tensor:
         """``[R, C]``."""
-        if self.float8 is None:
+        if isinstance(self.grad, Tensor):
+            assert isinstance(self.weight, Tensor)
             return self.grad @ self.weight
-        return self.float8.input_grad(self.scaled, self.grad.dtype)
+        assert isinstance(self.weight, Float8)
+        return self.weight.input_grad(self.grad, self.dtype)
 
 
 def _images(h: Tensor, x: Tensor, grn_scope: str) -> Tensor:
@@ -186,8 +190,8 @@ class _Block(torch.autograd.Function):
             da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
                 dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
-            del dg  # as large as da, and not needed any more
             fc1 = _Gradients(da.view(-1, da.shape[-1]), *weights[:3])
+            del dg, da  # as large as what fc1 holds, and not needed any more
             if wants.fc1:
                 found["fc1"] = fc1.of_weight(y, y_factor, ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):

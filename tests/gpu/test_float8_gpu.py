@@ -38,7 +38,7 @@ def test_a_matrix_is_rounded_as_torch_rounds(rows, columns, size, dtype):
 
 
 def test_other_rows_change_only_small_values():
-    """A scale is a power of two: another one rounds otherwise only what has fewer bits, below 2^-6 of 448."""
+    """A scale is a power of two: another one rounds otherwise only what it brings below 2^-6, of at most 448."""
     from fcmae.kernels.float8_triton import scale
 
     x = torch.randn(64, 32, device="cuda").bfloat16()
@@ -68,7 +68,8 @@ def test_products_are_those_of_the_rounded_matrices(sites, inner, outer):
         ("weight grad", of_weight, grad8.t() @ x8, grad.t() @ x),
     ):
         print(f"\n{name}: {relative_error(found, rounded):.1e} of the rounded, {relative_error(found, exact):.1e}")
-        assert relative_error(found, rounded) < 3e-3, name
+        # Tensor cores keep 14 bits of the whole sum of the product alone.
+        assert relative_error(found, rounded) < (6e-3 if name == "product" else 3e-3), name
         assert relative_error(found, exact) < 0.05, name
 
 
