@@ -190,8 +190,9 @@ class _Block(torch.autograd.Function):
             da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
                 dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
             )
+            del dg  # as large as da, and not needed any more
             fc1 = _Gradients(da.view(-1, da.shape[-1]), *weights[:3])
-            del dg, da  # as large as what fc1 holds, and not needed any more
+            del da  # which fc1 may have in float8 instead
             if wants.fc1:
                 found["fc1"] = fc1.of_weight(y, y_factor, ctx.like["fc1"].dtype)
         if of_x or any(wants[:4]):
