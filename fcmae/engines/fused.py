@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Copies = tuple["Tensor | Float8", "Tensor | Float8"]
 """The weights of a block's two linear layers in the type of the activations, or in float8: ``[D, C]``, ``[C, D]``."""
 SIXTEEN_BITS = ("bfloat16", "float16")
-WIDTHS = 16
-"""Of float8 matrices, a multiple."""
 
 
 def _can_run_on(x: Tensor) -> bool:
@@ -119,21 +117,22 @@ def check_float8(backbone: ConvNeXt, patch_size: int) -> None:
     Args:
         patch_size: of the mask, in pixels.
     """
+    if not HAS_TRITON:
+        raise UsageError("precision=fp8 needs Triton and a C compiler; fcmae doctor says what is missing")
+    from fcmae.kernels.depthwise_launch import MAX_KERNEL, MAX_SIDE
+    from fcmae.kernels.float8_triton import MULTIPLE
+
     side = patch_size // convnext.stem(backbone)[0].stride[0]
     for stage in convnext.stages(backbone):
         block = next(convnext.blocks(stage))
         hidden, width = block.mlp.fc1.weight.shape[:2]
         if convnext.grn(block) is None or not convnext.is_gelu(block.mlp.act) or block.gamma is not None:
             raise UsageError("precision=fp8 needs ConvNeXt V2 with exact GELU and without layer scale")
-        if hidden % WIDTHS or width % WIDTHS:
+        if hidden % MULTIPLE or width % MULTIPLE:
             raise UsageError(
-                f"precision=fp8 needs stages whose width is a multiple of {WIDTHS}; got one of {width} channels, which "
-                "precision=bf16 takes"
+                f"precision=fp8 needs stages whose width is a multiple of {MULTIPLE}; got one of {width} channels, "
+                "which precision=bf16 takes"
             )
-        if not HAS_TRITON:
-            raise UsageError("precision=fp8 needs Triton and a C compiler; fcmae doctor says what is missing")
-        from fcmae.kernels.depthwise_launch import MAX_KERNEL, MAX_SIDE  # needs Triton
-
         if isinstance(stage.downsample, nn.Sequential):
             side //= convnext.downsample(stage.downsample)[1].stride[0]
         kernel = block.conv_dw.weight.shape[-1]
