@@ -110,7 +110,8 @@ class Float8(NamedTuple):
     def product(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x @ weight.T`` of ``[R, C]``, ``[R, D]`` in the type of ``x``, and what :func:`weight_grad` needs of ``x``.
 
-        Tensor cores add up whole products here, of which they keep 14 bits; in the gradients they do so for 128 terms.
+        Its sums are less exact than those of the gradients: tensor cores keep 14 bits of a sum, here of all terms,
+        there of 128 at a time.
         """
         assert self.values is not None
         values, transposed, factor = scale(x, self.largest[1:2])
