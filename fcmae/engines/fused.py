@@ -100,7 +100,8 @@ def with_copies(
         )
     layers = [layer for block, whole in found if whole for layer in (block.mlp.fc1, block.mlp.fc2)]
     weights = [layer.weight.detach().flatten(1) for layer in layers]
-    copies: Iterator[Tensor | Float8] = iter(_in_float8(weights) if float8 else _cast(weights, x.dtype))
+    cast = _cast(weights, x.dtype)
+    copies: Iterator[Tensor | Float8] = iter(_in_float8(cast) if float8 else cast)
     return [(block, (next(copies), next(copies)) if whole else None) for block, whole in found]
 
 

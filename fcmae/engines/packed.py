@@ -84,7 +84,7 @@ def _shapes(
             yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
             yield precompile.ResidualShape(channels, dtype, drops=False)
             if has_float8_products():
-                yield precompile.Float8Shape(precompile.name_of(block.mlp.fc1.weight.dtype), dtype)
+                yield precompile.Float8Shape(dtype)
 
 
 def _move(side: int, conv: nn.Conv2d) -> precompile.Move:

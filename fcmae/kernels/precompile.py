@@ -83,8 +83,6 @@ class SumsShape(NamedTuple):
 class Float8Shape(NamedTuple):
     """What the kernels of linear layers in float8 are specialised for."""
 
-    weight: str
-    """The weights' type."""
     dtype: str
 
 

@@ -130,9 +130,8 @@ def _sums(kernel: int) -> None:
     add_up((), torch.zeros(1, kernel**2 + 1, 8), kernel)
 
 
-def _float8(*dtypes: str) -> None:
-    for dtype in dtypes:
-        scale(torch.zeros(16, 16, dtype=getattr(torch, dtype)), torch.zeros(1, dtype=torch.int32))
+def _float8(dtype: str) -> None:
+    scale(torch.zeros(16, 16, dtype=getattr(torch, dtype)), torch.zeros(1, dtype=torch.int32))
 
 
 def _moving_norm(channels: int, dtype: str, *move: int) -> None:

@@ -23,12 +23,11 @@ def zeros(count=1):
     return torch.zeros(count, dtype=torch.int32, device="cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "columns", "size"), [(1000, 48, 3e-9), (5001, 1408, 5.0), (160, 11264, 2e17)])
-def test_a_matrix_is_rounded_as_torch_rounds(rows, columns, size, dtype):
+def test_a_matrix_is_rounded_as_torch_rounds(rows, columns, size):
     from fcmae.kernels.float8_triton import FLOAT8, scale
 
-    x = (size * torch.randn(rows, columns, device="cuda")).to(dtype)
+    x = (size * torch.randn(rows, columns, device="cuda")).bfloat16()
     values, transposed, factor = scale(x, zeros())
     assert torch.frexp(factor.cpu())[0] == 0.5
     assert torch.equal(values.view(torch.int8), (x.float() / factor).to(FLOAT8).view(torch.int8))
@@ -54,14 +53,16 @@ def test_other_rows_change_only_small_values():
 def test_products_are_those_of_the_rounded_matrices(sites, inner, outer):
     from fcmae.kernels.float8_triton import Float8, scale, weight_grad
 
-    weight = torch.randn(outer, inner, device="cuda")
-    x, grad = (torch.randn(sites, size, device="cuda").bfloat16() for size in (inner, outer))
+    weight, x, grad = (
+        torch.randn(rows, columns, device="cuda").bfloat16()
+        for rows, columns in ((outer, inner), (sites, inner), (sites, outer))
+    )
     float8 = Float8.of(weight, zeros(3))
     out, *kept = float8.product(x)
     scaled = float8.scale_grad(grad)
     of_x, of_weight = float8.input_grad(scaled, grad.dtype), weight_grad(scaled, *kept)
     w, x, grad = (m.double() for m in (weight, x, grad))
-    w8, x8, grad8 = (m.values.double() * m.factor for m in (scale(m.float(), zeros()) for m in (w, x, grad)))
+    w8, x8, grad8 = (m.values.double() * m.factor for m in (scale(m.bfloat16(), zeros()) for m in (w, x, grad)))
     for name, found, rounded, exact in (
         ("product", out, x8 @ w8.t(), x @ w.t()),
         ("input grad", of_x, grad8 @ w8, grad @ w),

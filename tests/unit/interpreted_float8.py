@@ -18,9 +18,8 @@ def zeros(count=1):
 
 
 @pytest.mark.parametrize(("rows", "size"), [(100, 3e-9), (32, 5.0), (7, 2e17)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_matrix_is_scaled_by_a_power_of_two(rows, size, dtype):
-    x = (size * torch.randn(rows, 144)).to(dtype)
+def test_a_matrix_is_scaled_by_a_power_of_two(rows, size):
+    x = (size * torch.randn(rows, 144)).bfloat16()
     values, transposed, factor = scale(x, zeros())
     assert values.dtype == transposed.dtype == FLOAT8
     assert torch.frexp(factor)[0] == 0.5
@@ -33,7 +32,7 @@ def test_a_matrix_is_scaled_by_a_power_of_two(rows, size, dtype):
 
 
 def test_zero_stays_zero():
-    values, _, factor = scale(torch.zeros(3, 16), zeros())
+    values, _, factor = scale(torch.zeros(3, 16, dtype=torch.bfloat16), zeros())
     assert not values.view(torch.int8).any()
     assert factor.isfinite().all()
 
@@ -41,15 +40,15 @@ def test_zero_stays_zero():
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_told(value):
-    x = torch.randn(5000, 16)
+    x = torch.randn(5000, 16).bfloat16()
     x[4000, 7] = value
     assert scale(x, zeros()).factor.isnan()
 
 
 @pytest.mark.parametrize(("shape", "sites"), [((32, 48), 21), ((144, 16), 64)])
 def test_products(shape, sites):
-    weight = torch.randn(shape)
-    x, grad = torch.randn(sites, shape[1]).bfloat16(), 1e-6 * torch.randn(sites, shape[0]).bfloat16()
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(sites, shape[1]).bfloat16()
+    grad = 1e-6 * torch.randn(sites, shape[0]).bfloat16()
     float8 = Float8.of(weight, zeros(3))
     out, *kept = float8.product(x)
     scaled = float8.scale_grad(grad)

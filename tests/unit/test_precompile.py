@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -75,7 +76,7 @@ for factor in (None, torch.rand(7).bfloat16()):
 scale_and_sum(h, torch.rand(7).bfloat16())
 add_up([add_and_sum(h, h)[1], torch.rand(3, 2, 8)], taps, 3)
 add_up([], taps, 3)
-for weight in (torch.randn(96, 32), torch.randn(32, 96)):
+for weight in (torch.randn(96, 32).bfloat16(), torch.randn(32, 96).bfloat16()):
     layer = Float8.of(weight, torch.zeros(3, dtype=torch.int32))
     layer.scale_grad(torch.randn(56, len(weight)).bfloat16())
 """
@@ -99,7 +100,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
     others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
     others += precompile.ResidualShape(32, "bfloat16", drops=True), precompile.SumsShape(3)
-    others += (precompile.Float8Shape("float32", "bfloat16"),)
+    others += (precompile.Float8Shape("bfloat16"),)
     precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
@@ -114,13 +115,23 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "residual_kernel": 2,  # with factors and without
         "add_and_sum_kernel": 2,
         "add_up_kernel": 1,
-        "largest_kernel": 2,  # of weights and activations
-        "scale_kernel": 2,
+        "largest_kernel": 1,
+        "scale_kernel": 1,
     }
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "0")
     ahead = sorted(tmp_path.rglob("*.cubin"))
     run_python(tmp_path, "-c", LAUNCH)
     assert sorted(tmp_path.rglob("*.cubin")) == ahead
+
+
+def test_no_byte_of_float8_goes_to_shared_memory(tmp_path):
+    """The assembler of CUDA 12.9, which Triton uses, would mix it up with its neighbour."""
+    pytest.importorskip("triton")
+    precompile.start([precompile.Float8Shape("bfloat16")])
+    precompile.wait()
+    (code,) = tmp_path.rglob("scale_kernel.ptx")
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code.read_text()
+    assert not re.search(r"shared\S*\.b8", code.read_text())
 
 
 @pytest.mark.slow
