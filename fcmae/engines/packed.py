@@ -81,9 +81,10 @@ def _shapes(
         yield precompile.SumsShape(kernel)
         yield precompile.NormShape(channels, dtype)
         if convnext.is_fused(block, imgs) and grn_scope == "image":
-            yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype)
+            float8 = has_float8_products()
+            yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype, float8)
             yield precompile.ResidualShape(channels, dtype, drops=False)
-            if has_float8_products():
+            if float8:
                 yield precompile.Float8Shape(dtype)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton
 from fcmae.kernels import float8_triton as float8
 from fcmae.kernels.depthwise import Neighbors
-from fcmae.kernels.float8_triton import Float8, Scaled
+from fcmae.kernels.float8_triton import Float8
 from fcmae.kernels.linear import Form, weight_grad
 from fcmae.kernels.residual_triton import residual, scale_and_sum
 from fcmae.kernels.sums_triton import add_up
@@ -91,11 +91,11 @@ def _forward(
         if kept is not None:
             kept.extend(tensors)
 
-    def linear(h: Tensor, weight: Tensor | Float8) -> Tensor:
-        """Keeps what the weight's gradient needs."""
+    def linear(h: Tensor, weight: Tensor | Float8, found: bool = False) -> Tensor:
+        """Keeps what the weight's gradient needs. ``found``: the largest value of the input is."""
         h = h.view(-1, h.shape[-1])
         if isinstance(weight, Float8):
-            h, *inputs = weight.product(h)
+            h, *inputs = weight.product(h, found)
             keep(*inputs)
             return h
         keep(h, None)
@@ -108,27 +108,37 @@ def _forward(
     keep(*stats)
     h = linear(h, c.fc1)
     keep(h)
-    h, *stats = grn_triton.launch_forward(_images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps)
+    h, *stats = grn_triton.launch_forward(
+        _images(h, x, c.grn_scope), p.fc1_bias, p.grn, p.grn_bias, c.grn_eps,
+        c.fc2.largest_of_input if isinstance(c.fc2, Float8) else None,
+    )  # fmt: skip
     keep(*stats)
-    h = linear(h, c.fc2)
+    h = linear(h, c.fc2, found=True)
     return residual(x, h, p.fc2_bias, factor)
 
 
 def _saved(weight: Tensor | Float8) -> tuple[Tensor | None, ...]:
-    """What :class:`_Gradients` needs of a weight."""
+    """What the backward pass needs of a weight."""
     return (weight.transposed, weight.factor, weight.largest) if isinstance(weight, Float8) else (weight, None, None)
 
 
-class _Gradients:
-    """Of a linear layer, by the gradient ``[R, D]`` of its output and what was saved of its weight."""
+def _restored(weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> Tensor | Float8:
+    """Of :func:`_saved`."""
+    if factor is None or largest is None:
+        return weight
+    return Float8(None, weight, factor, largest)
 
-    def __init__(self, grad: Tensor, weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> None:
-        self.grad: Tensor | Scaled = grad
-        self.weight: Tensor | Float8 = weight
+
+class _Gradients:
+    """Of a linear layer, by the gradient ``[R, D]`` of its output and its weight.
+
+    ``found``: the largest value of the output's gradient is.
+    """
+
+    def __init__(self, grad: Tensor, weight: Tensor | Float8, found: bool = False) -> None:
+        self.weight = weight
+        self.grad = weight.scale_grad(grad, found) if isinstance(weight, Float8) else grad
         self.dtype = grad.dtype
-        if factor is not None and largest is not None:
-            self.weight = Float8(None, weight, factor, largest)
-            self.grad = self.weight.scale_grad(grad)
 
     def of_weight(self, x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         """In a type at least as exact as ``dtype``; of what was kept of the input."""
@@ -181,17 +191,18 @@ class _Block(torch.autograd.Function):
         if factor is not None:
             dz, partial["fc2_bias",] = scale_and_sum(grad, factor)
         dz = dz.view(-1, dz.shape[-1])
-        fc2 = _Gradients(dz, *weights[3:])
+        fc2 = _Gradients(dz, _restored(*weights[3:]))
         if wants.fc2:
             found["fc2"] = fc2.of_weight(g, g_factor, ctx.like["fc2"].dtype)
         if of_x or any(wants[:8]):
             eps, grn_scope = ctx.grn
-            dg = _images(fc2.of_input(), x, grn_scope)
+            dg, weight = _images(fc2.of_input(), x, grn_scope), _restored(*weights[:3])
             da, partial["grn", "grn_bias", "fc1_bias"] = grn_triton.launch_backward(
-                dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps
-            )
+                dg, _images(a, x, grn_scope), fc1_bias, grn, norms, grn_means, eps,
+                weight.largest_of_grad if isinstance(weight, Float8) else None,
+            )  # fmt: skip
             del dg  # as large as da, and not needed any more
-            fc1 = _Gradients(da.view(-1, da.shape[-1]), *weights[:3])
+            fc1 = _Gradients(da.view(-1, da.shape[-1]), weight, found=True)
             del da  # which fc1 may have in float8 instead
             if wants.fc1:
                 found["fc1"] = fc1.of_weight(y, y_factor, ctx.like["fc1"].dtype)

@@ -2,8 +2,9 @@
 
 Every matrix is divided by a power of two, the smallest that brings its values into float8's range (e4m3: 3 bits of
 mantissa, up to 448). It follows from the matrix alone (current scaling), so that nothing is remembered between steps. A
-matrix is read twice: for its largest value, and to be scaled and written, as it is for one product and transposed for
-another, because a GPU multiplies float8 matrices along their rows alone.
+matrix is read twice: for its largest value, unless the kernel that wrote it found that (GELU + GRN do), and to be
+scaled and written, as it is for one product and transposed for another, because a GPU multiplies float8 matrices along
+their rows alone.
 """
 
 from typing import NamedTuple
@@ -25,20 +26,29 @@ TILE = 128
 """Rows and columns that a program scales."""
 
 
-@triton.jit(do_not_specialize_on_alignment=["largest"])
-def largest_kernel(x, largest, size, BLOCK: tl.constexpr):
-    """x: ``[size]``. largest: int32 ``[1]``, raised to the bits of the largest absolute value as float32. Bits of
-    infinity and NaN are the largest.
-    """
-    found = tl.zeros((BLOCK,), tl.int32)
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        value = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
-        found = tl.maximum(found, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+@triton.jit
+def magnitude(value):
+    """The bits of absolute values as float32, integers of the same order; those of infinity and NaN are the largest."""
+    return value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def raise_to(largest, found):
+    """Raises int32 ``[1]`` to the largest of some."""
     tl.atomic_max(largest, tl.max(found), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["largest"])
+@triton.jit
+def largest_kernel(x, largest, size, BLOCK: tl.constexpr):
+    """x: ``[size]``. largest: int32 ``[1]``, raised to the :func:`magnitude` of all values."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        found = tl.maximum(found, magnitude(tl.load(x + place, mask=place < size, other=0.0)))
+    raise_to(largest, found)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def scale_kernel(x, largest, values, transposed, factor, rows, columns, length, TILE: tl.constexpr):
     """x: 16 bits ``[rows, columns]``. largest: see :func:`largest_kernel`. values: float8 ``[rows, columns]``.
     transposed: float8 ``[columns, length]``, zero beyond ``rows``. factor: float32 ``[1]``, what to multiply the values
@@ -74,23 +84,29 @@ class Scaled(NamedTuple):
     """Float32 ``[1]``, a power of two, what the values are to be multiplied by."""
 
 
-def scale(x: Tensor, largest: Tensor) -> Scaled:
+def scale(x: Tensor, largest: Tensor, found: bool = False) -> Scaled:
     """A matrix ``[R, C]`` of 16 bits in float8; C is a multiple of 16.
 
     Args:
-        largest: int32 ``[1]``, zero.
+        largest: int32 ``[1]``, zero, or what was ``found`` by the kernel that wrote the matrix.
     """
     precompile.wait()
     rows, columns = x.shape
     x, length = x.contiguous(), triton.cdiv(rows, MULTIPLE) * MULTIPLE
-    programs = max(1, min(triton.cdiv(x.numel(), BLOCK), 8 * target(x).processors))
-    largest_kernel[(programs,)](x, largest, x.numel(), BLOCK=BLOCK, num_warps=8)
+    if not found:
+        programs = max(1, min(triton.cdiv(x.numel(), BLOCK), 8 * target(x).processors))
+        largest_kernel[(programs,)](x, largest, x.numel(), BLOCK=BLOCK, num_warps=8)
     values = torch.empty(rows, columns, dtype=FLOAT8, device=x.device)
     transposed = torch.empty(columns, length, dtype=FLOAT8, device=x.device)
     factor = torch.empty(1, dtype=torch.float32, device=x.device)
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     scale_kernel[grid](x, largest, values, transposed, factor, rows, columns, length, TILE=TILE, num_warps=8)
     return Scaled(values, transposed, factor)
+
+
+def no_largest(layers: int, device: torch.device) -> Tensor:
+    """Int32 ``[layers, 3, 1]``, zero, each on 16 bytes of its own, as kernels in CUDA C++ want it."""
+    return torch.zeros(layers, 3, 4, dtype=torch.int32, device=device)[..., :1]
 
 
 class Float8(NamedTuple):
@@ -103,27 +119,37 @@ class Float8(NamedTuple):
     factor: Tensor
     """Float32 ``[1]``, what the weight's values are to be multiplied by."""
     largest: Tensor
-    """Int32 ``[3]``, of :func:`largest_kernel` for the weight, the input and the output's gradient."""
+    """:func:`no_largest`, of the weight, the input and the output's gradient."""
 
     @classmethod
     def of(cls, weight: Tensor, largest: Tensor) -> "Float8":
-        """Of a weight ``[D, C]`` in 16 bits; ``largest`` is int32 ``[3]``, zero."""
-        return cls(*scale(weight, largest[:1]), largest)
+        """Of a weight ``[D, C]`` in 16 bits, and :func:`no_largest`."""
+        return cls(*scale(weight, largest[0]), largest)
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def largest_of_input(self) -> Tensor:
+        """Int32 ``[1]``, what a kernel raises that writes the input."""
+        return self.largest[1]
+
+    @property
+    def largest_of_grad(self) -> Tensor:
+        """Int32 ``[1]``, what a kernel raises that writes the output's gradient."""
+        return self.largest[2]
+
+    def product(self, x: Tensor, found: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """``x @ weight.T`` of ``[R, C]``, ``[R, D]`` in the type of ``x``, and what :func:`weight_grad` needs of ``x``.
 
         Its sums are less exact than those of the gradients: tensor cores keep 14 bits of a sum, here of all terms,
-        there of 128 at a time.
+        there of 128 at a time. ``found``: ``largest_of_input`` is known.
         """
         assert self.values is not None
-        values, transposed, factor = scale(x, self.largest[1:2])
+        values, transposed, factor = scale(x, self.largest_of_input, found)
         out = _multiply(values, self.values, factor, self.factor, x.dtype, fast=True)
         return out, transposed, factor
 
-    def scale_grad(self, grad: Tensor) -> Scaled:
-        """The output's gradient ``[R, D]``."""
-        return scale(grad, self.largest[2:])
+    def scale_grad(self, grad: Tensor, found: bool = False) -> Scaled:
+        """The output's gradient ``[R, D]``; ``found``: ``largest_of_grad`` is known."""
+        return scale(grad, self.largest_of_grad, found)
 
     def input_grad(self, grad: Scaled, dtype: torch.dtype) -> Tensor:
         """``grad @ weight``, ``[R, C]``."""

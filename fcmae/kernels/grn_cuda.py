@@ -45,13 +45,16 @@ class Launcher:
         self.program = cuda_program.program(SOURCE, device, tuple(constants.items()), kernels)
 
     def forward(
-        self, x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor
+        self, x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, largest: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output ``[N, R, D]``, norms ``[N, D]`` and mean norms ``[N]``."""
+        """Output ``[N, R, D]``, norms ``[N, D]`` and mean norms ``[N]``.
+
+        Raises ``largest``, int32 ``[1]`` on 16 bytes of its own, to that of a bfloat16 output.
+        """
         n, _, width = x.shape
         y, norms, means = torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in ((n, width), n))
         assert self.program is not None
-        arguments = x, input_bias, weight, bias, y, norms, means
+        arguments = x, input_bias, weight, bias, y, norms, means, largest
         self.program.launch(KERNEL, (self.cluster, n), *arguments)
         return y, norms, means
 

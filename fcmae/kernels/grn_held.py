@@ -13,6 +13,7 @@ smaller term, with 8, together one register: enough for bfloat16 alone. Shapes m
 import triton
 import triton.language as tl
 
+from fcmae.kernels.float8_triton import raise_to
 from fcmae.kernels.gelu import ALPHA, scaled_gelu, scaled_gelu_and_slope, sum_over_image
 
 HOLD = tl.constexpr(1 / 32)
@@ -89,6 +90,13 @@ def _store(y, word, i, tile, row, R, D, ROWS: tl.constexpr, TAIL: tl.constexpr, 
 
 
 @triton.jit
+def _magnitude(word, i, row, R, ROWS: tl.constexpr, TAIL: tl.constexpr, HELD: tl.constexpr):
+    """The larger magnitude of two bfloat16, by its bits; 0 outside the image."""
+    found = tl.maximum(word & 0x7FFF, (word >> 16) & 0x7FFF)
+    return tl.where((i * ROWS + row < R)[:, None], found, 0) if TAIL and i == HELD - 1 else found
+
+
+@triton.jit
 def _inside(value, i, row, R, ROWS: tl.constexpr, TAIL: tl.constexpr, HELD: tl.constexpr):
     return tl.where((i * ROWS + row < R)[:, None], value, 0.0) if TAIL and i == HELD - 1 else value
 
@@ -103,7 +111,7 @@ def _pair(vector, c, HAS: tl.constexpr):
 
 @triton.jit
 def forward_held(
-    x, input_bias, weight, bias, y, norms, means, mail, R, D, parts, eps,
+    x, input_bias, weight, bias, y, norms, means, mail, largest, R, D, parts, eps,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, TAIL: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, BF16: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +153,15 @@ def forward_held(
     b_low, b_high = _pair(bias, c, True)
     scale_low = ((1.0 + w_low * (norm_low * inverse)) * (0.5 / ALPHA / HOLD))[None, :]
     scale_high = ((1.0 + w_high * (norm_high * inverse)) * (0.5 / ALPHA / HOLD))[None, :]
+    found = tl.zeros((ROWS, PAIRS), tl.int32)
     for i in tl.static_range(HELD):
         low, high = _split(held[i], False)
         word = _join(low * scale_low + b_low[None, :], high * scale_high + b_high[None, :], BF16, NVIDIA)
         _store(y, word, i, tile, row, R, D, ROWS, TAIL, HELD)
+        if largest is not None:
+            found = tl.maximum(found, _magnitude(word, i, row, R, ROWS, TAIL, HELD))
+    if largest is not None:
+        raise_to(largest, found << 16)
 
 
 @triton.jit
@@ -160,7 +173,7 @@ def _pull(w, dot, norm, inverse, coupled):
 
 @triton.jit
 def backward_held(
-    dy, x, input_bias, weight, norms, means, dx, sums, mail, R, D, parts, eps,
+    dy, x, input_bias, weight, norms, means, dx, sums, mail, largest, R, D, parts, eps,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, TAIL: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -214,13 +227,19 @@ def backward_held(
     scale_high = ((0.5 + 0.5 * w_high * norm_high * inverse) * CUT)[None, :]
 
     dx_low, dx_high = zeros, zeros
+    found = tl.zeros((ROWS, PAIRS), tl.int32)
     for i in tl.static_range(HELD):
         value, minor = _release(held_low[i])
         low = value * scale_low + minor * pull_low
         value, minor = _release(held_high[i])
         high = value * scale_high + minor * pull_high
-        _store(dx, _join(low, high, True, NVIDIA), i, tile, row, R, D, ROWS, TAIL, HELD)
+        word = _join(low, high, True, NVIDIA)
+        _store(dx, word, i, tile, row, R, D, ROWS, TAIL, HELD)
+        if largest is not None:
+            found = tl.maximum(found, _magnitude(word, i, row, R, ROWS, TAIL, HELD))
         dx_low += _inside(low, i, row, R, ROWS, TAIL, HELD)
         dx_high += _inside(high, i, row, R, ROWS, TAIL, HELD)
     tl.store(sums + 2 * D + c, tl.sum(dx_low, 0))
     tl.store(sums + 2 * D + c + 1, tl.sum(dx_high, 0))
+    if largest is not None:
+        raise_to(largest, found << 16)

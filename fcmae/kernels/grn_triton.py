@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fcmae.kernels import grn_cuda, precompile
+from fcmae.kernels.float8_triton import magnitude, raise_to
 from fcmae.kernels.gelu import ALPHA, scaled_gelu, scaled_gelu_and_slope, sum_over_image
 from fcmae.kernels.grn_held import backward_held, forward_held
 from fcmae.kernels.target import target
@@ -56,7 +57,7 @@ def _shift(input_bias, c, in_width, HAS_INPUT_BIAS: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, input_bias, weight, bias, y, norms, means, mail, R, D, parts, eps,
+    x, input_bias, weight, bias, y, norms, means, mail, largest, R, D, parts, eps,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -91,17 +92,22 @@ def _forward(
     b = tl.load(bias + c, mask=in_width, other=0.0).to(tl.float32)[None, :]
 
     steps = tl.cdiv(R, ROWS)
+    found = tl.zeros((ROWS, CHANNELS), tl.int32)
     for i in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - i) * ROWS  # last read first: the likeliest to be in the cache still
         inside = (start + row < R)[:, None] & in_width[None, :]
         v = _load(x + tl.cast(start, tl.int64) * D + tile, inside, WHOLE)
-        h = scaled_gelu(v * ALPHA + shift, EXACT)
-        _store(y + tl.cast(start, tl.int64) * D + tile, h * scale + b, inside, WHOLE)
+        h = (scaled_gelu(v * ALPHA + shift, EXACT) * scale + b).to(y.dtype.element_ty)
+        _store(y + tl.cast(start, tl.int64) * D + tile, h, inside, WHOLE)
+        if largest is not None:
+            found = tl.maximum(found, magnitude(h) if WHOLE else tl.where(inside, magnitude(h), 0))
+    if largest is not None:
+        raise_to(largest, found)
 
 
 @triton.jit
 def _backward(
-    dy, x, input_bias, weight, norms, means, dx, sums, mail, R, D, parts, eps,
+    dy, x, input_bias, weight, norms, means, dx, sums, mail, largest, R, D, parts, eps,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -142,6 +148,7 @@ def _backward(
     scale = (0.5 + 0.5 * w * norm * inverse)[None, :]
 
     dx_total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    found = tl.zeros((ROWS, CHANNELS), tl.int32)
     steps = tl.cdiv(R, ROWS)
     for i in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - i) * ROWS
@@ -155,7 +162,11 @@ def _backward(
         if not WHOLE:
             z = tl.where(inside, z, 0.0)
         dx_total += z
+        if largest is not None:
+            found = tl.maximum(found, magnitude(z.to(dx.dtype.element_ty)))
     tl.store(sums + 2 * D + c, tl.sum(dx_total, 0), mask=in_width)
+    if largest is not None:
+        raise_to(largest, found)
 
 
 class Tiling(NamedTuple):
@@ -228,22 +239,23 @@ def _plan(
 
 
 def launch_forward(
-    x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, norms ``[N, D]`` and mean norms ``[N]``."""
+    """Output, norms ``[N, D]`` and mean norms ``[N]``. Raises ``largest`` (:mod:`.float8_triton`) to the output's."""
     precompile.wait()
     n, r, d = x.shape
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     input_bias = None if input_bias is None else input_bias.contiguous()
     if n <= grn_cuda.MOST_IMAGES and (cuda := grn_cuda.launcher(x.device, x.dtype, r, d, eps)):
-        return cuda.forward(x, None if input_bias is None else input_bias.float(), weight.float(), bias.float())
+        input_bias = None if input_bias is None else input_bias.float()
+        return cuda.forward(x, input_bias, weight.float(), bias.float(), largest)
     y = torch.empty_like(x)
     norms = torch.empty(n, d, dtype=torch.float32, device=x.device)
     means = torch.empty(n, dtype=torch.float32, device=x.device)
     parts, hold, constants = _plan(FORWARD_HELD, FORWARD_STREAMED, x, input_bias, (torch.bfloat16, torch.float16))
     mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
     others = input_bias, weight, bias
-    rest = norms, means, mail, r, d, parts, eps
+    rest = norms, means, mail, largest, r, d, parts, eps
     if hold:
         bf16 = x.dtype == torch.bfloat16
         forward_held[(n * parts,)](x.view(torch.int32), *others, y.view(torch.int32), *rest, BF16=bf16, **constants)
@@ -252,7 +264,12 @@ def launch_forward(
     return y, norms, means
 
 
-gelu_grn_forward = torch.library.custom_op("fcmae::gelu_grn", launch_forward, mutates_args=())
+@torch.library.custom_op("fcmae::gelu_grn", mutates_args=())
+def gelu_grn_forward(
+    x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`launch_forward` as an operator."""
+    return launch_forward(x, input_bias, weight, bias, eps)
 
 
 @gelu_grn_forward.register_fake
@@ -262,9 +279,13 @@ def _(x, input_bias, weight, bias, eps):
 
 
 def launch_backward(
-    dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias."""
+    dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float,
+    largest: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias.
+
+    Raises ``largest`` (:mod:`.float8_triton`) to that of the gradient of ``x``.
+    """
     precompile.wait()
     n, r, d = x.shape
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
@@ -275,7 +296,7 @@ def launch_backward(
     parts, hold, constants = _plan(BACKWARD_HELD, BACKWARD_STREAMED, x, input_bias, (torch.bfloat16,))
     mail = torch.zeros(n, parts, dtype=torch.int64, device=x.device)
     others = input_bias, weight, norms, means
-    rest = sums, mail, r, d, parts, eps
+    rest = sums, mail, largest, r, d, parts, eps
     if hold:
         words = (t.view(torch.int32) for t in (dy, x))
         backward_held[(n * parts,)](*words, *others, dx.view(torch.int32), *rest, **constants)
@@ -284,7 +305,12 @@ def launch_backward(
     return dx, sums
 
 
-gelu_grn_backward = torch.library.custom_op("fcmae::gelu_grn_backward", launch_backward, mutates_args=())
+@torch.library.custom_op("fcmae::gelu_grn_backward", mutates_args=())
+def gelu_grn_backward(
+    dy: Tensor, x: Tensor, input_bias: Tensor | None, weight: Tensor, norms: Tensor, means: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`launch_backward` as an operator."""
+    return launch_backward(dy, x, input_bias, weight, norms, means, eps)
 
 
 @gelu_grn_backward.register_fake

@@ -49,6 +49,8 @@ class GeluGrnShape(NamedTuple):
     """Per image."""
     channels: int
     dtype: str
+    float8: bool = False
+    """Whether they find the largest values of what they write, for products in float8."""
 
 
 class NormShape(NamedTuple):
@@ -92,6 +94,7 @@ class GeluGrnBackwardShape(NamedTuple):
     sites: int
     channels: int
     dtype: str
+    float8: bool = False
 
 
 class Move(NamedTuple):

@@ -20,10 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fcmae.kernels import depthwise_launch, norm_triton, patch_error_triton
+from fcmae.kernels import depthwise_launch, grn_triton, norm_triton, patch_error_triton
 from fcmae.kernels.depthwise import neighbors
 from fcmae.kernels.float8_triton import scale
-from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.patch_rows_triton import patch_rows
 from fcmae.kernels.precompile import Move
@@ -105,14 +104,16 @@ def _depthwise_arguments(
     return x, torch.zeros(c, 1, k, k), torch.zeros(c), (where.slots, where.cells)
 
 
-def _gelu_grn(sites: int, channels: int, dtype: str) -> None:
+def _gelu_grn(sites: int, channels: int, dtype: str, float8: bool = False) -> None:
     x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
-    gelu_grn_forward(x, parameter, parameter, parameter, 1e-6)
+    largest = torch.zeros(1, dtype=torch.int32) if float8 else None
+    grn_triton.launch_forward(x, parameter, parameter, parameter, 1e-6, largest)
 
 
-def _gelu_grn_backward(sites: int, channels: int, dtype: str) -> None:
+def _gelu_grn_backward(sites: int, channels: int, dtype: str, float8: bool = False) -> None:
     x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
-    gelu_grn_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6)
+    largest = torch.zeros(1, dtype=torch.int32) if float8 else None
+    grn_triton.launch_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6, largest)
 
 
 def _norm_forward(channels: int, dtype: str) -> None:

@@ -109,6 +109,13 @@ DEVICE float sum_over_warp(float value) {
     }
     return value;
 }
+DEVICE u32 larger_halves(u32 a, u32 b) {
+    return std::max(a & 0xffff, b & 0xffff) | std::max(a & 0xffff0000u, b & 0xffff0000u);
+}
+DEVICE void raise_to(u32* number, u32 found) {
+    std::atomic_ref<u32> largest(*number);
+    for (u32 before = largest; before < found && !largest.compare_exchange_weak(before, found);) {}
+}
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float rsqrt_fast(float x) { return 1 / sqrtf(x); }
 DEVICE u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }

@@ -46,6 +46,23 @@ def test_equals_plain_torch(shape, dtype):
         assert error < TOLERANCE[dtype], error
 
 
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("shape", [(3, 19, 40), (2, 21, 64), (1, 700, 8)], ids=["rows", "held", "streamed"])
+def test_the_largest_values_are_found(shape, value):
+    """Without what lies beyond an image, where GELU of the bias is not zero."""
+    from fcmae.kernels.grn_triton import launch_backward, launch_forward
+
+    x, dy = torch.randn(2, *shape).bfloat16().unbind(0)
+    x[0, 4, 5] = dy[0, 4, 5] = value
+    weight, bias, input_bias = (p.detach() for p in parameters(shape[2]))
+    largest = torch.zeros(2, 4, dtype=torch.int32)[:, :1]
+    y, norms, means = launch_forward(x, 9 + input_bias, weight, bias - 100, 1e-6, largest[0])
+    dx, _ = launch_backward(dy, x, 9 + input_bias, weight, norms, means, 1e-6, largest[1])
+    for found, written in zip(largest, (y, dx), strict=True):
+        torch.testing.assert_close(found.view(torch.float32), written.float().abs().max()[None], rtol=0, atol=0,
+                                   equal_nan=True)  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 def test_is_an_operator_that_compiles():

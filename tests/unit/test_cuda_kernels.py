@@ -99,6 +99,9 @@ def test_gelu_grn_equals_torch(on_cpu, monkeypatch):
     exact = torch.nn.functional.gelu(x.double() + input_bias).square().sum(1).sqrt()
     assert relative_error(norms, exact) < 1e-4
     assert relative_error(means, exact.mean(1)) < 1e-4
+    largest = torch.zeros(1, dtype=torch.int32)
+    assert torch.equal(launcher.forward(x, input_bias, weight, bias, largest)[0], y)
+    assert largest.view(torch.float32) == y.float().abs().max()
 
 
 @needs_compiler

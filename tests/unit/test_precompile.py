@@ -52,8 +52,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
-from fcmae.kernels.float8_triton import Float8
-from fcmae.kernels.grn_triton import gelu_grn_backward, gelu_grn_forward
+from fcmae.kernels.float8_triton import Float8, no_largest
+from fcmae.kernels.grn_triton import launch_backward, launch_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
 from fcmae.kernels.sums_triton import add_up
@@ -67,8 +67,9 @@ depthwise_launch.forward(x, weight, bias, where.slots, where.cells)
 depthwise_launch.input_grad(x, weight, where.slots, where.cells)
 taps = depthwise_launch.partial_weight_grad(x, x, 3, where.slots, where.cells)
 h, parameter = torch.randn(7, 8, 32).bfloat16(), torch.randn(32)
-gelu_grn_forward(h, parameter, parameter, parameter, 1e-6)
-gelu_grn_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6)
+for largest in (None, no_largest(7, h.device)[5, 2]):
+    launch_forward(h, parameter, parameter, parameter, 1e-6, largest)
+    launch_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6, largest)
 layer_norm_forward(h, parameter, parameter, 1e-6)
 layer_norm_backward(h, h, parameter, torch.rand(56), torch.rand(56))
 for factor in (None, torch.rand(7).bfloat16()):
@@ -77,7 +78,7 @@ scale_and_sum(h, torch.rand(7).bfloat16())
 add_up([add_and_sum(h, h)[1], torch.rand(3, 2, 8)], taps, 3)
 add_up([], taps, 3)
 for weight in (torch.randn(96, 32).bfloat16(), torch.randn(32, 96).bfloat16()):
-    layer = Float8.of(weight, torch.zeros(3, dtype=torch.int32))
+    layer = Float8.of(weight, *no_largest(1, weight.device))
     layer.scale_grad(torch.randn(56, len(weight)).bfloat16())
 """
 """What a step launches on 7 images, on a GPU that only compiles."""
@@ -100,7 +101,7 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
     monkeypatch.setattr(sys, "path", ["", str(hostile), *sys.path])
     others = precompile.GeluGrnShape(8, 32, "bfloat16"), precompile.NormShape(32, "bfloat16")
     others += precompile.ResidualShape(32, "bfloat16", drops=True), precompile.SumsShape(3)
-    others += (precompile.Float8Shape("bfloat16"),)
+    others += precompile.Float8Shape("bfloat16"), precompile.GeluGrnShape(8, 32, "bfloat16", float8=True)
     precompile.start([shape(2), shape(1), *others, shape(2)])
     precompile.wait()
     assert not (hostile / "touched").exists()
@@ -108,8 +109,8 @@ def test_every_kernel_of_a_shape_is_compiled_and_serves_a_batch(tmp_path, monkey
         "forward_kernel": 2,
         "weight_grad_kernel": 2,
         "taps_kernel": 2,  # with a bias and, for the input gradient, without
-        "forward_held": 1,
-        "backward_held": 1,
+        "forward_held": 2,  # with largest values and without
+        "backward_held": 2,
         "layer_norm_kernel": 1,
         "layer_norm_backward_kernel": 1,
         "residual_kernel": 2,  # with factors and without

@@ -85,6 +85,15 @@ DEVICE float sum_over_warp(float value) {
     return value;
 }
 
+// The larger of the low halves, and of the high halves.
+DEVICE u32 larger_halves(u32 a, u32 b) { return __vmaxu2(a, b); }
+// Raises a number to the largest that a thread of the warp has.
+DEVICE void raise_to(u32* number, u32 found) {
+    u32 largest;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(found));
+    if (threadIdx.x % 32 == 0) atomicMax(number, largest);
+}
+
 // Mail between the blocks of a cluster: a barrier in shared memory counts the bytes that have arrived.
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

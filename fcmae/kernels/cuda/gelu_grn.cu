@@ -47,10 +47,10 @@ DEVICE float sum_over_cluster(float value, char* memory) {
 
 // x, y: [N, R, D]. input_bias: float32 [D] or null. weight, bias: float32 [D]. norms: [N, D], means: [N].
 // A block has CH channels of the image blockIdx.y; it holds GELU(x) as float16, which is exact enough for bfloat16, in
-// shared memory until the norms are known.
+// shared memory until the norms are known. largest: null, or raised to the bits of the largest |y|, as float32.
 CLUSTER_KERNEL(CLUSTER, THREADS, BLOCKS) gelu_grn_forward(
     const char* x, const float* input_bias, const float* weight, const float* bias, char* y, float* norms,
-    float* means) {
+    float* means, u32* largest) {
     SHARED_MEMORY(shared);
     float* partial = (float*)(shared + ARRAY_BYTES);  // [GROUPS, CH]
     float* own_norms = partial + GROUPS * CH;         // [CH]
@@ -103,12 +103,16 @@ CLUSTER_KERNEL(CLUSTER, THREADS, BLOCKS) gelu_grn_forward(
     for (int k = 0; k < 4; ++k)
         scale.v[k] = (1.0f + w.v[k] * (own_norms[column + k] * inverse)) * (0.5f / ALPHA / HOLD);
     char* target = y + corner + column * 2;
+    u32 found = 0;
 #pragma unroll 4
     for (int r = group; r < R; r += GROUPS) {
         const Words words = *(const Words*)(shared + r * (CH * 2) + column * 2);
         const pair one = split_halves(words.v[0]), two = split_halves(words.v[1]);
-        *(Words*)(target + (i64)r * (D * 2)) = {
+        const Words out = {
             join({one.low * scale.v[0] + b.v[0], one.high * scale.v[1] + b.v[1]}),
             join({two.low * scale.v[2] + b.v[2], two.high * scale.v[3] + b.v[3]})};
+        *(Words*)(target + (i64)r * (D * 2)) = out;
+        if (largest) found = larger_halves(found, larger_halves(out.v[0] & 0x7fff7fff, out.v[1] & 0x7fff7fff));
     }
+    if (largest) raise_to(largest, larger_halves(found, found << 16) & 0xffff0000u);
 }
