@@ -106,9 +106,9 @@ def with_copies(
 
 
 def _in_float8(weights: list[Tensor]) -> "list[Float8]":
-    from fcmae.kernels.float8_triton import Float8, no_largest  # needs Triton
+    from fcmae.kernels.float8_triton import Float8, zero_largest  # needs Triton
 
-    largest = no_largest(len(weights), weights[0].device)
+    largest = zero_largest(len(weights), weights[0].device)
     return [Float8.of(weight, of_layer) for weight, of_layer in zip(weights, largest, strict=True)]
 
 

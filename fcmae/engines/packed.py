@@ -80,9 +80,10 @@ def _shapes(
         yield precompile.DepthwiseShape((where.rows, where.cols), keep, side, channels, kernel, dtype)
         yield precompile.SumsShape(kernel)
         yield precompile.NormShape(channels, dtype)
-        if convnext.is_fused(block, imgs) and grn_scope == "image":
+        if convnext.is_fused(block, imgs):
             float8 = has_float8_products()
-            yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype, float8)
+            if grn_scope == "image":
+                yield precompile.GeluGrnShape(keep * side**2, block.mlp.fc1.weight.shape[0], dtype, float8)
             yield precompile.ResidualShape(channels, dtype, drops=False)
             if float8:
                 yield precompile.Float8Shape(dtype)

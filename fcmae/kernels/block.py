@@ -91,11 +91,11 @@ def _forward(
         if kept is not None:
             kept.extend(tensors)
 
-    def linear(h: Tensor, weight: Tensor | Float8, found: bool = False) -> Tensor:
-        """Keeps what the weight's gradient needs. ``found``: the largest value of the input is."""
+    def linear(h: Tensor, weight: Tensor | Float8, known: bool = False) -> Tensor:
+        """Keeps what the weight's gradient needs. ``known``: the input's largest value is, for float8."""
         h = h.view(-1, h.shape[-1])
         if isinstance(weight, Float8):
-            h, *inputs = weight.product(h, found)
+            h, *inputs = weight.product(h, known)
             keep(*inputs)
             return h
         keep(h, None)
@@ -113,7 +113,7 @@ def _forward(
         c.fc2.largest_of_input if isinstance(c.fc2, Float8) else None,
     )  # fmt: skip
     keep(*stats)
-    h = linear(h, c.fc2, found=True)
+    h = linear(h, c.fc2, known=True)
     return residual(x, h, p.fc2_bias, factor)
 
 
@@ -123,7 +123,7 @@ def _saved(weight: Tensor | Float8) -> tuple[Tensor | None, ...]:
 
 
 def _restored(weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> Tensor | Float8:
-    """Of :func:`_saved`."""
+    """The weight, of what :func:`_saved` gave."""
     if factor is None or largest is None:
         return weight
     return Float8(None, weight, factor, largest)
@@ -132,12 +132,12 @@ def _restored(weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> 
 class _Gradients:
     """Of a linear layer, by the gradient ``[R, D]`` of its output and its weight.
 
-    ``found``: the largest value of the output's gradient is.
+    ``known``: that gradient's largest value is, for float8.
     """
 
-    def __init__(self, grad: Tensor, weight: Tensor | Float8, found: bool = False) -> None:
+    def __init__(self, grad: Tensor, weight: Tensor | Float8, known: bool = False) -> None:
         self.weight = weight
-        self.grad = weight.scale_grad(grad, found) if isinstance(weight, Float8) else grad
+        self.grad = weight.scale_grad(grad, known) if isinstance(weight, Float8) else grad
         self.dtype = grad.dtype
 
     def of_weight(self, x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -202,7 +202,7 @@ class _Block(torch.autograd.Function):
                 weight.largest_of_grad if isinstance(weight, Float8) else None,
             )  # fmt: skip
             del dg  # as large as da, and not needed any more
-            fc1 = _Gradients(da.view(-1, da.shape[-1]), weight, found=True)
+            fc1 = _Gradients(da.view(-1, da.shape[-1]), weight, known=True)
             del da  # which fc1 may have in float8 instead
             if wants.fc1:
                 found["fc1"] = fc1.of_weight(y, y_factor, ctx.like["fc1"].dtype)

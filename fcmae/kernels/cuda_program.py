@@ -104,7 +104,7 @@ class Program:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """A copy of a view that begins within ``ALIGNMENT`` bytes. What a kernel writes is a tensor of its own."""
+    """A copy of a view that begins within ``ALIGNMENT`` bytes, as nothing does that a kernel writes."""
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 

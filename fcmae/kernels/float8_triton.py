@@ -34,7 +34,7 @@ def magnitude(value):
 
 @triton.jit
 def raise_to(largest, found):
-    """Raises int32 ``[1]`` to the largest of some."""
+    """Raises a number in memory to the largest of ``found``."""
     tl.atomic_max(largest, tl.max(found), sem="relaxed")
 
 
@@ -84,16 +84,17 @@ class Scaled(NamedTuple):
     """Float32 ``[1]``, a power of two, what the values are to be multiplied by."""
 
 
-def scale(x: Tensor, largest: Tensor, found: bool = False) -> Scaled:
+def scale(x: Tensor, largest: Tensor, known: bool = False) -> Scaled:
     """A matrix ``[R, C]`` of 16 bits in float8; C is a multiple of 16.
 
     Args:
-        largest: int32 ``[1]``, zero, or what was ``found`` by the kernel that wrote the matrix.
+        largest: int32 ``[1]``: zero, and afterwards the :func:`magnitude` of the largest value.
+        known: the kernel that wrote the matrix has put that value there already.
     """
     precompile.wait()
     rows, columns = x.shape
     x, length = x.contiguous(), triton.cdiv(rows, MULTIPLE) * MULTIPLE
-    if not found:
+    if not known:
         programs = max(1, min(triton.cdiv(x.numel(), BLOCK), 8 * target(x).processors))
         largest_kernel[(programs,)](x, largest, x.numel(), BLOCK=BLOCK, num_warps=8)
     values = torch.empty(rows, columns, dtype=FLOAT8, device=x.device)
@@ -104,8 +105,11 @@ def scale(x: Tensor, largest: Tensor, found: bool = False) -> Scaled:
     return Scaled(values, transposed, factor)
 
 
-def no_largest(layers: int, device: torch.device) -> Tensor:
-    """Int32 ``[layers, 3, 1]``, zero, each on 16 bytes of its own, as kernels in CUDA C++ want it."""
+def zero_largest(layers: int, device: torch.device) -> Tensor:
+    """Int32 ``[layers, 3, 1]``, where the largest values of layers' weights, inputs and outputs' gradients will be.
+
+    Each is on 16 bytes of its own, as kernels in CUDA C++ want it.
+    """
     return torch.zeros(layers, 3, 4, dtype=torch.int32, device=device)[..., :1]
 
 
@@ -119,37 +123,37 @@ class Float8(NamedTuple):
     factor: Tensor
     """Float32 ``[1]``, what the weight's values are to be multiplied by."""
     largest: Tensor
-    """:func:`no_largest`, of the weight, the input and the output's gradient."""
+    """A layer's part of :func:`zero_largest`."""
 
     @classmethod
     def of(cls, weight: Tensor, largest: Tensor) -> "Float8":
-        """Of a weight ``[D, C]`` in 16 bits, and :func:`no_largest`."""
+        """Of a weight ``[D, C]`` in 16 bits, and a layer's part of :func:`zero_largest`."""
         return cls(*scale(weight, largest[0]), largest)
 
     @property
     def largest_of_input(self) -> Tensor:
-        """Int32 ``[1]``, what a kernel raises that writes the input."""
+        """Int32 ``[1]``, for the kernel that writes the input."""
         return self.largest[1]
 
     @property
     def largest_of_grad(self) -> Tensor:
-        """Int32 ``[1]``, what a kernel raises that writes the output's gradient."""
+        """Int32 ``[1]``, for the kernel that writes the output's gradient."""
         return self.largest[2]
 
-    def product(self, x: Tensor, found: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def product(self, x: Tensor, known: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """``x @ weight.T`` of ``[R, C]``, ``[R, D]`` in the type of ``x``, and what :func:`weight_grad` needs of ``x``.
 
         Its sums are less exact than those of the gradients: tensor cores keep 14 bits of a sum, here of all terms,
-        there of 128 at a time. ``found``: ``largest_of_input`` is known.
+        there of 128 at a time. ``known``: ``largest_of_input`` is.
         """
         assert self.values is not None
-        values, transposed, factor = scale(x, self.largest_of_input, found)
+        values, transposed, factor = scale(x, self.largest_of_input, known)
         out = _multiply(values, self.values, factor, self.factor, x.dtype, fast=True)
         return out, transposed, factor
 
-    def scale_grad(self, grad: Tensor, found: bool = False) -> Scaled:
-        """The output's gradient ``[R, D]``; ``found``: ``largest_of_grad`` is known."""
-        return scale(grad, self.largest_of_grad, found)
+    def scale_grad(self, grad: Tensor, known: bool = False) -> Scaled:
+        """The output's gradient ``[R, D]``; ``known``: ``largest_of_grad`` is."""
+        return scale(grad, self.largest_of_grad, known)
 
     def input_grad(self, grad: Scaled, dtype: torch.dtype) -> Tensor:
         """``grad @ weight``, ``[R, C]``."""

@@ -49,8 +49,11 @@ class Launcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output ``[N, R, D]``, norms ``[N, D]`` and mean norms ``[N]``.
 
-        Raises ``largest``, int32 ``[1]`` on 16 bytes of its own, to that of a bfloat16 output.
+        Args:
+            largest: int32 ``[1]``, for the largest value of the output, bfloat16.
         """
+        # A launch copies what begins elsewhere.
+        assert largest is None or largest.data_ptr() % cuda_program.ALIGNMENT == 0
         n, _, width = x.shape
         y, norms, means = torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in ((n, width), n))
         assert self.program is not None

@@ -115,7 +115,7 @@ def forward_held(
     ROWS: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, TAIL: tl.constexpr,
     HAS_INPUT_BIAS: tl.constexpr, BF16: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """As ``grn_triton._forward``; x, y: int32 ``[N, R, D / 2]``, a program has 2 * PAIRS channels."""
+    """As ``grn_triton._forward``; x, y: int32 ``[N, R, D / 2]``, a program has 2 * PAIRS channels; largest: BF16."""
     image = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     pair = part * PAIRS + tl.arange(0, PAIRS)

@@ -241,7 +241,12 @@ def _plan(
 def launch_forward(
     x: Tensor, input_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, norms ``[N, D]`` and mean norms ``[N]``. Raises ``largest`` (:mod:`.float8_triton`) to the output's."""
+    """Output, norms ``[N, D]`` and mean norms ``[N]``.
+
+    Args:
+        largest: int32 ``[1]``, for the largest value of the output, bfloat16 (:func:`.float8_triton.zero_largest`).
+    """
+    assert largest is None or x.dtype == torch.bfloat16
     precompile.wait()
     n, r, d = x.shape
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
@@ -284,8 +289,10 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of ``x``, and every image's part ``[N, 3, D]`` of the gradients of weight, bias and input bias.
 
-    Raises ``largest`` (:mod:`.float8_triton`) to that of the gradient of ``x``.
+    Args:
+        largest: int32 ``[1]``, for the largest value of the gradient of ``x``, bfloat16.
     """
+    assert largest is None or x.dtype == torch.bfloat16
     precompile.wait()
     n, r, d = x.shape
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()

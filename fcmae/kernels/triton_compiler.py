@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from fcmae.kernels import depthwise_launch, grn_triton, norm_triton, patch_error_triton
 from fcmae.kernels.depthwise import neighbors
-from fcmae.kernels.float8_triton import scale
+from fcmae.kernels.float8_triton import scale, zero_largest
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.patch_rows_triton import patch_rows
 from fcmae.kernels.precompile import Move
@@ -104,15 +104,18 @@ def _depthwise_arguments(
     return x, torch.zeros(c, 1, k, k), torch.zeros(c), (where.slots, where.cells)
 
 
+def _largest() -> Tensor:
+    return zero_largest(1, torch.device("cpu"))[0, 0]
+
+
 def _gelu_grn(sites: int, channels: int, dtype: str, float8: bool = False) -> None:
     x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
-    largest = torch.zeros(1, dtype=torch.int32) if float8 else None
-    grn_triton.launch_forward(x, parameter, parameter, parameter, 1e-6, largest)
+    grn_triton.launch_forward(x, parameter, parameter, parameter, 1e-6, _largest() if float8 else None)
 
 
 def _gelu_grn_backward(sites: int, channels: int, dtype: str, float8: bool = False) -> None:
     x, parameter = torch.zeros(1, sites, channels, dtype=getattr(torch, dtype)), torch.zeros(channels)
-    largest = torch.zeros(1, dtype=torch.int32) if float8 else None
+    largest = _largest() if float8 else None
     grn_triton.launch_backward(x, x, parameter, parameter, parameter[None], parameter[:1], 1e-6, largest)
 
 
@@ -132,7 +135,7 @@ def _sums(kernel: int) -> None:
 
 
 def _float8(dtype: str) -> None:
-    scale(torch.zeros(16, 16, dtype=getattr(torch, dtype)), torch.zeros(1, dtype=torch.int32))
+    scale(torch.zeros(16, 16, dtype=getattr(torch, dtype)), _largest())
 
 
 def _moving_norm(channels: int, dtype: str, *move: int) -> None:

@@ -52,6 +52,20 @@ def test_more_images_than_a_grid_has_rows():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_largest_values_are_found(shape):
+    from fcmae.kernels import grn_triton
+
+    x, input_bias, weight, bias, dy = inputs(shape, torch.bfloat16)
+    for number in range(4):
+        largest = torch.zeros(2, 4, dtype=torch.int32, device="cuda")[:, :1]
+        x[-1, -1, 4 + number] = dy[-1, -1, 4 + number] = 100 * (number + 1)
+        y, norms, means = grn_triton.launch_forward(x, input_bias, weight, bias, 1e-6, largest[0])
+        dx, _ = grn_triton.launch_backward(dy, x, input_bias, weight, norms, means, 1e-6, largest[1])
+        for found, written in zip(largest, (y, dx), strict=True):
+            assert found.view(torch.float32) == written.float().abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_same_bits_twice(shape):
     tensors = inputs(shape, torch.bfloat16)
     for first, second in zip(run(*tensors), run(*tensors), strict=True):

@@ -242,11 +242,11 @@ def test_a_network_in_float8_is_near_to_one_in_16_bits(monkeypatch):
     """Outputs and all gradients, with a stage recomputed. The interpreter rounds some float8 values wrongly: torch does
     it here. Largest values that a kernel found are those of what it wrote.
     """
-    known = []
+    were_known = []
 
-    def plain_scale(x, largest, found=False):
-        known.append(found)
-        assert not found or largest.view(torch.float32) == x.float().abs().max()
+    def plain_scale(x, largest, known=False):
+        were_known.append(known)
+        assert not known or largest.view(torch.float32) == x.float().abs().max()
         factor = (x.float().abs().amax() / 448).log2().ceil().exp2()
         values = (x.float() / factor).to(float8_triton.FLOAT8)
         columns = torch.zeros(x.shape[1], -(-len(x) // 16) * 16, dtype=values.dtype)
@@ -266,7 +266,9 @@ def test_a_network_in_float8_is_near_to_one_in_16_bits(monkeypatch):
     check(found, expected, 0.25)
     assert relative_error(found["out"], expected["out"]) > 1e-4
     depths = [len(stage.blocks) for stage in model.stages]
-    assert known.count(True) == 2 * sum(depths) + depths[1]  # of every MLP, forward and backward, once more recomputed
+    assert (
+        were_known.count(True) == 2 * sum(depths) + depths[1]
+    )  # of every MLP, forward and backward, once more recomputed
 
 
 @pytest.mark.usefixtures("on_a_gpu")

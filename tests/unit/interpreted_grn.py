@@ -46,21 +46,28 @@ def test_equals_plain_torch(shape, dtype):
         assert error < TOLERANCE[dtype], error
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan")])
-@pytest.mark.parametrize("shape", [(3, 19, 40), (2, 21, 64), (1, 700, 8)], ids=["rows", "held", "streamed"])
-def test_the_largest_values_are_found(shape, value):
-    """Without what lies beyond an image, where GELU of the bias is not zero."""
-    from fcmae.kernels.grn_triton import launch_backward, launch_forward
+@pytest.mark.parametrize("shape", [(2, 19, 40), (1, 352, 64), (1, 700, 8), (2, 16, 64), (2, 21, 64)], ids=str)
+@pytest.mark.parametrize(("place", "value"), [(None, 0), (4, 500.0), (5, -500.0), (5, float("nan"))])
+def test_the_largest_values_are_found(shape, place, value):
+    """Not beyond an image, where without a ``value`` they would be larger: GELU's input is the bias there."""
+    from fcmae.kernels import grn_triton
 
+    held = shape[1] < 320 and shape[2] % 64 == 0
+    width, largest = shape[2], torch.zeros(2, 4, dtype=torch.int32)[:, :1]
     x, dy = torch.randn(2, *shape).bfloat16().unbind(0)
-    x[0, 4, 5] = dy[0, 4, 5] = value
-    weight, bias, input_bias = (p.detach() for p in parameters(shape[2]))
-    largest = torch.zeros(2, 4, dtype=torch.int32)[:, :1]
-    y, norms, means = launch_forward(x, 9 + input_bias, weight, bias - 100, 1e-6, largest[0])
-    dx, _ = launch_backward(dy, x, 9 + input_bias, weight, norms, means, 1e-6, largest[1])
+    x, dy = 0.1 * x - 9, 1e-3 * dy
+    # What is held is GELU, 0 beyond an image, so that the output is the bias there.
+    into, bias = (x + 9, -100) if held else (x, 100)
+    if place is not None:
+        for tensor in (into, dy):
+            tensor[-1, -1, place] = value
+    vectors = [torch.full((width,), v) for v in (9.0, 0.1, bias)]
+    y, *_ = grn_triton.launch_forward(into, *vectors, 1e-6, largest[0])
+    _, norms, means = grn_triton.launch_forward(x, *vectors, 1e-6)
+    dx, _ = grn_triton.launch_backward(dy, x, *vectors[:2], norms, means, 1e-6, largest[1])
     for found, written in zip(largest, (y, dx), strict=True):
-        torch.testing.assert_close(found.view(torch.float32), written.float().abs().max()[None], rtol=0, atol=0,
-                                   equal_nan=True)  # fmt: skip
+        expected = written.float().abs().max()[None]
+        torch.testing.assert_close(found.view(torch.float32), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow

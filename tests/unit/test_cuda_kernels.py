@@ -99,9 +99,13 @@ def test_gelu_grn_equals_torch(on_cpu, monkeypatch):
     exact = torch.nn.functional.gelu(x.double() + input_bias).square().sum(1).sqrt()
     assert relative_error(norms, exact) < 1e-4
     assert relative_error(means, exact.mean(1)) < 1e-4
-    largest = torch.zeros(1, dtype=torch.int32)
-    assert torch.equal(launcher.forward(x, input_bias, weight, bias, largest)[0], y)
-    assert largest.view(torch.float32) == y.float().abs().max()
+    for channel in (*range(100, 104), None):
+        x[-1, -1, channel or 0] = float("nan") if channel is None else 1000
+        largest = torch.zeros(1, dtype=torch.int32)
+        y, *_ = launcher.forward(x, input_bias, weight, bias, largest)
+        expected = y.float().abs().max()[None]
+        torch.testing.assert_close(largest.view(torch.float32), expected, rtol=0, atol=0, equal_nan=True)
+        x[-1, -1] = 0
 
 
 @needs_compiler

@@ -52,7 +52,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from fcmae.kernels.triton_compiler import compile_only
 from fcmae.kernels import depthwise_launch, neighbors
-from fcmae.kernels.float8_triton import Float8, no_largest
+from fcmae.kernels.float8_triton import Float8, zero_largest
 from fcmae.kernels.grn_triton import launch_backward, launch_forward
 from fcmae.kernels.norm_triton import layer_norm_backward, layer_norm_forward
 from fcmae.kernels.residual_triton import add_and_sum, residual, scale_and_sum
@@ -67,7 +67,7 @@ depthwise_launch.forward(x, weight, bias, where.slots, where.cells)
 depthwise_launch.input_grad(x, weight, where.slots, where.cells)
 taps = depthwise_launch.partial_weight_grad(x, x, 3, where.slots, where.cells)
 h, parameter = torch.randn(7, 8, 32).bfloat16(), torch.randn(32)
-for largest in (None, no_largest(7, h.device)[5, 2]):
+for largest in (None, zero_largest(7, h.device)[5, 2]):
     launch_forward(h, parameter, parameter, parameter, 1e-6, largest)
     launch_backward(h, h, parameter, parameter, torch.rand(7, 32), torch.rand(7), 1e-6, largest)
 layer_norm_forward(h, parameter, parameter, 1e-6)
@@ -78,7 +78,7 @@ scale_and_sum(h, torch.rand(7).bfloat16())
 add_up([add_and_sum(h, h)[1], torch.rand(3, 2, 8)], taps, 3)
 add_up([], taps, 3)
 for weight in (torch.randn(96, 32).bfloat16(), torch.randn(32, 96).bfloat16()):
-    layer = Float8.of(weight, *no_largest(1, weight.device))
+    layer = Float8.of(weight, *zero_largest(1, weight.device))
     layer.scale_grad(torch.randn(56, len(weight)).bfloat16())
 """
 """What a step launches on 7 images, on a GPU that only compiles."""

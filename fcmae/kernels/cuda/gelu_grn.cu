@@ -47,7 +47,8 @@ DEVICE float sum_over_cluster(float value, char* memory) {
 
 // x, y: [N, R, D]. input_bias: float32 [D] or null. weight, bias: float32 [D]. norms: [N, D], means: [N].
 // A block has CH channels of the image blockIdx.y; it holds GELU(x) as float16, which is exact enough for bfloat16, in
-// shared memory until the norms are known. largest: null, or raised to the bits of the largest |y|, as float32.
+// shared memory until the norms are known. largest: null, or, with BF16, raised to
+// the bits of the largest |y| as float32.
 CLUSTER_KERNEL(CLUSTER, THREADS, BLOCKS) gelu_grn_forward(
     const char* x, const float* input_bias, const float* weight, const float* bias, char* y, float* norms,
     float* means, u32* largest) {
