@@ -62,6 +62,12 @@ class Plan:
         """Whether pretraining is long enough for the comparison by fine-tuning."""
         return self.pretrain_epochs >= self.ENOUGH * self.RECIPE[0]
 
+    @property
+    def seconds(self) -> float:
+        """What it takes on a CPU."""
+        images = self.PRETRAINING * self.pretrain_epochs / self.RECIPE[0] + self.REST
+        return images / self.speed / (1 - self.RESERVE)
+
     @classmethod
     def whole(cls, speed: float) -> int:
         """The minutes that a CPU of this speed needs for the whole demo, one of them for its start."""
@@ -109,6 +115,11 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
         f"{speed:.0f} images/s on this machine: {plan.pretrain_epochs:g} epochs of pretraining ({images} images each), "
         f"{plan.finetune_epochs if plan.finetunes else 0:g} of fine-tuning"
     )
+    if not gpu and plan.seconds > 60 * minutes:
+        print(
+            f"that takes about {math.ceil(plan.seconds / 60)} minutes: less teaches nothing. Do other programs use the "
+            "cores? See docs/faq.md#it-is-slow-on-a-cpu"
+        )
     steps = 5 if plan.finetunes else 3
     pretraining += _schedule(cfg, plan.pretrain_epochs)
     finetuning += _schedule(few, plan.finetune_epochs)

@@ -131,8 +131,8 @@ def check_float8(backbone: ConvNeXt, patch_size: int) -> None:
             raise UsageError("precision=fp8 needs ConvNeXt V2 with exact GELU and without layer scale")
         if hidden % MULTIPLE or width % MULTIPLE:
             raise UsageError(
-                f"precision=fp8 needs stages whose width is a multiple of {MULTIPLE}; got one of {width} channels, "
-                "which precision=bf16 takes"
+                f"precision=fp8 needs stages whose width is a multiple of {MULTIPLE}; got one of {width} channels; "
+                "precision=auto takes it"
             )
         if isinstance(stage.downsample, nn.Sequential):
             side //= convnext.downsample(stage.downsample)[1].stride[0]

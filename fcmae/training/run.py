@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fcmae import distributed, toolchain
+from fcmae import distributed, precision, toolchain
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.loading import explained
 from fcmae.distributed import World
@@ -105,6 +105,7 @@ def _run(cfg: RunConfig, run_dir: Path, create: Callable[[World], Any], work: Ca
             precompile.hash_triton()
         world.together(lambda: toolchain.check("trainer.compile", cfg.trainer.compiles(kind), kind))
         world.together(lambda: use_cuda_graph(cfg, world.device))
+        world.together(lambda: precision.check_float8(cfg.precision, world.device))
         world.on_main(lambda: wandb_mode(cfg.logger))
         task = None if cfg.trainer.budget else world.together(lambda: create(world))
         stop.before_training(run_dir)

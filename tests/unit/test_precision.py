@@ -80,6 +80,9 @@ def test_fp8_is_refused_by_every_rank_where_one_lacks_it(monkeypatch):
         precision.settle("precision", "auto", GPU, recorded="fp8")
     with pytest.raises(UsageError, match="^precision=fp8: the CPU, or the device of another rank, is no NVIDIA GPU"):
         precision.settle("precision", "fp8", CPU)
+    with pytest.raises(UsageError, match="^precision=fp8 needs an NVIDIA GPU .* here is the CPU; .* takes float32$"):
+        precision.check_float8("fp8", CPU)
+    precision.check_float8("auto", CPU)
 
 
 @pytest.mark.parametrize(

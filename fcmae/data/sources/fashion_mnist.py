@@ -78,7 +78,8 @@ class FashionMNIST:
                     TorchvisionFashionMNIST(str(cache), download=True)
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                "Fashion-MNIST was not found. Three ways to get it: data.path=FOLDER with the four .gz files; "
+                "Fashion-MNIST was not found. Three ways to get it: a folder with the four .gz files "
+                "(data.path=FOLDER, fcmae demo --data FOLDER); "
                 "Debian's package, `apt-get install dataset-fashion-mnist`; or a network from which torchvision "
                 f"can download it (tried just now: {error})"
             ) from error
