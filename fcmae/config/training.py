@@ -133,7 +133,8 @@ class TrainerConfig:
     the run directory). None = none."""
     budget: str | None = None
     """Train for about this long, such as ``90s``, ``30min`` or ``8h``, from the start of the process: the speed of some
-    steps gives ``schedule.epochs``, with the same share of warm-up. A run that resumes keeps its epochs."""
+    steps gives ``schedule.epochs``, with the same share of warm-up. A run that resumes keeps its epochs. A run shorter
+    than ``checkpoint_every_epochs`` or ``eval_every_epochs`` has four of each."""
     max_hours: float | None = None
     """Save and stop (resumable) this long after the start of the process; None = never."""
 

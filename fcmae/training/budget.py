@@ -12,7 +12,7 @@ from pathlib import Path
 from fcmae import interrupt
 from fcmae.checkpoints.checkpoint import CheckpointDir, header
 from fcmae.config import MonitorConfig, PretrainConfig, RunConfig, ScheduleConfig
-from fcmae.config.training import seconds_of
+from fcmae.config.training import TrainerConfig, seconds_of
 from fcmae.data.plan import BatchPlan
 from fcmae.distributed import World
 from fcmae.errors import CheckpointError, Interrupted, UsageError
@@ -28,6 +28,8 @@ SHARE = 0.25
 """Of the time, at most so much is for measuring; a slow machine does fewer steps."""
 RESERVE = 0.1
 """Share of the time for checkpoints, evaluations, and a machine that becomes slower."""
+PARTS = 4
+"""Of a run that is shorter than the epochs between its checkpoints or evaluations: one at the end of each."""
 FOLDER = "speed"
 FEW_STEPS = 200
 """With fewer optimizer steps pretraining from random weights ends near the mean patch (docs/own_recipes.md)."""
@@ -38,6 +40,16 @@ def scaled(schedule: ScheduleConfig, epochs: float) -> ScheduleConfig:
     epochs = round(epochs, 4)
     return replace(
         schedule, epochs=epochs, warmup_epochs=min(epochs, round(schedule.warmup_epochs * epochs / schedule.epochs, 4))
+    )
+
+
+def within(trainer: TrainerConfig, epochs: float) -> TrainerConfig:
+    """With checkpoints and evaluations before the end of a run of ``epochs``."""
+    part, evaluates = epochs / PARTS, trainer.eval_every_epochs
+    return replace(
+        trainer,
+        checkpoint_every_epochs=part if trainer.checkpoint_every_epochs > epochs else trainer.checkpoint_every_epochs,
+        eval_every_epochs=part if evaluates is not None and evaluates > epochs else evaluates,
     )
 
 
@@ -58,7 +70,7 @@ def fit_schedule(
     stop: StopAgreement,
 ) -> list[str]:
     """``cfg.schedule`` gets the epochs that fit into ``trainer.budget``; of a run that resumes, those that it began
-    with, so that it ends as if it had not been stopped.
+    with, so that it ends as if it had not been stopped. ``cfg.trainer`` gets what is :func:`within` them.
 
     Returns:
         Notes for the task: what the user should know.
@@ -68,6 +80,7 @@ def fit_schedule(
     recorded = world.from_main(lambda: _recorded(run_dir)) if cfg.trainer.resume else None
     if recorded is not None:
         cfg.schedule, before = recorded
+        cfg.trainer = within(cfg.trainer, cfg.schedule.epochs)
         if before == cfg.trainer.budget:
             return []
         given = f" of trainer.budget={before}" if before else ""
@@ -93,6 +106,7 @@ def fit_schedule(
         )
     plan = BatchPlan(images, cfg.optim.global_batch_size, cfg.optim.global_batch_size)
     cfg.schedule = scaled(cfg.schedule, left * speed / (plan.steps_per_epoch * plan.global_batch_size))
+    cfg.trainer = within(cfg.trainer, cfg.schedule.epochs)
     world.say(
         f"trainer.budget={cfg.trainer.budget}: {speed:.0f} images/s, so schedule.epochs={cfg.schedule.epochs:g} "
         f"schedule.warmup_epochs={cfg.schedule.warmup_epochs:g} in the {left:.0f} s that are left"

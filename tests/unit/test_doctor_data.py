@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fcmae import cli, opening
 from fcmae.config import DataConfig, from_dotlist
@@ -51,8 +51,9 @@ def words(said, title):
     return [line.removeprefix(title).strip() for line in said if line.startswith(title)]
 
 
-def test_a_folder(photos, tmp_path, capsys):
-    sheet = tmp_path / "sheet.png"
+def test_a_folder(photos, tmp_path, capsys, monkeypatch):
+    sheet, told = tmp_path / "sheet.png", []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", lambda canvas, place, text, **_: told.append(text))
     code, said = look(capsys, f"data.path={photos}", "--contact-sheet", sheet)
     assert code == 0
     assert words(said, "data") == [f"{photos} (imagefolder): 17 images in 2 classes"]
@@ -72,6 +73,7 @@ def test_a_folder(photos, tmp_path, capsys):
     with Image.open(sheet) as image:
         pixels = np.asarray(image)
     assert (pixels == (200, 0, 0)).all(axis=2).any()  # an odd one's edge
+    assert {text.split("/")[0] for text in told} == {"a", "b"}  # files of two classes may have one name
 
 
 def test_a_sample_of_it(photos, cache, tmp_path, capsys, monkeypatch):
