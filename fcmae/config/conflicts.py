@@ -8,7 +8,7 @@ from fcmae.config.checks import check, mistake
 from fcmae.config.few_labels import RECIPES
 from fcmae.config.model import TIMM_TOTAL_STRIDE, TOTAL
 from fcmae.grid import grid_size, len_keep
-from fcmae.precision import FLOAT8
+from fcmae.precision import FLOAT8, PRECISIONS
 
 if TYPE_CHECKING:
     from fcmae.config.commands import FinetuneConfig, PretrainConfig, RunConfig
@@ -99,7 +99,8 @@ def _check_pred_patch_size(model: FCMAEConfig) -> None:
 
 def check_finetuning(cfg: FinetuneConfig) -> None:
     """Values that only pretraining can use."""
-    check("precision", cfg.precision, cfg.precision != FLOAT8, f"another than {FLOAT8} in fine-tuning")
+    expected = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]} in fine-tuning"
+    check("precision", cfg.precision, cfg.precision != FLOAT8, expected)
     check("data.crops_per_image", cfg.data.crops_per_image, cfg.data.crops_per_image == 1, "1 in fine-tuning")
     check("data.decode_on", cfg.data.decode_on, cfg.data.decode_on == "cpu", "cpu in fine-tuning")
     check("data.cache", cfg.data.cache, cfg.data.cache != "gpu", "null or ram in fine-tuning")

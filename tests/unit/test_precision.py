@@ -89,7 +89,7 @@ def test_fp8_is_refused_by_every_rank_where_one_lacks_it(monkeypatch):
     ("command", "given", "said"),
     [
         ("pretrain", ["engine=masked"], "engine.name must be packed with precision=fp8"),
-        ("finetune", [], "precision must be another than fp8 in fine-tuning; got 'fp8'"),
+        ("finetune", [], "precision must be auto, float32, tf32, bf16 or fp16 in fine-tuning; got 'fp8'"),
         ("knn", ["checkpoint=run"], "precision must be one of auto, float32, tf32, bf16, fp16; got 'fp8'"),
     ],
 )
