@@ -117,8 +117,8 @@ def run(out: Path, data_folder: str | None = None, minutes: float = MINUTES) -> 
     )
     if not gpu and plan.seconds > 60 * minutes:
         print(
-            f"that takes about {math.ceil(plan.seconds / 60)} minutes: less teaches nothing. Do other programs use the "
-            "cores? See docs/faq.md#it-is-slow-on-a-cpu"
+            f"that takes about {math.ceil(plan.seconds / 60)} minutes: less would teach too little. "
+            "Do other programs use the cores? See docs/faq.md#it-is-slow-on-a-cpu"
         )
     steps = 5 if plan.finetunes else 3
     pretraining += _schedule(cfg, plan.pretrain_epochs)

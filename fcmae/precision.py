@@ -69,7 +69,7 @@ def check_float8(precision: str, device: torch.device) -> None:
     """Raises UsageError where ``fp8`` was asked for and the device does not have it: before anything is read."""
     if precision == FLOAT8 and not _multiplies_float8(device):
         raise UsageError(
-            f"precision=fp8 needs an NVIDIA GPU of compute capability 9.0 or more (H100 or newer), and here is "
+            "precision=fp8 needs an NVIDIA GPU of compute capability 9.0 or more (H100 or newer), and here is "
             f"{name_of(device)}; precision=auto takes {fastest(device)}"
         )
 

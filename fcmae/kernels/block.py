@@ -92,7 +92,7 @@ def _forward(
             kept.extend(tensors)
 
     def linear(h: Tensor, weight: Tensor | Float8, known: bool = False) -> Tensor:
-        """Keeps what the weight's gradient needs. ``known``: the input's largest value is, for float8."""
+        """Keeps what the weight's gradient needs. ``known``: for float8 the input's largest value has been found."""
         h = h.view(-1, h.shape[-1])
         if isinstance(weight, Float8):
             h, *inputs = weight.product(h, known)
@@ -132,7 +132,7 @@ def _restored(weight: Tensor, factor: Tensor | None, largest: Tensor | None) -> 
 class _Gradients:
     """Of a linear layer, by the gradient ``[R, D]`` of its output and its weight.
 
-    ``known``: that gradient's largest value is, for float8.
+    ``known``: for float8 that gradient's largest value has been found.
     """
 
     def __init__(self, grad: Tensor, weight: Tensor | Float8, known: bool = False) -> None:

@@ -143,8 +143,8 @@ class Float8(NamedTuple):
     def product(self, x: Tensor, known: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """``x @ weight.T`` of ``[R, C]``, ``[R, D]`` in the type of ``x``, and what :func:`weight_grad` needs of ``x``.
 
-        Its sums are less exact than those of the gradients: tensor cores keep 14 bits of a sum, here of all terms,
-        there of 128 at a time. ``known``: ``largest_of_input`` is.
+        Tensor cores keep 14 bits of a sum. Here that is the sum of all terms; the gradients are more exact, because
+        theirs is of 128 terms at a time. ``known``: the kernel that wrote ``x`` has filled ``largest_of_input``.
         """
         assert self.values is not None
         values, transposed, factor = scale(x, self.largest_of_input, known)
@@ -152,7 +152,7 @@ class Float8(NamedTuple):
         return out, transposed, factor
 
     def scale_grad(self, grad: Tensor, known: bool = False) -> Scaled:
-        """The output's gradient ``[R, D]``; ``known``: ``largest_of_grad`` is."""
+        """The output's gradient ``[R, D]``; ``known``: the kernel that wrote it has filled ``largest_of_grad``."""
         return scale(grad, self.largest_of_grad, known)
 
     def input_grad(self, grad: Scaled, dtype: torch.dtype) -> Tensor:
